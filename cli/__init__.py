@@ -1,0 +1,1 @@
+"""The commands: parse, build a configuration, call one library function, print."""

@@ -1,0 +1,166 @@
+"""What all commands share: how errors end, how progress shows, how results print."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError
+
+F = TypeVar("F", bound=Callable[..., Any])
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EIO: "the disk reported an error",
+}
+
+
+def cache_root() -> Path:
+    """Where stores without a path of their own live: ``$GSTDS_CACHE``, else ``~/.cache/gstds-cache``."""
+    return Path(os.environ.get("GSTDS_CACHE") or Path.home() / ".cache" / "gstds-cache")
+
+
+class Command(click.Command):
+    """A command that ends with one clear message and the exit code of the error tree.
+
+    Anything unexpected keeps its traceback.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.
+
+        Raises:
+            OSError: One that is not about the disk.
+        """
+        try:
+            return super().invoke(ctx)
+        except GstdsError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "\ninterrupted: nothing that was committed is lost; run the same command again to go on", err=True
+            )
+            ctx.exit(EXIT_INTERRUPT)
+        except BrokenPipeError:
+            # Whoever read our stdout is gone. Python would complain again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo("error: the reader of this command's output went away before the end", err=True)
+            ctx.exit(EXIT_INCOMPLETE)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            where = f": {error.filename}" if error.filename else ""
+            click.echo(f"error: {DISK[error.errno]}{where}\n  mend that, then run the same command again", err=True)
+            ctx.exit(EXIT_INCOMPLETE)
+
+
+class Group(click.Group):
+    """A group of :class:`Command`."""
+
+    command_class = Command
+
+
+def json_option(function: F) -> F:
+    """Adds ``--json``."""
+    text = "Print the result as one JSON object, the last line of stdout."
+    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def device_option(function: F) -> F:
+    """Adds ``--device``."""
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+    )(function)
+
+
+def print_json(result: dict[str, Any], *, err: bool = False) -> None:
+    """Print ``result`` on one line."""
+    click.echo(json.dumps(result, sort_keys=True), err=err)
+
+
+def print_table(rows: list[tuple[str, str]], *, err: bool = False) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}", err=err)
+
+
+def seconds_line(seconds: dict[str, float]) -> str:
+    """Phases and their seconds on one line, the total last."""
+    return ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items() if phase == "total" or value >= 0.05)
+
+
+class Progress:
+    """Progress on stderr: one line that is rewritten on a terminal, plain lines every 10 seconds elsewhere."""
+
+    def __init__(self, unit: str, waiting_for: str) -> None:
+        """Name what is counted and what is waited for.
+
+        Args:
+            unit: What is counted, e.g. ``images``.
+            waiting_for: What the device may have to wait for, e.g. ``images``.
+        """
+        self.unit, self.waiting_for = unit, waiting_for
+        self._tty = sys.stderr.isatty()
+        self._phase, self._begun, self._first, self._shown, self._drawn = "", 0.0, 0, 0.0, False
+
+    def __call__(self, phase: str, done: int, total: int, waiting: float) -> None:
+        """Show ``done`` of ``total``; ``waiting`` is the share of time the device had nothing to do."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self.end()
+            self._phase, self._begun, self._first, self._shown = phase, now, done, now
+        if now - self._shown < (0.2 if self._tty else 10):
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._begun, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0.0
+        share = f", waited for {self.waiting_for} {waiting:.0%} of the time" if waiting else ""
+        text = (
+            f"{phase}: {done:,} of {total:,} {self.unit} ({done / max(total, 1):.0%}), {rate:,.1f}/s, "
+            f"ETA {int(left) // 60}:{int(left) % 60:02d}{share}"
+        )
+        click.echo(f"\r{text}\x1b[K" if self._tty else text, err=True, nl=not self._tty)
+        self._drawn = self._tty
+
+    def end(self) -> None:
+        """Finish a line that is being rewritten."""
+        if self._drawn:
+            click.echo("", err=True)
+        self._drawn = False
+
+
+@contextmanager
+def stop_after_step() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request that the loop asks for; the second interrupts at once.
+
+    Yields:
+        A function that says whether to stop.
+    """
+    asked = False
+
+    def on_interrupt(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo("\nstopping after this step (Ctrl-C again: at once)", err=True)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

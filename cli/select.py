@@ -1,0 +1,194 @@
+"""``gstds-select``: select a share of every batch and stream what stays."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from gstds_cache.cli.common import (
+    Command,
+    Progress,
+    device_option,
+    json_option,
+    print_json,
+    print_table,
+    seconds_line,
+)
+
+from gstds_cache.config import DEFAULT_RULE, SelectConfig
+
+if TYPE_CHECKING:
+    from gstds_cache.selection.run import BatchSelector
+
+HELP = """Shuffle the rows of STORE into batches, remove a share of each by its graph's Fiedler vector, and write
+the rows that stay to a file or a pipe.
+
+\b
+Examples:
+  gstds-select photos.store --out selection.arrow
+  gstds-select photos.store --schedule linear:0.5:0.9 --epochs 20 --seed 1
+  gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
+  gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
+
+The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
+stopped.
+"""
+
+
+@click.command(cls=Command, help=HELP)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--batch-size", type=int, default=512, show_default=True, help="Rows of a batch before selection.")
+@click.option("--epochs", type=int, default=8, show_default=True, help="Passes over the data set.")
+@click.option(
+    "--schedule",
+    default="constant:0.75",
+    show_default=True,
+    help="Filter ratio, the fraction removed: constant:RATIO or linear:FIRST:LAST.",
+)
+@click.option("--knn", type=int, default=10, show_default=True, help="Neighbours of each row in the batch's graph.")
+@click.option(
+    "--rule",
+    default=DEFAULT_RULE,
+    show_default=True,
+    help="How rows are chosen: coverage, extremes, boundary, gap or random.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Relative residual of a Fiedler pair.")
+@click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
+@device_option
+@click.option("--knn-backend", type=click.Choice(["auto", "faiss-cpu", "faiss-gpu"]), default="auto")
+@click.option("--threads", type=int, default=0, help="CPU threads to use; 1 beside a training run. [default: all]")
+@click.option(
+    "--out",
+    metavar="FILE|-",
+    help="A file, or - for stdout. [default: a name made from the settings, in STORE.selections/]",
+)
+@click.option("--force", is_flag=True, help="Replace a FILE that holds something else.")
+@json_option
+def main(
+    store: Path,
+    batch_size: int,
+    epochs: int,
+    schedule: str,
+    knn: int,
+    rule: str,
+    seed: int,
+    laplacian: Literal["combinatorial", "normalized"],
+    tolerance: float,
+    max_iterations: int,
+    device: str,
+    knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"],
+    threads: int,
+    out: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Parse, call :mod:`gstds_cache.stream.writer`, print."""
+    config = SelectConfig(
+        batch_size=batch_size,
+        epochs=epochs,
+        schedule=schedule,
+        knn=knn,
+        rule=rule,
+        seed=seed,
+        laplacian=laplacian,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        device=device,
+        knn_backend=knn_backend,
+        threads=threads,
+    )
+    started = time.perf_counter()
+    from gstds_cache.devices import limit_threads
+    from gstds_cache.selection.run import BatchSelector
+    from gstds_cache.store.reader import EmbeddingStore
+    from gstds_cache.stream.writer import is_finished, write_file, write_pipe
+
+    limit_threads(config.threads)
+    selector = BatchSelector(EmbeddingStore(store), config)
+    opened = time.perf_counter()
+    piped = out == "-"
+    plan = selector.plan
+    rows = len(plan.rows) * plan.epochs
+    click.echo(
+        f"plan: {plan.total_batches:,} batches of {config.batch_size:,} in {plan.epochs} epochs, rule {config.rule}; "
+        f"keeps {plan.total_kept:,} of {rows:,} samples ({plan.total_kept / rows:.1%})",
+        err=True,
+    )
+    if not selector.store.in_memory:
+        click.echo("note: the store does not fit in memory; rows are read unit by unit, which is slow", err=True)
+    file = (
+        Path(out)
+        if out and not piped
+        else store.with_name(f"{store.name}.selections") / f"{selector.digest[:16]}.arrow"
+    )
+    if not piped and is_finished(selector, file, replace=force):
+        click.echo(f"cache hit: this selection is in {file} already, nothing was computed", err=True)
+    else:
+        progress = Progress("batches", "embeddings")
+        try:
+            batches = write_pipe(selector, sys.stdout.buffer) if piped else write_file(selector, file)
+            for selection in batches:
+                gathered = selector.counts.seconds["gather"] / max(sum(selector.counts.seconds.values()), 1e-9)
+                progress("select", selection.seq + 1, plan.total_batches, gathered)
+        finally:
+            progress.end()
+    seconds = {"open": opened - started, **selector.counts.seconds, "total": time.perf_counter() - started}
+    _print(selector, seconds, None if piped else file, as_json)
+
+
+def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
+    counts, config = selector.counts, selector.config
+    busy = seconds["total"] - seconds["open"]
+    rate = counts.rows / busy if counts.rows else 0.0
+    status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
+    to_stderr = file is None
+    print_table(
+        [
+            ("selection", f"{selector.digest[:12]} of cache {selector.store.fingerprint[:12]}"),
+            (
+                "this run",
+                f"{counts.batches:,} batches, kept {counts.kept:,} of {counts.rows:,} ({rate:,.0f} samples/s)",
+            ),
+            ("Fiedler", status),
+            ("time", seconds_line(seconds)),
+        ],
+        err=to_stderr,
+    )
+    slow = counts.status["max_iterations"]
+    if slow > 0.01 * counts.batches:
+        click.echo(
+            f"warning: {slow} of {counts.batches} Fiedler vectors did not converge; raise --max-iterations or "
+            "--tolerance, or --knn for better connected graphs",
+            err=True,
+        )
+    if file is not None:
+        click.echo(f"wrote: {file}")
+        click.echo(
+            f"next: gstds-train {selector.store.journal.provenance.get('dataset', 'DATASET')} --selection {file}"
+        )
+    if as_json:
+        result: dict[str, Any] = {
+            "out": str(file) if file else "-",
+            "selection_digest": selector.digest,
+            "cache_fingerprint": selector.store.fingerprint,
+            "cache_hit": counts.batches == 0,
+            "batches": counts.batches,
+            "total_batches": selector.plan.total_batches,
+            "total_kept": selector.plan.total_kept,
+            "rows": counts.rows,
+            "kept": counts.kept,
+            "samples_per_second": round(rate, 1),
+            "status": dict(counts.status),
+            "rule": config.rule,
+            "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        }
+        print_json(result, err=to_stderr)
+
+
+if __name__ == "__main__":
+    main()

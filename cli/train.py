@@ -1,0 +1,169 @@
+"""``gstds-train``: train a network on a stream of kept indices."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import click
+from gstds_cache.cli.common import (
+    Command,
+    Progress,
+    device_option,
+    json_option,
+    print_json,
+    print_table,
+    seconds_line,
+    stop_after_step,
+)
+
+from gstds_cache.config import TrainConfig
+
+HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
+
+\b
+Examples:
+  gstds-train digits --selection selection.arrow
+  gstds-train 'imagefolder:photos?split=train' --selection s.arrow --eval 'imagefolder:photos?split=test'
+  gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
+  gstds-train digits --selection selection.arrow --out runs/a --resume
+
+--arch takes any architecture torchvision or timm knows by that name.
+"""
+
+
+@click.command(cls=Command, help=HELP)
+@click.argument("dataset")
+@click.option("--selection", required=True, metavar="FILE|-", help="From gstds-select; - is stdin.")
+@click.option("--eval", "eval_dataset", metavar="DATASET", help="Measure accuracy on this at the end.")
+@click.option("--arch", default="resnet18", show_default=True, help="The network.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--lr", type=float, default=0.1, show_default=True, help="Peak learning rate.")
+@click.option("--momentum", type=float, default=0.9, show_default=True)
+@click.option("--weight-decay", type=float, default=5e-4, show_default=True)
+@click.option("--image-size", type=int, default=0, help="Side in pixels. [default: the images' own, at most 64]")
+@click.option(
+    "--augment",
+    type=click.Choice(["auto", "none", "crop", "crop+flip"]),
+    default="auto",
+    show_default=True,
+    help="auto mirrors where that keeps an image's label.",
+)
+@device_option
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that decode images.")
+@click.option("--memory-budget", type=int, default=2048, show_default=True, help="MiB of decoded images to hold.")
+@click.option("--threads", type=int, default=0, help="CPU threads to use. [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", help="[default: runs/ARCH-SELECTION-sSEED]")
+@click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
+@json_option
+def main(
+    dataset: str,
+    selection: str,
+    eval_dataset: str | None,
+    arch: str,
+    seed: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    image_size: int,
+    augment: Literal["auto", "none", "crop", "crop+flip"],
+    device: str,
+    workers: int,
+    memory_budget: int,
+    threads: int,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Parse, call :func:`gstds_cache.train.loop.train`, print."""
+    config = TrainConfig(
+        arch=arch,
+        seed=seed,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        image_size=image_size,
+        augment=augment,
+        device=device,
+        workers=workers,
+        memory_budget=memory_budget << 20,
+    )
+    from gstds_cache.data.manifest import build_manifest
+    from gstds_cache.data.sources import open_source
+    from gstds_cache.devices import describe_device, limit_threads, resolve_device
+    from gstds_cache.memory import keep_freed_memory
+    from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset
+    from gstds_cache.train.images import default_side
+    from gstds_cache.train.loop import run_config, train
+    from gstds_cache.train.run_dir import RunDir
+
+    keep_freed_memory()
+    limit_threads(threads)
+    source = open_source(dataset)
+    evaluation = open_source(eval_dataset) if eval_dataset else None
+    with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
+        manifest = build_manifest(source)
+        require_dataset(stream.header, items=len(manifest), items_root=manifest.root, uri=source.uri)
+        config = replace(
+            config,
+            image_size=config.image_size or default_side(source),
+            augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
+        )
+        name = f"{arch.replace(':', '-')}-{stream.header.selection_digest[:8]}-s{seed}"
+        run_dir = RunDir(
+            out or Path("runs") / name,
+            run_config(config, stream, build_manifest(evaluation).root if evaluation else None),
+            provenance={
+                "dataset": source.uri,
+                "selection": stream.header.settings,
+                "device": describe_device(resolve_device(device)),
+                **{package: version(package) for package in ("gstds-cache", "torch", "torchvision", "timm")},
+            },
+            resume=resume,
+        )
+        progress = Progress("steps", "data")
+        try:
+            with stop_after_step() as stopping:
+                report = train(
+                    source, stream, config, run_dir, evaluation=evaluation, progress=progress, stopping=stopping
+                )
+        finally:
+            progress.end()
+        header = stream.header
+    accuracy = report.accuracy
+    print_table(
+        [
+            ("run", str(run_dir.path)),
+            (
+                "test accuracy",
+                f"{accuracy.value:.2%} of {accuracy.items:,} ({accuracy.undecodable:,} undecodable left out)"
+                if accuracy
+                else "not measured: give --eval DATASET",
+            ),
+            ("gradients", f"{report.gradient_samples:,} samples in {report.steps:,} steps"),
+            ("loss", f"{report.loss:.4f} in the last epoch"),
+            ("time", seconds_line(report.seconds)),
+        ]
+    )
+    click.echo("next: the same with another --seed; the embeddings and the selection are reused")
+    if as_json:
+        print_json(
+            {
+                "run_dir": str(run_dir.path),
+                "test_accuracy": accuracy.value if accuracy else None,
+                "test_items": accuracy.items if accuracy else 0,
+                "gradient_samples": report.gradient_samples,
+                "steps": report.steps,
+                "loss": report.loss,
+                "seconds": report.seconds,
+                "selection_digest": header.selection_digest,
+                "cache_fingerprint": header.cache_fingerprint,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Configurations: frozen, and checked when they are made, so that a bad value never gets further than here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gstds_cache.errors import UsageError
+
+DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
+DEFAULT_RULE = "coverage"
+SMALLEST_BATCH = 4
+
+
+def _require(ok: bool, what: str, got: object, expected: str, hint: str = "") -> None:
+    if not ok:
+        raise UsageError(f"{what}: got {got!r}, expected {expected}", hint=hint)
+
+
+def _one_of(what: str, got: str, allowed: tuple[str, ...]) -> None:
+    _require(got in allowed, what, got, "one of " + ", ".join(allowed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """How a data set is embedded.
+
+    Attributes:
+        model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with ``?weights=FILE``.
+        batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
+        unit_rows: Rows per unit, a multiple of ``batch_size``; None takes the store's own, or about 4 MB a unit.
+        workers: Processes that decode images; 0 decodes in this process.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: How embeddings are stored.
+        allow_untrained: Accept a model without pretrained weights.
+    """
+
+    model: str = DEFAULT_MODEL
+    batch_size: int | None = None
+    unit_rows: int | None = None
+    workers: int = 1
+    device: str = "auto"
+    dtype: Literal["float16", "float32"] = "float16"
+    allow_untrained: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        _require(self.unit_rows is None or self.unit_rows >= 1, "--unit-rows", self.unit_rows, "at least 1")
+        _require(self.workers >= 0, "--workers", self.workers, "0 or more")
+        _one_of("--dtype", self.dtype, ("float16", "float32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """How a store's rows are selected. Every field but ``device``, ``knn_backend`` and ``threads`` is identity.
+
+    Attributes:
+        batch_size: Rows a batch holds before selection (B), >= 4.
+        epochs: Passes over the data set.
+        schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75``.
+        knn: Neighbours per row (K), below ``batch_size``.
+        rule: Name of the rule that turns a graph's spectrum into a kept set.
+        seed: Seed of the batch plan and of random rules, >= 0.
+        laplacian: ``combinatorial`` is D - W, ``normalized`` is I - D^-1/2 W D^-1/2.
+        tolerance: Relative residual at which a Fiedler pair counts as converged.
+        max_iterations: LOBPCG iterations before the dense fallback.
+        device: Where the spectrum is computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        knn_backend: ``auto``, ``faiss-cpu`` or ``faiss-gpu``.
+        threads: CPU threads selection may use; 0 leaves the libraries' defaults.
+    """
+
+    batch_size: int = 512
+    epochs: int = 8
+    schedule: str = "constant:0.75"
+    knn: int = 10
+    rule: str = DEFAULT_RULE
+    seed: int = 0
+    laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
+    tolerance: float = 1e-4
+    max_iterations: int = 500
+    device: str = "auto"
+    knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"] = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= SMALLEST_BATCH, "--batch-size", self.batch_size, f"at least {SMALLEST_BATCH}")
+        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+        _require(
+            1 <= self.knn < self.batch_size,
+            "--knn",
+            self.knn,
+            f"from 1 to batch size - 1 = {self.batch_size - 1}",
+            hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
+        )
+        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
+        _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
+        _require(self.max_iterations >= 1, "--max-iterations", self.max_iterations, "at least 1")
+        _one_of("--knn-backend", self.knn_backend, ("auto", "faiss-cpu", "faiss-gpu"))
+        _require(self.threads >= 0, "--threads", self.threads, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a network is trained on a selection.
+
+    Attributes:
+        arch: ``resnet18`` or any architecture torchvision or timm knows by that name.
+        seed: Seed of the initial weights and of augmentation, >= 0.
+        lr: Peak learning rate of the one-cycle schedule.
+        momentum: SGD momentum.
+        weight_decay: SGD weight decay.
+        image_size: Side of the square training image in pixels; 0 takes the data set's own (at most 64).
+        augment: ``none``, ``crop`` (random shifts), ``crop+flip``; ``auto`` mirrors where the data set allows it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: Processes that decode images where the data set does not fit ``memory_budget``.
+        memory_budget: Bytes of decoded images that may be held in memory.
+    """
+
+    arch: str = "resnet18"
+    seed: int = 0
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    image_size: int = 0
+    augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
+    device: str = "auto"
+    workers: int = 1
+    memory_budget: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        _require(math.isfinite(self.lr) and self.lr > 0, "--lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
+        _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")
+        _require(self.image_size == 0 or self.image_size >= 8, "--image-size", self.image_size, "at least 8, or 0")
+        _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
+        _require(self.workers >= 0, "--workers", self.workers, "0 or more")
+        _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")

@@ -1,0 +1,60 @@
+"""Images that are held in memory, and scikit-learn's handwritten digits, which need no download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from PIL import Image
+
+from gstds_cache.data.decode import to_rgb
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ArraySource:
+    """Images in one array: grey [N, H, W] or RGB [N, H, W, 3]. An item's payload is its pixels, row by row."""
+
+    uri: str
+    kind: str
+    ids: tuple[str, ...] = field(repr=False)
+    labels: Int64[np.ndarray, " N"] = field(repr=False)
+    pixels: UInt8[np.ndarray, "N H W *C"] = field(repr=False)
+    classes: Sequence[str] = ()
+    mirror_safe: bool = True
+    notes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def payload(self, row: int) -> bytes:
+        """The pixels of item ``row``, without their shape, which all items share."""
+        return bytes(self.pixels[row].tobytes())
+
+    def image(self, row: int) -> Image.Image:
+        """Item ``row`` in RGB."""
+        return to_rgb(Image.fromarray(self.pixels[row]))
+
+
+def open_digits(uri: str) -> ArraySource:
+    """Open scikit-learn's 1797 handwritten digits of 8 x 8 pixels, scaled from 0..16 to 0..255.
+
+    Args:
+        uri: The data set as the user named it.
+
+    Returns:
+        The source; ids ``digits/0000`` to ``digits/1796``.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return ArraySource(
+        uri=uri,
+        kind="digits",
+        ids=tuple(f"digits/{row:04d}" for row in range(len(digits.images))),
+        labels=digits.target.astype(np.int64),
+        pixels=np.rint(digits.images * 255 / 16).astype(np.uint8),
+        classes=tuple(str(name) for name in digits.target_names),
+        mirror_safe=False,
+    )

@@ -1,0 +1,75 @@
+"""``package.module:factory``: the user's own data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gstds_cache.data.mapstyle import MapStyleSource, importable
+from gstds_cache.data.sources import KINDS
+from gstds_cache.errors import DatasetError, GstdsError
+from gstds_cache.plugins import load_factory
+
+
+def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSource:
+    """Call the user's factory and adapt what it returns.
+
+    The dataset must have ``__len__`` and ``__getitem__`` that gives (image, label): a PIL image, a uint8 array
+    [H, W] or [H, W, C] or a uint8 tensor [C, H, W], and an integer. Attributes ``ids``, ``classes``,
+    ``targets``/``labels`` and ``mirror_safe`` are used where it has them. The current directory is importable while
+    the factory runs.
+
+    Args:
+        uri: The data set as the user named it.
+        name: ``package.module:factory``.
+        params: Keyword arguments for the factory, all strings.
+
+    Returns:
+        The source.
+
+    Raises:
+        DatasetError: There is no such factory, it cannot be called with ``params``, or what it returns is not a
+            data set whose items are the same each time.
+    """
+    folder = str(Path.cwd())
+    try:
+        factory = load_factory(name, "data set", KINDS)
+    except (GstdsError, ImportError) as error:
+        message = error.message if isinstance(error, GstdsError) else f"it imports what is not installed: {error}"
+        hint = (
+            error.hint
+            if isinstance(error, GstdsError)
+            else f"look at the whole trace: python -c 'import {name.partition(':')[0]}'"
+        )
+        raise DatasetError(f"data set {uri!r}: {message}", hint=hint) from error
+    with importable(folder):
+        try:
+            dataset = factory(**params)
+        except TypeError as error:
+            call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
+            raise DatasetError(
+                f"data set {uri!r}: the call {call} failed: {error}",
+                hint="query parameters are passed to the factory by name, as strings",
+            ) from error
+        source = MapStyleSource(
+            dataset,
+            uri=uri,
+            kind=f"module:{name}",
+            folder=folder,
+            mirror_safe=bool(getattr(dataset, "mirror_safe", True)),
+        )
+        _check_repeatable(source)
+    return source
+
+
+def _check_repeatable(source: MapStyleSource) -> None:
+    """Refuse a dataset that augments: its cache would hold embeddings of images nobody sees again."""
+    try:
+        same = source.payload(0) == source.payload(0)
+    except OSError:
+        return
+    if not same:
+        raise DatasetError(
+            f"data set {source.uri!r}: got two different images for item 0, expected the same each time",
+            hint="take random transforms out of the dataset: augmentation comes after the cache",
+        )

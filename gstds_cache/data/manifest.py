@@ -1,0 +1,180 @@
+"""The ordered manifest: which items, in which order, with which bytes and labels. Its root is a data set's identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64, UInt8
+
+from gstds_cache.data.source import ImageSource
+from gstds_cache.digest import merkle_root
+from gstds_cache.errors import IntegrityError
+
+UNREADABLE = bytes(32)
+"""The SHA-256 recorded for an item whose bytes could not be read."""
+
+_BLOCK = 100
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.utf8(), nullable=False),
+        pa.field("sha256", pa.binary(32), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetManifest:
+    """What was in a data set, in order. Compare two by their ``root``.
+
+    Attributes:
+        kind: The source's kind, e.g. ``imagefolder``; provenance, and no part of the root.
+        ids: Name of every item.
+        sha256: [N, 32] SHA-256 of every item's bytes, or ``UNREADABLE``.
+        labels: [N] class index of every item, -1 where there is none.
+        classes: Class names by label; provenance, and no part of the root.
+    """
+
+    kind: str
+    ids: tuple[str, ...]
+    sha256: UInt8[np.ndarray, "N 32"]
+    labels: Int64[np.ndarray, " N"]
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = len(self.ids)
+        if self.sha256.shape != (rows, 32) or self.labels.shape != (rows,):
+            raise ValueError(
+                f"manifest of {rows} ids: got sha256 {self.sha256.shape} and labels {self.labels.shape}, "
+                f"expected {(rows, 32)} and {(rows,)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def root(self) -> str:
+        """Merkle root over the items in order, as 64 hexadecimal digits.
+
+        A leaf is the id's length in UTF-8 bytes (8 bytes, big-endian), the id, the item's SHA-256 (32 bytes) and the
+        label (8 bytes, big-endian, signed). Order, names, content and labels all change it; kind and paths do not.
+        """
+        return merkle_root(self._leaves())
+
+    def _leaves(self) -> Iterator[bytes]:
+        for name, digest, label in zip(self.ids, self.sha256, self.labels.tolist(), strict=True):
+            encoded = name.encode()
+            yield len(encoded).to_bytes(8, "big") + encoded + digest.tobytes() + label.to_bytes(8, "big", signed=True)
+
+    def to_arrow(self) -> bytes:
+        """Serialise to an Arrow IPC file: columns ``id``, ``sha256``, ``label``; kind and classes in the metadata.
+
+        Returns:
+            The file's bytes; the same for the same manifest and pyarrow version.
+        """
+        schema = _SCHEMA.with_metadata(
+            {"kind": self.kind, "classes": json.dumps(list(self.classes), ensure_ascii=False)}
+        )
+        digests = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(32), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.sha256))]
+        )
+        columns = [pa.array(self.ids, pa.utf8()), digests, pa.array(self.labels)]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+        return bytes(sink.getvalue())
+
+    @classmethod
+    def from_arrow(cls, data: bytes) -> DatasetManifest:
+        """Read what :meth:`to_arrow` wrote.
+
+        Args:
+            data: The bytes of an Arrow IPC file.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            IntegrityError: ``data`` is damaged, or is another kind of Arrow file.
+        """
+        try:
+            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+            table.validate(full=True)
+            metadata = table.cast(_SCHEMA.with_metadata(table.schema.metadata)).schema.metadata
+            return cls(
+                kind=metadata[b"kind"].decode(),
+                ids=tuple(table["id"].to_pylist()),
+                sha256=np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint8).reshape(len(table), 32),
+                labels=table["label"].to_numpy().astype(np.int64),
+                classes=tuple(json.loads(metadata[b"classes"])),
+            )
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"the manifest of items is damaged: {error}, expected an Arrow file as written",
+                hint="restore items.arrow from a copy, or embed the data set into a new store",
+            ) from error
+
+
+def build_manifest(
+    source: ImageSource, *, progress: Callable[[int, int], None] | None = None, threads: int = 4
+) -> DatasetManifest:
+    """Read and hash every item of a source.
+
+    Args:
+        source: The data set.
+        progress: Called with (items done, items in all) about every 100 items and at the end.
+        threads: Threads that read and hash; hashing and file reads leave Python's lock.
+
+    Returns:
+        The manifest, in the source's order, with ``UNREADABLE`` for items whose bytes could not be read.
+    """
+    return DatasetManifest(
+        kind=source.kind,
+        ids=tuple(source.ids),
+        sha256=hash_items(source, progress=progress, threads=threads),
+        labels=source.labels,
+        classes=tuple(source.classes),
+    )
+
+
+def hash_items(
+    source: ImageSource, *, progress: Callable[[int, int], None] | None = None, threads: int = 4
+) -> UInt8[np.ndarray, "N 32"]:
+    """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.
+
+    Args:
+        source: The data set.
+        progress: Called with (items done, items in all) about every 100 items and at the end.
+        threads: Threads that read and hash.
+
+    Returns:
+        [N, 32] digests, writable.
+    """
+    rows = len(source)
+    digests = np.zeros((rows, 32), np.uint8)
+
+    def hash_block(start: int) -> int:
+        stop = min(start + _BLOCK, rows)
+        for row in range(start, stop):
+            digests[row] = np.frombuffer(_hash_item(source, row), np.uint8)
+        return stop
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for stop in pool.map(hash_block, range(0, rows, _BLOCK)):
+            if progress is not None:
+                progress(stop, rows)
+    return digests
+
+
+def _hash_item(source: ImageSource, row: int) -> bytes:
+    try:
+        return hashlib.sha256(source.payload(row)).digest()
+    except OSError:
+        return UNREADABLE

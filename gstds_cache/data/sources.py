@@ -1,0 +1,79 @@
+"""How a data set's name on the command line is understood."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from gstds_cache.data.source import ImageSource
+from gstds_cache.errors import UsageError, unknown_name
+
+__all__ = ["KINDS", "ImageSource", "open_source"]
+
+KINDS = ("digits", "imagefolder:PATH", "torchvision:CLASS?root=PATH", "module:factory")
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def open_source(uri: str) -> ImageSource:
+    """Open a data set by name.
+
+    ``digits`` and ``imagefolder:PATH`` take ``?split=train|test&holdout=0.2``; ``torchvision:CLASS`` passes its query
+    to the class and ``module:factory`` to the factory. A path may hold ``:`` but not ``?``.
+
+    Args:
+        uri: One of ``KINDS``.
+
+    Returns:
+        The source, with its labels read and no image decoded unless the data set leaves no other way.
+
+    Raises:
+        UsageError: The name is of no known kind, or has a query parameter that its kind does not take.
+        DatasetError: What is named is not there, or is no data set.
+    """
+    # Adapters are imported where they are chosen: each brings a heavy library.
+    base, mark, query = uri.partition("?")
+    kind, _, target = base.partition(":")
+    params = _parse_query(uri, query) if mark else {}
+    if base == "digits":
+        from gstds_cache.data.arrays import open_digits
+        from gstds_cache.data.split import open_split
+
+        return open_split(uri, params, open_digits)
+    if kind == "imagefolder":
+        from gstds_cache.data.folder import open_folder
+        from gstds_cache.data.split import open_split
+
+        return open_split(uri, params, lambda whole: open_folder(whole, target))
+    if kind == "torchvision":
+        from gstds_cache.data.vision import open_torchvision
+
+        return open_torchvision(uri, target, params)
+    factory = target if kind == "module" and ":" in target else base
+    if _FACTORY.fullmatch(factory):
+        from gstds_cache.data.factory import open_factory
+
+        return open_factory(uri, factory, params)
+    if base and Path(base).expanduser().is_dir():
+        raise UsageError(
+            f"unknown data set {base!r}: it is a folder, and a folder of images is named imagefolder:PATH",
+            hint=f"did you mean 'imagefolder:{base}'?",
+        )
+    raise unknown_name("data set", base, KINDS)
+
+
+def _parse_query(uri: str, query: str) -> dict[str, str]:
+    try:
+        # A plus sign is a plus sign in a path; that it means a space is a rule of web forms.
+        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise UsageError(
+            f"data set {uri!r}: got the query {query!r}, expected name=value pairs joined by '&'",
+            hint="quote the whole data set in a shell, where '&' and '?' mean something else",
+        ) from None
+    params = dict(pairs)
+    if len(params) != len(pairs):
+        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
+        raise UsageError(f"data set {uri!r}: query parameter given more than once: {', '.join(twice)}")
+    return params

@@ -1,0 +1,216 @@
+"""``torchvision:CLASS?root=PATH``: the data sets torchvision knows, from files that are already there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from gstds_cache.data.arrays import ArraySource
+from gstds_cache.data.files import FileSource, has_image_extension, printable
+from gstds_cache.data.mapstyle import MapStyleSource, class_names, label_array
+from gstds_cache.data.source import ImageSource
+from gstds_cache.errors import DatasetError, UsageError, unknown_name
+
+# Characters and signs: mirrored, they are others or none.
+_MIRROR_UNSAFE = frozenset(
+    (
+        *("EMNIST", "GTSRB", "KMNIST", "MNIST", "MovingMNIST", "Omniglot"),
+        *("QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS"),
+    )
+)
+# Code that would run inside the cache, and the network.
+_NOT_PARAMETERS = frozenset(
+    ("self", "transform", "target_transform", "transforms", "loader", "is_valid_file", "download")
+)
+
+
+def open_torchvision(uri: str, name: str, params: Mapping[str, str]) -> ImageSource:
+    """Open a data set class of torchvision.
+
+    Row i is item i of the class, so that kept indices fit the dataset object in any other program. Where the object
+    knows its image files, an item's payload is the file's bytes; for CIFAR it is the pixels as stored; else the pixels
+    the object gives. Nothing is ever downloaded.
+
+    Args:
+        uri: The data set as the user named it.
+        name: The class, e.g. ``CIFAR10``.
+        params: Its constructor's arguments as strings, converted by the types the constructor declares.
+            ``split=train|test`` also works for classes that have ``train=true|false``.
+
+    Returns:
+        The source.
+
+    Raises:
+        UsageError: The class or a parameter is unknown, or ``root`` is missing.
+        DatasetError: The data are not at ``root``, or items are not (image, label) pairs.
+    """
+    from torchvision import datasets
+
+    known = {
+        key: value
+        for key, value in vars(datasets).items()
+        if inspect.isclass(value) and issubclass(value, datasets.VisionDataset) and value is not datasets.VisionDataset
+    }
+    if name not in known:
+        raise unknown_name("torchvision data set", name, known)
+    arguments = _arguments(uri, known[name], params)
+    dataset = _construct(uri, known[name], arguments)
+    return _adapt(uri, name, dataset, str(arguments.get("root", "")))
+
+
+def _arguments(uri: str, cls: type, params: Mapping[str, str]) -> dict[str, Any]:
+    """Check the query against the constructor's signature and convert its values."""
+    accepted = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    named = {key: value for key, value in accepted.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
+    takes_any = len(named) != len(accepted)
+    given = dict(params)
+    if "download" in given:
+        raise UsageError(
+            f"data set {uri!r}: got download={given['download']}, but nothing is downloaded here",
+            hint=f"download it first: {_download_command(cls, given.get('root', 'PATH'))}",
+        )
+    if "split" in given and "split" not in named and "train" in named:
+        split = given.pop("split")
+        if split not in {"train", "test"} or "train" in given:
+            raise UsageError(
+                f"data set {uri!r}: got split={split}, expected either split=train or split=test, or train="
+            )
+        given["train"] = "true" if split == "train" else "false"
+    allowed = [key for key in named if key not in _NOT_PARAMETERS]
+    for key in given:
+        if key in _NOT_PARAMETERS or (key not in named and not takes_any):
+            raise unknown_name(f"query parameter of data set {uri!r}:", key, allowed)
+    required = [key for key in allowed if key == "root" or named[key].default is inspect.Parameter.empty]
+    missing = [
+        key for key in required if not given.get(key) and named[key].kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+    if missing:
+        raise UsageError(
+            f"data set {uri!r}: got no {' and no '.join(missing)}, expected {'&'.join(f'{k}=...' for k in missing)}",
+            hint=f"say where the data are: torchvision:{cls.__name__}?root=PATH",
+        )
+    arguments = {key: _convert(uri, key, value, named.get(key)) for key, value in given.items()}
+    if "download" in named:
+        arguments["download"] = False  # Some classes download unless told not to.
+    if "root" in arguments:
+        arguments["root"] = str(Path(str(arguments["root"])).expanduser())
+    return arguments
+
+
+def _convert(uri: str, key: str, value: str, parameter: inspect.Parameter | None) -> str | int | bool:
+    default = parameter.default if parameter is not None else None
+    if key == "root" or isinstance(default, str) or (parameter is not None and parameter.annotation in {str, "str"}):
+        return value
+    if value.lower() in {"true", "false"} and (default is None or isinstance(default, (bool, type))):
+        return value.lower() == "true"
+    is_int = value.removeprefix("-").isdecimal()
+    if isinstance(default, bool) or (isinstance(default, int) and not is_int):
+        expected = "true or false" if isinstance(default, bool) else "a whole number"
+        raise UsageError(f"data set {uri!r}: got {key}={value}, expected {expected}")
+    return int(value) if is_int else value
+
+
+def _construct(uri: str, cls: type, arguments: Mapping[str, Any]) -> Any:
+    root = str(arguments.get("root", ""))
+    if "root" in arguments and not Path(root).is_dir():
+        raise DatasetError(
+            f"data set {uri!r}: got root={root}, expected a folder that exists",
+            hint=f"download it first: {_download_command(cls, root)}",
+        )
+    try:
+        return cls(**arguments)
+    except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
+        raise DatasetError(
+            f"data set {uri!r}: {cls.__name__} found no data under {root or 'its root'}, or damaged data: {error}",
+            hint=f"download it first: {_download_command(cls, root)}",
+        ) from error
+    except ValueError as error:  # How torchvision refuses an argument.
+        raise UsageError(f"data set {uri!r}: {error}") from error
+
+
+def _download_command(cls: type, root: str) -> str:
+    if "download" not in inspect.signature(cls.__init__).parameters:  # type: ignore[misc]
+        return f"see {cls.__module__.rpartition('.')[0]}.{cls.__name__}'s documentation"
+    return f"""python -c "from torchvision.datasets import {cls.__name__}; {cls.__name__}('{root}', download=True)\""""
+
+
+def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
+    kind, mirror_safe = f"torchvision:{name}", name not in _MIRROR_UNSAFE
+    if name in {"CIFAR10", "CIFAR100"}:
+        return ArraySource(
+            uri=uri,
+            kind=kind,
+            ids=tuple(f"{row:07d}" for row in range(len(dataset))),
+            labels=np.array(dataset.targets, np.int64),
+            pixels=dataset.data,
+            classes=class_names(dataset),
+        )
+    files = _files_and_labels(dataset)
+    if files is None:
+        return MapStyleSource(dataset, uri=uri, kind=kind, mirror_safe=mirror_safe)
+    paths, labels = files
+    return FileSource(
+        uri=uri,
+        kind=kind,
+        ids=_ids(paths, root),
+        labels=labels,
+        paths=paths,
+        classes=_file_classes(dataset),
+        mirror_safe=mirror_safe,
+    )
+
+
+def _files_and_labels(dataset: Any) -> tuple[tuple[str, ...], Int64[np.ndarray, " N"]] | None:
+    """The image files a dataset object lists, with their labels, or None if it lists none."""
+    rows = len(dataset)
+    paths: Any
+    for name in ("_image_files", "_images"):
+        paths = getattr(dataset, name, None)
+        attribute = _label_attribute(dataset)
+        labels = label_array(getattr(dataset, attribute, None) if attribute else [None] * rows, rows)
+        if labels is not None and _are_images(paths, rows):
+            return tuple(str(path) for path in paths), labels
+    for name in ("samples", "imgs", "_samples"):
+        pairs = getattr(dataset, name, None)
+        if isinstance(pairs, (list, tuple)) and pairs and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+            paths, values = zip(*pairs, strict=True)
+            labels = label_array(values, rows)
+            if labels is not None and _are_images(paths, rows):
+                return tuple(str(path) for path in paths), labels
+    return None
+
+
+def _file_classes(dataset: Any) -> tuple[str, ...]:
+    attribute = _label_attribute(dataset)
+    if attribute == "_bin_labels":
+        return tuple(dataset.bin_classes)
+    return class_names(dataset) if attribute else ()
+
+
+def _label_attribute(dataset: Any) -> str:
+    """Where file data sets keep labels; OxfordIIITPet has several kinds, of which '' is none that is a class."""
+    target_types = tuple(getattr(dataset, "_target_types", ("category",)))
+    return {("category",): "_labels", ("binary-category",): "_bin_labels"}.get(target_types, "")
+
+
+def _are_images(paths: Any, rows: int) -> bool:
+    return (
+        isinstance(paths, (list, tuple))
+        and len(paths) == rows > 0
+        and all(isinstance(path, (str, Path)) and has_image_extension(str(path)) for path in paths)
+    )
+
+
+def _ids(paths: tuple[str, ...], root: str) -> tuple[str, ...]:
+    """Paths relative to the root; row numbers where those are not unique or lead outside."""
+    inside = [Path(path) for path in paths]
+    if all(path.is_relative_to(root) for path in inside):
+        ids = tuple(printable(path.relative_to(root).as_posix()) for path in inside)
+        if len(set(ids)) == len(ids):
+            return ids
+    return tuple(f"{row:07d}" for row in range(len(paths)))

@@ -1,0 +1,50 @@
+"""Canonical JSON and SHA-256 digests: the identity of everything that is cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise ``value`` to the one JSON text it has: sorted keys, no spaces, UTF-8, no NaN.
+
+    Raises:
+        ValueError: ``value`` holds NaN or an infinity, for which JSON has no text.
+        TypeError: ``value`` holds something JSON cannot express.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_hex(data: bytes | memoryview) -> str:
+    """SHA-256 of ``data`` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return sha256_hex(canonical_json(value))
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def merkle_root(leaves: Iterable[bytes]) -> str:
+    """Root of the binary SHA-256 Merkle tree over ``leaves``, as 64 hexadecimal digits.
+
+    Leaves and inner nodes are hashed with different prefixes (RFC 6962), an odd node is carried up unchanged, and the
+    tree of no leaves is the hash of nothing.
+    """
+    level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in leaves]
+    if not level:
+        return sha256_hex(b"")
+    while len(level) > 1:
+        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[2 * len(pairs) :]
+    return level[0].hex()

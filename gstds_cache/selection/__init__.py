@@ -1,0 +1,1 @@
+"""From embeddings to kept rows: plan, schedule, rules, the per-batch path."""

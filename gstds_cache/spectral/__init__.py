@@ -1,0 +1,1 @@
+"""Fiedler vectors of many small sparse graphs."""

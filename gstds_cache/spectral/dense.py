@@ -1,0 +1,57 @@
+"""Dense eigenvectors: for graphs too small for LOBPCG, and for those on which it did not converge."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gstds_cache.graph.laplacian import Laplacian
+from gstds_cache.spectral.lobpcg import Ritz
+
+DensePair = tuple[Float64[Tensor, " q"], Float64[Tensor, "B q"], Float64[Tensor, " q"]]
+
+
+def dense_pairs(A: Laplacian, graph: int, q: int) -> DensePair:
+    """The ``q`` lowest nontrivial eigenpairs of one graph, by ``torch.linalg.eigh``.
+
+    The null vector is not left to chance: it is lifted out of the way, ``A + 2 bound z z^T``, so that it cannot mix
+    with a Fiedler vector whose eigenvalue is close to 0.
+
+    Args:
+        A: Laplacians of connected graphs.
+        graph: Which of them.
+        q: Pairs, from 0 to B - 1.
+
+    Returns:
+        Values ``[q]``, unit vectors ``[B, q]`` and residuals relative to the values ``[q]``, float64.
+    """
+    null = A.null_vector[graph]
+    matrix = A.dense(graph)
+    values, vectors = torch.linalg.eigh(matrix + 2 * A.bound[graph] * torch.outer(null, null))
+    values, vectors = values[:q], vectors[:, :q]
+    error = torch.linalg.vector_norm(matrix @ vectors - vectors * values, dim=0)
+    return values.clamp(min=0), vectors, error / values.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def solve_dense(A: Laplacian, q: int, *, tolerance: float) -> Ritz:
+    """Solve every stacked graph densely, one after the other.
+
+    Args:
+        A: Laplacians of connected graphs, any device.
+        q: Pairs wanted, at most B - 1.
+        tolerance: Relative residual above which a pair does not count as converged: its eigenvalue is then below what
+            float64 can tell from 0.
+
+    Returns:
+        Pairs in float64 on the device of ``A``, with 0 iterations.
+    """
+    values, basis, residual = zip(*(dense_pairs(A, g, q) for g in range(A.graph.graphs)), strict=True)
+    worst = torch.stack(residual)
+    return Ritz(
+        values=torch.stack(values),
+        basis=torch.stack(basis),
+        residual=worst,
+        iterations=torch.zeros(len(worst), dtype=torch.int64, device=worst.device),
+        converged=(worst <= tolerance).all(dim=1),
+    )

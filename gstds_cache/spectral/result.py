@@ -1,0 +1,56 @@
+"""What a spectral solve returns, and the sign that makes an eigenvector one thing instead of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64, Int8, Int64
+from torch import Tensor
+
+# Entries within this share of the largest count as equally large, so that rounding cannot pick another one.
+SIGN_TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class FiedlerResult:
+    """The lowest Q nontrivial eigenpairs of G Laplacians.
+
+    A graph of B nodes has B - 1 of them. Where Q is larger, the missing pairs have value +inf (nothing more to find),
+    a basis column of zeros and residual 0.
+
+    Attributes:
+        values: Eigenvalues, ascending, without the trivial 0, ``[G, Q]`` float64.
+        basis: Eigenvectors of unit length, signs canonical, ``[G, B, Q]`` float64.
+        residual: ``||L v - value v|| / value``, ``[G, Q]`` float64.
+        iterations: LOBPCG iterations, 0 where the graph was solved densely by design, ``[G]`` int64.
+        status: Combination of :class:`~gstds_cache.spectral.status.Status` flags, ``[G]`` int8.
+        components: Connected components before bridging, ``[G]`` int64.
+    """
+
+    values: Float64[Tensor, "G Q"]
+    basis: Float64[Tensor, "G B Q"]
+    residual: Float64[Tensor, "G Q"]
+    iterations: Int64[Tensor, " G"]
+    status: Int8[Tensor, " G"]
+    components: Int64[Tensor, " G"]
+
+    @property
+    def vector(self) -> Float64[Tensor, "G B"]:
+        """The Fiedler vectors, ``[G, B]`` float64."""
+        return self.basis[..., 0]
+
+
+def canonical_sign(basis: Float64[Tensor, "G B Q"]) -> Float64[Tensor, "G B Q"]:
+    """Turn every column so that its entry of largest magnitude is positive; the lowest index decides among equals.
+
+    Args:
+        basis: Columns, ``[G, B, Q]`` float64; a column of zeros stays as it is.
+
+    Returns:
+        The columns times +1 or -1.
+    """
+    size = basis.abs()
+    candidate = size >= (1 - SIGN_TIE) * size.amax(dim=1, keepdim=True)
+    first = candidate.to(torch.int8).argmax(dim=1, keepdim=True)
+    return torch.where(basis.gather(1, first) < 0, -basis, basis)

@@ -1,0 +1,1 @@
+"""The cache on disk, format 1 (docs/cache-format.md)."""

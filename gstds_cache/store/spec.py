@@ -1,0 +1,112 @@
+"""What a store holds, spelled out field by field; its SHA-256 is the store's fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from gstds_cache.digest import digest_of
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Every field that decides what bytes a store holds. Never a path, a time or a library version.
+
+    Attributes:
+        items: Number of items (N).
+        items_root: Merkle root over the ordered item ids, hashes of bytes and labels.
+        encoder: :class:`EncoderSpec` as a dictionary.
+        dim: Length of an embedding (D).
+        dtype: How an embedding is stored.
+        batch_size: Images per forward pass; float32 results differ with it.
+        unit_rows: Rows per unit, a multiple of ``batch_size``.
+        format: Version of the layout.
+    """
+
+    items: int
+    items_root: str
+    encoder: dict[str, Any]
+    dim: int
+    dtype: Literal["float16", "float32"]
+    batch_size: int
+    unit_rows: int
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.items < 1 or self.dim < 1 or self.batch_size < 1 or self.unit_rows % self.batch_size:
+            raise ValueError(
+                f"items, dim and batch_size must be >= 1 and unit_rows a multiple of batch_size, got {self.items}, "
+                f"{self.dim}, {self.batch_size}, {self.unit_rows}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of all fields."""
+        return digest_of(self.to_dict())
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return -(-self.items // self.unit_rows)
+
+    def rows_of(self, unit: int) -> range:
+        """Rows of one unit; the last may be shorter."""
+        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.items))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CacheSpec:
+        """Parse what :meth:`to_dict` gave.
+
+        Raises:
+            IntegrityError: The format is another, or fields are missing or unknown.
+        """
+        if fields.get("format") != FORMAT:
+            raise IntegrityError(
+                f"cache format {fields.get('format')!r} is not supported, expected {FORMAT}",
+                hint="the store was written by another version of gstds-cache: embed again into a new --cache",
+            )
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(f"the store's specification is damaged: {error}") from error
+
+
+def differences(stored: CacheSpec, wanted: CacheSpec) -> list[str]:
+    """Fields in which two specifications differ, one line each: name, stored value, wanted value."""
+    ours, theirs = dict(_flatten(stored.to_dict())), dict(_flatten(wanted.to_dict()))
+    return [
+        f"{name}: the store has {ours.get(name)!r}, this run has {theirs.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: str) -> None:
+    """Refuse a store made from something else, naming the fields that differ.
+
+    Raises:
+        FingerprintMismatchError: If any field differs.
+    """
+    lines = differences(stored, wanted)
+    if lines:
+        raise FingerprintMismatchError(
+            f"{where} holds other embeddings (fingerprint {stored.fingerprint[:12]}, this run {wanted.fingerprint[:12]}"
+            "):\n    " + "\n    ".join(lines),
+            hint="nothing was changed. Give another --cache, or none: then each fingerprint has a store of its own",
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

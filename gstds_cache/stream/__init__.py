@@ -1,0 +1,1 @@
+"""Selections as records: schema, writer, reader."""

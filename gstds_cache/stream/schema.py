@@ -1,0 +1,247 @@
+"""One record schema for file and pipe: the Arrow IPC stream format, a row per batch (DESIGN: docs/stream-format.md).
+
+A stream is a schema with metadata (:class:`Header`), data records, an epoch-end record after each epoch, and one
+stream-end record. Arrow's own end-of-stream marker and a plain end of file both appear after a killed producer, so only
+the stream-end record means that a selection is whole.
+
+========  =================  ====================================================================================
+kind      ``seq``            ``kept``
+========  =================  ====================================================================================
+0 data    the batch's        rows of the store that stay
+1 epoch   the next batch's   [rows kept in the epoch]
+2 end     number of batches  [batches, rows kept, and the running SHA-256 as four big-endian signed 64-bit words]
+3 error   the next batch's   [] (the message is in the record's custom metadata, key ``error``)
+========  =================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gstds_cache.errors import StreamError
+from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.spectral.status import Status
+
+FORMAT = 1
+
+
+class Kind(IntEnum):
+    """What a record is."""
+
+    DATA = 0
+    EPOCH_END = 1
+    STREAM_END = 2
+    ERROR = 3
+
+
+FIELDS = pa.schema(
+    [
+        pa.field("seq", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("batch_id", pa.int64(), nullable=False),
+        pa.field("kind", pa.int8(), nullable=False),
+        pa.field("n_in", pa.int32(), nullable=False),
+        pa.field("kept", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
+        pa.field("score", pa.list_(pa.field("item", pa.float32(), nullable=False))),
+        pa.field("status", pa.int8(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("residual", pa.float32(), nullable=False),
+        pa.field("crc", pa.uint32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stream says of itself before its first record.
+
+    Attributes:
+        cache_fingerprint: Fingerprint of the store the rows are of.
+        selection_digest: Identity of the selection.
+        items: Items of the data set (N); rows are 0..N-1.
+        items_root: Merkle root of the data set's manifest.
+        seed: Seed of the selection.
+        epochs: Epochs.
+        batches_per_epoch: Batches of each epoch.
+        total_batches: Data records of the whole stream.
+        total_kept: Rows kept in the whole stream.
+        settings: Every setting of the selection.
+        format: Version of this schema.
+    """
+
+    cache_fingerprint: str
+    selection_digest: str
+    items: int
+    items_root: str
+    seed: int
+    epochs: int
+    batches_per_epoch: int
+    total_batches: int
+    total_kept: int
+    settings: dict[str, Any]
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, selector: BatchSelector) -> Header:
+        """The header of a selector's run."""
+        return cls(
+            cache_fingerprint=selector.store.fingerprint,
+            selection_digest=selector.digest,
+            items=len(selector.store),
+            items_root=selector.store.spec.items_root,
+            seed=selector.config.seed,
+            epochs=selector.config.epochs,
+            batches_per_epoch=selector.plan.batches_per_epoch,
+            total_batches=selector.plan.total_batches,
+            total_kept=selector.plan.total_kept,
+            settings=selector.identity["select"],
+        )
+
+    def to_schema(self) -> pa.Schema:
+        """The Arrow schema with this header as metadata."""
+        return FIELDS.with_metadata({f"gstds.{key}": json.dumps(value) for key, value in asdict(self).items()})
+
+    @classmethod
+    def from_schema(cls, schema: pa.Schema) -> Header:
+        """Parse a schema's metadata.
+
+        Raises:
+            StreamError: The columns or the version are not ours.
+        """
+        pairs = (schema.metadata or {}).items()
+        try:
+            fields = {k.decode()[6:]: json.loads(v) for k, v in pairs if k.startswith(b"gstds.")}
+        except ValueError as error:
+            raise StreamError(f"the selection's header is damaged: {error}") from error
+        if "format" not in fields:
+            raise StreamError("this Arrow stream is no selection: its schema has no gstds metadata")
+        if fields["format"] != FORMAT:
+            raise StreamError(
+                f"selection format {fields['format']} is not supported, expected {FORMAT}",
+                hint="select again with this version: gstds-select STORE --out FILE",
+            )
+        if not schema.remove_metadata().equals(FIELDS):
+            raise StreamError(f"the selection's columns are not format {FORMAT}'s: got {schema.names}")
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise StreamError(f"the selection's header is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a stream."""
+
+    seq: int
+    epoch: int
+    batch_id: int
+    kind: Kind
+    n_in: int
+    kept: np.ndarray
+    score: np.ndarray | None
+    status: int
+    value: float
+    residual: float
+
+    @classmethod
+    def data(cls, selection: Selection) -> Record:
+        """The record of a selected batch."""
+        return cls(
+            selection.seq,
+            selection.epoch,
+            selection.batch_id,
+            Kind.DATA,
+            selection.n_in,
+            selection.kept,
+            selection.score,
+            int(selection.status),
+            selection.value,
+            selection.residual,
+        )
+
+    @classmethod
+    def mark(cls, kind: Kind, seq: int, epoch: int, numbers: list[int]) -> Record:
+        """A record that is no batch: epoch end, stream end or error."""
+        return cls(seq, epoch, -1, kind, 0, np.array(numbers, np.int64), None, 0, float("nan"), float("nan"))
+
+    def selection(self) -> Selection:
+        """The batch of a data record."""
+        return Selection(
+            self.seq,
+            self.epoch,
+            self.batch_id,
+            self.n_in,
+            self.kept,
+            self.score,
+            Status(self.status),
+            self.value,
+            self.residual,
+        )
+
+    def packed(self) -> bytes:
+        """All columns but ``crc`` as little-endian bytes: what ``crc`` and the running SHA-256 are taken over."""
+        fixed = (self.seq, self.epoch, self.batch_id, self.kind, self.n_in, self.status, self.value, self.residual)
+        score = b"" if self.score is None else self.score.astype("<f4").tobytes()
+        lengths = struct.pack("<qq", len(self.kept), -1 if self.score is None else len(self.score))
+        return struct.pack("<qiqbibff", *fixed) + lengths + self.kept.astype("<i8").tobytes() + score
+
+    @property
+    def crc(self) -> int:
+        """CRC-32 (zlib's) of :meth:`packed`."""
+        return zlib.crc32(self.packed())
+
+    def to_batch(self) -> pa.RecordBatch:
+        """The record as an Arrow record batch of one row."""
+        columns = [
+            [self.seq],
+            [self.epoch],
+            [self.batch_id],
+            [int(self.kind)],
+            [self.n_in],
+            [self.kept],
+            [self.score],
+            [self.status],
+            [self.value],
+            [self.residual],
+            [self.crc],
+        ]
+        arrays = [pa.array(column, type=f.type) for column, f in zip(columns, FIELDS, strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, schema=FIELDS)
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch, row: int) -> Record:
+        """Row ``row`` of an Arrow record batch.
+
+        Raises:
+            StreamError: Its crc is not the one of its columns.
+        """
+        get = {name: batch.column(i) for i, name in enumerate(FIELDS.names)}
+        score = get["score"][row]
+        record = cls(
+            seq=get["seq"][row].as_py(),
+            epoch=get["epoch"][row].as_py(),
+            batch_id=get["batch_id"][row].as_py(),
+            kind=Kind(get["kind"][row].as_py()),
+            n_in=get["n_in"][row].as_py(),
+            kept=np.asarray(get["kept"][row].values, dtype=np.int64).copy(),
+            score=np.asarray(score.values, dtype=np.float32).copy() if score.is_valid else None,
+            status=get["status"][row].as_py(),
+            value=get["value"][row].as_py(),
+            residual=get["residual"][row].as_py(),
+        )
+        if record.crc != get["crc"][row].as_py():
+            raise StreamError(f"selection record {record.seq} is damaged: its crc does not match its columns")
+        return record
+
+
+def sha_words(digest: bytes) -> list[int]:
+    """A SHA-256 digest as four big-endian signed 64-bit integers, as the stream-end record holds it."""
+    return list(struct.unpack(">4q", digest))

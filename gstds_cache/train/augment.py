@@ -1,0 +1,41 @@
+"""Augmentation of a whole batch at once, on its device, keyed by the step so that a resumed run repeats it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float32, UInt8
+
+from gstds_cache.seeding import torch_rng_for
+
+
+def augment(
+    pixels: UInt8[torch.Tensor, "M 3 S S"], *, shift: int, mirror: bool, seed: int, step: int
+) -> UInt8[torch.Tensor, "M 3 S S"]:
+    """Shift each image by up to ``shift`` pixels (reflected at the edges) and mirror half of them.
+
+    Args:
+        pixels: uint8 [M, 3, S, S].
+        shift: Largest shift in each direction, in pixels; 0 for none.
+        mirror: Whether to mirror horizontally with probability 1/2.
+        seed: The run's seed.
+        step: The step, so that each has numbers of its own.
+
+    Returns:
+        uint8 [M, 3, S, S] on the same device.
+    """
+    count, _, side, _ = pixels.shape
+    rng = torch_rng_for(seed, "augment", step)
+    offset = torch.randint(0, 2 * shift + 1, (count, 2), generator=rng).to(pixels.device)
+    flipped = (torch.rand(count, generator=rng) < 0.5).to(pixels.device) & mirror
+    place = torch.arange(side, device=pixels.device)
+    rows = place + offset[:, :1]
+    columns = torch.where(flipped[:, None], side - 1 - place, place) + offset[:, 1:]
+    # float16 holds 0..255 exactly; reflection padding has no uint8 kernel.
+    padded = torch.nn.functional.pad(pixels.half(), (shift,) * 4, mode="reflect").to(torch.uint8) if shift else pixels
+    image = torch.arange(count, device=pixels.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def to_input(pixels: UInt8[torch.Tensor, "M 3 S S"]) -> Float32[torch.Tensor, "M 3 S S"]:
+    """Pixels 0..255 to float32 of about zero mean and unit deviation, channels last."""
+    return pixels.to(dtype=torch.float32, memory_format=torch.channels_last).sub_(127.5).div_(63.75)

@@ -1,0 +1,107 @@
+"""Images for training: held decoded in memory where they fit, else decoded by workers as the batches come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+from gstds_cache.data.loading import PixelBatch, pixel_batches
+from gstds_cache.data.source import ImageSource
+from gstds_cache.errors import UsageError
+
+AHEAD = 64  # images decoded per batch while memory is filled
+
+
+@dataclass(frozen=True)
+class SquarePixels:
+    """Image -> uint8 [3, side, side]: the shorter side resized to ``side``, centre crop."""
+
+    side: int
+
+    def __call__(self, image: Image.Image) -> UInt8[torch.Tensor, "3 S S"]:
+        """Pixels of one RGB image."""
+        if image.size != (self.side, self.side):
+            image = tvf.resize(image, [self.side], InterpolationMode.BILINEAR, antialias=True)
+            image = tvf.center_crop(image, [self.side, self.side])
+        pixels: torch.Tensor = tvf.pil_to_tensor(image)
+        return pixels
+
+
+class ImageFeed:
+    """Gives pixels for batches of rows, in the order asked for.
+
+    Attributes:
+        side: Side of the square images in pixels.
+        in_memory: Whether all images are held decoded.
+    """
+
+    def __init__(self, source: ImageSource, *, side: int, memory_budget: int, workers: int) -> None:
+        """Decode everything now if it fits ``memory_budget`` bytes.
+
+        Args:
+            source: The data set.
+            side: Side of the square images in pixels.
+            memory_budget: Bytes of decoded images that may be held.
+            workers: Processes that decode.
+        """
+        self.side, self._source, self._workers = side, source, workers
+        self.in_memory = len(source) * 3 * side * side <= memory_budget
+        self._failed: dict[int, str] = {}
+        if self.in_memory:
+            self._pixels = torch.empty((len(source), 3, side, side), dtype=torch.uint8)
+            spans = [range(start, min(start + AHEAD, len(source))) for start in range(0, len(source), AHEAD)]
+            # A few hundred small images decode faster than a worker starts.
+            for batch in self._decode(spans, workers if len(source) * side * side > 1 << 21 else 0):
+                self._pixels[list(batch.rows)] = batch.pixels
+                self._failed.update(batch.failures)
+
+    def batches(self, rows: Iterable[Sequence[int]]) -> Iterator[UInt8[torch.Tensor, "M 3 S S"]]:
+        """Pixels for each batch of rows.
+
+        Args:
+            rows: Rows of each batch; read a few batches ahead where workers decode.
+
+        Yields:
+            uint8 [M, 3, side, side] for each batch.
+
+        Raises:
+            UsageError: An image cannot be decoded.
+        """
+        if self.in_memory:
+            for batch in rows:
+                self._refuse((row, self._failed[row]) for row in batch if row in self._failed)
+                yield self._pixels[torch.as_tensor(batch)]
+        else:
+            for decoded in self._decode(rows, self._workers):
+                self._refuse(decoded.failures)
+                yield decoded.pixels
+
+    def _decode(self, rows: Iterable[Sequence[int]], workers: int) -> Iterator[PixelBatch]:
+        return pixel_batches(
+            self._source,
+            SquarePixels(self.side),
+            (3, self.side, self.side),
+            rows,
+            workers=workers,
+            pin=torch.cuda.is_available(),
+        )
+
+    def _refuse(self, failures: Iterable[tuple[int, str]]) -> None:
+        for row, reason in failures:
+            raise UsageError(
+                f"item {self._source.ids[row]!r} (row {row}) is to be trained on, but cannot be decoded: {reason}",
+                hint="the data set changed since it was embedded: run gstds-embed and gstds-select again",
+            )
+
+
+def default_side(source: ImageSource) -> int:
+    """The images' own size where the first ones are small squares of one size, else 64 pixels."""
+    sizes = {source.image(row).size for row in range(min(8, len(source)))}
+    width, height = next(iter(sizes))
+    return width if len(sizes) == 1 and width == height and 8 <= width <= 64 else 64

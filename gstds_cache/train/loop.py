@@ -1,0 +1,265 @@
+"""Training on a selection: the whole run, top to bottom.
+
+SGD with Nesterov momentum and a one-cycle learning rate over the total number of steps, which a selection's header
+tells before the first of them; bfloat16 autocast and channels-last on CUDA. Each data record of the stream is one
+step. A run that is killed or interrupted continues from its last checkpoint with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gstds_cache.config import TrainConfig
+from gstds_cache.data.source import ImageSource
+from gstds_cache.devices import resolve_device
+from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.seeding import torch_seed_for
+from gstds_cache.selection.run import Selection
+from gstds_cache.stream.reader import SelectionStream
+from gstds_cache.train.augment import augment, to_input
+from gstds_cache.train.evaluate import Accuracy, evaluate
+from gstds_cache.train.images import ImageFeed
+from gstds_cache.train.network import build_network
+from gstds_cache.train.run_dir import RunDir
+
+NOT_IDENTITY = frozenset({"device", "workers", "memory_budget"})
+WARM_UP = 0.25  # share of the steps in which the learning rate rises
+Progress = Callable[[str, int, int, float], None]
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a training run did, over all its sessions.
+
+    Attributes:
+        accuracy: On the evaluation set; None where there is none.
+        gradient_samples: Samples whose gradient was computed.
+        steps: Optimiser steps.
+        loss: Mean training loss of the last epoch.
+        seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
+            pixels), step, eval, total.
+    """
+
+    accuracy: Accuracy | None
+    gradient_samples: int
+    steps: int
+    loss: float
+    seconds: dict[str, float]
+
+
+def run_config(config: TrainConfig, stream: SelectionStream, eval_root: str | None) -> dict[str, Any]:
+    """What decides a run's outcome, as JSON-able values; kept in ``RUN_DIR/config.json``."""
+    header = stream.header
+    return {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY} | {
+        "selection_digest": header.selection_digest,
+        "cache_fingerprint": header.cache_fingerprint,
+        "items_root": header.items_root,
+        "eval_root": eval_root,
+    }
+
+
+def one_cycle(step: int, total: int) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``: up in a straight line, down along a cosine to nearly 0.
+
+    Smith & Topin 2018, "Super-convergence", with the cosine of Loshchilov & Hutter 2017 for the way down.
+    """
+    rise = max(1, round(WARM_UP * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (total + 1 - rise)))
+
+
+def train(  # noqa: PLR0915 - one visible loop
+    source: ImageSource,
+    stream: SelectionStream,
+    config: TrainConfig,
+    run_dir: RunDir,
+    *,
+    evaluation: ImageSource | None = None,
+    progress: Progress | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> TrainReport:
+    """Train a network on a selection.
+
+    Args:
+        source: The data set the selection was made from.
+        stream: The selection.
+        config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
+        run_dir: Where metrics and checkpoints go, and come from.
+        evaluation: The data set accuracy is measured on, with the same classes.
+        progress: Called with phase, steps done, steps in all, and the share of time spent waiting for data.
+        stopping: Asked after each step; when true, a checkpoint is saved and KeyboardInterrupt raised.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: Labels are missing, or the evaluation set has other classes.
+        FingerprintMismatchError: The stream is not the one the run was begun with.
+        StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
+        KeyboardInterrupt: ``stopping`` said so.
+    """
+    progress = progress or (lambda _phase, _done, _total, _waiting: None)
+    device = resolve_device(config.device)
+    classes = _count_classes(source, evaluation)
+    begun = time.perf_counter()
+    side = config.image_size
+    feed = ImageFeed(source, side=side, memory_budget=config.memory_budget, workers=config.workers)
+    seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
+    labels = torch.from_numpy(source.labels)
+    network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+    )
+    total, per_epoch = stream.header.total_batches, stream.header.batches_per_epoch
+    shift = 0 if config.augment == "none" else max(1, side // 8)
+    mirror = config.augment == "crop+flip"
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+    step, samples, loss_sum, last_loss, sha = 0, 0, 0.0, math.nan, ""
+    batches = _Batches(stream)
+    state = run_dir.load_checkpoint()
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, samples, loss_sum, last_loss, sha = (state[k] for k in ("step", "samples", "loss_sum", "loss", "sha"))
+        seconds = {phase: value + seconds[phase] for phase, value in state["seconds"].items()}
+        batches.skip_to(step, sha)
+    run_dir.drop_metrics_from(step + 1)
+
+    def save() -> None:
+        run_dir.save_checkpoint(
+            {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "samples": samples,
+                "loss_sum": loss_sum,
+                "loss": last_loss,
+                "sha": sha,
+                "seconds": seconds,
+            }
+        )
+
+    network.train()
+    pixel_batches = feed.batches(batches.rows())
+    while True:
+        # 1. The next batch: its kept rows from the stream, their pixels from the feed.
+        asked, waited = time.perf_counter(), batches.waited
+        try:
+            pixels = next(pixel_batches, None)
+        except StreamError:
+            save()
+            raise
+        seconds["indices"] += batches.waited - waited
+        seconds["images"] += time.perf_counter() - asked - (batches.waited - waited)
+        if pixels is None:
+            break
+        batch, sha = batches.pending.pop(0)
+        # 2. One step.
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * one_cycle(step, total)
+        torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
+        pixels = augment(pixels.to(device, non_blocking=True), shift=shift, mirror=mirror, seed=config.seed, step=step)
+        target = labels[torch.from_numpy(batch.kept)].to(device, non_blocking=True)
+        with autocast, _norms_frozen(network, when=len(target) == 1):
+            loss = nn.functional.cross_entropy(network(to_input(pixels)).float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        step, samples, loss_sum = step + 1, samples + len(target), loss_sum + float(loss.detach())
+        seconds["step"] += time.perf_counter() - started
+        # 3. The epoch's end, and whoever wants to stop.
+        if step % per_epoch == 0:
+            last_loss, loss_sum = loss_sum / per_epoch, 0.0
+            run_dir.log({"epoch": batch.epoch, "step": step, "loss": last_loss, "gradient_samples": samples})
+            save()
+        idle = seconds["indices"] + seconds["images"]
+        progress("train", step, total, idle / max(idle + seconds["step"], 1e-9))
+        if stopping():
+            save()
+            raise KeyboardInterrupt
+
+    accuracy = None
+    if evaluation is not None:
+        started = time.perf_counter()
+        accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers)
+        seconds["eval"] += time.perf_counter() - started
+    rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
+    report = TrainReport(accuracy, samples, step, last_loss, rounded)
+    final = {"step": step, "gradient_samples": samples, "seconds": rounded}
+    run_dir.drop_metrics_from(total + 1)
+    run_dir.log(final | {"test_accuracy": accuracy.value if accuracy else None, "final": True})
+    return report
+
+
+class _Batches:
+    """The stream's batches on their way through the feed, kept until their pixels come back."""
+
+    def __init__(self, stream: SelectionStream) -> None:
+        self.waited = 0.0
+        self.pending: list[tuple[Selection, str]] = []
+        self._stream, self._batches = stream, iter(stream)
+
+    def skip_to(self, step: int, sha: str) -> None:
+        """Pass over the steps of earlier sessions, and check that they were these.
+
+        Raises:
+            FingerprintMismatchError: They were not.
+        """
+        while self._stream.next_seq < step:
+            next(self._batches)
+        if step and self._stream.running_sha256 != sha:
+            raise FingerprintMismatchError(
+                f"the selection's first {step} batches are not those the run was trained on",
+                hint="resume with the same selection, or give another --out",
+            )
+
+    def rows(self) -> Iterator[list[int]]:
+        """Yields the kept rows of each batch."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(self._batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            self.pending.append((batch, self._stream.running_sha256))
+            yield batch.kept.tolist()
+
+
+def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
+    if len(source.labels) == 0 or source.labels.min() < 0:
+        raise UsageError(f"{source.uri} has items without a label; training needs one for each")
+    if evaluation is not None and list(evaluation.classes) != list(source.classes):
+        raise UsageError(
+            f"--eval {evaluation.uri} has other classes than {source.uri}: {len(evaluation.classes)} and "
+            f"{len(source.classes)}, first {list(evaluation.classes)[:3]} and {list(source.classes)[:3]}"
+        )
+    return max(len(source.classes), int(source.labels.max()) + 1)
+
+
+@contextmanager
+def _norms_frozen(network: nn.Module, *, when: bool) -> Iterator[None]:
+    """Batch statistics of a single sample are all zero or undefined: such a step uses the running ones."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if when else []
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()

@@ -1,0 +1,46 @@
+"""Networks to train, by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gstds_cache.errors import unknown_name
+from gstds_cache.seeding import torch_seed_for
+
+SMALL_IMAGE = 64  # pixels; up to here a ResNet gets the small-image stem
+
+
+def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module:
+    """Build an untrained network.
+
+    Args:
+        arch: Any architecture torchvision or timm knows by that name; ``torchvision:NAME`` or ``timm:NAME`` says which
+            of the two where both know it.
+        classes: Number of classes.
+        side: Side of the training images in pixels. For ``resnet*`` of torchvision and images up to 64 pixels, the
+            7x7 stride-2 convolution and the max-pool become one 3x3 convolution (He et al. 2016, section 4.2).
+        seed: Key of the initial weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        UsageError: Neither library knows the name.
+    """  # noqa: DOC501
+    import timm
+    import torch
+    from torchvision import models
+
+    library, _, name = arch.rpartition(":")
+    vision = models.list_models(module=models)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed_for(seed, "network"))
+        if library in {"", "torchvision"} and name in vision:
+            network: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+            if name.startswith("resnet") and side <= SMALL_IMAGE:
+                network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[union-attr, arg-type]
+                network.maxpool = nn.Identity()
+            return network
+        if library in {"", "timm"} and timm.is_model(name):
+            return timm.create_model(name, pretrained=False, num_classes=classes)  # type: ignore[no-any-return]
+    raise unknown_name("architecture", arch, [*vision, *(f"timm:{n}" for n in timm.list_models())])

@@ -1,0 +1,97 @@
+"""A run's directory: configuration, metrics, checkpoint. Everything a resumed run needs, and nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gstds_cache.errors import FingerprintMismatchError, UsageError
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+
+
+class RunDir:
+    """Reads and writes one run's files.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, provenance: dict[str, Any], resume: bool) -> None:
+        """Open a new run's directory, or that of a run to be resumed.
+
+        Args:
+            path: The directory.
+            config: What decides the run's outcome; a run is resumed only with the same.
+            provenance: What else to record.
+            resume: Continue the run that is there; a directory without one starts a new run.
+
+        Raises:
+            UsageError: A run is there and ``resume`` is not set, or ``path`` is a file.
+            FingerprintMismatchError: The run there has another configuration.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--out {path}: a file is in the way, expected a directory or nothing")
+        stored = self._stored_config()
+        if stored is not None and not resume:
+            raise UsageError(
+                f"--out {path}: there is a run in it", hint="add --resume to continue it, or give another --out"
+            )
+        if stored is not None and stored != config:
+            names = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
+            raise FingerprintMismatchError(
+                f"{path} is a run of another configuration:\n    "
+                + "\n    ".join(f"{k}: the run has {stored.get(k)!r}, now {config.get(k)!r}" for k in names),
+                hint="resume with the settings it was started with, or give another --out",
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        if stored is None:
+            text = json.dumps({"config": config, "provenance": provenance}, indent=2, sort_keys=True)
+            self._replace(CONFIG, (text + "\n").encode())
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, or None; tensors and numbers only."""
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; a killed write leaves the old one."""
+        temporary = self.path / f".{CHECKPOINT}.tmp"
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / CHECKPOINT)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(metrics, sort_keys=True) + "\n")
+
+    def drop_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""
+        path = self.path / METRICS
+        if path.exists():
+            parsed = [(line, json.loads(line)) for line in path.read_text().splitlines()]
+            lines = [line for line, fields in parsed if fields["step"] < step and not fields.get("final")]
+            self._replace(METRICS, "".join(f"{line}\n" for line in lines).encode())
+
+    def _stored_config(self) -> dict[str, Any] | None:
+        path = self.path / CONFIG
+        if not path.exists():
+            return None
+        config: dict[str, Any] = json.loads(path.read_text())["config"]
+        return config
+
+    def _replace(self, name: str, data: bytes) -> None:
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_bytes(data)
+        temporary.replace(self.path / name)

@@ -1,0 +1,338 @@
+"""Decoding: exact pixels for every mode, and one kind of error for everything that is not an image."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from gstds_cache.data.decode import MAX_PIXELS, UndecodableError, decode_image, to_rgb
+
+
+def encode(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def on_white(value: int, alpha: int) -> int:
+    """The definition, in exact arithmetic."""
+    return round((value * alpha + 255 * (255 - alpha)) / 255)
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + b"\x00\x00\x00\x00IDAT"
+    )
+
+
+NOISE = np.random.Generator(np.random.Philox(7)).integers(0, 256, (9, 13, 3), np.uint8)
+VALID = {
+    "png": encode(Image.fromarray(NOISE)),
+    "jpeg": encode(Image.fromarray(NOISE), "JPEG"),
+    "gif": encode(
+        Image.fromarray(NOISE).convert("P"), "GIF", save_all=True, append_images=[Image.new("P", (13, 9), 3)]
+    ),
+}
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "BMP", "PPM", "TIFF"])
+def test_rgb_is_returned_as_it_is(fmt: str) -> None:
+    assert np.array_equal(pixels(decode_image(encode(Image.fromarray(NOISE), fmt))), NOISE)
+
+
+def test_lossless_webp() -> None:
+    assert np.array_equal(pixels(decode_image(encode(Image.fromarray(NOISE), "WEBP", lossless=True))), NOISE)
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 64, 128, 200, 254, 255])
+def test_rgba_is_laid_on_white(alpha: int) -> None:
+    got = decode_image(encode(Image.new("RGBA", (2, 2), (10, 100, 250, alpha))))
+    assert got.getpixel((1, 1)) == (on_white(10, alpha), on_white(100, alpha), on_white(250, alpha))
+
+
+@pytest.mark.parametrize("alpha", [0, 77, 255])
+def test_grey_with_alpha_is_laid_on_white(alpha: int) -> None:
+    got = decode_image(encode(Image.new("LA", (2, 2), (40, alpha))))
+    assert got.getpixel((0, 0)) == (on_white(40, alpha),) * 3
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_rarer_alpha_modes_are_laid_on_white(mode: str) -> None:
+    clear = Image.new(mode, (2, 2), (0,) * len(Image.new(mode, (1, 1)).getbands()))
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    opaque = Image.new("LA", (2, 2), (60, 255)) if mode != "RGBa" else Image.new("RGBA", (2, 2), (60, 60, 60, 255))
+    assert to_rgb(opaque.convert(mode)).getpixel((0, 0)) == (60, 60, 60)
+
+
+def test_palette_with_a_transparent_entry() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    image.putpixel((1, 0), 1)
+    got = decode_image(encode(image, transparency=0))
+    assert [got.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (30, 40, 50)]
+
+
+def test_palette_with_an_alpha_per_entry() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    image.putpixel((1, 0), 1)
+    got = decode_image(encode(image, transparency=bytes([128, 255])))
+    assert [got.getpixel((x, 0)) for x in range(2)] == [tuple(on_white(v, 128) for v in (200, 10, 20)), (30, 40, 50)]
+
+
+def test_palette_without_transparency() -> None:
+    image = Image.new("P", (1, 1))
+    image.putpalette([200, 10, 20])
+    assert decode_image(encode(image)).getpixel((0, 0)) == (200, 10, 20)
+
+
+@pytest.mark.parametrize(
+    ("mode", "clear", "solid", "seen"),
+    [("L", 100, 99, (99, 99, 99)), ("RGB", (1, 2, 3), (1, 2, 4), (1, 2, 4)), ("I;16", 1000, 1001, (3, 3, 3))],
+)
+def test_png_with_one_transparent_colour(mode: str, clear: object, solid: object, seen: object) -> None:
+    image = Image.new(mode, (2, 1), clear)
+    image.putpixel((1, 0), solid)
+    got = decode_image(encode(image, transparency=clear))
+    assert [got.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), seen]
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_grey_keeps_its_upper_byte(fmt: str) -> None:
+    values = np.array([[0, 255, 256, 32768, 65279, 65535]], np.uint16)
+    got = pixels(decode_image(encode(Image.fromarray(values), fmt)))
+    assert got[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255]
+    assert (got[..., 0] == got[..., 1]).all()
+    assert (got[..., 0] == got[..., 2]).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "I;16L", "I;16N"])
+def test_sixteen_bit_grey_in_either_byte_order(mode: str) -> None:
+    assert to_rgb(Image.new(mode, (1, 1), 0x1234)).getpixel((0, 0)) == (0x12,) * 3
+
+
+def test_wide_integers_are_read_as_sixteen_bit() -> None:
+    values = np.array([[-5, 0, 4096, 65535, 70000]], np.int32)
+    assert pixels(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 16, 255, 255]
+
+
+def test_float_grey_in_either_convention() -> None:
+    unit = np.array([[0.0, 0.5, 1.0, np.nan, -1.0]], np.float32)
+    byte = np.array([[0.0, 127.6, 255.0, 300.0, np.inf]], np.float32)
+    assert pixels(decode_image(encode(Image.fromarray(unit), "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 0, 0]
+    assert pixels(to_rgb(Image.fromarray(byte)))[0, :, 0].tolist() == [0, 128, 255, 255, 255]
+
+
+def test_cmyk() -> None:
+    got = decode_image(encode(Image.new("CMYK", (2, 2), (255, 0, 0, 0)), "TIFF"))
+    assert got.getpixel((0, 0)) == (0, 255, 255)
+
+
+def test_cmyk_jpeg() -> None:
+    got = decode_image(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 255)), "JPEG", quality=100))
+    assert max(got.getpixel((8, 8))) <= 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "seen"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("1", 0, (0, 0, 0)),
+        ("L", 7, (7, 7, 7)),
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+        ("YCbCr", (128, 128, 128), (128, 128, 128)),
+        ("LAB", (255, 128, 128), (255, 255, 255)),
+        ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
+    ],
+)
+def test_other_modes(mode: str, value: object, seen: tuple[int, int, int]) -> None:
+    got = to_rgb(Image.new(mode, (1, 1), value)).getpixel((0, 0))
+    assert np.abs(np.subtract(got, seen)).max() <= (6 if mode == "LAB" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = NOISE
+    # What a camera stores so that a viewer shows `upright`: the inverse of each orientation, from the EXIF standard.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    got = decode_image(encode(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif))
+    assert np.array_equal(pixels(got), upright)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00"])
+def test_damaged_exif_is_ignored_without_a_warning(exif: bytes) -> None:
+    data = encode(Image.fromarray(NOISE), "JPEG", exif=exif)
+    assert np.array_equal(pixels(decode_image(data)), pixels(decode_image(VALID["jpeg"])))
+
+
+def test_exif_that_cannot_be_parsed_leaves_the_image_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_image: Image.Image) -> None:
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    assert np.array_equal(pixels(decode_image(VALID["png"])), NOISE)
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame_of_an_animation(fmt: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    data = encode(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert decode_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_first_picture_of_a_multi_picture_jpeg() -> None:
+    data = encode(Image.new("RGB", (16, 16), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    assert decode_image(data).getpixel((8, 8))[0] > 250
+
+
+def test_transparent_gif_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 50])
+    image.putpixel((1, 0), 1)
+    got = decode_image(encode(image, "GIF", transparency=0))
+    assert [got.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (30, 40, 50)]
+
+
+@pytest.mark.parametrize("size", [(8001, 8000), (9000, 9999), (20000, 20000), (2**31 - 1, 2**31 - 1)])
+def test_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    # There are no pixels in this file at all, so the size can only have come from the header.
+    with pytest.raises(UndecodableError, match="too many pixels") as caught:
+        decode_image(png_header(*size))
+    assert "64000000" in caught.value.reason or "decompression bomb" in caught.value.reason
+
+
+def test_largest_size_is_accepted() -> None:
+    data = encode(Image.new("1", (100, 100)))
+    assert decode_image(data, max_pixels=10_000).size == (100, 100)
+    with pytest.raises(UndecodableError, match="too many pixels: 100 x 100, at most 9999 are decoded"):
+        decode_image(data, max_pixels=9_999)
+    assert MAX_PIXELS == 64_000_000
+
+
+def test_no_pixels() -> None:
+    header_and_frame = b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x02D\x01\x00;"
+    with pytest.raises(UndecodableError, match="no pixels: 0 x 0"):
+        decode_image(header_and_frame)
+
+
+def test_pillows_own_bomb_warning_is_an_error_whatever_the_cap() -> None:
+    with pytest.raises(UndecodableError, match="decompression bomb"):
+        decode_image(png_header(10_000, 10_000), max_pixels=10**12)
+    assert Image.MAX_IMAGE_PIXELS == 89478485
+
+
+@pytest.mark.parametrize("kind", sorted(VALID))
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_truncated(kind: str, keep: float) -> None:
+    data = VALID[kind]
+    with pytest.raises(UndecodableError):
+        # The GIF has a second frame, which nobody needs: cut inside the first.
+        decode_image(data[: int(len(data) * keep * (0.8 if kind == "gif" else 1))])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", r"empty file \(0 bytes\)"),
+        (b"hello, I am a text file named image.png\n", "not an image in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
+        (b"\x89PNG\r\n\x1a\n", "."),
+    ],
+)
+def test_not_an_image(data: bytes, reason: str) -> None:
+    with pytest.raises(UndecodableError, match=reason) as caught:
+        decode_image(data)
+    with pytest.raises(UndecodableError) as again:
+        decode_image(data)
+    assert caught.value.reason == again.value.reason
+    assert "0x" not in caught.value.reason
+    assert "\n" not in caught.value.reason
+
+
+def test_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(UndecodableError("why")))
+    assert isinstance(error, UndecodableError)
+    assert error.reason == "why"
+
+
+def test_warning_filters_are_left_as_they_were() -> None:
+    before = list(warnings.filters)
+    decode_image(VALID["png"])
+    with pytest.raises(UndecodableError):
+        decode_image(b"x")
+    assert warnings.filters == before
+
+
+def decodes_or_says_why(data: bytes) -> None:
+    def outcome() -> tuple[str, bytes]:
+        try:
+            image = decode_image(data, max_pixels=100_000)
+        except UndecodableError as error:
+            return error.reason, b""
+        return image.mode, image.tobytes()
+
+    first = outcome()
+    assert first[0]
+    assert outcome() == first
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", *(data[:12] for data in VALID.values()), b"II*\x00", b"P6\n"]))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_decode_or_say_why(data: bytes, magic: bytes) -> None:
+    decodes_or_says_why(magic + data)
+
+
+@given(st.sampled_from(sorted(VALID)), st.data())
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_damaged_images_decode_or_say_why(kind: str, data: st.DataObject) -> None:
+    image = bytearray(VALID[kind])
+    edits = st.lists(st.tuples(st.integers(0, len(image) - 1), st.integers(0, 255)), min_size=1, max_size=6)
+    for position, value in data.draw(edits):
+        image[position] = value
+    if kind == "png" and data.draw(st.booleans()):
+        image = bytearray(with_right_checksums(bytes(image)))  # Gets past the first hurdle.
+    decodes_or_says_why(
+        bytes(image[: data.draw(st.integers(0, len(image)))]) if data.draw(st.booleans()) else bytes(image)
+    )
+
+
+def with_right_checksums(png: bytes) -> bytes:
+    out, at = png[:8], 8
+    while at + 12 <= len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        body = png[at + 4 : at + 8 + length]
+        out += png[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return out
