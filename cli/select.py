@@ -61,7 +61,7 @@ stopped.
 @click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
 @device_option
 @click.option("--knn-backend", type=click.Choice(["auto", "faiss-cpu", "faiss-gpu"]), default="auto")
-@click.option("--threads", type=int, default=0, help="CPU threads to use; 1 beside a training run. [default: all]")
+@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads to use; 0 for all there are.")
 @click.option(
     "--out",
     metavar="FILE|-",

@@ -67,7 +67,8 @@ class SelectConfig:
         max_iterations: LOBPCG iterations before the dense fallback.
         device: Where the spectrum is computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         knn_backend: ``auto``, ``faiss-cpu`` or ``faiss-gpu``.
-        threads: CPU threads selection may use; 0 leaves the libraries' defaults.
+        threads: CPU threads selection may use; 0 leaves the libraries' defaults. Similarities differ in their last bits
+            with the number of threads, so the same bytes on another machine need the same number.
     """
 
     batch_size: int = 512
@@ -81,7 +82,7 @@ class SelectConfig:
     max_iterations: int = 500
     device: str = "auto"
     knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"] = "auto"
-    threads: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= SMALLEST_BATCH, "--batch-size", self.batch_size, f"at least {SMALLEST_BATCH}")

@@ -7,12 +7,13 @@ gets which ids. This file holds the contract and the in-process executor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 R = TypeVar("R")
 Task = Callable[[Sequence[int]], Iterator[R]]
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs a task over units and yields the results in the order they finish."""
 

@@ -116,8 +116,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise UndecodableError(f"too many pixels: {width} x {height}, at most {max_pixels} are decoded")
-    if width < 1 or height < 1:
-        raise UndecodableError(f"no pixels: {width} x {height}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

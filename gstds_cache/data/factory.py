@@ -63,7 +63,11 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
 
 
 def _check_repeatable(source: MapStyleSource) -> None:
-    """Refuse a dataset that augments: its cache would hold embeddings of images nobody sees again."""
+    """Refuse a dataset that augments: its cache would hold embeddings of images nobody sees again.
+
+    Raises:
+        DatasetError: Item 0 gave two different images.
+    """
     try:
         same = source.payload(0) == source.payload(0)
     except OSError:

@@ -86,7 +86,11 @@ def open_folder(uri: str, path: str) -> FileSource:
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]]:
-    """The visible entries of a folder, in the order of their names' bytes."""
+    """The visible entries of a folder, in the order of their names' bytes.
+
+    Raises:
+        DatasetError: The folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))

@@ -31,7 +31,7 @@ def open_source(uri: str) -> ImageSource:
     Raises:
         UsageError: The name is of no known kind, or has a query parameter that its kind does not take.
         DatasetError: What is named is not there, or is no data set.
-    """
+    """  # noqa: DOC501
     # Adapters are imported where they are chosen: each brings a heavy library.
     base, mark, query = uri.partition("?")
     kind, _, target = base.partition(":")

@@ -69,7 +69,7 @@ def open_split(uri: str, params: dict[str, str], open_whole: Callable[[str], Ima
 
     Raises:
         UsageError: A parameter is unknown, or has a value it cannot have.
-    """
+    """  # noqa: DOC501
     for name in params:
         if name not in {"split", "holdout"}:
             raise unknown_name(f"query parameter of data set {uri!r}:", name, ("split", "holdout"))

@@ -48,7 +48,7 @@ def open_torchvision(uri: str, name: str, params: Mapping[str, str]) -> ImageSou
     Raises:
         UsageError: The class or a parameter is unknown, or ``root`` is missing.
         DatasetError: The data are not at ``root``, or items are not (image, label) pairs.
-    """
+    """  # noqa: DOC501
     from torchvision import datasets
 
     known = {
@@ -64,7 +64,11 @@ def open_torchvision(uri: str, name: str, params: Mapping[str, str]) -> ImageSou
 
 
 def _arguments(uri: str, cls: type, params: Mapping[str, str]) -> dict[str, Any]:
-    """Check the query against the constructor's signature and convert its values."""
+    """Check the query against the constructor's signature and convert its values.
+
+    Raises:
+        UsageError: A parameter is unknown, missing, or not for the command line to set.
+    """  # noqa: DOC501
     accepted = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     named = {key: value for key, value in accepted.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
     takes_any = len(named) != len(accepted)

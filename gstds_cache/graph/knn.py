@@ -88,7 +88,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
 
     Raises:
         UsageError: If the name is unknown, or faiss-gpu is asked for where faiss sees no GPU.
-    """
+    """  # noqa: DOC501
     if name == "auto":
         return "faiss-gpu" if device.type == "cuda" and faiss.get_num_gpus() > 0 else "faiss-cpu"
     if name not in BACKENDS:

@@ -32,7 +32,8 @@ How this differs from Knyazev's algorithm, and from scipy.sparse.linalg.lobpcg:
     * A S is computed afresh in every iteration, never by recurrence: the products are cheap and nothing drifts.
     * GUARD extra vectors make the Q wanted ones converge at the rate of the gap beyond the guard.
     * The start is a function of the seed alone, the same for every graph, and every sum over B is taken in an order
-      that does not depend on G: a graph's result is the same, to the bit, whatever it is stacked with.
+      that does not depend on G: a graph's result is the same, to the bit, whatever it is stacked with. (On the same
+      device with the same number of threads: BLAS may split a sum otherwise with another.)
 """
 
 from __future__ import annotations

@@ -253,9 +253,22 @@ def test_values_the_class_refuses(pets: Path) -> None:
 
 
 def test_strings_of_digits_stay_strings(tmp_path: Path) -> None:
-    # VOC's year is a string: were it converted to a number, the class would refuse it for another reason.
-    with pytest.raises(DatasetError, match="VOCDetection found no data"):
-        open_source(f"torchvision:VOCDetection?root={tmp_path}&year=2007")
+    with pytest.raises(UsageError, match="Unknown value '10' for argument split"):
+        open_source(f"torchvision:OxfordIIITPet?root={tmp_path}&split=10")
+
+
+def test_values_are_converted_by_what_the_constructor_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Declares(datasets.FakeData):
+        def __init__(self, said: str, number=1, flag=False, text="x", free=None, other=None) -> None:
+            super().__init__(size=2)
+            seen.append((said, number, flag, text, free, other))
+
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(datasets, "Declares", Declares, raising=False)
+    open_source("torchvision:Declares?said=1&number=-2&flag=TRUE&text=3&free=4&other=true")
+    assert seen == [("1", -2, True, "3", 4, True)]
+    with pytest.raises(UsageError, match="got no said, expected said="):
+        open_source("torchvision:Declares?number=1")
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "OxfordIIITPet", "Flowers102", "SEMEION", "MNIST", "ImageFolder"])

@@ -298,12 +298,6 @@ def test_same_seed_same_bytes_and_any_stack():
     assert all(torch.equal(value[0], getattr(first, name)[3]) for name, value in vars(alone).items())
 
 
-def test_blas_threads_do_not_reach_the_caller():
-    before = torch.get_num_threads()
-    fiedler_of_embeddings(rand(1, 64, 4), k=4)
-    assert torch.get_num_threads() == before
-
-
 def random_embedding_graph(rng, b, classes, k, noise):
     """Neighbour graphs of every tightness, bridged where they need it."""
     centres = rng.normal(size=(classes, 6))

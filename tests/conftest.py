@@ -1,0 +1,156 @@
+"""What several tests need: small real data, a small real encoder, and commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+settings.register_profile("gstds", deadline=None, print_blob=True)
+settings.load_profile("gstds")
+
+TINY_ENCODER = '''
+import torch
+from torch import nn
+from gstds_cache.encoders.preprocessing import Preprocessing
+
+class Tiny(nn.Module):
+    """Mean colour of a 4 x 4 grid: real features, no weights to learn."""
+    preprocessing = Preprocessing(resize=16, crop=(16, 16))
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+def build(**_):
+    return Tiny()
+
+class Slow(Tiny):
+    def forward(self, x):
+        import time
+        time.sleep(0.05)
+        return super().forward(x)
+
+def build_slow(**_):
+    return Slow()
+'''
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two would fight over two busy cores: seven times slower, measured
+
+
+@dataclass
+class ArraySource:
+    """An in-memory data set: random 20 x 20 images, or undecodable ones."""
+
+    count: int = 50
+    bad: frozenset[int] = frozenset()
+    seed: int = 0
+    uri: str = "memory"
+    kind: str = "memory"
+    classes: tuple[str, ...] = ("a", "b", "c")
+    mirror_safe: bool = True
+    notes: tuple[str, ...] = ()
+    ids: list[str] = field(init=False)
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = [f"item/{row:04d}" for row in range(self.count)]
+        self.labels = np.arange(self.count, dtype=np.int64) % 3
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _pixels(self, row: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, row])
+        return rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+
+    def payload(self, row: int) -> bytes:
+        return self._pixels(row).tobytes()
+
+    def image(self, row: int) -> Image.Image:
+        from gstds_cache.data.decode import UndecodableError
+
+        if row in self.bad:
+            raise UndecodableError("made to fail")
+        return Image.fromarray(self._pixels(row))
+
+
+@pytest.fixture
+def array_source() -> type[ArraySource]:
+    return ArraySource
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a small real encoder in a module of the user's own."""
+    name = f"tiny_encoder_{abs(hash(tmp_path)) % 10**9}"
+    (tmp_path / f"{name}.py").write_text(TINY_ENCODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"{name}:build"
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """60 real PNGs in three class folders, two of which do not decode."""
+    root = tmp_path / "photos"
+    for label, name in enumerate(("cats", "dogs", "owls")):
+        (root / name).mkdir(parents=True)
+        for number in range(20):
+            rng = np.random.default_rng([label, number])
+            colour = np.zeros(3)
+            colour[label] = 120
+            pixels = np.clip(rng.normal(colour + 60, 25, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02d}.png")
+    (root / "cats" / "07.png").write_bytes(b"")
+    (root / "owls" / "03.png").write_bytes((root / "owls" / "04.png").read_bytes()[:80])
+    return root
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_model: str) -> Run:
+    """Runs one of our commands as a process of its own, in ``tmp_path``."""
+
+    def run(*words: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"GSTDS_CACHE": str(tmp_path / "stores"), "OMP_NUM_THREADS": "1"}
+        executable = Path(sys.executable).with_name(words[0])
+        done = subprocess.run(
+            [str(executable), *words[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **options,
+        )
+        assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON object a command ends its stdout with."""
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture
+def result_of() -> Callable[[subprocess.CompletedProcess[str]], dict[str, Any]]:
+    return last_json

@@ -1,0 +1,264 @@
+"""Format 1: what is written, what any Zarr reader sees, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from gstds_cache.digest import sha256_hex
+from gstds_cache.errors import (
+    ChunkCorruptError,
+    FingerprintMismatchError,
+    IncompleteError,
+    IntegrityError,
+    NondeterminismError,
+    StoreNotFoundError,
+    UsageError,
+)
+from gstds_cache.store import layout
+from gstds_cache.store.describe import summarise
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.receipt import Quarantined
+from gstds_cache.store.spec import CacheSpec
+from gstds_cache.store.verify import verify
+from gstds_cache.store.writer import open_writer
+
+N, D, UNIT = 22, 5, 8
+LABELS = np.arange(N, dtype=np.int64) - 1
+
+
+def make_spec(**changes) -> CacheSpec:
+    fields = {
+        "items": N, "items_root": "r" * 64, "encoder": {"model": "m", "preprocessing": {"crop": [4, 4]}}, "dim": D,
+        "dtype": "float16", "batch_size": 4, "unit_rows": UNIT,
+    }  # fmt: skip
+    return CacheSpec(**(fields | changes))
+
+
+def make_rows() -> np.ndarray:
+    rows = np.random.default_rng(0).normal(size=(N, D)).astype(np.float16)
+    rows[3] = 0  # quarantined
+    return rows
+
+
+def opened(path: Path, spec: CacheSpec | None = None):
+    attributes = {"kind": "test", "classes": ["a"], "provenance": {"dataset": "digits"}}
+    return open_writer(path, spec or make_spec(), labels=LABELS, items=b"items", attributes=attributes)
+
+
+def fill(path: Path, units=(0, 1, 2), finish: bool = True) -> None:
+    rows, spec = make_rows(), make_spec()
+    with opened(path) as writer:
+        for unit in units:
+            span = spec.rows_of(unit)
+            bad = [Quarantined(3, "item/3", "broken")] if unit == 0 else []
+            writer.commit(unit, rows[span.start : span.stop], bad)
+        if finish:
+            writer.finish()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    fill(tmp_path / "s")
+    return tmp_path / "s"
+
+
+def test_any_zarr_reader_opens_it(store: Path) -> None:
+    group = zarr.open_group(store, mode="r")
+    np.testing.assert_array_equal(group["embeddings"][:], make_rows())
+    np.testing.assert_array_equal(group["label"][:], LABELS)
+    assert group["valid"][:].tolist() == [1, 1, 1, 2] + [1] * 18
+    meta = json.loads((store / "embeddings" / "zarr.json").read_text())
+    assert (meta["zarr_format"], meta["data_type"], meta["fill_value"]) == (3, "float16", "NaN")
+    assert [codec["name"] for codec in meta["codecs"]] == ["bytes", "crc32c"]
+    assert group.attrs["gstds"]["spec"] == make_spec().to_dict()
+
+
+def test_an_all_zero_unit_exists_as_an_object(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as writer:
+        receipt = writer.commit(0, np.zeros((UNIT, D), np.float16))
+    assert (tmp_path / "s" / layout.object_key(0)).stat().st_size == receipt.size == UNIT * D * 2 + 4
+
+
+def test_reading_gives_back_what_was_written(store: Path) -> None:
+    opened_store = EmbeddingStore(store)
+    picked = np.array([21, 0, 9, 9])
+    np.testing.assert_array_equal(opened_store.gather(picked), make_rows()[picked])
+    np.testing.assert_array_equal(opened_store.labels, LABELS)
+    assert opened_store.quarantined == [Quarantined(3, "item/3", "broken")]
+
+
+def test_a_store_larger_than_memory_reads_the_same_rows(store: Path) -> None:
+    small = EmbeddingStore(store, memory_budget=0)
+    assert not small.in_memory
+    picked = np.array([21, 0, 9, 9, 16])
+    np.testing.assert_array_equal(small.gather(picked), make_rows()[picked])
+
+
+@pytest.mark.parametrize(("row", "words"), [(3, "no embedding"), (22, "0..21"), (-1, "0..21")])
+def test_a_row_without_an_embedding_is_an_error_and_never_zeros(store: Path, row: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        EmbeddingStore(store).gather(np.array([row]))
+
+
+def test_receipts_say_what_is_on_the_disk(store: Path) -> None:
+    for unit in range(3):
+        receipt = json.loads((store / layout.receipt_key(unit)).read_text())
+        data = (store / layout.object_key(unit)).read_bytes()
+        assert (receipt["object_sha256"], receipt["size"]) == (sha256_hex(data), len(data))
+        start, stop = receipt["rows"]
+        assert receipt["content_sha256"] == sha256_hex(make_rows()[start:stop].tobytes())
+    complete = json.loads((store / layout.COMPLETE).read_text())
+    assert (complete["items"], complete["ok"], complete["quarantined"]) == (22, 21, 1)
+
+
+def test_the_same_rows_give_the_same_bytes_in_every_file(store: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "t", units=(2, 0, 1))
+    files = sorted(p.relative_to(store) for p in store.rglob("*") if p.is_file())
+    assert len(files) == 4 + 3 + 2 + 3 + 2 + 1  # zarr.json, units, label and valid, receipts, items + COMPLETE, .lock
+    assert files == sorted(p.relative_to(tmp_path / "t") for p in (tmp_path / "t").rglob("*") if p.is_file())
+    for name in files:
+        assert (store / name).read_bytes() == (tmp_path / "t" / name).read_bytes(), name
+
+
+def test_an_incomplete_store_is_refused_and_says_how_to_finish_it(tmp_path: Path) -> None:
+    fill(tmp_path / "s", units=(0, 2), finish=False)
+    with pytest.raises(IncompleteError, match="2 of 3 units") as caught:
+        EmbeddingStore(tmp_path / "s")
+    assert "gstds-embed digits --cache" in caught.value.hint
+    partial = EmbeddingStore(tmp_path / "s", allow_partial=True)
+    assert np.flatnonzero(partial.valid == layout.MISSING).tolist() == list(range(8, 16))
+    with pytest.raises(UsageError, match="no embedding"):
+        partial.gather(np.array([9]))
+    with opened(tmp_path / "s") as writer, pytest.raises(IncompleteError, match=r"\[1\]"):
+        writer.finish()
+
+
+def test_recovery_drops_objects_without_receipt_and_dead_temporaries_only(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    fill(path, units=(0, 1), finish=False)
+    (path / layout.receipt_key(1)).unlink()
+    dead = path / "embeddings/c/1/.0.4194303.tmp"
+    dead.write_bytes(b"half")
+    with opened(path) as writer:
+        assert sorted(writer.recover()) == [0]
+    assert not (path / layout.object_key(1)).exists()
+    assert not dead.exists()
+    assert (path / layout.object_key(0)).exists()
+
+
+def test_a_second_commit_of_the_same_rows_succeeds_and_of_others_is_loud(tmp_path: Path) -> None:
+    rows = make_rows()[:UNIT]
+    with opened(tmp_path / "s") as writer:
+        first = writer.commit(0, rows)
+        assert writer.commit(0, rows) == first
+        before = (tmp_path / "s" / layout.object_key(0)).read_bytes()
+        with pytest.raises(NondeterminismError, match="unit 0"):
+            writer.commit(0, rows + 1)
+    assert (tmp_path / "s" / layout.object_key(0)).read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_is_never_committed(tmp_path: Path, bad: float) -> None:
+    rows = make_rows()[:UNIT]
+    rows[2, 1] = bad
+    with opened(tmp_path / "s") as writer, pytest.raises(UsageError, match="NaN or Inf"):
+        writer.commit(0, rows)
+
+
+def test_a_late_write_is_caught_before_complete(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    fill(path, finish=False)
+    other = layout.unit_object(make_spec(), 1, np.ones((UNIT, D), np.float16))
+    (path / layout.object_key(1)).write_bytes(other)
+    with opened(path) as writer, pytest.raises(ChunkCorruptError, match="unit 1"):
+        writer.finish()
+    assert not (path / layout.COMPLETE).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "ours", "theirs"),
+    [
+        ({"items_root": "x" * 64}, "items_root", "rrr", "xxx"),
+        ({"encoder": {"model": "n", "preprocessing": {"crop": [4, 4]}}}, "encoder.model", "'m'", "'n'"),
+        ({"encoder": {"model": "m", "preprocessing": {"crop": [4, 5]}}}, "encoder.preprocessing.crop", "4, 4", "4, 5"),
+        ({"dtype": "float32"}, "dtype", "float16", "float32"),
+        ({"batch_size": 8}, "batch_size", "4", "8"),
+    ],
+)
+def test_another_fingerprint_names_the_field_and_changes_nothing(store: Path, changes, field, ours, theirs) -> None:
+    before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    with pytest.raises(FingerprintMismatchError) as caught, opened(store, make_spec(**changes)):
+        pass
+    line = next(line for line in str(caught.value).splitlines() if line.strip().startswith(field + ":"))
+    assert ours in line
+    assert theirs in line
+    assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_or_file_that_is_no_store_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(UsageError, match=r"thesis\.tex"), opened(tmp_path):
+        pass
+    with pytest.raises(UsageError, match="a file is in the way"), opened(tmp_path / "thesis.tex"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(StoreNotFoundError, match="no store at"):
+        EmbeddingStore(tmp_path)
+
+
+def test_a_creation_that_was_killed_is_begun_again(store: Path) -> None:
+    (store / "zarr.json").unlink()
+    (store / "COMPLETE.json").unlink()
+    with opened(store) as writer:
+        writer.finish()
+    assert len(EmbeddingStore(store)) == N
+
+
+def test_an_altered_specification_is_noticed(store: Path) -> None:
+    text = (store / "zarr.json").read_text()
+    (store / "zarr.json").write_text(text.replace('"batch_size": 4', '"batch_size": 2'))
+    with pytest.raises(IntegrityError, match="altered"):
+        EmbeddingStore(store)
+
+
+def test_a_store_of_another_format_is_refused(store: Path) -> None:
+    text = (store / "zarr.json").read_text()
+    (store / "zarr.json").write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(IntegrityError, match="format 2"):
+        EmbeddingStore(store)
+
+
+@pytest.mark.parametrize("key", ["../x", "/etc/x", ".x", "a/../b", "a b", "x" * 65, ""])
+def test_object_names_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
+    from gstds_cache.store.transport import LocalTransport
+
+    with pytest.raises(UsageError, match="object name"):
+        LocalTransport(tmp_path).put(key, b"")
+
+
+def test_two_processes_never_write_at_once(store: Path) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from pathlib import Path; from gstds_cache.store.transport import LocalTransport\n"
+        "from gstds_cache.errors import IncompleteError\n"
+        "try:\n    LocalTransport(Path(sys.argv[1])).lock().__enter__()\nexcept IncompleteError: sys.exit(44)"
+    )
+    with opened(store):
+        assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 44
+    assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 0
+
+
+def test_summary_and_verify_of_a_whole_store(store: Path) -> None:
+    summary = summarise(store)
+    assert (summary.complete, summary.items, summary.dim, summary.committed, summary.model) == (True, N, D, 3, "m")
+    json.dumps(summary.to_dict())
+    report = verify(store, "full")
+    assert (report.problems, report.complete) == ((), True)
+    assert report.bytes_hashed == sum((store / layout.object_key(u)).stat().st_size for u in range(3))

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
+from gstds_cache.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: SelectConfig(batch_size=3), ("--batch-size", "3", "at least 4")),
+        (lambda: SelectConfig(batch_size=8, knn=8), ("--knn", "8", "batch size - 1 = 7")),
+        (lambda: SelectConfig(knn=0), ("--knn", "0")),
+        (lambda: SelectConfig(epochs=0), ("--epochs", "0")),
+        (lambda: SelectConfig(seed=-1), ("--seed", "-1")),
+        (lambda: SelectConfig(tolerance=0.0), ("--tolerance", "0.0")),
+        (lambda: EmbedConfig(batch_size=0), ("--batch-size", "0")),
+        (lambda: EmbedConfig(workers=-1), ("--workers", "-1")),
+        (lambda: TrainConfig(lr=float("nan")), ("--lr", "nan")),
+        (lambda: TrainConfig(image_size=4), ("--image-size", "4")),
+    ],
+)
+def test_a_bad_value_never_makes_a_configuration(make, names) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    for name in names:
+        assert name in str(caught.value)

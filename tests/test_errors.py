@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from gstds_cache import errors
+
+
+def _all_kinds() -> list[type[errors.GstdsError]]:
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    return [kind for kind in kinds if issubclass(kind, errors.GstdsError)]
+
+
+@pytest.mark.parametrize("kind", _all_kinds(), ids=lambda kind: kind.__name__)
+def test_every_error_survives_a_process_border(kind: type[errors.GstdsError]) -> None:
+    error = kind("what, got 1, expected 2", hint="type this")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert (again.message, again.hint) == ("what, got 1, expected 2", "type this")
+    assert str(again) == "what, got 1, expected 2\n  type this"
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin", "code"),
+    [
+        (errors.UsageError, ValueError, 2),
+        (errors.StoreNotFoundError, FileNotFoundError, 2),
+        (errors.ChunkCorruptError, RuntimeError, 3),
+        (errors.TruncatedStreamError, EOFError, 3),
+        (errors.IncompleteError, RuntimeError, 4),
+        (errors.SolverError, ArithmeticError, 5),
+    ],
+)
+def test_errors_are_the_builtins_one_would_catch(kind: type, builtin: type, code: int) -> None:
+    assert issubclass(kind, builtin)
+    assert kind.exit_code == code
+
+
+def test_an_unknown_name_lists_the_nearest_first() -> None:
+    error = errors.unknown_name("rule", "coverge", ["random", "gap", "coverage"])
+    assert error.message.startswith("unknown rule 'coverge'; there are: coverage, ")
+    assert error.hint == "did you mean 'coverage'?"
