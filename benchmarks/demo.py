@@ -108,9 +108,8 @@ def print_table(embedded: dict[str, Any], lines: list[tuple[str, list[dict[str, 
             )
         )
     tested = lines[0][2][0]["test_items"]
-    print(
-        f"\n{tested} test images, {len(lines[0][2])} seed(s): one image is {100 / tested:.2f} points. A demonstration, not evidence."
-    )
+    seeds = len(lines[0][2])
+    print(f"\n{tested} test images, {seeds} seed(s): one image is {100 / tested:.2f} points. A demonstration only.")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from gstds_cache.cli.common import Command, Group, cache_root, json_option, print_json, print_table
 
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError
+
+from .common import Command, Group, cache_root, json_option, print_json, print_table
 
 
 @click.group(cls=Group)

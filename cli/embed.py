@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from gstds_cache.cli.common import (
+
+from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+
+from .common import (
     Command,
     Progress,
     cache_root,
@@ -17,8 +20,6 @@ from gstds_cache.cli.common import (
     print_table,
     seconds_line,
 )
-
-from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 
 if TYPE_CHECKING:
     from gstds_cache.embed.run import EmbedReport

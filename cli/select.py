@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from gstds_cache.cli.common import (
+
+from gstds_cache.config import DEFAULT_RULE, SelectConfig
+
+from .common import (
     Command,
     Progress,
     device_option,
@@ -17,8 +20,6 @@ from gstds_cache.cli.common import (
     print_table,
     seconds_line,
 )
-
-from gstds_cache.config import DEFAULT_RULE, SelectConfig
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector

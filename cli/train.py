@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from gstds_cache.cli.common import (
+
+from gstds_cache.config import TrainConfig
+
+from .common import (
     Command,
     Progress,
     device_option,
@@ -19,8 +22,6 @@ from gstds_cache.cli.common import (
     seconds_line,
     stop_after_step,
 )
-
-from gstds_cache.config import TrainConfig
 
 HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
 

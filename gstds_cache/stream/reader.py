@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -17,7 +16,7 @@ from gstds_cache.errors import (
     UsageError,
 )
 from gstds_cache.selection.run import Selection
-from gstds_cache.stream.schema import Header, Kind, Record, sha_words
+from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
 
 AGAIN = "make it again: gstds-select STORE --out FILE"
 
@@ -33,7 +32,7 @@ class SelectionStream:
         next_seq: The batch that comes next.
     """
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: ByteStream) -> None:
         """Read the header.
 
         Args:

@@ -16,12 +16,13 @@ kind      ``seq``            ``kept``
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from gstds_cache.selection.run import BatchSelector, Selection
 from gstds_cache.spectral.status import Status
 
 FORMAT = 1
+ByteStream = BinaryIO | io.IOBase  # a binary file, a pipe, or io.BytesIO
 
 
 class Kind(IntEnum):

@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.selection.run import BatchSelector, Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
-from gstds_cache.stream.schema import Header, Kind, Record, sha_words
+from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
 
 
 class SelectionWriter:
@@ -24,7 +23,7 @@ class SelectionWriter:
     writes an error record, so that a reader never takes half a selection for a whole one.
     """
 
-    def __init__(self, sink: BinaryIO, header: Header) -> None:
+    def __init__(self, sink: ByteStream, header: Header) -> None:
         self.header = header
         self._sink = sink
         self._writer = pa.ipc.new_stream(sink, header.to_schema())
@@ -142,7 +141,7 @@ def write_file(selector: BatchSelector, path: Path) -> Iterator[Selection]:
         os.close(directory)
 
 
-def write_pipe(selector: BatchSelector, sink: BinaryIO) -> Iterator[Selection]:
+def write_pipe(selector: BatchSelector, sink: ByteStream) -> Iterator[Selection]:
     """Write a selection to a pipe, batch by batch. A reader that goes away raises BrokenPipeError.
 
     Args:

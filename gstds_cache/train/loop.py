@@ -177,7 +177,11 @@ def train(  # noqa: PLR0915 - one visible loop
             group["lr"] = config.lr * one_cycle(step, total)
         torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
         pixels = augment(pixels.to(device, non_blocking=True), shift=shift, mirror=mirror, seed=config.seed, step=step)
-        target = labels[torch.from_numpy(batch.kept)].to(device, non_blocking=True)
+        target = labels[torch.from_numpy(batch.kept)]
+        if int(target.min()) < 0:
+            row = int(batch.kept[int(target.argmin())])
+            raise UsageError(f"item {source.ids[row]!r} (row {row}) has no label; training needs one")
+        target = target.to(device, non_blocking=True)
         with autocast, _norms_frozen(network, when=len(target) == 1):
             loss = nn.functional.cross_entropy(network(to_input(pixels)).float(), target)
         optimizer.zero_grad(set_to_none=True)
@@ -244,8 +248,8 @@ class _Batches:
 
 
 def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
-    if len(source.labels) == 0 or source.labels.min() < 0:
-        raise UsageError(f"{source.uri} has items without a label; training needs one for each")
+    if source.labels.max(initial=-1) < 0:
+        raise UsageError(f"{source.uri} has no labels; training needs them")
     if evaluation is not None and list(evaluation.classes) != list(source.classes):
         raise UsageError(
             f"--eval {evaluation.uri} has other classes than {source.uri}: {len(evaluation.classes)} and "

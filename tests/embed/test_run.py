@@ -82,7 +82,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(array_source, t
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(image_folder, tiny_model, tmp_path, workers) -> None:
-    report = embed_dataset(open_source(f"imagefolder:{image_folder}"), config_of(tiny_model, workers=workers), path=tmp_path / "s")
+    report = embed_dataset(
+        open_source(f"imagefolder:{image_folder}"), config_of(tiny_model, workers=workers), path=tmp_path / "s"
+    )
     reference = embed_dataset(open_source(f"imagefolder:{image_folder}"), config_of(tiny_model), path=tmp_path / "t")
     assert (report.items, report.ok) == (60, 58)
     assert files_of(tmp_path / "s") == files_of(tmp_path / "t")

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from gstds_cache.config import EmbedConfig, SelectConfig
+from gstds_cache.embed.run import embed_dataset
+from gstds_cache.errors import UsageError
+from gstds_cache.selection.rules import coverage
+from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.spectral.status import Status
+from gstds_cache.store.reader import EmbeddingStore
+
+CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu")
+
+
+@pytest.fixture
+def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
+    config = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=64, workers=0, device="cpu", dtype="float32")
+    return EmbeddingStore(
+        embed_dataset(array_source(200, bad=frozenset({5, 150})), config, path=tmp_path / "store").path
+    )
+
+
+def run(store: EmbeddingStore, start: int = 0, **changes) -> list[Selection]:
+    return list(BatchSelector(store, replace(CONFIG, **changes)).run(start))
+
+
+def naive_fiedler(x: np.ndarray, k: int) -> np.ndarray:
+    """The definition, densely: cosine kNN, W = max(W, W^T), L = D - W, second eigenvector."""
+    similarity = x @ x.T
+    np.fill_diagonal(similarity, -np.inf)
+    weight = np.zeros_like(similarity)
+    for i, row in enumerate(similarity):
+        nearest = np.argsort(-row, kind="stable")[:k]
+        weight[i, nearest] = np.maximum(row[nearest], 0)
+    weight = np.maximum(weight, weight.T)
+    vector = scipy.linalg.eigh(np.diag(weight.sum(1)) - weight)[1][:, 1]
+    return vector * np.sign(vector[np.argmax(np.abs(vector))])
+
+
+def test_kept_rows_are_those_of_the_definition_written_out(store: EmbeddingStore) -> None:
+    selector = BatchSelector(store, CONFIG)
+    for selection in selector.run():
+        batch = selector.plan.batch(selection.seq)
+        assert Status.BRIDGED not in selection.status  # the naive version does not bridge
+        vector = naive_fiedler(store.gather(batch.indices).astype(np.float64), 6)
+        expected = batch.indices[coverage(vector, batch.keep, np.random.default_rng())]
+        overlap = len(np.intersect1d(selection.kept, expected)) / batch.keep
+        assert overlap >= 0.99, selection.seq
+        assert selection.score is not None
+        assert len(selection.score) == len(selection.kept) == batch.keep
+
+
+def test_rows_without_an_embedding_are_never_kept(store: EmbeddingStore) -> None:
+    kept = np.concatenate([s.kept for s in run(store, schedule="constant:0.0")])
+    assert sorted(np.unique(kept)) == sorted(set(range(200)) - {5, 150})
+    assert (np.bincount(kept)[np.unique(kept)] == 2).all()
+
+
+def test_the_same_seed_gives_the_same_selection_and_another_does_not(store: EmbeddingStore) -> None:
+    def kept(**changes):
+        return [s.kept.tolist() for s in run(store, **changes)]
+
+    assert kept() == kept()
+    assert kept() != kept(seed=1)
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 7])
+def test_starting_anywhere_gives_the_rest_of_the_same_selection(store: EmbeddingStore, start: int) -> None:
+    whole, rest = run(store), run(store, start)
+    assert [s.seq for s in rest] == list(range(start, 8))
+    for a, b in zip(whole[start:], rest, strict=True):
+        assert a.kept.tolist() == b.kept.tolist()
+        assert (a.value, a.residual, a.status) == (b.value, b.residual, b.status)
+
+
+def test_random_computes_no_graph(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gstds_cache.selection.run.fiedler_of_embeddings", None)
+    selections = run(store, rule="random")
+    assert {s.status for s in selections} == {Status.NOT_COMPUTED}
+    assert all(s.score is None for s in selections)
+    assert [len(s.kept) for s in selections] == [16, 16, 16, 2] * 2
+
+
+def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: EmbeddingStore) -> None:
+    def digest(**changes):
+        return BatchSelector(store, replace(CONFIG, **changes)).digest
+
+    others = {"batch_size": 32, "epochs": 3, "schedule": "constant:0.5", "knn": 5, "rule": "gap", "seed": 1,
+              "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
+    digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
+    assert len(digests) == 1 + len(others)
+    assert digest(threads=2, knn_backend="faiss-cpu") == digest()
+
+
+def test_a_small_last_batch_is_selected_and_says_that_it_is_small(store: EmbeddingStore) -> None:
+    # 198 rows in batches of 39 leave 3.
+    selections = run(store, batch_size=39)
+    last = selections[5]
+    assert (last.n_in, len(last.kept)) == (3, 1)
+    assert Status.TOO_SMALL in last.status
+    assert np.isfinite(last.score).all()
+
+
+def test_a_batch_size_above_the_rows_is_refused(store: EmbeddingStore) -> None:
+    with pytest.raises(UsageError, match="only 198 rows"):
+        BatchSelector(store, replace(CONFIG, batch_size=199))

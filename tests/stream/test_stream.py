@@ -1,0 +1,285 @@
+"""The stream: one schema for file and pipe, and nothing short of the whole taken for one."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gstds_cache.errors import (
+    FingerprintMismatchError,
+    ProducerFailedError,
+    StreamError,
+    TruncatedStreamError,
+    UsageError,
+)
+from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.spectral.status import Status
+from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
+from gstds_cache.stream.schema import Header, Kind, Record
+from gstds_cache.stream.writer import SelectionWriter, is_finished, write_file
+
+HEADER = Header(
+    cache_fingerprint="c" * 64,
+    selection_digest="d" * 64,
+    items=1000,
+    items_root="e" * 64,
+    seed=7,
+    epochs=2,
+    batches_per_epoch=3,
+    total_batches=6,
+    total_kept=6 * 5,
+    settings={"rule": "coverage", "tolerance": 1e-4},
+)
+
+
+def make_selection(seq: int) -> Selection:
+    rng = np.random.default_rng(seq)
+    score = None if seq == 4 else rng.normal(size=5).astype(np.float32)
+    nan = float("nan")
+    status = Status.NOT_COMPUTED if seq == 4 else Status.BRIDGED | Status.DEGENERATE
+    value, residual = (nan, nan) if seq == 4 else (0.125, float(np.float32(1e-5)))
+    return Selection(seq, seq // 3, seq % 3, 20, rng.permutation(1000)[:5], score, status, value, residual)
+
+
+def write(sink, count: int = 6) -> None:
+    with SelectionWriter(sink, HEADER) as writer:
+        for seq in range(count):
+            writer.write(make_selection(seq))
+
+
+def whole() -> bytes:
+    sink = io.BytesIO()
+    write(sink)
+    return sink.getvalue()
+
+
+WHOLE = whole()
+
+
+def read(data: bytes) -> list[Selection]:
+    return list(SelectionStream(io.BytesIO(data)))
+
+
+def assert_equal(a: Selection, b: Selection) -> None:
+    assert (a.seq, a.epoch, a.batch_id, a.n_in, a.status) == (b.seq, b.epoch, b.batch_id, b.n_in, b.status)
+    np.testing.assert_equal((a.value, a.residual), (b.value, b.residual))
+    np.testing.assert_array_equal(a.kept, b.kept)
+    assert a.kept.dtype == b.kept.dtype == np.int64
+    if a.score is None or b.score is None:
+        assert a.score is b.score
+    else:
+        np.testing.assert_array_equal(a.score, b.score)
+
+
+def test_what_was_written_comes_back() -> None:
+    stream = SelectionStream(io.BytesIO(WHOLE))
+    assert stream.header == HEADER
+    selections = list(stream)
+    assert len(selections) == 6
+    for seq, selection in enumerate(selections):
+        assert_equal(selection, make_selection(seq))
+
+
+def test_any_arrow_reader_opens_it() -> None:
+    table = pa.ipc.open_stream(io.BytesIO(WHOLE)).read_all()
+    assert table.column("kind").to_pylist() == [0, 0, 0, 1, 0, 0, 0, 1, 2]
+    assert table.schema.field("kept").type == pa.list_(pa.field("item", pa.int64(), nullable=False))
+    assert table.column("kept").to_pylist()[3] == [15]
+    assert table.column("kept").to_pylist()[-1][:2] == [6, 30]
+
+
+@given(cut=st.integers(0, len(WHOLE) - 1))
+def test_every_prefix_is_recognised_as_truncated(cut: int) -> None:
+    # Arrow's own end-of-stream marker, the last 8 bytes, says nothing more than the stream-end record did.
+    if cut >= len(WHOLE) - 8:
+        assert len(read(WHOLE[:cut])) == 6
+        return
+    with pytest.raises(TruncatedStreamError):
+        read(WHOLE[:cut])
+
+
+def test_every_boundary_between_records_is_recognised_as_truncated() -> None:
+    ends = []
+    sink = io.BytesIO()
+    writer = SelectionWriter(sink, HEADER)
+    for seq in range(6):
+        writer.write(make_selection(seq))
+        ends.append(len(sink.getvalue()))
+    for end in ends:
+        for tail in (b"", struct.pack("<II", 0xFFFFFFFF, 0)):  # with and without Arrow's end-of-stream marker
+            with pytest.raises(TruncatedStreamError, match="truncated"):
+                read(WHOLE[:end] + tail)
+
+
+@given(position=st.integers(0, len(WHOLE) - 9), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_an_error_or_changes_nothing_that_is_read(position: int, bit: int) -> None:
+    damaged = bytearray(WHOLE)
+    damaged[position] ^= 1 << bit
+    try:
+        stream = SelectionStream(io.BytesIO(bytes(damaged)))
+        header, selections = stream.header, list(stream)
+    except StreamError:
+        return
+    # Padding, and the header's names and digests, are not covered by a crc (digests are compared with the data set's).
+    # What a trainer steps by is.
+    for name in ("epochs", "batches_per_epoch", "total_batches", "total_kept"):
+        assert getattr(header, name) == getattr(HEADER, name)
+    for seq, selection in enumerate(selections):
+        assert_equal(selection, make_selection(seq))
+
+
+def _stream_of(records: list[Record], header: Header = HEADER) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, header.to_schema()) as writer:
+        for record in records:
+            writer.write_batch(record.to_batch())
+    return sink.getvalue()
+
+
+def test_a_record_out_of_sequence_is_named() -> None:
+    with pytest.raises(StreamError, match="got batch 2, expected 1"):
+        read(_stream_of([Record.data(make_selection(0)), Record.data(make_selection(2))]))
+
+
+@pytest.mark.parametrize("row", [-1, 1000])
+def test_a_row_out_of_range_is_named(row: int) -> None:
+    bad = replace(make_selection(0), kept=np.array([3, 4, 5, 6, row]))
+    with pytest.raises(StreamError, match=r"record 0 names .* outside 0..999"):
+        read(_stream_of([Record.data(bad)]))
+
+
+def test_a_wrong_crc_is_named() -> None:
+    batch = Record.data(make_selection(0)).to_batch()
+    batch = batch.set_column(0, batch.schema.field(0), pa.array([1], pa.int64()))
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, HEADER.to_schema()) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(StreamError, match="record 1 is damaged: its crc"):
+        read(sink.getvalue())
+
+
+def test_totals_that_do_not_match_the_records_are_refused() -> None:
+    records = [Record.data(make_selection(seq)) for seq in range(3)]
+    end = Record.mark(Kind.STREAM_END, 3, 1, [6, 30, 0, 0, 0, 0])
+    with pytest.raises(StreamError, match="totals do not match"):
+        read(_stream_of([*records, Record.mark(Kind.EPOCH_END, 3, 0, [15]), end]))
+    with pytest.raises(StreamError, match="epoch 0 ends with"):
+        read(_stream_of([*records, Record.mark(Kind.EPOCH_END, 3, 0, [14])]))
+
+
+def test_another_version_or_another_arrow_stream_is_refused() -> None:
+    with pytest.raises(StreamError, match="format 2"):
+        read(_stream_of([], replace(HEADER, format=2)))
+    sink = io.BytesIO()
+    pa.ipc.new_stream(sink, pa.schema([("a", pa.int8())])).close()
+    with pytest.raises(StreamError, match="no selection"):
+        read(sink.getvalue())
+    with pytest.raises(TruncatedStreamError, match="no selection"):
+        read(b"hello")
+
+
+def test_a_producer_that_fails_says_so_to_the_reader() -> None:
+    sink = io.BytesIO()
+    with pytest.raises(ZeroDivisionError), SelectionWriter(sink, HEADER) as writer:  # noqa: PT012
+        writer.write(make_selection(0))
+        raise ZeroDivisionError("the reason")
+    with pytest.raises(ProducerFailedError, match="ZeroDivisionError: the reason"):
+        read(sink.getvalue())
+
+
+def test_a_producer_that_stops_early_is_an_error() -> None:
+    with pytest.raises(StreamError, match="5 batches written, the header promises 6"):
+        write(io.BytesIO(), count=5)
+
+
+def test_a_pipe_is_read_record_by_record() -> None:
+    readable, writable = os.pipe()
+    with os.fdopen(writable, "wb", buffering=0) as sink, os.fdopen(readable, "rb") as source:
+        writer = SelectionWriter(sink, HEADER)
+        writer.write(make_selection(0))
+        stream = SelectionStream(source)
+        batches = iter(stream)
+        assert_equal(next(batches), make_selection(0))  # though the producer is not done
+        writer.write(make_selection(1))
+        assert_equal(next(batches), make_selection(1))
+
+
+def test_a_selection_of_another_data_set_or_cache_is_refused(tmp_path: Path) -> None:
+    require_dataset(HEADER, items=1000, items_root="e" * 64, uri="x")
+    require_store(HEADER, fingerprint="c" * 64, path=tmp_path)
+    for items, root in ((999, "e" * 64), (1000, "f" * 64)):
+        with pytest.raises(FingerprintMismatchError, match="another data set"):
+            require_dataset(HEADER, items=items, items_root=root, uri="x")
+    with pytest.raises(FingerprintMismatchError, match="from cache cccccccccccc"):
+        require_store(HEADER, fingerprint="x" * 64, path=tmp_path)
+
+
+class FakeSelector(BatchSelector):
+    """Stands where BatchSelector stands, with the selections of this file."""
+
+    def __init__(self, fail_at: int = 99) -> None:
+        self.fail_at, self.computed, self.digest = fail_at, [], "d" * 64
+
+    def run(self, start: int = 0):
+        for seq in range(start, 6):
+            if seq == self.fail_at:
+                raise KeyboardInterrupt
+            self.computed.append(seq)
+            yield make_selection(seq)
+
+
+@pytest.fixture
+def header_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Header, "of", classmethod(lambda _cls, _selector: HEADER))
+
+
+@pytest.mark.usefixtures("header_of")
+@pytest.mark.parametrize("fail_at", [0, 1, 3, 5])
+def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path: Path, fail_at: int) -> None:
+    path = tmp_path / "s.arrow"
+    with pytest.raises(KeyboardInterrupt):
+        list(write_file(FakeSelector(fail_at), path))
+    assert not path.exists()
+    rest = FakeSelector()
+    list(write_file(rest, path))
+    assert rest.computed == list(range(fail_at, 6))
+    assert path.read_bytes() == WHOLE
+    assert [p.name for p in tmp_path.iterdir()] == ["s.arrow"]
+
+
+@pytest.mark.usefixtures("header_of")
+def test_a_killed_file_goes_on_from_its_last_whole_record(tmp_path: Path) -> None:
+    path = tmp_path / "s.arrow"
+    (tmp_path / ".s.arrow.partial").write_bytes(WHOLE[: len(WHOLE) * 2 // 3])
+    rest = FakeSelector()
+    list(write_file(rest, path))
+    assert 0 < rest.computed[0] < 6
+    assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.usefixtures("header_of")
+def test_a_file_of_something_else_is_never_replaced_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "s.arrow"
+    assert not is_finished(FakeSelector(), path)
+    path.write_bytes(WHOLE)
+    assert is_finished(FakeSelector(), path)
+    for content in (b"my notes", WHOLE[:-50], _stream_of([], replace(HEADER, selection_digest="x"))):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="--force"):
+            is_finished(FakeSelector(), path)
+        assert path.read_bytes() == content
+        assert not is_finished(FakeSelector(), path, replace=True)
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gstds-select STORE --out"):
+        open_selection(tmp_path / "no.arrow")
