@@ -1,7 +1,7 @@
 """The main job end to end on scikit-learn's digits, with the commands a user types; prints one table.
 
 Embeds the training part of the digits once, then trains the same network three times: on everything, on a random
-quarter of each batch, on the quarter that the default rule selects. Each run takes steps of 128 samples. Run it a
+quarter of each batch, on the quarter that the default rule selects. Each run takes steps of 32 samples. Run it a
 second time and it embeds nothing.
 
     python benchmarks/demo.py [--epochs 12] [--seeds 1] [--folder .demo]
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 TRAIN, TEST = "digits?split=train", "digits?split=test"
-STEP = 128  # samples of a training step, in all three runs
-BATCH = 512  # rows of a batch before selection: 128 / (1 - 0.75)
+STEP = 32  # samples of a training step, in all three runs
+BATCH = 128  # rows of a batch before selection: 32 / (1 - 0.75)
 SELECTIONS = {
     "everything": ["--rule", "random", "--schedule", "constant:0.0", "--batch-size", str(STEP)],
     "random 1/4": ["--rule", "random", "--schedule", "constant:0.75", "--batch-size", str(BATCH)],
@@ -61,7 +61,18 @@ def main() -> None:
             selected.append(run("gstds-select", str(store), *flags, *common))
             out = arguments.folder / "runs" / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
             shutil.rmtree(out, ignore_errors=True)
-            flow = ["--selection", selected[-1]["out"], "--eval", TEST, "--seed", str(seed), "--out", str(out)]
+            flow = [
+                "--selection",
+                selected[-1]["out"],
+                "--eval",
+                TEST,
+                "--lr",
+                "0.02",
+                "--seed",
+                str(seed),
+                "--out",
+                str(out),
+            ]
             trained.append(run("gstds-train", TRAIN, *flow))
         lines.append((name, selected, trained))
     print_table(embedded, lines)

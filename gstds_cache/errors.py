@@ -103,6 +103,10 @@ class SolverError(GstdsError, ArithmeticError):
     exit_code = EXIT_SOLVER
 
 
+class DivergedError(SolverError):
+    """A training loss that is no longer a number."""
+
+
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
     """Sort ``known`` by likeness to ``name``, nearest first; ties alphabetically."""
     return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio(), k))

@@ -26,6 +26,7 @@ from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
 STACK = 8  # graphs solved together
+ALGORITHM = 1  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
 
 
@@ -189,4 +190,4 @@ class BatchSelector:
 def identity(store: EmbeddingStore, config: SelectConfig) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    return {"cache": store.fingerprint, "select": settings}
+    return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings}

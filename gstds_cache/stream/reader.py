@@ -45,7 +45,7 @@ class SelectionStream:
         self._source = source
         try:
             self._reader = pa.ipc.open_stream(source)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise TruncatedStreamError(
                 f"this is no selection, or one that ends inside its header ({_first_line(error)})", hint=AGAIN
             ) from error
@@ -108,7 +108,7 @@ class SelectionStream:
             try:
                 batch, extra = self._reader.read_next_batch_with_custom_metadata()
                 batch.validate(full=True)
-            except (StopIteration, pa.ArrowInvalid, OSError) as error:
+            except (StopIteration, pa.ArrowException, OSError) as error:
                 raise TruncatedStreamError(
                     f"the selection is truncated: it ends at batch {self.next_seq} of {self.header.total_batches}, "
                     f"without its stream-end record ({_first_line(error) or 'end of file'})",

@@ -133,9 +133,15 @@ class Header:
         if not schema.remove_metadata().equals(FIELDS):
             raise StreamError(f"the selection's columns are not format {FORMAT}'s: got {schema.names}")
         try:
-            return cls(**fields)
+            header = cls(**fields)
         except TypeError as error:
             raise StreamError(f"the selection's header is damaged: {error}") from error
+        if header.epochs * header.batches_per_epoch != header.total_batches:
+            raise StreamError(
+                f"the selection's header is damaged: {header.epochs} epochs of {header.batches_per_epoch} batches are "
+                f"not {header.total_batches}"
+            )
+        return header
 
 
 @dataclass(frozen=True)

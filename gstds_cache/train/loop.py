@@ -20,7 +20,7 @@ from torch import nn
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
-from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.errors import DivergedError, FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.run import Selection
 from gstds_cache.stream.reader import SelectionStream
@@ -104,6 +104,7 @@ def train(  # noqa: PLR0915 - one visible loop
     Raises:
         UsageError: Labels are missing, or the evaluation set has other classes.
         FingerprintMismatchError: The stream is not the one the run was begun with.
+        DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
         KeyboardInterrupt: ``stopping`` said so.
     """
@@ -187,7 +188,13 @@ def train(  # noqa: PLR0915 - one visible loop
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        step, samples, loss_sum = step + 1, samples + len(target), loss_sum + float(loss.detach())
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the training loss is {value} at step {step} of {total}",
+                hint=f"train again with a lower --lr (it was {config.lr}) into another --out",
+            )
+        step, samples, loss_sum = step + 1, samples + len(target), loss_sum + value
         seconds["step"] += time.perf_counter() - started
         # 3. The epoch's end, and whoever wants to stop.
         if step % per_epoch == 0:
