@@ -11,29 +11,47 @@ from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError
 
 from .common import Command, Group, cache_root, json_option, print_json, print_table
 
+GROUP_HELP = """Look at embedding stores, and check them.
 
-@click.group(cls=Group)
+\b
+Examples:
+  gstds-cache ls
+  gstds-cache info photos.store
+  gstds-cache verify photos.store --level full
+"""
+
+LS_HELP = """List the stores in ROOT (default: $GSTDS_CACHE, or ~/.cache/gstds-cache).
+
+\b
+Example:
+  gstds-cache ls
+"""
+
+INFO_HELP = """Show what STORE holds and how it was made.
+
+\b
+Example:
+  gstds-cache info photos.store
+"""
+
+VERIFY_HELP = """Check STORE against its receipts; exit code 3 if anything is wrong, 4 if it is not complete.
+
+\b
+Example:
+  gstds-cache verify photos.store --level full
+"""
+
+
+@click.group(cls=Group, help=GROUP_HELP)
 def main() -> None:
-    r"""Look at embedding stores, and check them.
-
-    \b
-    Examples:
-      gstds-cache ls
-      gstds-cache info photos.store
-      gstds-cache verify photos.store --level full
-    """
+    """Look at stores, and check them."""
 
 
-@main.command("ls", cls=Command)
+@main.command("ls", cls=Command, help=LS_HELP)
 @click.argument("root", type=click.Path(path_type=Path), required=False)
 @json_option
 def list_stores(root: Path | None, as_json: bool) -> None:
-    r"""List the stores in ROOT (default: $GSTDS_CACHE, or ~/.cache/gstds-cache).
-
-    \b
-    Example:
-      gstds-cache ls
-    """
+    """List stores."""
     from gstds_cache.store.describe import StoreSummary, summarise
 
     root = root or cache_root()
@@ -59,16 +77,11 @@ def list_stores(root: Path | None, as_json: bool) -> None:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-@main.command("info", cls=Command)
+@main.command("info", cls=Command, help=INFO_HELP)
 @click.argument("store", type=click.Path(path_type=Path))
 @json_option
 def show_store(store: Path, as_json: bool) -> None:
-    r"""Show what STORE holds and how it was made.
-
-    \b
-    Example:
-      gstds-cache info photos.store
-    """
+    """Show one store."""
     from gstds_cache.store.describe import summarise
 
     summary = summarise(store)
@@ -94,7 +107,7 @@ def show_store(store: Path, as_json: bool) -> None:
         click.echo(f"... and {len(summary.quarantined) - 20} more; see --json")
 
 
-@main.command("verify", cls=Command)
+@main.command("verify", cls=Command, help=VERIFY_HELP)
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "--level",
@@ -106,12 +119,7 @@ def show_store(store: Path, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def verify_store(ctx: click.Context, store: Path, level: Literal["quick", "full"], as_json: bool) -> None:
-    r"""Check STORE against its receipts; exit code 3 if anything is wrong, 4 if it is not complete.
-
-    \b
-    Example:
-      gstds-cache verify photos.store --level full
-    """
+    """Check one store."""
     from gstds_cache.store.journal import corrupt
     from gstds_cache.store.verify import verify
 

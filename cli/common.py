@@ -24,6 +24,7 @@ DISK = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EIO: "the disk reported an error",
+    errno.EFBIG: "the file may not grow that large here",
 }
 
 

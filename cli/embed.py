@@ -120,8 +120,12 @@ def _print(report: EmbedReport) -> None:
             ("time", seconds_line(report.seconds)),
         ]
     )
-    for reason, count in Counter(item.reason for item in bad).most_common(10):
-        click.echo(f"quarantined {count:,}: {reason} (e.g. {next(i.id for i in bad if i.reason == reason)})")
+    # What stands before the colon is the kind of failure; after it come the particulars of one image.
+    for kind, count in Counter(item.reason.partition(":")[0] for item in bad).most_common(10):
+        example = next(item for item in bad if item.reason.startswith(kind))
+        click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
+    if bad:
+        click.echo(f"all quarantined images: gstds-cache info {report.path}")
     click.echo(f"next: gstds-select {report.path}")
 
 

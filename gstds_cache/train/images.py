@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.loading import PixelBatch, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
@@ -102,6 +103,11 @@ class ImageFeed:
 
 def default_side(source: ImageSource) -> int:
     """The images' own size where the first ones are small squares of one size, else 64 pixels."""
-    sizes = {source.image(row).size for row in range(min(8, len(source)))}
-    width, height = next(iter(sizes))
+    sizes = set()
+    for row in range(min(8, len(source))):
+        try:
+            sizes.add(source.image(row).size)
+        except UndecodableError:
+            continue
+    width, height = min(sizes, default=(64, 64))
     return width if len(sizes) == 1 and width == height and 8 <= width <= 64 else 64

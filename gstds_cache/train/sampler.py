@@ -46,6 +46,10 @@ class SelectedBatchSampler(Sampler[list[int]]):
         self._batches: Iterator[Selection] = iter(stream)
         self._epoch = 0
 
+    def close(self) -> None:
+        """Close the selection before its end. At the end, it closes itself."""
+        self._stream.close()
+
     def __len__(self) -> int:
         """Batches of one epoch."""
         return self.header.batches_per_epoch
@@ -79,5 +83,5 @@ class SelectedBatchSampler(Sampler[list[int]]):
                     # The stream-end record comes with the last batch, so that a truncated selection is never used up.
                     if next(self._batches, None) is not None:
                         raise StreamError("the selection goes on after its last epoch")
-                    self._stream.close()
+                    self.close()
             yield batch.kept.tolist()

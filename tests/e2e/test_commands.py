@@ -1,0 +1,269 @@
+"""The commands as a user runs them: processes of their own, on real image files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from gstds_cache.store.reader import EmbeddingStore
+
+
+@pytest.fixture
+def embed_words(image_folder: Path, tiny_model: str) -> list[str]:
+    # photos/ lies in the folder the commands run in
+    return ["gstds-embed", "imagefolder:photos", "--model", tiny_model, "--cache", "photos.store", "--batch-size", "4",
+            "--unit-rows", "8", "--json"]  # fmt: skip
+
+
+SELECT = ["gstds-select", "photos.store", "--batch-size", "20", "--epochs", "3", "--knn", "5", "--json"]
+TRAIN = ["gstds-train", "imagefolder:photos", "--arch", "timm:test_resnet", "--image-size", "16", "--lr", "0.02",
+         "--json"]  # fmt: skip
+
+
+def test_entry_points_load() -> None:
+    ours = {
+        point.name: point.load() for point in entry_points(group="console_scripts") if point.name.startswith("gstds")
+    }
+    assert sorted(ours) == ["gstds-cache", "gstds-embed", "gstds-select", "gstds-train"]
+    assert all(callable(command) for command in ours.values())
+
+
+@pytest.mark.parametrize(
+    "words", [["gstds-embed"], ["gstds-select"], ["gstds-train"], ["gstds-cache"], ["gstds-cache", "ls"],
+              ["gstds-cache", "info"], ["gstds-cache", "verify"]], ids=" ".join,
+)  # fmt: skip
+def test_help_has_an_example(command, words) -> None:
+    text = command(*words, "--help").stdout
+    assert "Example" in text
+    assert f"\n  {words[0]} " in text or f"\n    {words[0]} " in text
+
+
+def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
+    first = command(*embed_words)
+    embedded = result_of(first)
+    assert (embedded["items"], embedded["ok"], embedded["embedded"]) == (60, 58, 60)
+    assert [item["id"] for item in embedded["quarantined"]] == ["cats/07.png", "owls/03.png"]
+    assert "60 in = 58 ok + 2 quarantined" in first.stdout
+    assert "next: gstds-select photos.store" in first.stdout
+
+    again = command(*embed_words)
+    assert "cache hit" in again.stdout
+    assert result_of(again)["embedded"] == 0
+
+    chosen = command(*SELECT)
+    selected = result_of(chosen)
+    assert "keeps 45 of 174 samples" in chosen.stderr
+    assert (selected["total_batches"], selected["kept"], selected["rows"]) == (9, 45, 174)
+    repeated = command(*SELECT)
+    assert result_of(repeated)["cache_hit"]
+    assert "cache hit" in repeated.stderr
+
+    out = ["--selection", selected["out"], "--eval", "imagefolder:photos", "--out", "run"]
+    trained = result_of(command(*TRAIN, *out))
+    assert trained["gradient_samples"] == 45
+    assert trained["test_items"] == 58
+    assert 0 <= trained["test_accuracy"] <= 1
+    assert set(trained["seconds"]) >= {"load", "indices", "images", "step", "eval", "total"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["config"]["cache_fingerprint"] == embedded["fingerprint"]
+    assert config["config"]["selection_digest"] == selected["selection_digest"]
+
+    listed = result_of(command("gstds-cache", "ls", ".", "--json"))
+    assert [store["items"] for store in listed["stores"]] == [60]
+    assert "quarantined row 7: cats/07.png" in command("gstds-cache", "info", "photos.store").stdout
+    assert "no problem found" in command("gstds-cache", "verify", "photos.store", "--level", "full").stdout
+
+
+def test_a_pipe_trains_the_same_network_as_a_file(command, result_of, embed_words, tmp_path) -> None:
+    command(*embed_words)
+    out = result_of(command(*SELECT))["out"]
+    command(*TRAIN, "--selection", out, "--out", "from-file")
+    bin_folder = Path(sys.executable).parent
+    words = " ".join([*SELECT, "--out", "-"])
+    train = " ".join([*TRAIN, "--selection", "-", "--out", "from-pipe"])
+    piped = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{bin_folder}/{words} | {bin_folder}/{train}"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert piped.returncode == 0, piped.stderr
+    assert json.loads(piped.stdout.splitlines()[-1])["gradient_samples"] == 45
+
+    def losses(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line).get("loss") for line in lines]
+
+    assert losses("from-pipe") == losses("from-file")
+
+
+def test_a_reader_that_goes_away_ends_the_producer(command, embed_words, tmp_path) -> None:
+    command(*embed_words)
+    words = f"{Path(sys.executable).parent}/" + " ".join([*SELECT[:-1], "--epochs", "2000", "--out", "-"])
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -c 3000 >/dev/null; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "went away" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_killed_producer_is_never_taken_for_a_whole_selection(command, embed_words, tmp_path) -> None:
+    command(*embed_words)
+    out = json.loads(command(*SELECT).stdout.splitlines()[-1])["out"]
+    whole = (tmp_path / out).read_bytes()
+    with (tmp_path / "half").open("wb") as file:
+        file.write(whole[: len(whole) // 2])
+    with (tmp_path / "half").open("rb") as half:
+        failed = command(*TRAIN, "--selection", "-", "--out", "run", code=3, stdin=half)
+    assert "truncated" in failed.stderr
+    assert "test accuracy" not in failed.stdout
+
+
+def _files(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of, embed_words, tmp_path, how) -> None:
+    command(*embed_words[:-1], "--cache", "whole.store")
+    slow = [word.replace(":build", ":build_slow") for word in embed_words[:-1]]
+    reference = command(*slow, "--cache", "slow.store")
+    executable = Path(sys.executable).with_name("gstds-embed")
+    process = subprocess.Popen([executable, *slow[1:]], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    receipts = tmp_path / "photos.store" / "receipts"
+    deadline = time.monotonic() + 120
+    while not (receipts.is_dir() and len(list(receipts.glob("*.json"))) >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"run the same command again" in errors
+        assert b"Traceback" not in errors
+    else:
+        assert process.returncode == -signal.SIGKILL
+    before = {p.name: p.stat().st_mtime_ns for p in receipts.glob("*.json")}
+    assert 3 <= len(before) < 8
+    assert "units are committed" in command("gstds-select", "photos.store", code=4).stderr
+    assert "not complete" in command("gstds-cache", "verify", "photos.store", code=4).stderr
+    rest = result_of(command(*slow, "--json"))
+    assert rest["committed_before"] == 8 * len(before)
+    assert rest["embedded"] == 60 - 8 * len(before)
+    assert {name: (receipts / name).stat().st_mtime_ns for name in before} == before
+    assert _files(tmp_path / "photos.store") == _files(tmp_path / "slow.store")
+    assert reference.returncode == 0
+    assert len(EmbeddingStore(tmp_path / "photos.store")) == 60
+
+
+def test_a_stopped_training_resumes(command, result_of, embed_words, tmp_path) -> None:
+    command(*embed_words)
+    out = result_of(command(*SELECT, "--epochs", "60"))["out"]
+    words = [*TRAIN, "--selection", out, "--out", "run"]
+    executable = Path(sys.executable).with_name("gstds-train")
+    process = subprocess.Popen([executable, *words[1:]], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in command(*words, code=2).stderr
+    assert result_of(command(*words, "--resume"))["gradient_samples"] == 60 * 15
+
+
+BAD = [
+    (["gstds-embed", "imagefoldr:photos"], 2, ["unknown kind of data set", "did you mean 'imagefolder:PATH'"]),
+    (["gstds-embed", "imagefolder:nowhere"], 2, ["nowhere"]),
+    (["gstds-embed", "imagefolder:empty"], 2, ["empty"]),
+    (["gstds-embed", "imagefolder:photos/cats"], 2, ["class"]),
+    (["gstds-embed", "digits", "--model", "timm:tf_efficientnet_lite"], 2, ["tf_efficientnet_lite0"]),
+    (["gstds-embed", "digits", "--device", "tpu"], 2, ["tpu", "cuda"]),
+    (["gstds-embed", "digits", "--batch-size", "0"], 2, ["--batch-size", "0"]),
+    (["gstds-embed", "imagefolder:photos", "--cache", "photos"], 2, ["no store", "'cats'"]),
+    (["gstds-select", "nowhere.store"], 2, ["no store at nowhere.store", "gstds-embed"]),
+    (["gstds-select", "photos.store", "--rule", "converage"], 2, ["unknown rule", "there are: coverage"]),
+    (["gstds-select", "photos.store", "--schedule", "constnt:0.5"], 2, ["unknown schedule", "constant"]),
+    (["gstds-select", "photos.store", "--schedule", "constant:1"], 2, ["outside [0, 1)"]),
+    (["gstds-select", "photos.store", "--batch-size", "59"], 2, ["only 58 rows"]),
+    (["gstds-select", "photos.store", "--batch-size", "3"], 2, ["at least 4"]),
+    (["gstds-select", "photos.store", "--batch-size", "20", "--knn", "20"], 2, ["--knn", "19"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "no.arrow"], 2, ["no selection at no.arrow"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "notes.txt"], 3, ["no selection"]),
+    (["gstds-train", "digits", "--selection", "good.arrow"], 3, ["another data set", "gstds-embed"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "good.arrow", "--arch", "resnet19"], 2, ["resnet18"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "cut.arrow", "--image-size", "16"], 3, ["truncated"]),
+    (["gstds-select", "photos.store", "--out", "notes.txt", "--batch-size", "20"], 2, ["notes.txt", "--force"]),
+    (["gstds-cache", "verify", "nowhere"], 2, ["no store"]),
+]  # fmt: skip
+
+
+def test_bad_input_gets_a_clear_message_and_changes_nothing(command, embed_words, tmp_path) -> None:
+    command(*embed_words)
+    command(*SELECT, "--out", "good.arrow")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("my notes")
+    (tmp_path / "cut.arrow").write_bytes((tmp_path / "good.arrow").read_bytes()[:-200])
+
+    def snapshot():
+        skip = {".lock", "__pycache__"}
+        return {
+            p: p.read_bytes()
+            for p in tmp_path.rglob("*")
+            if p.is_file() and not skip & set(p.parts) and "runs" not in p.parts and p.name not in skip
+        }
+
+    before = snapshot()
+    for words, code, expected in BAD:
+        done = command(*words, code=code)
+        assert "Traceback" not in done.stderr, words
+        for word in expected:
+            assert word in done.stderr, (words, word, done.stderr)
+        assert snapshot() == before, words
+
+
+def test_another_model_names_the_field_that_differs(command, embed_words, tiny_model) -> None:
+    command(*embed_words)
+    other = [word.replace(":build", ":build_slow") for word in embed_words]
+    done = command(*other, code=3)
+    assert f"encoder.model: the store has '{tiny_model}'" in done.stderr
+    assert "nothing was changed" in done.stderr
+
+
+def test_a_disk_that_takes_no_more_is_a_clean_error(command, embed_words, tmp_path) -> None:
+    # A limit on the size of a file makes the write fail half way, as a full disk would.
+    executable = Path(sys.executable).with_name("gstds-embed")
+    words = " ".join([str(executable), *embed_words[1:-1], "--dtype", "float32", "--unit-rows", "60"])
+    limited = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 8; exec {words}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert limited.returncode == 4, limited.stderr
+    assert "Traceback" not in limited.stderr
+    command(*embed_words[:-1], "--dtype", "float32", "--unit-rows", "60")
+    assert len(EmbeddingStore(tmp_path / "photos.store")) == 60
