@@ -58,7 +58,7 @@ stopped.
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
-@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Relative residual of a Fiedler pair.")
+@click.option("--tolerance", type=float, default=1e-6, show_default=True, help="Relative residual of a Fiedler pair.")
 @click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
 @device_option
 @click.option("--knn-backend", type=click.Choice(["auto", "faiss-cpu", "faiss-gpu"]), default="auto")

@@ -78,7 +78,7 @@ class SelectConfig:
     rule: str = DEFAULT_RULE
     seed: int = 0
     laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
-    tolerance: float = 1e-4
+    tolerance: float = 1e-6
     max_iterations: int = 500
     device: str = "auto"
     knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"] = "auto"

@@ -17,7 +17,7 @@ from gstds_cache.devices import resolve_device
 from gstds_cache.digest import digest_of
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rules import find_rule
+from gstds_cache.selection.rules import find_rule, settle_ties
 from gstds_cache.selection.schedule import parse_schedule
 from gstds_cache.spectral.fiedler import fiedler_of_embeddings
 from gstds_cache.spectral.result import FiedlerResult
@@ -171,7 +171,7 @@ class BatchSelector:
         return result
 
     def _choose(self, batch: BatchPlan, spectrum: FiedlerResult | None, graph: int) -> Selection:
-        vector = np.zeros(len(batch.indices)) if spectrum is None else spectrum.vector[graph].numpy()
+        vector = np.zeros(len(batch.indices)) if spectrum is None else settle_ties(spectrum.vector[graph].numpy())
         rng = rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id)
         positions = self.rule.choose(vector, batch.keep, rng)
         return Selection(

@@ -83,7 +83,7 @@ def fiedler_vectors(
     *,
     q: int = 2,
     laplacian: str = "combinatorial",
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
     max_iterations: int = 500,
     seed: int = 0,
 ) -> FiedlerResult:
@@ -146,7 +146,7 @@ def fiedler_of_embeddings(
     k: int,
     q: int = 2,
     laplacian: str = "combinatorial",
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
     max_iterations: int = 500,
     seed: int = 0,
     backend: str = "auto",

@@ -1,4 +1,4 @@
-"""One record schema for file and pipe: the Arrow IPC stream format, a row per batch (DESIGN: docs/stream-format.md).
+"""One record schema for file and pipe: the Arrow IPC stream format, a row per batch (docs/stream-format.md).
 
 A stream is a schema with metadata (:class:`Header`), data records, an epoch-end record after each epoch, and one
 stream-end record. Arrow's own end-of-stream marker and a plain end of file both appear after a killed producer, so only

@@ -1,0 +1,28 @@
+"""Every benchmark has a smoke mode, and it says what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
+def test_smoke_mode_ends_with_a_result(path: Path) -> None:
+    before = sorted((BENCHMARKS / "results").glob("*"))
+    done = subprocess.run(
+        [sys.executable, path, "--smoke"], capture_output=True, text=True, timeout=300, check=False, cwd=path.parent
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["environment"]["torch"]
+    if path.stem == "bench_fiedler":
+        assert result["cosine_min_where_gap_is_clear"] > 0.9999
+    if path.stem == "bench_embed":
+        assert result["embed_over_limit"]["median"] > 0
+    assert sorted((BENCHMARKS / "results").glob("*")) == before
