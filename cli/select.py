@@ -138,14 +138,17 @@ def main(
                 progress("select", selection.seq + 1, plan.total_batches, gathered)
         finally:
             progress.end()
-    seconds = {"open": opened - started, **selector.counts.seconds, "total": time.perf_counter() - started}
+    total = time.perf_counter() - started
+    spent = {"open": opened - started, **selector.counts.seconds}
+    # What is left is writing; on a pipe, that is waiting for the reader.
+    seconds = spent | {"write": total - sum(spent.values()), "total": total}
     _print(selector, seconds, None if piped else file, as_json)
 
 
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
     counts, config = selector.counts, selector.config
-    busy = seconds["total"] - seconds["open"]
-    rate = counts.rows / busy if counts.rows else 0.0
+    busy = sum(counts.seconds.values())
+    rate = counts.rows / busy if busy else 0.0
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
     to_stderr = file is None
     print_table(
