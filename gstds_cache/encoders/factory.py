@@ -92,11 +92,9 @@ def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encode
         crop_mode=config["crop_mode"],
         source="timm",
     )
-    pooling = str(getattr(model, "global_pool", None) or "model")
-    pooling = pooling if pooling.isidentifier() else type(model.global_pool).__name__
-    if hasattr(model.global_pool, "pool_type"):
-        pooling = str(model.global_pool.pool_type)
-    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling)
+    pool = getattr(model, "global_pool", "model")  # a word, or a module that knows its own kind
+    pooling = pool if isinstance(pool, str) else str(getattr(pool, "pool_type", type(pool).__name__))
+    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none")
 
 
 def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def read_state_dict(path: Path) -> StateDict:
         except (SafetensorError, ValueError) as error:
             raise EncoderError(f"{path} is not a safetensors file: {error}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise EncoderError(
             f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}",
