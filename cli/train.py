@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -22,6 +22,10 @@ from .common import (
     seconds_line,
     stop_after_step,
 )
+
+if TYPE_CHECKING:
+    from gstds_cache.stream.schema import Header
+    from gstds_cache.train.loop import TrainReport
 
 HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
 
@@ -134,10 +138,16 @@ def main(
         finally:
             progress.end()
         header = stream.header
+    _print(run_dir.path, report)
+    if as_json:
+        print_json(_as_dict(run_dir.path, report, header))
+
+
+def _print(path: Path, report: TrainReport) -> None:
     accuracy = report.accuracy
     print_table(
         [
-            ("run", str(run_dir.path)),
+            ("run", str(path)),
             (
                 "test accuracy",
                 f"{accuracy.value:.2%} of {accuracy.items:,} ({accuracy.undecodable:,} undecodable left out)"
@@ -150,20 +160,20 @@ def main(
         ]
     )
     click.echo("next: the same with another --seed; the embeddings and the selection are reused")
-    if as_json:
-        print_json(
-            {
-                "run_dir": str(run_dir.path),
-                "test_accuracy": accuracy.value if accuracy else None,
-                "test_items": accuracy.items if accuracy else 0,
-                "gradient_samples": report.gradient_samples,
-                "steps": report.steps,
-                "loss": report.loss,
-                "seconds": report.seconds,
-                "selection_digest": header.selection_digest,
-                "cache_fingerprint": header.cache_fingerprint,
-            }
-        )
+
+
+def _as_dict(path: Path, report: TrainReport, header: Header) -> dict[str, Any]:
+    return {
+        "run_dir": str(path),
+        "test_accuracy": report.accuracy.value if report.accuracy else None,
+        "test_items": report.accuracy.items if report.accuracy else 0,
+        "gradient_samples": report.gradient_samples,
+        "steps": report.steps,
+        "loss": report.loss,
+        "seconds": report.seconds,
+        "selection_digest": header.selection_digest,
+        "cache_fingerprint": header.cache_fingerprint,
+    }
 
 
 if __name__ == "__main__":

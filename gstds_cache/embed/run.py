@@ -27,7 +27,7 @@ from gstds_cache.store.journal import Journal
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.receipt import Quarantined
 from gstds_cache.store.spec import CacheSpec
-from gstds_cache.store.writer import open_writer
+from gstds_cache.store.writer import StoreWriter, open_writer
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}
 UNIT_BYTES = 4 << 20
@@ -128,19 +128,9 @@ def embed_dataset(
             "provenance": _provenance(source.uri, device),
         },
     ) as writer:
-        committed = writer.recover()
-        todo = [unit for unit in range(spec.units) if unit not in committed]
-        before = sum(len(spec.rows_of(unit)) for unit in committed)
-        total = spec.items
-
-        def on_batch(clock: Clock) -> None:
-            progress("embed", before + clock.images, total, clock.waiting / max(clock.elapsed(), 1e-9))
-
-        task = EmbedTask(source, encoder, writer, device=device, workers=config.workers, on_batch=on_batch)
-        for _receipt in (executor or LocalExecutor()).run(task, todo):
-            pass
+        task, before = _fill(writer, source, encoder, config, device, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
-        if todo or Journal(path).complete() is None:
+        if task.clock.images or Journal(path).complete() is None:
             writer.finish()
     store = EmbeddingStore(path)
     ended = time.perf_counter()
@@ -167,6 +157,29 @@ def embed_dataset(
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
         notes=(*source.notes, *encoder.notes),
     )
+
+
+def _fill(
+    writer: StoreWriter,
+    source: ImageSource,
+    encoder: Encoder,
+    config: EmbedConfig,
+    device: torch.device,
+    executor: Executor,
+    progress: Progress,
+) -> tuple[EmbedTask, int]:
+    """Embed the units that are not committed; returns the task, with its clock, and the rows committed before."""
+    spec = writer.spec
+    committed = writer.recover()
+    before = sum(len(spec.rows_of(unit)) for unit in committed)
+
+    def on_batch(clock: Clock) -> None:
+        progress("embed", before + clock.images, spec.items, clock.waiting / max(clock.elapsed(), 1e-9))
+
+    task = EmbedTask(source, encoder, writer, device=device, workers=config.workers, on_batch=on_batch)
+    for _receipt in executor.run(task, [unit for unit in range(spec.units) if unit not in committed]):
+        pass
+    return task, before
 
 
 def _spec(

@@ -141,6 +141,7 @@ def train(  # noqa: PLR0915 - one visible loop
         step, samples, loss_sum, last_loss, sha = (state[k] for k in ("step", "samples", "loss_sum", "loss", "sha"))
         seconds = {phase: value + seconds[phase] for phase, value in state["seconds"].items()}
         batches.skip_to(step, sha)
+    run_dir.begin()
     run_dir.drop_metrics_from(step + 1)
 
     def save() -> None:

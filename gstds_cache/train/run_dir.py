@@ -22,7 +22,7 @@ class RunDir:
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, provenance: dict[str, Any], resume: bool) -> None:
-        """Open a new run's directory, or that of a run to be resumed.
+        """Check a new run's directory, or that of a run to be resumed; nothing is written before :meth:`begin`.
 
         Args:
             path: The directory.
@@ -49,10 +49,14 @@ class RunDir:
                 + "\n    ".join(f"{k}: the run has {stored.get(k)!r}, now {config.get(k)!r}" for k in names),
                 hint="resume with the settings it was started with, or give another --out",
             )
-        path.mkdir(parents=True, exist_ok=True)
-        if stored is None:
-            text = json.dumps({"config": config, "provenance": provenance}, indent=2, sort_keys=True)
-            self._replace(CONFIG, (text + "\n").encode())
+        self._text = json.dumps({"config": config, "provenance": provenance}, indent=2, sort_keys=True) + "\n"
+
+    def begin(self) -> None:
+        """Make the directory of a new run; that of a run to be resumed stays as it is."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._stored_config() is None:
+            self._replace(CONFIG, self._text.encode())
+            (self.path / METRICS).unlink(missing_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, or None; tensors and numbers only."""
@@ -85,8 +89,9 @@ class RunDir:
             self._replace(METRICS, "".join(f"{line}\n" for line in lines).encode())
 
     def _stored_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is there. One without a checkpoint holds nothing to continue or lose."""
         path = self.path / CONFIG
-        if not path.exists():
+        if not path.exists() or not (self.path / CHECKPOINT).exists():
             return None
         config: dict[str, Any] = json.loads(path.read_text())["config"]
         return config
