@@ -57,6 +57,9 @@ class EmbedTask:
         Yields:
             The receipt of each unit, once it is durable.
         """
+        self.clock = Clock()
+        if not units:
+            return
         spec = self.writer.spec
         plan = [(unit, rows) for unit in units for rows in _inner_batches(spec.rows_of(unit), spec.batch_size)]
         batches = pixel_batches(
@@ -67,7 +70,6 @@ class EmbedTask:
             workers=self.workers,
             pin=self.device.type == "cuda",
         )
-        self.clock = Clock()
         block, quarantined = np.empty((0, spec.dim)), list[Quarantined]()
         for unit, rows in plan:
             span = spec.rows_of(unit)
