@@ -162,8 +162,9 @@ def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed:
     """Find the ``q`` lowest nontrivial eigenpairs of every graph's Laplacian.
 
     Convergence of a pair is ``||A v - theta v|| <= tolerance * theta``, relative to its own eigenvalue: by Davis and
-    Kahan the sine of the angle to the true eigenvector is then at most ``tolerance * theta / gap``, so the default 1e-4
-    gives |cos| >= 0.9999 wherever the relative gap to the next eigenvalue exceeds 1e-2. (Relative to ||A||, as is
+    Kahan the sine of the angle to the true eigenvector is then at most ``tolerance * theta / gap``, so that 1e-4
+    gives |cos| >= 0.9999 wherever the relative gap to the next eigenvalue exceeds 1e-2, and the default 1e-6 keeps the
+    order of all but equal coordinates, which rules read. (Relative to ||A||, as is
     usual, says nothing about an eigenvalue near 0, and the one wanted here is.)
 
     The preconditioner is the diagonal (Jacobi), with a coarse term for clustered graphs. The null vector is
