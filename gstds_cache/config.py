@@ -117,6 +117,7 @@ class TrainConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
+        threads: CPU threads training may use; 0 leaves the library's default.
     """
 
     arch: str = "resnet18"
@@ -129,6 +130,7 @@ class TrainConfig:
     device: str = "auto"
     workers: int = 1
     memory_budget: int = 2 << 30
+    threads: int = 0
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
@@ -139,3 +141,4 @@ class TrainConfig:
         _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
         _require(self.workers >= 0, "--workers", self.workers, "0 or more")
         _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")
+        _require(self.threads >= 0, "--threads", self.threads, "0 or more")

@@ -7,6 +7,7 @@ cross a process border, and each subclasses the builtin a library user would exp
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -105,6 +106,11 @@ class SolverError(GstdsError, ArithmeticError):
 
 class DivergedError(SolverError):
     """A training loss that is no longer a number."""
+
+
+def command_line(*words: object) -> str:
+    """A command that can be pasted into a shell as it stands."""
+    return shlex.join(str(word) for word in words)
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -97,3 +97,8 @@ def pixel_batches(
         # Python 3.12 warns of fork in a process with threads. Workers decode and do nothing else.
         warnings.filterwarnings("ignore", message=".*fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
         return iter(loader)
+
+
+def worth_workers(source: ImageSource, side: int, workers: int) -> int:
+    """``workers``, or 0 for a few small images, which are decoded before a worker has started."""
+    return workers if len(source) * side * side > 1 << 21 else 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.uris import split_query
 
 __all__ = ["KINDS", "ImageSource", "open_source"]
 
@@ -33,9 +33,8 @@ def open_source(uri: str) -> ImageSource:
         DatasetError: What is named is not there, or is no data set.
     """  # noqa: DOC501
     # Adapters are imported where they are chosen: each brings a heavy library.
-    base, mark, query = uri.partition("?")
+    base, params = split_query("data set", uri)
     kind, _, target = base.partition(":")
-    params = _parse_query(uri, query) if mark else {}
     if base == "digits":
         from gstds_cache.data.arrays import open_digits
         from gstds_cache.data.split import open_split
@@ -61,19 +60,3 @@ def open_source(uri: str) -> ImageSource:
             hint=f"did you mean 'imagefolder:{base}'?",
         )
     raise unknown_name("data set", base, KINDS)
-
-
-def _parse_query(uri: str, query: str) -> dict[str, str]:
-    try:
-        # A plus sign is a plus sign in a path; that it means a space is a rule of web forms.
-        pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:
-        raise UsageError(
-            f"data set {uri!r}: got the query {query!r}, expected name=value pairs joined by '&'",
-            hint="quote the whole data set in a shell, where '&' and '?' mean something else",
-        ) from None
-    params = dict(pairs)
-    if len(params) != len(pairs):
-        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
-        raise UsageError(f"data set {uri!r}: query parameter given more than once: {', '.join(twice)}")
-    return params

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gstds_cache.config import EmbedConfig
+from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import describe_device, resolve_device
@@ -21,7 +21,7 @@ from gstds_cache.digest import digest_of
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import StoreNotFoundError
+from gstds_cache.errors import IncompleteError, StoreNotFoundError
 from gstds_cache.executor import Executor, LocalExecutor
 from gstds_cache.store.journal import Journal
 from gstds_cache.store.reader import EmbeddingStore
@@ -117,6 +117,10 @@ def embed_dataset(
             raise ValueError("path or root is needed")
         path = root / _default_name(source, encoder, manifest, config)
     spec = _spec(manifest, encoder, config, path, device)
+    hit = _finished(path, spec)
+    if hit is not None:
+        seconds = {"hash": hashed - started, "model": ready - hashed, "total": time.perf_counter() - started}
+        return _report(hit, source, encoder, before=spec.items, clock=Clock(), seconds=seconds)
     with open_writer(
         path,
         spec,
@@ -125,36 +129,55 @@ def embed_dataset(
         attributes={
             "kind": manifest.kind,
             "classes": list(manifest.classes),
-            "provenance": _provenance(source.uri, device),
+            "provenance": _provenance(source.uri, config, device),
         },
     ) as writer:
         task, before = _fill(writer, source, encoder, config, device, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
-        if task.clock.images or Journal(path).complete() is None:
-            writer.finish()
+        writer.finish()
     store = EmbeddingStore(path)
     ended = time.perf_counter()
-    clock = task.clock
     seconds = {
         "hash": hashed - started,
         "model": ready - hashed,
-        "waiting": clock.waiting,
-        "forward": clock.forward,
-        "commit": clock.commit,
         "finish": ended - finishing,
         "total": ended - started,
     }
+    return _report(store, source, encoder, before=before, clock=task.clock, seconds=seconds)
+
+
+def _finished(path: Path, spec: CacheSpec) -> EmbeddingStore | None:
+    """The store at ``path`` if it is whole and holds this; a hit needs no lock, and no right to write."""
+    try:
+        store = EmbeddingStore(path)
+    except (StoreNotFoundError, IncompleteError):
+        return None
+    return store if store.spec == spec else None
+
+
+def _report(
+    store: EmbeddingStore,
+    source: ImageSource,
+    encoder: Encoder,
+    *,
+    before: int,
+    clock: Clock,
+    seconds: dict[str, float],
+) -> EmbedReport:
+    parts = {"waiting": clock.waiting, "forward": clock.forward, "commit": clock.commit}
+    order = ("hash", "model", *parts, "finish", "total")
+    times = {"finish": 0.0, **seconds, **parts}
     return EmbedReport(
-        path=path,
-        fingerprint=spec.fingerprint,
+        path=store.path,
+        fingerprint=store.fingerprint,
         model=encoder.spec.model,
-        items=spec.items,
-        ok=spec.items - len(store.quarantined),
+        items=store.spec.items,
+        ok=store.spec.items - len(store.quarantined),
         quarantined=tuple(store.quarantined),
         embedded=clock.images,
         committed_before=before,
-        units=spec.units,
-        seconds={phase: round(value, 3) for phase, value in seconds.items()},
+        units=store.spec.units,
+        seconds={phase: round(times[phase], 3) for phase in order},
         notes=(*source.notes, *encoder.notes),
     )
 
@@ -217,6 +240,16 @@ def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManife
     return f"{words[0][:20]}-{words[1][:28]}-{identity}"
 
 
-def _provenance(dataset: str, device: torch.device) -> dict[str, Any]:
+def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
-    return {"dataset": dataset, "device": describe_device(device), "python": platform.python_version(), **versions}
+    command = ["gstds-embed", dataset]
+    for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
+        command += [flag, value] if value != default else []
+    command += ["--allow-untrained"] if config.allow_untrained else []
+    return {
+        "dataset": dataset,
+        "command": command,
+        "device": describe_device(device),
+        "python": platform.python_version(),
+        **versions,
+    }

@@ -6,7 +6,6 @@ model's); random ones where ``allow_untrained`` is set; what the model's library
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,9 @@ from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
 from gstds_cache.errors import EncoderError, UsageError, unknown_name
 from gstds_cache.plugins import load_factory
+from gstds_cache.uris import split_query
 
+UNPOOLED = ("alexnet", "squeezenet", "vgg")
 KINDS = ("timm:NAME", "torchvision:NAME", "module:factory")
 UNTRAINED = "random weights (--allow-untrained): the embeddings carry little about the images"
 
@@ -42,14 +43,15 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
         UsageError: The kind, the model or a parameter is not known.
         EncoderError: The weights are missing or do not fit.
     """  # noqa: DOC501
-    name, _, query = uri.partition("?")
-    params = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    name, params = split_query("model", uri)
     weights = Path(params.pop("weights")).expanduser() if "weights" in params else None
     kind, _, rest = name.partition(":")
-    if not rest:
-        raise unknown_name("model", name, [f"timm:{name}", f"torchvision:{name}", *KINDS])
+    if not kind or not rest:
+        guesses = [f"timm:{kind}", f"torchvision:{kind}"] if kind and ":" not in name else []
+        raise unknown_name("model", name, [*guesses, *KINDS])
     if kind not in {"timm", "torchvision"}:
-        return _from_factory(name, params, weights, allow_untrained)
+        factory = rest if kind == "module" and ":" in rest else name
+        return _from_factory(factory, params, weights, allow_untrained)
     if params:
         raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights")
     return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained)
@@ -100,6 +102,11 @@ def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encode
 def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:
     from torchvision import models
 
+    if name.startswith(UNPOOLED):
+        raise EncoderError(
+            f"torchvision:{name} gives its classifier a flattened map, not pooled features",
+            hint="take another architecture, or pool it yourself in a module:factory",
+        )
     if name not in models.list_models(module=models):
         raise unknown_name("torchvision model", name, models.list_models(module=models))
     download = weights is None and not allow_untrained
@@ -125,7 +132,13 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) ->
 def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow_untrained: bool) -> Encoder:
     factory = load_factory(name, "model", KINDS)
     with _seeded():
-        model = factory(**params)
+        try:
+            model = factory(**params)
+        except TypeError as error:
+            call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
+            raise UsageError(
+                f"the call {call} failed: {error}", hint="query parameters go to the factory by name, as strings"
+            ) from error
     if not isinstance(model, nn.Module):
         raise EncoderError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
     pretrained = bool(getattr(model, "pretrained", True))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import resolve_device
@@ -19,6 +18,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rules import find_rule, settle_ties
 from gstds_cache.selection.schedule import parse_schedule
+from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.fiedler import fiedler_of_embeddings
 from gstds_cache.spectral.result import FiedlerResult
 from gstds_cache.spectral.status import Status
@@ -28,33 +28,6 @@ from gstds_cache.store.reader import EmbeddingStore
 STACK = 8  # graphs solved together
 ALGORITHM = 1  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What stays of one batch.
-
-    Attributes:
-        seq: Position in the whole run, from 0.
-        epoch: Epoch, from 0.
-        batch_id: Position in the epoch, from 0.
-        n_in: Rows before selection (B).
-        kept: Rows of the store that stay, int64 [M], in the batch's order.
-        score: Their Fiedler coordinates, float32 [M]; None where no spectrum was computed.
-        status: How the batch's Fiedler vector was found.
-        value: Algebraic connectivity of the batch's graph; NaN where no spectrum was computed.
-        residual: Relative residual of the Fiedler pair; NaN where no spectrum was computed.
-    """
-
-    seq: int
-    epoch: int
-    batch_id: int
-    n_in: int
-    kept: Int64[np.ndarray, " M"]
-    score: Float32[np.ndarray, " M"] | None
-    status: Status
-    value: float
-    residual: float
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.digest import canonical_json, sha256_hex
-from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError
+from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.store import layout
 from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec
@@ -67,17 +67,18 @@ class Journal:
         try:
             group = json.loads(self.transport.get(layout.GROUP))
             attributes: dict[str, Any] = group["attributes"]["gstds"]
+            fields: dict[str, Any] = dict(attributes["spec"])
+            self.provenance: dict[str, Any] = dict(attributes.get("provenance", {}))
+            self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
                 f"no store at {path}",
                 hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{path / layout.GROUP} is damaged or not of gstds-cache: {error!r}") from error
-        self.spec = CacheSpec.from_dict(attributes["spec"])
-        self.provenance: dict[str, Any] = attributes.get("provenance", {})
-        self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
-        self.kind: str = attributes.get("kind", "")
+        self.spec = CacheSpec.from_dict(fields)
+        self.kind = str(attributes.get("kind", ""))
         if attributes.get("fingerprint") != self.spec.fingerprint:
             raise IntegrityError(
                 f"{path}: the specification was altered: its fingerprint is {self.spec.fingerprint[:12]}, "
@@ -154,14 +155,15 @@ class Journal:
 
 def corrupt(path: Path, problems: list[str]) -> ChunkCorruptError:
     """The error for a store with ``problems``, naming each and saying how to mend it."""
-    units = sorted({line.partition(":")[0].removeprefix("unit ") for line in problems if line.startswith("unit ")})
-    mend = ", ".join(f"{path}/receipts/{unit}.json" for unit in units[:5])
+    units = sorted({int(line.partition(":")[0][5:]) for line in problems if line.startswith("unit ")})
+    named = [f"{path}/{layout.COMPLETE}", *(f"{path}/{layout.receipt_key(unit)}" for unit in units)]
+    journal_only = all(line.startswith(("unit ", layout.COMPLETE, layout.VALID)) for line in problems)
     return ChunkCorruptError(
         f"{path} is damaged:\n    " + "\n    ".join(problems[:20]),
         hint=(
-            f"delete {path}/{layout.COMPLETE} and {mend}, then run the gstds-embed command again: "
-            "only those units are embedded again"
-            if units
+            f"{command_line('rm', '-f', *named)}; then run the gstds-embed command again: it embeds the units without "
+            "a receipt, and no other"
+            if journal_only
             else f"restore the named files from a copy, or remove {path} and run the gstds-embed command again"
         ),
     )

@@ -10,7 +10,7 @@ import zarr
 from jaxtyping import Float, Int64, UInt8
 from zarr.storage import LocalStore
 
-from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.errors import IncompleteError, UsageError, command_line
 from gstds_cache.store import layout
 from gstds_cache.store.journal import Journal, corrupt
 from gstds_cache.store.receipt import Quarantined
@@ -50,10 +50,10 @@ class EmbeddingStore:
         self.receipts = self.journal.receipts()
         record = self.journal.complete()
         if record is None and not allow_partial:
-            source = self.journal.provenance.get("dataset", "DATASET")
+            command = self.journal.provenance.get("command", ["gstds-embed", "DATASET"])
             raise IncompleteError(
                 f"{self.path} is not complete: {len(self.receipts)} of {self.spec.units} units are committed",
-                hint=f"finish it with: gstds-embed {source} --cache {self.path}",
+                hint=f"finish it with: {command_line(*command, '--cache', self.path)}",
             )
         problems = self.journal.check_sizes(self.receipts)
         if record is not None:

@@ -96,11 +96,14 @@ def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: str) -> None:
         FingerprintMismatchError: If any field differs.
     """
     lines = differences(stored, wanted)
+    sizes = {"batch_size": "--batch-size", "unit_rows": "--unit-rows"}
     if lines:
+        given = [flag for name, flag in sizes.items() if any(line.startswith(f"{name}:") for line in lines)]
+        hint = f"leave out {' and '.join(given)} to take the store's own" if len(given) == len(lines) else ""
         raise FingerprintMismatchError(
             f"{where} holds other embeddings (fingerprint {stored.fingerprint[:12]}, this run {wanted.fingerprint[:12]}"
             "):\n    " + "\n    ".join(lines),
-            hint="nothing was changed. Give another --cache, or none: then each fingerprint has a store of its own",
+            hint=f"nothing was changed; {hint or 'give another --cache, or none'}",
         )
 
 

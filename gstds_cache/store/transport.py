@@ -7,14 +7,13 @@ renames but does not flush.)
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.errors import UsageError
+from gstds_cache.locking import exclusive
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
 LOCK = ".lock"
@@ -82,24 +81,9 @@ class LocalTransport:
                 count += 1
         return count
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store's writer lock; it goes with the process, however that ends.
-
-        Raises:
-            IncompleteError: Another process holds it.
-        """
-        # A POSIX record lock, not flock(): flock() is inherited by forked decode workers, which outlive a killed
-        # parent for some seconds and would lock out the run that finishes its work.
-        with (self.root / LOCK).open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                raise IncompleteError(
-                    f"{self.root} is being written by another process",
-                    hint="wait for it, or stop it; then run the same command again",
-                ) from error
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """The store's writer lock (:func:`gstds_cache.locking.exclusive`)."""
+        return exclusive(self.root / LOCK, of=self.root)
 
     def _write_temporary(self, key: str, data: bytes) -> Path:
         path = self.path(key)

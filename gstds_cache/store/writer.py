@@ -175,8 +175,9 @@ def open_writer(
     if path.exists() and not path.is_dir():
         raise UsageError(f"--cache {path}: a file is in the way, expected a directory or nothing")
     if path.is_dir() and not (path / layout.GROUP).exists():
-        strange = sorted(entry.name for entry in path.iterdir() if entry.name not in layout.OWN_NAMES)
-        strange = [name for name in strange if not name.startswith(".")]
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+        # A creation that was killed has written items.arrow first of all.
+        strange = sorted(names - layout.OWN_NAMES if layout.ITEMS in names else names)
         if strange:
             raise UsageError(
                 f"--cache {path}: the directory is not empty and is no store (it holds {strange[0]!r})",

@@ -15,7 +15,7 @@ from gstds_cache.errors import (
     TruncatedStreamError,
     UsageError,
 )
-from gstds_cache.selection.run import Selection
+from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
 
 AGAIN = "make it again: gstds-select STORE --out FILE"

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError
-from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 
 FORMAT = 1
@@ -91,22 +91,6 @@ class Header:
     settings: dict[str, Any]
     format: int = FORMAT
 
-    @classmethod
-    def of(cls, selector: BatchSelector) -> Header:
-        """The header of a selector's run."""
-        return cls(
-            cache_fingerprint=selector.store.fingerprint,
-            selection_digest=selector.digest,
-            items=len(selector.store),
-            items_root=selector.store.spec.items_root,
-            seed=selector.config.seed,
-            epochs=selector.config.epochs,
-            batches_per_epoch=selector.plan.batches_per_epoch,
-            total_batches=selector.plan.total_batches,
-            total_kept=selector.plan.total_kept,
-            settings=selector.identity["select"],
-        )
-
     def to_schema(self) -> pa.Schema:
         """The Arrow schema with this header as metadata."""
         return FIELDS.with_metadata({f"gstds.{key}": json.dumps(value) for key, value in asdict(self).items()})
@@ -136,6 +120,9 @@ class Header:
             header = cls(**fields)
         except TypeError as error:
             raise StreamError(f"the selection's header is damaged: {error}") from error
+        numbers = (header.epochs, header.batches_per_epoch, header.total_batches, header.total_kept, header.items)
+        if not all(isinstance(number, int) for number in numbers):
+            raise StreamError(f"the selection's header is damaged: got {numbers}, expected whole numbers")
         if header.epochs * header.batches_per_epoch != header.total_batches:
             raise StreamError(
                 f"the selection's header is damaged: {header.epochs} epochs of {header.batches_per_epoch} batches are "

@@ -11,9 +11,27 @@ from types import TracebackType
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.locking import exclusive
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
+
+
+def header_of(selector: BatchSelector) -> Header:
+    """The header of a selector's run."""
+    return Header(
+        cache_fingerprint=selector.store.fingerprint,
+        selection_digest=selector.digest,
+        items=len(selector.store),
+        items_root=selector.store.spec.items_root,
+        seed=selector.config.seed,
+        epochs=selector.config.epochs,
+        batches_per_epoch=selector.plan.batches_per_epoch,
+        total_batches=selector.plan.total_batches,
+        total_kept=selector.plan.total_kept,
+        settings=selector.identity["select"],
+    )
 
 
 class SelectionWriter:
@@ -55,7 +73,8 @@ class SelectionWriter:
             return
         if kind is not None:
             mark = Record.mark(Kind.ERROR, self._next, -1, [])
-            text = f"{kind.__name__}: {error}".encode()[:4096]
+            stopped = issubclass(kind, (KeyboardInterrupt, GeneratorExit))
+            text = b"interrupted" if stopped else f"{kind.__name__}: {error}".encode()[:4096]
             self._writer.write_batch(mark.to_batch(), custom_metadata={"error": text})
             self._sink.flush()
             return
@@ -92,7 +111,7 @@ def is_finished(selector: BatchSelector, path: Path, *, replace: bool = False) -
         return False
     try:
         with open_selection(path) as stream:
-            if stream.header == Header.of(selector):
+            if stream.header == header_of(selector):
                 for _ in stream:
                     pass
                 return True
@@ -116,10 +135,29 @@ def write_file(selector: BatchSelector, path: Path) -> Iterator[Selection]:
 
     Yields:
         The batches that were computed now, as they are written.
+
+    Raises:
+        IncompleteError: Another process is writing the same file.
     """
-    header = Header.of(selector)
+    header = header_of(selector)
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(f".{path.name}.lock"), of=path):
+        yield from _continue(selector, header, partial)
+        partial.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _continue(selector: BatchSelector, header: Header, partial: Path) -> Iterator[Selection]:
+    """Write ``partial`` to its end, keeping the batches that are in it.
+
+    Yields:
+        The batches that were computed now.
+    """
     done = list(_left_over(partial, header))
     rewritten = partial.with_suffix(".tmp")
     with rewritten.open("wb", buffering=0) as file:
@@ -133,12 +171,6 @@ def write_file(selector: BatchSelector, path: Path) -> Iterator[Selection]:
                     yield selection
         finally:
             os.fsync(file.fileno())
-    partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_pipe(selector: BatchSelector, sink: ByteStream) -> Iterator[Selection]:
@@ -151,7 +183,7 @@ def write_pipe(selector: BatchSelector, sink: ByteStream) -> Iterator[Selection]
     Yields:
         The batches as they are written.
     """
-    with SelectionWriter(sink, Header.of(selector)) as writer:
+    with SelectionWriter(sink, header_of(selector)) as writer:
         for selection in selector.run():
             writer.write(selection)
             yield selection

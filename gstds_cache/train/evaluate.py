@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gstds_cache.data.loading import pixel_batches
+from gstds_cache.data.loading import pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.train.augment import to_input
 from gstds_cache.train.images import SquarePixels
@@ -48,9 +48,9 @@ def evaluate(network: nn.Module, source: ImageSource, device: torch.device, *, s
     labels = torch.from_numpy(source.labels)
     spans = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
     right, items, undecodable = 0, 0, 0
-    few = len(source) * side * side <= 1 << 21
     shape = (3, side, side)
-    for batch in pixel_batches(source, SquarePixels(side), shape, spans, workers=0 if few else workers, pin=False):
+    workers = worth_workers(source, side, workers)
+    for batch in pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False):
         failed = {row for row, _ in batch.failures}
         fine = torch.tensor([row not in failed for row in batch.rows])
         predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.loading import PixelBatch, pixel_batches
+from gstds_cache.data.loading import PixelBatch, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
 
@@ -42,7 +43,15 @@ class ImageFeed:
         in_memory: Whether all images are held decoded.
     """
 
-    def __init__(self, source: ImageSource, *, side: int, memory_budget: int, workers: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        side: int,
+        memory_budget: int,
+        workers: int,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
         """Decode everything now if it fits ``memory_budget`` bytes.
 
         Args:
@@ -50,23 +59,26 @@ class ImageFeed:
             side: Side of the square images in pixels.
             memory_budget: Bytes of decoded images that may be held.
             workers: Processes that decode.
+            progress: Called with images decoded and images in all while memory is filled.
         """
         self.side, self._source, self._workers = side, source, workers
         self.in_memory = len(source) * 3 * side * side <= memory_budget
         self._failed: dict[int, str] = {}
+        self._fine = torch.ones(len(source), dtype=torch.bool)
         if self.in_memory:
             self._pixels = torch.empty((len(source), 3, side, side), dtype=torch.uint8)
             spans = [range(start, min(start + AHEAD, len(source))) for start in range(0, len(source), AHEAD)]
-            # A few hundred small images decode faster than a worker starts.
-            for batch in self._decode(spans, workers if len(source) * side * side > 1 << 21 else 0):
+            for batch in self._decode(spans, worth_workers(source, side, workers)):
                 self._pixels[list(batch.rows)] = batch.pixels
                 self._failed.update(batch.failures)
+                progress(batch.rows[-1] + 1, len(source))
+            self._fine[list(self._failed)] = False
 
-    def batches(self, rows: Iterable[Sequence[int]]) -> Iterator[UInt8[torch.Tensor, "M 3 S S"]]:
+    def batches(self, rows: Iterable[Int64[np.ndarray, " M"]]) -> Iterator[UInt8[torch.Tensor, "M 3 S S"]]:
         """Pixels for each batch of rows.
 
         Args:
-            rows: Rows of each batch; read a few batches ahead where workers decode.
+            rows: Rows of each batch, int64 [M]; read a few batches ahead where workers decode.
 
         Yields:
             uint8 [M, 3, side, side] for each batch.
@@ -76,10 +88,12 @@ class ImageFeed:
         """
         if self.in_memory:
             for batch in rows:
-                self._refuse((row, self._failed[row]) for row in batch if row in self._failed)
-                yield self._pixels[torch.as_tensor(batch)]
+                index = torch.from_numpy(batch)
+                if not bool(self._fine[index].all()):
+                    self._refuse((row, self._failed[row]) for row in batch.tolist() if row in self._failed)
+                yield self._pixels[index]
         else:
-            for decoded in self._decode(rows, self._workers):
+            for decoded in self._decode((batch.tolist() for batch in rows), self._workers):
                 self._refuse(decoded.failures)
                 yield decoded.pixels
 

@@ -2,7 +2,8 @@
 
 SGD with Nesterov momentum and a one-cycle learning rate over the total number of steps, which a selection's header
 tells before the first of them; bfloat16 autocast and channels-last on CUDA. Each data record of the stream is one
-step. A run that is killed or interrupted continues from its last checkpoint with the same numbers.
+step. A run that is killed or interrupted continues from its last checkpoint; on a CPU with the same number of threads,
+with the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import nn
 
 from gstds_cache.config import TrainConfig
@@ -22,7 +25,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.errors import DivergedError, FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
-from gstds_cache.selection.run import Selection
+from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.train.augment import augment, to_input
 from gstds_cache.train.evaluate import Accuracy, evaluate
@@ -30,7 +33,7 @@ from gstds_cache.train.images import ImageFeed
 from gstds_cache.train.network import build_network
 from gstds_cache.train.run_dir import RunDir
 
-NOT_IDENTITY = frozenset({"device", "workers", "memory_budget"})
+NOT_IDENTITY = frozenset({"device", "workers", "memory_budget", "threads"})
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
 Progress = Callable[[str, int, int, float], None]
 
@@ -85,7 +88,7 @@ def train(  # noqa: PLR0915 - one visible loop
     *,
     evaluation: ImageSource | None = None,
     progress: Progress | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    interruptible: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
 ) -> TrainReport:
     """Train a network on a selection.
 
@@ -96,7 +99,8 @@ def train(  # noqa: PLR0915 - one visible loop
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
         progress: Called with phase, steps done, steps in all, and the share of time spent waiting for data.
-        stopping: Asked after each step; when true, a checkpoint is saved and KeyboardInterrupt raised.
+        interruptible: Makes a context that is held while steps are taken; the function it gives is asked after each
+            step, and when it says true, a checkpoint is saved and KeyboardInterrupt raised.
 
     Returns:
         What was done.
@@ -106,18 +110,25 @@ def train(  # noqa: PLR0915 - one visible loop
         FingerprintMismatchError: The stream is not the one the run was begun with.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
-        KeyboardInterrupt: ``stopping`` said so.
+        KeyboardInterrupt: ``interruptible`` said so.
     """
     progress = progress or (lambda _phase, _done, _total, _waiting: None)
     device = resolve_device(config.device)
     classes = _count_classes(source, evaluation)
     begun = time.perf_counter()
     side = config.image_size
-    feed = ImageFeed(source, side=side, memory_budget=config.memory_budget, workers=config.workers)
+    feed = ImageFeed(
+        source,
+        side=side,
+        memory_budget=config.memory_budget,
+        workers=config.workers,
+        progress=lambda done, total: progress("load", done, total, 0.0),
+    )
     seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
     labels = torch.from_numpy(source.labels)
     network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
+    _check_network(network, config, classes, device)
     optimizer = torch.optim.SGD(
         [
             {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -160,53 +171,58 @@ def train(  # noqa: PLR0915 - one visible loop
 
     network.train()
     pixel_batches = feed.batches(batches.rows())
-    while True:
-        # 1. The next batch: its kept rows from the stream, their pixels from the feed.
-        asked, waited = time.perf_counter(), batches.waited
-        try:
-            pixels = next(pixel_batches, None)
-        except StreamError:
-            save()
-            raise
-        seconds["indices"] += batches.waited - waited
-        seconds["images"] += time.perf_counter() - asked - (batches.waited - waited)
-        if pixels is None:
-            break
-        batch, sha = batches.pending.pop(0)
-        # 2. One step.
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * one_cycle(step, total)
-        torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
-        pixels = augment(pixels.to(device, non_blocking=True), shift=shift, mirror=mirror, seed=config.seed, step=step)
-        target = labels[torch.from_numpy(batch.kept)]
-        if int(target.min()) < 0:
-            row = int(batch.kept[int(target.argmin())])
-            raise UsageError(f"item {source.ids[row]!r} (row {row}) has no label; training needs one")
-        target = target.to(device, non_blocking=True)
-        with autocast, _norms_frozen(network, when=len(target) == 1):
-            loss = nn.functional.cross_entropy(network(to_input(pixels)).float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the training loss is {value} at step {step} of {total}",
-                hint=f"train again with a lower --lr (it was {config.lr}) into another --out",
+    with interruptible() as stopping:
+        while True:
+            # 1. The next batch: its kept rows from the stream, their pixels from the feed.
+            asked, waited = time.perf_counter(), batches.waited
+            try:
+                pixels = next(pixel_batches, None)
+            except StreamError:
+                save()
+                if stopping():  # Ctrl-C ended the producer at the other end of the pipe as well
+                    raise KeyboardInterrupt from None
+                raise
+            seconds["indices"] += batches.waited - waited
+            seconds["images"] += time.perf_counter() - asked - (batches.waited - waited)
+            if pixels is None:
+                break
+            batch, sha = batches.pending.pop(0)
+            # 2. One step.
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * one_cycle(step, total)
+            torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
+            pixels = augment(
+                pixels.to(device, non_blocking=True), shift=shift, mirror=mirror, seed=config.seed, step=step
             )
-        step, samples, loss_sum = step + 1, samples + len(target), loss_sum + value
-        seconds["step"] += time.perf_counter() - started
-        # 3. The epoch's end, and whoever wants to stop.
-        if step % per_epoch == 0:
-            last_loss, loss_sum = loss_sum / per_epoch, 0.0
-            run_dir.log({"epoch": batch.epoch, "step": step, "loss": last_loss, "gradient_samples": samples})
-            save()
-        idle = seconds["indices"] + seconds["images"]
-        progress("train", step, total, idle / max(idle + seconds["step"], 1e-9))
-        if stopping():
-            save()
-            raise KeyboardInterrupt
+            target = labels[torch.from_numpy(batch.kept)]
+            if int(target.min()) < 0:
+                row = int(batch.kept[int(target.argmin())])
+                raise UsageError(f"item {source.ids[row]!r} (row {row}) has no label; training needs one")
+            target = target.to(device, non_blocking=True)
+            with autocast, _norms_frozen(network, when=len(target) == 1):
+                loss = nn.functional.cross_entropy(network(to_input(pixels)).float(), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the training loss is {value} at step {step} of {total}",
+                    hint=f"train again with a lower --lr (it was {config.lr}) into another --out",
+                )
+            step, samples, loss_sum = step + 1, samples + len(target), loss_sum + value
+            seconds["step"] += time.perf_counter() - started
+            # 3. The epoch's end, and whoever wants to stop.
+            if step % per_epoch == 0:
+                last_loss, loss_sum = loss_sum / per_epoch, 0.0
+                run_dir.log({"epoch": batch.epoch, "step": step, "loss": last_loss, "gradient_samples": samples})
+                save()
+            idle = seconds["indices"] + seconds["images"]
+            progress("train", step, total, idle / max(idle + seconds["step"], 1e-9))
+            if stopping():
+                save()
+                raise KeyboardInterrupt
 
     accuracy = None
     if evaluation is not None:
@@ -243,7 +259,7 @@ class _Batches:
                 hint="resume with the same selection, or give another --out",
             )
 
-    def rows(self) -> Iterator[list[int]]:
+    def rows(self) -> Iterator[Int64[np.ndarray, " M"]]:
         """Yields the kept rows of each batch."""
         while True:
             begun = time.perf_counter()
@@ -252,7 +268,7 @@ class _Batches:
             if batch is None:
                 return
             self.pending.append((batch, self._stream.running_sha256))
-            yield batch.kept.tolist()
+            yield batch.kept
 
 
 def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
@@ -264,6 +280,27 @@ def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
             f"{len(source.classes)}, first {list(evaluation.classes)[:3]} and {list(source.classes)[:3]}"
         )
     return max(len(source.classes), int(source.labels.max()) + 1)
+
+
+@torch.no_grad()
+def _check_network(network: nn.Module, config: TrainConfig, classes: int, device: torch.device) -> None:
+    """One forward pass before anything is written: some architectures take one image size alone.
+
+    Raises:
+        UsageError: The network does not take such images, or does not return one row of logits per image.
+    """
+    side = config.image_size
+    network.eval()
+    try:
+        logits = network(torch.zeros(2, 3, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"--arch {config.arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
+            hint="give an --image-size that it takes, e.g. --image-size 224",
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"--arch {config.arch} returned {got} for two images, expected logits (2, {classes})")
 
 
 @contextmanager

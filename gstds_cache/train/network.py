@@ -36,7 +36,10 @@ def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed_for(seed, "network"))
         if library in {"", "torchvision"} and name in vision:
-            network: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+            options = {"image_size": side} if name.startswith("vit_") else {}
+            options |= {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
+            options |= {"init_weights": True} if options.get("aux_logits") is False else {}
+            network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
             if name.startswith("resnet") and side <= SMALL_IMAGE:
                 network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[union-attr, arg-type]
                 network.maxpool = nn.Identity()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gstds_cache.errors import FingerprintMismatchError, UsageError
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError, UsageError
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+OWN_NAMES = {name for stem in (CONFIG, METRICS, CHECKPOINT) for name in (stem, f".{stem}.tmp")}
 
 
 class RunDir:
@@ -37,7 +40,13 @@ class RunDir:
         self.path = path
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path}: a file is in the way, expected a directory or nothing")
+        strange = {entry.name for entry in path.iterdir()} - OWN_NAMES if path.is_dir() else set()
         stored = self._stored_config()
+        if stored is None and strange:
+            raise UsageError(
+                f"--out {path}: the directory is not empty and holds no run (but {min(strange)!r})",
+                hint="nothing was changed. Give the path of a new directory",
+            )
         if stored is not None and not resume:
             raise UsageError(
                 f"--out {path}: there is a run in it", hint="add --resume to continue it, or give another --out"
@@ -59,21 +68,27 @@ class RunDir:
             (self.path / METRICS).unlink(missing_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint, or None; tensors and numbers only."""
+        """The checkpoint of the run that is resumed, or None; tensors and numbers only.
+
+        Raises:
+            IntegrityError: It cannot be read.
+        """
         path = self.path / CHECKPOINT
-        if not path.exists():
+        if self._stored_config() is None:
             return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            raise IntegrityError(
+                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another --out"
+            ) from error
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; a killed write leaves the old one."""
-        temporary = self.path / f".{CHECKPOINT}.tmp"
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / CHECKPOINT)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._replace(CHECKPOINT, buffer.getbuffer())
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -84,19 +99,31 @@ class RunDir:
         """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""
         path = self.path / METRICS
         if path.exists():
-            parsed = [(line, json.loads(line)) for line in path.read_text().splitlines()]
+            # A line without its end was being written when the run was killed.
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            parsed = [(line, json.loads(line)) for line in whole]
             lines = [line for line, fields in parsed if fields["step"] < step and not fields.get("final")]
-            self._replace(METRICS, "".join(f"{line}\n" for line in lines).encode())
+            self._replace(METRICS, "".join(lines).encode())
 
     def _stored_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that is there. One without a checkpoint holds nothing to continue or lose."""
+        """The configuration of the run that is there. One without a checkpoint holds nothing to continue or lose.
+
+        Raises:
+            UsageError: The file is there and is something else.
+        """
         path = self.path / CONFIG
         if not path.exists() or not (self.path / CHECKPOINT).exists():
             return None
-        config: dict[str, Any] = json.loads(path.read_text())["config"]
+        try:
+            config: dict[str, Any] = dict(json.loads(path.read_text())["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no configuration of a run", hint="give another --out") from error
         return config
 
-    def _replace(self, name: str, data: bytes) -> None:
+    def _replace(self, name: str, data: bytes | memoryview) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self.path / name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.data import Sampler
 
 from gstds_cache.errors import StreamError
-from gstds_cache.selection.run import Selection
+from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
 
 

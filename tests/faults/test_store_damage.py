@@ -45,7 +45,7 @@ def test_a_damaged_size_is_found_when_the_store_is_opened(store: Path, damage) -
     damage(store / layout.object_key(1))
     with pytest.raises(ChunkCorruptError, match="unit 1") as caught:
         EmbeddingStore(store)
-    assert "receipts/1.json" in caught.value.hint
+    assert f"rm -f {store}/COMPLETE.json {store}/receipts/1.json" in caught.value.hint
     assert [problem.startswith("unit 1:") for problem in verify(store).problems] == [True]
 
 

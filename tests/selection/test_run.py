@@ -11,7 +11,8 @@ from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.rules import coverage
-from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 

@@ -46,7 +46,7 @@ def make_rows() -> np.ndarray:
 
 
 def opened(path: Path, spec: CacheSpec | None = None):
-    attributes = {"kind": "test", "classes": ["a"], "provenance": {"dataset": "digits"}}
+    attributes = {"kind": "test", "classes": ["a"], "provenance": {"command": ["gstds-embed", "imagefolder:my photos"]}}
     return open_writer(path, spec or make_spec(), labels=LABELS, items=b"items", attributes=attributes)
 
 
@@ -129,7 +129,7 @@ def test_an_incomplete_store_is_refused_and_says_how_to_finish_it(tmp_path: Path
     fill(tmp_path / "s", units=(0, 2), finish=False)
     with pytest.raises(IncompleteError, match="2 of 3 units") as caught:
         EmbeddingStore(tmp_path / "s")
-    assert "gstds-embed digits --cache" in caught.value.hint
+    assert "gstds-embed 'imagefolder:my photos' --cache" in caught.value.hint
     partial = EmbeddingStore(tmp_path / "s", allow_partial=True)
     assert np.flatnonzero(partial.valid == layout.MISSING).tolist() == list(range(8, 16))
     with pytest.raises(UsageError, match="no embedding"):

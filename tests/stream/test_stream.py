@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 
 from gstds_cache.errors import (
     FingerprintMismatchError,
+    IncompleteError,
     ProducerFailedError,
     StreamError,
     TruncatedStreamError,
     UsageError,
 )
-from gstds_cache.selection.run import BatchSelector, Selection
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
 from gstds_cache.stream.schema import Header, Kind, Record
@@ -239,7 +243,7 @@ class FakeSelector(BatchSelector):
 
 @pytest.fixture
 def header_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Header, "of", classmethod(lambda _cls, _selector: HEADER))
+    monkeypatch.setattr("gstds_cache.stream.writer.header_of", lambda _selector: HEADER)
 
 
 @pytest.mark.usefixtures("header_of")
@@ -253,7 +257,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path: Path, fail_at: i
     list(write_file(rest, path))
     assert rest.computed == list(range(fail_at, 6))
     assert path.read_bytes() == WHOLE
-    assert [p.name for p in tmp_path.iterdir()] == ["s.arrow"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".s.arrow.lock", "s.arrow"]
 
 
 @pytest.mark.usefixtures("header_of")
@@ -264,6 +268,23 @@ def test_a_killed_file_goes_on_from_its_last_whole_record(tmp_path: Path) -> Non
     list(write_file(rest, path))
     assert 0 < rest.computed[0] < 6
     assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.usefixtures("header_of")
+def test_two_processes_never_write_one_selection(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from gstds_cache.locking import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), of=Path('s')): print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / ".s.arrow.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(IncompleteError, match="another process"):
+            list(write_file(FakeSelector(), tmp_path / "s.arrow"))
+        assert not (tmp_path / "s.arrow").exists()
+        other.communicate(b"")
+    list(write_file(FakeSelector(), tmp_path / "s.arrow"))
+    assert (tmp_path / "s.arrow").read_bytes() == WHOLE
 
 
 @pytest.mark.usefixtures("header_of")
