@@ -30,6 +30,7 @@ from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
+EIGSH_TOLERANCE = 1e-6
 GAP = 1e-2  # relative eigengap above which the vector is well defined
 
 
@@ -59,7 +60,7 @@ def shared(rule: str, one: np.ndarray, other: np.ndarray, keep: int) -> float:
 def arpack(matrix: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
     """The peer: the lowest eigenpairs by scipy's eigsh, without the trivial one (which ARPACK skips now and then)."""
     start = np.random.default_rng(0).normal(size=matrix.shape[0])
-    values, vectors = scipy.sparse.linalg.eigsh(matrix, k=3, which="SA", tol=1e-4, v0=start)
+    values, vectors = scipy.sparse.linalg.eigsh(matrix, k=3, which="SA", tol=EIGSH_TOLERANCE, v0=start)
     order = [i for i in np.argsort(values) if values[i] > 1e-9 * values.max()]
     return values[order], vectors[:, order]
 
@@ -113,6 +114,8 @@ def main() -> None:
             "batch_size": x.shape[1],
             "dim": x.shape[2],
             "knn": arguments.knn,
+            "tolerance_ours": SelectConfig().tolerance,
+            "tolerance_eigsh": EIGSH_TOLERANCE,
             "status": dict(statuses),
             "iterations": {"median": float(result.iterations.median()), "max": int(result.iterations.max())},
             "residual_max": float(result.residual[:, 0].max()),

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError
 
 from .common import Command, Group, cache_root, json_option, print_json, print_table
 
@@ -54,6 +54,8 @@ def list_stores(root: Path | None, as_json: bool) -> None:
     """List stores."""
     from gstds_cache.store.describe import StoreSummary, summarise
 
+    if root is not None and not root.is_dir():
+        raise UsageError(f"no folder at {root}", hint="gstds-cache ls, without a folder, lists the default place")
     root = root or cache_root()
     summaries: list[StoreSummary] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:

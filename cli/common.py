@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, EXIT_USAGE, GstdsError
 
 F = TypeVar("F", bound=Callable[..., Any])
 DISK = {
@@ -31,6 +31,9 @@ DISK = {
 def cache_root() -> Path:
     """Where stores without a path of their own live: ``$GSTDS_CACHE``, else ``~/.cache/gstds-cache``."""
     return Path(os.environ.get("GSTDS_CACHE") or Path.home() / ".cache" / "gstds-cache")
+
+
+PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM, errno.ELOOP}
 
 
 class Command(click.Command):
@@ -50,10 +53,9 @@ class Command(click.Command):
         except GstdsError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(
-                "\ninterrupted: nothing that was committed is lost; run the same command again to go on", err=True
-            )
+        except KeyboardInterrupt as error:
+            go_on = error.args[0] if error.args else "run the same command again to go on"
+            click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
             ctx.exit(EXIT_INTERRUPT)
         except BrokenPipeError:
             # Whoever read our stdout is gone. Python would complain again when it flushes stdout at exit.
@@ -61,9 +63,12 @@ class Command(click.Command):
             click.echo("error: the reader of this command's output went away before the end", err=True)
             ctx.exit(EXIT_INCOMPLETE)
         except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            if error.errno in PATH:
+                click.echo(f"error: {error.strerror}{where}\n  check the path; nothing was changed", err=True)
+                ctx.exit(EXIT_USAGE)
             if error.errno not in DISK:
                 raise
-            where = f": {error.filename}" if error.filename else ""
             click.echo(f"error: {DISK[error.errno]}{where}\n  mend that, then run the same command again", err=True)
             ctx.exit(EXIT_INCOMPLETE)
 
@@ -76,7 +81,7 @@ class Group(click.Group):
 
 def json_option(function: F) -> F:
     """Adds ``--json``."""
-    text = "Print the result as one JSON object, the last line of stdout."
+    text = "Print the result as one JSON object, the last line of stdout (of stderr, where stdout is the stream)."
     return click.option("--json", "as_json", is_flag=True, help=text)(function)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.errors import command_line
 
 from .common import (
     Command,
@@ -54,11 +55,15 @@ timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE.
     "--cache",
     type=click.Path(path_type=Path),
     metavar="STORE",
-    help="The store's directory. [default: a name made from data set, model and fingerprint, in $GSTDS_CACHE]",
+    help="The store's directory. [default: named by data set, model and their contents, in $GSTDS_CACHE]",
 )
 @device_option
 @click.option("--batch-size", type=int, help="Images per forward pass. [default: the store's own, or 16; CUDA 256]")
-@click.option("--unit-rows", type=int, help="Rows committed at once. [default: the store's own, or about 4 MB]")
+@click.option(
+    "--unit-rows",
+    type=int,
+    help="Rows committed at once, rounded up to whole batches. [default: the store's own, or about 4 MB]",
+)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that decode images.")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--allow-untrained", is_flag=True, help="Accept a model without pretrained weights.")
@@ -125,8 +130,8 @@ def _print(report: EmbedReport) -> None:
         example = next(item for item in bad if item.reason.startswith(kind))
         click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
     if bad:
-        click.echo(f"all quarantined images: gstds-cache info {report.path}")
-    click.echo(f"next: gstds-select {report.path}")
+        click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.path)}")
+    click.echo(f"next: {command_line('gstds-select', report.path)}")
 
 
 def _as_dict(report: EmbedReport) -> dict[str, Any]:

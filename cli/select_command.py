@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
+from gstds_cache.errors import UsageError, command_line
+from gstds_cache.selection.rules import RULES
+from gstds_cache.spectral.status import Status, describe
 
 from .common import (
     Command,
@@ -54,7 +57,7 @@ stopped.
     "--rule",
     default=DEFAULT_RULE,
     show_default=True,
-    help="How rows are chosen: coverage, extremes, boundary, gap or random.",
+    help="How rows are chosen: " + "; ".join(f"{rule.name}: {rule.summary}" for rule in RULES.values()) + ".",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
@@ -62,6 +65,9 @@ stopped.
 @click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
 @device_option
 @click.option("--knn-backend", type=click.Choice(["auto", "faiss-cpu", "faiss-gpu"]), default="auto")
+@click.option(
+    "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
+)
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads to use; 0 for all there are.")
 @click.option(
     "--out",
@@ -83,6 +89,7 @@ def main(
     max_iterations: int,
     device: str,
     knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"],
+    memory_budget: int,
     threads: int,
     out: str | None,
     force: bool,
@@ -109,10 +116,13 @@ def main(
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.writer import is_finished, write_file, write_pipe
 
-    limit_threads(config.threads)
-    selector = BatchSelector(EmbeddingStore(store), config)
-    opened = time.perf_counter()
     piped = out == "-"
+    if piped and force:
+        raise UsageError("--force replaces a file; with --out - there is none")
+    limit_threads(config.threads)
+    store = store if store.name not in {"", ".."} else store.resolve()  # its name is wanted below
+    selector = BatchSelector(EmbeddingStore(store, memory_budget=memory_budget << 20), config)
+    opened = time.perf_counter()
     plan = selector.plan
     rows = len(plan.rows) * plan.epochs
     click.echo(
@@ -121,7 +131,7 @@ def main(
         err=True,
     )
     if not selector.store.in_memory:
-        click.echo("note: the store does not fit in memory; rows are read unit by unit, which is slow", err=True)
+        click.echo("note: the store exceeds --memory-budget; rows are read unit by unit, which is slow", err=True)
     file = (
         Path(out)
         if out and not piped
@@ -165,16 +175,11 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
     )
     slow = counts.status["max_iterations"]
     if slow > 0.01 * counts.batches:
-        click.echo(
-            f"warning: {slow} of {counts.batches} Fiedler vectors did not converge; raise --max-iterations or "
-            "--tolerance, or --knn for better connected graphs",
-            err=True,
-        )
+        click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)
     if file is not None:
         click.echo(f"wrote: {file}")
-        click.echo(
-            f"next: gstds-train {selector.store.journal.provenance.get('dataset', 'DATASET')} --selection {file}"
-        )
+        dataset = selector.store.journal.provenance.get("dataset", "DATASET")
+        click.echo(f"next: {command_line('gstds-train', dataset, '--selection', file)}")
     if as_json:
         result: dict[str, Any] = {
             "out": str(file) if file else "-",

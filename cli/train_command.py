@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.errors import command_line
 
 from .common import (
     Command,
@@ -43,13 +45,24 @@ Examples:
 @click.command(cls=Command, help=HELP)
 @click.argument("dataset")
 @click.option("--selection", required=True, metavar="FILE|-", help="From gstds-select; - is stdin.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="STORE",
+    help="Refuse a selection that was made from another store than this.",
+)
 @click.option("--eval", "eval_dataset", metavar="DATASET", help="Measure accuracy on this at the end.")
 @click.option("--arch", default="resnet18", show_default=True, help="The network.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--lr", type=float, default=0.1, show_default=True, help="Peak learning rate.")
 @click.option("--momentum", type=float, default=0.9, show_default=True)
 @click.option("--weight-decay", type=float, default=5e-4, show_default=True)
-@click.option("--image-size", type=int, default=0, help="Side in pixels. [default: the images' own, at most 64]")
+@click.option(
+    "--image-size",
+    type=int,
+    default=0,
+    help="Side in pixels. [default: the images' own where they are equal squares up to 64, else 64]",
+)
 @click.option(
     "--augment",
     type=click.Choice(["auto", "none", "crop", "crop+flip"]),
@@ -67,6 +80,7 @@ Examples:
 def main(
     dataset: str,
     selection: str,
+    cache: Path | None,
     eval_dataset: str | None,
     arch: str,
     seed: int,
@@ -95,22 +109,28 @@ def main(
         device=device,
         workers=workers,
         memory_budget=memory_budget << 20,
+        threads=threads,
     )
+    begun = time.perf_counter()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.sources import open_source
     from gstds_cache.devices import describe_device, limit_threads, resolve_device
     from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset
+    from gstds_cache.store.journal import Journal
+    from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
     from gstds_cache.train.images import default_side
     from gstds_cache.train.loop import run_config, train
     from gstds_cache.train.run_dir import RunDir
 
     keep_freed_memory()
     limit_threads(threads)
+    progress = Progress("items", "data")
     source = open_source(dataset)
     evaluation = open_source(eval_dataset) if eval_dataset else None
     with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
-        manifest = build_manifest(source)
+        if cache is not None:
+            require_store(stream.header, fingerprint=Journal(cache).spec.fingerprint, path=cache)
+        manifest = build_manifest(source, progress=lambda done, total: progress("hash", done, total, 0.0))
         require_dataset(stream.header, items=len(manifest), items_root=manifest.root, uri=source.uri)
         config = replace(
             config,
@@ -129,14 +149,24 @@ def main(
             },
             resume=resume,
         )
-        progress = Progress("steps", "data")
+        hashed = time.perf_counter() - begun
         try:
-            with stop_after_step() as stopping:
-                report = train(
-                    source, stream, config, run_dir, evaluation=evaluation, progress=progress, stopping=stopping
-                )
+            report = train(
+                source,
+                stream,
+                config,
+                run_dir,
+                evaluation=evaluation,
+                progress=progress,
+                interruptible=stop_after_step,
+            )
+        except KeyboardInterrupt:
+            words = command_line("--resume", "--out", run_dir.path)
+            raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
         finally:
             progress.end()
+        seconds = {"hash": round(hashed, 3), **report.seconds, "total": round(report.seconds["total"] + hashed, 3)}
+        report = replace(report, seconds=seconds)
         header = stream.header
     _print(run_dir.path, report)
     if as_json:

@@ -29,7 +29,8 @@ class EmbedConfig:
     Attributes:
         model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with ``?weights=FILE``.
         batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
-        unit_rows: Rows per unit, a multiple of ``batch_size``; None takes the store's own, or about 4 MB a unit.
+        unit_rows: Rows per unit, rounded up to a multiple of ``batch_size``; None takes the store's
+            own, or about 4 MB a unit.
         workers: Processes that decode images; 0 decodes in this process.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: How embeddings are stored.

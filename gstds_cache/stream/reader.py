@@ -14,6 +14,7 @@ from gstds_cache.errors import (
     StreamError,
     TruncatedStreamError,
     UsageError,
+    command_line,
 )
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
@@ -164,7 +165,7 @@ def require_dataset(header: Header, *, items: int, items_root: str, uri: str) ->
         raise FingerprintMismatchError(
             f"the selection was made from another data set: it has {header.items} items (root "
             f"{header.items_root[:12]}), {uri} has {items} (root {items_root[:12]})",
-            hint=f"embed and select this one: gstds-embed '{uri}', then gstds-select STORE",
+            hint=f"embed and select this one: {command_line('gstds-embed', uri)}; gstds-select STORE",
         )
 
 
@@ -177,7 +178,7 @@ def require_store(header: Header, *, fingerprint: str, path: Path) -> None:
     if header.cache_fingerprint != fingerprint:
         raise FingerprintMismatchError(
             f"the selection was made from cache {header.cache_fingerprint[:12]}, {path} is {fingerprint[:12]}",
-            hint=f"select from this one: gstds-select {path}",
+            hint=f"select from this one: {command_line('gstds-select', path)}",
         )
 
 

@@ -143,7 +143,6 @@ def _files(store: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
 def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of, embed_words, tmp_path, how) -> None:
-    command(*embed_words[:-1], "--cache", "whole.store")
     slow = [word.replace(":build", ":build_slow") for word in embed_words[:-1]]
     reference = command(*slow, "--cache", "slow.store")
     executable = Path(sys.executable).with_name("gstds-embed")
@@ -189,6 +188,7 @@ def test_a_stopped_training_resumes(command, result_of, embed_words, tmp_path) -
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
+    assert b"with --resume --out run" in errors
     assert "--resume" in command(*words, code=2).stderr
     assert result_of(command(*words, "--resume"))["gradient_samples"] == 60 * 15
 
@@ -217,12 +217,23 @@ BAD = [
      ["truncated"]),
     (["gstds-select", "photos.store", "--out", "notes.txt", "--batch-size", "20"], 2, ["notes.txt", "--force"]),
     (["gstds-cache", "verify", "nowhere"], 2, ["no store"]),
+    (["gstds-cache", "ls", "nowhere"], 2, ["no folder at nowhere"]),
+    (["gstds-embed", "digits", "--model", ":build"], 2, ["unknown model"]),
+    (["gstds-embed", "digits", "--model", "timm:resnet18?weights"], 2, ["name=value"]),
+    (["gstds-embed", "digits", "--model", "torchvision:alexnet"], 2, ["flattened"]),
+    (["gstds-embed", "imagefolder:photos", "--cache", "notes.txt/x.store"], 2, ["notes.txt"]),
+    (["gstds-select", "photos.store", "--out", "notes.txt/x", "--batch-size", "20"], 2, ["notes.txt"]),
+    (["gstds-select", "photos.store", "--out", "-", "--force", "--batch-size", "20"], 2, ["--force"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "good.arrow", "--threads", "-1"], 2, ["--threads"]),
+    (["gstds-train", "imagefolder:photos", "--selection", "good.arrow", "--cache", "other.store"], 3,
+     ["made from cache", "gstds-select other.store"]),
 ]  # fmt: skip
 
 
 def test_bad_input_gets_a_clear_message_and_changes_nothing(command, embed_words, tmp_path, monkeypatch) -> None:
     command(*embed_words)
     command(*SELECT, "--out", "good.arrow")
+    command(*embed_words[:-1], "--dtype", "float32", "--cache", "other.store")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("my notes")
     (tmp_path / "cut.arrow").write_bytes((tmp_path / "good.arrow").read_bytes()[:-200])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import (
     DivergedError,
     FingerprintMismatchError,
+    IntegrityError,
     StreamError,
     TruncatedStreamError,
     UsageError,
 )
+from gstds_cache.seeding import torch_rng_for
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
@@ -111,7 +114,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(source, selection, tmp_path, 
         return steps == stop_at
 
     with pytest.raises(KeyboardInterrupt):
-        run(source, selection, tmp_path / "stopped", stopping=stopping)
+        run(source, selection, tmp_path / "stopped", interruptible=lambda: nullcontext(stopping))
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == stop_at
     report = run(source, selection, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -169,6 +172,34 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
     assert (report.accuracy.items, report.accuracy.undecodable) == (28, 2)
 
 
+@pytest.mark.parametrize(("arch", "side"), [("vit_b_16", 20), ("alexnet", 16), ("timm:test_vit", 16)], ids=str)
+def test_an_architecture_that_takes_no_such_images_writes_nothing(source, selection, tmp_path, arch, side) -> None:
+    with pytest.raises(UsageError, match="--image-size"):
+        run(source, selection, tmp_path / "run", replace(CONFIG, arch=arch, image_size=side))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(source, selection, tmp_path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("words")
+    with pytest.raises(UsageError, match=r"chapter\.tex"):
+        run(source, selection, tmp_path / "thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_a_torn_line_and_a_damaged_checkpoint(source, selection, tmp_path) -> None:
+    run(source, selection, tmp_path / "whole")
+    run(source, selection, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "st')
+    run(source, selection, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    data = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(IntegrityError, match=r"checkpoint\.pt is damaged"):
+        run(source, selection, tmp_path / "run")
+
+
 # The parts
 
 
@@ -186,17 +217,13 @@ def test_augmentation_is_the_naive_one_row_by_row() -> None:
     pixels = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8)
     got = augment(pixels, shift=2, mirror=True, seed=3, step=5)
     padded = torch.nn.functional.pad(pixels.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
-    for image, result in zip(padded, got, strict=True):
-        windows = [
-            window
-            for top in range(5)
-            for left in range(5)
-            for window in (
-                image[:, top : top + 12, left : left + 12],
-                image[:, top : top + 12, left : left + 12].flip(2),
-            )
-        ]
-        assert any(torch.equal(result, window) for window in windows)
+    rng = torch_rng_for(3, "augment", 5)
+    offsets, coins = torch.randint(0, 5, (6, 2), generator=rng), torch.rand(6, generator=rng)
+    assert len({tuple(offset) for offset in offsets.tolist()}) > 3
+    assert 0 < (coins < 0.5).sum() < 6
+    for image, (top, left), coin, result in zip(padded, offsets.tolist(), coins, got, strict=True):
+        window = image[:, top : top + 12, left : left + 12]
+        assert torch.equal(result, window.flip(2) if coin < 0.5 else window)
     assert torch.equal(got, augment(pixels, shift=2, mirror=True, seed=3, step=5))
     assert not torch.equal(got, augment(pixels, shift=2, mirror=True, seed=3, step=6))
     assert torch.equal(pixels, augment(pixels, shift=0, mirror=False, seed=3, step=5))
@@ -224,7 +251,7 @@ def test_a_feed_refuses_an_undecodable_image_by_name(array_source) -> None:
     for budget in (0, 1 << 30):
         feed = ImageFeed(array_source(10, bad=frozenset({4})), side=8, memory_budget=budget, workers=0)
         with pytest.raises(UsageError, match=r"item/0004.*made to fail"):
-            list(feed.batches([[1, 2], [3, 4]]))
+            list(feed.batches([np.array([1, 2]), np.array([3, 4])]))
 
 
 def test_the_default_size_is_the_images_own_where_they_agree(array_source) -> None:
