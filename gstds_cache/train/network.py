@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gstds_cache.errors import unknown_name
+from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.seeding import torch_seed_for
 
 SMALL_IMAGE = 64  # pixels; up to here a ResNet gets the small-image stem
@@ -25,7 +25,7 @@ def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module
         The network.
 
     Raises:
-        UsageError: Neither library knows the name.
+        UsageError: Neither library knows the name, or the architecture takes no images of that size.
     """  # noqa: DOC501
     import timm
     import torch
@@ -39,7 +39,13 @@ def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module
             options = {"image_size": side} if name.startswith("vit_") else {}
             options |= {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
             options |= {"init_weights": True} if options.get("aux_logits") is False else {}
-            network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+            try:
+                network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+            except AssertionError as error:  # torchvision's way to say that a size does not divide into patches
+                raise UsageError(
+                    f"--arch {arch} does not take images of {side} x {side}: {error}",
+                    hint="give an --image-size that it takes, e.g. --image-size 224",
+                ) from error
             if name.startswith("resnet") and side <= SMALL_IMAGE:
                 network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[union-attr, arg-type]
                 network.maxpool = nn.Identity()

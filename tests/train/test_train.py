@@ -140,6 +140,24 @@ def test_a_truncated_selection_saves_what_was_trained_and_says_so(source, select
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_stream_that_ctrl_c_ended_is_an_interrupt_and_no_damage(source, selection, tmp_path) -> None:
+    cut = tmp_path / "cut.arrow"
+    cut.write_bytes(selection.read_bytes()[: selection.stat().st_size * 3 // 4])
+    with pytest.raises(TruncatedStreamError):
+        run(source, cut, tmp_path / "a")
+    steps = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"]
+    asked = 0
+
+    def stopping() -> bool:  # Ctrl-C comes while the trainer waits for the batch that never comes
+        nonlocal asked
+        asked += 1
+        return asked > steps
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, cut, tmp_path / "b", interruptible=lambda: nullcontext(stopping))
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == steps
+
+
 def test_a_run_is_never_overwritten_nor_mixed(source, selection, tmp_path) -> None:
     run(source, selection, tmp_path / "run")
     with open_selection(selection) as stream:
@@ -172,7 +190,7 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
     assert (report.accuracy.items, report.accuracy.undecodable) == (28, 2)
 
 
-@pytest.mark.parametrize(("arch", "side"), [("vit_b_16", 20), ("alexnet", 16), ("timm:test_vit", 16)], ids=str)
+@pytest.mark.parametrize(("arch", "side"), [("vit_b_16", 20), ("alexnet", 16)], ids=str)
 def test_an_architecture_that_takes_no_such_images_writes_nothing(source, selection, tmp_path, arch, side) -> None:
     with pytest.raises(UsageError, match="--image-size"):
         run(source, selection, tmp_path / "run", replace(CONFIG, arch=arch, image_size=side))
