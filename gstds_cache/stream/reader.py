@@ -50,7 +50,10 @@ class SelectionStream:
             raise TruncatedStreamError(
                 f"this is no selection, or one that ends inside its header ({_first_line(error)})", hint=AGAIN
             ) from error
-        self.header = Header.from_schema(self._reader.schema)
+        try:
+            self.header = Header.from_schema(self._reader.schema)
+        except UnicodeDecodeError as error:  # from Arrow, for a damaged column name
+            raise StreamError(f"the selection's header is damaged: {error}", hint=AGAIN) from error
         self._sha = hashlib.sha256()
         self.next_seq = 0
         self._kept, self._kept_in_epoch = 0, 0
@@ -109,7 +112,7 @@ class SelectionStream:
             try:
                 batch, extra = self._reader.read_next_batch_with_custom_metadata()
                 batch.validate(full=True)
-            except (StopIteration, pa.ArrowException, OSError) as error:
+            except (StopIteration, pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise TruncatedStreamError(
                     f"the selection is truncated: it ends at batch {self.next_seq} of {self.header.total_batches}, "
                     f"without its stream-end record ({_first_line(error) or 'end of file'})",
