@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.installed lint check-types
-	@echo "== tests: about 6 minutes on 2 cores"
+	@echo "== tests: about 5 minutes on 2 cores"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
