@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.rules import RULES, find_rule
+from gstds_cache.selection.rules import RULES, TIE, find_rule, settle_ties
 
 VECTORS = arrays(np.float64, st.integers(1, 60), elements=st.floats(-1, 1).map(lambda x: round(x, 2)))
 
@@ -68,6 +68,23 @@ def test_random_is_uniform_and_does_not_look() -> None:
     for draw in range(2000):
         counts[RULES["random"].choose(np.arange(20.0), 5, rng_for(draw))] += 1
     assert abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+@given(steps=arrays(np.int64, 40, elements=st.integers(-(10**6), 10**6)), seed=st.integers(0, 2**32))
+def test_settled_ties_do_not_depend_on_the_noise_of_a_solver(steps, seed) -> None:
+    # Coordinates at the middle of their steps, each twice, as duplicates have them; the largest fixes the step.
+    vector = np.concatenate([[1.0, -1.0], np.repeat(steps * TIE, 2)])
+    noise = np.random.default_rng(seed).normal(size=len(vector)) * 1e-12
+    noise[:2] = 0
+    for name in ("coverage", "gap", "extremes", "boundary"):
+        kept = [RULES[name].choose(settle_ties(v), 20, rng_for(0)).tolist() for v in (vector, vector + noise)]
+        assert kept[0] == kept[1], name
+
+
+def test_settling_changes_no_coordinate_by_more_than_half_a_step() -> None:
+    vector = np.random.default_rng(0).normal(size=100)
+    assert np.abs(settle_ties(vector) - vector).max() <= 0.5 * TIE * np.abs(vector).max() * (1 + 1e-9)
+    assert settle_ties(np.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_an_unknown_rule_lists_what_there_is() -> None:
