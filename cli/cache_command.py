@@ -1,23 +1,38 @@
-"""``gstds-cache``: look at stores and check them."""
+"""``gstds-cache``: look at stores, check and mend them, hand them on, remove them."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
+from gstds_cache.places import beside, cache_root
 
-from .common import Command, Group, cache_root, json_option, print_json, print_table
+from .common import Command, Group, device_option, json_option, print_json, print_table
 
-GROUP_HELP = """Look at embedding stores, and check them.
+if TYPE_CHECKING:
+    from gstds_cache.data.source import ImageSource
+    from gstds_cache.encoders.encoder import Encoder
+    from gstds_cache.store.journal import Journal
+    from gstds_cache.store.verify import VerifyReport
+
+GROUP_HELP = """Look at embedding stores, check and mend them, hand them on, remove them.
+
+STORE is a directory or s3://bucket/prefix.
 
 \b
 Examples:
   gstds-cache ls
   gstds-cache info photos.store
   gstds-cache verify photos.store --level full
+  gstds-cache repair photos.store
+  gstds-cache export photos.store photos.parquet
+  gstds-cache rm photos.store
 """
 
 LS_HELP = """List the stores in ROOT (default: $GSTDS_CACHE, or ~/.cache/gstds-cache).
@@ -37,14 +52,46 @@ Example:
 VERIFY_HELP = """Check STORE against its receipts; exit code 3 if anything is wrong, 4 if it is not complete.
 
 \b
+Levels:
+  quick   sizes against receipts, and the small objects
+  full    hash every byte
+  sample  embed some rows again and compare; needs the data set and the model
+
+\b
 Example:
   gstds-cache verify photos.store --level full
+"""
+
+REPAIR_HELP = """Hash every object of STORE and make again what is missing or damaged, and nothing else.
+
+The data set and the model are the ones STORE was made with, unless --dataset or --model say where they are now. Either
+must be the same in content: what differs is named, and nothing is changed.
+
+\b
+Example:
+  gstds-cache repair photos.store
+"""
+
+EXPORT_HELP = """Write the rows of STORE to FILE for other tools: .npy, .parquet or .arrow.
+
+Row i is item i. Where an image could not be decoded, .npy holds zeros; in a table, `valid` is 2 and `embedding` null.
+
+\b
+Example:
+  gstds-cache export photos.store photos.parquet
+"""
+
+RM_HELP = """Remove STORE, the selections made from it and its mirror, after a question.
+
+\b
+Example:
+  gstds-cache rm photos.store
 """
 
 
 @click.group(cls=Group, help=GROUP_HELP)
 def main() -> None:
-    """Look at stores, and check them."""
+    """Look after stores."""
 
 
 @main.command("ls", cls=Command, help=LS_HELP)
@@ -70,19 +117,22 @@ def list_stores(root: Path | None, as_json: bool) -> None:
     if not summaries:
         click.echo(f"no stores in {root}; make one with: gstds-embed digits")
         return
-    rows = [("name", "items", "MB", "state", "model")]
+    rows = [("name", "rows", "MB", "state", "model", "data set", "last used")]
     for s in summaries:
         state = "complete" if s.complete else f"{s.committed}/{s.units} units"
-        rows.append((s.path.name, f"{s.items:,}", f"{s.size / 1e6:,.1f}", state, s.model))
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last_used)) if s.last_used else "-"
+        dataset = str(s.provenance.get("dataset", s.kind))
+        name = Path(s.location).name
+        rows.append((name, f"{s.items:,}", f"{s.size / 1e6:,.1f}", state, s.model, dataset, used))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @main.command("info", cls=Command, help=INFO_HELP)
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @json_option
-def show_store(store: Path, as_json: bool) -> None:
+def show_store(store: str, as_json: bool) -> None:
     """Show one store."""
     from gstds_cache.store.describe import summarise
 
@@ -93,7 +143,7 @@ def show_store(store: Path, as_json: bool) -> None:
     done = "complete" if summary.complete else "not complete: run the same gstds-embed command again"
     print_table(
         [
-            ("store", str(summary.path)),
+            ("store", summary.location),
             ("fingerprint", summary.fingerprint),
             ("state", f"{summary.committed:,} of {summary.units:,} units committed, {done}"),
             ("items", f"{summary.items:,}, of which {len(summary.quarantined):,} quarantined so far"),
@@ -109,34 +159,189 @@ def show_store(store: Path, as_json: bool) -> None:
         click.echo(f"... and {len(summary.quarantined) - 20} more; see --json")
 
 
+def _belonging(store: Journal, dataset: str | None, model: str | None) -> tuple[ImageSource, Encoder]:
+    """The data set and the model a store was made with, from where they were then, or where they are said to be."""
+    from gstds_cache.data.sources import open_source
+    from gstds_cache.encoders.factory import open_encoder
+
+    made = store.provenance
+    dataset, model = dataset or made.get("dataset"), model or made.get("model")
+    if not dataset or not model:
+        raise UsageError(
+            f"{store.location} does not say where its {'data set' if not dataset else 'model'} is",
+            hint="name it with --dataset or --model",
+        )
+    return open_source(dataset), open_encoder(model, allow_untrained=True)
+
+
+DATASET = click.option("--dataset", help="Where the data set is now. [default: where it was when STORE was made]")
+MODEL = click.option("--model", help="Where the model is now. [default: where it was when STORE was made]")
+
+
 @main.command("verify", cls=Command, help=VERIFY_HELP)
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option(
-    "--level",
-    type=click.Choice(["quick", "full"]),
-    default="quick",
-    show_default=True,
-    help="quick: sizes against receipts, and the small files; full: hash every byte.",
-)
+@click.argument("store")
+@click.option("--level", type=click.Choice(["quick", "full", "sample"]), default="quick", show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Rows that sample compares.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which rows sample compares.")
+@DATASET
+@MODEL
+@device_option
 @json_option
 @click.pass_context
-def verify_store(ctx: click.Context, store: Path, level: Literal["quick", "full"], as_json: bool) -> None:
+def verify_store(
+    ctx: click.Context,
+    store: str,
+    level: Literal["quick", "full", "sample"],
+    rows: int,
+    seed: int,
+    dataset: str | None,
+    model: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Check one store."""
     from gstds_cache.store.journal import corrupt
     from gstds_cache.store.verify import verify
 
-    report = verify(store, level)
+    report = verify(store, "full" if level == "full" else "quick")
+    problems, extra = list(report.problems), {}
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
     click.echo(f"{store}: {level} check of {report.committed:,} of {report.units:,} units{hashed}")
+    if level == "sample" and not problems:
+        from gstds_cache.embed.check import check_sample
+        from gstds_cache.embed.repair import same_data
+        from gstds_cache.store.reader import EmbeddingStore
+
+        opened = EmbeddingStore(store, allow_partial=True, access="window")
+        source, encoder = _belonging(opened.journal, dataset, model)
+        same_data(opened.journal, source, encoder)
+        found = check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
+        problems += found.problems
+        extra = {"rows": list(found.rows), "cosine_min": found.cosine_min}
+        click.echo(f"{len(found.rows):,} rows embedded again: smallest cosine {found.cosine_min:.7f}")
     if as_json:
-        print_json({**vars(report), "problems": list(report.problems)})
-    if report.problems:
-        click.echo(f"error: {corrupt(store, list(report.problems))}", err=True)
+        print_json(_as_dict(report) | {"level": level, "problems": [str(problem) for problem in problems]} | extra)
+    if problems:
+        click.echo(f"error: {corrupt(store, problems)}", err=True)
+        if level == "sample" and not report.problems:
+            # These bytes are the committed ones, so that a hash does not tell them from good ones.
+            units = sorted({problem.unit for problem in problems if problem.unit is not None})
+            words = [word for unit in units for word in ("--unit", unit)]
+            click.echo(f"  (their hashes are right: {command_line('gstds-cache', 'repair', store, *words)})", err=True)
         ctx.exit(EXIT_INTEGRITY)
     if not report.complete:
         click.echo("no problem found; not complete: run the same gstds-embed command again", err=True)
         ctx.exit(EXIT_INCOMPLETE)
     click.echo("no problem found", err=as_json)
+
+
+@main.command("repair", cls=Command, help=REPAIR_HELP)
+@click.argument("store")
+@DATASET
+@MODEL
+@click.option("--unit", "units", type=int, multiple=True, help="Make this unit again as well, whatever its hash.")
+@device_option
+@json_option
+@click.pass_context
+def repair(
+    ctx: click.Context,
+    store: str,
+    dataset: str | None,
+    model: str | None,
+    units: tuple[int, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Mend one store."""
+    from gstds_cache.embed.repair import repair_store
+    from gstds_cache.memory import keep_freed_memory
+    from gstds_cache.store.journal import Journal
+
+    keep_freed_memory()
+    source, encoder = _belonging(Journal(store), dataset, model)
+    report = repair_store(store, source, encoder, units=units, device=device)
+    for problem in report.before.problems[:20]:
+        click.echo(f"was wrong: {problem}")
+    for unit in report.changed:
+        click.echo(f"note: unit {unit} has other bits now than before: another machine, or other library versions")
+    done = "complete" if report.after.complete else "not complete: run the same gstds-embed command again"
+    print_table(
+        [
+            ("store", store),
+            ("checked", f"{report.before.committed:,} of {report.before.units:,} units, all bytes"),
+            ("made again", f"{len(report.units):,} units, {report.images:,} images embedded"),
+            ("now", f"{len(report.after.problems)} problems, {done}"),
+        ]
+    )
+    if as_json:
+        after, before = ([str(problem) for problem in part.problems] for part in (report.after, report.before))
+        print_json(
+            _as_dict(report.after)
+            | {
+                "problems": after,
+                "was_wrong": before,
+                "images": report.images,
+                "units_made_again": list(report.units),
+                "changed": list(report.changed),
+            }
+        )
+    if report.after.problems:
+        click.echo("error: " + "; ".join(map(str, report.after.problems[:5])), err=True)
+        ctx.exit(EXIT_INTEGRITY)
+    if not report.after.complete:
+        ctx.exit(EXIT_INCOMPLETE)
+
+
+def _as_dict(report: VerifyReport) -> dict[str, object]:
+    return vars(report) | {"problems": [str(problem) for problem in report.problems]}
+
+
+@main.command("export", cls=Command, help=EXPORT_HELP)
+@click.argument("store")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace FILE.")
+@json_option
+def export(store: str, file: Path, force: bool, as_json: bool) -> None:
+    """Write one store's rows for other tools."""
+    from gstds_cache.store.export import export_rows
+    from gstds_cache.store.reader import EmbeddingStore
+
+    opened = EmbeddingStore(store)
+    size = export_rows(opened, file, replace=force)
+    bad = len(opened.quarantined)
+    click.echo(f"wrote {file}: {len(opened):,} rows of {opened.spec.dim} {opened.spec.dtype}, {size / 1e6:,.1f} MB")
+    if bad:
+        click.echo(f"note: {bad:,} of them are of images that could not be decoded: gstds-cache info {store}")
+    if as_json:
+        print_json({"file": str(file), "rows": len(opened), "undecodable": bad, "bytes": size})
+
+
+@main.command("rm", cls=Command, help=RM_HELP)
+@click.argument("store")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def remove(store: str, yes: bool, as_json: bool) -> None:
+    """Remove one store."""
+    from gstds_cache.store.describe import summarise
+    from gstds_cache.store.remove import remove_store
+
+    summary = summarise(store)
+    derived = [folder for folder in (beside(store, ".selections"), beside(store, ".mirror")) if folder.is_dir()]
+    click.echo(
+        f"{summary.location}: {summary.items:,} rows of {summary.model}, {summary.size / 1e6:,.1f} MB"
+        + "".join(f"\n  and {folder}" for folder in derived),
+        err=True,
+    )
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("rm asks before it removes, and stdin is no terminal", hint="say --yes if it is meant")
+        click.confirm("Remove it for good?", abort=True, err=True)
+    objects = remove_store(store)
+    for folder in derived:
+        shutil.rmtree(folder)
+    click.echo(f"removed {summary.location} ({objects} objects)")
+    if as_json:
+        print_json({"store": summary.location, "objects": objects, "also": [str(folder) for folder in derived]})
 
 
 if __name__ == "__main__":

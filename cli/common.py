@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -26,13 +25,6 @@ DISK = {
     errno.EIO: "the disk reported an error",
     errno.EFBIG: "the file may not grow that large here",
 }
-
-
-def cache_root() -> Path:
-    """Where stores without a path of their own live: ``$GSTDS_CACHE``, else ``~/.cache/gstds-cache``."""
-    return Path(os.environ.get("GSTDS_CACHE") or Path.home() / ".cache" / "gstds-cache")
-
-
 PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM, errno.ELOOP}
 
 
@@ -109,6 +101,13 @@ def seconds_line(seconds: dict[str, float]) -> str:
     return ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items() if phase == "total" or value >= 0.05)
 
 
+def shares_line(shares: Mapping[str, float]) -> str:
+    """Shares of the time by name, on one line."""
+    return ", ".join(
+        f"{name} {share:.1%}" if 0 < share < 0.01 else f"{name} {share:.0%}" for name, share in shares.items()
+    )
+
+
 class Progress:
     """Progress on stderr: one line that is rewritten on a terminal, plain lines every 10 seconds elsewhere."""
 
@@ -123,8 +122,15 @@ class Progress:
         self._tty = sys.stderr.isatty()
         self._phase, self._begun, self._first, self._shown, self._drawn = "", 0.0, 0, 0.0, False
 
-    def __call__(self, phase: str, done: int, total: int, waiting: float) -> None:
-        """Show ``done`` of ``total``; ``waiting`` is the share of time the device had nothing to do."""
+    def __call__(self, phase: str, done: int, total: int, time_spent: float | Mapping[str, float]) -> None:
+        """Show ``done`` of ``total``.
+
+        Args:
+            phase: What is going on.
+            done: How much is done.
+            total: Of how much.
+            time_spent: The share of time the device had nothing to do, or several shares by name.
+        """
         now = time.monotonic()
         if phase != self._phase:
             self.end()
@@ -134,7 +140,10 @@ class Progress:
         self._shown = now
         rate = (done - self._first) / max(now - self._begun, 1e-9)
         left = (total - done) / rate if rate > 0 else 0.0
-        share = f", waited for {self.waiting_for} {waiting:.0%} of the time" if waiting else ""
+        if isinstance(time_spent, Mapping):
+            share = f", {shares_line(time_spent)}" if time_spent else ""
+        else:
+            share = f", waited for {self.waiting_for} {time_spent:.0%} of the time" if time_spent else ""
         text = (
             f"{phase}: {done:,} of {total:,} {self.unit} ({done / max(total, 1):.0%}), {rate:,.1f}/s, "
             f"ETA {int(left) // 60}:{int(left) % 60:02d}{share}"

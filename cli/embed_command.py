@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -14,16 +14,19 @@ from gstds_cache.errors import command_line
 from .common import (
     Command,
     Progress,
-    cache_root,
     device_option,
     json_option,
     print_json,
     print_table,
     seconds_line,
+    shares_line,
 )
 
 if TYPE_CHECKING:
+    from gstds_cache.embed.probe import Estimate
     from gstds_cache.embed.run import EmbedReport
+
+PHASES = ("hash", "model", "probe", "embed", "finish", "total")
 
 HELP = f"""Embed every image of DATASET once, with a frozen reference model, into a Zarr store.
 
@@ -35,11 +38,14 @@ DATASET is one of
   torchvision:CLASS?root=PATH   CIFAR10, OxfordIIITPet, Flowers102, ...
   module:factory                your own function that returns a data set
 
-The same command again is a cache hit and embeds nothing; after an interrupt it goes on where it stopped.
+The same command again is a cache hit and embeds nothing; after an interrupt it goes on where it stopped. Where more
+than 1,000 images are left, a few are measured first, and the time, disk and memory that the rest will take are shown;
+--dry-run does only that.
 
 \b
 Examples:
   gstds-embed digits
+  gstds-embed imagefolder:photos --cache photos.store --dry-run
   gstds-embed imagefolder:photos --cache photos.store
   gstds-embed 'torchvision:CIFAR10?root=data' --model 'timm:resnet18?weights=resnet18.safetensors'
 
@@ -48,39 +54,80 @@ timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE.
 """
 
 
+class Workers(click.ParamType[int | None]):
+    """A number of processes, or ``auto``, which is None."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Parse the word."""
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"got {value!r}, expected a number or auto", param, ctx)
+
+
 @click.command(cls=Command, help=HELP)
 @click.argument("dataset")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="The reference model.")
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path),
     metavar="STORE",
-    help="The store's directory. [default: named by data set, model and their contents, in $GSTDS_CACHE]",
+    help="The store: a directory, or s3://BUCKET/PREFIX. [default: a directory named by data set, model and their "
+    "contents, in $GSTDS_CACHE]",
 )
 @device_option
-@click.option("--batch-size", type=int, help="Images per forward pass. [default: the store's own, or 16; CUDA 256]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images per forward pass; halved until a new store's fits the memory. [default: the store's own, or 16; "
+    "CUDA 256]",
+)
 @click.option(
     "--unit-rows",
     type=int,
     help="Rows committed at once, rounded up to whole batches. [default: the store's own, or about 4 MB]",
 )
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes that decode images.")
+@click.option(
+    "--workers",
+    type=Workers(),
+    default="auto",
+    show_default=True,
+    help="Processes that decode images, 0 for none beside this one. auto: one for every four cores, at least one; with "
+    "CUDA all cores but two; none for a few small images.",
+)
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--reuse",
+    metavar="STORE",
+    multiple=True,
+    help="Take over rows of the same images by the same model from this store, found by the hash of their bytes; a "
+    "grown data set then embeds only what is new. May be given several times.",
+)
 @click.option("--allow-untrained", is_flag=True, help="Accept a model without pretrained weights.")
+@click.option("--dry-run", is_flag=True, help="Only measure what it would take; hash, embed and write nothing.")
 @json_option
 def main(
     dataset: str,
     model: str,
-    cache: Path | None,
+    cache: str | None,
     device: str,
     batch_size: int | None,
     unit_rows: int | None,
-    workers: int,
+    workers: int | None,
     dtype: Literal["float16", "float32"],
+    reuse: tuple[str, ...],
     allow_untrained: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Parse, call :func:`gstds_cache.embed.run.embed_dataset`, print."""
+    # OpenMP's threads wait for each other at the end of every operation. By default they do so awake, on a core that a
+    # decoder could use: on two busy cores images came up to twice as slow (benchmarks/bench_embed.py compares). OpenMP
+    # reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,
@@ -90,39 +137,70 @@ def main(
         dtype=dtype,
         allow_untrained=allow_untrained,
     )
+    from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.sources import open_source
-    from gstds_cache.embed.run import embed_dataset
+    from gstds_cache.embed.run import embed_dataset, estimate_dataset
     from gstds_cache.memory import keep_freed_memory
+    from gstds_cache.places import cache_root
 
     keep_freed_memory()
+    if dry_run:
+        source = open_source(dataset, memo=HashMemo())
+        estimate = estimate_dataset(source, config, where=cache, root=cache_root(), say=_say)
+        _print_estimate(estimate, cache, reuse)
+        if as_json:
+            print_json({"dry_run": True, **estimate.to_dict()})
+        return
+    memo = HashMemo(cache_root() / "hashes")
     progress = Progress("images", "decoded images")
     try:
-        report = embed_dataset(open_source(dataset), config, path=cache, root=cache_root(), progress=progress)
+        source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
+        report = embed_dataset(
+            source, config, where=cache, root=cache_root(), reuse=reuse, progress=progress, say=_say, memo=memo
+        )
     finally:
         progress.end()
-    _print(report)
+    _print(report, memo.notes, reuse)
     if as_json:
         print_json(_as_dict(report))
 
 
-def _print(report: EmbedReport) -> None:
-    for note in report.notes:
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _print_estimate(estimate: Estimate, cache: str | None, reuse: tuple[str, ...]) -> None:
+    for line in estimate.lines():
+        click.echo(line)
+    if cache is None:
+        click.echo("store: not looked for, since its name needs the hash of every image; name it with --cache")
+    else:
+        click.echo(f"store: {cache} has {estimate.committed:,} of {estimate.items:,} rows committed")
+    if reuse:
+        click.echo("reuse: not counted, since what other stores have is found by the hash of every image")
+    click.echo("dry run: nothing was written")
+
+
+def _print(report: EmbedReport, notes: tuple[str, ...], reuse: tuple[str, ...]) -> None:
+    for note in (*report.notes, *notes):
         click.echo(f"note: {note}")
     bad = report.quarantined
     if report.cache_hit:
         click.echo("cache hit: every image is embedded already, nothing was computed")
     print_table(
         [
-            ("store", str(report.path)),
+            ("store", report.location),
             ("fingerprint", report.fingerprint[:12]),
             ("model", report.model),
             ("images", f"{report.items:,} in = {report.ok:,} ok + {len(bad):,} quarantined"),
             (
                 "this run",
                 f"embedded {report.embedded:,} ({report.images_per_second:.1f} images/s), "
-                f"found {report.committed_before:,} committed",
+                f"found {report.committed_before:,} committed"
+                + (f", took {report.reused:,} over (--reuse)" if reuse else ""),
             ),
-            ("time", seconds_line(report.seconds)),
+            ("time", seconds_line({phase: report.seconds[phase] for phase in PHASES})),
+            *([] if report.cache_hit else [("of embed", shares_line(report.shares))]),
         ]
     )
     # What stands before the colon is the kind of failure; after it come the particulars of one image.
@@ -130,23 +208,28 @@ def _print(report: EmbedReport) -> None:
         example = next(item for item in bad if item.reason.startswith(kind))
         click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
     if bad:
-        click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.path)}")
-    click.echo(f"next: {command_line('gstds-select', report.path)}")
+        click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.location)}")
+    click.echo(f"next: {command_line('gstds-select', report.location)}")
 
 
 def _as_dict(report: EmbedReport) -> dict[str, Any]:
     return {
-        "store": str(report.path),
+        "store": report.location,
         "fingerprint": report.fingerprint,
         "model": report.model,
         "items": report.items,
         "ok": report.ok,
         "quarantined": [vars(item) for item in report.quarantined],
         "embedded": report.embedded,
+        "reused": report.reused,
         "committed_before": report.committed_before,
         "cache_hit": report.cache_hit,
         "images_per_second": round(report.images_per_second, 2),
+        "batch_size": report.batch_size,
+        "workers": report.workers,
         "seconds": report.seconds,
+        "shares": report.shares,
+        "estimate": report.estimate.to_dict() if report.estimate else None,
     }
 
 

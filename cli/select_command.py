@@ -11,8 +11,10 @@ import click
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.errors import UsageError, command_line
+from gstds_cache.places import beside
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral.status import Status, describe
+from gstds_cache.store.access import KINDS, Kind
 
 from .common import (
     Command,
@@ -43,7 +45,7 @@ stopped.
 
 
 @click.command(cls=Command, help=HELP)
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--batch-size", type=int, default=512, show_default=True, help="Rows of a batch before selection.")
 @click.option("--epochs", type=int, default=8, show_default=True, help="Passes over the data set.")
 @click.option(
@@ -68,6 +70,15 @@ stopped.
 @click.option(
     "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
 )
+@click.option(
+    "--access",
+    type=click.Choice(KINDS),
+    default="auto",
+    show_default=True,
+    help="How to get at rows: all in memory; from a mirror, a local .npy copy made once; or a window of units. auto: "
+    "memory where the rows fit --memory-budget, else a mirror where the disk has room, else a window, which is slow.",
+)
+@click.option("--mirror", metavar="FOLDER", help="Where a mirror lies. [default: STORE.mirror]")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads to use; 0 for all there are.")
 @click.option(
     "--out",
@@ -77,7 +88,7 @@ stopped.
 @click.option("--force", is_flag=True, help="Replace a FILE that holds something else.")
 @json_option
 def main(
-    store: Path,
+    store: str,
     batch_size: int,
     epochs: int,
     schedule: str,
@@ -90,6 +101,8 @@ def main(
     device: str,
     knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"],
     memory_budget: int,
+    access: Kind,
+    mirror: str | None,
     threads: int,
     out: str | None,
     force: bool,
@@ -120,8 +133,10 @@ def main(
     if piped and force:
         raise UsageError("--force replaces a file; with --out - there is none")
     limit_threads(config.threads)
-    store = store if store.name not in {"", ".."} else store.resolve()  # its name is wanted below
-    selector = BatchSelector(EmbeddingStore(store, memory_budget=memory_budget << 20), config)
+    opened_store = EmbeddingStore(
+        store, memory_budget=memory_budget << 20, access=access, mirror=None if mirror is None else Path(mirror)
+    )
+    selector = BatchSelector(opened_store, config)
     opened = time.perf_counter()
     plan = selector.plan
     rows = len(plan.rows) * plan.epochs
@@ -130,13 +145,8 @@ def main(
         f"keeps {plan.total_kept:,} of {rows:,} samples ({plan.total_kept / rows:.1%})",
         err=True,
     )
-    if not selector.store.in_memory:
-        click.echo("note: the store exceeds --memory-budget; rows are read unit by unit, which is slow", err=True)
-    file = (
-        Path(out)
-        if out and not piped
-        else store.with_name(f"{store.name}.selections") / f"{selector.digest[:16]}.arrow"
-    )
+    click.echo(f"rows: {selector.store.access_reason}", err=True)
+    file = Path(out) if out and not piped else beside(store, ".selections") / f"{selector.digest[:16]}.arrow"
     if not piped and is_finished(selector, file, replace=force):
         click.echo(f"cache hit: this selection is in {file} already, nothing was computed", err=True)
     else:

@@ -47,7 +47,6 @@ Examples:
 @click.option("--selection", required=True, metavar="FILE|-", help="From gstds-select; - is stdin.")
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path),
     metavar="STORE",
     help="Refuse a selection that was made from another store than this.",
 )
@@ -80,7 +79,7 @@ Examples:
 def main(
     dataset: str,
     selection: str,
-    cache: Path | None,
+    cache: str | None,
     eval_dataset: str | None,
     arch: str,
     seed: int,
@@ -113,9 +112,11 @@ def main(
     )
     begun = time.perf_counter()
     from gstds_cache.data.manifest import build_manifest
+    from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.sources import open_source
     from gstds_cache.devices import describe_device, limit_threads, resolve_device
     from gstds_cache.memory import keep_freed_memory
+    from gstds_cache.places import cache_root
     from gstds_cache.store.journal import Journal
     from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
     from gstds_cache.train.images import default_side
@@ -125,12 +126,17 @@ def main(
     keep_freed_memory()
     limit_threads(threads)
     progress = Progress("items", "data")
-    source = open_source(dataset)
-    evaluation = open_source(eval_dataset) if eval_dataset else None
+    memo = HashMemo(cache_root() / "hashes")
+
+    def hashed_items(done: int, total: int) -> None:
+        progress("hash", done, total, 0.0)
+
+    source = open_source(dataset, memo=memo, progress=hashed_items)
+    evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
     with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
         if cache is not None:
-            require_store(stream.header, fingerprint=Journal(cache).spec.fingerprint, path=cache)
-        manifest = build_manifest(source, progress=lambda done, total: progress("hash", done, total, 0.0))
+            require_store(stream.header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
+        manifest = build_manifest(source, memo=memo, progress=hashed_items)
         require_dataset(stream.header, items=len(manifest), items_root=manifest.root, uri=source.uri)
         config = replace(
             config,
@@ -140,7 +146,7 @@ def main(
         name = f"{arch.replace(':', '-')}-{stream.header.selection_digest[:8]}-s{seed}"
         run_dir = RunDir(
             out or Path("runs") / name,
-            run_config(config, stream, build_manifest(evaluation).root if evaluation else None),
+            run_config(config, stream, build_manifest(evaluation, memo=memo).root if evaluation else None),
             provenance={
                 "dataset": source.uri,
                 "selection": stream.header.settings,
@@ -150,6 +156,8 @@ def main(
             resume=resume,
         )
         hashed = time.perf_counter() - begun
+        for note in memo.notes:
+            click.echo(f"note: {note}", err=True)
         try:
             report = train(
                 source,

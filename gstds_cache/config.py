@@ -31,7 +31,7 @@ class EmbedConfig:
         batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
         unit_rows: Rows per unit, rounded up to a multiple of ``batch_size``; None takes the store's
             own, or about 4 MB a unit.
-        workers: Processes that decode images; 0 decodes in this process.
+        workers: Processes that decode images; 0 decodes in this process, None fits the machine and the data set.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
@@ -40,7 +40,7 @@ class EmbedConfig:
     model: str = DEFAULT_MODEL
     batch_size: int | None = None
     unit_rows: int | None = None
-    workers: int = 1
+    workers: int | None = None
     device: str = "auto"
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
@@ -48,7 +48,7 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         _require(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
         _require(self.unit_rows is None or self.unit_rows >= 1, "--unit-rows", self.unit_rows, "at least 1")
-        _require(self.workers >= 0, "--workers", self.workers, "0 or more")
+        _require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more, or auto")
         _one_of("--dtype", self.dtype, ("float16", "float32"))
 
 

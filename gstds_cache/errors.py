@@ -98,6 +98,10 @@ class IncompleteError(GstdsError, RuntimeError):
     exit_code = EXIT_INCOMPLETE
 
 
+class StoreUnavailableError(IncompleteError, ConnectionError):
+    """A place for stores that does not answer, or refuses; what is there is unchanged."""
+
+
 class SolverError(GstdsError, ArithmeticError):
     """An eigenproblem that has no answer."""
 

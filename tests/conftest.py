@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
 
 # CI judges a change by the same examples every time; a run by hand looks for new ones.
 settings.register_profile("gstds", deadline=None, print_blob=True, derandomize="CI" in os.environ)
@@ -64,6 +66,7 @@ class ArraySource:
     classes: tuple[str, ...] = ("a", "b", "c")
     mirror_safe: bool = True
     notes: tuple[str, ...] = ()
+    files: None = None
     ids: list[str] = field(init=False)
     labels: np.ndarray = field(init=False)
 
@@ -155,3 +158,27 @@ def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 @pytest.fixture
 def result_of() -> Callable[[subprocess.CompletedProcess[str]], dict[str, Any]]:
     return last_json
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 API on loopback, with one bucket."""
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_prefix(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in the bucket with nothing in it, and the environment that a user would have."""
+    s3_environment(monkeypatch, s3_server.endpoint)
+    return f"s3://{BUCKET}/{uuid4().hex}/store"
+
+
+@pytest.fixture
+def faulty_s3(s3_server: S3Server, s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FaultProxy]]:
+    """A place in the bucket behind a proxy that breaks requests, and the proxy."""
+    proxy = FaultProxy(s3_server.port)
+    s3_environment(monkeypatch, proxy.endpoint)
+    yield s3_prefix, proxy
+    proxy.stop()

@@ -10,6 +10,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.decode import to_rgb
+from gstds_cache.data.files import Files
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +25,11 @@ class ArraySource:
     classes: Sequence[str] = ()
     mirror_safe: bool = True
     notes: Sequence[str] = ()
+
+    @property
+    def files(self) -> Files | None:
+        """None: a payload is not a file."""
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gstds_cache.data.files import IMAGE_EXTENSIONS, FileSource, has_image_extension, printable
+from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
 from gstds_cache.errors import DatasetError, UsageError
 
 _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
@@ -19,7 +19,7 @@ _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
 
 @dataclass
 class _Scan:
-    """What was found: (path relative to the root, class index) of each image, and counts of what was passed over."""
+    """What was found: path relative to the root and class index of each image, and counts of what was passed over."""
 
     images: list[tuple[str, int]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -58,80 +58,81 @@ def open_folder(uri: str, path: str) -> FileSource:
             if root.exists()
             else f"look for it: ls {_quoted(root.parent)}",
         )
-    top = _list(root)
-    classes = [entry.name for entry in top if _is_dir(entry)]
-    stray = [entry.name for entry in top if has_image_extension(entry.name) and not _is_dir(entry)]
+    top = sorted(_list(str(root)), key=lambda entry: os.fsencode(entry.name))
+    classes = [entry.name for entry in top if _is_folder(entry)]
+    stray = [entry.name for entry in top if has_image_extension(entry.name) and not _is_folder(entry)]
     _check_top(path, root, classes, stray)
     scan = _Scan()
     for label, name in enumerate(classes):
-        _scan_class(root, name, label, scan)
+        _scan_class(os.path.join(root, ""), name, label, scan)  # noqa: PTH118 - Path drops the slash
     if not scan.images:
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(classes), 'class folder')} without an image, "
             f"expected files that end in {' '.join(IMAGE_EXTENSIONS)}",
             hint=f"look at what is there: find {_quoted(root)} -type f | head",
         )
-    scan.images.sort(key=lambda item: os.fsencode(item[0]))
-    ids = tuple(printable(relative) for relative, _ in scan.images)
+    scan.images.sort(key=lambda image: os.fsencode(image[0]))
+    names = tuple(name for name, _ in scan.images)
+    ids = tuple(map(printable, names))
     _check_unique(path, ids)
     return FileSource(
         uri=uri,
         kind="imagefolder",
         ids=ids,
         labels=np.array([label for _, label in scan.images], np.int64),
-        paths=tuple(str(root / relative) for relative, _ in scan.images),
+        files=Files(os.path.join(root, ""), names),  # noqa: PTH118
         classes=tuple(printable(name) for name in classes),
         notes=tuple(_notes(scan, classes, stray)),
     )
 
 
-def _list(folder: Path) -> list[os.DirEntry[str]]:
-    """The visible entries of a folder, in the order of their names' bytes.
+def _list(folder: str) -> list[os.DirEntry[str]]:
+    """The visible entries of a folder, in no order.
 
     Raises:
         DatasetError: The folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
+            return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         # Passing over a folder would silently make another data set.
         raise DatasetError(
-            f"image folder: cannot list {printable(str(folder))!r}: {error.strerror}, expected a readable folder",
-            hint=f"look at its permissions: ls -ld {_quoted(folder)}",
+            f"image folder: cannot list {printable(folder)!r}: {error.strerror}, expected a readable folder",
+            hint=f"look at its permissions: ls -ld {_quoted(Path(folder))}",
         ) from error
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # A link to itself.
         return False
 
 
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a pipe, socket or device: reading one may never end. A broken link is none of them."""
+def _is_item(entry: os.DirEntry[str]) -> bool:
+    """Whether this, which is no folder, is a file or a broken link; reading anything else may never end."""
     try:
-        return not entry.is_file() and not (entry.is_symlink() and not Path(entry.path).exists())
+        return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
     except OSError:
-        return False
+        return True
 
 
-def _scan_class(root: Path, name: str, label: int, scan: _Scan) -> None:
+def _scan_class(root: str, name: str, label: int, scan: _Scan) -> None:
     # Each folder carries the identities of the folders it lies in: a link to one of those would never end, while the
     # same folder reached twice by different ways is only two sets of items.
     stack = [(name, frozenset({_identity(root)}))]
     while stack:
         relative, above = stack.pop()
-        identity = _identity(root / relative)
+        identity = _identity(root + relative)
         if identity in above:
             scan.loops += 1
             continue
-        for entry in _list(root / relative):
+        for entry in _list(root + relative):
             inner = f"{relative}/{entry.name}"
-            if _is_dir(entry):
+            if _is_folder(entry):
                 stack.append((inner, above | {identity}))
-            elif _is_special(entry):
+            elif not _is_item(entry):
                 scan.special += 1
             elif has_image_extension(entry.name):
                 scan.images.append((inner, label))
@@ -139,8 +140,8 @@ def _scan_class(root: Path, name: str, label: int, scan: _Scan) -> None:
                 scan.ignored[Path(entry.name).suffix.lower()] += 1
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
+def _identity(folder: str) -> tuple[int, int]:
+    stat = os.stat(folder)  # noqa: PTH116
     return stat.st_dev, stat.st_ino
 
 
@@ -172,7 +173,8 @@ def _notes(scan: _Scan, classes: list[str], stray: list[str]) -> Iterator[str]:
     if stray:
         yield f"ignored {_count(len(stray), 'image')} outside any class folder"
     if scan.ignored:
-        kinds = ", ".join(suffix or "no extension" for suffix, _ in scan.ignored.most_common(5))
+        most = sorted(scan.ignored, key=lambda suffix: (-scan.ignored[suffix], suffix))[:5]
+        kinds = ", ".join(suffix or "no extension" for suffix in most)
         yield f"ignored {_count(scan.ignored.total(), 'file')} without an image extension ({printable(kinds)})"
     if scan.special:
         yield f"ignored {_count(scan.special, 'entry', 'entries')} that no image can be in: pipes, sockets, devices"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +29,17 @@ class PixelBatch:
         rows: The rows.
         pixels: uint8 [B, 3, H, W]; an undecodable item's are zero.
         failures: Row and reason of each undecodable item.
+        seconds: Time it took to read and decode them, in whichever process did.
     """
 
     rows: tuple[int, ...]
     pixels: UInt8[torch.Tensor, "B 3 H W"]
     failures: tuple[tuple[int, str], ...]
+    seconds: float = 0.0
 
     def pin_memory(self) -> PixelBatch:
         """The batch in page-locked memory (called by DataLoader)."""
-        return PixelBatch(self.rows, self.pixels.pin_memory(), self.failures)
+        return PixelBatch(self.rows, self.pixels.pin_memory(), self.failures, self.seconds)
 
 
 class _Rows(Dataset[tuple[torch.Tensor, str | None]]):
@@ -49,9 +53,11 @@ class _Rows(Dataset[tuple[torch.Tensor, str | None]]):
             return torch.zeros(self.shape, dtype=torch.uint8), error.reason
 
     def __getitems__(self, rows: Sequence[int]) -> PixelBatch:
+        begun = time.perf_counter()
         decoded = [self[row] for row in rows]
         failures = tuple((row, reason) for row, (_, reason) in zip(rows, decoded, strict=True) if reason is not None)
-        return PixelBatch(tuple(rows), torch.stack([pixels for pixels, _ in decoded]), failures)
+        pixels = torch.stack([pixels for pixels, _ in decoded])
+        return PixelBatch(tuple(rows), pixels, failures, time.perf_counter() - begun)
 
 
 def _whole(batch: Any) -> Any:
@@ -71,14 +77,16 @@ def pixel_batches(
     *,
     workers: int,
     pin: bool,
-) -> Iterator[PixelBatch]:
+) -> Generator[PixelBatch, None, None]:
     """Decode ``batches`` of rows, in order. Workers start at once, not with the first batch asked for.
+
+    ``close()`` of what is returned stops the workers; so does the last reference to it that goes away.
 
     Args:
         source: The data set.
         transform: Image to pixels.
         shape: Shape [3, H, W] of one image's pixels.
-        batches: Rows of each batch; read lazily, a few batches ahead.
+        batches: Rows of each batch; read lazily, a few batches ahead, in the thread that asks for the pixels.
         workers: Worker processes; 0 decodes in this one.
         pin: Whether batches go into page-locked memory, for a GPU.
 
@@ -96,7 +104,32 @@ def pixel_batches(
     with warnings.catch_warnings():
         # Python 3.12 warns of fork in a process with threads. Workers decode and do nothing else.
         warnings.filterwarnings("ignore", message=".*fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
-        return iter(loader)
+        return _until_closed(iter(loader))
+
+
+def _until_closed(batches: Iterator[PixelBatch]) -> Generator[PixelBatch, None, None]:
+    # The loader's iterator stops its workers when the last reference goes. A traceback would keep one to a plain
+    # iterator for as long as the exception is looked at; this one's goes with close().
+    yield from batches
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(device: torch.device) -> int:
+    """How many processes decode where the user gave no number.
+
+    Args:
+        device: Where the model runs. A CPU shares its cores between decoding and the model, which takes some three
+            times as long an image with the default model: a worker for every four cores. Beside a GPU, every core but
+            two decodes: one is for the thread that feeds the GPU, one for the commits and for page-locking.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, cores() - 2 if device.type == "cuda" else cores() // 4)
 
 
 def worth_workers(source: ImageSource, side: int, workers: int) -> int:

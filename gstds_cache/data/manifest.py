@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt8
 
+from gstds_cache.data.files import Files
+from gstds_cache.data.memo import HashMemo, settled, signatures_of
 from gstds_cache.data.source import ImageSource
 from gstds_cache.digest import merkle_root
 from gstds_cache.errors import IntegrityError
@@ -123,12 +126,17 @@ class DatasetManifest:
 
 
 def build_manifest(
-    source: ImageSource, *, progress: Callable[[int, int], None] | None = None, threads: int = 4
+    source: ImageSource,
+    *,
+    memo: HashMemo | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 4,
 ) -> DatasetManifest:
     """Read and hash every item of a source.
 
     Args:
         source: The data set.
+        memo: Digests of files remembered from before: a file that has not changed since is not opened.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash; hashing and file reads leave Python's lock.
 
@@ -138,43 +146,102 @@ def build_manifest(
     return DatasetManifest(
         kind=source.kind,
         ids=tuple(source.ids),
-        sha256=hash_items(source, progress=progress, threads=threads),
+        sha256=hash_items(source, memo=memo, progress=progress, threads=threads),
         labels=source.labels,
         classes=tuple(source.classes),
     )
 
 
 def hash_items(
-    source: ImageSource, *, progress: Callable[[int, int], None] | None = None, threads: int = 4
+    source: ImageSource,
+    *,
+    memo: HashMemo | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 4,
 ) -> UInt8[np.ndarray, "N 32"]:
     """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.
 
     Args:
         source: The data set.
+        memo: Digests of files remembered from before; those found now are added, also if this is interrupted.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash.
 
     Returns:
         [N, 32] digests, writable.
     """
-    rows = len(source)
-    digests = np.zeros((rows, 32), np.uint8)
-
-    def hash_block(start: int) -> int:
-        stop = min(start + _BLOCK, rows)
-        for row in range(start, stop):
-            digests[row] = np.frombuffer(_hash_item(source, row), np.uint8)
-        return stop
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for stop in pool.map(hash_block, range(0, rows, _BLOCK)):
-            if progress is not None:
-                progress(stop, rows)
+    files = source.files
+    if memo is None or files is None:
+        digests = np.zeros((len(source), 32), np.uint8)
+        _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads)
+        return digests
+    before, digests = memo.recall(files)
+    signatures = before.copy()
+    try:
+        _in_blocks(
+            lambda block: _hash_changed(source, files, signatures, digests, block), len(source), progress, threads
+        )
+    finally:
+        if not np.array_equal(signatures, before):
+            memo.record(files, signatures, digests)
     return digests
 
 
-def _hash_item(source: ImageSource, row: int) -> bytes:
+def _in_blocks(
+    work: Callable[[range], None], rows: int, progress: Callable[[int, int], None] | None, threads: int
+) -> None:
+    """Do ``work`` for blocks of rows in threads; when this returns or raises, none of them runs any more."""
+
+    def work_from(start: int) -> int:
+        stop = min(start + _BLOCK, rows)
+        work(range(start, stop))
+        return stop
+
+    pool = ThreadPoolExecutor(max(1, threads))
     try:
-        return hashlib.sha256(source.payload(row)).digest()
+        for stop in pool.map(work_from, range(0, rows, _BLOCK)):
+            if progress is not None:
+                progress(stop, rows)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _hash_rows(
+    source: ImageSource, files: Files | None, digests: UInt8[np.ndarray, "N 32"], rows: Iterable[int]
+) -> None:
+    for row in rows:
+        digests[row] = np.frombuffer(_hash_item(source, files, row), np.uint8)
+
+
+def _hash_changed(
+    source: ImageSource,
+    files: Files,
+    signatures: Int64[np.ndarray, "N 4"],
+    digests: UInt8[np.ndarray, "N 32"],
+    block: range,
+) -> None:
+    """Hash the files of ``block`` whose signature is not the one in ``signatures``; both arrays are brought up to date.
+
+    A file's signature is taken before and after it is read, so that a digest is never filed under the signature of
+    other content. One that is not to be relied on becomes -1.
+    """
+    now = time.time_ns()
+    seen = signatures_of(map(files.path, block))
+    rows = np.flatnonzero((seen != signatures[block.start : block.stop]).any(axis=1) | (seen[:, 0] < 0)) + block.start
+    if not rows.size:
+        return
+    seen = seen[rows - block.start]
+    signatures[rows] = -1
+    _hash_rows(source, files, digests, rows.tolist())
+    after = signatures_of(map(files.path, rows.tolist()))
+    readable = (digests[rows] != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
+    reliable = readable & (seen == after).all(axis=1) & settled(seen, now)
+    signatures[rows[reliable]] = seen[reliable]
+
+
+def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
+    try:
+        # A file can be larger than memory.
+        return files.sha256(row) if files is not None else hashlib.sha256(source.payload(row)).digest()
     except OSError:
         return UNREADABLE

@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, to_rgb
+from gstds_cache.data.files import Files
 from gstds_cache.errors import DatasetError
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
@@ -55,6 +56,11 @@ class MapStyleSource:
         with contextlib.suppress(*_READ_ERRORS):  # A damaged first item is one bad item; a wrong type is all of them.
             self._rgb(self._item(0)[0])
         self.labels = self._read_labels(rows)
+
+    @property
+    def files(self) -> Files | None:
+        """None: what the dataset reads is its own affair."""
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
+from gstds_cache.data.files import Files
+
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -50,6 +52,11 @@ class ImageSource(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What the user should be told, e.g. about files that were ignored."""
+        ...
+
+    @property
+    def files(self) -> Files | None:
+        """The items' files, in order, where every item's payload is all bytes of one file; else None."""
         ...
 
     def __len__(self) -> int: ...

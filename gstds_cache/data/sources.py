@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.uris import split_query
@@ -16,7 +18,9 @@ KINDS = ("digits", "imagefolder:PATH", "torchvision:CLASS?root=PATH", "module:fa
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def open_source(uri: str) -> ImageSource:
+def open_source(
+    uri: str, *, memo: HashMemo | None = None, progress: Callable[[int, int], None] | None = None
+) -> ImageSource:
     """Open a data set by name.
 
     ``digits`` and ``imagefolder:PATH`` take ``?split=train|test&holdout=0.2``; ``torchvision:CLASS`` passes its query
@@ -24,6 +28,9 @@ def open_source(uri: str) -> ImageSource:
 
     Args:
         uri: One of ``KINDS``.
+        memo: Digests of files remembered from before, for ``split``, which needs the digest of every item. Give
+            :func:`gstds_cache.data.manifest.build_manifest` the same one, and no file is read twice to be hashed.
+        progress: Called with (items hashed, items in all) while a split is decided.
 
     Returns:
         The source, with its labels read and no image decoded unless the data set leaves no other way.
@@ -39,12 +46,12 @@ def open_source(uri: str) -> ImageSource:
         from gstds_cache.data.arrays import open_digits
         from gstds_cache.data.split import open_split
 
-        return open_split(uri, params, open_digits)
+        return open_split(uri, params, open_digits, memo=memo, progress=progress)
     if kind == "imagefolder":
         from gstds_cache.data.folder import open_folder
         from gstds_cache.data.split import open_split
 
-        return open_split(uri, params, lambda whole: open_folder(whole, target))
+        return open_split(uri, params, lambda whole: open_folder(whole, target), memo=memo, progress=progress)
     if kind == "torchvision":
         from gstds_cache.data.vision import open_torchvision
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 
+from gstds_cache.data.files import Files
 from gstds_cache.data.manifest import UNREADABLE, hash_items
+from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
 
@@ -44,6 +46,12 @@ class Subset:
         """As for the whole."""
         return self.base.mirror_safe
 
+    @property
+    def files(self) -> Files | None:
+        """The part's files, if the whole has files."""
+        files = self.base.files
+        return files and files.part(self.rows.tolist())
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -56,13 +64,22 @@ class Subset:
         return self.base.image(int(self.rows[row]))
 
 
-def open_split(uri: str, params: dict[str, str], open_whole: Callable[[str], ImageSource]) -> ImageSource:
+def open_split(
+    uri: str,
+    params: dict[str, str],
+    open_whole: Callable[[str], ImageSource],
+    *,
+    memo: HashMemo | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSource:
     """Open a source, or the part of it that ``split`` and ``holdout`` ask for.
 
     Args:
         uri: The data set as the user named it.
         params: Its query; ``split`` is ``train`` or ``test``, ``holdout`` the fraction held out for testing.
         open_whole: Opens the whole, given the uri.
+        memo: Digests remembered from before; a split is decided by the digest of every item.
+        progress: Called with (items hashed, items in all) where there is a split to decide.
 
     Returns:
         The whole where no split is asked for.
@@ -89,21 +106,31 @@ def open_split(uri: str, params: dict[str, str], open_whole: Callable[[str], Ima
         holdout = -1.0
     if not 0 < holdout < 1:
         raise UsageError(f"data set {uri!r}: got holdout={given}, expected a fraction between 0 and 1, e.g. 0.2")
-    return split_by_content(open_whole(uri), split, holdout)
+    return split_by_content(open_whole(uri), split, holdout, memo=memo, progress=progress)
 
 
-def split_by_content(source: ImageSource, split: str, holdout: float) -> Subset:
+def split_by_content(
+    source: ImageSource,
+    split: str,
+    holdout: float,
+    *,
+    memo: HashMemo | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Subset:
     """Take the training or the test part of a source.
 
     An item is held out if the first 8 bytes of its SHA-256, read as a fraction, are below ``holdout``. Content and not
     position decides, because web-crawled data sets are full of exact duplicates, and one on each side would let a test
     reward memory; because adding or renaming items then moves no other item across; and because it needs no file that
-    records the split. The held-out share is close to ``holdout`` and not exactly it. Every item is read once.
+    records the split. The held-out share is close to ``holdout`` and not exactly it. Every item is read once, or not at
+    all where ``memo`` knows it.
 
     Args:
         source: The whole.
         split: ``train`` or ``test``.
         holdout: The fraction held out, between 0 and 1.
+        memo: Digests remembered from before.
+        progress: Called with (items hashed, items in all).
 
     Returns:
         The part.
@@ -111,7 +138,7 @@ def split_by_content(source: ImageSource, split: str, holdout: float) -> Subset:
     Raises:
         DatasetError: The part would be empty.
     """
-    held_out = _held_out(source, holdout)
+    held_out = _held_out(source, hash_items(source, memo=memo, progress=progress), holdout)
     rows = np.flatnonzero(held_out if split == "test" else ~held_out).astype(np.int64)
     if not rows.size:
         raise DatasetError(
@@ -128,8 +155,7 @@ def split_by_content(source: ImageSource, split: str, holdout: float) -> Subset:
     )
 
 
-def _held_out(source: ImageSource, holdout: float) -> Bool[np.ndarray, " N"]:
-    digests = hash_items(source)
+def _held_out(source: ImageSource, digests: UInt8[np.ndarray, "N 32"], holdout: float) -> Bool[np.ndarray, " N"]:
     for row in np.flatnonzero((digests == np.frombuffer(UNREADABLE, np.uint8)).all(axis=1)).tolist():
         # Unreadable items have no content to go by; without this all of them would be test items.
         digests[row] = np.frombuffer(hashlib.sha256(source.ids[row].encode()).digest(), np.uint8)

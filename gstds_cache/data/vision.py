@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.data.arrays import ArraySource
-from gstds_cache.data.files import FileSource, has_image_extension, printable
+from gstds_cache.data.files import Files, FileSource, has_image_extension, printable
 from gstds_cache.data.mapstyle import MapStyleSource, class_names, label_array
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
@@ -163,7 +163,7 @@ def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
         kind=kind,
         ids=_ids(paths, root),
         labels=labels,
-        paths=paths,
+        files=Files.at(paths),
         classes=_file_classes(dataset),
         mirror_safe=mirror_safe,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,38 @@ import torch
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
+from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import describe_device, resolve_device
 from gstds_cache.digest import digest_of
+from gstds_cache.embed.probe import (
+    Estimate,
+    disk_bytes,
+    fitting_batch_size,
+    probe,
+    require_disk,
+    row_bytes,
+    workers_for,
+)
+from gstds_cache.embed.reuse import KnownRows
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import IncompleteError, StoreNotFoundError
+from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
 from gstds_cache.executor import Executor, LocalExecutor
 from gstds_cache.store.journal import Journal
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.receipt import Quarantined
-from gstds_cache.store.spec import CacheSpec
+from gstds_cache.store.spec import CacheSpec, require_same
+from gstds_cache.store.transport import open_transport
 from gstds_cache.store.writer import StoreWriter, open_writer
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}
 UNIT_BYTES = 4 << 20
-Progress = Callable[[str, int, int, float], None]
+PROBE_FROM = 1000
+"""Images from which on a run is estimated before it begins."""
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,196 +55,358 @@ class EmbedReport:
     """What a run of embedding did.
 
     Attributes:
-        path: The store.
+        location: The store, as a user names it.
         fingerprint: Its fingerprint.
         model: The reference model.
         items: Items in the data set; ``items == ok + len(quarantined)``.
         ok: Rows with an embedding.
         quarantined: Items that could not be decoded, with the reasons.
         embedded: Images put through the model by this run.
+        reused: Rows taken over from other stores.
         committed_before: Rows that were committed already when this run began.
         units: Units of the store.
-        seconds: Time by phase: hash, model, waiting (for decoded images), forward, commit, finish, total.
+        batch_size: Images of every forward pass.
+        workers: Processes that decoded.
+        seconds: Time by phase, one after the other: hash, model, probe (a batch that fits, the estimate), embed,
+            finish, and total. Inside embed: waiting (for decoded images), forward and commit_wait in the main thread;
+            beside them decode, summed over the workers, and commit, in a thread of its own.
+        shares: Of the time of embed, the share of decode (of all workers' time), forward, commit and waiting.
         notes: What the user should know.
+        estimate: What was expected of this run, where it was long enough to ask.
     """
 
-    path: Path
+    location: str
     fingerprint: str
     model: str
     items: int
     ok: int
     quarantined: tuple[Quarantined, ...]
     embedded: int
+    reused: int
     committed_before: int
     units: int
+    batch_size: int
+    workers: int
     seconds: dict[str, float]
+    shares: dict[str, float]
     notes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
 
     @property
     def cache_hit(self) -> bool:
         """Whether everything was there already."""
-        return self.embedded == 0
+        return self.committed_before == self.items
 
     @property
     def images_per_second(self) -> float:
-        """Images embedded over the time from the first batch to the last commit; 0 for a cache hit."""
-        busy = self.seconds["waiting"] + self.seconds["forward"] + self.seconds["commit"]
-        return self.embedded / busy if busy else 0.0
+        """Images embedded over the time from the start of the decoders to the last receipt; 0 for a cache hit."""
+        return self.embedded / self.seconds["embed"] if self.embedded else 0.0
+
+
+@dataclass
+class _Job:
+    """One call: what it works on, and the time it took so far."""
+
+    source: ImageSource
+    config: EmbedConfig
+    device: torch.device
+    encoder: Encoder
+    say: Say
+    known: KnownRows | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size asked for, or that of the store whose rows are taken over: then they are what we'd compute."""
+        return self.config.batch_size or (self.known.batch_size if self.known else None)
+
+    def row_bytes(self) -> int:
+        return row_bytes(self.encoder, self.config)
 
 
 def embed_dataset(
     source: ImageSource,
     config: EmbedConfig,
     *,
-    path: Path | None = None,
+    where: str | Path | None = None,
     root: Path | None = None,
+    reuse: Sequence[str | Path] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
+    say: Say | None = None,
+    memo: HashMemo | None = None,
 ) -> EmbedReport:
     """Embed ``source`` into a store, or find that this was done already.
 
     Args:
         source: The data set.
         config: How to embed it.
-        path: The store's directory; None makes a name from data set, model and fingerprint under ``root``.
-        root: Where stores without a path of their own live; needed where ``path`` is None.
+        where: The store: a directory, or a URL; None makes a name from data set, model and fingerprint under ``root``.
+        root: Where stores without a place of their own live; needed where ``where`` is None.
+        reuse: Other stores, complete or not; rows of the same bytes by the same encoder are taken over.
         executor: Where units run; in this process by default.
-        progress: Called with phase, images done, images in all, and the share of time the model waited for images.
+        progress: Called with phase, images done, images in all, and shares of the time (:meth:`Clock.shares`; empty
+            while hashing).
+        say: Called with lines for the user before the work begins: an estimate, a batch size that did not fit.
+        memo: Hashes of files remembered from earlier runs.
 
     Returns:
         What was done.
 
     Raises:
-        ValueError: Neither ``path`` nor ``root`` is given.
-        UsageError: ``path`` is no place for a store.
+        ValueError: Neither ``where`` nor ``root`` is given.
+        UsageError: ``where`` is no place for a store, or the model does not fit the device.
         EncoderError: The model cannot be built.
-        FingerprintMismatchError: The store at ``path`` holds something else.
-        ChunkCorruptError: The store at ``path`` is damaged.
+        FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
+        ChunkCorruptError: A store is damaged.
+        IncompleteError: The disk is too small, or memory ran out on the way.
     """
-    started = time.perf_counter()
-    progress = progress or (lambda _phase, _done, _total, _waiting: None)
+    if where is None and root is None:
+        raise ValueError("where or root is needed")
+    begun = time.perf_counter()
+    progress = progress or (lambda _phase, _done, _total, _shares: None)
     device = resolve_device(config.device)
-    manifest = build_manifest(source, progress=lambda done, total: progress("hash", done, total, 0.0))
+    manifest = build_manifest(source, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
-    ready = time.perf_counter()
-    if path is None:
-        if root is None:
-            raise ValueError("path or root is needed")
-        path = root / _default_name(source, encoder, manifest, config)
-    spec = _spec(manifest, encoder, config, path, device)
-    hit = _finished(path, spec)
+    job = _Job(source, config, device, encoder, say or (lambda _line: None))
+    job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
+    if where is None:
+        assert root is not None
+        where = root / _default_name(source, encoder, manifest, config)
+    stored = _stored(where)
+    if reuse and (stored is None or stored.complete() is None):
+        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
+    spec, hit = _settle(job, where, stored, manifest)
     if hit is not None:
-        seconds = {"hash": hashed - started, "model": ready - hashed, "total": time.perf_counter() - started}
-        return _report(hit, source, encoder, before=spec.items, clock=Clock(), seconds=seconds)
-    with open_writer(
-        path,
-        spec,
-        labels=manifest.labels,
-        items=manifest.to_arrow(),
-        attributes={
-            "kind": manifest.kind,
-            "classes": list(manifest.classes),
-            "provenance": _provenance(source.uri, config, device),
-        },
-    ) as writer:
-        task, before = _fill(writer, source, encoder, config, device, executor or LocalExecutor(), progress)
+        job.seconds["total"] = time.perf_counter() - begun
+        return _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
+    probing = time.perf_counter()
+    estimate = _look_ahead(job, where, stored, spec)
+    job.seconds["probe"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - probing
+    attributes = {
+        "kind": manifest.kind,
+        "classes": list(manifest.classes),
+        "provenance": _provenance(source.uri, config, device),
+    }
+    with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+        task, before = _fill(job, writer, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
         writer.finish()
-    store = EmbeddingStore(path)
+    store = EmbeddingStore(where)
     ended = time.perf_counter()
-    seconds = {
-        "hash": hashed - started,
-        "model": ready - hashed,
-        "finish": ended - finishing,
-        "total": ended - started,
-    }
-    return _report(store, source, encoder, before=before, clock=task.clock, seconds=seconds)
+    job.seconds |= {"finish": ended - finishing, "total": ended - begun}
+    return _report(job, store, before=before, clock=task.clock, estimate=estimate)
 
 
-def _finished(path: Path, spec: CacheSpec) -> EmbeddingStore | None:
-    """The store at ``path`` if it is whole and holds this; a hit needs no lock, and no right to write."""
-    try:
-        store = EmbeddingStore(path)
-    except (StoreNotFoundError, IncompleteError):
-        return None
-    return store if store.spec == spec else None
-
-
-def _report(
-    store: EmbeddingStore,
+def estimate_dataset(
     source: ImageSource,
-    encoder: Encoder,
+    config: EmbedConfig,
     *,
-    before: int,
-    clock: Clock,
-    seconds: dict[str, float],
-) -> EmbedReport:
-    parts = {"waiting": clock.waiting, "forward": clock.forward, "commit": clock.commit}
-    order = ("hash", "model", *parts, "finish", "total")
-    times = {"finish": 0.0, **seconds, **parts}
+    where: str | Path | None = None,
+    root: Path | None = None,
+    say: Say | None = None,
+) -> Estimate:
+    """What :func:`embed_dataset` would need. Hashes nothing and writes nothing.
+
+    Args:
+        source: The data set.
+        config: How to embed it.
+        where: The store. None, which is named by the data set's hashes, is taken for a store that is not there yet.
+        root: Where stores without a place of their own live.
+        say: Called with lines for the user.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UsageError: The model does not fit the device.
+        EncoderError: The model cannot be built.
+        FingerprintMismatchError: The store at ``where`` holds something else, as far as can be seen without hashing.
+    """
+    device = resolve_device(config.device)
+    encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
+    job = _Job(source, config, device, encoder, say or (lambda _line: None))
+    stored = None if where is None else _stored(where)
+    spec = _spec(job, len(source), "" if stored is None else stored.spec.items_root, stored)
+    if stored is not None:
+        require_same(stored.spec, spec, where=stored.location)
+        _require_fit(job, stored)
+    return _probe(job, spec, where if where is not None else root, _committed(stored))
+
+
+def _settle(
+    job: _Job, where: str | Path, stored: Journal | None, manifest: DatasetManifest
+) -> tuple[CacheSpec, EmbeddingStore | None]:
+    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing."""
+    begun = time.perf_counter()
+    spec = _spec(job, len(manifest), manifest.root, stored)
+    if stored is not None and stored.spec == spec:
+        with suppress(StoreNotFoundError, IncompleteError):
+            return spec, EmbeddingStore(where)
+        _require_fit(job, stored)
+    job.seconds["fit"] = time.perf_counter() - begun
+    return spec, None
+
+
+def _require_fit(job: _Job, stored: Journal) -> None:
+    """Refuse a store that was begun with a batch size that does not fit.
+
+    Raises:
+        UsageError: It does not.
+    """
+    batch_size = stored.spec.batch_size
+    fits = fitting_batch_size(job.encoder, job.device, batch_size)
+    if fits < batch_size:
+        new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
+        raise UsageError(
+            f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
+            f"of {job.device}; all rows of a store are made with one batch size",
+            hint="nothing committed is lost: end what else uses that memory and run the same command again, or begin a "
+            f"new store: {command_line(*_command(job.source.uri, job.config), *new)}",
+        )
+
+
+def _spec(job: _Job, items: int, items_root: str, stored: Journal | None) -> CacheSpec:
+    """The specification this run asks for; sizes that were not given are the store's own where there is one.
+
+    The batch size of a new store is one that fits the device. It is part of the store's identity: hence before all
+    else.
+    """
+    batch_size, unit_rows = job.batch_size, job.config.unit_rows
+    if stored is not None:
+        unit_rows = unit_rows or stored.spec.unit_rows
+        batch_size = _stored_batch_size(job, stored.spec.batch_size)
+    else:
+        wanted = batch_size or BATCH_SIZE[job.device.type]
+        batch_size = fitting_batch_size(job.encoder, job.device, wanted, job.say)
+        if batch_size < wanted:
+            job.say(f"the new store's batch size is {batch_size}")
+    unit_rows = unit_rows or max(1, UNIT_BYTES // job.row_bytes())
+    return CacheSpec(
+        items=items,
+        items_root=items_root,
+        encoder=job.encoder.spec.to_dict(),
+        dim=job.encoder.spec.dim,
+        dtype=job.config.dtype,
+        batch_size=batch_size,
+        unit_rows=-(-unit_rows // batch_size) * batch_size,
+    )
+
+
+def _stored_batch_size(job: _Job, stored: int) -> int:
+    """The store's own batch size, unless another was given.
+
+    The given one may be what the store's was halved from, since it did not fit: then the same command goes on.
+    """
+    given = job.config.batch_size
+    if given is None or given == stored:
+        return stored
+    halves, size = set(), given
+    while size > 1:
+        size //= 2
+        halves.add(size)
+    if stored in halves and fitting_batch_size(job.encoder, job.device, given, job.say) == stored:
+        return stored
+    return given
+
+
+def _look_ahead(job: _Job, where: str | Path, stored: Journal | None, spec: CacheSpec) -> Estimate | None:
+    """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
+    if stored is not None and stored.spec != spec:
+        return None  # open_writer says in what they differ
+    committed = _committed(stored)
+    left = spec.items - committed
+    known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
+    transport = open_transport(where)
+    need = disk_bytes(job.source, left, spec.unit_rows, job.row_bytes())
+    require_disk(need, transport.free_bytes(), location=transport.location)
+    if left - known <= PROBE_FROM:
+        return None
+    estimate = _probe(job, spec, where, committed, known)
+    for line in estimate.lines():
+        job.say(line)
+    return estimate
+
+
+def _probe(job: _Job, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
+    return probe(
+        job.source,
+        job.encoder,
+        job.config,
+        job.device,
+        spec.items - committed,
+        batch_size=spec.batch_size,
+        unit_rows=spec.unit_rows,
+        known_rows=known,
+        disk_free=None if where is None else open_transport(where).free_bytes(),
+    )
+
+
+def _stored(where: str | Path) -> Journal | None:
+    try:
+        return Journal(where)
+    except StoreNotFoundError:
+        return None
+
+
+def _missing(stored: Journal | None, spec: CacheSpec) -> list[range]:
+    """Rows of each unit that is not committed."""
+    committed = {} if stored is None else stored.receipts()
+    return [spec.rows_of(unit) for unit in range(spec.units) if unit not in committed]
+
+
+def _committed(stored: Journal | None) -> int:
+    return 0 if stored is None else sum(len(stored.spec.rows_of(unit)) for unit in stored.receipts())
+
+
+def _report(job: _Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
+    worked = clock.ended > 0
+    beside = ("decode", "forward", "commit", "commit_wait", "waiting")
+    parts = {name: getattr(clock, name) for name in beside} | {"embed": clock.elapsed() if worked else 0.0}
+    order = ("hash", "model", "probe", "embed", "finish", "total", *beside)
+    times = dict.fromkeys(order, 0.0) | job.seconds | parts
     return EmbedReport(
-        path=store.path,
+        location=store.location,
         fingerprint=store.fingerprint,
-        model=encoder.spec.model,
+        model=job.encoder.spec.model,
         items=store.spec.items,
         ok=store.spec.items - len(store.quarantined),
         quarantined=tuple(store.quarantined),
         embedded=clock.images,
+        reused=clock.reused,
         committed_before=before,
         units=store.spec.units,
+        batch_size=store.spec.batch_size,
+        workers=clock.workers,
         seconds={phase: round(times[phase], 3) for phase in order},
-        notes=(*source.notes, *encoder.notes),
+        shares={name: round(share, 4) if worked else 0.0 for name, share in clock.shares().items()},
+        notes=(*job.source.notes, *job.encoder.notes),
+        estimate=estimate,
     )
 
 
-def _fill(
-    writer: StoreWriter,
-    source: ImageSource,
-    encoder: Encoder,
-    config: EmbedConfig,
-    device: torch.device,
-    executor: Executor,
-    progress: Progress,
-) -> tuple[EmbedTask, int]:
+def _fill(job: _Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
     """Embed the units that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()
     before = sum(len(spec.rows_of(unit)) for unit in committed)
 
     def on_batch(clock: Clock) -> None:
-        progress("embed", before + clock.images, spec.items, clock.waiting / max(clock.elapsed(), 1e-9))
+        progress("embed", before + clock.images + clock.reused, spec.items, clock.shares())
 
-    task = EmbedTask(source, encoder, writer, device=device, workers=config.workers, on_batch=on_batch)
+    task = EmbedTask(
+        job.source,
+        job.encoder,
+        writer,
+        device=job.device,
+        workers=workers_for(job.source, job.encoder, job.config, job.device),
+        known=job.known,
+        on_batch=on_batch,
+    )
     for _receipt in executor.run(task, [unit for unit in range(spec.units) if unit not in committed]):
         pass
     return task, before
-
-
-def _spec(
-    manifest: DatasetManifest, encoder: Encoder, config: EmbedConfig, path: Path, device: torch.device
-) -> CacheSpec:
-    """The specification this run asks for; sizes that were not given are the store's own where there is one."""
-    batch_size, unit_rows = config.batch_size, config.unit_rows
-    try:
-        stored = Journal(path).spec
-    except StoreNotFoundError:
-        stored = None
-    if stored is not None:
-        batch_size, unit_rows = batch_size or stored.batch_size, unit_rows or stored.unit_rows
-    batch_size = batch_size or BATCH_SIZE[device.type]
-    if unit_rows is None:
-        row_bytes = encoder.spec.dim * torch.tensor([], dtype=getattr(torch, config.dtype)).element_size()
-        unit_rows = max(1, UNIT_BYTES // row_bytes)
-    return CacheSpec(
-        items=len(manifest),
-        items_root=manifest.root,
-        encoder=encoder.spec.to_dict(),
-        dim=encoder.spec.dim,
-        dtype=config.dtype,
-        batch_size=batch_size,
-        unit_rows=-(-unit_rows // batch_size) * batch_size,
-    )
 
 
 def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManifest, config: EmbedConfig) -> str:
@@ -240,15 +418,20 @@ def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManife
     return f"{words[0][:20]}-{words[1][:28]}-{identity}"
 
 
-def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
+def _command(dataset: str, config: EmbedConfig) -> list[str]:
+    """The command that embeds this in this way, without where and with what sizes."""
     command = ["gstds-embed", dataset]
     for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
         command += [flag, value] if value != default else []
-    command += ["--allow-untrained"] if config.allow_untrained else []
+    return command + (["--allow-untrained"] if config.allow_untrained else [])
+
+
+def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
     return {
         "dataset": dataset,
-        "command": command,
+        "model": config.model,
+        "command": _command(dataset, config),
         "device": describe_device(device),
         "python": platform.python_version(),
         **versions,

@@ -74,7 +74,6 @@ class Encoder:
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
         return self
 
-    @torch.inference_mode()
     def embed(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Float32[torch.Tensor, "B D"]:
         """Features of a batch of pixels, rows of unit length.
 
@@ -87,6 +86,23 @@ class Encoder:
         Raises:
             EncoderError: The model returned another shape, or NaN or Inf.
         """
+        features = self.queue(pixels)
+        self.require_finite(features)
+        return features
+
+    @torch.inference_mode()
+    def queue(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Float32[torch.Tensor, "B D"]:
+        """:meth:`embed` without a look at the values, which on a GPU would wait for them.
+
+        Args:
+            pixels: uint8 [B, 3, H, W], on any device.
+
+        Returns:
+            float32 [B, D] on the encoder's device; to be given to :meth:`require_finite`.
+
+        Raises:
+            EncoderError: The model returned another shape.
+        """
         batch = pixels.to(self._device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)
         features = self._model((batch - self._mean) / self._std)
         if features.ndim != 2 or features.shape != (len(pixels), self.spec.dim):
@@ -94,9 +110,15 @@ class Encoder:
                 f"{self.spec.model} returned shape {tuple(features.shape)} for {len(pixels)} images, "
                 f"expected [{len(pixels)}, {self.spec.dim}] (pooled features)"
             )
-        features = torch.nn.functional.normalize(features.float(), dim=1)
+        return torch.nn.functional.normalize(features.float(), dim=1)
+
+    def require_finite(self, features: Float32[torch.Tensor, "B D"]) -> None:
+        """Refuse features that are no numbers.
+
+        Raises:
+            EncoderError: They hold NaN or Inf.
+        """
         if not bool(torch.isfinite(features).all()):
             raise EncoderError(
                 f"{self.spec.model} returned NaN or Inf", hint="check the weights file, or embed with --device cpu"
             )
-        return features

@@ -30,6 +30,8 @@ class Preprocessing:
         std: Per-channel standard deviation divided by, on the scale 0 to 1.
         crop_mode: ``center`` keeps the aspect ratio; ``squash`` resizes both sides to a given length.
         source: The library whose transform this is.
+        max_aspect: Longer side over shorter side beyond which the ends are cut off before resizing. Of a longer image
+            the centre crop shows less than that in any case; resized whole, 1 x 20,000 pixels took 6 GB and 30 s.
     """
 
     resize: int | tuple[int, int] = 256
@@ -39,6 +41,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop_mode: Literal["center", "squash"] = "center"
     source: str = "torchvision"
+    max_aspect: int = 16
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -51,7 +54,22 @@ class Preprocessing:
         Follows torchvision's ``ImageClassification`` preset, which for ``center`` and ``squash`` is timm's evaluation
         transform too (tests/encoders/test_preprocessing.py compares all three).
         """
-        size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+        if isinstance(self.resize, int):
+            size, image = [self.resize], without_ends(image, self.max_aspect)
+        else:
+            size = list(self.resize)
         resized = tvf.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
         cropped = tvf.center_crop(resized, list(self.crop))
         return torch.from_numpy(np.asarray(cropped, dtype=np.uint8).transpose(2, 0, 1).copy())
+
+
+def without_ends(image: Image.Image, max_aspect: int) -> Image.Image:
+    """Cut the ends off an image whose longer side is more than ``max_aspect`` times its shorter side; others stay."""
+    shorter, longer = sorted(image.size)
+    cut = longer - max_aspect * shorter
+    if cut <= 0:
+        return image
+    width, height = image.size
+    if width > height:
+        return image.crop((cut // 2, 0, cut // 2 + max_aspect * height, height))
+    return image.crop((0, cut // 2, width, cut // 2 + max_aspect * width))

@@ -15,7 +15,7 @@ class StoreSummary:
     """What a store holds and how it was made.
 
     Attributes:
-        path: Its directory.
+        location: The store as a user names it.
         fingerprint: SHA-256 of its specification.
         complete: Whether all units are committed and checked.
         units: Units in all.
@@ -30,10 +30,11 @@ class StoreSummary:
         model: The reference model.
         encoder: Everything that identifies its features.
         provenance: Versions and device; no identity.
+        last_used: Seconds since 1970, or None where the place does not tell.
         quarantined: Items that could not be decoded, of the committed units.
     """
 
-    path: Path
+    location: str
     fingerprint: str
     complete: bool
     units: int
@@ -48,24 +49,25 @@ class StoreSummary:
     model: str
     encoder: dict[str, Any]
     provenance: dict[str, Any]
+    last_used: float | None
     quarantined: tuple[Quarantined, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
-        return vars(self) | {"path": str(self.path), "quarantined": [vars(item) for item in self.quarantined]}
+        return vars(self) | {"quarantined": [vars(item) for item in self.quarantined]}
 
 
-def summarise(path: Path) -> StoreSummary:
-    """Summarise the store at ``path``, complete or not, without reading embeddings.
+def summarise(where: str | Path) -> StoreSummary:
+    """Summarise the store at ``where``, complete or not, without reading embeddings.
 
     Raises:
         StoreNotFoundError: There is none.
         IntegrityError: Its specification or a receipt is damaged.
     """
-    journal = Journal(path)
+    journal = Journal(where)
     receipts = journal.receipts()
     return StoreSummary(
-        path=path,
+        location=journal.location,
         fingerprint=journal.spec.fingerprint,
         complete=journal.complete() is not None,
         units=journal.spec.units,
@@ -73,12 +75,13 @@ def summarise(path: Path) -> StoreSummary:
         items=journal.spec.items,
         dim=journal.spec.dim,
         dtype=journal.spec.dtype,
-        size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        size=sum(journal.transport.sizes().values()),
         kind=journal.kind,
         classes=len(journal.classes),
         items_root=journal.spec.items_root,
         model=str(journal.spec.encoder.get("model")),
         encoder=journal.spec.encoder,
         provenance=journal.provenance,
+        last_used=journal.transport.last_used(),
         quarantined=tuple(item for unit in sorted(receipts) for item in receipts[unit].quarantined),
     )

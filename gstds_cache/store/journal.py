@@ -1,18 +1,21 @@
-"""What a store's directory says of itself: specification, receipts, completeness. Readers and the writer share it."""
+"""What a store says of itself: specification, receipts, completeness. Readers and the writer share it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.store import layout
 from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec
-from gstds_cache.store.transport import LocalTransport
+from gstds_cache.store.transport import open_transport
 
 METADATA_KEYS = (
     layout.GROUP,
@@ -51,19 +54,59 @@ class Complete:
         """Canonical JSON and a line end."""
         return canonical_json(vars(self)) + b"\n"
 
-
-class Journal:
-    """Reads the specification and receipts under one directory."""
-
-    def __init__(self, path: Path) -> None:
-        """Read ``path``'s specification.
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Complete:
+        """Parse what :meth:`to_bytes` gave.
 
         Raises:
-            StoreNotFoundError: There is no store at ``path``.
+            ValueError: ``data`` is something else.
+            TypeError: It lacks fields, or has others.
+        """
+        record = cls(**json.loads(data))
+        if record.to_bytes() != data:
+            raise ValueError("it is not as it was written")
+        return record
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a store.
+
+    Attributes:
+        key: The object it shows in.
+        text: What is wrong, for people.
+        unit: The unit that has to be done again, or None where the fault is in an object that belongs to no unit.
+    """
+
+    key: str
+    text: str
+    unit: int | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.unit is None else f"unit {self.unit}: {self.text}"
+
+
+class Journal:
+    """Reads the specification and receipts of one store.
+
+    Attributes:
+        location: The store as a user names it.
+        transport: Its objects.
+        spec: What it holds.
+        kind: Kind of data set.
+        classes: Class names by label.
+        provenance: How it was made; no identity.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        """Read the specification of the store at ``where``.
+
+        Raises:
+            StoreNotFoundError: There is no store.
             IntegrityError: The specification is damaged.
         """
-        self.path = path
-        self.transport = LocalTransport(path)
+        self.transport = open_transport(where)
+        self.location = self.transport.location
         try:
             group = json.loads(self.transport.get(layout.GROUP))
             attributes: dict[str, Any] = group["attributes"]["gstds"]
@@ -72,98 +115,133 @@ class Journal:
             self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
-                f"no store at {path}",
+                f"no store at {self.location}",
                 hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{path / layout.GROUP} is damaged or not of gstds-cache: {error!r}") from error
+            raise IntegrityError(
+                f"{self.location}/{layout.GROUP} is damaged or not of gstds-cache: {error!r}",
+                hint="this one object says what the store holds, and cannot be made again from the others: restore it "
+                "from a copy, or embed into a new --cache with --reuse of another store",
+            ) from error
         self.spec = CacheSpec.from_dict(fields)
         self.kind = str(attributes.get("kind", ""))
         if attributes.get("fingerprint") != self.spec.fingerprint:
             raise IntegrityError(
-                f"{path}: the specification was altered: its fingerprint is {self.spec.fingerprint[:12]}, "
-                f"recorded is {str(attributes.get('fingerprint'))[:12]}"
+                f"{self.location}: the specification was altered: its fingerprint is {self.spec.fingerprint[:12]}, "
+                f"recorded is {str(attributes.get('fingerprint'))[:12]}",
+                hint=f"restore {self.location}/{layout.GROUP} from a copy, or embed into a new --cache",
             )
+
+    def scan_receipts(self) -> tuple[dict[int, Receipt], list[Problem]]:
+        """All receipts that can be read, by unit, and a problem for each that cannot."""
+        listed = self.transport.sizes("receipts/")
+        units = [unit for unit in range(self.spec.units) if layout.receipt_key(unit) in listed]
+        found: dict[int, Receipt] = {}
+        problems = []
+        for unit, data in zip(units, self.transport.get_many([layout.receipt_key(u) for u in units]), strict=True):
+            try:
+                found[unit] = self._parse(unit, data)
+            except IntegrityError as error:
+                problems.append(Problem(layout.receipt_key(unit), error.message, unit))
+        return found, problems
+
+    def _parse(self, unit: int, data: bytes) -> Receipt:
+        receipt = Receipt.from_bytes(data, unit=unit, fingerprint=self.spec.fingerprint)
+        if receipt.to_bytes() != data or range(*receipt.rows) != self.spec.rows_of(unit):
+            raise IntegrityError(f"receipt of unit {unit} is not as it was written")
+        return receipt
 
     def receipts(self) -> dict[int, Receipt]:
         """All receipts by unit.
 
         Raises:
-            IntegrityError: One is damaged or belongs elsewhere.
-        """
-        found = {}
-        for unit in range(self.spec.units):
-            if self.transport.exists(layout.receipt_key(unit)):
-                data = self.transport.get(layout.receipt_key(unit))
-                found[unit] = Receipt.from_bytes(data, unit=unit, fingerprint=self.spec.fingerprint)
+            ChunkCorruptError: One is damaged or belongs elsewhere.
+        """  # noqa: DOC501
+        found, problems = self.scan_receipts()
+        if problems:
+            raise corrupt(self.location, problems)
         return found
 
     def complete(self) -> Complete | None:
         """The completeness record, or None.
 
         Raises:
-            IntegrityError: It is damaged or belongs to another store.
-        """
+            ChunkCorruptError: It is damaged or belongs to another store.
+        """  # noqa: DOC501
         try:
-            record = Complete(**json.loads(self.transport.get(layout.COMPLETE)))
+            record = Complete.from_bytes(self.transport.get(layout.COMPLETE))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise IntegrityError(f"{self.path / layout.COMPLETE} is damaged: {error}") from error
+            problem = Problem(layout.COMPLETE, f"{layout.COMPLETE} is damaged: {error}")
+            raise corrupt(self.location, [problem]) from error
         if record.fingerprint != self.spec.fingerprint:
-            raise IntegrityError(f"{self.path / layout.COMPLETE} belongs to store {record.fingerprint[:12]}")
+            text = f"{layout.COMPLETE} belongs to store {record.fingerprint[:12]}, not {self.spec.fingerprint[:12]}"
+            raise corrupt(self.location, [Problem(layout.COMPLETE, text)])
         return record
 
-    def check_sizes(self, receipts: dict[int, Receipt]) -> list[str]:
-        """Problems visible without reading objects: missing or of another size; one line each."""
+    def check_sizes(self, receipts: dict[int, Receipt]) -> list[Problem]:
+        """Problems visible without reading units: missing ones, and ones of another size."""
+        sizes = self.transport.sizes("embeddings/")
         problems = []
         for unit, receipt in receipts.items():
             key = layout.object_key(unit)
-            if not self.transport.exists(key):
-                problems.append(f"unit {unit}: {key} is missing")
-            elif self.transport.size(key) != receipt.size:
-                size = self.transport.size(key)
-                problems.append(f"unit {unit}: {key} has {size} bytes, its receipt says {receipt.size}")
+            if key not in sizes:
+                problems.append(Problem(key, f"{key} is missing", unit))
+            elif sizes[key] != receipt.size:
+                problems.append(Problem(key, f"{key} has {sizes[key]} bytes, its receipt says {receipt.size}", unit))
         return problems
 
-    def check_hashes(self, receipts: dict[int, Receipt]) -> list[str]:
-        """Problems found by hashing every committed object; one line each."""
+    def check_hashes(self, receipts: dict[int, Receipt]) -> list[Problem]:
+        """Problems found by hashing every committed unit."""
         problems = self.check_sizes(receipts)
-        named = {line.partition(":")[0] for line in problems}
+        named = {problem.unit for problem in problems}
         for unit, receipt in receipts.items():
-            if f"unit {unit}" not in named:
-                got = sha256_hex(self.transport.get(layout.object_key(unit)))
+            if unit not in named:
+                key = layout.object_key(unit)
+                got = sha256_hex(self.transport.get(key))
                 if got != receipt.object_sha256:
-                    problems.append(
-                        f"unit {unit}: {layout.object_key(unit)} hashes to {got[:12]}, its receipt says "
-                        f"{receipt.object_sha256[:12]}"
-                    )
+                    text = f"{key} hashes to {got[:12]}, its receipt says {receipt.object_sha256[:12]}"
+                    problems.append(Problem(key, text, unit))
         return problems
 
-    def check_complete(self, record: Complete, receipts: dict[int, Receipt]) -> list[str]:
-        """Problems between the completeness record, the receipts and the other objects; one line each."""
-        problems = [f"unit {unit}: no receipt" for unit in range(self.spec.units) if unit not in receipts]
+    def check_complete(self, record: Complete, receipts: dict[int, Receipt]) -> list[Problem]:
+        """Problems between the completeness record, the receipts and the objects that are no units."""
+        problems = [
+            Problem(layout.receipt_key(unit), "no receipt", unit)
+            for unit in range(self.spec.units)
+            if unit not in receipts
+        ]
         if not problems and receipts_root(receipts) != record.receipts_sha256:
-            problems.append(f"{layout.COMPLETE}: the receipts are not the ones that were there when it was written")
+            text = f"{layout.COMPLETE}: the receipts are not the ones that were there when it was written"
+            problems.append(Problem(layout.COMPLETE, text))
+        valid = valid_of(self.spec, receipts)
+        counts = (self.spec.items, int((valid == layout.OK).sum()), int((valid == layout.UNDECODABLE).sum()))
+        if not problems and (record.items, record.ok, record.quarantined, record.units) != (*counts, self.spec.units):
+            problems.append(Problem(layout.COMPLETE, f"{layout.COMPLETE} counts other rows than the receipts"))
         for key in METADATA_KEYS:
             if not self.transport.exists(key):
-                problems.append(f"{key} is missing")
+                problems.append(Problem(key, f"{key} is missing"))
             elif sha256_hex(self.transport.get(key)) != record.objects.get(key):
-                problems.append(f"{key} was altered")
+                problems.append(Problem(key, f"{key} was altered"))
         return problems
 
 
-def corrupt(path: Path, problems: list[str]) -> ChunkCorruptError:
-    """The error for a store with ``problems``, naming each and saying how to mend it."""
-    units = sorted({int(line.partition(":")[0][5:]) for line in problems if line.startswith("unit ")})
-    named = [f"{path}/{layout.COMPLETE}", *(f"{path}/{layout.receipt_key(unit)}" for unit in units)]
-    journal_only = all(line.startswith(("unit ", layout.COMPLETE, layout.VALID)) for line in problems)
+def valid_of(spec: CacheSpec, receipts: dict[int, Receipt]) -> np.ndarray:
+    """The ``valid`` array [N] uint8 that the receipts amount to."""
+    valid = np.full(spec.items, layout.MISSING, np.uint8)
+    for receipt in receipts.values():
+        valid[slice(*receipt.rows)] = layout.OK
+        valid[[item.row for item in receipt.quarantined]] = layout.UNDECODABLE
+    return valid
+
+
+def corrupt(location: str, problems: Iterable[Problem]) -> ChunkCorruptError:
+    """The error for a store with ``problems``, naming each and the command that mends it."""
+    lines = [str(problem) for problem in problems]
+    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
     return ChunkCorruptError(
-        f"{path} is damaged:\n    " + "\n    ".join(problems[:20]),
-        hint=(
-            f"{command_line('rm', '-f', *named)}; then run the gstds-embed command again: it embeds the units without "
-            "a receipt, and no other"
-            if journal_only
-            else f"restore the named files from a copy, or remove {path} and run the gstds-embed command again"
-        ),
+        f"{location} is damaged:\n    " + "\n    ".join([*lines[:20], *more]),
+        hint=f"mend it with: {command_line('gstds-cache', 'repair', location)}",
     )

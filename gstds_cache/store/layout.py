@@ -11,7 +11,8 @@
     STORE/COMPLETE.json      written last
 
 Bytes are made by zarr on an in-memory store, then written by :mod:`gstds_cache.store.transport`: the format is zarr's
-own, the durability ours.
+own, the durability ours. Units are read back without zarr, which takes a missing object for fill values and needs 2.5
+times as long (benchmarks/bench_store.py): one chunk with the codecs bytes and crc32c is the rows and four bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from jaxtyping import Float, Int64, UInt8
@@ -61,6 +63,41 @@ def unit_object(spec: CacheSpec, unit: int, rows: Float[np.ndarray, "R D"]) -> b
     span = spec.rows_of(unit)
     arrays["embeddings"][span.start : span.stop] = rows
     return objects[object_key(unit)].to_bytes()
+
+
+def unit_rows(spec: CacheSpec, unit: int, data: bytes) -> Float[np.ndarray, "R D"]:
+    """The rows of a unit's object, without a copy of more than its bytes; read-only.
+
+    Args:
+        spec: What the store holds.
+        unit: The unit.
+        data: Its object.
+
+    Returns:
+        [R, D] in the store's dtype.
+
+    Raises:
+        ValueError: The object has another length, or its CRC-32C is wrong.
+    """
+    expected = spec.unit_rows * spec.dim * np.dtype(spec.dtype).itemsize
+    if len(data) != expected + 4:
+        raise ValueError(f"{len(data)} bytes, expected {expected + 4}")
+    stored, computed = int.from_bytes(data[-4:], "little"), google_crc32c.value(data[:-4])
+    if stored != computed:
+        raise ValueError(f"stored CRC-32C {stored:08x}, computed {computed:08x}")
+    rows = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"), count=expected // np.dtype(spec.dtype).itemsize)
+    return rows.reshape(spec.unit_rows, spec.dim)[: len(spec.rows_of(unit))].astype(spec.dtype, copy=False)
+
+
+def label_values(spec: CacheSpec, data: bytes) -> Int64[np.ndarray, " N"]:
+    """The labels of the ``label`` array's object.
+
+    Raises:
+        ValueError: The object has another length, or its CRC-32C is wrong.
+    """
+    if len(data) != spec.items * 8 + 4 or int.from_bytes(data[-4:], "little") != google_crc32c.value(data[:-4]):
+        raise ValueError(f"{len(data)} bytes, expected {spec.items * 8 + 4} and a right CRC-32C")
+    return np.frombuffer(data, "<i8", count=spec.items).astype(np.int64, copy=False)
 
 
 def valid_object(spec: CacheSpec, valid: UInt8[np.ndarray, " N"]) -> bytes:

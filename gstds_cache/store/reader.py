@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import zarr
 from jaxtyping import Float, Int64, UInt8
-from zarr.storage import LocalStore
 
 from gstds_cache.errors import IncompleteError, UsageError, command_line
+from gstds_cache.places import beside
+from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
-from gstds_cache.store.journal import Journal, corrupt
+from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose
+from gstds_cache.store.journal import Journal, Problem, corrupt, valid_of
+from gstds_cache.store.mirror import open_mirror
 from gstds_cache.store.receipt import Quarantined
-from gstds_cache.store.writer import valid_of
 
 
 class EmbeddingStore:
     """A store opened for reading.
 
+    It can be pickled to other processes, which open it anew (spawn). A process forked from the one that opened it is
+    refused: locks and network connections do not survive a fork.
+
     Attributes:
-        path: Its directory.
+        location: The store as a user names it.
         spec: What it holds.
         fingerprint: SHA-256 of the specification.
         valid: [N] uint8: 0 missing, 1 ok, 2 undecodable.
-        quarantined: The undecodable items with their reasons.
         memory_budget: Bytes of embeddings that may be held in memory.
+        access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
+        access_reason: Why, in words.
     """
 
-    def __init__(self, path: Path | str, *, allow_partial: bool = False, memory_budget: int = 8 << 30) -> None:
-        """Open a store and check its receipts against what is on disk (sizes, not hashes).
+    def __init__(
+        self,
+        where: Path | str,
+        *,
+        allow_partial: bool = False,
+        memory_budget: int = 8 << 30,
+        access: Kind = "auto",
+        mirror: Path | None = None,
+    ) -> None:
+        """Open a store and check its receipts against what is there (sizes, not hashes).
 
         Args:
-            path: The store's directory.
+            where: The store: a directory, or a URL.
             allow_partial: Accept a store that is not complete; rows that are missing have ``valid`` 0.
             memory_budget: Bytes of embeddings that may be held in memory.
+            access: How to get at rows; ``auto`` chooses by the budget (:mod:`gstds_cache.store.access`).
+            mirror: The folder of the mirror; ``STORE.mirror`` by default.
 
         Raises:
-            StoreNotFoundError: There is no store at ``path``.
+            StoreNotFoundError: There is no store at ``where``.
             IncompleteError: The store is not complete and ``allow_partial`` is not set.
             ChunkCorruptError: An object is missing or of another size, or a record was altered.
+            UsageError: A mirror was asked for, and the store is not complete.
         """  # noqa: DOC501
-        self.path = Path(path)
+        self._opening = (where, allow_partial, memory_budget, access, mirror)
+        self._process = os.getpid()
         self.memory_budget = memory_budget
-        self.journal = Journal(self.path)
+        self.journal = Journal(where)
+        self.location = self.journal.location
         self.spec = self.journal.spec
         self.fingerprint = self.spec.fingerprint
         self.receipts = self.journal.receipts()
@@ -52,15 +73,30 @@ class EmbeddingStore:
         if record is None and not allow_partial:
             command = self.journal.provenance.get("command", ["gstds-embed", "DATASET"])
             raise IncompleteError(
-                f"{self.path} is not complete: {len(self.receipts)} of {self.spec.units} units are committed",
-                hint=f"finish it with: {command_line(*command, '--cache', self.path)}",
+                f"{self.location} is not complete: {len(self.receipts)} of {self.spec.units} units are committed",
+                hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
             )
+        if record is None and access == "mirror":
+            raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
         problems = self.journal.check_sizes(self.receipts)
         if record is not None:
             problems += self.journal.check_complete(record, self.receipts)
         if problems:
-            raise corrupt(self.path, problems)
+            raise corrupt(self.location, problems)
         self.valid: UInt8[np.ndarray, " N"] = valid_of(self.spec, self.receipts)
+        self._mirror = mirror or beside(where, ".mirror")
+        self.access_kind, self.access_reason = choose(
+            access,
+            nbytes=self.nbytes,
+            memory_budget=memory_budget,
+            mirror=self._mirror,
+            complete=record is not None,
+            free=_free(self._mirror),
+        )
+        self.journal.transport.mark_used()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_reopen, self._opening)
 
     def __len__(self) -> int:
         return self.spec.items
@@ -72,71 +108,133 @@ class EmbeddingStore:
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " N"]:
-        """Label of each row, -1 where there is none."""
-        return np.asarray(self._array("label")[:])
+        """Label of each row, -1 where there is none.
+
+        Raises:
+            ChunkCorruptError: The object of the labels is damaged.
+        """  # noqa: DOC501
+        try:
+            return layout.label_values(self.spec, self.journal.transport.get(layout.LABEL))
+        except (FileNotFoundError, ValueError) as error:
+            problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
+            raise corrupt(self.location, [problem]) from error
 
     @property
     def nbytes(self) -> int:
         """Bytes of all embeddings in memory."""
         return self.spec.items * self.spec.dim * np.dtype(self.spec.dtype).itemsize
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether :meth:`gather` reads the whole store into memory once (it fits the budget) or unit by unit."""
-        return self.nbytes <= self.memory_budget
-
     def unit(self, unit: int) -> Float[np.ndarray, "R D"]:
-        """All rows of one committed unit, in the store's dtype.
+        """All rows of one committed unit, in the store's dtype; read-only.
 
         Raises:
             IncompleteError: The unit is not committed.
-            ChunkCorruptError: Its object does not decode.
+            ChunkCorruptError: Its object is missing or does not decode.
+            UsageError: This process was forked after the store was opened.
         """  # noqa: DOC501
+        self._refuse_fork()
         if unit not in self.receipts:
-            raise IncompleteError(f"{self.path}: unit {unit} is not committed")
-        span = self.spec.rows_of(unit)
-        if not self.journal.transport.exists(layout.object_key(unit)):
-            raise corrupt(self.path, [f"unit {unit}: {layout.object_key(unit)} is missing"])
+            raise IncompleteError(f"{self.location}: unit {unit} is not committed")
+        key = layout.object_key(unit)
         try:
-            return np.asarray(self._array("embeddings")[span.start : span.stop])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise corrupt(self.path, [f"unit {unit}: {layout.object_key(unit)} does not decode ({error})"]) from error
+            return layout.unit_rows(self.spec, unit, self.journal.transport.get(key))
+        except FileNotFoundError as error:
+            raise corrupt(self.location, [Problem(key, f"{key} is missing", unit)]) from error
+        except ValueError as error:
+            raise corrupt(self.location, [Problem(key, f"{key} does not decode ({error})", unit)]) from error
 
-    def gather(self, rows: Int64[np.ndarray, " B"]) -> Float[np.ndarray, "B D"]:
-        """The embeddings of ``rows``, in that order and in the store's dtype.
+    def gather(
+        self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"] | None = None
+    ) -> Float[np.ndarray, "B D"]:
+        """The embeddings of ``rows``, in that order.
+
+        Args:
+            rows: Rows that have an embedding; may repeat.
+            out: Where to put them, float16 or float32 [B, D]; a new array in the store's dtype by default.
+
+        Returns:
+            ``out``.
 
         Raises:
-            UsageError: A row is out of range, or has no embedding.
+            UsageError: A row is out of range, or has no embedding; or this process was forked after opening.
+            ChunkCorruptError: A unit that is read is damaged.
         """
+        self._refuse_fork()
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise UsageError(f"row {rows.min()}..{rows.max()} asked for, the store has 0..{len(self) - 1}")
         without = rows[self.valid[rows] != layout.OK]
         if without.size:
             raise UsageError(f"row {without[0]} has no embedding (valid = {self.valid[without[0]]})")
-        if self.in_memory:
-            gathered: Float[np.ndarray, "B D"] = self._all[rows]
-            return gathered
-        out = np.empty((len(rows), self.spec.dim), self.spec.dtype)
-        units = rows // self.spec.unit_rows
-        for unit in np.unique(units):
-            here = units == unit
-            out[here] = self.unit(int(unit))[rows[here] - unit * self.spec.unit_rows]
+        if out is None:
+            out = np.empty((len(rows), self.spec.dim), self.spec.dtype)
+        self._access.gather(rows, out)
         return out
 
+    def shuffled(
+        self, batch_size: int, *, seed: int, epoch: int
+    ) -> Iterator[tuple[Int64[np.ndarray, " B"], Float[np.ndarray, "B D"]]]:
+        """Every row that has an embedding, exactly once, in an order keyed by (seed, epoch).
+
+        In memory and on a mirror the order is a permutation of all rows. Else units are shuffled, and then the rows
+        inside each window of as many units as the budget holds: every unit is read once.
+
+        Args:
+            batch_size: Rows of a batch (B); the last may be shorter.
+            seed: Seed of the order.
+            epoch: Which pass.
+
+        Yields:
+            Row numbers, and their embeddings as float32 in an array that the next batch overwrites.
+
+        Raises:
+            ChunkCorruptError: A unit that is read is damaged.
+        """
+        self._refuse_fork()
+        rng = rng_for(seed, "shuffled", epoch)
+        valid = np.flatnonzero(self.valid == layout.OK).astype(np.int64)
+        names = np.empty(batch_size, np.int64)
+        batch = np.empty((batch_size, self.spec.dim), np.float32)
+        filled = 0
+        for rows, block, places in self._access.windows(valid, rng):
+            done = 0
+            while done < len(rows):
+                take = min(batch_size - filled, len(rows) - done)
+                names[filled : filled + take] = rows[done : done + take]
+                batch[filled : filled + take] = block[places[done : done + take]]
+                filled, done = filled + take, done + take
+                if filled == batch_size:
+                    yield names.copy(), batch
+                    filled = 0
+        if filled:
+            yield names[:filled].copy(), batch[:filled]
+
     @cached_property
-    def _all(self) -> Float[np.ndarray, "N D"]:
+    def _access(self) -> RowAccess:
+        if self.access_kind == "mirror":
+            return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.receipts, self.unit))
+        if self.access_kind == "window":
+            return WindowAccess(self.spec, self.unit, self.memory_budget)
         rows = np.zeros((len(self), self.spec.dim), self.spec.dtype)
         for unit in self.receipts:
             span = self.spec.rows_of(unit)
             rows[span.start : span.stop] = self.unit(unit)
-        return rows
+        return WholeAccess("memory", rows)
 
-    def _array(self, name: str) -> zarr.Array:  # type: ignore[type-arg]
-        found = self._group[name]
-        if not isinstance(found, zarr.Array):
-            raise corrupt(self.path, [f"{name} is no array"])
-        return found
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"{self.location} was opened in process {self._process} and is used in {os.getpid()}, forked from it",
+                hint="open the store in each process, or start processes with the method 'spawn' (or 'forkserver'), "
+                "which pickles the store and opens it anew",
+            )
 
-    @cached_property
-    def _group(self) -> zarr.Group:
-        return zarr.open_group(LocalStore(self.path, read_only=True), mode="r", zarr_format=3)
+
+def _reopen(
+    where: Path | str, allow_partial: bool, memory_budget: int, access: Kind, mirror: Path | None
+) -> EmbeddingStore:
+    return EmbeddingStore(where, allow_partial=allow_partial, memory_budget=memory_budget, access=access, mirror=mirror)
+
+
+def _free(folder: Path) -> int:
+    absolute = folder.absolute()
+    return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.is_dir())).free

@@ -1,120 +1,145 @@
-"""Named objects in a local directory, written so that a name is either absent or whole.
+"""Named objects, wherever a store is: the one interface that everything above it is written against.
 
-An object is written to a temporary file beside it, flushed to the disk, renamed, and the directory flushed: after
-``put`` returns, the object survives a crash of the machine; before, its name does not exist. (zarr's own LocalStore
-renames but does not flush.)
+A store is a directory (a path or ``file://`` URL) or a prefix of a bucket (``s3://bucket/prefix``). Keys are
+``/``-separated names of ``[A-Za-z0-9._-]{1,64}`` with no leading dot, so that no key leads out of the store.
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
+from urllib.parse import unquote, urlsplit
 
 from gstds_cache.errors import UsageError
-from gstds_cache.locking import exclusive
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
-LOCK = ".lock"
-TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)\.tmp")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
-class LocalTransport:
-    """Objects under one directory. Keys are ``/``-separated names of ``[A-Za-z0-9._-]{1,64}``, no leading dot."""
+@runtime_checkable
+class Transport(Protocol):
+    """Objects of one store.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    An object is either absent or whole; once a write has returned it is durable and every later read of any process
+    sees it. Reads raise FileNotFoundError for what is not there, and StoreUnavailableError where the place itself does
+    not answer.
+    """
 
-    def path(self, key: str) -> Path:
-        """Path of an object.
+    @property
+    def location(self) -> str:
+        """The place as a user names it."""
+        ...
 
-        Raises:
-            UsageError: The key has a part that is no plain name, and might lead out of the store.
-        """
-        if not all(NAME.fullmatch(part) for part in key.split("/")):
-            raise UsageError(f"object name {key!r}: expected parts of [A-Za-z0-9._-]{{1,64}} with no leading dot")
-        return self.root / key
+    @property
+    def exclusive(self) -> bool:
+        """Whether :meth:`lock` keeps every other writer out; where not, several may write the same units at once."""
+        ...
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
-        return self.path(key).is_file()
+        ...
 
     def get(self, key: str) -> bytes:
-        """All bytes of an object; FileNotFoundError where there is none."""
-        return self.path(key).read_bytes()
+        """All bytes of an object."""
+        ...
 
-    def size(self, key: str) -> int:
-        """Bytes of an object; FileNotFoundError where there is none."""
-        return self.path(key).stat().st_size
+    def get_many(self, keys: Sequence[str]) -> list[bytes]:
+        """All bytes of several objects, in the order of ``keys``."""
+        ...
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object whose key begins with ``prefix`` (a folder: empty, or with a ``/`` at its end)."""
+        ...
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object durably, replacing one that is there."""
-        temporary = self._write_temporary(key, data)
-        temporary.replace(self.path(key))
-        _flush_directory(temporary.parent)
+        ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write an object durably unless one is there; returns whether this call wrote it."""
-        temporary = self._write_temporary(key, data)
-        try:
-            os.link(temporary, self.path(key))
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        _flush_directory(temporary.parent)
-        return True
+        """Write an object durably unless one is there.
+
+        Returns:
+            Whether the object is this call's. False means that another object was there, and still is. If one with the
+            same bytes was there, it may be either: a service may not know whose they are.
+        """
+        ...
 
     def delete(self, key: str) -> None:
-        """Delete an object; FileNotFoundError where there is none."""
-        self.path(key).unlink()
-        _flush_directory(self.path(key).parent)
+        """Delete an object; one that is not there is no error."""
+        ...
 
     def collect_temporaries(self) -> int:
-        """Delete what killed writers left behind; returns how many files that were."""
-        count = 0
-        for path in self.root.rglob(".*.tmp"):
-            match = TEMPORARY.fullmatch(path.name)
-            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-                path.unlink(missing_ok=True)
-                count += 1
-        return count
+        """Delete what killed writers left behind; returns how many leftovers that were."""
+        ...
 
     def lock(self) -> AbstractContextManager[None]:
-        """The store's writer lock (:func:`gstds_cache.locking.exclusive`)."""
-        return exclusive(self.root / LOCK, of=self.root)
+        """The right to write, until the block ends or the process does."""
+        ...
 
-    def _write_temporary(self, key: str, data: bytes) -> Path:
-        path = self.path(key)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _flush_directory(path.parent.parent)
-        temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
+    def mark_used(self) -> None:
+        """Note that the store was used now, where that can be noted; never fails."""
+        ...
+
+    def last_used(self) -> float | None:
+        """When the store was last used, in seconds since 1970, or None where nobody knows."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes that still fit, or None where nobody knows."""
+        ...
 
 
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_key(key: str) -> str:
+    """Return ``key`` if it is one.
+
+    Raises:
+        UsageError: A part is no plain name, and might lead out of the store.
+    """
+    if not all(NAME.fullmatch(part) for part in key.split("/")):
+        raise UsageError(f"object name {key!r}: expected parts of [A-Za-z0-9._-]{{1,64}} with no leading dot")
+    return key
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def local_path(where: str | Path) -> Path | None:
+    """The directory that ``where`` names, or None where it names a bucket.
+
+    Raises:
+        UsageError: ``where`` is empty, or a URL of another kind.
+    """
+    if isinstance(where, Path):
+        return where
+    match = SCHEME.match(where)
+    scheme = match[1].lower() if match else ""
+    if scheme == "s3":
+        return None
+    if scheme == "file":
+        parts = urlsplit(where)
+        if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
+            raise UsageError(f"store {where!r}: expected file:///absolute/path, with ? and # as %3F and %23")
+        return Path(unquote(parts.path))
+    if scheme or not where:
+        raise UsageError(f"store {where!r}: expected a path, file:///path or s3://bucket/prefix")
+    return Path(where)
+
+
+def open_transport(where: str | Path) -> Transport:
+    """The objects at ``where``, which need not exist yet.
+
+    Args:
+        where: A path, ``file:///path`` or ``s3://bucket/prefix``.
+
+    Raises:
+        UsageError: ``where`` is none of these.
+    """
+    # Each is imported where it is chosen: obstore is not needed for a directory.
+    path = local_path(where)
+    if path is not None:
+        from gstds_cache.store.local import LocalTransport
+
+        return LocalTransport(path)
+    from gstds_cache.store.objects import ObjectTransport
+
+    return ObjectTransport(str(where))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gstds_cache.store.journal import Journal
+from gstds_cache.errors import ChunkCorruptError
+from gstds_cache.store import layout
+from gstds_cache.store.journal import Journal, Problem
 
 Level = Literal["quick", "full"]
 
@@ -16,43 +18,56 @@ class VerifyReport:
     """What a check found.
 
     Attributes:
+        location: The store.
         level: How deep it looked.
         units: Units in all.
-        committed: Units with a receipt.
+        committed: Units with a receipt that can be read.
         complete: Whether COMPLETE is there.
         bytes_hashed: Bytes of unit objects that were hashed.
-        problems: One line each; empty where all is well.
+        problems: Empty where all is well.
     """
 
+    location: str
     level: Level
     units: int
     committed: int
     complete: bool
     bytes_hashed: int
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def bad_units(self) -> list[int]:
+        """Units that have to be done again."""
+        return sorted({problem.unit for problem in self.problems if problem.unit is not None})
 
 
-def verify(path: Path, level: Level = "quick") -> VerifyReport:
+def verify(where: Path | str, level: Level = "quick") -> VerifyReport:
     """Check a store.
 
     Args:
-        path: The store's directory.
+        where: The store: a directory, or a URL.
         level: ``quick`` compares sizes with receipts and hashes the small objects; ``full`` hashes every object.
 
     Returns:
         The report.
 
     Raises:
-        StoreNotFoundError: There is no store at ``path``.
-        IntegrityError: The specification or a receipt cannot be read at all.
+        StoreNotFoundError: There is no store at ``where``.
+        IntegrityError: The specification cannot be read at all.
     """
-    journal = Journal(path)
-    receipts = journal.receipts()
-    record = journal.complete()
-    problems = journal.check_hashes(receipts) if level == "full" else journal.check_sizes(receipts)
+    journal = Journal(where)
+    receipts, problems = journal.scan_receipts()
+    problems += journal.check_hashes(receipts) if level == "full" else journal.check_sizes(receipts)
+    try:
+        record = journal.complete()
+    except ChunkCorruptError as error:
+        record = None
+        problems.append(Problem(layout.COMPLETE, error.message))
+    named = {problem.unit for problem in problems}
     if record is not None:
-        problems += journal.check_complete(record, receipts)
+        problems += [p for p in journal.check_complete(record, receipts) if p.unit is None or p.unit not in named]
     return VerifyReport(
+        location=journal.location,
         level=level,
         units=journal.spec.units,
         committed=len(receipts),

@@ -172,7 +172,7 @@ def require_dataset(header: Header, *, items: int, items_root: str, uri: str) ->
         )
 
 
-def require_store(header: Header, *, fingerprint: str, path: Path) -> None:
+def require_store(header: Header, *, fingerprint: str, where: str | Path) -> None:
     """Refuse a selection made from another store.
 
     Raises:
@@ -180,8 +180,8 @@ def require_store(header: Header, *, fingerprint: str, path: Path) -> None:
     """
     if header.cache_fingerprint != fingerprint:
         raise FingerprintMismatchError(
-            f"the selection was made from cache {header.cache_fingerprint[:12]}, {path} is {fingerprint[:12]}",
-            hint=f"select from this one: {command_line('gstds-select', path)}",
+            f"the selection was made from cache {header.cache_fingerprint[:12]}, {where} is {fingerprint[:12]}",
+            hint=f"select from this one: {command_line('gstds-select', where)}",
         )
 
 

@@ -15,8 +15,10 @@ from torchvision.transforms import functional as tvf
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.loading import PixelBatch, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
+from gstds_cache.encoders.preprocessing import without_ends
 from gstds_cache.errors import UsageError
 
+MAX_ASPECT = 16  # beyond it the ends are cut off before resizing: they would not be seen, and take memory
 AHEAD = 64  # images decoded per batch while memory is filled
 
 
@@ -29,7 +31,7 @@ class SquarePixels:
     def __call__(self, image: Image.Image) -> UInt8[torch.Tensor, "3 S S"]:
         """Pixels of one RGB image."""
         if image.size != (self.side, self.side):
-            image = tvf.resize(image, [self.side], InterpolationMode.BILINEAR, antialias=True)
+            image = tvf.resize(without_ends(image, MAX_ASPECT), [self.side], InterpolationMode.BILINEAR, antialias=True)
             image = tvf.center_crop(image, [self.side, self.side])
         pixels: torch.Tensor = tvf.pil_to_tensor(image)
         return pixels

@@ -6,21 +6,15 @@ import io
 import pickle
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_bytes import NOISE, encode, oriented, png_header, stored_as, with_right_checksums
 from PIL import Image, ImageOps
 
 from gstds_cache.data.decode import MAX_PIXELS, UndecodableError, decode_image, to_rgb
-
-
-def encode(image: Image.Image, fmt: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, fmt, **options)
-    return buffer.getvalue()
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -33,18 +27,6 @@ def on_white(value: int, alpha: int) -> int:
     return round((value * alpha + 255 * (255 - alpha)) / 255)
 
 
-def png_header(width: int, height: int) -> bytes:
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + body
-        + struct.pack(">I", zlib.crc32(body))
-        + b"\x00\x00\x00\x00IDAT"
-    )
-
-
-NOISE = np.random.Generator(np.random.Philox(7)).integers(0, 256, (9, 13, 3), np.uint8)
 VALID = {
     "png": encode(Image.fromarray(NOISE)),
     "jpeg": encode(Image.fromarray(NOISE), "JPEG"),
@@ -171,22 +153,8 @@ def test_other_modes(mode: str, value: object, seen: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
-    upright = NOISE
-    # What a camera stores so that a viewer shows `upright`: the inverse of each orientation, from the EXIF standard.
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    got = decode_image(encode(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif))
-    assert np.array_equal(pixels(got), upright)
+    data = encode(Image.fromarray(stored_as(orientation, NOISE)), exif=oriented(orientation))
+    assert np.array_equal(pixels(decode_image(data)), NOISE)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00"])
@@ -330,13 +298,3 @@ def test_damaged_images_decode_or_say_why(kind: str, data: st.DataObject) -> Non
     decodes_or_says_why(
         bytes(image[: data.draw(st.integers(0, len(image)))]) if data.draw(st.booleans()) else bytes(image)
     )
-
-
-def with_right_checksums(png: bytes) -> bytes:
-    out, at = png[:8], 8
-    while at + 12 <= len(png):
-        (length,) = struct.unpack(">I", png[at : at + 4])
-        body = png[at + 4 : at + 8 + length]
-        out += png[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
-        at += 12 + length
-    return out

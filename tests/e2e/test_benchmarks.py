@@ -25,4 +25,12 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
         assert result["cosine_min_where_gap_is_clear"] > 0.9999
     if path.stem == "bench_embed":
         assert result["embed_over_limit"]["median"] > 0
+    if path.stem == "bench_hit":
+        assert (result["images_opened_by_a_hit"], result["hits"]) == (0, 1)
+        assert result["root_is_that_of_the_files_read"]
+    if path.stem == "bench_store":
+        assert result["damage"]["gstds-cache"]["flipped byte"].startswith("error: ChunkCorruptError")
+        assert result["damage"]["gstds-cache"]["killed, then the same again"] == "right rows"
+    if path.stem == "bench_memory":
+        assert result["rise_bytes"]["500"]["window"]["rise"] > 0
     assert sorted((BENCHMARKS / "results").glob("*")) == before

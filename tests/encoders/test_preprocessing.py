@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import models
 
 from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.encoders.preprocessing import Preprocessing, without_ends
 
 
 def _images() -> list[Image.Image]:
@@ -57,3 +58,22 @@ def test_pixels_are_those_of_torchvisions_preset() -> None:
     theirs = models.get_model_weights("mobilenet_v3_small").DEFAULT.transforms()
     for image in _images():
         torch.testing.assert_close(_as_the_encoder_sees(encoder, image), theirs(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 100)])
+def test_the_ends_of_a_very_long_image_cost_no_memory(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    short = without_ends(image, 16)
+    assert sorted(short.size) == [min(size), 16 * min(size)]
+    wide = Preprocessing(resize=40, crop=(32, 32))
+    got = wide.pixels(image)
+    assert got.shape == (3, 32, 32)
+    if max(size) < 1000:  # resized whole, the centre is the same but for the place of the samples
+        whole = Preprocessing(resize=40, crop=(32, 32), max_aspect=1000).pixels(image)
+        assert (got.float() - whole.float()).abs().mean() < 3
+
+
+def test_an_image_of_usual_shape_is_left_alone() -> None:
+    image = Image.new("RGB", (160, 10))
+    assert without_ends(image, 16) is image

@@ -23,7 +23,7 @@ CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu")
 def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
     config = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=64, workers=0, device="cpu", dtype="float32")
     return EmbeddingStore(
-        embed_dataset(array_source(200, bad=frozenset({5, 150})), config, path=tmp_path / "store").path
+        embed_dataset(array_source(200, bad=frozenset({5, 150})), config, where=tmp_path / "store").location
     )
 
 

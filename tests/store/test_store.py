@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from small_store import LABELS, MANIFEST, UNIT, D, N, fill, make_rows, make_spec, opened
 
 from gstds_cache.digest import sha256_hex
 from gstds_cache.errors import (
@@ -23,42 +24,7 @@ from gstds_cache.store import layout
 from gstds_cache.store.describe import summarise
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.receipt import Quarantined
-from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.verify import verify
-from gstds_cache.store.writer import open_writer
-
-N, D, UNIT = 22, 5, 8
-LABELS = np.arange(N, dtype=np.int64) - 1
-
-
-def make_spec(**changes) -> CacheSpec:
-    fields = {
-        "items": N, "items_root": "r" * 64, "encoder": {"model": "m", "preprocessing": {"crop": [4, 4]}}, "dim": D,
-        "dtype": "float16", "batch_size": 4, "unit_rows": UNIT,
-    }  # fmt: skip
-    return CacheSpec(**(fields | changes))
-
-
-def make_rows() -> np.ndarray:
-    rows = np.random.default_rng(0).normal(size=(N, D)).astype(np.float16)
-    rows[3] = 0  # quarantined
-    return rows
-
-
-def opened(path: Path, spec: CacheSpec | None = None):
-    attributes = {"kind": "test", "classes": ["a"], "provenance": {"command": ["gstds-embed", "imagefolder:my photos"]}}
-    return open_writer(path, spec or make_spec(), labels=LABELS, items=b"items", attributes=attributes)
-
-
-def fill(path: Path, units=(0, 1, 2), finish: bool = True) -> None:
-    rows, spec = make_rows(), make_spec()
-    with opened(path) as writer:
-        for unit in units:
-            span = spec.rows_of(unit)
-            bad = [Quarantined(3, "item/3", "broken")] if unit == 0 else []
-            writer.commit(unit, rows[span.start : span.stop], bad)
-        if finish:
-            writer.finish()
 
 
 @pytest.fixture
@@ -93,8 +59,7 @@ def test_reading_gives_back_what_was_written(store: Path) -> None:
 
 
 def test_a_store_larger_than_memory_reads_the_same_rows(store: Path) -> None:
-    small = EmbeddingStore(store, memory_budget=0)
-    assert not small.in_memory
+    small = EmbeddingStore(store, memory_budget=0, access="window")
     picked = np.array([21, 0, 9, 9, 16])
     np.testing.assert_array_equal(small.gather(picked), make_rows()[picked])
 
@@ -183,7 +148,7 @@ def test_a_late_write_is_caught_before_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "ours", "theirs"),
     [
-        ({"items_root": "x" * 64}, "items_root", "rrr", "xxx"),
+        ({"items_root": "x" * 64}, "items_root", MANIFEST.root, "xxx"),
         ({"encoder": {"model": "n", "preprocessing": {"crop": [4, 4]}}}, "encoder.model", "'m'", "'n'"),
         ({"encoder": {"model": "m", "preprocessing": {"crop": [4, 5]}}}, "encoder.preprocessing.crop", "4, 4", "4, 5"),
         ({"dtype": "float32"}, "dtype", "float16", "float32"),
@@ -235,7 +200,7 @@ def test_a_store_of_another_format_is_refused(store: Path) -> None:
 
 @pytest.mark.parametrize("key", ["../x", "/etc/x", ".x", "a/../b", "a b", "x" * 65, ""])
 def test_object_names_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
-    from gstds_cache.store.transport import LocalTransport
+    from gstds_cache.store.local import LocalTransport
 
     with pytest.raises(UsageError, match="object name"):
         LocalTransport(tmp_path).put(key, b"")
@@ -246,7 +211,7 @@ def test_two_processes_never_write_at_once(store: Path) -> None:
     import sys
 
     program = (
-        "import sys; from pathlib import Path; from gstds_cache.store.transport import LocalTransport\n"
+        "import sys; from pathlib import Path; from gstds_cache.store.local import LocalTransport\n"
         "from gstds_cache.errors import IncompleteError\n"
         "try:\n    LocalTransport(Path(sys.argv[1])).lock().__enter__()\nexcept IncompleteError: sys.exit(44)"
     )

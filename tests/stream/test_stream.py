@@ -219,12 +219,12 @@ def test_a_pipe_is_read_record_by_record() -> None:
 
 def test_a_selection_of_another_data_set_or_cache_is_refused(tmp_path: Path) -> None:
     require_dataset(HEADER, items=1000, items_root="e" * 64, uri="x")
-    require_store(HEADER, fingerprint="c" * 64, path=tmp_path)
+    require_store(HEADER, fingerprint="c" * 64, where=tmp_path)
     for items, root in ((999, "e" * 64), (1000, "f" * 64)):
         with pytest.raises(FingerprintMismatchError, match="another data set"):
             require_dataset(HEADER, items=items, items_root=root, uri="x")
     with pytest.raises(FingerprintMismatchError, match="from cache cccccccccccc"):
-        require_store(HEADER, fingerprint="x" * 64, path=tmp_path)
+        require_store(HEADER, fingerprint="x" * 64, where=tmp_path)
 
 
 class FakeSelector(BatchSelector):

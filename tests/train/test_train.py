@@ -44,7 +44,7 @@ def source(array_source):
 @pytest.fixture
 def selection(source, tiny_model, tmp_path: Path) -> Path:
     embed = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=64, workers=0, device="cpu")
-    store = EmbeddingStore(embed_dataset(source, embed, path=tmp_path / "store").path)
+    store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
     config = SelectConfig(batch_size=24, epochs=3, knn=5, schedule="linear:0.25:0.75", device="cpu")
     list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
     return tmp_path / "s.arrow"
@@ -96,7 +96,7 @@ def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path)
 
     source = Grey(72)
     embed = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=64, workers=0, device="cpu")
-    store = EmbeddingStore(embed_dataset(source, embed, path=tmp_path / "store").path)
+    store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
     config = SelectConfig(batch_size=24, epochs=12, knn=5, schedule="constant:0.5", device="cpu")
     list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
     report = run(source, tmp_path / "s.arrow", tmp_path / "run", replace(CONFIG, lr=0.05), evaluation=source)

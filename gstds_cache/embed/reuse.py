@@ -1,0 +1,130 @@
+"""Rows that other stores hold, taken over by the hash of the item's bytes: a grown data set embeds only what is new.
+
+A row is taken over when another store has one for the same bytes, made by the same encoder (weights, layer, pooling,
+every preprocessing parameter) and kept in the same dtype. Items that could not be decoded there are tried again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, UInt8
+
+from gstds_cache.data.manifest import UNREADABLE, DatasetManifest
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError
+from gstds_cache.store import layout
+from gstds_cache.store.journal import Problem, corrupt
+from gstds_cache.store.reader import EmbeddingStore
+
+WINDOW_BYTES = 256 << 20
+
+
+class KnownRows:
+    """The rows of a data set that other stores hold.
+
+    Attributes:
+        count: How many of the data set's items have one.
+        batch_size: The batch size of the first store that has any, or None: with the same one the rows taken over are
+            the ones this run would have computed.
+    """
+
+    def __init__(
+        self, stores: Sequence[str | Path], sha256: UInt8[np.ndarray, "N 32"], encoder: dict[str, Any], dtype: str
+    ) -> None:
+        """Look up every item; no embedding is read yet.
+
+        Args:
+            stores: Where to look, at least one; the first that has an item wins. They need not be complete.
+            sha256: Hashes of the data set's items.
+            encoder: The encoder's specification.
+            dtype: How embeddings are stored.
+
+        Raises:
+            FingerprintMismatchError: A store's encoder or dtype is another.
+            ChunkCorruptError: A store is damaged.
+            StoreNotFoundError: There is none.
+        """
+        self._stores = [
+            EmbeddingStore(where, allow_partial=True, access="window", memory_budget=WINDOW_BYTES) for where in stores
+        ]
+        self._from = np.full(len(sha256), -1, np.int64)
+        self._row = np.zeros(len(sha256), np.int64)
+        self.batch_size: int | None = None
+        wanted = _sortable(sha256)
+        for number, store in enumerate(self._stores):
+            _require_encoder(store, encoder, dtype)
+            rows = np.flatnonzero((store.valid == layout.OK)[: len(store)])
+            names = _sortable(_hashes(store)[rows])
+            order = np.argsort(names)
+            names, rows = names[order], rows[order]
+            found, where = _lookup(names, wanted)
+            new = found & (self._from < 0) & (wanted != np.void(UNREADABLE))
+            self._from[new], self._row[new] = number, rows[where[new]]
+            if new.any() and self.batch_size is None:
+                self.batch_size = store.spec.batch_size
+        self.count = int((self._from >= 0).sum())
+
+    def count_in(self, span: range) -> int:
+        """How many of the rows ``span`` of the data set are known."""
+        return int((self._from[span.start : span.stop] >= 0).sum())
+
+    def __call__(self, span: range) -> tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]:
+        """The known rows among the rows ``span`` of the data set (:data:`gstds_cache.embed.unit.Known`).
+
+        Args:
+            span: Rows of the data set.
+
+        Returns:
+            Which are known, and the embeddings of those, in order.
+
+        Raises:
+            ChunkCorruptError: A unit of a store is damaged.
+        """
+        part = slice(span.start, span.stop)
+        known = self._from[part] >= 0
+        origin, rows = self._from[part][known], self._row[part][known]
+        taken = np.empty((len(rows), self._stores[0].spec.dim), self._stores[0].spec.dtype)
+        for number in np.unique(origin).tolist():
+            here = origin == number
+            taken[here] = self._stores[number].gather(rows[here])
+        return known, taken
+
+
+def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str) -> None:
+    ours, theirs = {**store.spec.encoder, "dtype": store.spec.dtype}, {**encoder, "dtype": dtype}
+    lines = [
+        f"{name}: that store has {ours.get(name)!r}, this run has {theirs.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if lines:
+        raise FingerprintMismatchError(
+            f"--reuse {store.location}: its rows were made in another way:\n    " + "\n    ".join(lines),
+            hint="leave it out, or embed with the same model, weights, preprocessing and --dtype",
+        )
+
+
+def _hashes(store: EmbeddingStore) -> UInt8[np.ndarray, "N 32"]:
+    problem = f"{layout.ITEMS} is not the list of items that the store was made of"
+    try:
+        manifest = DatasetManifest.from_arrow(store.journal.transport.get(layout.ITEMS))
+    except (IntegrityError, FileNotFoundError) as error:
+        raise corrupt(store.location, [Problem(layout.ITEMS, problem)]) from error
+    if manifest.root != store.spec.items_root:
+        raise corrupt(store.location, [Problem(layout.ITEMS, problem)])
+    return manifest.sha256
+
+
+def _sortable(sha256: UInt8[np.ndarray, "N 32"]) -> np.ndarray:
+    """[N] values of 32 bytes, which NumPy sorts and compares as one."""
+    return np.ascontiguousarray(sha256).view("V32")[:, 0]
+
+
+def _lookup(names: np.ndarray, wanted: np.ndarray) -> tuple[Bool[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    if not len(names):
+        return np.zeros(len(wanted), bool), np.zeros(len(wanted), np.int64)
+    where = np.minimum(np.searchsorted(names, wanted), len(names) - 1)
+    return names[where] == wanted, where

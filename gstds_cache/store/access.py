@@ -1,0 +1,157 @@
+"""Three ways to get at a store's rows behind one interface; a stated memory budget chooses.
+
+- ``memory``: all rows in memory. Exact random order; every unit is read once.
+- ``mirror``: a verified ``.npy`` copy on the local disk, memory-mapped. Exact random order.
+- ``window``: a few units in memory at a time. Random rows are found unit by unit, which is slow; in the order of
+  :meth:`RowAccess.shuffled` every unit is read once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from gstds_cache.store.spec import CacheSpec
+
+Kind = Literal["auto", "memory", "mirror", "window"]
+KINDS: tuple[Kind, ...] = ("auto", "memory", "mirror", "window")
+MIRROR_SPARE = 1.1  # of the disk that is free, for what else needs it
+
+Rows = Float[np.ndarray, "R D"]
+ReadUnit = Callable[[int], Rows]
+
+
+@runtime_checkable
+class RowAccess(Protocol):
+    """A way to get at rows. All return rows in the store's dtype, or cast into ``out``."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the three."""
+        ...
+
+    def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
+        """Fill ``out`` with ``rows``, in that order, cast to its dtype."""
+        ...
+
+    def windows(
+        self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator
+    ) -> Iterator[tuple[Int64[np.ndarray, " W"], Rows, Int64[np.ndarray, " W"]]]:
+        """Shuffle ``rows`` and hand them out in pieces, each row exactly once.
+
+        Args:
+            rows: Distinct rows, ascending.
+            rng: Where the order comes from.
+
+        Yields:
+            The rows of a piece in their order, an array of rows, and where in it each is.
+        """
+        ...
+
+
+class WholeAccess:
+    """All rows in one array: of memory, or mapped from a mirror. Shuffling is a permutation of all."""
+
+    def __init__(self, kind: Literal["memory", "mirror"], rows: Float[np.ndarray, "N D"]) -> None:
+        self.kind: Kind = kind
+        self._rows = rows
+
+    def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
+        """Fill ``out`` with ``rows``."""
+        if out.dtype == self._rows.dtype:
+            np.take(self._rows, rows, axis=0, out=out, mode="clip")  # "raise" would make a copy of out first
+        else:
+            out[:] = self._rows[rows]
+
+    def windows(
+        self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator
+    ) -> Iterator[tuple[Int64[np.ndarray, " W"], Rows, Int64[np.ndarray, " W"]]]:
+        """One piece: everything.
+
+        Yields:
+            The permuted rows, the array of all rows, and the permuted rows.
+        """
+        order = rng.permutation(rows)
+        yield order, self._rows, order
+
+
+class WindowAccess:
+    """As many units as the budget allows, the least recently used one given up for the next."""
+
+    kind: Kind = "window"
+
+    def __init__(self, spec: CacheSpec, read: ReadUnit, memory_budget: int) -> None:
+        self._spec, self._read = spec, read
+        unit_bytes = spec.unit_rows * spec.dim * np.dtype(spec.dtype).itemsize
+        self.capacity = max(1, memory_budget // unit_bytes)
+        self._held: OrderedDict[int, Rows] = OrderedDict()
+
+    def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
+        """Fill ``out`` with ``rows``; reads every unit they lie in that is not held."""
+        units = rows // self._spec.unit_rows
+        for unit in np.unique(units).tolist():
+            here = units == unit
+            out[here] = self._unit(unit)[rows[here] - unit * self._spec.unit_rows]
+
+    def windows(
+        self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator
+    ) -> Iterator[tuple[Int64[np.ndarray, " W"], Rows, Int64[np.ndarray, " W"]]]:
+        """Shuffle the units, then the rows inside each window of ``capacity`` units.
+
+        Yields:
+            The rows of a window in their order, the window's rows, and where in it each is.
+        """
+        self._held.clear()
+        unit_rows = self._spec.unit_rows
+        units = rng.permutation(np.unique(rows // unit_rows))
+        block = np.empty((min(self.capacity, len(units)) * unit_rows, self._spec.dim), self._spec.dtype)
+        for first in range(0, len(units), self.capacity):
+            names, places = [], []
+            for slot, unit in enumerate(units[first : first + self.capacity].tolist()):
+                read = self._read(unit)
+                block[slot * unit_rows : slot * unit_rows + len(read)] = read
+                low, high = np.searchsorted(rows, (unit * unit_rows, (unit + 1) * unit_rows))
+                names.append(rows[low:high])
+                places.append(rows[low:high] - unit * unit_rows + slot * unit_rows)
+            order = rng.permutation(sum(map(len, names)))
+            yield np.concatenate(names)[order], block, np.concatenate(places)[order]
+
+    def _unit(self, unit: int) -> Rows:
+        if unit not in self._held:
+            while len(self._held) >= self.capacity:
+                self._held.popitem(last=False)
+            self._held[unit] = self._read(unit)
+        self._held.move_to_end(unit)
+        return self._held[unit]
+
+
+def choose(kind: Kind, *, nbytes: int, memory_budget: int, mirror: Path, complete: bool, free: int) -> tuple[Kind, str]:
+    """Choose a way, and say why.
+
+    Args:
+        kind: What was asked for; ``auto`` leaves the choice here.
+        nbytes: Bytes of all rows.
+        memory_budget: Bytes that may be held in memory.
+        mirror: Where a mirror would lie.
+        complete: Whether the store is whole; a mirror is made of whole stores only.
+        free: Bytes that are free on the mirror's disk.
+
+    Returns:
+        ``memory``, ``mirror`` or ``window``, and the reason in words.
+    """
+    size, budget = f"{nbytes / 1e6:,.1f} MB of rows", f"{memory_budget / 1e6:,.1f} MB of memory"
+    if kind == "auto":
+        if nbytes <= memory_budget:
+            return "memory", f"{size} in memory; the budget is {budget}"
+        if complete and (mirror / "embeddings.npy").exists():
+            return "mirror", f"{size} exceed the budget of {budget}; read from the mirror in {mirror}"
+        if complete and free > nbytes * MIRROR_SPARE:
+            return "mirror", f"{size} exceed the budget of {budget}; copied once to a mirror in {mirror}"
+        why = f"no room for a mirror in {mirror.parent}" if complete else "the store is not complete"
+        return "window", f"{size} exceed the budget of {budget}, and {why}; random rows are read unit by unit: slow"
+    return kind, f"{size}, {kind} was asked for; the budget is {budget}"

@@ -1,0 +1,88 @@
+"""A store's rows as one file for other tools: ``.npy``, Parquet or Arrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from jaxtyping import Float
+
+from gstds_cache.errors import UsageError
+from gstds_cache.store import layout
+from gstds_cache.store.journal import Problem, corrupt
+from gstds_cache.store.mirror import write_rows
+from gstds_cache.store.reader import EmbeddingStore
+
+FORMATS = (".npy", ".parquet", ".arrow")
+
+
+def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> int:
+    """Write all rows of a whole store, row i at place i, one unit in memory at a time.
+
+    ``.npy`` holds [N, D] in the store's dtype, and zeros where an item could not be decoded. ``.parquet`` and
+    ``.arrow`` (an Arrow IPC file) hold columns ``id``, ``sha256``, ``label``, ``valid`` and ``embedding``, a fixed-size
+    list of D that is null where an item could not be decoded; a unit is a row group, or a record batch.
+
+    Args:
+        store: A whole store.
+        file: Where to write; its ending says in which format.
+        replace: Whether ``file`` may exist.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        UsageError: The ending is none of ``FORMATS``, or ``file`` exists.
+        ChunkCorruptError: A unit is damaged.
+    """
+    if file.suffix not in FORMATS:
+        raise UsageError(f"export to {file}: got the ending {file.suffix!r}, expected one of {', '.join(FORMATS)}")
+    if file.exists() and not replace:
+        raise UsageError(f"export to {file}: the file is there already", hint="give another name, or --force")
+    units = (store.unit(unit) for unit in range(store.spec.units))
+    if file.suffix == ".npy":
+        write_rows(file, store.spec, units)
+    else:
+        _write_table(store, file, units)
+    return file.stat().st_size
+
+
+def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.ndarray, "R D"]]) -> None:
+    try:
+        items = pa.ipc.open_file(pa.BufferReader(store.journal.transport.get(layout.ITEMS))).read_all()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        problem = Problem(layout.ITEMS, f"{layout.ITEMS} does not decode ({error})")
+        raise corrupt(store.location, [problem]) from error
+    row = pa.list_(pa.from_numpy_dtype(np.dtype(store.spec.dtype)), store.spec.dim)
+    fields = [*items.schema.remove_metadata(), pa.field("valid", pa.uint8()), pa.field("embedding", row)]
+    schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with _table_writer(file.suffix, temporary, schema) as writer:
+            for unit, rows in enumerate(units):
+                span = store.spec.rows_of(unit)
+                valid = store.valid[span.start : span.stop]
+                values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+                missing = pa.array(valid != layout.OK)
+                embedding = pa.FixedSizeListArray.from_arrays(values, type=row, mask=missing)
+                part = items.slice(span.start, len(span)).combine_chunks()
+                columns = [*(column.chunk(0) for column in part.columns), pa.array(valid), embedding]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _table_writer(
+    suffix: str, file: Path, schema: pa.Schema
+) -> pa.ipc.RecordBatchFileWriter | pa.parquet.ParquetWriter:
+    if suffix == ".arrow":
+        return pa.ipc.new_file(str(file), schema)
+    # Unit vectors do not compress; dictionaries of floats only cost time.
+    return pa.parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "valid"])

@@ -1,0 +1,191 @@
+"""Named objects in a local directory, written so that a name is either absent or whole.
+
+An object is written to a temporary file beside it, flushed to the disk, renamed, and the directory flushed: after
+``put`` returns, the object survives a crash of the machine; before, its name does not exist. (zarr's own LocalStore
+renames but does not flush.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from gstds_cache.errors import UsageError
+from gstds_cache.locking import exclusive
+from gstds_cache.store.transport import check_key
+
+LOCK = ".lock"
+TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)\.tmp")
+
+
+class LocalTransport:
+    """Objects under one directory (:class:`gstds_cache.store.transport.Transport`)."""
+
+    exclusive = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """Path of an object.
+
+        Raises:
+            UsageError: ``key`` is none, or a symbolic link on the way leads out of the store.
+        """
+        path = self.root / check_key(key)
+        if path.parent != self.root and not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise UsageError(f"object {key!r} of {self.root}: a symbolic link leads out of the store")
+        return path
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        return self.path(key).is_file()
+
+    def get(self, key: str) -> bytes:
+        """All bytes of an object.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        path = self.path(key)
+        try:
+            return path.read_bytes()
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes]:
+        """All bytes of several objects, in order."""
+        return [self.get(key) for key in keys]
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object under the folder ``prefix``; names with a leading dot are no objects."""
+        found = {}
+        for folder, folders, files in os.walk(self.path(prefix.rstrip("/")) if prefix else self.root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                if not name.startswith("."):
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return found
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object durably, replacing one that is there."""
+        temporary = self._write_temporary(key, data)
+        temporary.replace(self.path(key))
+        _flush_directory(temporary.parent)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object durably unless one is there; returns whether this call wrote it."""
+        temporary = self._write_temporary(key, data)
+        try:
+            os.link(temporary, self.path(key))
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _flush_directory(temporary.parent)
+        return True
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        path = self.path(key)
+        if path.is_dir() and not path.is_symlink():
+            _remove_empty(path)
+        else:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+        if path.parent.is_dir():
+            _flush_directory(path.parent)
+
+    def collect_temporaries(self) -> int:
+        """Delete what killed writers left behind; returns how many files that were."""
+        count = 0
+        for path in self.root.rglob(".*.tmp"):
+            match = TEMPORARY.fullmatch(path.name)
+            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+                path.unlink(missing_ok=True)
+                count += 1
+        return count
+
+    def lock(self) -> AbstractContextManager[None]:
+        """The store's writer lock (:func:`gstds_cache.locking.exclusive`)."""
+        _make_folder(self.root)
+        return exclusive(self.root / LOCK, of=self.root)
+
+    def mark_used(self) -> None:
+        """Set the time of the lock file, whose content is nothing; a store that may only be read stays as it is."""
+        with suppress(OSError):
+            os.utime(self.root / LOCK)
+
+    def last_used(self) -> float | None:
+        """The time of the lock file: the last writer's or :meth:`mark_used`."""
+        try:
+            return (self.root / LOCK).stat().st_mtime
+        except OSError:
+            return None
+
+    def free_bytes(self) -> int | None:
+        """What the file system says is free for this user."""
+        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.is_dir())
+        return shutil.disk_usage(there).free
+
+    def _write_temporary(self, key: str, data: bytes) -> Path:
+        path = self.path(key)
+        _make_folder(path.parent)
+        if path.is_dir():
+            _remove_empty(path)
+        temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # the lock keeps other threads out
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those it lies in; the name of each one made is durable, or what is put in it may be lost."""
+    for folder in reversed([folder for folder in (path, *path.parents) if not folder.is_dir()]):
+        folder.mkdir(exist_ok=True)
+        _flush_directory(folder.parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: a folder with something in it is in the place of an object", hint="move it away"
+        ) from error
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,112 @@
+"""A local ``.npy`` copy of a store's rows, for exact random order over more rows than memory holds.
+
+The rows are compared with the content hashes in the receipts after the copy is made, and again whenever the file is not
+the one that was checked: another size, time or inode than noted beside it. A mirror that does not match is made
+anew. It is derived: deleting it loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gstds_cache.digest import canonical_json, sha256_hex
+from gstds_cache.errors import IntegrityError
+from gstds_cache.locking import exclusive
+from gstds_cache.store.receipt import Receipt, receipts_root
+from gstds_cache.store.spec import CacheSpec
+
+ROWS, RECORD, LOCK = "embeddings.npy", "mirror.json", ".lock"
+
+
+def open_mirror(
+    folder: Path,
+    spec: CacheSpec,
+    receipts: dict[int, Receipt],
+    read: Callable[[int], Float[np.ndarray, "R D"]],
+) -> Float[np.ndarray, "N D"]:
+    """Map the mirror in ``folder``, making or renewing it if need be.
+
+    Args:
+        folder: Where it lies.
+        spec: What the store holds.
+        receipts: All receipts of a whole store.
+        read: Reads the rows of a unit from the store, checked.
+
+    Returns:
+        [N, D] in the store's dtype, memory-mapped and read-only.
+
+    Raises:
+        ChunkCorruptError: A unit of the store is damaged.
+        IncompleteError: Another process is making the mirror.
+        IntegrityError: The copy is not what the receipts tell of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {"fingerprint": spec.fingerprint, "receipts_sha256": receipts_root(receipts)}
+    path = folder / ROWS
+    if _recorded(folder) != {**identity, "signature": _signature(path)}:
+        with exclusive(folder / LOCK, of=folder):
+            if not _matches(path, spec, receipts):
+                write_rows(path, spec, (read(unit) for unit in range(spec.units)))
+                if not _matches(path, spec, receipts):
+                    raise IntegrityError(
+                        f"{path} does not hold the rows that were written to it, or the store not those it was made of",
+                        hint="check both with: gstds-cache verify STORE --level full",
+                    )
+            # The record comes last: without it the file is checked again.
+            (folder / f".{RECORD}.tmp").write_bytes(canonical_json({**identity, "signature": _signature(path)}))
+            (folder / f".{RECORD}.tmp").replace(folder / RECORD)
+    rows: Float[np.ndarray, "N D"] = np.load(path, mmap_mode="r")
+    return rows
+
+
+def write_rows(path: Path, spec: CacheSpec, blocks: Iterator[Float[np.ndarray, "R D"]]) -> None:
+    """Write ``blocks``, which follow each other from row 0 to row N, as one durable ``.npy`` file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (spec.items, spec.dim)})
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _matches(path: Path, spec: CacheSpec, receipts: dict[int, Receipt]) -> bool:
+    """Whether the file holds exactly the rows that the receipts tell of."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    if rows.shape != (spec.items, spec.dim) or rows.dtype != np.dtype(spec.dtype):
+        return False
+    return all(
+        sha256_hex(np.ascontiguousarray(rows[slice(*receipt.rows)]).data) == receipt.content_sha256
+        for receipt in receipts.values()
+    )
+
+
+def _signature(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

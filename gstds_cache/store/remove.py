@@ -1,0 +1,41 @@
+"""Removing a store: what makes it one goes first, so that an interrupted removal leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from gstds_cache.store import layout
+from gstds_cache.store.journal import Journal
+from gstds_cache.store.local import LOCK
+from gstds_cache.store.transport import local_path
+
+
+def remove_store(where: str | Path) -> int:
+    """Remove the store at ``where``. Files in its directory that are not its own stay, and so does the directory then.
+
+    Args:
+        where: The store.
+
+    Returns:
+        How many objects were removed.
+
+    Raises:
+        StoreNotFoundError: There is no store; nothing is touched.
+        IncompleteError: Another process is writing it.
+    """
+    transport = Journal(where).transport
+    with transport.lock():
+        transport.collect_temporaries()
+        own = [key for key in transport.sizes() if key.partition("/")[0] in layout.OWN_NAMES]
+        first = {layout.COMPLETE: 0, layout.GROUP: 2}
+        for key in sorted(own, key=lambda key: (first.get(key, 1), key)):
+            transport.delete(key)
+    root = local_path(where)
+    if root is not None:
+        (root / LOCK).unlink(missing_ok=True)
+        folders = [path for path in root.rglob("*") if path.is_dir()]
+        for folder in [*sorted(folders, key=lambda path: -len(path.parts)), root]:
+            with suppress(OSError):  # Not empty: it holds something of somebody else's.
+                folder.rmdir()
+    return len(own)

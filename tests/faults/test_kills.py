@@ -1,0 +1,361 @@
+"""Killed at any moment, the same run again ends with the bytes of a run that nothing disturbed, and repeats nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kill_driver import Driver, kinds
+from real_store import BAD, ITEMS, UNIT, UNITS, committed_units, files_of, leftovers, objects_of, stamps
+
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.sources import open_source
+from gstds_cache.embed.run import embed_dataset
+from gstds_cache.errors import GstdsError
+from gstds_cache.store import layout
+from gstds_cache.store.reader import EmbeddingStore
+
+ROWS = {unit: len(range(unit * UNIT, min((unit + 1) * UNIT, ITEMS))) for unit in range(UNITS)}
+GOOD = np.array([row for row in range(ITEMS) if row != BAD])
+LONG = pytest.param("all", marks=pytest.mark.faults)
+
+
+def finish_and_compare(driver: Driver, store: Path, reference: Path) -> None:
+    """The same run again: it does what is missing and no more, and nobody sees that there was a kill."""
+    before, there = stamps(store), committed_units(store)
+    missing = [unit for unit in range(UNITS) if unit not in there]
+    again = driver.run("embed", store)
+    assert again.code == 0
+    assert again.result == {"images": sum(ROWS[unit] for unit in missing), "units": missing}
+    assert objects_of(store) == objects_of(reference)
+    assert leftovers(store) == []
+    assert stamps(store, there) == before
+
+
+def never_wrong(store: Path, reference: Path) -> None:
+    """A killed run's store is refused, or what can be read of it is right."""
+    expected = EmbeddingStore(reference, access="memory").gather(GOOD)
+    for partial in (False, True):
+        try:
+            reader = EmbeddingStore(store, allow_partial=partial, access="memory")
+            there = reader.valid[GOOD] == layout.OK
+            np.testing.assert_array_equal(reader.gather(GOOD[there]), expected[there])
+        except GstdsError:
+            continue
+
+
+def points(steps: tuple[str, ...], how_many: str, rng, some: int = 6) -> list[int]:
+    """All steps; or some of the making of the store, of the units and of the end."""
+    if how_many == "all":
+        return list(range(len(steps)))
+    cuts = [0, steps.index("after rename zarr.json"), steps.index("before open valid/c/.0.PID.tmp"), len(steps)]
+    return [point for low, high in pairwise(cuts) for point in sorted(rng.sample(range(low, high), some))]
+
+
+@pytest.fixture
+def steps(driver: Driver, tmp_path: Path) -> tuple[str, ...]:
+    """The steps of a run that nothing disturbs."""
+    outcome = driver.run("embed", tmp_path / "counted")
+    assert outcome.result["images"] == ITEMS
+    return outcome.steps
+
+
+@pytest.mark.parametrize("how_many", ["some", LONG])
+def test_a_kill_at_any_step_of_a_run_costs_only_what_was_not_committed(
+    driver, steps, reference, tmp_path, tally, how_many
+) -> None:
+    assert {f"{when} {what}" for when in ("before", "after") for what in
+            ("open", "write", "fsync", "rename", "link", "unlink", "mkdir")} < kinds(steps)  # fmt: skip
+    chosen = points(steps, how_many, tally.rng("steps"))
+    states = set()
+    for point in chosen:
+        store = tmp_path / f"s{point}"
+        assert driver.run("embed", store, point).killed, steps[point]
+        tally.kills += 1
+        states.add((tuple(objects_of(store)) if store.exists() else (), tuple(leftovers(store))))
+        never_wrong(store, reference) if (store / layout.GROUP).exists() else None
+        finish_and_compare(driver, store, reference)
+        shutil.rmtree(store)
+    assert len(states) > len(chosen) / 6, "the kills met the same state again and again"
+    assert any(state for _, state in states), "no kill left anything behind"
+
+
+@pytest.mark.parametrize("trials", [3, pytest.param(40, marks=pytest.mark.faults)])
+def test_several_kills_in_a_row(driver, steps, reference, tmp_path, tally, trials) -> None:
+    rng = tally.rng("in a row")
+    kills = []
+    for trial in range(trials):
+        store = tmp_path / f"s{trial}"
+        kills.append(0)
+        # The later kills meet shorter runs: some ends before its kill comes.
+        while driver.run("embed", store, rng.randrange(len(steps) // 3)).killed and kills[-1] < 8:
+            kills[-1] += 1
+        finish_and_compare(driver, store, reference)
+    tally.kills += sum(kills)
+    assert max(kills) > 1
+
+
+@pytest.mark.parametrize("how_many", ["some", LONG])
+def test_a_kill_of_a_repair_leaves_what_repair_and_embed_finish(driver, reference, fresh_copy, tally, how_many) -> None:
+    def damaged() -> Path:
+        store = fresh_copy()
+        data = bytearray((store / layout.object_key(0)).read_bytes())
+        data[40] ^= 1
+        (store / layout.object_key(0)).write_bytes(data)
+        (store / layout.object_key(1)).unlink()
+        (store / layout.LABEL).write_bytes(b"damaged")
+        return store
+
+    steps = driver.run("repair", damaged()).steps
+    chosen = range(len(steps)) if how_many == "all" else sorted(tally.rng("repair").sample(range(len(steps)), 12))
+    committed = set()
+    for point in chosen:
+        store = damaged()
+        untouched = stamps(store, [2])
+        assert driver.run("repair", store, point).killed, steps[point]
+        tally.kills += 1
+        committed.add(tuple(committed_units(store)))
+        never_wrong(store, reference)
+        # Before the damage was cleared away a repair is needed again; after it, the rest is embedding.
+        mended = driver.run("repair", store)
+        assert set(mended.result.get("units", [9])) <= {0, 1}
+        done = committed_units(store)
+        rest = driver.run("embed", store)
+        assert rest.result["units"] == [unit for unit in range(UNITS) if unit not in done]
+        assert objects_of(store) == objects_of(reference), steps[point]
+        assert leftovers(store) == []
+        assert stamps(store, [2]) == untouched
+        shutil.rmtree(store)
+    assert len(committed) > 1
+
+
+@pytest.mark.parametrize("how_many", ["some", LONG])
+def test_a_kill_of_the_making_of_a_mirror_leaves_no_wrong_mirror(
+    driver, reference, fresh_copy, tally, how_many
+) -> None:
+    store = fresh_copy()
+    made = driver.run("mirror", store)
+    chosen = made.steps if how_many == "all" else tally.rng("mirror").sample(made.steps, 6)
+    folder = store.with_name(store.name + ".mirror")
+    expected = EmbeddingStore(reference, access="memory").gather(GOOD)
+    for point in [made.steps.index(step) for step in chosen]:
+        shutil.rmtree(folder)
+        assert driver.run("mirror", store, point).killed, made.steps[point]
+        tally.kills += 1
+        np.testing.assert_array_equal(EmbeddingStore(store, access="mirror").gather(GOOD), expected)
+        assert sorted(path.name for path in folder.iterdir()) == [".lock", "embeddings.npy", "mirror.json"]
+    assert objects_of(store) == objects_of(reference)
+
+
+@pytest.mark.parametrize("how", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("how_many", ["some", LONG])
+def test_a_disk_that_fails_at_any_step_is_an_error_that_says_so_and_the_same_run_again_completes(
+    driver, steps, reference, tmp_path, tally, how, how_many
+) -> None:
+    chosen = points(steps, how_many, tally.rng(how), some=3)
+    failed = 0
+    for point in chosen:
+        store = tmp_path / f"s{point}"
+        broken = driver.run("embed", store, point, how)
+        tally.faults += 1
+        assert broken.code == 0
+        if "error" in broken.result:
+            failed += 1
+            assert broken.result["errno"] == getattr(errno, how), broken.result
+            assert str(store) in broken.result["message"]
+        finish_and_compare(driver, store, reference)
+        shutil.rmtree(store)
+    # mkdir of a folder that is there after all is no failure; everything else is.
+    assert failed > 0.8 * len(chosen)
+
+
+def test_a_disk_that_is_really_full(driver, reference, tmp_path, tally) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own cannot be mounted here")
+    try:
+        full = driver.run("embed", disk / "store")
+        tally.faults += 1
+        assert full.result.get("error") == "OSError"
+        assert "No space left on device" in full.result["message"]
+        assert committed_units(disk / "store") != []
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        finish_and_compare(driver, disk / "store", reference)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_every_object_is_on_the_disk_before_anything_counts_on_it(steps) -> None:
+    """What a crash of the whole machine would take: contents and names that were not flushed when they were relied on.
+
+    Flushing a file makes its bytes durable, flushing a directory the names in it. When a receipt, the group or COMPLETE
+    gets its name, all files and names that were made before must be.
+    """
+    waiting: set[str] = set()  # contents as "=path", names as "path"
+    promises = 0
+    for step in steps:
+        when, operation, path = step.split(" ") if step.count(" ") == 2 else (step, "", "")
+        name = path.replace("/.", "/").removeprefix(".").removesuffix(".PID.tmp") if path.endswith(".tmp") else path
+        if when == "before" and operation in {"rename", "link"} and not path.endswith(".tmp"):
+            assert f"={path}" not in waiting, f"{path} gets its name before its bytes are flushed"
+            if path.startswith("receipts/") or path in {layout.GROUP, layout.COMPLETE}:
+                promises += 1
+                assert waiting == set(), f"{step}, and not durable are {waiting}"
+        elif when == "after" and operation == "write":
+            waiting.add(f"={name}")
+        elif when == "after" and operation == "fsync":
+            waiting.discard(f"={name}")
+            waiting -= {made for made in waiting if made[0] != "=" and str(Path(made).parent) == (path or ".")}
+        elif when == "after" and operation in {"rename", "link", "mkdir"} and path:
+            waiting.add(path)
+    assert promises == UNITS + 2
+    assert waiting == set()
+
+
+# ---- the real command, killed by the clock
+
+
+WORDS = ["imagefolder:photos", "--cache", "photos.store", "--batch-size", "4", "--unit-rows", "8", "--workers", "1",
+         "--device", "cpu", "--json"]  # fmt: skip
+
+
+@dataclass
+class Command:
+    """``gstds-embed`` as a process group of its own: the run, and the worker that decodes."""
+
+    folder: Path
+    model: str
+    groups: list[int] = field(default_factory=list)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "photos.store"
+
+    def start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("gstds-embed"), *WORDS, "--model", self.model],
+            cwd=self.folder,
+            env=os.environ | {"GSTDS_CACHE": str(self.folder / "stores"), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.groups.append(process.pid)
+        return process
+
+    def in_use(self, process: subprocess.Popen[str]) -> None:
+        """Wait until the run has a store."""
+        deadline = time.monotonic() + 120
+        while not (self.store / layout.GROUP).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def alive(self) -> list[int]:
+        """Processes of all groups that still run."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                if int(group) in self.groups and state != "Z":
+                    found.append(int(stat.parent.name))
+        return found
+
+    def gone_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def finish_and_compare(self, expected: dict[str, bytes]) -> None:
+        before, committed = stamps(self.store), 8 * len(committed_units(self.store))
+        committed = min(committed, 60)
+        process = self.start()
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        said = json.loads(out.splitlines()[-1])
+        assert (said["committed_before"], said["embedded"]) == (committed, 60 - committed)
+        assert objects_of(self.store) == expected
+        assert leftovers(self.store) == []
+        assert {key: stamp for key, stamp in stamps(self.store).items() if key in before} == before
+
+
+@pytest.fixture
+def embedding(image_folder, tiny_model, tmp_path, monkeypatch) -> Iterator[tuple[Command, dict[str, bytes]]]:
+    """The command, and what it makes where nothing disturbs it."""
+    model = tiny_model.replace(":build", ":build_slow")
+    monkeypatch.chdir(tmp_path)
+    config = EmbedConfig(model=model, batch_size=4, unit_rows=8, workers=0, device="cpu")
+    embed_dataset(open_source("imagefolder:photos"), config, where="reference")
+    running = Command(tmp_path, model)
+    yield running, objects_of(tmp_path / "reference")
+    for pid in running.alive():
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("chains", [1, pytest.param(10, marks=pytest.mark.faults)])
+def test_the_command_killed_at_random_moments_goes_on_where_it_was(embedding, tally, chains) -> None:
+    command, expected = embedding
+    rng = tally.rng("clock")
+    states, kills = set(), 0
+    for _ in range(chains):
+        shutil.rmtree(command.store, ignore_errors=True)
+        committed: dict[str, tuple[int, int]] = {}
+        for _ in range(2 if chains == 1 else rng.randrange(1, 5)):
+            process = command.start()
+            if kills % 5 == 4:
+                time.sleep(rng.uniform(0, 4))  # it may not have come to its work
+            else:
+                command.in_use(process)
+                time.sleep(rng.uniform(0, 0.6))
+            process.kill()  # the run alone: its decode worker has to see by itself that there is no one to work for
+            process.communicate(timeout=60)
+            assert process.returncode in {-signal.SIGKILL, 0}
+            if process.returncode == 0:  # done before the kill
+                break
+            kills += 1
+            states.add(tuple(files_of(command.store)) if command.store.exists() else ())
+            now = stamps(command.store)
+            assert {key: now.get(key) for key in committed} == committed
+            committed = now
+        command.finish_and_compare(expected)
+    tally.kills += kills
+    assert kills >= chains
+    assert len(states) > kills / 3
+    assert command.gone_within(20), "a decode worker outlives the run that it worked for"
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(6, marks=pytest.mark.faults)])
+def test_ctrl_c_ends_the_whole_group_with_a_message(embedding, tally, times) -> None:
+    command, expected = embedding
+    rng = tally.rng("ctrl-c")
+    for _ in range(times):
+        shutil.rmtree(command.store, ignore_errors=True)
+        process = command.start()
+        command.in_use(process)
+        time.sleep(rng.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        tally.faults += 1
+        assert process.returncode == 130, errors
+        assert "run the same command again" in errors
+        assert "Traceback" not in errors
+        assert command.gone_within(3)
+        command.finish_and_compare(expected)

@@ -1,0 +1,131 @@
+"""A store that a real run of embedding makes in a tenth of a second: 22 images, three units of eight, row 3 broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.decode import UndecodableError
+from gstds_cache.embed import probe
+from gstds_cache.embed.repair import RepairReport, repair_store
+from gstds_cache.embed.run import EmbedReport, embed_dataset
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.encoders.preprocessing import Preprocessing
+from gstds_cache.store import layout
+from gstds_cache.store.writer import StoreWriter
+
+ITEMS, BATCH, UNIT = 22, 4, 8
+UNITS = 3
+BAD = 3
+MODEL = "real_store:build"
+
+# The run's own measurement of its speed would take longer than the run.
+probe.FORWARD_SECONDS = 1e-4
+probe.IMAGES = 2
+
+
+class Images:
+    """An in-memory data set of random images (:class:`gstds_cache.data.source.ImageSource`)."""
+
+    uri = kind = "memory"
+    classes = ("a", "b", "c")
+    mirror_safe = True
+    notes = ()
+    files = None
+
+    def __init__(self, count: int = ITEMS, *, seed: int = 0, bad: int | None = BAD) -> None:
+        self.seed, self.bad = seed, bad
+        self.ids = [f"item/{row:04d}" for row in range(count)]
+        self.labels = np.arange(count, dtype=np.int64) % 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def payload(self, row: int) -> bytes:
+        return np.random.default_rng([self.seed, row]).integers(0, 256, (8, 8, 3), dtype=np.uint8).tobytes()
+
+    def image(self, row: int) -> Image.Image:
+        if row == self.bad:
+            raise UndecodableError("made to fail")
+        return Image.frombytes("RGB", (8, 8), self.payload(row))
+
+
+class Tiny(nn.Module):
+    """Mean colour of a 2 x 2 grid: a real model, of which no two images have the same features."""
+
+    preprocessing = Preprocessing(resize=8, crop=(8, 8))
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def build(**_: str) -> nn.Module:
+    return Tiny()
+
+
+def encoder() -> Encoder:
+    return open_encoder(MODEL)
+
+
+def embed(where: Path | str, source: Images | None = None) -> EmbedReport:
+    config = EmbedConfig(model=MODEL, batch_size=BATCH, unit_rows=UNIT, workers=0, device="cpu")
+    return embed_dataset(source or Images(), config, where=where)
+
+
+def repair(where: Path | str, source: Images | None = None) -> RepairReport:
+    return repair_store(where, source or Images(), encoder(), device="cpu", workers=0)
+
+
+@contextmanager
+def units_written() -> Iterator[list[int]]:
+    """The units that the block computes and commits, seen where they reach the store."""
+    seen: list[int] = []
+    commit = StoreWriter.commit
+
+    def watched(self, unit, rows, quarantined=()):
+        seen.append(unit)
+        return commit(self, unit, rows, quarantined)
+
+    StoreWriter.commit = watched
+    try:
+        yield seen
+    finally:
+        StoreWriter.commit = commit
+
+
+def objects_of(store: Path) -> dict[str, bytes]:
+    """Every object; names with a leading dot are none."""
+    return {key: path.read_bytes() for key, path in files_of(store).items() if not path.name.startswith(".")}
+
+
+def files_of(store: Path) -> dict[str, Path]:
+    return {p.relative_to(store).as_posix(): p for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def leftovers(store: Path) -> list[str]:
+    """Temporary files, and units' objects without a receipt."""
+    files = files_of(store)
+    committed = {layout.object_key(unit) for unit in committed_units(store)}
+    return [
+        key
+        for key in files
+        if key.endswith(".tmp") or (key.startswith("embeddings/c/") and key not in committed)
+    ]  # fmt: skip
+
+
+def committed_units(store: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (store / "receipts").glob("[0-9]*.json"))
+
+
+def stamps(store: Path, units: list[int] | None = None) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of the receipts and objects of ``units`` (default: of all that are committed)."""
+    keys = [key(unit) for unit in committed_units(store) if units is None or unit in units
+            for key in (layout.receipt_key, layout.object_key)]  # fmt: skip
+    return {key: ((store / key).stat().st_ino, (store / key).stat().st_mtime_ns) for key in keys}

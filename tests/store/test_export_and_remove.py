@@ -1,0 +1,93 @@
+"""Handing a store on to other tools, and removing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_store import LABELS, MANIFEST, SHA256, D, N, fill, make_rows, opened
+
+from gstds_cache.errors import ChunkCorruptError, IncompleteError, StoreNotFoundError, UsageError
+from gstds_cache.store import layout
+from gstds_cache.store.export import export_rows
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.remove import remove_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    fill(tmp_path / "s")
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_a_table_has_every_item_in_order_and_null_where_there_is_no_embedding(store, tmp_path, ending) -> None:
+    file = tmp_path / f"rows{ending}"
+    assert export_rows(EmbeddingStore(store), file) == file.stat().st_size
+    table = pq.read_table(file) if ending == ".parquet" else pa.ipc.open_file(file).read_all()
+    assert table["id"].to_pylist() == list(MANIFEST.ids)
+    assert table["sha256"].to_pylist() == [row.tobytes() for row in SHA256]
+    assert table["label"].to_pylist() == LABELS.tolist()
+    assert table["valid"].to_pylist() == [1, 1, 1, 2] + [1] * 18
+    embeddings = table["embedding"].to_pylist()
+    assert [row for row in range(N) if embeddings[row] is None] == [3]
+    assert [embeddings[row] for row in range(N) if row != 3] == [
+        make_rows()[row].tolist() for row in range(N) if row != 3
+    ]
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), D)
+
+
+def test_an_npy_is_the_rows(store: Path, tmp_path: Path) -> None:
+    export_rows(EmbeddingStore(store), tmp_path / "rows.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), make_rows())
+
+
+@pytest.mark.parametrize(("name", "words"), [("rows.csv", r"\.npy, \.parquet, \.arrow"), ("there.npy", "--force")])
+def test_what_cannot_be_written_is_said_before_anything_is(store, tmp_path, name, words) -> None:
+    (tmp_path / "there.npy").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=words):
+        export_rows(EmbeddingStore(store), tmp_path / name)
+    assert (tmp_path / "there.npy").read_bytes() == b"mine"
+
+
+def test_a_damaged_unit_is_not_exported_and_the_file_that_was_there_stays(store: Path, tmp_path: Path) -> None:
+    path = store / layout.object_key(1)
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    for name in ("rows.npy", "rows.parquet"):
+        (tmp_path / name).write_bytes(b"before")
+        with pytest.raises(ChunkCorruptError, match="unit 1"):
+            export_rows(EmbeddingStore(store), tmp_path / name, replace=True)
+        assert (tmp_path / name).read_bytes() == b"before"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_removing_takes_the_store_and_nothing_else(store: Path) -> None:
+    (store / "notes.txt").write_text("mine")
+    assert remove_store(store) == 15 - 1  # all but .lock, which is no object
+    assert [path.name for path in store.iterdir()] == ["notes.txt"]
+    with pytest.raises(StoreNotFoundError):
+        remove_store(store)
+    assert (store / "notes.txt").exists()
+
+
+def test_removing_leaves_no_empty_directory(store: Path) -> None:
+    remove_store(store)
+    assert not store.exists()
+
+
+def test_a_store_that_is_being_written_is_not_removed(store: Path) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from gstds_cache.store.remove import remove_store\n"
+        "from gstds_cache.errors import IncompleteError\n"
+        "try:\n    remove_store(sys.argv[1])\nexcept IncompleteError: sys.exit(44)"
+    )
+    with opened(store):
+        assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 44
+    assert len(EmbeddingStore(store)) == N
+    assert issubclass(IncompleteError, RuntimeError)
