@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
 
-.PHONY: demo test lint check-types coverage clean
+.PHONY: demo test faults lint check-types coverage clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "== installing into $(VENV) with $$($(PYTHON) --version): about 2 minutes, 7 GB"
@@ -20,6 +20,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint check-types
 	@echo "== tests: about 5 minutes on 2 cores"
 	$(BIN)/python -m pytest
+
+# Every kill point, every byte, thousands of orders of events. GSTDS_FAULT_SEED=N draws the same points again.
+faults: $(VENV)/.installed
+	@echo "== faults: about 12 minutes on 2 cores"
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
 
 lint: $(VENV)/.installed
 	@echo "== ruff and import-linter: seconds"

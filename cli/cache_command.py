@@ -13,7 +13,7 @@ import click
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
 from gstds_cache.places import beside, cache_root
 
-from .common import Command, Group, device_option, json_option, print_json, print_table
+from .common import Command, Group, Progress, device_option, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource
@@ -203,18 +203,27 @@ def verify_store(
     from gstds_cache.store.journal import corrupt
     from gstds_cache.store.verify import verify
 
-    report = verify(store, "full" if level == "full" else "quick")
+    progress = Progress("units", "")
+    try:
+        report = verify(
+            store,
+            "full" if level == "full" else "quick",
+            progress=lambda done, total: progress("check", done, total, 0.0),
+        )
+    finally:
+        progress.end()
     problems, extra = list(report.problems), {}
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
     click.echo(f"{store}: {level} check of {report.committed:,} of {report.units:,} units{hashed}")
     if level == "sample" and not problems:
+        from gstds_cache.data.memo import HashMemo
         from gstds_cache.embed.check import check_sample
         from gstds_cache.embed.repair import same_data
         from gstds_cache.store.reader import EmbeddingStore
 
         opened = EmbeddingStore(store, allow_partial=True, access="window")
         source, encoder = _belonging(opened.journal, dataset, model)
-        same_data(opened.journal, source, encoder)
+        same_data(opened.journal, source, encoder, HashMemo(cache_root() / "hashes"))
         found = check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
         problems += found.problems
         extra = {"rows": list(found.rows), "cosine_min": found.cosine_min}
@@ -253,13 +262,26 @@ def repair(
     as_json: bool,
 ) -> None:
     """Mend one store."""
+    from gstds_cache.data.memo import HashMemo
     from gstds_cache.embed.repair import repair_store
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.store.journal import Journal
 
     keep_freed_memory()
     source, encoder = _belonging(Journal(store), dataset, model)
-    report = repair_store(store, source, encoder, units=units, device=device)
+    progress = Progress("images", "decoded images", check="units")
+    try:
+        report = repair_store(
+            store,
+            source,
+            encoder,
+            units=units,
+            device=device,
+            memo=HashMemo(cache_root() / "hashes"),
+            progress=lambda phase, done, total: progress(phase, done, total, 0.0),
+        )
+    finally:
+        progress.end()
     for problem in report.before.problems[:20]:
         click.echo(f"was wrong: {problem}")
     for unit in report.changed:

@@ -111,14 +111,15 @@ def shares_line(shares: Mapping[str, float]) -> str:
 class Progress:
     """Progress on stderr: one line that is rewritten on a terminal, plain lines every 10 seconds elsewhere."""
 
-    def __init__(self, unit: str, waiting_for: str) -> None:
+    def __init__(self, unit: str, waiting_for: str, **other_units: str) -> None:
         """Name what is counted and what is waited for.
 
         Args:
             unit: What is counted, e.g. ``images``.
             waiting_for: What the device may have to wait for, e.g. ``images``.
+            other_units: What is counted in a phase that counts something else, by phase.
         """
-        self.unit, self.waiting_for = unit, waiting_for
+        self.unit, self.waiting_for, self.other_units = unit, waiting_for, other_units
         self._tty = sys.stderr.isatty()
         self._phase, self._begun, self._first, self._shown, self._drawn = "", 0.0, 0, 0.0, False
 
@@ -144,8 +145,9 @@ class Progress:
             share = f", {shares_line(time_spent)}" if time_spent else ""
         else:
             share = f", waited for {self.waiting_for} {time_spent:.0%} of the time" if time_spent else ""
+        unit = self.other_units.get(phase, self.unit)
         text = (
-            f"{phase}: {done:,} of {total:,} {self.unit} ({done / max(total, 1):.0%}), {rate:,.1f}/s, "
+            f"{phase}: {done:,} of {total:,} {unit} ({done / max(total, 1):.0%}), {rate:,.1f}/s, "
             f"ETA {int(left) // 60}:{int(left) % 60:02d}{share}"
         )
         click.echo(f"\r{text}\x1b[K" if self._tty else text, err=True, nl=not self._tty)

@@ -152,7 +152,7 @@ def main(
             print_json({"dry_run": True, **estimate.to_dict()})
         return
     memo = HashMemo(cache_root() / "hashes")
-    progress = Progress("images", "decoded images")
+    progress = Progress("images", "decoded images", check="units")
     try:
         source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
         report = embed_dataset(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
-from gstds_cache.embed.unit import EmbedTask
+from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.store.journal import Journal
@@ -73,6 +74,7 @@ def repair_store(
     device: str = "auto",
     workers: int = 1,
     memo: HashMemo | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> RepairReport:
     """Hash every object of the store at ``where``, and make again what is missing or damaged.
 
@@ -87,6 +89,7 @@ def repair_store(
         device: Where the model runs.
         workers: Processes that decode images.
         memo: Hashes of the data set that are known already.
+        progress: Called with phase, units or images done, and how many in all.
 
     Returns:
         What was done.
@@ -101,7 +104,8 @@ def repair_store(
     beyond = [unit for unit in units if not 0 <= unit < journal.spec.units]
     if beyond:
         raise UsageError(f"--unit {beyond[0]}: {journal.location} has units 0 to {journal.spec.units - 1}")
-    before = verify(where, "full")
+    say = progress or (lambda _phase, _done, _total: None)
+    before = verify(where, "full", progress=partial(say, "check"))
     old, _ = journal.scan_receipts()
     redo = sorted({*before.bad_units, *units})
     vouched = _vouched(journal)
@@ -114,7 +118,12 @@ def repair_store(
     with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
         writer.discard(redo)
         committed = writer.recover()
-        task = EmbedTask(source, encoder, writer, device=resolve_device(device), workers=workers)
+        images = sum(len(writer.spec.rows_of(unit)) for unit in redo)
+
+        def on_batch(clock: Clock) -> None:
+            say("embed", clock.images, images)
+
+        task = EmbedTask(source, encoder, writer, device=resolve_device(device), workers=workers, on_batch=on_batch)
         made = {receipt.unit: receipt for receipt in task(redo)}
         images = task.clock.images
         if vouched is not None and receipts_root(committed | made) != vouched:
@@ -125,7 +134,7 @@ def repair_store(
             images += task.clock.images
             committed = {}
         if len(committed) + len(made) == writer.spec.units:
-            writer.finish()
+            writer.finish(partial(say, "check"))
     changed = [unit for unit, new in made.items() if unit in old and old[unit].content_sha256 != new.content_sha256]
     return RepairReport(before, tuple(sorted(redo)), images, tuple(changed), verify(where, "full"))
 

@@ -192,7 +192,7 @@ def embed_dataset(
     with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
         task, before = _fill(job, writer, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
-        writer.finish()
+        writer.finish(lambda done, total: progress("check", done, total, {}))
     store = EmbeddingStore(where)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from gstds_cache.store import layout
 from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.transport import open_transport
+
+Progress = Callable[[int, int], None]
 
 METADATA_KEYS = (
     layout.GROUP,
@@ -193,11 +195,21 @@ class Journal:
                 problems.append(Problem(key, f"{key} has {sizes[key]} bytes, its receipt says {receipt.size}", unit))
         return problems
 
-    def check_hashes(self, receipts: dict[int, Receipt]) -> list[Problem]:
-        """Problems found by hashing every committed unit."""
+    def check_hashes(self, receipts: dict[int, Receipt], progress: Progress | None = None) -> list[Problem]:
+        """Problems found by hashing every committed unit.
+
+        Args:
+            receipts: Receipts of the units to hash.
+            progress: Called with units done and units in all.
+
+        Returns:
+            What is wrong.
+        """
         problems = self.check_sizes(receipts)
         named = {problem.unit for problem in problems}
-        for unit, receipt in receipts.items():
+        for done, (unit, receipt) in enumerate(receipts.items()):
+            if progress is not None:
+                progress(done, len(receipts))
             if unit not in named:
                 key = layout.object_key(unit)
                 got = sha256_hex(self.transport.get(key))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.store import layout
-from gstds_cache.store.journal import Journal, Problem
+from gstds_cache.store.journal import Journal, Problem, Progress
 
 Level = Literal["quick", "full"]
 
@@ -41,12 +41,13 @@ class VerifyReport:
         return sorted({problem.unit for problem in self.problems if problem.unit is not None})
 
 
-def verify(where: Path | str, level: Level = "quick") -> VerifyReport:
+def verify(where: Path | str, level: Level = "quick", *, progress: Progress | None = None) -> VerifyReport:
     """Check a store.
 
     Args:
         where: The store: a directory, or a URL.
         level: ``quick`` compares sizes with receipts and hashes the small objects; ``full`` hashes every object.
+        progress: Called with units hashed and units in all.
 
     Returns:
         The report.
@@ -57,7 +58,7 @@ def verify(where: Path | str, level: Level = "quick") -> VerifyReport:
     """
     journal = Journal(where)
     receipts, problems = journal.scan_receipts()
-    problems += journal.check_hashes(receipts) if level == "full" else journal.check_sizes(receipts)
+    problems += journal.check_hashes(receipts, progress) if level == "full" else journal.check_sizes(receipts)
     try:
         record = journal.complete()
     except ChunkCorruptError as error:

@@ -20,7 +20,7 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.store import layout
-from gstds_cache.store.journal import METADATA_KEYS, Complete, Journal, corrupt, valid_of
+from gstds_cache.store.journal import METADATA_KEYS, Complete, Journal, Progress, corrupt, valid_of
 from gstds_cache.store.receipt import Quarantined, Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport, local_path, open_transport
@@ -116,8 +116,11 @@ class StoreWriter:
             return self._same_or_refuse(receipt)
         return receipt
 
-    def finish(self) -> Complete:
+    def finish(self, progress: Progress | None = None) -> Complete:
         """Check every object once more, write ``valid`` and COMPLETE.
+
+        Args:
+            progress: Called with units checked and units in all.
 
         Returns:
             The completeness record.
@@ -133,7 +136,7 @@ class StoreWriter:
                 f"{self.location}: {len(missing)} of {self.spec.units} units are not committed, first {missing[:5]}",
                 hint="run the same gstds-embed command again",
             )
-        problems = self._journal.check_hashes(receipts)
+        problems = self._journal.check_hashes(receipts, progress)
         if problems:
             raise corrupt(self.location, problems)
         valid = valid_of(self.spec, receipts)
