@@ -21,12 +21,14 @@ class Tally:
     """What the session did to stores; the last line of the report says so.
 
     Attributes:
-        kills: Processes that were killed and seen to be.
+        kills: Processes that ended by SIGKILL, and were seen to.
+        stops: Runs inside the test's own process that were stopped between two steps, as a kill would.
         faults: Other faults that were injected.
         seed: What all random points are drawn from.
     """
 
     kills: int = 0
+    stops: int = 0
     faults: int = 0
     seed: int = field(default_factory=lambda: int(os.environ.get(SEED) or _fresh_seed()))
 
@@ -48,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tally = config.stash.get(TALLY, None)
-    if tally is not None and (tally.kills or tally.faults):
+    if tally is not None and (tally.kills or tally.stops or tally.faults):
         terminalreporter.write_line(
-            f"faults: {tally.kills} kills, {tally.faults} other injected faults (again with {SEED}={tally.seed})"
+            f"faults: {tally.kills} kills (SIGKILL), {tally.stops} stops in process, {tally.faults} other "
+            f"injected faults (again with {SEED}={tally.seed})"
         )
 
 

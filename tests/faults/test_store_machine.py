@@ -392,7 +392,7 @@ def test_no_order_of_events_gives_a_wrong_row(model: Model, tally, examples: int
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )
-    tally.kills += count.stopped
+    tally.stops += count.stopped
     tally.faults += count.harmed
     assert count.stopped > examples / 4
     assert count.harmed > examples / 4
