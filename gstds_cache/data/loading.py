@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +106,37 @@ def pixel_batches(
     with warnings.catch_warnings():
         # Python 3.12 warns of fork in a process with threads. Workers decode and do nothing else.
         warnings.filterwarnings("ignore", message=".*fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
-        return _until_closed(iter(loader))
+        with _interrupt_afterwards():
+            started = iter(loader)
+        return _until_closed(started)
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Put off a Ctrl-C until the block ends: one that arrives inside a hook of fork() is printed, and forgotten.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        KeyboardInterrupt: It arrived meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived = False
+
+    def note(_signal: int, _frame: object) -> None:
+        nonlocal arrived
+        arrived = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def _until_closed(batches: Iterator[PixelBatch]) -> Generator[PixelBatch, None, None]:

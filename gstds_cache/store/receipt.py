@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from gstds_cache.digest import canonical_json, merkle_root
+from gstds_cache.digest import canonical_json, digest_of, merkle_root
 from gstds_cache.errors import IntegrityError
 
 
@@ -47,8 +47,9 @@ class Receipt:
     quarantined: tuple[Quarantined, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON and a line end."""
-        return canonical_json(asdict(self)) + b"\n"
+        """Canonical JSON of the fields and ``sha256``, the hash of that of the fields; and a line end."""
+        fields = asdict(self)
+        return canonical_json(fields | {"sha256": digest_of(fields)}) + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes, *, unit: int, fingerprint: str) -> Receipt:
@@ -59,6 +60,8 @@ class Receipt:
         """
         try:
             fields = json.loads(data)
+            told = fields.pop("sha256")
+            found = digest_of(fields)
             fields["rows"] = tuple(fields["rows"])
             fields["quarantined"] = tuple(Quarantined(**item) for item in fields["quarantined"])
             receipt = cls(**fields)
@@ -67,6 +70,10 @@ class Receipt:
                 f"receipt of unit {unit} is damaged: {type(error).__name__}",
                 hint=f"delete receipts/{unit}.json and run the same gstds-embed command: only that unit is done again",
             ) from error
+        if told != found:
+            raise IntegrityError(
+                f"receipt of unit {unit} is damaged: its own hash is {found[:12]}, it says {told[:12]}"
+            )
         if (receipt.unit, receipt.fingerprint) != (unit, fingerprint):
             raise IntegrityError(
                 f"receipt of unit {unit} belongs to unit {receipt.unit} of store {receipt.fingerprint[:12]}, "
