@@ -65,14 +65,14 @@ class Receipt:
             fields["rows"] = tuple(fields["rows"])
             fields["quarantined"] = tuple(Quarantined(**item) for item in fields["quarantined"])
             receipt = cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise IntegrityError(
                 f"receipt of unit {unit} is damaged: {type(error).__name__}",
                 hint=f"delete receipts/{unit}.json and run the same gstds-embed command: only that unit is done again",
             ) from error
         if told != found:
             raise IntegrityError(
-                f"receipt of unit {unit} is damaged: its own hash is {found[:12]}, it says {told[:12]}"
+                f"receipt of unit {unit} is damaged: its own hash is {found[:12]}, it says {str(told)[:12]}"
             )
         if (receipt.unit, receipt.fingerprint) != (unit, fingerprint):
             raise IntegrityError(
