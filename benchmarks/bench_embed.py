@@ -34,7 +34,8 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.split import Subset
-from gstds_cache.embed.run import BATCH_SIZE, EmbedReport, embed_dataset
+from gstds_cache.embed.job import BATCH_SIZE
+from gstds_cache.embed.run import EmbedReport, embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.memory import keep_freed_memory

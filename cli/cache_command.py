@@ -13,7 +13,7 @@ import click
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
 from gstds_cache.places import beside, cache_root
 
-from .common import Command, Group, Progress, device_option, json_option, print_json, print_table
+from .common import Command, Group, Progress, device_option, json_option, print_json, print_table, workers_option
 
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource
@@ -250,6 +250,7 @@ def verify_store(
 @MODEL
 @click.option("--unit", "units", type=int, multiple=True, help="Make this unit again as well, whatever its hash.")
 @device_option
+@workers_option
 @json_option
 @click.pass_context
 def repair(
@@ -259,6 +260,7 @@ def repair(
     model: str | None,
     units: tuple[int, ...],
     device: str,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Mend one store."""
@@ -277,6 +279,7 @@ def repair(
             encoder,
             units=units,
             device=device,
+            workers=workers,
             memo=HashMemo(cache_root() / "hashes"),
             progress=lambda phase, done, total: progress(phase, done, total, 0.0),
         )

@@ -84,6 +84,33 @@ def device_option(function: F) -> F:
     )(function)
 
 
+class Workers(click.ParamType[int | None]):
+    """A number of processes, or ``auto``, which is None."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Parse the word."""
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"got {value!r}, expected a number or auto", param, ctx)
+
+
+def workers_option(function: F) -> F:
+    """Adds ``--workers``."""
+    return click.option(
+        "--workers",
+        type=Workers(),
+        default="auto",
+        show_default=True,
+        help="Processes that decode images, 0 for none beside this one. auto: one for every four cores, at least one; "
+        "with CUDA all cores but two; none for a few small images.",
+    )(function)
+
+
 def print_json(result: dict[str, Any], *, err: bool = False) -> None:
     """Print ``result`` on one line."""
     click.echo(json.dumps(result, sort_keys=True), err=err)

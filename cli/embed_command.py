@@ -20,6 +20,7 @@ from .common import (
     print_table,
     seconds_line,
     shares_line,
+    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -54,21 +55,6 @@ timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE.
 """
 
 
-class Workers(click.ParamType[int | None]):
-    """A number of processes, or ``auto``, which is None."""
-
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Parse the word."""
-        if value is None or value == "auto":
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"got {value!r}, expected a number or auto", param, ctx)
-
-
 @click.command(cls=Command, help=HELP)
 @click.argument("dataset")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="The reference model.")
@@ -90,14 +76,7 @@ class Workers(click.ParamType[int | None]):
     type=int,
     help="Rows committed at once, rounded up to whole batches. [default: the store's own, or about 4 MB]",
 )
-@click.option(
-    "--workers",
-    type=Workers(),
-    default="auto",
-    show_default=True,
-    help="Processes that decode images, 0 for none beside this one. auto: one for every four cores, at least one; with "
-    "CUDA all cores but two; none for a few small images.",
-)
+@workers_option
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option(
     "--reuse",

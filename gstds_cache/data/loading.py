@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -67,8 +69,16 @@ def _whole(batch: Any) -> Any:
 
 
 def quiet_worker(_worker: int) -> None:
-    """Leave Ctrl-C to the parent, which stops its workers itself."""
+    """Leave Ctrl-C to the parent, which stops its workers itself; when it has gone, go without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tell = sys.excepthook
+
+    def unless_gone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # The thread that hands tensors over (multiprocessing.resource_sharer) tells of a parent that hung up.
+        if not issubclass(kind, EOFError | ConnectionError):
+            tell(kind, error, trace)
+
+    sys.excepthook = unless_gone
 
 
 def pixel_batches(

@@ -124,7 +124,7 @@ def probe(
     Returns:
         What the rest of the data set needs.
     """
-    workers = workers_for(source, encoder, config, device)
+    workers = workers_for(source, encoder, config.workers, device)
     decode, pixels = _decode_rate(source, encoder)
     images = pixels[torch.arange(batch_size) % len(pixels)]
     with _peak_memory(device) as vram:
@@ -161,10 +161,10 @@ def row_bytes(encoder: Encoder, config: EmbedConfig) -> int:
     return encoder.spec.dim * np.dtype(config.dtype).itemsize
 
 
-def workers_for(source: ImageSource, encoder: Encoder, config: EmbedConfig, device: torch.device) -> int:
-    """The processes that decode: as configured, or as fits the machine; none for a few small images."""
-    if config.workers is not None:
-        return config.workers
+def workers_for(source: ImageSource, encoder: Encoder, asked: int | None, device: torch.device) -> int:
+    """The processes that decode: as ``asked``, or as fits the machine; none for a few small images."""
+    if asked is not None:
+        return asked
     return worth_workers(source, max(encoder.input_shape[1:]), default_workers(device))
 
 

@@ -12,14 +12,15 @@ from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
+from gstds_cache.embed.probe import workers_for
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.store.journal import Journal
-from gstds_cache.store.receipt import receipts_root
+from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import require_same
 from gstds_cache.store.verify import VerifyReport, verify
-from gstds_cache.store.writer import reopen_writer
+from gstds_cache.store.writer import StoreWriter, reopen_writer
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def repair_store(
     *,
     units: Sequence[int] = (),
     device: str = "auto",
-    workers: int = 1,
+    workers: int | None = None,
     memo: HashMemo | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> RepairReport:
@@ -87,7 +88,7 @@ def repair_store(
         encoder: The model it was made with.
         units: Units to make again whatever their hashes.
         device: Where the model runs.
-        workers: Processes that decode images.
+        workers: Processes that decode images; None fits the machine and the data set.
         memo: Hashes of the data set that are known already.
         progress: Called with phase, units or images done, and how many in all.
 
@@ -95,7 +96,7 @@ def repair_store(
         What was done.
 
     Raises:
-        UsageError: A unit does not exist.
+        UsageError: A unit does not exist, or there cannot be so many workers.
         FingerprintMismatchError: The data set or the model is not the store's.
         IncompleteError: Another process is writing the store.
         IntegrityError: The specification itself is damaged.
@@ -104,6 +105,8 @@ def repair_store(
     beyond = [unit for unit in units if not 0 <= unit < journal.spec.units]
     if beyond:
         raise UsageError(f"--unit {beyond[0]}: {journal.location} has units 0 to {journal.spec.units - 1}")
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers: got {workers}, expected 0 or more, or auto")
     say = progress or (lambda _phase, _done, _total: None)
     before = verify(where, "full", progress=partial(say, "check"))
     old, _ = journal.scan_receipts()
@@ -116,27 +119,33 @@ def repair_store(
     manifest = same_data(journal, source, encoder, memo)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
     with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
-        writer.discard(redo)
-        committed = writer.recover()
-        images = sum(len(writer.spec.rows_of(unit)) for unit in redo)
+        images_before = 0
 
         def on_batch(clock: Clock) -> None:
-            say("embed", clock.images, images)
+            say("embed", images_before + clock.images, sum(len(writer.spec.rows_of(unit)) for unit in redo))
 
-        task = EmbedTask(source, encoder, writer, device=resolve_device(device), workers=workers, on_batch=on_batch)
-        made = {receipt.unit: receipt for receipt in task(redo)}
+        run_on = resolve_device(device)
+        workers = workers_for(source, encoder, workers, run_on)
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
+        made = _make_again(writer, task, redo)
         images = task.clock.images
+        committed = {unit: receipt for unit, receipt in writer.recover().items() if unit not in made}
         if vouched is not None and receipts_root(committed | made) != vouched:
             # A receipt was altered so that nothing else shows it, and nobody can say which.
-            redo += sorted(committed)
-            writer.discard(sorted(committed))
-            made |= {receipt.unit: receipt for receipt in task(sorted(committed))}
+            images_before, redo = images, sorted({*redo, *committed})
+            made |= _make_again(writer, task, sorted(committed))
             images += task.clock.images
             committed = {}
         if len(committed) + len(made) == writer.spec.units:
             writer.finish(partial(say, "check"))
     changed = [unit for unit, new in made.items() if unit in old and old[unit].content_sha256 != new.content_sha256]
-    return RepairReport(before, tuple(sorted(redo)), images, tuple(changed), verify(where, "full"))
+    return RepairReport(before, tuple(redo), images, tuple(changed), verify(where, "full"))
+
+
+def _make_again(writer: StoreWriter, task: EmbedTask, units: Sequence[int]) -> dict[int, Receipt]:
+    writer.discard(units)
+    writer.recover()
+    return {receipt.unit: receipt for receipt in task(units)}
 
 
 def _vouched(journal: Journal) -> str | None:

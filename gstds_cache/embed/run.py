@@ -6,34 +6,31 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.config import EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import describe_device, resolve_device
 from gstds_cache.digest import digest_of
+from gstds_cache.embed.job import Job, Say, embed_command, require_fit, settle, specify, stored_at
 from gstds_cache.embed.probe import (
     Estimate,
     disk_bytes,
-    fitting_batch_size,
     probe,
     require_disk,
-    row_bytes,
     workers_for,
 )
 from gstds_cache.embed.reuse import KnownRows
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
 from gstds_cache.executor import Executor, LocalExecutor
 from gstds_cache.store.journal import Journal
 from gstds_cache.store.reader import EmbeddingStore
@@ -42,12 +39,9 @@ from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import open_transport
 from gstds_cache.store.writer import StoreWriter, open_writer
 
-BATCH_SIZE = {"cpu": 16, "cuda": 256}
-UNIT_BYTES = 4 << 20
 PROBE_FROM = 1000
 """Images from which on a run is estimated before it begins."""
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -103,27 +97,6 @@ class EmbedReport:
         return self.embedded / self.seconds["embed"] if self.embedded else 0.0
 
 
-@dataclass
-class _Job:
-    """One call: what it works on, and the time it took so far."""
-
-    source: ImageSource
-    config: EmbedConfig
-    device: torch.device
-    encoder: Encoder
-    say: Say
-    known: KnownRows | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def batch_size(self) -> int | None:
-        """The batch size asked for, or that of the store whose rows are taken over: then they are what we'd compute."""
-        return self.config.batch_size or (self.known.batch_size if self.known else None)
-
-    def row_bytes(self) -> int:
-        return row_bytes(self.encoder, self.config)
-
-
 def embed_dataset(
     source: ImageSource,
     config: EmbedConfig,
@@ -169,15 +142,15 @@ def embed_dataset(
     manifest = build_manifest(source, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
-    job = _Job(source, config, device, encoder, say or (lambda _line: None))
+    job = Job(source, config, device, encoder, say or (lambda _line: None))
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
         assert root is not None
         where = root / _default_name(source, encoder, manifest, config)
-    stored = _stored(where)
+    stored = stored_at(where)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    spec, hit = _settle(job, where, stored, manifest)
+    spec, hit = settle(job, where, stored, manifest)
     if hit is not None:
         job.seconds["total"] = time.perf_counter() - begun
         return _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
@@ -226,92 +199,16 @@ def estimate_dataset(
     """
     device = resolve_device(config.device)
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
-    job = _Job(source, config, device, encoder, say or (lambda _line: None))
-    stored = None if where is None else _stored(where)
-    spec = _spec(job, len(source), "" if stored is None else stored.spec.items_root, stored)
+    job = Job(source, config, device, encoder, say or (lambda _line: None))
+    stored = None if where is None else stored_at(where)
+    spec = specify(job, len(source), "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
-        _require_fit(job, stored)
+        require_fit(job, stored)
     return _probe(job, spec, where if where is not None else root, _committed(stored))
 
 
-def _settle(
-    job: _Job, where: str | Path, stored: Journal | None, manifest: DatasetManifest
-) -> tuple[CacheSpec, EmbeddingStore | None]:
-    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing."""
-    begun = time.perf_counter()
-    spec = _spec(job, len(manifest), manifest.root, stored)
-    if stored is not None and stored.spec == spec:
-        with suppress(StoreNotFoundError, IncompleteError):
-            return spec, EmbeddingStore(where)
-        _require_fit(job, stored)
-    job.seconds["fit"] = time.perf_counter() - begun
-    return spec, None
-
-
-def _require_fit(job: _Job, stored: Journal) -> None:
-    """Refuse a store that was begun with a batch size that does not fit.
-
-    Raises:
-        UsageError: It does not.
-    """
-    batch_size = stored.spec.batch_size
-    fits = fitting_batch_size(job.encoder, job.device, batch_size)
-    if fits < batch_size:
-        new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
-        raise UsageError(
-            f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
-            f"of {job.device}; all rows of a store are made with one batch size",
-            hint="nothing committed is lost: end what else uses that memory and run the same command again, or begin a "
-            f"new store: {command_line(*_command(job.source.uri, job.config), *new)}",
-        )
-
-
-def _spec(job: _Job, items: int, items_root: str, stored: Journal | None) -> CacheSpec:
-    """The specification this run asks for; sizes that were not given are the store's own where there is one.
-
-    The batch size of a new store is one that fits the device. It is part of the store's identity: hence before all
-    else.
-    """
-    batch_size, unit_rows = job.batch_size, job.config.unit_rows
-    if stored is not None:
-        unit_rows = unit_rows or stored.spec.unit_rows
-        batch_size = _stored_batch_size(job, stored.spec.batch_size)
-    else:
-        wanted = batch_size or BATCH_SIZE[job.device.type]
-        batch_size = fitting_batch_size(job.encoder, job.device, wanted, job.say)
-        if batch_size < wanted:
-            job.say(f"the new store's batch size is {batch_size}")
-    unit_rows = unit_rows or max(1, UNIT_BYTES // job.row_bytes())
-    return CacheSpec(
-        items=items,
-        items_root=items_root,
-        encoder=job.encoder.spec.to_dict(),
-        dim=job.encoder.spec.dim,
-        dtype=job.config.dtype,
-        batch_size=batch_size,
-        unit_rows=-(-unit_rows // batch_size) * batch_size,
-    )
-
-
-def _stored_batch_size(job: _Job, stored: int) -> int:
-    """The store's own batch size, unless another was given.
-
-    The given one may be what the store's was halved from, since it did not fit: then the same command goes on.
-    """
-    given = job.config.batch_size
-    if given is None or given == stored:
-        return stored
-    halves, size = set(), given
-    while size > 1:
-        size //= 2
-        halves.add(size)
-    if stored in halves and fitting_batch_size(job.encoder, job.device, given, job.say) == stored:
-        return stored
-    return given
-
-
-def _look_ahead(job: _Job, where: str | Path, stored: Journal | None, spec: CacheSpec) -> Estimate | None:
+def _look_ahead(job: Job, where: str | Path, stored: Journal | None, spec: CacheSpec) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
     if stored is not None and stored.spec != spec:
         return None  # open_writer says in what they differ
@@ -329,7 +226,7 @@ def _look_ahead(job: _Job, where: str | Path, stored: Journal | None, spec: Cach
     return estimate
 
 
-def _probe(job: _Job, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
+def _probe(job: Job, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
     return probe(
         job.source,
         job.encoder,
@@ -343,13 +240,6 @@ def _probe(job: _Job, spec: CacheSpec, where: str | Path | None, committed: int,
     )
 
 
-def _stored(where: str | Path) -> Journal | None:
-    try:
-        return Journal(where)
-    except StoreNotFoundError:
-        return None
-
-
 def _missing(stored: Journal | None, spec: CacheSpec) -> list[range]:
     """Rows of each unit that is not committed."""
     committed = {} if stored is None else stored.receipts()
@@ -360,7 +250,7 @@ def _committed(stored: Journal | None) -> int:
     return 0 if stored is None else sum(len(stored.spec.rows_of(unit)) for unit in stored.receipts())
 
 
-def _report(job: _Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
+def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
     worked = clock.ended > 0
     beside = ("decode", "forward", "commit", "commit_wait", "waiting")
     parts = {name: getattr(clock, name) for name in beside} | {"embed": clock.elapsed() if worked else 0.0}
@@ -386,7 +276,7 @@ def _report(job: _Job, store: EmbeddingStore, *, before: int, clock: Clock, esti
     )
 
 
-def _fill(job: _Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
+def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
     """Embed the units that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()
@@ -400,7 +290,7 @@ def _fill(job: _Job, writer: StoreWriter, executor: Executor, progress: Progress
         job.encoder,
         writer,
         device=job.device,
-        workers=workers_for(job.source, job.encoder, job.config, job.device),
+        workers=workers_for(job.source, job.encoder, job.config.workers, job.device),
         known=job.known,
         on_batch=on_batch,
     )
@@ -418,20 +308,12 @@ def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManife
     return f"{words[0][:20]}-{words[1][:28]}-{identity}"
 
 
-def _command(dataset: str, config: EmbedConfig) -> list[str]:
-    """The command that embeds this in this way, without where and with what sizes."""
-    command = ["gstds-embed", dataset]
-    for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
-        command += [flag, value] if value != default else []
-    return command + (["--allow-untrained"] if config.allow_untrained else [])
-
-
 def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
     return {
         "dataset": dataset,
         "model": config.model,
-        "command": _command(dataset, config),
+        "command": embed_command(dataset, config),
         "device": describe_device(device),
         "python": platform.python_version(),
         **versions,

@@ -1,0 +1,140 @@
+"""One run of embedding: what it works on, and the specification of the store that it fills."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.data.source import ImageSource
+from gstds_cache.embed.probe import fitting_batch_size, row_bytes
+from gstds_cache.embed.reuse import KnownRows
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
+from gstds_cache.store.journal import Journal
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.spec import CacheSpec
+
+BATCH_SIZE = {"cpu": 16, "cuda": 256}
+UNIT_BYTES = 4 << 20
+Say = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """One call: what it works on, and the time it took so far."""
+
+    source: ImageSource
+    config: EmbedConfig
+    device: torch.device
+    encoder: Encoder
+    say: Say
+    known: KnownRows | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size asked for, or that of the store whose rows are taken over: then they are what we'd compute."""
+        return self.config.batch_size or (self.known.batch_size if self.known else None)
+
+    def row_bytes(self) -> int:
+        """Bytes of one row of the store."""
+        return row_bytes(self.encoder, self.config)
+
+
+def settle(
+    job: Job, where: str | Path, stored: Journal | None, manifest: DatasetManifest
+) -> tuple[CacheSpec, EmbeddingStore | None]:
+    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing."""
+    begun = time.perf_counter()
+    spec = specify(job, len(manifest), manifest.root, stored)
+    if stored is not None and stored.spec == spec:
+        with suppress(StoreNotFoundError, IncompleteError):
+            return spec, EmbeddingStore(where)
+        require_fit(job, stored)
+    job.seconds["fit"] = time.perf_counter() - begun
+    return spec, None
+
+
+def require_fit(job: Job, stored: Journal) -> None:
+    """Refuse a store that was begun with a batch size that does not fit.
+
+    Raises:
+        UsageError: It does not.
+    """
+    batch_size = stored.spec.batch_size
+    fits = fitting_batch_size(job.encoder, job.device, batch_size)
+    if fits < batch_size:
+        new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
+        raise UsageError(
+            f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
+            f"of {job.device}; all rows of a store are made with one batch size",
+            hint="nothing committed is lost: end what else uses that memory and run the same command again, or begin a "
+            f"new store: {command_line(*embed_command(job.source.uri, job.config), *new)}",
+        )
+
+
+def specify(job: Job, items: int, items_root: str, stored: Journal | None) -> CacheSpec:
+    """The specification this run asks for; sizes that were not given are the store's own where there is one.
+
+    The batch size of a new store is one that fits the device. It is part of the store's identity: hence before all
+    else.
+    """
+    batch_size, unit_rows = job.batch_size, job.config.unit_rows
+    if stored is not None:
+        unit_rows = unit_rows or stored.spec.unit_rows
+        batch_size = _stored_batch_size(job, stored.spec.batch_size)
+    else:
+        wanted = batch_size or BATCH_SIZE[job.device.type]
+        batch_size = fitting_batch_size(job.encoder, job.device, wanted, job.say)
+        if batch_size < wanted:
+            job.say(f"the new store's batch size is {batch_size}")
+    unit_rows = unit_rows or max(1, UNIT_BYTES // job.row_bytes())
+    return CacheSpec(
+        items=items,
+        items_root=items_root,
+        encoder=job.encoder.spec.to_dict(),
+        dim=job.encoder.spec.dim,
+        dtype=job.config.dtype,
+        batch_size=batch_size,
+        unit_rows=-(-unit_rows // batch_size) * batch_size,
+    )
+
+
+def _stored_batch_size(job: Job, stored: int) -> int:
+    """The store's own batch size, unless another was given.
+
+    The given one may be what the store's was halved from, since it did not fit: then the same command goes on.
+    """
+    given = job.config.batch_size
+    if given is None or given == stored:
+        return stored
+    halves, size = set(), given
+    while size > 1:
+        size //= 2
+        halves.add(size)
+    if stored in halves and fitting_batch_size(job.encoder, job.device, given, job.say) == stored:
+        return stored
+    return given
+
+
+def stored_at(where: str | Path) -> Journal | None:
+    """The store at ``where``, or None if there is none."""
+    try:
+        return Journal(where)
+    except StoreNotFoundError:
+        return None
+
+
+def embed_command(dataset: str, config: EmbedConfig) -> list[str]:
+    """The command that embeds this in this way, without where and with what sizes."""
+    command = ["gstds-embed", dataset]
+    for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
+        command += [flag, value] if value != default else []
+    return command + (["--allow-untrained"] if config.allow_untrained else [])
