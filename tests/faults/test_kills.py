@@ -235,6 +235,11 @@ WORDS = ["imagefolder:photos", "--cache", "photos.store", "--batch-size", "4", "
 UNITS_OF_PHOTOS = 8
 
 
+def hear_ctrl_c() -> None:
+    """In a job that a shell put into the background Ctrl-C is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Command:
     """``gstds-embed`` as a process group of its own: the run, and the worker that decodes."""
@@ -256,6 +261,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_ctrl_c,
         )
         self.groups.append(process.pid)
         return process
