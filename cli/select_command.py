@@ -24,6 +24,7 @@ from .common import (
     print_json,
     print_table,
     seconds_line,
+    shares_line,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ stopped.
 @click.option("--tolerance", type=float, default=1e-6, show_default=True, help="Relative residual of a Fiedler pair.")
 @click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
 @device_option
-@click.option("--knn-backend", type=click.Choice(["auto", "faiss-cpu", "faiss-gpu"]), default="auto")
+@click.option("--knn-backend", type=click.Choice(["auto", "torch", "faiss-cpu", "faiss-gpu"]), default="auto")
 @click.option(
     "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
 )
@@ -79,7 +80,11 @@ stopped.
     "memory where the rows fit --memory-budget, else a mirror where the disk has room, else a window, which is slow.",
 )
 @click.option("--mirror", metavar="FOLDER", help="Where a mirror lies. [default: STORE.mirror]")
-@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads to use; 0 for all there are.")
+@click.option(
+    "--threads",
+    type=int,
+    help="CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]",
+)
 @click.option(
     "--out",
     metavar="FILE|-",
@@ -99,16 +104,17 @@ def main(
     tolerance: float,
     max_iterations: int,
     device: str,
-    knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"],
+    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"],
     memory_budget: int,
     access: Kind,
     mirror: str | None,
-    threads: int,
+    threads: int | None,
     out: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Parse, call :mod:`gstds_cache.stream.writer`, print."""
+    piped = out == "-"
     config = SelectConfig(
         batch_size=batch_size,
         epochs=epochs,
@@ -121,7 +127,7 @@ def main(
         max_iterations=max_iterations,
         device=device,
         knn_backend=knn_backend,
-        threads=threads,
+        threads=int(piped) if threads is None else threads,
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
@@ -129,7 +135,6 @@ def main(
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.writer import is_finished, write_file, write_pipe
 
-    piped = out == "-"
     if piped and force:
         raise UsageError("--force replaces a file; with --out - there is none")
     limit_threads(config.threads)
@@ -154,12 +159,13 @@ def main(
         try:
             batches = write_pipe(selector, sys.stdout.buffer) if piped else write_file(selector, file)
             for selection in batches:
-                gathered = selector.counts.seconds["gather"] / max(sum(selector.counts.seconds.values()), 1e-9)
+                work = selector.counts.seconds
+                gathered = work["gather"] / max(sum(work.values()), 1e-9)
                 progress("select", selection.seq + 1, plan.total_batches, gathered)
         finally:
             progress.end()
     total = time.perf_counter() - started
-    spent = {"open": opened - started, **selector.counts.seconds}
+    spent = {"open": opened - started, "select": selector.counts.elapsed}
     # What is left is writing; on a pipe, that is waiting for the reader.
     seconds = spent | {"write": total - sum(spent.values()), "total": total}
     _print(selector, seconds, None if piped else file, as_json)
@@ -167,8 +173,9 @@ def main(
 
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
     counts, config = selector.counts, selector.config
-    busy = sum(counts.seconds.values())
-    rate = counts.rows / busy if busy else 0.0
+    rate = counts.rows / counts.elapsed if counts.elapsed else 0.0
+    work = sum(counts.seconds.values())
+    shares = {phase: spent / work for phase, spent in counts.seconds.items()} if work else {}
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
     to_stderr = file is None
     print_table(
@@ -179,6 +186,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
                 f"{counts.batches:,} batches, kept {counts.kept:,} of {counts.rows:,} ({rate:,.0f} samples/s)",
             ),
             ("Fiedler", status),
+            *([("work", shares_line(shares) + f" (neighbours by {selector.knn_backend})")] if shares else []),
             ("time", seconds_line(seconds)),
         ],
         err=to_stderr,
@@ -204,6 +212,8 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
             "samples_per_second": round(rate, 1),
             "status": dict(counts.status),
             "rule": config.rule,
+            "knn_backend": selector.knn_backend,
+            "shares": {phase: round(share, 4) for phase, share in shares.items()},
             "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         }
         print_json(result, err=to_stderr)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gstds_cache.errors import GstdsError
     from gstds_cache.graph.knn import knn_graph
     from gstds_cache.selection.run import BatchSelector
-    from gstds_cache.spectral.fiedler import fiedler_of_embeddings
+    from gstds_cache.spectral.fiedler import fiedler_vectors
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.reader import SelectionStream, open_selection
     from gstds_cache.train.sampler import SelectedBatchSampler
@@ -30,7 +30,7 @@ _HOME = {
     "SelectionStream": "stream.reader",
     "TrainConfig": "config",
     "embed_dataset": "embed.run",
-    "fiedler_of_embeddings": "spectral.fiedler",
+    "fiedler_vectors": "spectral.fiedler",
     "knn_graph": "graph.knn",
     "open_selection": "stream.reader",
     "open_source": "data.sources",
@@ -46,7 +46,7 @@ __all__ = [
     "SelectionStream",
     "TrainConfig",
     "embed_dataset",
-    "fiedler_of_embeddings",
+    "fiedler_vectors",
     "knn_graph",
     "open_selection",
     "open_source",

@@ -67,9 +67,9 @@ class SelectConfig:
         tolerance: Relative residual at which a Fiedler pair counts as converged.
         max_iterations: LOBPCG iterations before the dense fallback.
         device: Where the spectrum is computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        knn_backend: ``auto``, ``faiss-cpu`` or ``faiss-gpu``.
-        threads: CPU threads selection may use; 0 leaves the libraries' defaults. Similarities differ in their last bits
-            with the number of threads, so the same bytes on another machine need the same number.
+        knn_backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are. Their
+            number changes nothing in the result.
     """
 
     batch_size: int = 512
@@ -82,7 +82,7 @@ class SelectConfig:
     tolerance: float = 1e-6
     max_iterations: int = 500
     device: str = "auto"
-    knn_backend: Literal["auto", "faiss-cpu", "faiss-gpu"] = "auto"
+    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class SelectConfig:
         _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
         _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
         _require(self.max_iterations >= 1, "--max-iterations", self.max_iterations, "at least 1")
-        _one_of("--knn-backend", self.knn_backend, ("auto", "faiss-cpu", "faiss-gpu"))
+        _one_of("--knn-backend", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
         _require(self.threads >= 0, "--threads", self.threads, "0 or more")
 
 

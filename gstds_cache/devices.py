@@ -1,11 +1,22 @@
-"""From ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there."""
+"""Devices and threads: from ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to what is there."""
 
 from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import threadpoolctl
 import torch
 
 from gstds_cache.errors import UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,6 +52,11 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def limit_threads(threads: int) -> None:
     """Let this process use at most ``threads`` CPU threads; 0 changes nothing.
 
@@ -50,3 +66,47 @@ def limit_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
         threadpoolctl.threadpool_limits(threads)
+
+
+@functools.cache
+def _pools() -> threadpoolctl.ThreadpoolController:
+    return threadpoolctl.ThreadpoolController()  # looking for the libraries takes milliseconds
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+    """Do ``work`` for each of ``items``, in as many threads; in each, torch and BLAS have one.
+
+    What is computed does not depend on the number of threads. Until the last result is read, the BLAS of NumPy and
+    SciPy has one thread in this whole process. At most ``threads + 1`` items are ahead of whoever reads the results.
+
+    Args:
+        work: What to do; mostly in compiled code, outside Python's lock.
+        items: Read in the reader's thread.
+        threads: How many, at least 1.
+
+    Yields:
+        The results, in the order of the items.
+    """
+    before = torch.get_num_threads()
+    started = threading.Barrier(threads + 1)
+
+    def single() -> None:
+        torch.set_num_threads(1)  # in this thread, and in those that start from now on
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads)
+    ahead: deque[Future[R]] = deque()
+    with _pools().limit(limits=1, user_api="blas"):
+        try:
+            for _ in range(threads):
+                pool.submit(single)
+            started.wait()
+            torch.set_num_threads(before)
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > threads + 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

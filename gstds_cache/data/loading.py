@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
+from gstds_cache.devices import cores
 
 PixelTransform = Callable[[Image.Image], torch.Tensor]
 
@@ -153,11 +153,6 @@ def _until_closed(batches: Iterator[PixelBatch]) -> Generator[PixelBatch, None, 
     # The loader's iterator stops its workers when the last reference goes. A traceback would keep one to a plain
     # iterator for as long as the exception is looked at; this one's goes with close().
     yield from batches
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Cosine nearest neighbours within each batch. The only file that imports faiss.
 
-A backend is a function from unit rows ``[B, D]`` and a count to the similarities and row numbers of that many most
-similar rows of each row, itself among them. Everything else (refusals, normalisation, self, ties) is here, once.
+A backend is a function from unit rows ``[G, B, D]`` and k to the k nearest other rows of each row: largest similarity
+first, ties by lowest index, also at the last place. What it takes to be equal is its own float32.
 """
 
 from __future__ import annotations
@@ -11,32 +11,154 @@ from collections.abc import Callable
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from gstds_cache.errors import UsageError, unknown_name
-from gstds_cache.graph.neighbors import KnnGraph, check_rows, unit_rows
+from gstds_cache.graph.compiled import nearest_in_rows
+from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 
-SearchResult = tuple[Float32[Tensor, "B k"], Int64[Tensor, "B k"]]
-Search = Callable[[Float32[Tensor, "B D"], int], SearchResult]
+Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
+Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
+Nearest = Callable[[Float32[Tensor, "G B D"], int], KnnGraph]
 
 FAISS_GPU_LARGEST_K = 2048  # GPU_MAX_SELECTION_K of faiss
+BLOCK_BYTES = 256 << 20
+"""Of similarities at once, in the torch backend."""
 
 
-def search_faiss_cpu(rows: Float32[Tensor, "B D"], k: int) -> SearchResult:
-    """The ``k`` largest inner products by ``faiss.knn``.
+def settle(
+    similarity: Float32[Tensor, "G B c"], index: Int64[Tensor, "G B c"], k: int
+) -> tuple[KnnGraph, Bool[Tensor, " G"]]:
+    """Take the k nearest out of more candidates: order them by (largest similarity, lowest index), drop the row itself.
+
+    Exact duplicates can stand before the row itself, and can push it off the list altogether.
 
     Args:
-        rows: Unit rows, ``[B, D]`` float32, any device.
-        k: Rows to find, self included, at most B.
+        similarity: Similarities of each row's candidates, ``[G, B, c]`` float32, in any order; k < c.
+        index: Their row numbers, ``[G, B, c]`` int64.
+        k: How many to take.
 
     Returns:
-        Similarities ``[B, k]`` float32 and row numbers ``[B, k]`` int64, on the device of ``rows``.
+        The graphs, similarities clipped to [-1, 1]; and in which of them the last candidate of a row is equal to the
+        last one taken, so that rows that are no candidates may be as near.
+    """
+    similarity = similarity.clamp(-1, 1)
+    index, by_index = index.sort(dim=2)
+    similarity, by_similarity = similarity.gather(2, by_index).sort(dim=2, descending=True, stable=True)
+    index = index.gather(2, by_similarity)
+    graphs, nodes, candidates = index.shape
+    own = index == torch.arange(nodes, device=index.device)[:, None]
+    own[..., -1] |= ~own.any(dim=2)
+    last = similarity[..., -1]
+    others = (graphs, nodes, candidates - 1)
+    similarity, index = similarity[~own].view(others)[..., :k], index[~own].view(others)[..., :k]
+    open_end = (similarity[..., -1] == last).any(dim=1) if k else torch.zeros_like(last[:, 0], dtype=torch.bool)
+    return KnnGraph(neighbors=index.contiguous(), similarities=similarity.contiguous()), open_end
+
+
+def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, largest: int | None = None) -> KnnGraph:
+    """The k nearest by a search that chooses among equals as it likes.
+
+    It is asked for one candidate more than are needed, to see whether that is equal to the last one taken; if it is,
+    for twice as many, until all equals are there.
+
+    Args:
+        search: The search, itself included among a row's candidates.
+        rows: Unit rows, ``[G, B, D]`` float32.
+        k: Neighbours per row, from 0 to B - 1.
+        largest: More candidates than this the search cannot find; then all similarities are computed.
+
+    Returns:
+        The graphs.
+    """
+    graphs, nodes, _ = rows.shape
+    neighbors = torch.empty(graphs, nodes, k, dtype=torch.int64, device=rows.device)
+    similarities = torch.empty(graphs, nodes, k, dtype=torch.float32, device=rows.device)
+    left = torch.arange(graphs, device=rows.device)
+    candidates = min(nodes, k + 2)
+    while len(left):
+        if largest is not None and candidates > largest:
+            search, largest = search_torch, None
+        taken, open_end = settle(*search(rows[left], candidates), k)
+        neighbors[left], similarities[left] = taken.neighbors, taken.similarities
+        left = left[open_end] if candidates < nodes else left[:0]
+        candidates = min(2 * candidates, nodes)
+    return KnnGraph(neighbors=neighbors, similarities=similarities)
+
+
+def search_torch(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
+    """The largest inner products by stacked matrix products and ``topk``.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32, any device. So many graphs, or rows of one, are multiplied at once that
+            the similarities stay within ``BLOCK_BYTES``.
+        candidates: Rows to find, self included, at most B.
+
+    Returns:
+        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
+    """
+    graphs, nodes, _ = rows.shape
+    at_once = max(1, BLOCK_BYTES // (4 * nodes * nodes))
+    rows_at_once = max(1, min(nodes, BLOCK_BYTES // (4 * nodes)))
+    found = []
+    for g in range(0, graphs, at_once):
+        stack = rows[g : g + at_once]
+        parts = [
+            torch.bmm(stack[:, first : first + rows_at_once], stack.transpose(1, 2)).topk(candidates, dim=2)
+            for first in range(0, nodes, rows_at_once)
+        ]
+        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
+    similarity, index = (torch.cat(part) for part in zip(*found, strict=True))
+    return similarity, index
+
+
+def nearest_by_torch(rows: Float32[Tensor, "G B D"], k: int) -> KnnGraph:
+    """All similarities by matrix products, and the largest of each row: ``topk`` on CUDA, compiled on a CPU.
+
+    On a CPU one graph, or so many rows of one that their similarities stay within ``BLOCK_BYTES``, are multiplied at a
+    time, so that the products are still in the cache when they are read; and by NumPy, which sees that a whole graph's
+    product with itself is symmetric and computes half of it (4.1 against 6.6 ms with one thread, B = 512, D = 1,280).
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32, any device.
+        k: Neighbours per row, from 0 to B - 1.
+
+    Returns:
+        The graphs, on the device of ``rows``.
+    """
+    if rows.device.type != "cpu":
+        return by_candidates(search_torch, rows, k)
+    graphs, nodes, _ = rows.shape
+    neighbors = torch.empty(graphs, nodes, k, dtype=torch.int64)
+    similarities = torch.empty(graphs, nodes, k, dtype=torch.float32)
+    at_once = max(1, min(nodes, BLOCK_BYTES // (4 * nodes)))
+    block = np.empty((at_once, nodes), np.float32)
+    for g in range(graphs if k else 0):
+        graph = rows[g].numpy()
+        for first in range(0, nodes, at_once):
+            part = slice(first, min(first + at_once, nodes))
+            product = np.matmul(graph[part], graph.T, out=block[: part.stop - first])
+            nearest_in_rows(product, first, neighbors[g, part].numpy(), similarities[g, part].numpy())
+    return KnnGraph(neighbors=neighbors, similarities=similarities)
+
+
+def search_faiss_cpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
+    """The largest inner products by ``faiss.knn``.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32, any device.
+        candidates: Rows to find, self included, at most B.
+
+    Returns:
+        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
     """
     host = rows.cpu().numpy()
-    similarity, index = faiss.knn(host, host, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(similarity).to(rows.device), torch.from_numpy(index).to(rows.device)
+    found = [faiss.knn(graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT) for graph in host]
+    similarity, index = (torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*found, strict=True))
+    return similarity, index
 
 
 @functools.cache
@@ -45,35 +167,34 @@ def _gpu_resources(device: int) -> Any:  # noqa: ARG001 - the cache's key
     return faiss.StandardGpuResources()
 
 
-def search_faiss_gpu(rows: Float32[Tensor, "B D"], k: int) -> SearchResult:
-    """The ``k`` largest inner products by ``faiss.knn_gpu``, without a copy through the host.
+def search_faiss_gpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
+    """The largest inner products by ``faiss.knn_gpu``, without a copy through the host.
 
     Args:
-        rows: Unit rows, ``[B, D]`` float32; moved to the current CUDA device if they are elsewhere.
-        k: Rows to find, self included, at most B and at most 2048.
+        rows: Unit rows, ``[G, B, D]`` float32; moved to the current CUDA device if they are elsewhere.
+        candidates: Rows to find, self included, at most B and at most 2048.
 
     Returns:
-        Similarities ``[B, k]`` float32 and row numbers ``[B, k]`` int64, on the device of ``rows``.
-
-    Raises:
-        UsageError: If ``k`` is more than faiss's GPU selection can hold.
+        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
     """
     import faiss.contrib.torch_utils  # from here on knn_gpu takes tensors
 
-    if k > FAISS_GPU_LARGEST_K:
-        raise UsageError(
-            f"faiss-gpu finds at most {FAISS_GPU_LARGEST_K - 1} neighbours, got k={k - 1}",
-            hint="lower --knn, or pass --knn-backend faiss-cpu",
-        )
     on_gpu = rows if rows.is_cuda else rows.to("cuda")
     device = on_gpu.device.index
-    similarity, index = faiss.knn_gpu(
-        _gpu_resources(device), on_gpu, on_gpu, k, metric=faiss.METRIC_INNER_PRODUCT, device=device
-    )
-    return similarity.to(rows.device), index.to(rows.device)
+    resources = _gpu_resources(device)
+    found = [
+        faiss.knn_gpu(resources, graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT, device=device)
+        for graph in on_gpu
+    ]
+    similarity, index = (torch.stack(part).to(rows.device) for part in zip(*found, strict=True))
+    return similarity, index
 
 
-BACKENDS: dict[str, Search] = {"faiss-cpu": search_faiss_cpu, "faiss-gpu": search_faiss_gpu}
+BACKENDS: dict[str, Nearest] = {
+    "faiss-cpu": lambda rows, k: by_candidates(search_faiss_cpu, rows, k),
+    "faiss-gpu": lambda rows, k: by_candidates(search_faiss_gpu, rows, k, FAISS_GPU_LARGEST_K),
+    "torch": nearest_by_torch,
+}
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
@@ -84,58 +205,46 @@ def resolve_backend(name: str, device: torch.device) -> str:
         device: Where the embeddings are.
 
     Returns:
-        A key of ``BACKENDS``; ``auto`` is faiss-gpu for embeddings on CUDA where faiss sees a GPU, else faiss-cpu.
+        A key of ``BACKENDS``; ``auto`` is faiss-gpu for embeddings on CUDA where faiss sees a GPU, else torch, which on
+        a CPU took a quarter to a half of the time of faiss (benchmarks/results/knn.json).
 
     Raises:
         UsageError: If the name is unknown, or faiss-gpu is asked for where faiss sees no GPU.
     """  # noqa: DOC501
     if name == "auto":
-        return "faiss-gpu" if device.type == "cuda" and faiss.get_num_gpus() > 0 else "faiss-cpu"
+        return "faiss-gpu" if device.type == "cuda" and faiss.get_num_gpus() > 0 else "torch"
     if name not in BACKENDS:
         raise unknown_name("kNN backend", name, ("auto", *BACKENDS))
     if name == "faiss-gpu" and faiss.get_num_gpus() == 0:
         raise UsageError(
             "faiss-gpu was asked for, but faiss sees no GPU on this machine",
-            hint="pass --knn-backend auto or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
+            hint="pass --knn-backend auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
         )
     return name
 
 
-def drop_self(
-    similarity: Float32[Tensor, "B k"], index: Int64[Tensor, "B k"]
-) -> tuple[Float32[Tensor, "B K"], Int64[Tensor, "B K"]]:
-    """Order each row by (largest similarity, lowest index) and take out the row itself, by index.
+def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
+    """:func:`knn_graph` of rows that have unit length already, as :func:`~.neighbors.unit_rows` makes them.
 
-    Exact duplicates can stand before the row itself, and can push it off the list altogether: then the last goes.
-
-    Args:
-        similarity: Similarities, ``[B, k]`` float32, in any order.
-        index: Row numbers, ``[B, k]`` int64.
-
-    Returns:
-        Similarities ``[B, k - 1]`` clipped to [-1, 1] and row numbers ``[B, k - 1]``.
+    Raises:
+        UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
     """
-    similarity = similarity.clamp(-1, 1)
-    index, by_index = index.sort(dim=1)
-    similarity, by_similarity = similarity.gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    index = index.gather(1, by_similarity)
-    out = index == torch.arange(len(index), device=index.device)[:, None]
-    out[:, -1] |= ~out.any(dim=1)
-    shape = (index.shape[0], index.shape[1] - 1)
-    return similarity[~out].view(shape), index[~out].view(shape)
+    if k < 1:
+        raise UsageError(f"neighbours per row: got {k}, expected at least 1", hint="pass --knn 10")
+    return BACKENDS[resolve_backend(backend, rows.device)](rows, min(k, rows.shape[1] - 1))
 
 
 def knn_graph(x: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
     """Find the ``k`` most similar other rows of every row, by cosine, within each graph.
 
-    A graph's result does not depend on the graphs it is stacked with. Which of several rows tied for the last place
-    is taken is the backend's choice; what is returned is ordered by (largest similarity, lowest index).
+    A graph's result does not depend on the graphs it is stacked with. Of rows that are equally similar, in the
+    backend's float32, the one with the lowest index comes first, also where not all of them fit.
 
     Args:
         x: Embeddings, ``[G, B, D]``, any float dtype and device; normalised here in float32. Zero rows have
             similarity 0 to everything.
         k: Neighbours per row, >= 1; clipped to B - 1.
-        backend: ``auto``, ``faiss-cpu`` or ``faiss-gpu``.
+        backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
 
     Returns:
         Neighbours and similarities, ``[G, B, min(k, B - 1)]``, on the device of ``x``.
@@ -144,13 +253,4 @@ def knn_graph(x: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> Kn
         UsageError: If ``k`` < 1, ``x`` is empty, or the backend is unknown or cannot run here.
         SolverError: If a row holds NaN or Inf.
     """
-    if k < 1:
-        raise UsageError(f"neighbours per row: got {k}, expected at least 1", hint="pass --knn 10")
-    search = BACKENDS[resolve_backend(backend, x.device)]
-    check_rows(x)
-    k = min(k, x.shape[1] - 1)
-    found = [drop_self(*search(unit_rows(graph), k + 1)) for graph in x]
-    return KnnGraph(
-        neighbors=torch.stack([index for _, index in found]),
-        similarities=torch.stack([similarity for similarity, _ in found]),
-    )
+    return nearest(unit_rows(x), k, backend=backend)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from gstds_cache.errors import UsageError
+from gstds_cache.graph.compiled import insert_into, union_into
 from gstds_cache.graph.neighbors import KnnGraph
 
 LaplacianKind = Literal["combinatorial", "normalized"]
@@ -89,6 +92,37 @@ class SparseGraph:
         none = torch.zeros_like(degree, dtype=torch.int64)
         return cls(crow=crow, col=key % total, weight=merged, degree=degree, component=none)
 
+    def with_edges(
+        self, near: Int64[Tensor, " F"], far: Int64[Tensor, " F"], weight: Float64[Tensor, " F"]
+    ) -> SparseGraph:
+        """Add edges between nodes that have none.
+
+        Args:
+            near: One end of each as a stacked node number, ``[F]`` int64.
+            far: The other end.
+            weight: Weights > 0.
+
+        Returns:
+            A graph with ``F`` more undirected edges.
+        """
+        shape = (self.graphs, self.nodes)
+        if self.crow.device.type != "cpu":
+            ends = (torch.cat([self.row, near]), torch.cat([self.col, far]), torch.cat([self.weight, weight]))
+            return replace(SparseGraph.from_edges(*ends, shape), component=self.component)
+        rows, cols, values = torch.cat([near, far]).numpy(), torch.cat([far, near]).numpy(), weight.repeat(2).numpy()
+        order = np.lexsort((cols, rows))
+        crow, degree = np.empty(len(self.crow), np.int64), np.empty(self.graphs * self.nodes)
+        col, new = (np.empty(len(self.col) + len(rows), kind) for kind in (np.int64, np.float64))
+        old = (self.crow.numpy(), self.col.numpy(), self.weight.numpy())
+        insert_into(*old, rows[order], cols[order], values[order], crow, col, new, degree)
+        return SparseGraph(
+            crow=torch.from_numpy(crow),
+            col=torch.from_numpy(col),
+            weight=torch.from_numpy(new),
+            degree=torch.from_numpy(degree).view(shape),
+            component=self.component,
+        )
+
     def subset(self, keep: Sequence[int]) -> SparseGraph:
         """Take out some of the stacked graphs, in the order given.
 
@@ -132,11 +166,28 @@ def symmetrise(knn: KnnGraph) -> SparseGraph:
         The graph on the device of ``knn``.
     """
     graphs, nodes, k = knn.neighbors.shape
+    if knn.neighbors.device.type == "cpu":
+        return _union_on_cpu(knn)
     near = torch.arange(graphs * nodes, device=knn.neighbors.device)
     first = near.view(graphs, nodes, 1) // nodes * nodes
     weight = torch.where(knn.neighbors >= 0, affinity(knn.similarities), 0)
     return SparseGraph.from_edges(
         near.repeat_interleave(k), (knn.neighbors + first).flatten(), weight.flatten(), (graphs, nodes)
+    )
+
+
+def _union_on_cpu(knn: KnnGraph) -> SparseGraph:
+    graphs, nodes, k = knn.neighbors.shape
+    crow = np.empty(graphs * nodes + 1, np.int64)
+    col, weight = np.empty(2 * graphs * nodes * k, np.int64), np.empty(2 * graphs * nodes * k)
+    degree = np.empty((graphs, nodes))
+    edges = union_into(knn.neighbors.numpy(), knn.similarities.numpy(), crow, col, weight, degree)
+    return SparseGraph(
+        crow=torch.from_numpy(crow),
+        col=torch.from_numpy(col[:edges]),
+        weight=torch.from_numpy(weight[:edges]),
+        degree=torch.from_numpy(degree),
+        component=torch.zeros(graphs, nodes, dtype=torch.int64),
     )
 
 
@@ -165,7 +216,6 @@ class Laplacian:
         kind: ``combinatorial`` or ``normalized``.
         diagonal: Diagonal of L, ``[G, B]`` float64.
         null_vector: Unit vector with L v = 0 that every graph has: ones, or D^1/2 ones, ``[G, B]`` float64.
-        bound: No eigenvalue is larger (Gershgorin), ``[G]`` float64.
     """
 
     def __init__(self, graph: SparseGraph, kind: str = "combinatorial") -> None:
@@ -175,19 +225,27 @@ class Laplacian:
         self.kind = kind
         self.diagonal: Float64[Tensor, "G B"] = graph.degree
         self.off_diagonal: Float64[Tensor, " E"] = graph.weight
-        null = torch.ones_like(graph.degree)
+        null = torch.full_like(graph.degree, graph.nodes**-0.5)
         if kind == "normalized":
             root = graph.degree.sqrt()
             inverse = torch.where(root > 0, 1 / root, 0).flatten()
             self.diagonal = (graph.degree > 0).to(torch.float64)
             self.off_diagonal = inverse[graph.row] * graph.weight * inverse[graph.col]
             null = torch.where((root > 0).any(dim=1, keepdim=True), root, null)
-        # One graph at a time: the order of a sum must not depend on how many are stacked.
-        length = torch.stack([torch.linalg.vector_norm(one) for one in null])
-        self.null_vector: Float64[Tensor, "G B"] = null / length[:, None]
-        self.bound: Float64[Tensor, " G"] = 2 * self.diagonal.amax(dim=1)
-        build = csr_sum if graph.degree.device.type == "cpu" else segment_sum
-        self._neighbor_sum = build(graph.crow, graph.col, self.off_diagonal)
+            # One graph at a time: the order of a sum must not depend on how many are stacked.
+            length = torch.stack([torch.linalg.vector_norm(one) for one in null])
+            null = null / length[:, None]
+        self.null_vector: Float64[Tensor, "G B"] = null
+
+    @property
+    def bound(self) -> Float64[Tensor, " G"]:
+        """No eigenvalue is larger (Gershgorin), ``[G]`` float64."""
+        return 2 * self.diagonal.amax(dim=1)
+
+    @cached_property
+    def _neighbor_sum(self) -> NodeSum:
+        build = csr_sum if self.diagonal.device.type == "cpu" else segment_sum
+        return build(self.graph.crow, self.graph.col, self.off_diagonal)
 
     def __matmul__(self, x: Float64[Tensor, "G B Q"]) -> Float64[Tensor, "G B Q"]:
         """``L @ x``; each graph's result is the same, to the bit, whatever it is stacked with."""

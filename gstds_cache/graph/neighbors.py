@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.graph.compiled import unit_rows_into
 
 ROWS_NAMED = 10
 
@@ -26,18 +27,7 @@ class KnnGraph:
     similarities: Float32[Tensor, "G B K"]
 
 
-def check_rows(x: Float[Tensor, "G B D"]) -> None:
-    """Refuse embeddings that have no cosine.
-
-    Args:
-        x: Embeddings, ``[G, B, D]``, any float dtype and device.
-
-    Raises:
-        UsageError: If there are no graphs, no rows or no dimensions.
-        SolverError: If a row holds NaN or Inf; the first such graph and its rows are named.
-    """
-    if 0 in x.shape:
-        raise UsageError(f"embeddings [G, B, D]: got shape {list(x.shape)}, expected every axis to be at least 1")
+def _require_finite(x: Float[Tensor, "G B D"]) -> None:
     bad: Bool[Tensor, "G B"] = ~torch.isfinite(x).all(dim=-1)
     if not bool(bad.any()):
         return
@@ -50,21 +40,33 @@ def check_rows(x: Float[Tensor, "G B D"]) -> None:
     )
 
 
-def unit_rows(x: Float[Tensor, "B D"]) -> Float32[Tensor, "B D"]:
+def unit_rows(x: Float[Tensor, "G B D"], *, out: Float32[Tensor, "G B D"] | None = None) -> Float32[Tensor, "G B D"]:
     """Scale rows to unit length in float32; zero rows stay zero.
 
-    The largest entry is divided out first, so that no finite row overflows or vanishes when it is squared. The
-    result is a fresh tensor for each graph, so that its alignment, and with it the last bit of a BLAS product, does
-    not depend on the stack the graph came in.
+    No finite row overflows or vanishes when it is squared: where that could be, its largest entry is divided out first.
 
     Args:
-        x: Finite embeddings of one graph, ``[B, D]``, any float dtype and device.
+        x: Embeddings, ``[G, B, D]``, any float dtype and device.
+        out: Where the rows go on a CPU, contiguous; may be ``x``.
 
     Returns:
-        Rows of length 1 (or 0), ``[B, D]`` float32 on the device of ``x``.
+        Rows of length 1 (or 0), ``[G, B, D]`` float32 on the device of ``x``, contiguous.
+
+    Raises:
+        UsageError: If there are no graphs, no rows or no dimensions.
+        SolverError: If a row holds NaN or Inf; the first such graph and its rows are named.
     """
+    if 0 in x.shape:
+        raise UsageError(f"embeddings [G, B, D]: got shape {list(x.shape)}, expected every axis to be at least 1")
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        given = x.to(torch.float32).contiguous()
+        out = torch.empty_like(given) if out is None else out
+        if unit_rows_into(given.view(-1, x.shape[2]).numpy(), out.view(-1, x.shape[2]).numpy()) >= 0:
+            _require_finite(x)
+        return out
+    _require_finite(x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.abs().amax(dim=1, keepdim=True)
+    largest = x.abs().amax(dim=2, keepdim=True)
     scaled = torch.where(largest > 0, x / largest, 0).to(torch.float32)
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(scaled, dim=2, keepdim=True)
     return (scaled / torch.where(length > 0, length, 1)).contiguous()

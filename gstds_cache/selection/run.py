@@ -1,10 +1,12 @@
-"""The per-batch path: gather, graph, Fiedler vector, rule."""
+"""The per-batch path: gather, nearest neighbours, graph, Fiedler vector, rule."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -12,22 +14,27 @@ import numpy as np
 import torch
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.devices import resolve_device
+from gstds_cache.devices import cores, in_threads, resolve_device
 from gstds_cache.digest import digest_of
+from gstds_cache.graph.components import bridge_components
+from gstds_cache.graph.knn import nearest, resolve_backend
+from gstds_cache.graph.laplacian import symmetrise
+from gstds_cache.graph.neighbors import unit_rows
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rules import find_rule, settle_ties
 from gstds_cache.selection.schedule import parse_schedule
 from gstds_cache.selection.selected import Selection
-from gstds_cache.spectral.fiedler import fiedler_of_embeddings
+from gstds_cache.spectral.fiedler import fiedler_of_graph
 from gstds_cache.spectral.result import FiedlerResult
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
-STACK = 8  # graphs solved together
-ALGORITHM = 1  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
+STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
+ALGORITHM = 2  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
+PHASES = ("gather", "knn", "graph", "solve", "rule")
 
 
 @dataclass
@@ -39,14 +46,16 @@ class SelectionCounts:
         rows: Rows they held.
         kept: Rows that stayed.
         status: Batches by status flag; a batch with two flags counts in both.
-        seconds: Time spent in gather, spectrum and rule.
+        seconds: Work by phase, summed over the threads.
+        elapsed: Seconds that whoever reads the selections waited for them.
     """
 
     batches: int = 0
     rows: int = 0
     kept: int = 0
     status: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: {"gather": 0.0, "spectrum": 0.0, "rule": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    elapsed: float = 0.0
 
     def add(self, selection: Selection) -> None:
         """Count one batch."""
@@ -57,6 +66,10 @@ class SelectionCounts:
         if selection.status == Status.CONVERGED:
             self.status["converged"] += 1
 
+    def share(self, status: Status) -> float:
+        """Batches with this flag over all batches."""
+        return self.status[str(status.name).lower()] / max(self.batches, 1)
+
 
 class BatchSelector:
     """Selects the batches of one run over one store.
@@ -65,6 +78,7 @@ class BatchSelector:
         plan: The run's batches.
         digest: Identity of the selection: the store's fingerprint and every setting that decides the outcome.
         counts: Totals so far.
+        knn_backend: The kNN backend, never ``auto``.
     """
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
@@ -87,12 +101,18 @@ class BatchSelector:
             seed=config.seed,
         )
         self.device = resolve_device(config.device)
+        self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.identity = identity(store, config)
         self.digest = digest_of(self.identity)
         self.counts = SelectionCounts()
+        self._lock = threading.Lock()
+        self._buffers = threading.local()
 
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
+
+        On a CPU each thread works on batches of its own, and torch and BLAS have one thread in it: what is selected
+        does not depend on their number.
 
         Args:
             start: First ``seq``; the batches before it are not computed.
@@ -103,45 +123,81 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
-        seq = start
-        while seq < self.plan.total_batches:
-            batches = [self.plan.batch(seq)]
-            # Full batches are stacked; the smaller last batch of an epoch stands alone.
-            while len(batches) < STACK and seq + len(batches) < self.plan.total_batches:
-                following = self.plan.batch(seq + len(batches))
-                if len(following.indices) != len(batches[0].indices):
-                    break
-                batches.append(following)
-            for selection in self._select(batches):
-                self.counts.add(selection)
-                yield selection
-            seq += len(batches)
+        threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
+        done = in_threads(self._select, self._stacks(start), threads)
+        try:
+            while True:
+                begun = time.perf_counter()
+                selections = next(done, None)
+                self.counts.elapsed += time.perf_counter() - begun
+                if selections is None:
+                    return
+                for selection in selections:
+                    self.counts.add(selection)
+                    yield selection
+        finally:
+            done.close()
+
+    def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
+        """Full batches are stacked; the other last batch of an epoch stands alone.
+
+        Yields:
+            Batches of one size.
+        """
+        stack: list[BatchPlan] = []
+        for batch in map(self.plan.batch, range(seq, self.plan.total_batches)):
+            if stack and (len(stack) == STACK[self.device.type] or len(batch.indices) != len(stack[0].indices)):
+                yield stack
+                stack = []
+            stack.append(batch)
+        if stack:
+            yield stack
 
     def _select(self, batches: list[BatchPlan]) -> list[Selection]:
         spectrum = self._spectrum(batches) if self.rule.needs_spectrum else None
-        begun = time.perf_counter()
-        selections = [self._choose(batch, spectrum, graph) for graph, batch in enumerate(batches)]
-        self.counts.seconds["rule"] += time.perf_counter() - begun
-        return selections
+        with self._timed("rule"):
+            return [self._choose(batch, spectrum, graph) for graph, batch in enumerate(batches)]
 
     def _spectrum(self, batches: list[BatchPlan]) -> FiedlerResult:
+        config = self.config
+        with self._timed("gather"):
+            rows = self._gather(batches)
+        with self._timed("knn"):
+            neighbours = nearest(rows, config.knn, backend=self.knn_backend)
+        with self._timed("graph"):
+            graph, _ = bridge_components(symmetrise(neighbours), rows)
+        with self._timed("solve"):
+            result = fiedler_of_graph(
+                graph,
+                laplacian=config.laplacian,
+                tolerance=config.tolerance,
+                max_iterations=config.max_iterations,
+                seed=config.seed,
+                threads=1,
+            )
+            return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
+
+    def _gather(self, batches: list[BatchPlan]) -> torch.Tensor:
+        """Unit rows of the batches, [G, B, D], in a buffer that the thread's next stack overwrites."""
+        shape = (len(batches), len(batches[0].indices), self.store.spec.dim)
+        size = shape[0] * shape[1] * shape[2]
+        buffer = getattr(self._buffers, "rows", None)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers.rows = torch.empty(size, dtype=torch.float32)
+        rows = buffer[:size].view(shape)
+        with self._lock:  # a store that is read in windows keeps the last ones
+            for graph, batch in zip(rows, batches, strict=True):
+                self.store.gather(batch.indices, graph.numpy())
+        return unit_rows(rows.to(self.device), out=rows)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
-        gathered = np.stack([self.store.gather(batch.indices) for batch in batches])
-        rows = torch.from_numpy(gathered).to(self.device)
-        ready = time.perf_counter()
-        result = fiedler_of_embeddings(
-            rows,
-            k=self.config.knn,
-            backend=self.config.knn_backend,
-            laplacian=self.config.laplacian,
-            tolerance=self.config.tolerance,
-            max_iterations=self.config.max_iterations,
-            seed=self.config.seed,
-        )
-        result = replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
-        self.counts.seconds["gather"] += ready - begun
-        self.counts.seconds["spectrum"] += time.perf_counter() - ready
-        return result
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        with self._lock:
+            self.counts.seconds[phase] += time.perf_counter() - begun
 
     def _choose(self, batch: BatchPlan, spectrum: FiedlerResult | None, graph: int) -> Selection:
         vector = np.zeros(len(batch.indices)) if spectrum is None else settle_ties(spectrum.vector[graph].numpy())

@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gstds_cache.graph.laplacian import Laplacian
-from gstds_cache.spectral.lobpcg import Ritz
+from gstds_cache.spectral.result import Ritz
 
 DensePair = tuple[Float64[Tensor, " q"], Float64[Tensor, "B q"], Float64[Tensor, " q"]]
 
@@ -46,12 +46,14 @@ def solve_dense(A: Laplacian, q: int, *, tolerance: float) -> Ritz:
     Returns:
         Pairs in float64 on the device of ``A``, with 0 iterations.
     """
-    values, basis, residual = zip(*(dense_pairs(A, g, q) for g in range(A.graph.graphs)), strict=True)
-    worst = torch.stack(residual)
+    more = min(max(q, 2), A.graph.nodes - 1)
+    found, vectors, error = zip(*(dense_pairs(A, g, more) for g in range(A.graph.graphs)), strict=True)
+    values, worst = torch.stack(found), torch.stack(error)[:, :q]
     return Ritz(
-        values=torch.stack(values),
-        basis=torch.stack(basis),
+        values=values[:, :q],
+        basis=torch.stack(vectors)[..., :q],
         residual=worst,
+        second=values[:, 1] if more > 1 else torch.full_like(values[:, 0], torch.inf),
         iterations=torch.zeros(len(worst), dtype=torch.int64, device=worst.device),
         converged=(worst <= tolerance).all(dim=1),
     )

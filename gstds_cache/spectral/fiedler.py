@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int8
+from jaxtyping import Bool, Float, Float32, Float64, Int8
 from torch import Tensor
 
+from gstds_cache.devices import resolve_device
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components, label_components
-from gstds_cache.graph.knn import knn_graph
+from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
+from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.spectral.compiled import block_size, lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
-from gstds_cache.spectral.lobpcg import GUARD, Ritz, lobpcg
-from gstds_cache.spectral.result import FiedlerResult, canonical_sign
+from gstds_cache.spectral.lobpcg import lobpcg
+from gstds_cache.spectral.result import DEGENERATE_GAP, FiedlerResult, Ritz, canonical_sign
 from gstds_cache.spectral.status import Status
 
 DENSE_BY_DESIGN = 32  # rows up to which a dense solve is quicker than starting an iteration
 DENSE_LIMIT = 8192  # rows beyond which a dense matrix is not tried: 0.5 GB, and minutes
 SMALLEST = 4  # fewer rows are flagged TOO_SMALL
-DEGENERATE_GAP = 1e-3  # of the third eigenvalue; closer than that, the Fiedler vector is any vector of a plane
 
 
-def _solve(A: Laplacian, q: int, tolerance: float, max_iterations: int, seed: int) -> tuple[Ritz, Bool[Tensor, " G"]]:
+def _solve(
+    A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed: int, start: Tensor | None, threads: int
+) -> tuple[Ritz, Bool[Tensor, " G"]]:
     """Solve by the method that fits, and tell which graphs took the dense fallback."""
     graphs, nodes = A.graph.graphs, A.graph.nodes
     fallback = torch.zeros(graphs, dtype=torch.bool, device=A.diagonal.device)
-    if nodes <= max(DENSE_BY_DESIGN, 3 * (q + GUARD)):
+    if nodes <= max(DENSE_BY_DESIGN, 3 * block_size(q)):
         return solve_dense(A, q, tolerance=tolerance), fallback
-    ritz = lobpcg(A, q, tolerance=tolerance, max_iterations=max_iterations, seed=seed)
+    solver = partial(lobpcg_compiled, threads=threads) if A.diagonal.device.type == "cpu" else lobpcg
+    ritz = solver(A, q, tolerance=tolerance, max_iterations=max_iterations, seed=seed, start=start)
     again: list[int] = (~ritz.converged).nonzero().flatten().tolist()
     if not again or nodes > DENSE_LIMIT:
         return ritz, fallback
@@ -37,6 +46,7 @@ def _solve(A: Laplacian, q: int, tolerance: float, max_iterations: int, seed: in
         (ritz.values, dense.values),
         (ritz.basis, dense.basis),
         (ritz.residual, dense.residual),
+        (ritz.second, dense.second),
         (ritz.converged, dense.converged),
     ):
         mine[again] = exact
@@ -48,10 +58,8 @@ def _pad(x: Float64[Tensor, "*head q"], q: int, value: float) -> Float64[Tensor,
 
 
 def _status(ritz: Ritz, fallback: Bool[Tensor, " G"], graph: SparseGraph) -> Int8[Tensor, " G"]:
-    degenerate = torch.zeros_like(fallback)
-    if ritz.values.shape[1] > 1:
-        second, third = ritz.values[:, 0], ritz.values[:, 1]
-        degenerate = third - second <= DEGENERATE_GAP * third
+    gap = ritz.second - ritz.values[:, 0]
+    degenerate = gap.isfinite() & (gap <= DEGENERATE_GAP * ritz.second)
     status = torch.zeros(len(fallback), dtype=torch.int8, device=fallback.device)
     for flag, holds in (
         (Status.MAX_ITERATIONS, ~ritz.converged),
@@ -78,21 +86,23 @@ def _single_nodes(A: Laplacian, q: int) -> FiedlerResult:
     )
 
 
-def fiedler_vectors(
+def fiedler_of_graph(
     graph: SparseGraph,
     *,
-    q: int = 2,
+    q: int = 1,
     laplacian: str = "combinatorial",
     tolerance: float = 1e-6,
     max_iterations: int = 500,
     seed: int = 0,
+    start: Float64[Tensor, "G B q"] | None = None,
+    threads: int | None = None,
 ) -> FiedlerResult:
     """Find the lowest nontrivial eigenpairs of every connected graph's Laplacian.
 
     LOBPCG, then a dense solve of the graphs on which it did not converge (``DENSE_FALLBACK``; ``MAX_ITERATIONS`` goes
     unless that fails too, or B > 8192). Graphs of up to 32 nodes are solved densely by design, without a flag, and so
-    are those too small for the block size. Two pairs are always solved for, so that the eigengap is known: where it is
-    at most 1e-3 of the third eigenvalue the graph is ``DEGENERATE``. Fewer than 4 nodes are ``TOO_SMALL``, with the
+    are those too small for the block size. A second pair is always looked at, so that the eigengap is known: where it
+    is at most 1e-3 of the second eigenvalue the graph is ``DEGENERATE``. Fewer than 4 nodes are ``TOO_SMALL``, with the
     exact result all the same; a single node has value 0 and vector [0].
 
     Args:
@@ -102,10 +112,12 @@ def fiedler_vectors(
         tolerance: Residual of a pair relative to its eigenvalue, between 0 and 1.
         max_iterations: LOBPCG iterations before the dense fallback, >= 1.
         seed: Seed of the start, >= 0.
+        start: Vectors to start from, if some are known, such as those of a graph that was nearly the same.
+        threads: CPU threads, over which the graphs are spread; as many as torch uses by default.
 
     Returns:
         Pairs, residuals and status of each graph, on its device; a graph's own are the same, to the bit, whatever it
-        is stacked with.
+        is stacked with and however many threads there are.
 
     Raises:
         UsageError: If an argument is out of range.
@@ -116,6 +128,7 @@ def fiedler_vectors(
         ("tolerance", tolerance, 0 < tolerance < 1, "between 0 and 1, both excluded"),
         ("max_iterations", max_iterations, max_iterations >= 1, "at least 1"),
         ("seed", seed, seed >= 0, "0 or more"),
+        ("threads", threads, threads is None or threads >= 1, "at least 1"),
     ):
         if not good:
             raise UsageError(f"{what}: got {got}, expected {expected}")
@@ -124,53 +137,94 @@ def fiedler_vectors(
         g = int((parts > 1).nonzero()[0])
         raise SolverError(
             f"graph {g} has {int(parts[g])} components, expected 1: its Fiedler vector is not defined",
-            hint="join them first: gstds_cache.graph.components.bridge_components(graph, x)",
+            hint="join them first: gstds_cache.graph.components.bridge_components(graph, rows)",
         )
     A = Laplacian(graph, laplacian)
     if graph.nodes == 1:
         return _single_nodes(A, q)
-    ritz, fallback = _solve(A, min(max(q, 2), graph.nodes - 1), tolerance, max_iterations, seed)
+    there = min(q, graph.nodes - 1)
+    ritz, fallback = _solve(
+        A,
+        there,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        seed=seed,
+        start=start if start is None else start[..., :there],
+        threads=threads or torch.get_num_threads(),
+    )
     return FiedlerResult(
-        values=_pad(ritz.values, max(q, 2), torch.inf)[:, :q],
-        basis=_pad(canonical_sign(ritz.basis), max(q, 2), 0.0)[..., :q],
-        residual=_pad(ritz.residual, max(q, 2), 0.0)[:, :q],
+        values=_pad(ritz.values, q, torch.inf),
+        basis=_pad(canonical_sign(ritz.basis), q, 0.0),
+        residual=_pad(ritz.residual, q, 0.0),
         iterations=ritz.iterations,
         status=_status(ritz, fallback, graph),
         components=graph.component.amax(dim=1) + 1,
     )
 
 
-def fiedler_of_embeddings(
-    x: Float[Tensor, "G B D"],
+def fiedler_vectors(
+    x: Float[Tensor, "*G B D"] | Float[np.ndarray, "*G B D"],
     *,
-    k: int,
-    q: int = 2,
+    k: int = 10,
+    q: int = 1,
     laplacian: str = "combinatorial",
     tolerance: float = 1e-6,
     max_iterations: int = 500,
     seed: int = 0,
     backend: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
 ) -> FiedlerResult:
-    """From embeddings to Fiedler vectors: nearest neighbours, union graph, bridges where needed, solve.
+    """The Fiedler vector of each batch of rows: a nearest-neighbour graph, its Laplacian, its lowest eigenpairs.
+
+    The Fiedler vector orders the rows so that neighbours are close to each other: its sign cuts the graph in two where
+    that is cheapest. Edges weigh max(0, cosine), a graph is the union of both directions, and disconnected graphs are
+    joined by their strongest similarities (``BRIDGED``).
+
+    ::
+
+        result = fiedler_vectors(torch.randn(8, 512, 64), k=10)
+        result.vector           # [8, 512] float64
+        result.values[:, 0]     # [8] algebraic connectivities
+        describe(int(result.status[0]))
 
     Args:
-        x: Finite embeddings of G batches, ``[G, B, D]``, any float dtype and device.
+        x: Finite embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype.
         k: Neighbours per row, >= 1; clipped to B - 1.
         q: Pairs, >= 1.
-        laplacian: ``combinatorial`` or ``normalized``.
+        laplacian: ``combinatorial`` (D - W) or ``normalized``.
         tolerance: Residual of a pair relative to its eigenvalue.
         max_iterations: LOBPCG iterations before the dense fallback.
         seed: Seed of the start.
-        backend: kNN backend: ``auto``, ``faiss-cpu`` or ``faiss-gpu``.
+        backend: kNN backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
+        threads: CPU threads of the solver; as many as torch uses by default.
 
     Returns:
-        As :func:`fiedler_vectors`; where a graph was disconnected, ``BRIDGED`` and the number of its components.
+        As :func:`fiedler_of_graph`; where a graph was disconnected, ``BRIDGED`` and the number of its components.
 
     Raises:
         UsageError: If an argument is out of range.
         SolverError: If a row holds NaN or Inf.
     """
-    graph, _ = bridge_components(symmetrise(knn_graph(x, k, backend=backend)), x)
-    return fiedler_vectors(
-        graph, q=q, laplacian=laplacian, tolerance=tolerance, max_iterations=max_iterations, seed=seed
+    given = torch.as_tensor(x)
+    if given.ndim not in {2, 3}:
+        raise UsageError(f"embeddings: got shape {list(given.shape)}, expected [B, D] or [G, B, D]")
+    given = given.to(given.device if device is None else resolve_device(device))
+    return fiedler_of_rows(
+        unit_rows(given if given.ndim == 3 else given[None]),
+        k=k,
+        q=q,
+        laplacian=laplacian,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        seed=seed,
+        backend=backend,
+        threads=threads,
     )
+
+
+def fiedler_of_rows(rows: Float32[Tensor, "G B D"], *, k: int, backend: str = "auto", **options: Any) -> FiedlerResult:
+    """:func:`fiedler_vectors` of rows that have unit length already, as ``unit_rows`` makes them."""
+    graph, _ = bridge_components(symmetrise(nearest(rows, k, backend=backend)), rows)
+    return fiedler_of_graph(graph, **options)

@@ -38,41 +38,21 @@ How this differs from Knyazev's algorithm, and from scipy.sparse.linalg.lobpcg:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
 from gstds_cache.graph.laplacian import Laplacian
 from gstds_cache.seeding import torch_rng_for
 from gstds_cache.spectral.preconditioner import Preconditioner
+from gstds_cache.spectral.result import DEGENERATE_GAP, Ritz
 
 GUARD = 1
 FIRST_PASS_DROP = 1e-12  # of a unit direction's squared length, what is left after projection; less is rounding
 SECOND_PASS_DROP = 1e-2  # after one pass everything of substance is orthonormal to a few digits
 
 SmallStack = Float64[np.ndarray, "G m n"]
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """Approximate eigenpairs, ascending, with what is known about them.
-
-    Attributes:
-        values: Ritz values, ``[G, Q]`` float64.
-        basis: Orthonormal Ritz vectors, ``[G, B, Q]`` float64.
-        residual: ``||L v - value v|| / value``, ``[G, Q]`` float64; infinite where the value is not > 0.
-        iterations: Iterations taken, ``[G]`` int64.
-        converged: Whether all Q residuals reached the tolerance, ``[G]`` bool.
-    """
-
-    values: Float64[Tensor, "G Q"]
-    basis: Float64[Tensor, "G B Q"]
-    residual: Float64[Tensor, "G Q"]
-    iterations: Int64[Tensor, " G"]
-    converged: Bool[Tensor, " G"]
 
 
 def pairwise_sum(x: Float64[Tensor, "*batch B"]) -> Float64[Tensor, "*batch"]:
@@ -158,14 +138,23 @@ def _apply(A: Laplacian, block: Float64[Tensor, "m G B"]) -> Float64[Tensor, "m 
     return (A @ block.permute(1, 2, 0)).permute(2, 0, 1).contiguous()
 
 
-def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed: int) -> Ritz:
+def lobpcg(
+    A: Laplacian,
+    q: int,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    seed: int,
+    start: Float64[Tensor, "G B q"] | None = None,
+) -> Ritz:
     """Find the ``q`` lowest nontrivial eigenpairs of every graph's Laplacian.
 
     Convergence of a pair is ``||A v - theta v|| <= tolerance * theta``, relative to its own eigenvalue: by Davis and
     Kahan the sine of the angle to the true eigenvector is then at most ``tolerance * theta / gap``, so that 1e-4
     gives |cos| >= 0.9999 wherever the relative gap to the next eigenvalue exceeds 1e-2, and the default 1e-6 keeps the
     order of all but equal coordinates, which rules read. (Relative to ||A||, as is
-    usual, says nothing about an eigenvalue near 0, and the one wanted here is.)
+    usual, says nothing about an eigenvalue near 0, and the one wanted here is.) A graph goes on until it is also known
+    whether there is a gap behind the first pair.
 
     The preconditioner is the diagonal (Jacobi), with a coarse term for clustered graphs. The null vector is
     ``A.null_vector``; graphs must be connected.
@@ -176,6 +165,7 @@ def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed:
         tolerance: Relative residual.
         max_iterations: Iterations after which a graph is returned as it is.
         seed: Seed of the start, the same for every graph.
+        start: Vectors to start from in place of the first q.
 
     Returns:
         Pairs in float64 on the device of ``A``.
@@ -185,14 +175,18 @@ def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed:
     values = torch.zeros(graphs, q, dtype=torch.float64, device=device)
     basis = torch.zeros(graphs, nodes, q, dtype=torch.float64, device=device)
     residual = torch.zeros_like(values)
+    second = torch.zeros(graphs, dtype=torch.float64, device=device)
     iterations = torch.zeros(graphs, dtype=torch.int64, device=device)
     converged = torch.zeros(graphs, dtype=torch.bool, device=device)
 
-    start = torch.randn(m, 1, nodes, dtype=torch.float64, generator=torch_rng_for(seed, "lobpcg"))
+    noise = torch.randn(m, 1, nodes, dtype=torch.float64, generator=torch_rng_for(seed, "lobpcg"))
+    first = noise.to(device).expand(m, graphs, nodes)
+    if start is not None:
+        first = torch.cat([start.permute(2, 0, 1), first[start.shape[2] :]])
     active = list(range(graphs))  # position in the stack -> graph
     null = A.null_vector[None]
     T = Preconditioner.of(A)
-    X = orthonormalise(start.to(device).expand(m, graphs, nodes), null)
+    X = orthonormalise(first.contiguous(), null)
     V = torch.zeros(0, graphs, nodes, dtype=torch.float64, device=device)
     for iteration in range(max_iterations + 1):
         # X and V are orthonormal, to each other and to the null vector; vectors of V may be zero, those of X are not.
@@ -206,12 +200,15 @@ def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed:
         error = ordered_sum(R * R).sqrt() / theta[..., 0].clamp(min=torch.finfo(torch.float64).tiny)
 
         # [Q, stack] on the host: the one place where the loop waits for the device besides the small eigenproblems.
-        reached = (error[:q] <= tolerance).all(dim=0)
+        gap = theta[1, :, 0] * (1 - error[1]) - theta[0, :, 0] > DEGENERATE_GAP * theta[1, :, 0]
+        known = gap | (error[1] <= max(tolerance, 0.1 * DEGENERATE_GAP))
+        reached = (error[:q] <= tolerance).all(dim=0) & known
         done = reached.cpu() if iteration < max_iterations else torch.ones(len(active), dtype=torch.bool)
         if bool(done.any()):
             out = done.nonzero().flatten().tolist()
             which = [active[position] for position in out]
             values[which] = theta[:q, out, 0].T
+            second[which] = theta[1, out, 0]
             basis[which] = X[:q, out].permute(1, 2, 0)
             residual[which] = error[:q, out].T
             iterations[which] = iteration
@@ -224,4 +221,6 @@ def lobpcg(A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed:
             X, R, P = X[:, stay], R[:, stay], P[:, stay]
 
         V = orthonormalise(torch.cat([T(R), P]), torch.cat([null, X]))
-    return Ritz(values=values, basis=basis, residual=residual, iterations=iterations, converged=converged)
+    return Ritz(
+        values=values, basis=basis, residual=residual, second=second, iterations=iterations, converged=converged
+    )

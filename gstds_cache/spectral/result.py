@@ -5,11 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Int8, Int64
+from jaxtyping import Bool, Float64, Int8, Int64
 from torch import Tensor
 
 # Entries within this share of the largest count as equally large, so that rounding cannot pick another one.
 SIGN_TIE = 1e-6
+# Of the second nontrivial eigenvalue: where the first is closer than that, its eigenvector is any vector of a plane.
+DEGENERATE_GAP = 1e-3
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Approximate eigenpairs, ascending, with what is known about them: what every solver returns.
+
+    Attributes:
+        values: Ritz values, ``[G, Q]`` float64.
+        basis: Orthonormal Ritz vectors, ``[G, B, Q]`` float64.
+        residual: ``||L v - value v|| / value``, ``[G, Q]`` float64; infinite where the value is not > 0.
+        second: Second nontrivial Ritz value, ``[G]`` float64: if Q is 1 known only as well as it takes to tell whether
+            there is a gap; +inf where there is no second.
+        iterations: Iterations taken, ``[G]`` int64.
+        converged: Whether all Q residuals reached the tolerance, ``[G]`` bool.
+    """
+
+    values: Float64[Tensor, "G Q"]
+    basis: Float64[Tensor, "G B Q"]
+    residual: Float64[Tensor, "G Q"]
+    second: Float64[Tensor, " G"]
+    iterations: Int64[Tensor, " G"]
+    converged: Bool[Tensor, " G"]
 
 
 @dataclass(frozen=True)

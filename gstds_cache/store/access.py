@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 
 from gstds_cache.store.spec import CacheSpec
@@ -54,6 +55,14 @@ class RowAccess(Protocol):
         ...
 
 
+def convert_into(rows: Rows, out: Rows) -> None:
+    """Copy ``rows`` into ``out`` of another dtype.
+
+    NumPy converts float16 one by one, torch eight at a time: 1.1 against 0.2 ms for 512 rows of 1,280.
+    """
+    torch.from_numpy(out).copy_(torch.from_numpy(rows))
+
+
 class WholeAccess:
     """All rows in one array: of memory, or mapped from a mirror. Shuffling is a permutation of all."""
 
@@ -66,7 +75,7 @@ class WholeAccess:
         if out.dtype == self._rows.dtype:
             np.take(self._rows, rows, axis=0, out=out, mode="clip")  # "raise" would make a copy of out first
         else:
-            out[:] = self._rows[rows]
+            convert_into(np.take(self._rows, rows, axis=0, mode="clip"), out)
 
     def windows(
         self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator

@@ -15,7 +15,7 @@ from gstds_cache.errors import IncompleteError, UsageError, command_line
 from gstds_cache.places import beside
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
-from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose
+from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.journal import Journal, Problem, corrupt, valid_of
 from gstds_cache.store.mirror import open_mirror
 from gstds_cache.store.receipt import Quarantined
@@ -200,7 +200,7 @@ class EmbeddingStore:
             while done < len(rows):
                 take = min(batch_size - filled, len(rows) - done)
                 names[filled : filled + take] = rows[done : done + take]
-                batch[filled : filled + take] = block[places[done : done + take]]
+                convert_into(block[places[done : done + take]], batch[filled : filled + take])
                 filled, done = filled + take, done + take
                 if filled == batch_size:
                     yield names.copy(), batch

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.graph.knn import BACKENDS, knn_graph
+from gstds_cache.graph.knn import BACKENDS, by_candidates, knn_graph, search_torch
 
 GPU = pytest.param(
     ("faiss-gpu", "cuda"),
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+TORCH_ON_CUDA = pytest.param(
+    ("torch", "cuda"),
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
 ON_CUDA = pytest.param(
@@ -19,9 +23,14 @@ ON_CUDA = pytest.param(
 )
 
 
-@pytest.fixture(params=[("faiss-cpu", "cpu"), ON_CUDA, GPU], ids="-on-".join)
-def search(request):
+@pytest.fixture(
+    params=[("faiss-cpu", "cpu"), ("torch", "cpu"), ("torch stacked", "cpu"), ON_CUDA, TORCH_ON_CUDA, GPU],
+    ids="-on-".join,
+)
+def search(request, monkeypatch):
     backend, device = request.param
+    # What torch does on CUDA runs on a CPU as well.
+    monkeypatch.setitem(BACKENDS, "torch stacked", lambda rows, k: by_candidates(search_torch, rows, k))
     return lambda x, k: knn_graph(x.to(device), k, backend=backend)
 
 
@@ -51,7 +60,7 @@ def assert_nearest(x, graph, k):
 
 
 def test_every_backend_is_under_contract():
-    assert set(BACKENDS) == {"faiss-cpu", "faiss-gpu"}
+    assert set(BACKENDS) == {"faiss-cpu", "faiss-gpu", "torch"}
 
 
 @pytest.mark.parametrize(("g", "b", "d", "k"), [(1, 2, 3, 1), (3, 17, 5, 4), (2, 65, 33, 10), (1, 300, 64, 20)])
@@ -86,6 +95,14 @@ def test_exact_duplicates_do_not_bring_a_row_back_to_itself(search):
     assert_nearest(x, graph, 5)
     same_group = torch.arange(48)[:, None] // 8 == graph.neighbors[0].cpu() // 8
     assert same_group.all()
+
+
+def test_ties_at_the_last_place_go_to_the_lowest_index(search):
+    x = torch.eye(3).repeat_interleave(20, 0)[None]
+    lowest = torch.tensor([[j for j in range(r // 20 * 20, r // 20 * 20 + 20) if j != r][:6] for r in range(60)])
+    assert torch.equal(search(x, 6).neighbors[0].cpu(), lowest)
+    far = torch.cat([x[:, :3], -x[:, 20:30]], dim=1)  # rows 0 to 2 are equal, and ten others at 0 to them
+    assert search(far, 5).neighbors[0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])

@@ -10,6 +10,8 @@ import torch
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
+from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.spectral.compiled import lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
 
@@ -24,6 +26,10 @@ def by_lobpcg(laplacian, q):
     return lobpcg(laplacian, q, tolerance=TOLERANCE, max_iterations=500, seed=0)
 
 
+def by_compiled(laplacian, q):
+    return lobpcg_compiled(laplacian, q, tolerance=TOLERANCE, max_iterations=500, seed=0, threads=2)
+
+
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -31,6 +37,7 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
     params=[
         pytest.param((by_dense, "cpu"), id="dense-on-cpu"),
         pytest.param((by_lobpcg, "cpu"), id="lobpcg-on-cpu"),
+        pytest.param((by_compiled, "cpu"), id="compiled-on-cpu"),
         pytest.param((by_dense, "cuda"), id="dense-on-cuda", marks=CUDA),
         pytest.param((by_lobpcg, "cuda"), id="lobpcg-on-cuda", marks=CUDA),
     ]
@@ -54,7 +61,7 @@ def embeddings(g, b, d=24, classes=5, noise=1.0, seed=0):
 
 
 def connected(x, k=8):
-    return bridge_components(symmetrise(knn_graph(x, k)), x)[0]
+    return bridge_components(symmetrise(knn_graph(x, k)), unit_rows(x))[0]
 
 
 def assert_solved(graph, ritz, q, kind="combinatorial", *, every=True):

@@ -235,11 +235,6 @@ WORDS = ["imagefolder:photos", "--cache", "photos.store", "--batch-size", "4", "
 UNITS_OF_PHOTOS = 8
 
 
-def hear_ctrl_c() -> None:
-    """In a job that a shell put into the background Ctrl-C is ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @dataclass
 class Command:
     """``gstds-embed`` as a process group of its own: the run, and the worker that decodes."""
@@ -253,15 +248,22 @@ class Command:
         return self.folder / "photos.store"
 
     def start(self) -> subprocess.Popen[str]:
+        # In a job that a shell put into the background Ctrl-C is ignored, and children inherit that.
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("gstds-embed"), *WORDS, "--model", self.model],
+            [
+                "env",
+                "--default-signal=INT",
+                Path(sys.executable).with_name("gstds-embed"),
+                *WORDS,
+                "--model",
+                self.model,
+            ],
             cwd=self.folder,
             env=os.environ | {"GSTDS_CACHE": str(self.folder / "stores"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=hear_ctrl_c,
         )
         self.groups.append(process.pid)
         return process

@@ -5,15 +5,15 @@ import torch
 
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph import knn
-from gstds_cache.graph.knn import drop_self, knn_graph, resolve_backend
-from gstds_cache.graph.neighbors import check_rows, unit_rows
+from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, settle
+from gstds_cache.graph.neighbors import unit_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "expected"),
-    [(CPU, 0, "faiss-cpu"), (CPU, 2, "faiss-cpu"), (CUDA, 0, "faiss-cpu"), (CUDA, 1, "faiss-gpu")],
+    [(CPU, 0, "torch"), (CPU, 2, "torch"), (CUDA, 0, "torch"), (CUDA, 1, "faiss-gpu")],
 )
 def test_auto_backend(monkeypatch, device, gpus, expected):
     monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: gpus)
@@ -45,51 +45,72 @@ def test_gpu_search_but_for_the_call_itself(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(knn, "_gpu_resources", lambda device: f"resources {device}")
-    rows = unit_rows(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    rows = unit_rows(torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)))
     pytest.importorskip("faiss.contrib.torch_utils")
     monkeypatch.setattr(knn.faiss, "knn_gpu", knn_gpu)
     similarity, index = knn.search_faiss_gpu(rows.as_subclass(OnGpu), 6)
     expected_similarity, expected_index = knn.search_faiss_cpu(rows, 6)
     assert torch.equal(index.as_subclass(torch.Tensor), expected_index)
     assert torch.allclose(similarity.as_subclass(torch.Tensor), expected_similarity, atol=1e-6)
-    assert calls == [("resources None", knn.faiss.METRIC_INNER_PRODUCT, None)]
+    assert calls == [("resources None", knn.faiss.METRIC_INNER_PRODUCT, None)] * 2
 
 
-def test_gpu_search_refuses_more_than_faiss_can_select():
-    with pytest.raises(UsageError, match="at most 2047 neighbours, got k=2048"):
-        knn.search_faiss_gpu(torch.ones(1, 1), 2049)
+def test_more_candidates_than_a_search_can_find_are_found_by_torch():
+    asked = []
+
+    def search(rows, candidates):
+        asked.append(candidates)
+        return search_torch(rows, candidates)
+
+    x = torch.cat([torch.ones(1, 50, 3), torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0))])
+    graph = by_candidates(search, unit_rows(x), 5, largest=20)
+    assert asked == [7, 14]  # 28 are more than it can find, and 14 enough for the other graph
+    assert graph.neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(graph.neighbors, knn_graph(x, 5).neighbors)
+    assert knn.BACKENDS["faiss-cpu"](unit_rows(x), 5).neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_drop_self_takes_the_row_out_by_index_wherever_it_stands():
+def test_settle_takes_the_row_out_by_index_wherever_it_stands():
     similarity = torch.tensor([[1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 0.9, 0.2]])
     index = torch.tensor([[2, 0, 1], [4, 3, 2], [1, 0, 2]])
-    found, neighbors = drop_self(similarity, index)
+    taken, open_end = settle(similarity[None], index[None], 2)
     # Row 1 is not in its own list: the last of (similarity, index) goes. Row 2 stands last itself.
-    assert neighbors.tolist() == [[2, 1], [2, 3], [1, 0]]
-    torch.testing.assert_close(found, torch.tensor([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9]]))
+    assert taken.neighbors[0].tolist() == [[2, 1], [2, 3], [1, 0]]
+    torch.testing.assert_close(taken.similarities[0], torch.tensor([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9]]))
+    assert open_end.tolist() == [True]  # in row 1 a fourth could be as near
+    assert settle(similarity[None, :1], index[None, :1], 1)[1].tolist() == [False]
 
 
-def test_drop_self_clips_rounding_before_it_orders_ties():
-    found, neighbors = drop_self(
-        torch.tensor([[1.0, 1.0000001, 1.0000002], [0.0, 0.0, 0.0], [0, 0, 0]]),
-        torch.tensor([[0, 2, 1], [0, 1, 2], [0, 1, 2]]),
-    )
-    assert neighbors[0].tolist() == [1, 2]
-    assert found.max() == 1
+def test_settle_clips_rounding_before_it_orders_ties():
+    taken, _ = settle(torch.tensor([[[1.0, 1.0000001, 1.0000002]]]), torch.tensor([[[0, 2, 1]]]), 2)
+    assert taken.neighbors[0, 0].tolist() == [1, 2]
+    assert taken.similarities.max() == 1
+
+
+def test_blocks_of_rows_and_graphs_change_nothing(monkeypatch):
+    x = torch.randn(5, 40, 8, generator=torch.Generator().manual_seed(2))
+    whole, searched = knn_graph(x, 6, backend="torch"), search_torch(unit_rows(x), 8)
+    for limit in (4 * 40 * 7, 4 * 40 * 40 * 2):  # 7 rows at once; 2 graphs
+        monkeypatch.setattr(knn, "BLOCK_BYTES", limit)
+        again = knn_graph(x, 6, backend="torch")
+        assert torch.equal(again.neighbors, whole.neighbors)
+        torch.testing.assert_close(again.similarities, whole.similarities, atol=1e-6, rtol=0)
+        assert torch.equal(search_torch(unit_rows(x), 8)[1], searched[1])
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1.0, 1e38])
 def test_unit_rows_of_any_finite_length(scale):
-    rows = unit_rows(torch.tensor([[3.0, -3.0, 0.0], [0.0, 0.0, 0.0]]) * scale)
+    rows = unit_rows(torch.tensor([[[3.0, -3.0, 0.0], [0.0, 0.0, 0.0]]]) * scale)[0]
     expected = torch.tensor([[0.5**0.5, -(0.5**0.5), 0], [0, 0, 0]])
     torch.testing.assert_close(rows, expected)
 
 
 def test_unit_rows_of_float16_are_computed_in_float32():
-    x = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)).half()
-    torch.testing.assert_close(unit_rows(x), torch.nn.functional.normalize(x.float()), atol=1e-6, rtol=0)
+    x = torch.randn(1, 20, 50, generator=torch.Generator().manual_seed(1)).half()
+    expected = torch.nn.functional.normalize(x.float(), dim=2)
+    torch.testing.assert_close(unit_rows(x), expected, atol=1e-6, rtol=0)
 
 
 def test_many_bad_rows_are_counted():
     with pytest.raises(SolverError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and 15 more of graph 0"):
-        check_rows(torch.full((1, 25, 2), torch.nan))
+        unit_rows(torch.full((1, 25, 2), torch.nan))

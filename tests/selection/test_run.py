@@ -81,7 +81,7 @@ def test_starting_anywhere_gives_the_rest_of_the_same_selection(store: Embedding
 
 
 def test_random_computes_no_graph(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gstds_cache.selection.run.fiedler_of_embeddings", None)
+    monkeypatch.setattr("gstds_cache.selection.run.nearest", None)
     selections = run(store, rule="random")
     assert {s.status for s in selections} == {Status.NOT_COMPUTED}
     assert all(s.score is None for s in selections)
