@@ -21,8 +21,19 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout[done.stdout.index("{") :])
     assert result["environment"]["torch"]
+    if path.stem == "bench_accuracy":
+        assert (result["batches"], result["unreported_failures"]) == (8, 0)
     if path.stem == "bench_fiedler":
-        assert result["cosine_min_where_gap_is_clear"] > 0.9999
+        race = result["races"]["B=64 q=1 tol=1e-06"]
+        assert race["residual"]["gstds-cache"]["max"] <= 1e-6
+        assert "scipy eigsh SA" in race["ms_per_graph"]
+    if path.stem == "bench_knn":
+        assert all(same > 0.99 for same in result["by_batch_size"]["64"]["same_neighbours_as_torch"].values())
+    if path.stem == "bench_select":
+        (whole,) = result["whole_path"].values()
+        assert min(whole["kept_overlap_with_peers"].values()) > 0.9
+    if path.stem == "bench_growth":
+        assert result["by_rows"]["600"]["ms_per_batch"]["median"] > 0
     if path.stem == "bench_embed":
         assert result["embed_over_limit"]["median"] > 0
     if path.stem == "bench_hit":

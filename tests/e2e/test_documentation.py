@@ -56,6 +56,14 @@ def test_any_zarr_reader_opens_a_store() -> None:
     assert names["fine"].all()
 
 
+def test_the_functions_for_anyone() -> None:
+    names: dict[str, object] = {}
+    exec(python_block("docs/spectral.md"), names)
+    assert (names["agreement"] > 0.95).all()
+    assert names["remedies"] == ["converged: nothing to do"] * 4
+    assert tuple(names["nearest"].shape) == (4, 100, 10)
+
+
 def test_tests_named_as_proof_of_a_promise_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/cache-format.md").read_text())
     assert len(named) >= 16

@@ -1,0 +1,77 @@
+"""Nearest neighbours within batches: every backend that runs here, beside the bare matrix product.
+
+    python benchmarks/bench_knn.py STORE... [--batch-sizes 128 256 512 1024 2048 4096]
+
+Milliseconds per graph, one graph at a time, all cores; interleaved trials. The limit is ``torch.bmm`` of the stacked
+batches, which computes the similarities and keeps none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from batches import batches_of
+from harness import interleaved, parser, report
+
+from gstds_cache.devices import cores, limit_threads
+from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch
+from gstds_cache.graph.neighbors import unit_rows
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("stores", type=Path, nargs="*", help="stores of real images; not needed with --smoke")
+    made.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    made.add_argument("--knn", type=int, default=10)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = made.parse_args()
+    if not arguments.stores and not arguments.smoke:
+        made.error("give a STORE, or --smoke")
+    if arguments.smoke:
+        arguments.batch_sizes, arguments.trials = [64], 1
+    limit_threads(cores())
+    device, by_size = torch.device(arguments.device), {}
+    names = [name for name in BACKENDS if name != "faiss-gpu" or faiss.get_num_gpus()]
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for size in arguments.batch_sizes:
+        count = max(1, min(16, 4096 // size))
+        rows = unit_rows(torch.from_numpy(batches_of(arguments.stores, count, size))).to(device)
+        out = torch.empty(count, size, size, device=device)
+
+        def limit(rows: torch.Tensor = rows, out: torch.Tensor = out) -> None:
+            torch.bmm(rows, rows.transpose(1, 2), out=out)
+            wait()
+
+        def search(name: str, rows: torch.Tensor = rows) -> None:
+            nearest(rows, arguments.knn, backend=name)
+            wait()
+
+        ways = {name: lambda name=name: search(name) for name in names}
+        ways["torch, bmm and topk"] = lambda rows=rows: (by_candidates(search_torch, rows, arguments.knn), wait())
+        timed = interleaved(arguments.trials, limit=limit, **ways)
+        first = nearest(rows, arguments.knn, backend="torch").neighbors
+        by_size[size] = {
+            "graphs": count,
+            "dim": rows.shape[2],
+            "ms_per_graph": {name: 1e3 * spent["median"] / count for name, spent in timed.items()},
+            "seconds": timed,
+            "over_the_product": {
+                name: spent["median"] / timed["limit"]["median"] for name, spent in timed.items() if name != "limit"
+            },
+            "same_neighbours_as_torch": {
+                name: float(np.mean((nearest(rows, arguments.knn, backend=name).neighbors == first).cpu().numpy()))
+                for name in names
+            },
+        }
+    report("knn", {"knn": arguments.knn, "auto": resolve_backend("auto", device), "by_batch_size": by_size}, arguments)
+
+
+if __name__ == "__main__":
+    main()
