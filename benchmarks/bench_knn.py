@@ -8,7 +8,10 @@ batches, which computes the similarities and keeps none.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin would take the cores from the next in turn
 
 import faiss
 import numpy as np

@@ -131,12 +131,14 @@ def main(
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
+    from gstds_cache.memory import keep_freed_memory
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.writer import is_finished, write_file, write_pipe
 
     if piped and force:
         raise UsageError("--force replaces a file; with --out - there is none")
+    keep_freed_memory()
     limit_threads(config.threads)
     opened_store = EmbeddingStore(
         store, memory_budget=memory_budget << 20, access=access, mirror=None if mirror is None else Path(mirror)

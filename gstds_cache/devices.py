@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,13 +66,8 @@ def limit_threads(threads: int) -> None:
         threadpoolctl.threadpool_limits(threads)
 
 
-@functools.cache
-def _pools() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController()  # looking for the libraries takes milliseconds
-
-
 def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """Do ``work`` for each of ``items``, in as many threads; in each, torch and BLAS have one.
+    """Do ``work`` for each of ``items``, in as many threads, in each of which BLAS and OpenMP have one thread.
 
     What is computed does not depend on the number of threads. Until the last result is read, the BLAS of NumPy and
     SciPy has one thread in this whole process. At most ``threads + 1`` items are ahead of whoever reads the results.
@@ -87,21 +80,11 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gene
     Yields:
         The results, in the order of the items.
     """
-    before = torch.get_num_threads()
-    started = threading.Barrier(threads + 1)
-
-    def single() -> None:
-        torch.set_num_threads(1)  # in this thread, and in those that start from now on
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads)
+    # OpenMP's number of threads is a setting of each thread; BLAS's, mostly, of the process.
+    pool = ThreadPoolExecutor(threads, initializer=threadpoolctl.threadpool_limits, initargs=(1, "openmp"))
     ahead: deque[Future[R]] = deque()
-    with _pools().limit(limits=1, user_api="blas"):
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
         try:
-            for _ in range(threads):
-                pool.submit(single)
-            started.wait()
-            torch.set_num_threads(before)
             for item in items:
                 ahead.append(pool.submit(work, item))
                 if len(ahead) > threads + 1:

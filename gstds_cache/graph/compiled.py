@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, UInt16, UInt32
 from numba import njit, uint64
 
 FAST = frozenset({"reassoc", "contract", "nsz", "arcp"})  # sums in any fixed order, so that they can be vectorised
@@ -66,6 +66,42 @@ def unit_rows_into(x: Float32[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"
         exact = 1 / np.sqrt(exact) if exact > 0 else 0.0
         for d in range(x.shape[1]):
             out[i, d] = np.float64(x[i, d]) * exact
+    return -1
+
+
+@compiled(fast=True)
+def unit_half_rows_into(
+    x: UInt16[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"], bits: UInt32[np.ndarray, "B D"]
+) -> int:
+    """:func:`unit_rows_into` of float16 rows, converted on the way: in one pass over memory instead of three.
+
+    A float16's exponent and fraction, moved to their places in a float32, are the number times 2^-112.
+
+    Args:
+        x: Rows, ``[B, D]``, the bits of float16.
+        out: Where they go, ``[B, D]`` float32.
+        bits: The same memory as ``out``.
+
+    Returns:
+        The first row that holds NaN or Inf, or -1. That row and those after it are left undone.
+    """
+    unit = np.float32(2.0**112)
+    for i in range(x.shape[0]):
+        largest = np.uint32(0)
+        for d in range(x.shape[1]):
+            half = np.uint32(x[i, d])
+            size = half & np.uint32(0x7FFF)
+            largest = size if size > largest else largest
+            bits[i, d] = ((half & np.uint32(0x8000)) << np.uint32(16)) | (size << np.uint32(13))
+        if largest >= np.uint32(0x7C00):
+            return i
+        total = 0.0
+        for d in range(x.shape[1]):
+            value = out[i, d] * unit
+            total += value * value
+        scale = unit / np.float32(np.sqrt(total)) if total > 0 else np.float32(0)
+        for d in range(x.shape[1]):
+            out[i, d] *= scale
     return -1
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.graph.compiled import unit_rows_into
+from gstds_cache.graph.compiled import unit_half_rows_into, unit_rows_into
 
 ROWS_NAMED = 10
 
@@ -59,9 +60,14 @@ def unit_rows(x: Float[Tensor, "G B D"], *, out: Float32[Tensor, "G B D"] | None
     if 0 in x.shape:
         raise UsageError(f"embeddings [G, B, D]: got shape {list(x.shape)}, expected every axis to be at least 1")
     if x.device.type == "cpu" and x.dtype != torch.float64:
-        given = x.to(torch.float32).contiguous()
-        out = torch.empty_like(given) if out is None else out
-        if unit_rows_into(given.view(-1, x.shape[2]).numpy(), out.view(-1, x.shape[2]).numpy()) >= 0:
+        flat = x.reshape(-1, x.shape[2])
+        out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
+        to = out.view(flat.shape).numpy()
+        if x.dtype == torch.float16:
+            bad = unit_half_rows_into(flat.contiguous().numpy().view(np.uint16), to, to.view(np.uint32))
+        else:
+            bad = unit_rows_into(flat.to(torch.float32).contiguous().numpy(), to)
+        if bad >= 0:
             _require_finite(x)
         return out
     _require_finite(x)

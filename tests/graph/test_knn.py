@@ -111,6 +111,18 @@ def test_unit_rows_of_float16_are_computed_in_float32():
     torch.testing.assert_close(unit_rows(x), expected, atol=1e-6, rtol=0)
 
 
+def test_every_float16_is_converted_exactly():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    rows = torch.stack([every, torch.ones_like(every)], dim=1)[None]
+    expected = torch.nn.functional.normalize(rows.double(), dim=2).float()
+    torch.testing.assert_close(unit_rows(rows), expected, rtol=3e-7, atol=1e-45)
+    assert unit_rows(torch.zeros(1, 2, 3).half()).tolist() == [[[0.0] * 3] * 2]
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        with pytest.raises(SolverError, match=r"rows \[1\] of graph 0"):
+            unit_rows(torch.tensor([[[1.0], [bad]]]).half())
+
+
 def test_many_bad_rows_are_counted():
     with pytest.raises(SolverError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and 15 more of graph 0"):
         unit_rows(torch.full((1, 25, 2), torch.nan))

@@ -55,6 +55,33 @@ def test_symmetrise_is_the_dense_union(g, b, k, seed):
     assert torch.equal(graph.row * 10**6 + graph.col, (graph.row * 10**6 + graph.col).sort().values)
 
 
+def edges_of(knn: KnnGraph):
+    """Directed edges of a neighbour graph, as torch would merge them on CUDA."""
+    g, b, k = knn.neighbors.shape
+    near = torch.arange(g * b).repeat_interleave(k)
+    return near, (knn.neighbors + torch.arange(g)[:, None, None] * b).flatten(), knn.similarities.flatten().double()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_compiled_union_is_the_one_of_torch(seed):
+    knn = knn_graph(torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(seed)), 7)
+    compiled, by_torch = symmetrise(knn), SparseGraph.from_edges(*edges_of(knn), (3, 50))
+    for name, value in vars(by_torch).items():
+        torch.testing.assert_close(getattr(compiled, name), value, rtol=1e-15, atol=0)
+
+
+def test_edges_are_inserted_where_they_belong():
+    graph = random_graph(g=2, b=30, k=3)
+    every = {(i, j) for g in range(2) for i in range(30 * g, 30 * g + 30) for j in range(30 * g, 30 * g + 30) if i < j}
+    new = sorted(every - set(zip(graph.row.tolist(), graph.col.tolist(), strict=True)))[::7]
+    near, far = (torch.tensor(end) for end in zip(*new[::-1], strict=True))
+    weight = torch.linspace(0.1, 2, len(new), dtype=torch.float64)
+    inserted = graph.with_edges(near, far, weight)
+    ends = (torch.cat([graph.row, near]), torch.cat([graph.col, far]), torch.cat([graph.weight, weight]))
+    for name, value in vars(SparseGraph.from_edges(*ends, (2, 30))).items():
+        torch.testing.assert_close(getattr(inserted, name), value, rtol=1e-14, atol=0)
+
+
 def test_padding_and_opposite_rows_are_no_edges():
     knn = KnnGraph(
         neighbors=torch.tensor([[[1, -1], [0, 2], [1, 0]]]),

@@ -9,7 +9,7 @@ import scipy.linalg
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected import Selection
@@ -78,6 +78,32 @@ def test_starting_anywhere_gives_the_rest_of_the_same_selection(store: Embedding
     for a, b in zip(whole[start:], rest, strict=True):
         assert a.kept.tolist() == b.kept.tolist()
         assert (a.value, a.residual, a.status) == (b.value, b.residual, b.status)
+
+
+def test_the_same_bytes_twenty_times_with_one_thread_and_with_more(store: EmbeddingStore) -> None:
+    def everything(threads: int) -> list[object]:
+        return [
+            (s.kept.tobytes(), s.score.tobytes(), s.value, s.residual, s.status) for s in run(store, threads=threads)
+        ]
+
+    first = everything(1)
+    assert len(first) == 6
+    for turn in range(20):
+        assert everything(1 + turn % 3) == first
+
+
+def test_a_bad_row_ends_the_run_whatever_the_threads(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = store.gather
+
+    def broken(rows, out):
+        gather(rows, out)
+        out[3] = np.nan
+        return out
+
+    monkeypatch.setattr(store, "gather", broken)
+    for threads in (1, 2):
+        with pytest.raises(SolverError, match=r"rows \[3\] of graph 0"):
+            run(store, threads=threads)
 
 
 def test_random_computes_no_graph(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
