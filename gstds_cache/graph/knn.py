@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.graph.compiled import nearest_in_rows
-from gstds_cache.graph.neighbors import KnnGraph, unit_rows
+from gstds_cache.graph.neighbors import KnnGraph, as_stack, unit_rows
 
 Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
@@ -234,23 +234,30 @@ def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") ->
     return BACKENDS[resolve_backend(backend, rows.device)](rows, min(k, rows.shape[1] - 1))
 
 
-def knn_graph(x: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
+def knn_graph(
+    x: Float[Tensor, "*G B D"] | Float[np.ndarray, "*G B D"],
+    k: int,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+) -> KnnGraph:
     """Find the ``k`` most similar other rows of every row, by cosine, within each graph.
 
     A graph's result does not depend on the graphs it is stacked with. Of rows that are equally similar, in the
     backend's float32, the one with the lowest index comes first, also where not all of them fit.
 
     Args:
-        x: Embeddings, ``[G, B, D]``, any float dtype and device; normalised here in float32. Zero rows have
-            similarity 0 to everything.
+        x: Embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype, NumPy or torch; normalised
+            here in float32. Zero rows have similarity 0 to everything.
         k: Neighbours per row, >= 1; clipped to B - 1.
         backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
 
     Returns:
-        Neighbours and similarities, ``[G, B, min(k, B - 1)]``, on the device of ``x``.
+        Neighbours and similarities, ``[G, B, min(k, B - 1)]``, on that device.
 
     Raises:
         UsageError: If ``k`` < 1, ``x`` is empty, or the backend is unknown or cannot run here.
         SolverError: If a row holds NaN or Inf.
     """
-    return nearest(unit_rows(x), k, backend=backend)
+    return nearest(unit_rows(as_stack(x, device)), k, backend=backend)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from gstds_cache.devices import resolve_device
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.compiled import unit_half_rows_into, unit_rows_into
 
@@ -26,6 +27,23 @@ class KnnGraph:
 
     neighbors: Int64[Tensor, "G B K"]
     similarities: Float32[Tensor, "G B K"]
+
+
+def as_stack(x: Float[Tensor, "*G B D"] | Float[np.ndarray, "*G B D"], device: str | None = None) -> Tensor:
+    """``[G, B, D]`` of one batch or several, from NumPy or torch, on a device.
+
+    Args:
+        x: Embeddings, ``[B, D]`` or ``[G, B, D]``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
+
+    Raises:
+        UsageError: ``x`` has another number of axes, or there is no such device.
+    """
+    given = torch.as_tensor(x)
+    if given.ndim not in {2, 3}:
+        raise UsageError(f"embeddings: got shape {list(given.shape)}, expected [B, D] or [G, B, D]")
+    given = given.to(given.device if device is None else resolve_device(device))
+    return given if given.ndim == 3 else given[None]
 
 
 def _require_finite(x: Float[Tensor, "G B D"]) -> None:

@@ -1,6 +1,7 @@
 """LOBPCG for one graph after the other on a CPU, compiled by numba; threads take graphs in turn.
 
-The algorithm, its letters and its references are those of spectral/lobpcg.py. What is different here:
+The algorithm, its letters and its references are those of spectral/lobpcg.py, and W is the preconditioned residuals.
+What is different here:
 
     * The preconditioner is symmetric Gauss-Seidel, in whose reach a graph of a few hundred nodes is solved in half the
       iterations that Jacobi takes, at less than twice the price: A T r comes out of applying T but for one pass over

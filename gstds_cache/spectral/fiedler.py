@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int8
 from torch import Tensor
 
-from gstds_cache.devices import resolve_device
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components, label_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import as_stack, unit_rows
 from gstds_cache.spectral.compiled import block_size, lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
@@ -207,12 +206,8 @@ def fiedler_vectors(
         UsageError: If an argument is out of range.
         SolverError: If a row holds NaN or Inf.
     """
-    given = torch.as_tensor(x)
-    if given.ndim not in {2, 3}:
-        raise UsageError(f"embeddings: got shape {list(given.shape)}, expected [B, D] or [G, B, D]")
-    given = given.to(given.device if device is None else resolve_device(device))
     return fiedler_of_rows(
-        unit_rows(given if given.ndim == 3 else given[None]),
+        unit_rows(as_stack(x, device)),
         k=k,
         q=q,
         laplacian=laplacian,

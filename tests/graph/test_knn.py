@@ -111,6 +111,16 @@ def test_unit_rows_of_float16_are_computed_in_float32():
     torch.testing.assert_close(unit_rows(x), expected, atol=1e-6, rtol=0)
 
 
+def test_one_batch_and_numpy_arrays_are_taken_as_well():
+    x = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(3))
+    expected = knn_graph(x, 5)
+    for given in (x[0], x.numpy(), x[0].numpy().astype("float64")):
+        graph = knn_graph(given, 5, device="cpu")
+        assert torch.equal(graph.neighbors, expected.neighbors)
+    with pytest.raises(UsageError, match=r"got shape \[1, 2, 30, 3\], expected"):
+        knn_graph(torch.ones(1, 2, 30, 3), 5)
+
+
 def test_every_float16_is_converted_exactly():
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     every = every[every.isfinite()]
