@@ -25,7 +25,8 @@ from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, symmetrise
 from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.selection.rules import RULES, settle_ties
+from gstds_cache.selection.rule import RuleBatch, settle_ties
+from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral import fiedler
 from gstds_cache.spectral.lobpcg import lobpcg
 from gstds_cache.spectral.status import Status
@@ -36,9 +37,7 @@ BATCHES = {8: 60, 16: 60, 32: 60, 64: 60, 128: 60, 256: 80, 512: 100, 1024: 40, 
 
 def shared(rule: str, one: np.ndarray, other: np.ndarray, keep: int) -> float:
     """Share of the rows a rule keeps that it keeps for both vectors."""
-    kept = [
-        set(RULES[rule].choose(settle_ties(vector), keep, np.random.default_rng(0)).tolist()) for vector in (one, other)
-    ]
+    kept = [set(RULES[rule].choose(RuleBatch(settle_ties(vector), keep)).tolist()) for vector in (one, other)]
     return len(kept[0] & kept[1]) / keep
 
 
@@ -49,7 +48,7 @@ def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
     result = fiedler.fiedler_of_graph(graph, tolerance=tolerance)
     operator, keep = Laplacian(graph), max(1, x.shape[1] // 4)
     error, cosine, clear, unreported = [], [], [], 0
-    overlap: dict[str, list[float]] = {name: [] for name, rule in RULES.items() if rule.needs_spectrum}
+    overlap: dict[str, list[float]] = {name: [] for name, rule in RULES.items() if rule.vectors == 1}
     for g in range(len(x)):
         values, vectors = scipy.linalg.eigh(operator.dense(g).numpy(), subset_by_index=[1, 2])
         ours, theirs = result.vector[g].numpy(), vectors[:, 0]

@@ -38,7 +38,8 @@ from harness import interleaved, parser, report, spread
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, limit_threads
 from gstds_cache.selection.plan import BatchPlan
-from gstds_cache.selection.rules import coverage, settle_ties
+from gstds_cache.selection.rule import RuleBatch, settle_ties
+from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.store.layout import OK
@@ -80,7 +81,7 @@ class Composition:
 
     def select(self, batch: BatchPlan, search: str) -> np.ndarray:
         vector = self.vector(batch.indices, search)
-        return batch.indices[coverage(settle_ties(vector), batch.keep, np.random.default_rng(0))]
+        return batch.indices[coverage(RuleBatch(settle_ties(vector), batch.keep))]
 
 
 _composition: Composition | None = None

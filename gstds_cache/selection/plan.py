@@ -86,7 +86,11 @@ class SelectionPlan:
         """Rows that stay of batch ``seq``: the filter ratio's share is removed, rounded down; at least one stays."""
         n_in = self._rows_in(seq % self.batches_per_epoch)
         # 1e-9: a ratio of 0.7 of 10 rows is 7 rows, though 0.7 * 10 is 6.999...
-        return max(1, n_in - int(self.schedule.ratio(seq, self.total_batches) * n_in + 1e-9))
+        return max(1, n_in - int(self.ratio(seq) * n_in + 1e-9))
+
+    def ratio(self, seq: int) -> float:
+        """The schedule's filter ratio at batch ``seq``."""
+        return self.schedule.ratio(seq, self.total_batches)
 
     def _rows_in(self, batch_id: int) -> int:
         last = batch_id == self.batches_per_epoch - 1

@@ -1,104 +1,111 @@
-"""Rules: from a graph's Fiedler vector to the rows that stay. Small pure functions in a registry.
+"""Rules along one Fiedler coordinate, and the registry of all rules.
 
-Which rule is best is a question for measurements (benchmarks/), not for this file. The paper's abstract says that a
+Which rule is best is a question for measurements (docs/method.md), not for this file. The paper's abstract says that a
 share of each batch is removed by its Fiedler vector; the readings of that below are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
-from gstds_cache.errors import unknown_name
-
-Choose = Callable[[Float64[np.ndarray, " B"], int, np.random.Generator], Int64[np.ndarray, " M"]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A named rule.
-
-    Attributes:
-        name: Its name on the command line.
-        summary: What it keeps, in a few words.
-        needs_spectrum: Whether the graph and its Fiedler vector have to be computed.
-        choose: (Fiedler vector float64 [B], keep M, rng) -> positions int64 [M] in the batch, ascending, distinct.
-    """
-
-    name: str
-    summary: str
-    needs_spectrum: bool
-    choose: Choose
+from gstds_cache.digest import sha256_file
+from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.plugins import load_factory
+from gstds_cache.selection.rule import Choose, Rule, RuleBatch
 
 
-TIE = 1e-6  # of the largest magnitude
-
-
-def settle_ties(vector: Float64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
-    """Round a Fiedler vector to multiples of 1e-6 of its largest magnitude, so that equals are equal.
-
-    Duplicate images have the same neighbours and so the same coordinate, but for rounding errors. Left as they are,
-    two exact solvers disagree on 1 to 3 % of the kept rows of a batch (benchmarks/results/fiedler.json); settled, they
-    agree on all, and ties go to the row that comes first in the batch.
-    """
-    step = TIE * np.abs(vector).max(initial=0.0)
-    return np.round(vector / step) * step if step > 0 else vector
-
-
-def coverage(vector: Float64[np.ndarray, " B"], keep: int, _rng: np.random.Generator) -> Int64[np.ndarray, " M"]:
+def coverage(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """Evenly spaced ranks along the Fiedler order: the middle of each of ``keep`` equal stretches."""
-    order = np.argsort(vector, kind="stable")
-    ranks = ((2 * np.arange(keep) + 1) * len(vector)) // (2 * keep)
+    order = np.argsort(batch.vector, kind="stable")
+    ranks = ((2 * np.arange(batch.keep) + 1) * len(batch)) // (2 * batch.keep)
     return np.sort(order[ranks])
 
 
-def extremes(vector: Float64[np.ndarray, " B"], keep: int, _rng: np.random.Generator) -> Int64[np.ndarray, " M"]:
+def extremes(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """Largest absolute value: rows deep inside either side of the cut."""
-    return np.sort(np.argsort(-np.abs(vector), kind="stable")[:keep])
+    return np.sort(np.argsort(-np.abs(batch.vector), kind="stable")[: batch.keep])
 
 
-def boundary(vector: Float64[np.ndarray, " B"], keep: int, _rng: np.random.Generator) -> Int64[np.ndarray, " M"]:
+def boundary(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """Smallest absolute value: rows near the cut."""
-    return np.sort(np.argsort(np.abs(vector), kind="stable")[:keep])
+    return np.sort(np.argsort(np.abs(batch.vector), kind="stable")[: batch.keep])
 
 
-def gap(vector: Float64[np.ndarray, " B"], keep: int, _rng: np.random.Generator) -> Int64[np.ndarray, " M"]:
+def gap(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """Widest spacing to the two neighbours in the Fiedler order; at the ends, twice the spacing to the one."""
-    order = np.argsort(vector, kind="stable")
-    steps = np.diff(vector[order])
+    order = np.argsort(batch.vector, kind="stable")
+    steps = np.diff(batch.vector[order])
     if not steps.size:
-        return np.arange(keep, dtype=np.int64)
+        return np.arange(batch.keep, dtype=np.int64)
     spacing = np.concatenate([[2 * steps[0]], steps[:-1] + steps[1:], [2 * steps[-1]]])
     widest_first = np.lexsort((order, -spacing))
-    return np.sort(order[widest_first[:keep]])
+    return np.sort(order[widest_first[: batch.keep]])
 
 
-def random(vector: Float64[np.ndarray, " B"], keep: int, rng: np.random.Generator) -> Int64[np.ndarray, " M"]:
+def random(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """A uniformly random subset, without looking: the baseline every other rule has to beat."""
-    return np.sort(rng.choice(len(vector), keep, replace=False))
+    return np.sort(batch.rng.choice(len(batch), batch.keep, replace=False))
 
 
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("coverage", "evenly spaced along the Fiedler order", True, coverage),
-        Rule("extremes", "largest absolute Fiedler value", True, extremes),
-        Rule("boundary", "smallest absolute Fiedler value", True, boundary),
-        Rule("gap", "widest spacing to Fiedler neighbours", True, gap),
-        Rule("random", "uniformly random; computes no graph", False, random),
+        Rule("coverage", "evenly spaced along the Fiedler order", coverage),
+        Rule("extremes", "largest absolute Fiedler value", extremes),
+        Rule("boundary", "smallest absolute Fiedler value", boundary),
+        Rule("gap", "widest spacing to Fiedler neighbours", gap),
+        Rule("random", "uniformly random; computes no graph", random, vectors=0),
     )
 }
 
 
 def find_rule(name: str) -> Rule:
-    """The rule of that name.
+    """The rule of that name: one of ours, or ``module:function``.
+
+    A function of one's own takes a :class:`RuleBatch` and gets one eigenvector; to ask for more, or for guidance, name
+    a :class:`Rule` instead of a function: ``mine = Rule("mine", "what it keeps", my_function, vectors=8)``.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The rule; what one's own returns is checked batch by batch.
 
     Raises:
         UsageError: There is none; the message lists what there is.
     """  # noqa: DOC501
-    if name not in RULES:
-        raise unknown_name("rule", name, RULES)
-    return RULES[name]
+    if ":" not in name:
+        if name not in RULES:
+            raise unknown_name("rule", name, [*RULES, "module:function"])
+        return RULES[name]
+    found = load_factory(name, "rule", RULES)
+    own = found if isinstance(found, Rule) else Rule(name, "your own", found)
+    return replace(own, name=name, choose=_checked(name, own.choose), source=_source(own.choose))
+
+
+def _source(function: Choose) -> str:
+    """SHA-256 of the file a function is written in, so that a changed rule is another selection."""
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        return ""
+    return sha256_file(Path(file)) if file and Path(file).is_file() else ""
+
+
+def _checked(name: str, choose: Choose) -> Choose:
+    def checked(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
+        kept = np.asarray(choose(batch))
+        ascending = kept.ndim == 1 and kept.dtype.kind in "iu" and bool((np.diff(kept) > 0).all())
+        if len(kept) != batch.keep or not ascending or kept[0] < 0 or kept[-1] >= len(batch):
+            raise UsageError(
+                f"--rule {name}: got {kept.dtype} {list(kept.shape)} {kept[:8]}..., expected {batch.keep} different "
+                f"positions from 0 to {len(batch) - 1}, ascending, as integers"
+            )
+        return kept.astype(np.int64)
+
+    return checked

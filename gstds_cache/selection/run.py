@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from gstds_cache.digest import digest_of
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rules import find_rule, settle_ties
+from gstds_cache.selection.rule import Rule, RuleBatch, settle_ties
+from gstds_cache.selection.rules import find_rule
 from gstds_cache.selection.schedule import parse_schedule
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.fiedler import fiedler_of_graph
@@ -32,6 +33,8 @@ from gstds_cache.spectral.status import Status
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
+R = TypeVar("R", KnnGraph, FiedlerResult)
+Spectra = tuple[KnnGraph, FiedlerResult]
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
 ALGORITHM = 2  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
@@ -103,9 +106,10 @@ class BatchSelector:
         )
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
-        self.identity = identity(store, config)
+        self.identity = identity(store, config, self.rule)
         self.digest = digest_of(self.identity)
         self.counts = SelectionCounts()
+        self._labels = store.labels
         self._lock = threading.Lock()
         self._buffers = threading.local()
 
@@ -123,6 +127,18 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
+        for selection, _seen in self.watch(start):
+            yield selection
+
+    def watch(self, start: int = 0) -> Iterator[tuple[Selection, RuleBatch]]:
+        """:meth:`run`, with what the rule saw of every row beside what it kept.
+
+        Args:
+            start: First ``seq``.
+
+        Yields:
+            The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
+        """
         threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
         done = in_threads(self._select, self._stacks(start), threads)
         try:
@@ -132,9 +148,9 @@ class BatchSelector:
                 self.counts.elapsed += time.perf_counter() - begun
                 if selections is None:
                     return
-                for selection in selections:
+                for selection, seen in selections:
                     self.counts.add(selection)
-                    yield selection
+                    yield selection, seen
         finally:
             done.close()
 
@@ -153,12 +169,13 @@ class BatchSelector:
         if stack:
             yield stack
 
-    def _select(self, batches: list[BatchPlan]) -> list[Selection]:
-        spectrum = self._spectrum(batches) if self.rule.needs_spectrum else None
+    def _select(self, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
+        spectra = self._spectra(batches) if self.rule.vectors else None
         with self._timed("rule"):
-            return [self._choose(batch, spectrum, graph) for graph, batch in enumerate(batches)]
+            return [self._choose(batch, spectra, graph) for graph, batch in enumerate(batches)]
 
-    def _spectrum(self, batches: list[BatchPlan]) -> FiedlerResult:
+    def _spectra(self, batches: list[BatchPlan]) -> Spectra:
+        """Graphs and eigenpairs of the batches, in memory."""
         config = self.config
         with self._timed("gather"):
             rows = self._gather(batches)
@@ -169,13 +186,14 @@ class BatchSelector:
         with self._timed("solve"):
             result = fiedler_of_graph(
                 graph,
+                q=self.rule.vectors,
                 laplacian=config.laplacian,
                 tolerance=config.tolerance,
                 max_iterations=config.max_iterations,
                 seed=config.seed,
                 threads=1,
             )
-            return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
+            return _on_cpu(neighbours), _on_cpu(result)
 
     def _gather(self, batches: list[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
         """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""
@@ -206,24 +224,52 @@ class BatchSelector:
         with self._lock:
             self.counts.seconds[phase] += time.perf_counter() - begun
 
-    def _choose(self, batch: BatchPlan, spectrum: FiedlerResult | None, graph: int) -> Selection:
-        vector = np.zeros(len(batch.indices)) if spectrum is None else settle_ties(spectrum.vector[graph].numpy())
-        rng = rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id)
-        positions = self.rule.choose(vector, batch.keep, rng)
-        return Selection(
+    def _see(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> RuleBatch:
+        """What the rule gets to see of a batch."""
+        seen = RuleBatch(
+            vector=np.zeros(len(batch.indices)),
+            keep=batch.keep,
+            rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
+            labels=self._labels[batch.indices],
+            ratio=self.plan.ratio(batch.seq),
+        )
+        if spectra is None:
+            return seen
+        near, found = spectra
+        basis = settle_ties(found.basis[graph].numpy())
+        return replace(
+            seen,
+            vector=np.ascontiguousarray(basis[:, 0]),
+            basis=basis,
+            values=found.values[graph].numpy(),
+            neighbors=near.neighbors[graph].numpy(),
+            similarities=near.similarities[graph].numpy(),
+        )
+
+    def _choose(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> tuple[Selection, RuleBatch]:
+        seen = self._see(batch, spectra, graph)
+        positions = self.rule.choose(seen)
+        found = None if spectra is None else spectra[1]
+        selection = Selection(
             seq=batch.seq,
             epoch=batch.epoch,
             batch_id=batch.batch_id,
             n_in=len(batch.indices),
             kept=batch.indices[positions],
-            score=None if spectrum is None else vector[positions].astype(np.float32),
-            status=Status.NOT_COMPUTED if spectrum is None else Status(int(spectrum.status[graph])),
-            value=float("nan") if spectrum is None else float(spectrum.values[graph, 0]),
-            residual=float("nan") if spectrum is None else float(spectrum.residual[graph, 0]),
+            score=None if found is None else seen.vector[positions].astype(np.float32),
+            status=Status.NOT_COMPUTED if found is None else Status(int(found.status[graph])),
+            value=float("nan") if found is None else float(found.values[graph, 0]),
+            residual=float("nan") if found is None else float(found.residual[graph, 0]),
         )
+        return selection, seen
 
 
-def identity(store: EmbeddingStore, config: SelectConfig) -> dict[str, Any]:
+def _on_cpu(result: R) -> R:
+    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
+
+
+def identity(store: EmbeddingStore, config: SelectConfig, rule: Rule) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings}
+    source = {"rule_source": rule.source} if rule.source else {}
+    return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings, **source}

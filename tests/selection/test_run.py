@@ -10,6 +10,7 @@ import scipy.linalg
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected import Selection
@@ -17,6 +18,16 @@ from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
 CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu")
+
+THIRD = """
+import numpy as np
+from gstds_cache.selection.rule import Rule
+
+def far_end(batch):
+    return np.sort(np.argsort(-batch.basis[:, 2], kind="stable")[: batch.keep])
+
+ends = Rule("ends", "far end of the third eigenvector", far_end, vectors=3)
+"""
 
 
 @pytest.fixture
@@ -50,7 +61,7 @@ def test_kept_rows_are_those_of_the_definition_written_out(store: EmbeddingStore
         batch = selector.plan.batch(selection.seq)
         assert Status.BRIDGED not in selection.status  # the naive version does not bridge
         vector = naive_fiedler(store.gather(batch.indices).astype(np.float64), 6)
-        expected = batch.indices[coverage(vector, batch.keep, np.random.default_rng())]
+        expected = batch.indices[coverage(RuleBatch(vector, batch.keep))]
         overlap = len(np.intersect1d(selection.kept, expected)) / batch.keep
         assert overlap >= 0.99, selection.seq
         assert selection.score is not None
@@ -142,3 +153,22 @@ def test_the_smallest_batches_there_may_be(store: EmbeddingStore) -> None:
 def test_a_batch_size_above_the_rows_is_refused(store: EmbeddingStore) -> None:
     with pytest.raises(UsageError, match="only 198 rows"):
         BatchSelector(store, replace(CONFIG, batch_size=199))
+
+
+def test_a_rule_sees_as_many_eigenvectors_as_it_asks_for(store: EmbeddingStore, tmp_path, monkeypatch) -> None:
+    (tmp_path / "third_vector.py").write_text(THIRD)
+    monkeypatch.syspath_prepend(tmp_path)
+    selector = BatchSelector(store, replace(CONFIG, rule="third_vector:ends"))
+    for selection, seen in selector.watch():
+        batch = selector.plan.batch(selection.seq)
+        assert seen.basis.shape == (len(batch.indices), 3)
+        assert seen.neighbors.shape == (len(batch.indices), 6)
+        assert seen.labels.tolist() == store.labels[batch.indices].tolist()
+        assert (seen.vector == seen.basis[:, 0]).all()
+        assert (np.diff(seen.values) >= 0).all()
+        assert seen.ratio == 0.75
+        expected = np.sort(np.argsort(-seen.basis[:, 2], kind="stable")[: batch.keep])
+        assert selection.kept.tolist() == batch.indices[expected].tolist()
+    before = selector.digest
+    (tmp_path / "third_vector.py").write_text(THIRD + "# changed\n")
+    assert BatchSelector(store, selector.config).digest != before

@@ -1,0 +1,91 @@
+"""What a rule is given, and what it is: the interface that users' own rules are written against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from gstds_cache.seeding import rng_for
+
+TIE = 1e-6  # of the largest magnitude
+
+
+def settle_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B ..."]:
+    """Round eigenvectors to multiples of 1e-6 of their largest magnitude, so that equals are equal.
+
+    Duplicate images have the same neighbours and so the same coordinate, but for rounding errors. Left as they are,
+    two exact solvers disagree on 1 to 3 % of the kept rows of a batch (benchmarks/results/fiedler.json); settled, they
+    agree on all, and ties go to the row that comes first in the batch.
+
+    Args:
+        vectors: One eigenvector, or several as columns.
+
+    Returns:
+        The settled ones; a column of zeros stays as it is.
+    """
+    step = TIE * np.abs(vectors).max(axis=0, initial=0.0)
+    step = np.where(step > 0, step, 1.0)
+    return np.round(vectors / step) * step
+
+
+@dataclass(frozen=True, eq=False)
+class RuleBatch:
+    """One batch as a rule sees it: B rows, of which M are to stay. Positions are 0..B-1, the batch's order.
+
+    Attributes:
+        vector: The Fiedler coordinate of each row, ties settled, float64 [B]; zeros where no vectors were asked for.
+        keep: How many rows stay (M), from 1 to B.
+        rng: Random numbers of this batch's own: the same in every run of the same settings.
+        basis: The first Q eigenvectors above the trivial one, ties settled, float64 [B, Q]; the first is ``vector``.
+        values: Their eigenvalues, ascending, float64 [Q]; +inf where a small graph has fewer.
+        neighbors: Positions of each row's nearest neighbours, nearest first, int64 [B, K]; None where no graph is made.
+        similarities: Their cosines, float32 [B, K].
+        labels: Label of each row, int64 [B]; -1 where there is none.
+        guidance: Difficulty of each row, >= 0, float64 [B]; None where the rule did not ask for it.
+        ratio: The schedule's filter ratio here, the share removed.
+    """
+
+    vector: Float64[np.ndarray, " B"]
+    keep: int
+    rng: np.random.Generator = field(default_factory=lambda: rng_for(0))
+    basis: Float64[np.ndarray, "B Q"] | None = None
+    values: Float64[np.ndarray, " Q"] | None = None
+    neighbors: Int64[np.ndarray, "B K"] | None = None
+    similarities: np.ndarray | None = None
+    labels: Int64[np.ndarray, " B"] | None = None
+    guidance: Float64[np.ndarray, " B"] | None = None
+    ratio: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.vector)
+
+
+Choose = Callable[[RuleBatch], Int64[np.ndarray, " M"]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule.
+
+    Attributes:
+        name: Its name on the command line.
+        summary: What it keeps, in a few words.
+        choose: From a batch to the positions that stay, int64 [M], ascending, distinct.
+        vectors: Eigenvectors it looks at (Q); with 0 no graph is made.
+        needs_guidance: Whether it looks at the rows' difficulty.
+        source: SHA-256 of the file of a user's own rule; empty for ours.
+    """
+
+    name: str
+    summary: str
+    choose: Choose
+    vectors: int = 1
+    needs_guidance: bool = False
+    source: str = ""
+
+    def __call__(self, batch: RuleBatch) -> Int64[np.ndarray, " M"]:
+        """The positions that stay of ``batch``."""
+        return self.choose(batch)
