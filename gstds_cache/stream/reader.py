@@ -90,11 +90,8 @@ class SelectionStream:
             if record.kind == Kind.STREAM_END:
                 self._check_end(record)
                 return
-            if record.kind == Kind.EPOCH_END and record.kept.tolist() != [self._kept_in_epoch]:
-                raise StreamError(
-                    f"epoch {record.epoch} ends with {record.kept.tolist()} rows kept, its records hold "
-                    f"{self._kept_in_epoch}"
-                )
+            if record.kind == Kind.EPOCH_END:
+                self._check_epoch_end(record)
             self._sha.update(record.packed())
             if record.kind == Kind.EPOCH_END:
                 self._kept, self._kept_in_epoch = self._kept + self._kept_in_epoch, 0
@@ -130,6 +127,14 @@ class SelectionStream:
                         hint="see the messages of gstds-select",
                     )
                 yield record
+
+    def _check_epoch_end(self, record: Record) -> None:
+        promised = self.header.kept_per_epoch[min(record.epoch, self.header.epochs - 1)]
+        if not record.kept.tolist() == [self._kept_in_epoch] == [promised]:
+            raise StreamError(
+                f"epoch {record.epoch} ends with {record.kept.tolist()} rows kept, its records hold "
+                f"{self._kept_in_epoch}, the header promises {promised}"
+            )
 
     def _check_end(self, record: Record) -> None:
         want = [self.header.total_batches, self.header.total_kept, *sha_words(self._sha.digest())]

@@ -31,7 +31,7 @@ from gstds_cache.errors import StreamError
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 
-FORMAT = 1
+FORMAT = 2
 ByteStream = BinaryIO | io.IOBase  # a binary file, a pipe, or io.BytesIO
 
 
@@ -75,6 +75,7 @@ class Header:
         batches_per_epoch: Batches of each epoch.
         total_batches: Data records of the whole stream.
         total_kept: Rows kept in the whole stream.
+        kept_per_epoch: Rows kept in each epoch.
         settings: Every setting of the selection.
         format: Version of this schema.
     """
@@ -88,6 +89,7 @@ class Header:
     batches_per_epoch: int
     total_batches: int
     total_kept: int
+    kept_per_epoch: list[int]
     settings: dict[str, Any]
     format: int = FORMAT
 
@@ -121,12 +123,18 @@ class Header:
         except TypeError as error:
             raise StreamError(f"the selection's header is damaged: {error}") from error
         numbers = (header.epochs, header.batches_per_epoch, header.total_batches, header.total_kept, header.items)
-        if not all(isinstance(number, int) for number in numbers):
-            raise StreamError(f"the selection's header is damaged: got {numbers}, expected whole numbers")
+        kept = header.kept_per_epoch
+        if not all(isinstance(number, int) for number in (*numbers, *kept)):
+            raise StreamError(f"the selection's header is damaged: got {numbers} and {kept}, expected whole numbers")
         if header.epochs * header.batches_per_epoch != header.total_batches:
             raise StreamError(
                 f"the selection's header is damaged: {header.epochs} epochs of {header.batches_per_epoch} batches are "
                 f"not {header.total_batches}"
+            )
+        if (len(kept), sum(kept)) != (header.epochs, header.total_kept):
+            raise StreamError(
+                f"the selection's header is damaged: it says what {len(kept)} epochs keep, {sum(kept)} rows in all; "
+                f"expected {header.epochs} epochs and {header.total_kept} rows"
             )
         return header
 

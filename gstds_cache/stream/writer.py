@@ -20,6 +20,10 @@ from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_word
 
 def header_of(selector: BatchSelector) -> Header:
     """The header of a selector's run."""
+    plan = selector.plan
+    of_epochs = (
+        range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch) for epoch in range(plan.epochs)
+    )
     return Header(
         cache_fingerprint=selector.store.fingerprint,
         selection_digest=selector.digest,
@@ -27,9 +31,10 @@ def header_of(selector: BatchSelector) -> Header:
         items_root=selector.store.spec.items_root,
         seed=selector.config.seed,
         epochs=selector.config.epochs,
-        batches_per_epoch=selector.plan.batches_per_epoch,
-        total_batches=selector.plan.total_batches,
-        total_kept=selector.plan.total_kept,
+        batches_per_epoch=plan.batches_per_epoch,
+        total_batches=plan.total_batches,
+        total_kept=plan.total_kept,
+        kept_per_epoch=[sum(map(plan.keep, seqs)) for seqs in of_epochs],
         settings=selector.identity["select"],
     )
 

@@ -41,6 +41,7 @@ HEADER = Header(
     batches_per_epoch=3,
     total_batches=6,
     total_kept=6 * 5,
+    kept_per_epoch=[15, 15],
     settings={"rule": "coverage", "tolerance": 1e-4},
 )
 
@@ -135,7 +136,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing_that_is_read(position: int
         return
     # Padding, and the header's names and digests, are not covered by a crc (digests are compared with the data set's).
     # What a trainer steps by is.
-    for name in ("epochs", "batches_per_epoch", "total_batches", "total_kept"):
+    for name in ("epochs", "batches_per_epoch", "total_batches", "total_kept", "kept_per_epoch"):
         assert getattr(header, name) == getattr(HEADER, name)
     for seq, selection in enumerate(selections):
         assert_equal(selection, make_selection(seq))
@@ -180,9 +181,21 @@ def test_totals_that_do_not_match_the_records_are_refused() -> None:
         read(_stream_of([*records, Record.mark(Kind.EPOCH_END, 3, 0, [14])]))
 
 
+@pytest.mark.parametrize("kept", [[15], [15, 16]], ids=str)
+def test_a_header_whose_epochs_do_not_add_up_is_refused(kept) -> None:
+    with pytest.raises(StreamError, match="header is damaged"):
+        read(_stream_of([], replace(HEADER, kept_per_epoch=kept)))
+
+
+def test_an_epoch_that_keeps_other_than_the_header_promised_is_refused() -> None:
+    records = [Record.data(make_selection(seq)) for seq in range(3)]
+    with pytest.raises(StreamError, match="the header promises 14"):
+        read(_stream_of([*records, Record.mark(Kind.EPOCH_END, 3, 0, [15])], replace(HEADER, kept_per_epoch=[14, 16])))
+
+
 def test_another_version_or_another_arrow_stream_is_refused() -> None:
-    with pytest.raises(StreamError, match="format 2"):
-        read(_stream_of([], replace(HEADER, format=2)))
+    with pytest.raises(StreamError, match="format 1"):
+        read(_stream_of([], replace(HEADER, format=1)))
     sink = io.BytesIO()
     pa.ipc.new_stream(sink, pa.schema([("a", pa.int8())])).close()
     with pytest.raises(StreamError, match="no selection"):
