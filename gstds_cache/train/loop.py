@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.train.augment import augment, to_input
+from gstds_cache.train.baselines.batch_method import BatchMethod, Occasion, narrow, weighted_loss
 from gstds_cache.train.evaluate import Accuracy, evaluate
 from gstds_cache.train.images import ImageFeed
 from gstds_cache.train.network import build_network
@@ -48,7 +50,8 @@ class TrainReport:
         steps: Optimiser steps.
         loss: Mean training loss of the last epoch.
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
-            pixels), step, eval, total.
+            pixels), step, eval, total; with a method that chooses, choose as well.
+        forward_samples: Samples that had a forward pass only for a method to choose among them.
     """
 
     accuracy: Accuracy | None
@@ -56,6 +59,7 @@ class TrainReport:
     steps: int
     loss: float
     seconds: dict[str, float]
+    forward_samples: int = 0
 
 
 def run_config(config: TrainConfig, stream: SelectionStream, eval_root: str | None) -> dict[str, Any]:
@@ -80,13 +84,15 @@ def one_cycle(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (total + 1 - rise)))
 
 
-def train(  # noqa: PLR0915 - one visible loop
+def train(  # noqa: PLR0912, PLR0915 - one visible loop
     source: ImageSource,
     stream: SelectionStream,
     config: TrainConfig,
     run_dir: RunDir,
     *,
     evaluation: ImageSource | None = None,
+    method: BatchMethod | None = None,
+    after_epoch: Callable[[nn.Module], None] | None = None,
     progress: Progress | None = None,
     interruptible: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
 ) -> TrainReport:
@@ -98,6 +104,8 @@ def train(  # noqa: PLR0915 - one visible loop
         config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
+        method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
+        after_epoch: Called with the network after each epoch; its time counts as ``eval``.
         progress: Called with phase, steps done, steps in all, and the share of time spent waiting for data.
         interruptible: Makes a context that is held while steps are taken; the function it gives is asked after each
             step, and when it says true, a checkpoint is saved and KeyboardInterrupt raised.
@@ -142,8 +150,10 @@ def train(  # noqa: PLR0915 - one visible loop
     shift = 0 if config.augment == "none" else max(1, side // 8)
     mirror = config.augment == "crop+flip"
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    if method is not None:
+        seconds["choose"] = 0.0
 
-    step, samples, loss_sum, last_loss, sha = 0, 0, 0.0, math.nan, ""
+    step, samples, forward_samples, loss_sum, last_loss, sha = 0, 0, 0, 0.0, math.nan, ""
     batches = _Batches(stream)
     state = run_dir.load_checkpoint()
     if state is not None:
@@ -152,10 +162,14 @@ def train(  # noqa: PLR0915 - one visible loop
         step, samples, loss_sum, last_loss, sha = (state[k] for k in ("step", "samples", "loss_sum", "loss", "sha"))
         seconds = {phase: value + seconds[phase] for phase, value in state["seconds"].items()}
         batches.skip_to(step, sha)
+        if method is not None:
+            forward_samples = state["forward_samples"]
+            method.load_state(state["method"])
     run_dir.begin()
     run_dir.drop_metrics_from(step + 1)
 
     def save() -> None:
+        of_method = {} if method is None else {"method": method.state(), "forward_samples": forward_samples}
         run_dir.save_checkpoint(
             {
                 "network": network.state_dict(),
@@ -166,6 +180,7 @@ def train(  # noqa: PLR0915 - one visible loop
                 "loss": last_loss,
                 "sha": sha,
                 "seconds": seconds,
+                **of_method,
             }
         )
 
@@ -192,16 +207,29 @@ def train(  # noqa: PLR0915 - one visible loop
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * one_cycle(step, total)
             torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
-            pixels = augment(
-                pixels.to(device, non_blocking=True), shift=shift, mirror=mirror, seed=config.seed, step=step
-            )
-            target = labels[torch.from_numpy(batch.kept)]
+            rows, pixels = batch.kept, pixels.to(device, non_blocking=True)
+            augmented = partial(augment, shift=shift, mirror=mirror, seed=config.seed, step=step)
+            target = labels[torch.from_numpy(rows)]
             if int(target.min()) < 0:
-                row = int(batch.kept[int(target.argmin())])
+                row = int(rows[int(target.argmin())])
                 raise UsageError(f"item {source.ids[row]!r} (row {row}) has no label; training needs one")
             target = target.to(device, non_blocking=True)
+            if method is None:
+                pixels = augmented(pixels)
+            else:
+                occasion = Occasion(batch.epoch, stream.header.epochs, config.seed, step)
+                with autocast:
+                    chosen = narrow(method, network, rows, pixels, target, augmented=augmented, occasion=occasion)
+                pixels, target = chosen.pixels, chosen.labels
+                forward_samples += chosen.forward_samples
+                seconds["choose"] += time.perf_counter() - started
+                started = time.perf_counter()
             with autocast, _norms_frozen(network, when=len(target) == 1):
-                loss = nn.functional.cross_entropy(network(to_input(pixels)).float(), target)
+                logits = network(to_input(pixels)).float()
+                if method is None:
+                    loss = nn.functional.cross_entropy(logits, target)
+                else:
+                    loss = weighted_loss(method, chosen, logits)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -218,6 +246,11 @@ def train(  # noqa: PLR0915 - one visible loop
                 last_loss, loss_sum = loss_sum / per_epoch, 0.0
                 run_dir.log({"epoch": batch.epoch, "step": step, "loss": last_loss, "gradient_samples": samples})
                 save()
+                if after_epoch is not None:
+                    started = time.perf_counter()
+                    after_epoch(network)
+                    network.train()
+                    seconds["eval"] += time.perf_counter() - started
             idle = seconds["indices"] + seconds["images"]
             progress("train", step, total, idle / max(idle + seconds["step"], 1e-9))
             if stopping():
@@ -230,7 +263,7 @@ def train(  # noqa: PLR0915 - one visible loop
         accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers)
         seconds["eval"] += time.perf_counter() - started
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
-    report = TrainReport(accuracy, samples, step, last_loss, rounded)
+    report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples)
     final = {"step": step, "gradient_samples": samples, "seconds": rounded}
     run_dir.drop_metrics_from(total + 1)
     run_dir.log(final | {"test_accuracy": accuracy.value if accuracy else None, "final": True})

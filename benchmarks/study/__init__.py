@@ -1,0 +1,1 @@
+"""The study: does selection pay? Data sets, runs, tables (benchmarks/study/README.md)."""
