@@ -51,6 +51,7 @@ def write_fixed(
         epochs=len(rows),
         batches_per_epoch=batches,
         total_batches=batches * len(rows),
+        kept_per_epoch=[kept] * len(rows),
         total_kept=kept * len(rows),
         settings=settings,
     )
