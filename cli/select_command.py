@@ -12,9 +12,11 @@ import click
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.places import beside
+from gstds_cache.selection.guidance import KINDS
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral.status import Status, describe
-from gstds_cache.store.access import KINDS, Kind
+from gstds_cache.store.access import KINDS as ACCESS_KINDS
+from gstds_cache.store.access import Kind
 
 from .common import (
     Command,
@@ -62,6 +64,13 @@ stopped.
     show_default=True,
     help="How rows are chosen: " + "; ".join(f"{rule.name}: {rule.summary}" for rule in RULES.values()) + ".",
 )
+@click.option(
+    "--guidance",
+    default="auto",
+    show_default=True,
+    help="Difficulty, for rules that look at it: " + "; ".join(f"{kind}: {what}" for kind, what in KINDS.items()) + ". "
+    "probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
 @click.option("--tolerance", type=float, default=1e-6, show_default=True, help="Relative residual of a Fiedler pair.")
@@ -73,7 +82,7 @@ stopped.
 )
 @click.option(
     "--access",
-    type=click.Choice(KINDS),
+    type=click.Choice(ACCESS_KINDS),
     default="auto",
     show_default=True,
     help="How to get at rows: all in memory; from a mirror, a local .npy copy made once; or a window of units. auto: "
@@ -99,6 +108,7 @@ def main(
     schedule: str,
     knn: int,
     rule: str,
+    guidance: str,
     seed: int,
     laplacian: Literal["combinatorial", "normalized"],
     tolerance: float,
@@ -121,6 +131,7 @@ def main(
         schedule=schedule,
         knn=knn,
         rule=rule,
+        guidance=guidance,
         seed=seed,
         laplacian=laplacian,
         tolerance=tolerance,
@@ -188,6 +199,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
                 f"{counts.batches:,} batches, kept {counts.kept:,} of {counts.rows:,} ({rate:,.0f} samples/s)",
             ),
             ("Fiedler", status),
+            *([("guidance", selector.guidance.note)] if counts.batches and selector.guidance.note else []),
             *([("work", shares_line(shares) + f" (neighbours by {selector.knn_backend})")] if shares else []),
             ("time", seconds_line(seconds)),
         ],
@@ -214,6 +226,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
             "samples_per_second": round(rate, 1),
             "status": dict(counts.status),
             "rule": config.rule,
+            "guidance": selector.guidance_digest,
             "knn_backend": selector.knn_backend,
             "shares": {phase: round(share, 4) for phase, share in shares.items()},
             "seconds": {phase: round(value, 3) for phase, value in seconds.items()},

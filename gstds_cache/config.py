@@ -62,6 +62,8 @@ class SelectConfig:
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75``.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
+        guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
+            ``file:SCORES.npy`` or ``none``.
         seed: Seed of the batch plan and of random rules, >= 0.
         laplacian: ``combinatorial`` is D - W, ``normalized`` is I - D^-1/2 W D^-1/2.
         tolerance: Relative residual at which a Fiedler pair counts as converged.
@@ -77,6 +79,7 @@ class SelectConfig:
     schedule: str = "constant:0.75"
     knn: int = 10
     rule: str = DEFAULT_RULE
+    guidance: str = "auto"
     seed: int = 0
     laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
     tolerance: float = 1e-6

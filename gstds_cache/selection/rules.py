@@ -1,4 +1,4 @@
-"""Rules along one Fiedler coordinate, and the registry of all rules.
+"""The registry of rules, and those that look at one Fiedler coordinate alone.
 
 Which rule is best is a question for measurements (docs/method.md), not for this file. The paper's abstract says that a
 share of each batch is removed by its Fiedler vector; the readings of that below are ours.
@@ -17,6 +17,8 @@ from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.plugins import load_factory
 from gstds_cache.selection.rule import Choose, Rule, RuleBatch
+from gstds_cache.selection.spread import SPREAD, spread, spread_guided
+from gstds_cache.selection.strata import cells, strata
 
 
 def coverage(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -59,6 +61,10 @@ RULES = {
         Rule("extremes", "largest absolute Fiedler value", extremes),
         Rule("boundary", "smallest absolute Fiedler value", boundary),
         Rule("gap", "widest spacing to Fiedler neighbours", gap),
+        Rule("strata", "one of each stretch of the Fiedler order, by guidance", strata, needs_guidance=True),
+        Rule("cells", f"one of each cell of {SPREAD} eigenvectors, by guidance", cells, SPREAD, needs_guidance=True),
+        Rule("spread", f"farthest points in {SPREAD} eigenvectors", spread, SPREAD),
+        Rule("spread-guided", "farthest points, distances times guidance", spread_guided, SPREAD, needs_guidance=True),
         Rule("random", "uniformly random; computes no graph", random, vectors=0),
     )
 }

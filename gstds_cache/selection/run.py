@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,14 +18,22 @@ from jaxtyping import Float32
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
 from gstds_cache.digest import digest_of
+from gstds_cache.errors import UsageError
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.guidance import (
+    Guidance,
+    GuidanceSpec,
+    guidance_digest,
+    load_or_make_guidance,
+    parse_guidance,
+)
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rule import Rule, RuleBatch, settle_ties
-from gstds_cache.selection.rules import find_rule
+from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import parse_schedule
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.fiedler import fiedler_of_graph
@@ -38,7 +47,7 @@ Spectra = tuple[KnnGraph, FiedlerResult]
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
 ALGORITHM = 2  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
-PHASES = ("gather", "knn", "graph", "solve", "rule")
+PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
 
 
 @dataclass
@@ -106,7 +115,9 @@ class BatchSelector:
         )
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
-        self.identity = identity(store, config, self.rule)
+        self._guidance_spec = _guidance_spec(config.guidance, self.rule)
+        self.guidance_digest = guidance_digest(store, self._guidance_spec)
+        self.identity = identity(store, config, self.rule, self.guidance_digest)
         self.digest = digest_of(self.identity)
         self.counts = SelectionCounts()
         self._labels = store.labels
@@ -139,6 +150,7 @@ class BatchSelector:
         Yields:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
+        self.guidance  # noqa: B018 - before the threads start
         threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
         done = in_threads(self._select, self._stacks(start), threads)
         try:
@@ -153,6 +165,20 @@ class BatchSelector:
                     yield selection, seen
         finally:
             done.close()
+
+    @cached_property
+    def guidance(self) -> Guidance:
+        """The rows' difficulty: found beside the store, or made now.
+
+        Raises:
+            UsageError: The store has no labels to learn from.
+        """
+        begun = time.perf_counter()
+        threads = self.config.threads or cores()
+        made = load_or_make_guidance(self.store, self._guidance_spec, threads=threads, device=self.device)
+        self.counts.seconds["guidance"] += time.perf_counter() - begun
+        self.counts.elapsed += time.perf_counter() - begun
+        return made
 
     def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
         """Full batches are stacked; the other last batch of an epoch stands alone.
@@ -170,7 +196,7 @@ class BatchSelector:
             yield stack
 
     def _select(self, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
-        spectra = self._spectra(batches) if self.rule.vectors else None
+        spectra = self._spectra(batches) if self.rule.vectors or self.guidance.kind == "disagreement" else None
         with self._timed("rule"):
             return [self._choose(batch, spectra, graph) for graph, batch in enumerate(batches)]
 
@@ -186,7 +212,7 @@ class BatchSelector:
         with self._timed("solve"):
             result = fiedler_of_graph(
                 graph,
-                q=self.rule.vectors,
+                q=max(1, self.rule.vectors),
                 laplacian=config.laplacian,
                 tolerance=config.tolerance,
                 max_iterations=config.max_iterations,
@@ -233,18 +259,20 @@ class BatchSelector:
             labels=self._labels[batch.indices],
             ratio=self.plan.ratio(batch.seq),
         )
-        if spectra is None:
+        if spectra is not None:
+            near, found = spectra
+            basis = settle_ties(found.basis[graph].numpy())
+            seen = replace(
+                seen,
+                vector=np.ascontiguousarray(basis[:, 0]),
+                basis=basis,
+                values=found.values[graph].numpy(),
+                neighbors=near.neighbors[graph].numpy(),
+                similarities=near.similarities[graph].numpy(),
+            )
+        if not self.rule.needs_guidance:
             return seen
-        near, found = spectra
-        basis = settle_ties(found.basis[graph].numpy())
-        return replace(
-            seen,
-            vector=np.ascontiguousarray(basis[:, 0]),
-            basis=basis,
-            values=found.values[graph].numpy(),
-            neighbors=near.neighbors[graph].numpy(),
-            similarities=near.similarities[graph].numpy(),
-        )
+        return replace(seen, guidance=self.guidance.of(batch.indices, self._labels[batch.indices], seen.neighbors))
 
     def _choose(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> tuple[Selection, RuleBatch]:
         seen = self._see(batch, spectra, graph)
@@ -268,8 +296,22 @@ def _on_cpu(result: R) -> R:
     return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
 
-def identity(store: EmbeddingStore, config: SelectConfig, rule: Rule) -> dict[str, Any]:
+def _guidance_spec(text: str, rule: Rule) -> GuidanceSpec:
+    spec = parse_guidance(text)
+    if rule.needs_guidance:
+        return replace(spec, kind="probe") if spec.kind == "auto" else spec
+    if spec.kind not in {"auto", "none"}:
+        guided = [name for name, other in RULES.items() if other.needs_guidance]
+        raise UsageError(
+            f"--guidance {text}: rule {rule.name} does not look at guidance",
+            hint=f"leave --guidance out, or take a rule that does: {', '.join(guided)}",
+        )
+    return replace(spec, kind="none")
+
+
+def identity(store: EmbeddingStore, config: SelectConfig, rule: Rule, guidance: str) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
+    settings["guidance"] = guidance
     source = {"rule_source": rule.source} if rule.source else {}
     return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings, **source}

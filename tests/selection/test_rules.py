@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -14,6 +19,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.rule import TIE, RuleBatch, settle_ties
 from gstds_cache.selection.rules import RULES, find_rule
 
+BEGINNING = rng_for(5)
 VECTORS = arrays(np.float64, st.integers(1, 60), elements=st.floats(-1, 1).map(lambda x: round(x, 2)))
 
 
@@ -54,15 +60,145 @@ def test_rules_do_what_their_sentence_says(naive, vector, share) -> None:
     assert rule.choose(RuleBatch(vector, keep)).tolist() == naive(vector, keep)
 
 
+@st.composite
+def batches(draw) -> RuleBatch:
+    """Batches as rules see them, with many ties, in eigenvectors and in guidance."""
+    rows = draw(st.integers(1, 40))
+    numbers = st.floats(-1, 1).map(lambda x: round(x, 1))
+    basis = draw(arrays(np.float64, (rows, 8), elements=numbers))
+    if draw(st.booleans()):
+        basis[:, rows - 1 :] = 0  # a small graph has fewer
+    return RuleBatch(
+        vector=basis[:, 0].copy(),
+        keep=draw(st.integers(1, rows)),
+        rng=BEGINNING,
+        basis=basis,
+        values=np.array([0.01, 0.02, 0.5, 0.5, 1.0, 2.0, 3.0, np.inf]),
+        labels=np.arange(rows) % 3,
+        guidance=draw(arrays(np.float64, rows, elements=st.floats(0, 9).map(lambda x: round(x, 1)))),
+    )
+
+
+def again(batch: RuleBatch) -> RuleBatch:
+    """The same batch with its random numbers at their beginning."""
+    return replace(batch, rng=copy.deepcopy(batch.rng))
+
+
+def counts_of(batch: RuleBatch) -> list[float]:
+    mean = sum(batch.guidance) / len(batch)
+    return [g + 0.05 * mean if mean > 0 else 1.0 for g in batch.guidance]
+
+
+def naive_draw(batch: RuleBatch, piece: list[int], noise: np.ndarray) -> int:
+    weight = counts_of(batch)
+    return max(piece, key=lambda i: math.log(weight[i]) + noise[i])
+
+
+def naive_strata(batch: RuleBatch) -> list[int]:
+    noise = again(batch).rng.gumbel(size=len(batch))
+    order = sorted(range(len(batch)), key=lambda i: (batch.vector[i], i))
+    cut = [j * len(batch) // batch.keep for j in range(batch.keep + 1)]
+    return sorted(naive_draw(batch, order[a:b], noise) for a, b in pairwise(cut))
+
+
+def scaled(batch: RuleBatch) -> list[list[float]]:
+    return [[x / math.sqrt(value) for x, value in zip(row, batch.values, strict=True)] for row in batch.basis]
+
+
+def naive_cells(batch: RuleBatch) -> list[int]:
+    points, noise = scaled(batch), again(batch).rng.gumbel(size=len(batch))
+
+    def cut(rows: list[int], keep: int) -> list[list[int]]:
+        if keep == 1:
+            return [rows]
+        wide = [np.var([points[i][q] for i in rows]) for q in range(8)]
+        q = next(q for q in range(8) if wide[q] >= max(wide) * (1 - 1e-12))
+        ordered = sorted(rows, key=lambda i: (points[i][q], i))
+        left = len(rows) * (keep // 2) // keep
+        return cut(ordered[:left], keep // 2) + cut(ordered[left:], keep - keep // 2)
+
+    return sorted(naive_draw(batch, cell, noise) for cell in cut(list(range(len(batch))), batch.keep))
+
+
+def naive_farthest(batch: RuleBatch, weight: list[float]) -> list[int]:
+    points, chosen = scaled(batch), []
+    while len(chosen) < batch.keep:
+        places = [points[i] for i in chosen] or [[0.0] * 8]
+        far = {
+            i: weight[i] ** 2 * min(math.dist(points[i], place) ** 2 for place in places)
+            for i in range(len(batch))
+            if i not in chosen
+        }
+        most = max(far.values())
+        chosen.append(min(i for i, value in far.items() if value >= most * (1 - 1e-9)))
+    return sorted(chosen)
+
+
+@settings(max_examples=40)
+@given(batch=batches())
+def test_strata_draws_one_of_each_stretch(batch: RuleBatch) -> None:
+    assert RULES["strata"].choose(again(batch)).tolist() == naive_strata(batch)
+
+
+@settings(max_examples=40)
+@given(batch=batches(), noise=st.integers(0, 2**32))
+def test_cells_draws_one_of_each_cell(batch: RuleBatch, noise: int) -> None:
+    # Where two coordinates vary equally, rounding decides which is cut; so no ties here.
+    batch = replace(batch, basis=np.random.default_rng(noise).normal(size=batch.basis.shape))
+    assert RULES["cells"].choose(again(batch)).tolist() == naive_cells(batch)
+
+
+@settings(max_examples=40)
+@given(batch=batches(), noise=st.integers(0, 2**32))
+def test_spread_takes_the_farthest_row_each_time(batch: RuleBatch, noise: int) -> None:
+    rng = np.random.default_rng(noise)
+    batch = replace(batch, basis=rng.normal(size=batch.basis.shape), guidance=rng.random(len(batch)))
+    assert RULES["spread"].choose(batch).tolist() == naive_farthest(batch, [1.0] * len(batch))
+    assert RULES["spread-guided"].choose(batch).tolist() == naive_farthest(batch, counts_of(batch))
+
+
+def test_of_duplicates_spread_takes_one_and_then_the_first() -> None:
+    basis = np.zeros((12, 8))
+    basis[:, 0] = np.repeat([3.0, -2.0, 1.0], 4)  # three different images, four times each
+    batch = RuleBatch(basis[:, 0].copy(), 3, basis=basis, values=np.ones(8))
+    assert RULES["spread"].choose(batch).tolist() == [0, 4, 8]
+    assert RULES["spread"].choose(replace(batch, keep=5)).tolist() == [0, 1, 2, 4, 8]
+
+
+def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion() -> None:
+    guidance = np.tile([1.0, 3.0], 500)
+    vector = np.repeat(np.arange(500.0), 2)
+    drawn = np.zeros(1000)
+    for seed in range(40):
+        drawn[RULES["strata"].choose(RuleBatch(vector, 500, rng_for(seed), guidance=guidance))] += 1
+    assert (drawn.reshape(500, 2).sum(axis=1) == 40).all()
+    expected = (3 + 0.1) / (4 + 0.2)
+    assert abs(drawn[1::2].sum() / 20_000 - expected) < 5 * math.sqrt(expected * (1 - expected) / 20_000)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@given(vector=VECTORS, share=st.floats(0, 1))
-def test_every_rule_keeps_that_many_different_rows_in_order(rule, vector, share) -> None:
-    keep = max(1, int(share * len(vector)))
-    kept = rule.choose(RuleBatch(vector, keep))
+@settings(max_examples=40)
+@given(batch=batches())
+def test_every_rule_keeps_that_many_different_rows_in_order_and_the_same_again(rule, batch: RuleBatch) -> None:
+    kept = rule.choose(again(batch))
     assert kept.dtype == np.int64
-    assert len(kept) == keep
+    assert len(kept) == batch.keep
     assert (np.diff(kept) > 0).all()
-    assert 0 <= kept[0] <= kept[-1] < len(vector)
+    assert 0 <= kept[0] <= kept[-1] < len(batch)
+    assert rule.choose(again(batch)).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in {"random", "strata", "cells"}])
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32), rows=st.integers(3, 50), share=st.floats(0, 1))
+def test_rules_that_draw_nothing_do_not_care_for_the_order_of_rows(name: str, seed, rows, share) -> None:
+    rng = np.random.default_rng(seed)
+    basis, guidance, order = rng.normal(size=(rows, 8)), rng.random(rows), rng.permutation(rows)
+    values = np.arange(1.0, 9.0)
+    keep = max(1, int(share * rows))
+    plain = RuleBatch(basis[:, 0].copy(), keep, basis=basis, values=values, guidance=guidance)
+    shuffled = replace(plain, vector=basis[order, 0], basis=basis[order], guidance=guidance[order])
+    assert sorted(order[RULES[name].choose(shuffled)]) == RULES[name].choose(plain).tolist()
 
 
 def test_random_is_uniform_and_does_not_look() -> None:

@@ -1,0 +1,293 @@
+"""Guidance: a difficulty for every sample, without another forward pass; kept beside the store.
+
+- ``probe``: held-out cross-entropy of a linear probe on the cached embeddings (:mod:`gstds_cache.selection.probe`).
+- ``uncertainty``: entropy of the same probe's held-out prediction, which its own wrong label cannot raise.
+- ``disagreement``: share of a row's neighbours in its batch's graph that have another label; nothing is trained.
+- ``file:SCORES.npy``: numbers of one's own, one for each row of the store.
+- ``none``: every row counts the same, for data without labels.
+
+``probe?cutoff=0.1`` takes the hardest tenth of all samples for mislabelled and gives it difficulty 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+
+from gstds_cache.digest import canonical_json, digest_of, sha256_file, sha256_hex
+from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.places import beside
+from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
+from gstds_cache.store.layout import OK
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.uris import split_query
+
+FORMAT = 1
+KINDS = {
+    "auto": "probe where the rule looks at guidance",
+    "probe": "held-out loss of a linear probe",
+    "uncertainty": "entropy of that probe's prediction",
+    "disagreement": "share of graph neighbours with another label",
+    "file:SCORES.npy": "numbers of your own",
+    "none": "all rows alike",
+}
+PROBED = {"probe": "loss", "uncertainty": "entropy"}
+
+
+@dataclass(frozen=True)
+class GuidanceSpec:
+    """What a user asked for, parsed.
+
+    Attributes:
+        kind: ``probe``, ``uncertainty``, ``disagreement``, ``file`` or ``none``.
+        cutoff: Share of all samples, the hardest, that get difficulty 0; from 0 to below 1.
+        settings: How the probe is trained.
+        path: Where the numbers are, for ``file``.
+    """
+
+    kind: str
+    cutoff: float = 0.0
+    settings: ProbeSettings = field(default_factory=ProbeSettings)
+    path: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """A difficulty for every row of a store.
+
+    Attributes:
+        kind: As in :class:`GuidanceSpec`.
+        digest: Identity: the kind, every setting, the store's fingerprint and its labels (or the file's content).
+        difficulty: >= 0, float32 [N], rows without a label at the median; None where it is found batch by batch
+            (``disagreement``) or all rows are alike (``none``).
+        columns: What the probe found, [N] of :data:`~gstds_cache.selection.probe.COLUMNS`; its ``loss`` is the
+            reference loss of RHO-LOSS and JEST. None for other kinds.
+        seconds: What making it took; 0 where it was found.
+        note: A sentence on where it came from.
+    """
+
+    kind: str
+    digest: str
+    difficulty: Float32[np.ndarray, " N"] | None = None
+    columns: np.ndarray | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+    def of(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        labels: Int64[np.ndarray, " B"],
+        neighbors: Int64[np.ndarray, "B K"] | None,
+    ) -> Float64[np.ndarray, " B"]:
+        """The difficulty of a batch's rows, float64 [B]."""
+        if self.difficulty is not None:
+            return np.asarray(self.difficulty[rows], np.float64)
+        if self.kind == "disagreement" and neighbors is not None:
+            return disagreement(labels, neighbors)
+        return np.ones(len(rows))
+
+
+def disagreement(labels: Int64[np.ndarray, " B"], neighbors: Int64[np.ndarray, "B K"]) -> Float64[np.ndarray, " B"]:
+    """Share of each row's labelled neighbours whose label is another one; 0 where there is nothing to compare."""
+    theirs = np.where(neighbors >= 0, labels[neighbors], -1)
+    comparable = (theirs >= 0) & (labels[:, None] >= 0)
+    differ = (comparable & (theirs != labels[:, None])).sum(axis=1)
+    return np.asarray(differ / np.maximum(comparable.sum(axis=1), 1), np.float64)
+
+
+def parse_guidance(text: str) -> GuidanceSpec:
+    """Parse ``probe``, ``probe?cutoff=0.1&folds=4``, ``disagreement``, ``file:SCORES.npy`` or ``none``.
+
+    Raises:
+        UsageError: The kind or a parameter is unknown, or a value out of range.
+    """  # noqa: DOC501
+    if text.startswith("file:"):
+        return GuidanceSpec("file", path=Path(text.removeprefix("file:")))
+    kind, parameters = split_query("--guidance", text)
+    if kind not in KINDS or kind == "file:SCORES.npy":
+        raise unknown_name("guidance", kind, KINDS)
+    known: dict[str, type] = {"cutoff": float} if kind in PROBED else {}
+    known |= {f.name: type(f.default) for f in fields(ProbeSettings)} if kind in PROBED else {}
+    values: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name not in known:
+            raise unknown_name(f"parameter of --guidance {kind}", name, known)
+        try:
+            values[name] = known[name](value)
+        except ValueError as error:
+            raise UsageError(
+                f"--guidance {text!r}: {name}: got {value!r}, expected a {known[name].__name__}"
+            ) from error
+    cutoff = values.pop("cutoff", 0.0)
+    made = ProbeSettings(**values)
+    for name, good, expected in (
+        ("cutoff", 0 <= cutoff < 1, "from 0 to below 1"),
+        ("folds", 2 <= made.folds <= 100, "from 2 to 100"),
+        ("epochs", made.epochs >= 1, "at least 1"),
+        ("steps", made.steps >= 1, "at least 1"),
+        ("batch_size", made.batch_size >= 1, "at least 1"),
+        ("pace", 0 < made.pace < 1000, "between 0 and 1000"),
+        ("decay", 0 <= made.decay < 1, "from 0 to below 1"),
+        ("seed", made.seed >= 0, "0 or more"),
+    ):
+        if not good:
+            raise UsageError(f"--guidance {text!r}: {name}: got {parameters[name]}, expected {expected}")
+    return GuidanceSpec(kind, cutoff, made)
+
+
+def guidance_digest(store: EmbeddingStore, spec: GuidanceSpec) -> str:
+    """Identity of a guidance, without making it.
+
+    Raises:
+        UsageError: The file that was named is not there.
+    """
+    if spec.kind == "none":
+        return "none"
+    if spec.path is not None:
+        if not spec.path.is_file():
+            raise UsageError(f"--guidance file:{spec.path}: no such file")
+        return digest_of({"kind": "file", "sha256": sha256_file(spec.path)})
+    if spec.kind == "disagreement":
+        return digest_of({"kind": spec.kind, "labels": _labels_digest(store)})
+    return digest_of({"kind": spec.kind, "cutoff": spec.cutoff, "probe": _probe_digest(store, spec.settings)})
+
+
+def load_or_make_guidance(
+    store: EmbeddingStore,
+    guidance: str | GuidanceSpec,
+    *,
+    threads: int = 1,
+    device: torch.device | None = None,
+) -> Guidance:
+    """A store's guidance: the one kept beside it, or made now and kept.
+
+    Args:
+        store: Where embeddings and labels are.
+        guidance: As on the command line, or parsed; ``auto`` is ``probe``.
+        threads: CPU threads.
+        device: Where a probe is trained.
+
+    Returns:
+        The guidance.
+
+    Raises:
+        UsageError: The store has no labels to learn from, or a file does not fit the store.
+    """
+    spec = parse_guidance(guidance) if isinstance(guidance, str) else guidance
+    digest = guidance_digest(store, spec)
+    if spec.path is not None:
+        return Guidance("file", digest, _own_scores(store, spec.path), note=f"read from {spec.path}")
+    if spec.kind == "none":
+        return Guidance("none", digest)
+    if spec.kind == "disagreement":
+        if not (store.labels >= 0).any():
+            raise UsageError(f"--guidance disagreement: {store.location} has no labels", hint="use --guidance none")
+        return Guidance("disagreement", digest)
+    columns, seconds, note = _load_or_make_columns(store, spec.settings, threads, device)
+    difficulty = columns[PROBED.get(spec.kind, "loss")].copy()
+    known = np.isfinite(difficulty)
+    if spec.cutoff:
+        hardest = np.argsort(-difficulty[known], kind="stable")[: int(spec.cutoff * known.sum())]
+        difficulty[np.flatnonzero(known)[hardest]] = 0.0
+    difficulty[~known] = np.median(difficulty[known])
+    return Guidance(spec.kind, digest, difficulty, columns, seconds, note)
+
+
+def _labels_digest(store: EmbeddingStore) -> str:
+    return sha256_hex(np.ascontiguousarray(store.labels, "<i8").tobytes())
+
+
+def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
+    return digest_of(
+        {
+            "format": FORMAT,
+            "settings": asdict(settings),
+            "cache": store.fingerprint,
+            "labels": _labels_digest(store),
+            "valid": sha256_hex(store.valid.tobytes()),
+        }
+    )
+
+
+def _load_or_make_columns(
+    store: EmbeddingStore, settings: ProbeSettings, threads: int, device: torch.device | None
+) -> tuple[np.ndarray, float, str]:
+    folder = beside(store.location, ".guidance")
+    digest = _probe_digest(store, settings)
+    path, record = folder / f"{digest[:16]}.npy", folder / f"{digest[:16]}.json"
+    found, why = _kept(path, record, digest, len(store))
+    if found is not None:
+        return found, 0.0, f"found in {path}"
+    begun = time.perf_counter()
+    columns = probe_columns(store, settings, threads=threads, device=device)
+    seconds = time.perf_counter() - begun
+    known = np.isfinite(columns["loss"])
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(path, lambda file: np.save(file, columns))
+    facts = {
+        "digest": digest,
+        "sha256": sha256_file(path),
+        "settings": asdict(settings),
+        "rows": int(known.sum()),
+        "loss": float(columns["loss"][known].mean()),
+        "accuracy": float((columns["predicted"] == store.labels)[known].mean()),
+        "seconds": round(seconds, 3),
+    }
+    # The record is what makes the file count, so it comes last.
+    _put(record, lambda file: file.write(canonical_json(facts)))
+    said = f"probe: {facts['accuracy']:.1%} right on held-out rows, mean loss {facts['loss']:.3f}; kept in {path}"
+    return columns, seconds, f"{why}; {said}" if why else said
+
+
+def _kept(path: Path, record: Path, digest: str, items: int) -> tuple[np.ndarray | None, str]:
+    """The kept columns, or None and what is wrong with them; no reason where there are none."""
+    if not record.exists():
+        return None, ""
+    try:
+        facts = json.loads(record.read_bytes())
+        if facts["digest"] != digest or facts["sha256"] != sha256_file(path):
+            return None, f"{path} is not what its record tells of and was made again"
+        columns = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        return None, f"{path} or its record does not read ({error}) and was made again"
+    if columns.dtype != COLUMNS or columns.shape != (items,):
+        return None, f"{path} holds {columns.dtype} {list(columns.shape)} and was made again"
+    return columns, ""
+
+
+def _put(path: Path, write: Any) -> None:
+    """Write a file that appears under its name only when it is whole and on the disk."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _own_scores(store: EmbeddingStore, path: Path) -> Float32[np.ndarray, " N"]:
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--guidance file:{path}: does not read as .npy ({error})") from error
+    if scores.shape != (len(store),) or scores.dtype.kind not in "fiu":
+        raise UsageError(
+            f"--guidance file:{path}: got {scores.dtype} {list(scores.shape)}, expected {len(store)} numbers, one for "
+            "each row of the store"
+        )
+    bad = np.flatnonzero((store.valid == OK) & ~(np.isfinite(scores) & (scores >= 0)))
+    if bad.size:
+        raise UsageError(f"--guidance file:{path}: row {bad[0]}: got {scores[bad[0]]}, expected a finite number >= 0")
+    return np.where(store.valid == OK, scores, 0).astype(np.float32)

@@ -1,0 +1,242 @@
+"""A linear probe on cached embeddings: how hard is each sample for a reference model that never saw its label?
+
+Multinomial logistic regression, cross-fitted: the labelled rows are dealt out to folds, each fold is judged by a probe
+that was trained on the others, and the held-out cross-entropy is the sample's difficulty (the "irreducible holdout
+loss" of RHO-LOSS, S. Mindermann et al., ICML 2022, with a probe in the place of their small model). No image is opened
+and no forward pass of the reference model is made.
+
+Rows are read unit by unit, a window of units at a time, in an order that the seed and the store alone decide: the
+result does not depend on how much memory there is. Each fold's probe is trained in a thread of its own, so neither
+does it depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from gstds_cache.devices import in_threads
+from gstds_cache.errors import UsageError
+from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.seeding import rng_for
+from gstds_cache.store.layout import OK
+from gstds_cache.store.reader import EmbeddingStore
+
+WINDOW = 1 << 14  # rows held at a time, at least one unit
+COLUMNS = np.dtype([("loss", "<f4"), ("entropy", "<f4"), ("predicted", "<i4")])
+FASTEST = 0.05  # learning rate, however few dimensions there are
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's (D. P. Kingma and J. Ba, ICLR 2015)
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How a probe is trained; all of it is identity.
+
+    Attributes:
+        folds: Parts that the rows are dealt out to; each is judged by the probe of the others.
+        epochs: Passes over the rows, at least.
+        steps: Steps of each probe, at least: small data sets get more epochs.
+        batch_size: Rows of a step.
+        pace: Adam's first learning rate times D, so that logits move alike in any dimension; it falls along a cosine.
+        decay: Share of the weights that a first step takes away (decoupled weight decay); falls with the pace.
+        seed: Seed of the folds and of the order.
+    """
+
+    folds: int = 2
+    epochs: int = 3
+    steps: int = 200
+    batch_size: int = 256
+    pace: float = 2.5
+    decay: float = 4e-3
+    seed: int = 0
+
+
+def deal_folds(labels: Int64[np.ndarray, " N"], rows: Int64[np.ndarray, " n"], folds: int, seed: int) -> np.ndarray:
+    """Deal ``rows`` out to folds, class by class in random order, so that folds differ by at most one row a class.
+
+    Returns:
+        Fold of each of the N rows, int8; -1 for those not in ``rows``.
+    """
+    shuffled = rng_for(seed, "probe-folds").permutation(rows)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    fold = np.full(len(labels), -1, np.int8)
+    fold[by_class] = np.arange(len(rows)) % folds
+    return fold
+
+
+def sweep(store: EmbeddingStore, seed: int, turn: int) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
+    """All rows that have an embedding, once: units in random order, a window of them at a time.
+
+    Yields:
+        The rows of a window, and their embeddings [W, D] in the store's dtype, overwritten by the next.
+    """
+    spec = store.spec
+    units = rng_for(seed, "probe-units", turn).permutation(spec.units)
+    many = max(1, WINDOW // spec.unit_rows)
+    buffer = np.empty((min(many * spec.unit_rows, spec.items), spec.dim), spec.dtype)
+    for first in range(0, len(units), many):
+        names, filled = [], 0
+        for unit in units[first : first + many].tolist():
+            span = spec.rows_of(unit)
+            rows = np.arange(span.start, span.stop, dtype=np.int64)
+            rows = rows[store.valid[rows] == OK]
+            store.gather(rows, buffer[filled : filled + len(rows)])
+            names.append(rows)
+            filled += len(rows)
+        yield np.concatenate(names), torch.from_numpy(buffer[:filled])
+
+
+@dataclass
+class _Fold:
+    """The probe of one fold: a weight [D + 1, C], the last row for the bias, and Adam's two moments."""
+
+    number: int
+    weight: Tensor
+    settings: ProbeSettings
+    total: int  # rows to learn from, epochs counted
+    seen: int = 0
+    step: int = 0
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first, self.second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+
+    def learn(self, x: Float32[Tensor, "b D1"], y: Int64[Tensor, " b"]) -> None:
+        """One step of AdamW on the mean cross-entropy of a batch."""
+        gradient = torch.softmax(x @ self.weight, dim=1)
+        gradient[torch.arange(len(y), device=y.device), y] -= 1
+        gradient = x.T @ gradient / len(y)
+        fall = 0.5 * (1 + math.cos(math.pi * self.seen / self.total))
+        rate = min(self.settings.pace / (x.shape[1] - 1), FASTEST) * fall
+        self.step, self.seen = self.step + 1, self.seen + len(y)
+        self.first.lerp_(gradient, 1 - BETAS[0])
+        self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        size = (self.second / (1 - BETAS[1] ** self.step)).sqrt_().add_(EPSILON)
+        self.weight.mul_(1 - self.settings.decay * fall)
+        self.weight.addcdiv_(self.first, size, value=-rate / (1 - BETAS[0] ** self.step))
+
+    def learn_window(self, window: Window, rng: np.random.Generator) -> None:
+        """Learn from the rows of a window that are not of this fold, in random order, in batches of about one size."""
+        mine = np.flatnonzero((window.fold >= 0) & (window.fold != self.number))
+        parts = max(1, round(len(mine) / self.settings.batch_size))
+        for part in np.array_split(rng.permutation(mine), parts) if len(mine) else []:
+            self.learn(*window.batch(part))
+
+    def judge_window(self, window: Window, columns: np.ndarray) -> None:
+        """Fill the columns of this fold's rows in a window."""
+        mine = np.flatnonzero(window.fold == self.number)
+        for begin in range(0, len(mine), 4 * self.settings.batch_size):
+            part = mine[begin : begin + 4 * self.settings.batch_size]
+            x, y = window.batch(part)
+            log = torch.log_softmax(x @ self.weight, dim=1)
+            here = window.rows[part]
+            columns["loss"][here] = -log.gather(1, y[:, None])[:, 0].cpu().numpy()
+            columns["entropy"][here] = -(log.exp() * log).sum(dim=1).cpu().numpy()
+            columns["predicted"][here] = log.argmax(dim=1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some of a store's rows at once: their numbers, embeddings, folds and classes (counted from 0)."""
+
+    rows: Int64[np.ndarray, " W"]
+    stored: Tensor
+    fold: np.ndarray
+    y: Int64[np.ndarray, " W"]
+    features: Features
+
+    def batch(self, part: Int64[np.ndarray, " b"]) -> tuple[Float32[Tensor, "b D1"], Int64[Tensor, " b"]]:
+        """Features and classes of some of the rows, on the device."""
+        return self.features(self.stored[torch.from_numpy(part)]), torch.from_numpy(self.y[part]).to(
+            self.features.device
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit rows, each dimension shifted and scaled, and a one for the bias."""
+
+    mean: Float32[Tensor, " D"]
+    scale: Float32[Tensor, " D"]
+    device: torch.device
+
+    @classmethod
+    def of(cls, rows: Tensor, device: torch.device) -> Features:
+        """Shift and scale after the mean and spread of some rows."""
+        unit = unit_rows(rows[None])[0]
+        spread, mean = torch.std_mean(unit, dim=0, correction=0)
+        typical = spread.square().mean().sqrt()
+        # A dimension that hardly moves is left small, not blown up.
+        scale = 1 / torch.maximum(spread, 0.1 * typical).clamp_min(1e-12)
+        return cls(mean.to(device), scale.to(device), device)
+
+    def __call__(self, rows: Tensor) -> Float32[Tensor, "b D1"]:
+        """The features of rows in the store's dtype."""
+        unit = unit_rows(rows[None])[0].to(self.device)
+        made = torch.ones(len(unit), unit.shape[1] + 1, device=self.device)
+        torch.mul(unit - self.mean, self.scale, out=made[:, :-1])
+        return made
+
+
+def probe_columns(
+    store: EmbeddingStore, settings: ProbeSettings, *, threads: int = 1, device: torch.device | None = None
+) -> np.ndarray:
+    """Train a probe for each fold and judge every labelled row by the one that did not see it.
+
+    Args:
+        store: Where embeddings and labels are.
+        settings: How.
+        threads: CPU threads; more than ``folds`` are of no use, and their number changes nothing.
+        device: Where the products are computed; the CPU by default.
+
+    Returns:
+        [N] of :data:`COLUMNS`: ``loss`` (held-out cross-entropy in nats, >= 0), ``entropy`` of the held-out prediction
+        (nats) and ``predicted`` class; NaN, NaN and -1 for rows without embedding or label.
+
+    Raises:
+        UsageError: There are fewer than two classes, or fewer labelled rows than four.
+    """
+    device = device or torch.device("cpu")
+    rows = np.flatnonzero((store.valid == OK) & (store.labels >= 0)).astype(np.int64)
+    names, code = np.unique(store.labels[rows], return_inverse=True)
+    if len(names) < 2 or len(rows) < max(4, settings.folds):
+        raise UsageError(
+            f"--guidance: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
+            f"rows of {len(names)} classes",
+            hint="use --guidance none, which makes guided rules go by the spectrum alone",
+        )
+    y = np.full(len(store), -1, np.int64)
+    y[rows] = code
+    fold = deal_folds(y, rows, settings.folds, settings.seed)
+    others = [int((fold[rows] != number).sum()) for number in range(settings.folds)]
+    epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
+    probes = [
+        _Fold(n, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, max(1, epochs * others[n]))
+        for n in range(settings.folds)
+    ]
+    features: Features | None = None
+    columns = np.zeros(len(store), COLUMNS)
+    columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
+    for turn in range(epochs + 1):
+        for number, (here, stored) in enumerate(sweep(store, settings.seed, turn)):
+            features = features or Features.of(stored, device)
+            window = Window(here, stored, fold[here], y[here], features)
+
+            def work(probe: _Fold, window: Window = window, key: tuple[int, int] = (turn, number)) -> None:
+                if key[0] < epochs:
+                    probe.learn_window(window, rng_for(settings.seed, "probe-order", *key, probe.number))
+                else:
+                    probe.judge_window(window, columns)
+
+            for _ in in_threads(work, probes, threads if device.type == "cpu" else 1):
+                pass
+    there = columns["predicted"] >= 0
+    columns["predicted"][there] = names[columns["predicted"][there]]
+    return columns

@@ -1,0 +1,264 @@
+"""Guidance: the probe against itself written slowly, and what is kept beside a store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_store import make_spec
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.errors import UsageError
+from gstds_cache.places import beside
+from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
+from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.store.layout import OK
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.receipt import Quarantined
+from gstds_cache.store.writer import open_writer
+
+N, D, C, UNIT = 400, 12, 4, 64
+QUICK = "probe?steps=40&batch_size=32"
+CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu", rule="strata", guidance=QUICK)
+
+
+def write_store(where: Path, labels: np.ndarray, rows: np.ndarray) -> None:
+    sha256 = np.random.default_rng(0).integers(0, 256, (N, 32), dtype=np.uint8)
+    items = DatasetManifest("test", tuple(f"item/{row}" for row in range(N)), sha256, labels, ("a",))
+    spec = make_spec(items=N, items_root=items.root, dim=D, unit_rows=UNIT, batch_size=UNIT)
+    attributes = {"kind": "test", "classes": ["a"], "provenance": {}}
+    with open_writer(where, spec, labels=labels, items=items.to_arrow(), attributes=attributes) as writer:
+        for unit in range(spec.units):
+            span = spec.rows_of(unit)
+            bad = [Quarantined(7, "item/7", "broken")] if unit == 0 else []
+            writer.commit(unit, rows[span.start : span.stop].astype(spec.dtype), bad)
+        writer.finish()
+
+
+@pytest.fixture(scope="module")
+def clusters() -> tuple[np.ndarray, np.ndarray]:
+    """Labels and rows: four clusters, some rows half-way to the next one, row 7 undecodable."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, C, N)
+    centres = 3 * rng.normal(size=(C, D))
+    rows = centres[labels] + rng.normal(size=(N, D))
+    rows[:40] = (centres[labels[:40]] + centres[(labels[:40] + 1) % C]) / 2 + rng.normal(size=(40, D))
+    rows[7] = 0
+    return labels.astype(np.int64), rows
+
+
+@pytest.fixture
+def store(clusters, tmp_path: Path) -> EmbeddingStore:
+    write_store(tmp_path / "s.store", *clusters)
+    return EmbeddingStore(tmp_path / "s.store")
+
+
+def settings_of(text: str) -> ProbeSettings:
+    return parse_guidance(text).settings
+
+
+def test_folds_share_out_every_class_evenly(clusters) -> None:
+    labels, _ = clusters
+    rows = np.flatnonzero(np.arange(N) != 7)
+    for folds in (2, 5):
+        fold = deal_folds(labels, rows, folds, seed=0)
+        assert fold[7] == -1
+        counts = np.array([[((fold == f) & (labels == c)).sum() for c in range(C)] for f in range(folds)])
+        assert counts.sum() == N - 1
+        assert (counts.max(axis=0) - counts.min(axis=0) <= 1).all()
+    assert (deal_folds(labels, rows, 2, seed=0) != deal_folds(labels, rows, 2, seed=1)).any()
+
+
+def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_end(store, clusters) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    labels, _ = clusters
+    columns = probe_columns(store, ProbeSettings(steps=400, batch_size=32))
+    there = np.flatnonzero(store.valid == OK)
+    x = store.gather(there).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x = (x - x.mean(0)) / x.std(0)
+    fold = deal_folds(labels, there, 2, seed=0)[there]
+    expected = np.zeros(len(there))
+    for f in (0, 1):
+        other = LogisticRegression(C=1.0, max_iter=1000).fit(x[fold != f], labels[there][fold != f])
+        expected[fold == f] = -other.predict_log_proba(x[fold == f])[
+            np.arange((fold == f).sum()), labels[there][fold == f]
+        ]
+    assert abs(columns["loss"][there].mean() - expected.mean()) < 0.3 * expected.mean()
+    assert np.corrcoef(np.log(columns["loss"][there] + 0.01), np.log(expected + 0.01))[0, 1] > 0.9
+    assert np.isnan(columns["loss"][7])
+    assert columns["predicted"][7] == -1
+    # The rows half-way to another cluster are the hard ones.
+    assert np.median(columns["loss"][there[there < 40]]) > 5 * np.median(columns["loss"][there[there >= 40]])
+
+
+def test_a_row_is_judged_by_a_probe_that_never_saw_its_label(store, clusters, tmp_path, monkeypatch) -> None:
+    labels, rows = clusters
+    settings = settings_of(QUICK)
+    before = probe_columns(store, settings)
+    fold = deal_folds(labels, np.flatnonzero(store.valid == OK), 2, seed=0)
+    changed = np.where((fold == 0) & (np.arange(N) % 2 == 0), (labels + 1) % C, labels)  # half of fold 0's labels
+    write_store(tmp_path / "changed.store", changed, rows)
+    monkeypatch.setattr("gstds_cache.selection.probe.deal_folds", lambda *_: fold)
+    after = probe_columns(EmbeddingStore(tmp_path / "changed.store"), settings)
+    assert (after["predicted"][fold == 0] == before["predicted"][fold == 0]).all()
+    assert (after["entropy"][fold == 0] == before["entropy"][fold == 0]).all()
+    assert (after["loss"] != before["loss"])[(fold == 0) & (labels != changed)].all()
+    assert (after["entropy"] != before["entropy"])[fold == 1].any()
+
+
+def test_the_same_bytes_whatever_the_threads_and_the_access(store, tmp_path) -> None:
+    settings = settings_of(QUICK)
+    first = probe_columns(store, settings, threads=1).tobytes()
+    assert probe_columns(store, settings, threads=2).tobytes() == first
+    windows = EmbeddingStore(tmp_path / "s.store", access="window", memory_budget=2 * UNIT * D * 2)
+    assert probe_columns(windows, settings).tobytes() == first
+    assert probe_columns(store, replace(settings, seed=1)).tobytes() != first
+
+
+def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatch) -> None:
+    made = load_or_make_guidance(store, QUICK)
+    assert made.seconds > 0
+    assert made.kind == "probe"
+    monkeypatch.setattr("gstds_cache.selection.guidance.probe_columns", None)
+    found = load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
+    assert found.seconds == 0
+    assert found.digest == made.digest == guidance_digest(store, parse_guidance(QUICK))
+    assert found.difficulty.tobytes() == made.difficulty.tobytes()
+    assert found.columns.tobytes() == made.columns.tobytes()
+    assert np.isfinite(found.difficulty).all()
+    # The same probe serves the other measure too.
+    uncertain = load_or_make_guidance(store, QUICK.replace("probe?", "uncertainty?"))
+    assert uncertain.seconds == 0
+    assert uncertain.digest != made.digest
+    there = store.valid == OK
+    assert uncertain.difficulty[there].tobytes() == made.columns["entropy"][there].tobytes()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "record", "foreign"])
+def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
+    made = load_or_make_guidance(store, QUICK)
+    folder = beside(store.location, ".guidance")
+    (rows,), (record,) = folder.glob("*.npy"), folder.glob("*.json")
+    content = bytearray(rows.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 1
+    elif damage == "cut":
+        del content[200:]
+    elif damage == "empty":
+        content.clear()
+    rows.write_bytes(content)
+    if damage == "record":
+        record.write_text("{")
+    if damage == "foreign":
+        record.write_text(json.dumps({"digest": "0", "sha256": "0"}))
+    again = load_or_make_guidance(store, QUICK)
+    assert "made again" in again.note
+    assert again.difficulty.tobytes() == made.difficulty.tobytes()
+    assert load_or_make_guidance(store, QUICK).note.startswith("found")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npy"]
+
+
+def test_a_cutoff_takes_the_hardest_for_mislabelled(store) -> None:
+    plain = load_or_make_guidance(store, QUICK).difficulty
+    cut = load_or_make_guidance(store, QUICK + "&cutoff=0.1").difficulty
+    hardest = np.argsort(-np.where(store.valid == OK, plain, -1), kind="stable")[: int(0.1 * (N - 1))]
+    assert (cut[hardest] == 0).all()
+    others = np.setdiff1d(np.flatnonzero(store.valid == OK), hardest)
+    assert (cut[others] == plain[others]).all()
+
+
+def test_disagreement_counts_neighbours_of_another_label() -> None:
+    labels = np.array([0, 0, 1, 1, -1])
+    neighbors = np.array([[1, 2, 3], [0, 4, -1], [0, 1, 4], [2, -1, -1], [0, 1, 2]])
+    assert disagreement(labels, neighbors).tolist() == [2 / 3, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_a_run_hands_guidance_to_the_rule(store, clusters, tmp_path) -> None:
+    labels, _ = clusters
+    for text in (QUICK, "disagreement", "none"):
+        selector = BatchSelector(store, replace(CONFIG, guidance=text))
+        for selection, seen in selector.watch():
+            rows = selector.plan.batch(selection.seq).indices
+            if text == "none":
+                assert (seen.guidance == 1).all()
+            elif text == "disagreement":
+                assert seen.guidance.tolist() == disagreement(labels[rows], seen.neighbors).tolist()
+            else:
+                assert seen.guidance.tolist() == selector.guidance.difficulty[rows].tolist()
+    np.save(tmp_path / "own.npy", np.arange(N, dtype=np.float64))
+    selector = BatchSelector(store, replace(CONFIG, guidance=f"file:{tmp_path / 'own.npy'}"))
+    _, seen = next(iter(selector.watch()))
+    assert seen.guidance.tolist() == selector.plan.batch(0).indices.tolist()
+
+
+def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_path) -> None:
+    def digest(text: str, rule: str = "strata") -> str:
+        return BatchSelector(store, replace(CONFIG, rule=rule, guidance=text)).digest
+
+    np.save(tmp_path / "a.npy", np.ones(N))
+    np.save(tmp_path / "b.npy", np.ones(N))
+    np.save(tmp_path / "c.npy", np.zeros(N))
+    a, b, c = (digest(f"file:{tmp_path / name}.npy") for name in "abc")
+    assert a == b != c
+    assert digest("auto") == digest("probe") == digest("probe?cutoff=0&folds=2")
+    texts = ("probe", "probe?cutoff=0.1", "probe?seed=1", "probe?folds=3", "uncertainty", "disagreement", "none")
+    assert len({digest(text) for text in texts} | {a, c}) == len(texts) + 2
+    assert digest("auto", "coverage") == digest("none", "coverage")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prob", "did you mean 'probe'"),
+        ("probe?cutof=1", "cutoff"),
+        ("probe?cutoff=1.0", "expected from 0 to below 1"),
+        ("probe?cutoff=nan", "expected from 0"),
+        ("probe?folds=1", "expected from 2"),
+        ("probe?folds=two", "expected a int"),
+        ("none?cutoff=0.1", "unknown parameter"),
+        ("file:nothing.npy", "no such file"),
+    ],
+)
+def test_a_guidance_that_cannot_be_meant(store, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        BatchSelector(store, replace(CONFIG, guidance=text))
+
+
+def test_guidance_is_not_accepted_and_ignored(store) -> None:
+    with pytest.raises(UsageError, match=r"rule coverage does not look at guidance(.|\n)*strata"):
+        BatchSelector(store, replace(CONFIG, rule="coverage", guidance="probe"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (np.ones(N - 1), "expected 400 numbers"),
+        (np.full(N, -1.0), "row 0: got -1.0"),
+        (np.where(np.arange(N) == 9, np.nan, 1.0), "row 9: got nan"),
+        (np.array(["a"] * N), "expected 400 numbers"),
+    ],
+)
+def test_scores_of_ones_own_that_do_not_fit(store, tmp_path, scores, words: str) -> None:
+    np.save(tmp_path / "own.npy", scores)
+    with pytest.raises(UsageError, match=words):
+        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+    (tmp_path / "own.npy").write_bytes(b"no numbers")
+    with pytest.raises(UsageError, match="does not read"):
+        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+
+
+def test_data_without_labels_are_told_what_to_do(clusters, tmp_path) -> None:
+    _, rows = clusters
+    write_store(tmp_path / "bare.store", np.full(N, -1), rows)
+    store = EmbeddingStore(tmp_path / "bare.store")
+    for text in (QUICK, "disagreement"):
+        with pytest.raises(UsageError, match="use --guidance none"):
+            list(BatchSelector(store, replace(CONFIG, guidance=text)).run())
+    assert len(list(BatchSelector(store, replace(CONFIG, guidance="none")).run())) == 12
