@@ -12,6 +12,7 @@ import click
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.places import beside
+from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.guidance import KINDS
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral.status import Status, describe
@@ -31,6 +32,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
+
+SHOWN = 6  # classes named in the summary; --json has all
 
 HELP = """Shuffle the rows of STORE into batches, remove a share of each by its graph's Fiedler vector, and write
 the rows that stay to a file or a pipe.
@@ -55,7 +58,15 @@ stopped.
     "--schedule",
     default="constant:0.75",
     show_default=True,
-    help="Filter ratio, the fraction removed: constant:RATIO or linear:FIRST:LAST.",
+    help="Filter ratio, the fraction removed: constant:RATIO, linear:FIRST:LAST, cosine:FIRST:LAST, "
+    "step:RATIO:RATIO..., file:PATH (a line for each epoch or batch), or budget:TOTAL (samples that stay in the whole "
+    "run); with +full:0.125 behind it the last eighth of the epochs keeps everything.",
+)
+@click.option(
+    "--order",
+    default="permutation",
+    show_default=True,
+    help="Order of an epoch: permutation, or window:ROWS, which reads each unit of a store larger than memory once.",
 )
 @click.option("--knn", type=int, default=10, show_default=True, help="Neighbours of each row in the batch's graph.")
 @click.option(
@@ -70,6 +81,13 @@ stopped.
     show_default=True,
     help="Difficulty, for rules that look at it: " + "; ".join(f"{kind}: {what}" for kind, what in KINDS.items()) + ". "
     "probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/.",
+)
+@click.option(
+    "--min-per-class",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Rows of every class that stay in a batch, at least.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
@@ -106,9 +124,11 @@ def main(
     batch_size: int,
     epochs: int,
     schedule: str,
+    order: str,
     knn: int,
     rule: str,
     guidance: str,
+    min_per_class: int,
     seed: int,
     laplacian: Literal["combinatorial", "normalized"],
     tolerance: float,
@@ -129,9 +149,11 @@ def main(
         batch_size=batch_size,
         epochs=epochs,
         schedule=schedule,
+        order=order,
         knn=knn,
         rule=rule,
         guidance=guidance,
+        min_per_class=min_per_class,
         seed=seed,
         laplacian=laplacian,
         tolerance=tolerance,
@@ -157,13 +179,16 @@ def main(
     selector = BatchSelector(opened_store, config)
     opened = time.perf_counter()
     plan = selector.plan
-    rows = len(plan.rows) * plan.epochs
+    share = plan.total_kept / plan.total_rows
     click.echo(
         f"plan: {plan.total_batches:,} batches of {config.batch_size:,} in {plan.epochs} epochs, rule {config.rule}; "
-        f"keeps {plan.total_kept:,} of {rows:,} samples ({plan.total_kept / rows:.1%})",
+        f"keeps {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for each batch; saves "
+        f"{plan.total_rows - plan.total_kept:,} ({1 - share:.1%})",
         err=True,
     )
     click.echo(f"rows: {selector.store.access_reason}", err=True)
+    if selector.slow_order:
+        click.echo(f"warning: {selector.slow_order}", err=True)
     file = Path(out) if out and not piped else beside(store, ".selections") / f"{selector.digest[:16]}.arrow"
     if not piped and is_finished(selector, file, replace=force):
         click.echo(f"cache hit: this selection is in {file} already, nothing was computed", err=True)
@@ -184,12 +209,29 @@ def main(
     _print(selector, seconds, None if piped else file, as_json)
 
 
+def _dropped(selector: BatchSelector) -> str:
+    """Shares dropped of the classes that lost least and most, in words."""
+    shares = sorted(
+        (1 - kept / seen, class_name(label, selector.store.journal.classes))
+        for label, (seen, kept) in selector.counts.classes.items()
+        if label >= 0
+    )
+    if len(shares) < 2:
+        return ""
+    shown = shares if len(shares) <= SHOWN else [*shares[: SHOWN // 2], *shares[-SHOWN // 2 :]]
+    said = [f"{name} {share:.1%}" for share, name in shown]
+    if len(shares) > SHOWN:
+        said.insert(SHOWN // 2, f"... {len(shares) - SHOWN} more ...")
+    return "by class: " + ", ".join(said)
+
+
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
     counts, config = selector.counts, selector.config
     rate = counts.rows / counts.elapsed if counts.elapsed else 0.0
     work = sum(counts.seconds.values())
     shares = {phase: spent / work for phase, spent in counts.seconds.items()} if work else {}
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
+    classes = selector.store.journal.classes
     to_stderr = file is None
     print_table(
         [
@@ -200,6 +242,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
             ),
             ("Fiedler", status),
             *([("guidance", selector.guidance.note)] if counts.batches and selector.guidance.note else []),
+            *([("dropped", dropped)] if (dropped := _dropped(selector)) else []),
             *([("work", shares_line(shares) + f" (neighbours by {selector.knn_backend})")] if shares else []),
             ("time", seconds_line(seconds)),
         ],
@@ -224,6 +267,12 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
             "rows": counts.rows,
             "kept": counts.kept,
             "samples_per_second": round(rate, 1),
+            "total_rows": selector.plan.total_rows,
+            "classes": {
+                class_name(label, classes): {"seen": seen, "kept": kept}
+                for label, (seen, kept) in sorted(counts.classes.items())
+                if label >= 0
+            },
             "status": dict(counts.status),
             "rule": config.rule,
             "guidance": selector.guidance_digest,

@@ -59,11 +59,13 @@ class SelectConfig:
     Attributes:
         batch_size: Rows a batch holds before selection (B), >= 4.
         epochs: Passes over the data set.
-        schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75``.
+        schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
+        order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
+        min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
         seed: Seed of the batch plan and of random rules, >= 0.
         laplacian: ``combinatorial`` is D - W, ``normalized`` is I - D^-1/2 W D^-1/2.
         tolerance: Relative residual at which a Fiedler pair counts as converged.
@@ -77,9 +79,11 @@ class SelectConfig:
     batch_size: int = 512
     epochs: int = 8
     schedule: str = "constant:0.75"
+    order: str = "permutation"
     knn: int = 10
     rule: str = DEFAULT_RULE
     guidance: str = "auto"
+    min_per_class: int = 0
     seed: int = 0
     laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
     tolerance: float = 1e-6
@@ -98,6 +102,7 @@ class SelectConfig:
             f"from 1 to batch size - 1 = {self.batch_size - 1}",
             hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
         )
+        _require(self.min_per_class >= 0, "--min-per-class", self.min_per_class, "0 or more")
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
         _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
         _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")

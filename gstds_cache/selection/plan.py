@@ -1,6 +1,6 @@
 """Which rows make up which batch, and how many of them stay: all of it known before anything is computed.
 
-The order of an epoch is a permutation keyed by (seed, epoch), so any batch of any epoch can be made without the ones
+The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones
 before it. The last batch of an epoch is between half and one and a half times as large as the others: a remainder of a
 few rows has no graph worth the name, and a training step on its one kept row undid the others (measured on digits: the
 loss diverged).
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
-from gstds_cache.seeding import rng_for
+from gstds_cache.selection.order import make_order
 from gstds_cache.selection.schedule import Schedule
 
 
@@ -45,11 +45,21 @@ class SelectionPlan:
         rows: Rows that take part, int64 [n].
         batches_per_epoch: Batches in an epoch; the last holds what is left, from 0.5 to 1.5 times ``batch_size``.
         total_batches: Batches in the run.
+        window: Rows of a window of the order, or None.
+        total_rows: Rows that go in over the whole run: what training on everything would spend.
         total_kept: Rows kept in the run: the gradient samples a trainer will spend.
     """
 
     def __init__(
-        self, rows: Int64[np.ndarray, " n"], *, batch_size: int, epochs: int, schedule: Schedule, seed: int
+        self,
+        rows: Int64[np.ndarray, " n"],
+        *,
+        batch_size: int,
+        epochs: int,
+        schedule: Schedule,
+        seed: int,
+        window: int | None = None,
+        unit_rows: int = 1,
     ) -> None:
         """Lay out the run.
 
@@ -59,9 +69,11 @@ class SelectionPlan:
             epochs: Passes over ``rows``.
             schedule: Filter ratio over the run.
             seed: Key of the permutations.
+            window: Rows of a window of the order (:mod:`gstds_cache.selection.order`); None permutes all rows.
+            unit_rows: Rows of a unit of the store; matters with a window.
 
         Raises:
-            UsageError: There are fewer rows than one batch holds.
+            UsageError: There are fewer rows than one batch holds, or the schedule does not fit the run.
         """
         if batch_size > len(rows):
             raise UsageError(
@@ -69,32 +81,30 @@ class SelectionPlan:
                 hint=f"use --batch-size {max(4, len(rows) // 4)} or so",
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
+        self.window = window
         self.batches_per_epoch = max(1, (len(rows) + batch_size // 2) // batch_size)
         self.total_batches = self.batches_per_epoch * epochs
-        self.total_kept = sum(self.keep(seq) for seq in range(self.total_batches))
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
+        sizes[-1] = len(rows) - batch_size * (self.batches_per_epoch - 1)
+        self._ratios, self._keeps = schedule.lay_out(np.tile(sizes, epochs), self.batches_per_epoch)
+        self.total_rows, self.total_kept = len(rows) * epochs, int(self._keeps.sum())
+        self._order = lru_cache(maxsize=2)(make_order(rows, seed=seed, window=window, unit_rows=unit_rows))
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, in O(1) batches (one permutation is held)."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
-        order = self._permutation(epoch)
         start = batch_id * self.batch_size
-        indices = self.rows[order[start : start + self._rows_in(batch_id)]]
+        indices = self._order(epoch)[start : start + self._rows_in(batch_id)]
         return BatchPlan(seq=seq, epoch=epoch, batch_id=batch_id, indices=indices, keep=self.keep(seq))
 
     def keep(self, seq: int) -> int:
-        """Rows that stay of batch ``seq``: the filter ratio's share is removed, rounded down; at least one stays."""
-        n_in = self._rows_in(seq % self.batches_per_epoch)
-        # 1e-9: a ratio of 0.7 of 10 rows is 7 rows, though 0.7 * 10 is 6.999...
-        return max(1, n_in - int(self.ratio(seq) * n_in + 1e-9))
+        """Rows that stay of batch ``seq``."""
+        return int(self._keeps[seq])
 
     def ratio(self, seq: int) -> float:
         """The schedule's filter ratio at batch ``seq``."""
-        return self.schedule.ratio(seq, self.total_batches)
+        return float(self._ratios[seq])
 
     def _rows_in(self, batch_id: int) -> int:
         last = batch_id == self.batches_per_epoch - 1
         return len(self.rows) - batch_id * self.batch_size if last else self.batch_size
-
-    def _permute(self, epoch: int) -> Int64[np.ndarray, " n"]:
-        return rng_for(self.seed, "plan", epoch).permutation(len(self.rows))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
@@ -24,6 +24,7 @@ from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import (
     Guidance,
     GuidanceSpec,
@@ -31,10 +32,11 @@ from gstds_cache.selection.guidance import (
     load_or_make_guidance,
     parse_guidance,
 )
+from gstds_cache.selection.order import parse_order, units_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rule import Rule, RuleBatch, settle_ties
 from gstds_cache.selection.rules import RULES, find_rule
-from gstds_cache.selection.schedule import parse_schedule
+from gstds_cache.selection.schedule import Schedule, parse_schedule
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 from gstds_cache.spectral.result import FiedlerResult
@@ -61,6 +63,7 @@ class SelectionCounts:
         status: Batches by status flag; a batch with two flags counts in both.
         seconds: Work by phase, summed over the threads.
         elapsed: Seconds that whoever reads the selections waited for them.
+        classes: By label, how many rows were seen and how many of them stayed.
     """
 
     batches: int = 0
@@ -69,9 +72,14 @@ class SelectionCounts:
     status: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     elapsed: float = 0.0
+    classes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, selection: Selection) -> None:
+    def add(self, selection: Selection, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
         """Count one batch."""
+        kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
+        for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
+            seen, stayed = self.classes.get(label, (0, 0))
+            self.classes[label] = seen + count, stayed + kept.get(label, 0)
         self.batches += 1
         self.rows += selection.n_in
         self.kept += len(selection.kept)
@@ -112,12 +120,15 @@ class BatchSelector:
             epochs=config.epochs,
             schedule=parse_schedule(config.schedule),
             seed=config.seed,
+            window=parse_order(config.order),
+            unit_rows=store.spec.unit_rows,
         )
+        check_floor(config.min_per_class, store.labels[self.plan.rows], store.journal.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self._guidance_spec = _guidance_spec(config.guidance, self.rule)
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
-        self.identity = identity(store, config, self.rule, self.guidance_digest)
+        self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
         self.counts = SelectionCounts()
         self._labels = store.labels
@@ -161,10 +172,29 @@ class BatchSelector:
                 if selections is None:
                     return
                 for selection, seen in selections:
-                    self.counts.add(selection)
+                    labels = seen.labels if seen.labels is not None else self._labels[:0]
+                    self.counts.add(selection, labels, self._labels[selection.kept])
                     yield selection, seen
         finally:
             done.close()
+
+    @property
+    def slow_order(self) -> str:
+        """Why this order reads units of the store again and again, and what to do; empty where it does not."""
+        store, window = self.store, self.plan.window
+        if store.access_kind != "window":
+            return ""
+        if window is None:
+            return "rows are read unit by unit, in random order: use --order window, or a larger --memory-budget"
+        unit_bytes = store.spec.unit_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
+        # Two windows: a batch may begin in one and end in the next.
+        needed = 2 * units_at_once(window, store.spec.unit_rows) * unit_bytes
+        if store.memory_budget >= needed:
+            return ""
+        return (
+            f"two windows take {needed / (1 << 20):,.0f} MiB and --memory-budget is {store.memory_budget >> 20:,}: "
+            "units are read more than once an epoch; raise it, or lower the rows of --order window:ROWS"
+        )
 
     @cached_property
     def guidance(self) -> Guidance:
@@ -277,6 +307,10 @@ class BatchSelector:
     def _choose(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> tuple[Selection, RuleBatch]:
         seen = self._see(batch, spectra, graph)
         positions = self.rule.choose(seen)
+        if self.config.min_per_class:
+            where = f"batch {batch.batch_id} of epoch {batch.epoch}"
+            classes = self.store.journal.classes
+            positions = hold_floor(positions, self._labels[batch.indices], self.config.min_per_class, classes, where)
         found = None if spectra is None else spectra[1]
         selection = Selection(
             seq=batch.seq,
@@ -309,9 +343,14 @@ def _guidance_spec(text: str, rule: Rule) -> GuidanceSpec:
     return replace(spec, kind="none")
 
 
-def identity(store: EmbeddingStore, config: SelectConfig, rule: Rule, guidance: str) -> dict[str, Any]:
+def identity(
+    store: EmbeddingStore, config: SelectConfig, rule: Rule, schedule: Schedule, guidance: str
+) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    settings["guidance"] = guidance
+    settings |= {"schedule": schedule.identity, "guidance": guidance}
+    window = parse_order(config.order)
+    if window is not None:
+        settings["order"] = f"window:{window}"
     source = {"rule_source": rule.source} if rule.source else {}
     return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings, **source}

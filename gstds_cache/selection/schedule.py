@@ -1,13 +1,45 @@
-"""The filter ratio (the fraction of a batch that is **removed**) over a run, known before the run begins."""
+"""The filter ratio (the fraction of a batch that is **removed**) over a run, known before the run begins.
+
+========================== ==========================================================================================
+``constant:0.75``          the same for all batches
+``linear:0.25:0.75``       evenly from the first batch of the run to the last
+``cosine:0.25:0.75``       the same along half a cosine: slowly, quickly, slowly
+``step:0.25:0.5:0.75``     one after the other, each for an equal part of the run
+``file:RATIOS.txt``        one number a line, for each epoch or for each batch of the run; ``#`` begins a comment
+``budget:TOTAL``           just so much removed that exactly TOTAL samples stay in the whole run, spread evenly
+``...+full:0.125``         any of these, but the last eighth of the epochs keeps everything
+========================== ==========================================================================================
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError, unknown_name
 
-USAGE = {"constant": "constant:RATIO", "linear": "linear:FIRST:LAST"}
+USAGE = {
+    "constant": "constant:RATIO",
+    "linear": "linear:FIRST:LAST",
+    "cosine": "cosine:FIRST:LAST",
+    "step": "step:RATIO:RATIO...",
+    "file": "file:PATH",
+    "budget": "budget:TOTAL",
+}
+EXAMPLES = {
+    "constant": "0.75",
+    "linear": "0.25:0.75",
+    "cosine": "0.25:0.75",
+    "step": "0.25:0.5:0.75",
+    "budget": "50000",
+}
+Ratios = Callable[[int, int], Float64[np.ndarray, " T"]]  # from batches of the run and of an epoch
 
 
 @dataclass(frozen=True)
@@ -16,22 +48,86 @@ class Schedule:
 
     Attributes:
         text: As the user gave it, e.g. ``constant:0.75``.
-        at: Progress through the run, 0.0 (first batch) to 1.0 (last), to the filter ratio there.
+        identity: The same for all that decide alike: ``text``, but the content of a file in the place of its path.
+        ratios: From the number of batches, of the run and of an epoch, to the filter ratio of each batch.
+        budget: Samples that are to stay in the whole run, whatever ``ratios`` says; None where ratios decide.
+        full: Share of the epochs, the last ones, that keep everything.
     """
 
     text: str
-    at: Callable[[float], float]
+    identity: str
+    ratios: Ratios
+    budget: int | None = None
+    full: float = 0.0
 
-    def ratio(self, seq: int, total: int) -> float:
-        """Filter ratio of batch ``seq`` out of ``total``, in [0, 1)."""
-        return self.at(seq / (total - 1) if total > 1 else 0.0)
+    def lay_out(
+        self, sizes: Int64[np.ndarray, " T"], per_epoch: int
+    ) -> tuple[Float64[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+        """The filter ratio of every batch of a run, and how many of its rows stay.
+
+        The ratio's share is removed, rounded down; at least one row stays.
+
+        Args:
+            sizes: Rows of each batch before selection.
+            per_epoch: Batches of an epoch.
+
+        Returns:
+            Ratios in [0, 1), and rows that stay, each from 1 to the batch's size.
+
+        Raises:
+            UsageError: A file has another number of lines, or a budget does not fit the run.
+        """
+        total = len(sizes)
+        full = self.full_epochs(total // per_epoch) * per_epoch
+        head = sizes[: total - full]
+        if self.budget is not None:
+            keeps = _spend(self.budget - int(sizes[total - full :].sum()), head, self.text)
+            ratios = 1 - keeps / head
+        else:
+            ratios = self.ratios(len(head), per_epoch)
+            # 1e-9: a ratio of 0.7 of 10 rows is 7 rows, though 0.7 * 10 is 6.999...
+            keeps = np.maximum(1, head - (ratios * head + 1e-9).astype(np.int64))
+        everything = sizes[total - full :]
+        return np.concatenate([ratios, np.zeros(full)]), np.concatenate([keeps, everything])
+
+    def full_epochs(self, epochs: int) -> int:
+        """Epochs at the end that keep everything: the share, rounded; at least one, and not the first.
+
+        Raises:
+            UsageError: The run has one epoch, which cannot be both.
+        """
+        if not self.full:
+            return 0
+        if epochs < 2:
+            raise UsageError(f"--schedule {self.text!r}: got {epochs} epoch, expected 2 or more with +full:SHARE")
+        return min(epochs - 1, max(1, math.floor(self.full * epochs + 0.5)))
+
+
+def _spend(budget: int, sizes: Int64[np.ndarray, " T"], text: str) -> Int64[np.ndarray, " T"]:
+    """Spread a number of samples over batches, in proportion to what each can give beyond one row; the sum is exact.
+
+    Raises:
+        UsageError: There are fewer samples than batches, or more than rows.
+    """
+    least, most = len(sizes), int(sizes.sum())
+    if not least <= budget <= most:
+        rest = "" if "+full" not in text else " beside the epochs that keep everything"
+        raise UsageError(
+            f"--schedule {text!r}: {budget:,} samples are left to spread over {least:,} batches{rest}, expected from "
+            f"{least:,} (one of each) to {most:,} (all)",
+            hint="change the budget, --epochs or --batch-size",
+        )
+    room = np.concatenate([[0], np.cumsum(sizes - 1)])
+    # Python's integers: budget times rows can pass 2^63.
+    share = [int(r) * (budget - least) // max(int(room[-1]), 1) for r in room]
+    return 1 + np.diff(np.array(share, np.int64))
 
 
 def parse_schedule(text: str) -> Schedule:
-    """Parse ``constant:RATIO`` or ``linear:FIRST:LAST``.
+    """Parse a schedule as the table at the top of this file describes them.
 
     Args:
-        text: The schedule. ``linear`` goes evenly from the first batch of the run to the last.
+        text: The schedule.
 
     Returns:
         The schedule.
@@ -39,30 +135,88 @@ def parse_schedule(text: str) -> Schedule:
     Raises:
         UsageError: The name is unknown, a number is missing, or a ratio is outside [0, 1).
     """  # noqa: DOC501
-    name, *arguments = text.split(":")
+    body, plus, share = text.rpartition("+full:")
+    if not plus:
+        body, share = text, "0"
+    full = _number(text, share, "share of full epochs")
+    name, _, rest = body.partition(":")
     if name not in USAGE:
         raise unknown_name("schedule", name, USAGE)
+    if name == "file":
+        ratios, identity = _read(Path(rest))
+        return Schedule(text, identity + (f"+full:{share}" if plus else ""), ratios, full=full)
+    arguments = rest.split(":") if rest else []
     wanted = USAGE[name].count(":")
-    if len(arguments) != wanted:
+    if not arguments or (name != "step" and len(arguments) != wanted):
         raise UsageError(
             f"--schedule {text!r}: got {len(arguments)} values, expected {USAGE[name]}",
-            hint="e.g. --schedule " + name + ":0.25:0.75"[: 5 * wanted],
+            hint=f"e.g. --schedule {name}:{EXAMPLES[name]}",
         )
-    ratios = [_ratio(text, argument) for argument in arguments]
-    if name == "constant":
-        return Schedule(text, lambda _progress: ratios[0])
-    first, last = ratios
-    return Schedule(text, lambda progress: first + (last - first) * progress)
+    if name == "budget":
+        return Schedule(text, text, lambda total, _: np.zeros(total), budget=_budget(text, arguments[0]), full=full)
+    values = [_number(text, argument, "filter ratio") for argument in arguments]
+    return Schedule(text, text, _along(name, values), full=full)
 
 
-def _ratio(text: str, argument: str) -> float:
+def _along(name: str, values: list[float]) -> Ratios:
+    """Ratios that depend on progress through the run alone, from 0.0 (first batch) to 1.0 (last)."""
+    first, last = values[0], values[-1]
+
+    def ratios(total: int, _per_epoch: int) -> Float64[np.ndarray, " T"]:
+        if name == "step":
+            return np.array(values)[np.arange(total) * len(values) // max(total, 1)]
+        progress = np.arange(total) / max(total - 1, 1)
+        if name == "cosine":
+            progress = (1 - np.cos(np.pi * progress)) / 2
+        return np.asarray(first + (last - first) * progress, np.float64)
+
+    return ratios
+
+
+def _read(path: Path) -> tuple[Ratios, str]:
+    """The ratios of a file, and the identity of its content.
+
+    Raises:
+        UsageError: The file does not read, or a line holds no ratio.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--schedule file:{path}: does not read as text ({error})") from error
+    values = [
+        _number(f"file:{path}, line {number}", text, "filter ratio")
+        for number, line in enumerate(lines, 1)
+        if (text := line.partition("#")[0].strip())
+    ]
+
+    def ratios(total: int, per_epoch: int) -> Float64[np.ndarray, " T"]:
+        if len(values) == total:
+            return np.array(values, np.float64)
+        if len(values) * per_epoch == total:
+            return np.repeat(np.array(values, np.float64), per_epoch)
+        raise UsageError(
+            f"--schedule file:{path}: got {len(values)} ratios, expected {total // per_epoch} (one for each epoch) or "
+            f"{total} (one for each batch)"
+        )
+
+    return ratios, f"file:sha256={digest_of(values)}"
+
+
+def _budget(text: str, argument: str) -> int:
+    try:
+        return int(argument.replace("_", ""))
+    except ValueError as error:
+        raise UsageError(f"--schedule {text!r}: got {argument!r}, expected a whole number of samples") from error
+
+
+def _number(text: str, argument: str, what: str) -> float:
     try:
         ratio = float(argument)
     except ValueError as error:
         raise UsageError(f"--schedule {text!r}: got {argument!r}, expected a number in [0, 1)") from error
     if not 0 <= ratio < 1:
         raise UsageError(
-            f"--schedule {text!r}: filter ratio {argument} is outside [0, 1)",
+            f"--schedule {text!r}: {what} {argument} is outside [0, 1)",
             hint="the filter ratio is the fraction removed: 0 keeps everything, 0.75 keeps a quarter",
         )
     return ratio

@@ -130,6 +130,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
         return BatchSelector(store, replace(CONFIG, **changes)).digest
 
     others = {"batch_size": 32, "epochs": 3, "schedule": "constant:0.5", "knn": 5, "rule": "gap", "seed": 1,
+              "order": "window:64", "min_per_class": 1,
               "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
     digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
     assert len(digests) == 1 + len(others)
@@ -172,3 +173,61 @@ def test_a_rule_sees_as_many_eigenvectors_as_it_asks_for(store: EmbeddingStore, 
     before = selector.digest
     (tmp_path / "third_vector.py").write_text(THIRD + "# changed\n")
     assert BatchSelector(store, selector.config).digest != before
+
+
+def test_floors_and_the_report_of_what_was_dropped_by_class(store: EmbeddingStore) -> None:
+    config = replace(CONFIG, schedule="constant:0.9", min_per_class=2, rule="extremes")
+    selector = BatchSelector(store, config)
+    kept = list(selector.run())
+    for selection in kept:
+        assert len(selection.kept) == selector.plan.keep(selection.seq)
+        assert (np.bincount(store.labels[selection.kept], minlength=3) >= 2).all()
+    all_kept = np.bincount(store.labels[np.concatenate([s.kept for s in kept])])
+    seen = 2 * np.bincount(store.labels[selector.plan.rows])
+    assert selector.counts.classes == {c: (seen[c], all_kept[c]) for c in range(3)}
+    plain = run(store, schedule="constant:0.9", rule="extremes")
+    assert any((np.bincount(store.labels[s.kept], minlength=3) < 2).any() for s in plain)  # or nothing was tested
+    with pytest.raises(UsageError, match=r"batch 0 of epoch 0 keeps 7 of 64 rows(.|\n)*need 9"):
+        run(store, schedule="constant:0.9", min_per_class=3)
+    with pytest.raises(UsageError, match="in the whole data set"):
+        BatchSelector(store, replace(CONFIG, min_per_class=70))
+
+
+def test_a_store_read_in_windows_is_selected_unit_by_unit(store: EmbeddingStore, tmp_path, monkeypatch) -> None:
+    nbytes = store.spec.unit_rows * store.spec.dim * 4
+    windows = EmbeddingStore(tmp_path / "store", access="window", memory_budget=2 * nbytes)
+    reads: list[int] = []
+    unit = windows.unit
+    monkeypatch.setattr(windows, "unit", lambda number: reads.append(number) or unit(number))
+    config = replace(CONFIG, order="window:64")
+    selector = BatchSelector(windows, config)
+    assert selector.slow_order == ""
+    kept = [s.kept.tolist() for s in selector.run()]
+    # Four units; an epoch begins with the last one of the epoch before, if at all.
+    assert len(reads) <= 2 * 4
+    assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
+    assert "use --order window" in BatchSelector(windows, CONFIG).slow_order
+    assert "two windows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
+    assert BatchSelector(store, CONFIG).slow_order == ""
+
+
+@pytest.mark.parametrize("schedule", ["budget:123", "cosine:0.2:0.9", "step:0.2:0.8", "linear:0.1:0.9+full:0.5"])
+def test_the_totals_of_the_plan_are_what_is_kept(store: EmbeddingStore, schedule: str) -> None:
+    selector = BatchSelector(store, replace(CONFIG, schedule=schedule, rule="random"))
+    kept = [len(s.kept) for s in selector.run()]
+    assert sum(kept) == selector.plan.total_kept
+    assert selector.plan.total_rows == 2 * 198
+    if schedule.startswith("budget"):
+        assert sum(kept) == 123
+
+
+def test_a_schedule_file_is_known_by_its_content(store: EmbeddingStore, tmp_path) -> None:
+    def selector(name: str) -> BatchSelector:
+        return BatchSelector(store, replace(CONFIG, schedule=f"file:{tmp_path / name}"))
+
+    (tmp_path / "a.txt").write_text("0.5\n0.75\n")
+    (tmp_path / "b.txt").write_text("0.5  # the same\n0.75\n")
+    assert selector("a.txt").digest == selector("b.txt").digest
+    before = selector("a.txt").digest
+    (tmp_path / "a.txt").write_text("0.5\n0.5\n")
+    assert selector("a.txt").digest != before

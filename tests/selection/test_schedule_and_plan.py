@@ -1,23 +1,32 @@
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
+from gstds_cache.selection.order import DEFAULT_WINDOW, parse_order
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.schedule import parse_schedule
 
 
-def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=0) -> SelectionPlan:
+def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=0, **order) -> SelectionPlan:
     return SelectionPlan(
         np.arange(rows, dtype=np.int64) * 2,
         batch_size=batch_size,
         epochs=epochs,
         schedule=parse_schedule(schedule),
         seed=seed,
+        **order,
     )
+
+
+def ratios(text: str, total: int, per_epoch: int = 1) -> list[float]:
+    return parse_schedule(text).lay_out(np.full(total, 10), per_epoch)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -30,6 +39,11 @@ def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=
         ("constant", "expected constant:RATIO"),
         ("linear:0.5", "expected linear:FIRST:LAST"),
         ("linaer:0:1", "linear"),
+        ("cosine:0.5:0.6:0.7", "got 3 values, expected cosine:FIRST:LAST"),
+        ("step:", "expected step:RATIO"),
+        ("step:0.5:2", "outside"),
+        ("budget:many", "whole number"),
+        ("constant:0.5+full:1", "share of full epochs"),
     ],
 )
 def test_a_schedule_that_cannot_be_meant(text: str, words: str) -> None:
@@ -38,9 +52,93 @@ def test_a_schedule_that_cannot_be_meant(text: str, words: str) -> None:
 
 
 def test_linear_goes_from_the_first_batch_of_the_run_to_the_last() -> None:
-    schedule = parse_schedule("linear:0.2:0.8")
-    assert [schedule.ratio(seq, 4) for seq in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert schedule.ratio(0, 1) == 0.2
+    assert ratios("linear:0.2:0.8", 4) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert ratios("linear:0.2:0.8", 1) == [0.2]
+
+
+def test_cosine_and_step_go_as_they_say() -> None:
+    assert ratios("cosine:0.2:0.8", 5) == pytest.approx([0.5 - 0.3 * math.cos(math.pi * i / 4) for i in range(5)])
+    assert ratios("step:0.25:0.5:0.75", 7) == [0.25] * 3 + [0.5] * 2 + [0.75] * 2
+    assert ratios("step:0.5", 3) == [0.5] * 3
+    assert ratios("step:0.1:0.2", 1) == [0.1]
+
+
+def test_full_epochs_come_at_the_end() -> None:
+    assert ratios("constant:0.75+full:0.125", 32, per_epoch=4) == [0.75] * 28 + [0.0] * 4
+    # The first part runs its course before them.
+    assert ratios("linear:0.2:0.8+full:0.3", 12, per_epoch=4) == pytest.approx(
+        [0.2 + 0.6 * i / 7 for i in range(8)] + [0] * 4
+    )
+    assert ratios("constant:0.75+full:0.01", 4, per_epoch=2)[2:] == [0, 0]  # one at least
+    with pytest.raises(UsageError, match="got 1 epoch"):
+        ratios("constant:0.75+full:0.5", 4, per_epoch=4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    epochs=st.integers(2, 4),
+    share=st.floats(0, 1),
+    full=st.booleans(),
+)
+def test_a_budget_is_spent_to_the_last_sample_and_evenly(sizes, epochs, share, full) -> None:
+    whole = np.array(sizes * epochs, np.int64)
+    head = whole[: -len(sizes)] if full else whole
+    least, most = len(head) + whole.sum() - head.sum(), whole.sum()
+    budget = int(least + share * (most - least))
+    text = f"budget:{budget}" + ("+full:0.01" if full else "")
+    ratios, keeps = parse_schedule(text).lay_out(whole, len(sizes))
+    assert keeps.sum() == budget
+    assert ((keeps >= 1) & (keeps <= whole)).all()
+    assert (keeps[len(head) :] == whole[len(head) :]).all()
+    assert ((ratios >= 0) & (ratios < 1)).all()
+    # Evenly: up to any batch no more than one sample from the share of what could be given.
+    room = np.cumsum(head - 1)
+    given_ = np.cumsum(keeps[: len(head)] - 1)
+    assert (abs(given_ - room * (given_[-1] / max(room[-1], 1))) <= 1).all()
+
+
+@pytest.mark.parametrize(("budget", "words"), [(11, "from 12"), (391, "to 390"), (10**20, "to 390")])
+def test_a_budget_that_does_not_fit(budget: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_plan(rows=130, schedule=f"budget:{budget}")
+
+
+def test_a_budget_that_full_epochs_use_up() -> None:
+    with pytest.raises(UsageError, match="beside the epochs that keep everything"):
+        make_plan(rows=130, schedule="budget:130+full:0.1")
+
+
+def test_a_file_has_a_line_for_each_epoch_or_batch(tmp_path: Path) -> None:
+    file = tmp_path / "ratios.txt"
+    file.write_text("# rising\n0.25\n\n0.5  # half\n")
+    assert ratios(f"file:{file}", 6, per_epoch=3) == [0.25] * 3 + [0.5] * 3
+    assert ratios(f"file:{file}", 2, per_epoch=2) == [0.25, 0.5]
+    with pytest.raises(UsageError, match=r"got 2 ratios, expected 3 \(one for each epoch\) or 9"):
+        ratios(f"file:{file}", 9, per_epoch=3)
+    assert ratios(f"file:{file}+full:0.1", 9, per_epoch=3) == [0.25] * 3 + [0.5] * 3 + [0.0] * 3
+
+
+def test_the_content_of_a_file_is_its_identity(tmp_path: Path) -> None:
+    for name, text in (("a", "0.5\n"), ("b", "0.50 # same\n"), ("c", "0.25\n")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (parse_schedule(f"file:{tmp_path / name}").identity for name in "abc")
+    assert a == b != c
+    assert str(tmp_path) not in a
+    assert parse_schedule(f"file:{tmp_path / 'a'}+full:0.5").identity not in {a, c}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("1.0", "outside"), ("-0.5", "outside"), ("nan", "outside"), ("half", "number")]
+)
+def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "ratios.txt").write_text(f"0.5\n# comment\n{line}\n")
+    with pytest.raises(UsageError, match=rf"ratios\.txt, line 3.*{words}"):
+        parse_schedule(f"file:{tmp_path / 'ratios.txt'}")
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="does not read as text"):
+        parse_schedule("file:nowhere.txt")
 
 
 def test_the_share_is_removed_rounded_down_and_one_row_always_stays() -> None:
@@ -83,6 +181,48 @@ def test_any_batch_can_be_made_without_the_ones_before_it() -> None:
     in_order = [whole.batch(seq).indices for seq in range(whole.total_batches)]
     for seq in (8, 0, 7, 4):
         np.testing.assert_array_equal(alone.batch(seq).indices, in_order[seq])
+
+
+@given(
+    rows=st.integers(4, 300),
+    batch_size=st.integers(4, 100),
+    epochs=st.integers(1, 3),
+    window=st.none() | st.integers(1, 400),
+    unit_rows=st.integers(1, 90),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
+    rows, batch_size, epochs, window, unit_rows, seed, data
+) -> None:
+    def plan() -> SelectionPlan:
+        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, window=window, unit_rows=unit_rows)
+
+    whole = plan()
+    batches = [whole.batch(seq) for seq in range(whole.total_batches)]
+    for epoch in range(epochs):
+        seen = np.concatenate([b.indices for b in batches if b.epoch == epoch])
+        assert sorted(seen) == list(range(0, 2 * rows, 2))
+        if window is not None:
+            # Each window's units appear together: a unit is never left and come back to outside its window.
+            first_seen = {unit: i for i, unit in reversed(list(enumerate((seen // unit_rows).tolist())))}
+            at_once = max(1, window // unit_rows)
+            order = sorted(first_seen, key=first_seen.__getitem__)
+            of_window = [order.index(unit) // at_once for unit in (seen // unit_rows).tolist()]
+            assert of_window == sorted(of_window)
+    seq = data.draw(st.integers(0, whole.total_batches - 1))
+    alone = plan().batch(seq)
+    assert alone.indices.tolist() == batches[seq].indices.tolist()
+    assert (alone.epoch, alone.batch_id, alone.keep) == (batches[seq].epoch, batches[seq].batch_id, batches[seq].keep)
+
+
+def test_orders_by_name() -> None:
+    assert parse_order("permutation") is None
+    assert parse_order("window") == DEFAULT_WINDOW
+    assert parse_order("window:100") == 100
+    for text in ("windows", "window:", "window:0", "window:-1", "window:many", "permutation:1", ""):
+        with pytest.raises(UsageError, match="--order"):
+            parse_order(text)
 
 
 def test_epochs_and_seeds_are_different_permutations() -> None:
