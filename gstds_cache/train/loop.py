@@ -92,6 +92,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     *,
     evaluation: ImageSource | None = None,
     method: BatchMethod | None = None,
+    feed: ImageFeed | None = None,
     after_epoch: Callable[[nn.Module], None] | None = None,
     progress: Progress | None = None,
     interruptible: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
@@ -105,6 +106,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
         method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
+        feed: Pixels of ``source`` that are decoded already, for whoever trains several times; None decodes them now.
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
         progress: Called with phase, steps done, steps in all, and the share of time spent waiting for data.
         interruptible: Makes a context that is held while steps are taken; the function it gives is asked after each
@@ -125,7 +127,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     classes = _count_classes(source, evaluation)
     begun = time.perf_counter()
     side = config.image_size
-    feed = ImageFeed(
+    feed = feed or ImageFeed(
         source,
         side=side,
         memory_budget=config.memory_budget,

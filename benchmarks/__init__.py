@@ -1,0 +1,1 @@
+"""Benchmarks, and the study: figures, each with how it was measured."""

@@ -1,0 +1,112 @@
+"""A setting's data, opened once for many runs: sources, decoded images, the store of embeddings."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import nn
+
+from benchmarks.study.settings import Setting, load_setting, resolved
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.memo import HashMemo
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
+from gstds_cache.embed.run import EmbedReport, embed_dataset
+from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.places import cache_root
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.train.augment import to_input
+from gstds_cache.train.images import ImageFeed
+
+TEST_BATCH = 512
+CURVE_ITEMS = 4096  # test images of the accuracy after each epoch
+
+
+@dataclass
+class StudyData:
+    """What all runs of a setting share.
+
+    Attributes:
+        setting: The setting.
+        folder: Where stores, scores and results are.
+    """
+
+    setting: Setting
+    folder: Path
+
+    @cached_property
+    def train(self) -> ImageSource:
+        return open_source(resolved(self.setting.train), memo=HashMemo(cache_root() / "hashes"))
+
+    @cached_property
+    def test(self) -> ImageSource:
+        return open_source(resolved(self.setting.test), memo=HashMemo(cache_root() / "hashes"))
+
+    @cached_property
+    def train_feed(self) -> ImageFeed:
+        return ImageFeed(self.train, side=self.setting.image_size, memory_budget=4 << 30, workers=0)
+
+    @cached_property
+    def test_feed(self) -> ImageFeed:
+        return ImageFeed(self.test, side=self.setting.image_size, memory_budget=4 << 30, workers=0)
+
+    @property
+    def location(self) -> Path:
+        return self.folder / "stores" / f"{self.setting.name}.store"
+
+    @property
+    def store(self) -> EmbeddingStore:
+        """The store, opened anew: a process that was forked must not use its parent's."""
+        return EmbeddingStore(self.location)
+
+    def embed(self, reuse: list[Path]) -> EmbedReport:
+        """Embed the training set, or find it done; rows are taken over from ``reuse`` and the setting's sibling."""
+        if self.setting.same_images_as:
+            sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
+            reuse = [*reuse, *([sibling] if sibling.exists() else [])]
+        config = EmbedConfig(model=self.setting.model)
+        return embed_dataset(self.train, config, where=self.location, reuse=reuse)
+
+    def unit_embeddings(self) -> Float32[np.ndarray, "N D"]:
+        """All embeddings as unit rows."""
+        store = self.store
+        rows = np.empty((len(store), store.spec.dim), store.spec.dtype)
+        store.gather(np.arange(len(rows)), rows)
+        return unit_rows(torch.from_numpy(rows)[None])[0].numpy()
+
+    def decode(self) -> float:
+        """Decode all images now; returns the seconds it took for the training set."""
+        begun = time.perf_counter()
+        _ = self.train_feed
+        seconds = time.perf_counter() - begun
+        _ = self.test_feed
+        return seconds
+
+    @torch.inference_mode()
+    def accuracy(self, network: nn.Module, items: int | None = None) -> float:
+        """Share of the test set classified rightly; of ``items`` evenly spread ones where given."""
+        network.eval()
+        total = len(self.test)
+        rows = (
+            np.arange(total) if items is None or items >= total else np.linspace(0, total - 1, items).astype(np.int64)
+        )
+        parts = [rows[start : start + TEST_BATCH] for start in range(0, len(rows), TEST_BATCH)]
+        right = 0
+        for part, pixels in zip(parts, self.test_feed.batches(parts), strict=True):
+            predicted = network(to_input(pixels)).argmax(1).numpy()
+            right += int((predicted == self.test.labels[part]).sum())
+        return right / len(rows)
+
+    @torch.inference_mode()
+    def probabilities(self, network: nn.Module) -> Float32[np.ndarray, "N C"]:
+        """Softmax of ``network`` on the training set."""
+        network.eval()
+        parts = np.array_split(np.arange(len(self.train)), max(1, len(self.train) // TEST_BATCH))
+        outputs = [network(to_input(pixels)).softmax(1) for pixels in self.train_feed.batches(parts)]
+        return torch.cat(outputs).numpy()

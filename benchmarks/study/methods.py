@@ -1,0 +1,73 @@
+"""Every method by name: which batches it reads, who chooses from them, and what has to be known beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.errors import UsageError
+from gstds_cache.selection.rules import find_rule
+
+INFOBATCH_KEEPS = 0.6  # about what it keeps at r = 0.5: its batches are cut so that steps have the others' size
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is run.
+
+    Attributes:
+        name: On the command line and in the results.
+        kind: ``rule`` selects from embeddings or at random; ``batch`` chooses while training; ``fixed`` knows its rows
+            beforehand.
+        rule: For ``rule``: the selection rule.
+        schedule: For ``rule``: a schedule instead of a constant ratio.
+        embeds: Whether it needs the cache of embeddings.
+        needs: Scores to prepare: ``probe``, ``early`` networks, ``forgetting`` counts.
+    """
+
+    name: str
+    kind: Literal["rule", "batch", "fixed"]
+    rule: str = ""
+    schedule: str = ""
+    embeds: bool = False
+    needs: frozenset[str] = frozenset()
+
+
+BASELINES = {
+    method.name: method
+    for method in (
+        Method("full", "rule", rule="random", schedule="constant:0"),
+        Method("random", "rule", rule="random"),
+        Method("rs2", "fixed"),
+        Method("infobatch", "batch"),
+        Method("rho-loss", "batch", embeds=True, needs=frozenset({"probe"})),
+        Method("jest", "batch", embeds=True, needs=frozenset({"probe"})),
+        Method("selective-backprop", "batch"),
+        Method("proxy-mask", "batch", needs=frozenset({"early"})),
+        Method("el2n", "fixed", needs=frozenset({"early"})),
+        Method("ccs", "fixed", needs=frozenset({"early"})),
+        Method("forgetting", "fixed", needs=frozenset({"forgetting"})),
+        Method("prototypicality", "fixed", embeds=True),
+        Method("k-centre", "fixed", embeds=True),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """A baseline, ``default``, or ``RULE`` or ``RULE@SCHEDULE`` for any rule of ``gstds-select``.
+
+    Raises:
+        UsageError: There is no such baseline or rule.
+    """
+    if name in BASELINES:
+        return BASELINES[name]
+    rule_name, _, schedule = name.partition("@")
+    if rule_name == "default":
+        rule_name = SelectConfig().rule
+    try:
+        rule = find_rule(rule_name)
+    except UsageError as error:
+        raise UsageError(f"no method {name!r}: there is default, {', '.join(BASELINES)}, and the rules") from error
+    needs = frozenset({"probe"}) if rule.needs_guidance else frozenset[str]()
+    return Method(name, "rule", rule=rule_name, schedule=schedule, embeds=rule.vectors > 0 or bool(needs), needs=needs)

@@ -1,0 +1,190 @@
+"""One run of the study: prepare what the method needs, select, train, test; every second put to its phase."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from benchmarks.study.data import CURVE_ITEMS, StudyData
+from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
+from benchmarks.study.scores import Scores
+from gstds_cache.config import SelectConfig
+from gstds_cache.seeding import rng_for
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.stream.reader import open_selection
+from gstds_cache.stream.writer import header_of, write_file
+from gstds_cache.train.baselines.batch_method import BatchMethod, kept_of
+from gstds_cache.train.baselines.ccs import ccs
+from gstds_cache.train.baselines.el2n import el2n, hardest
+from gstds_cache.train.baselines.fixed import write_fixed
+from gstds_cache.train.baselines.infobatch import InfoBatch
+from gstds_cache.train.baselines.jest import Jest
+from gstds_cache.train.baselines.k_centre import k_centre
+from gstds_cache.train.baselines.prototypicality import prototypicality
+from gstds_cache.train.baselines.proxy_mask import ProxyMask
+from gstds_cache.train.baselines.rho_loss import RhoLoss
+from gstds_cache.train.baselines.rs2 import rs2
+from gstds_cache.train.baselines.selective_backprop import SelectiveBackprop
+from gstds_cache.train.loop import run_config, train
+from gstds_cache.train.run_dir import RunDir
+
+CURVES = ("full", "random", "default")  # methods tested after each epoch too, outside of the clock
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run.
+
+    Attributes:
+        setting: The setting's name.
+        method: The method's name.
+        ratio: Share of each batch, or of the data set, that is left out.
+        epochs: Epochs; more than the setting's where a method is given a larger budget.
+        seed: Seed of selection, initial weights and augmentation.
+    """
+
+    setting: str
+    method: str
+    ratio: float
+    epochs: int
+    seed: int
+
+
+def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
+    """Run ``task`` and return its result line.
+
+    Put apart and not counted, for any method: ``warm-up``, which is loading compiled code by selecting one batch; also
+    decoding the images into memory (all runs share it), and testing.
+    """
+    method = find_method(task.method)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="study-") as name:
+        folder = Path(name)
+        load = os.getloadavg()[0]
+        begun = time.perf_counter()
+        selection = _selection(task, method, data, scores, folder, seconds)
+        seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
+        chooser = _chooser(task, method, data, scores)
+        config = data.setting.train_config(task.seed)
+        curve: list[float] = []
+        last: list[nn.Module] = []
+
+        def after_epoch(network: nn.Module) -> None:
+            if task.method in CURVES:
+                curve.append(round(data.accuracy(network, CURVE_ITEMS), 5))
+            last[:] = [network]
+
+        with open_selection(selection) as stream:
+            run_dir = RunDir(folder / "run", run_config(config, stream, None), provenance={}, resume=False)
+            report = train(
+                data.train, stream, config, run_dir, method=chooser, feed=data.train_feed, after_epoch=after_epoch
+            )
+        phases = {k: v for k, v in report.seconds.items() if k not in {"load", "eval", "total"}}
+        return {
+            "kind": "run",
+            "setting": task.setting,
+            "method": task.method,
+            "rule": f"{method.rule}@{method.schedule}" if method.schedule else method.rule,
+            "ratio": task.ratio,
+            "epochs": task.epochs,
+            "seed": task.seed,
+            "test_accuracy": round(data.accuracy(last[0]), 6),
+            "curve": curve,
+            "gradient_samples": report.gradient_samples,
+            "forward_samples": report.forward_samples,
+            "steps": report.steps,
+            "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
+            "embeds": method.embeds,
+            "needs": sorted(method.needs),
+            "loss": round(report.loss, 5),
+            "load_average": round(load, 2),
+        }
+
+
+def _selection(
+    task: Task, method: Method, data: StudyData, scores: Scores, folder: Path, seconds: dict[str, float]
+) -> Path:
+    """The selection that is trained on; the time that a score took to compute here goes to ``seconds["scores"]``."""
+    setting = data.setting
+    path = folder / "selection.arrow"
+    if method.kind == "rule":
+        full = task.method == "full"
+        config = SelectConfig(
+            rule=method.rule,
+            schedule=method.schedule or f"constant:{task.ratio}",
+            batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),
+            epochs=task.epochs,
+            knn=setting.knn,
+            seed=task.seed,
+            threads=1,
+        )
+        begun = time.perf_counter()
+        next(BatchSelector(data.store, config).run())
+        seconds["warm-up"] = time.perf_counter() - begun
+        list(write_file(BatchSelector(data.store, config), path))
+        return path
+    keep = kept_of(len(data.train), task.ratio)
+    if method.kind == "batch":
+        rows = setting.rows_before(task.ratio) if task.method != "infobatch" else round(setting.step / INFOBATCH_KEEPS)
+        config = SelectConfig(
+            rule="random",
+            schedule="constant:0",
+            batch_size=min(rows, len(data.train)),
+            epochs=task.epochs,
+            seed=task.seed,
+        )
+        list(write_file(BatchSelector(data.store, config), path))
+        return path
+    like = header_of(BatchSelector(data.store, SelectConfig(rule="random", batch_size=min(512, len(data.train)))))
+    begun = time.perf_counter()
+    per_epoch = (
+        rs2(len(data.train), keep, task.epochs, task.seed)
+        if task.method == "rs2"
+        else [_subset(task, keep, data, scores)] * task.epochs
+    )
+    seconds["scores"] = time.perf_counter() - begun
+    write_fixed(path, like, per_epoch, step=setting.step, method=task.method, seed=task.seed)
+    return path
+
+
+def _subset(task: Task, keep: int, data: StudyData, scores: Scores) -> np.ndarray:
+    """Rows of a subset chosen once."""
+    labels = data.train.labels
+    if task.method == "el2n":
+        return hardest(el2n(scores.early(), labels), keep)
+    if task.method == "ccs":
+        return ccs(el2n(scores.early(), labels), keep, rng_for(task.seed, "ccs"))
+    if task.method == "forgetting":
+        return hardest(scores.forgetting(), keep)
+    embeddings = data.unit_embeddings()
+    if task.method == "prototypicality":
+        return hardest(prototypicality(embeddings, len(data.train.classes), task.seed), keep)
+    assert task.method == "k-centre", task.method
+    return k_centre(embeddings, keep, first=int(rng_for(task.seed, "k-centre").integers(len(embeddings))))
+
+
+def _chooser(task: Task, method: Method, data: StudyData, scores: Scores) -> BatchMethod | None:
+    if method.kind != "batch":
+        return None
+    if task.method == "infobatch":
+        return InfoBatch(len(data.train))
+    if task.method == "selective-backprop":
+        return SelectiveBackprop(task.ratio)
+    if task.method == "proxy-mask":
+        right = scores.early()[0][np.arange(len(data.train)), data.train.labels]
+        return ProxyMask(-np.log(np.maximum(right, 1e-7)), task.ratio)
+    reference = scores.reference()
+    return RhoLoss(reference, task.ratio) if task.method == "rho-loss" else Jest(reference, task.ratio)
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """A result as one line of JSON."""
+    return json.dumps(result, sort_keys=True)

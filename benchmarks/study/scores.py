@@ -1,0 +1,131 @@
+"""What score-based methods have to know before a run: computed once for a setting, timed, kept.
+
+Their training runs use seed 0 whatever the run's seed, so a score-based method's seeds share their scores; the time is
+put on each experiment whole, since another network or another budget would need them again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64
+from torch import nn
+
+from benchmarks.study.data import StudyData
+from gstds_cache.config import SelectConfig
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.stream.reader import open_selection
+from gstds_cache.stream.writer import write_file
+from gstds_cache.train.baselines.batch_method import BatchMethod
+from gstds_cache.train.baselines.forgetting import ForgettingCounter
+from gstds_cache.train.loop import run_config, train
+from gstds_cache.train.run_dir import RunDir
+
+EARLY_NETWORKS, EARLY_EPOCHS = 3, 1
+
+
+@dataclass
+class Scores:
+    """A setting's scores, read from disk.
+
+    Attributes:
+        data: The setting's data.
+    """
+
+    data: StudyData
+
+    @property
+    def folder(self) -> Path:
+        return self.data.folder / "scores"
+
+    def early(self) -> Float32[np.ndarray, "R N C"]:
+        """Probabilities under three networks, each trained on everything for one epoch."""
+        return np.asarray(np.load(self._path("early")))
+
+    def forgetting(self) -> Float64[np.ndarray, " N"]:
+        """Forgetting counts of one whole training run on everything."""
+        return np.asarray(np.load(self._path("forgetting")))
+
+    def reference(self) -> Float32[np.ndarray, " N"]:
+        """Held-out losses of the cross-fitted probe."""
+        return np.asarray(np.load(self._path("probe")))
+
+    def prepare(self, need: str) -> dict[str, Any] | None:
+        """Compute what is needed; returns a result line, or None where it is there."""
+        path = self._path(need)
+        if path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make: Callable[[], np.ndarray] = {
+            "early": self._train_early,
+            "forgetting": self._count_forgetting,
+            "probe": self._fit_probe,
+        }[need]
+        begun = time.perf_counter()
+        values = make()
+        seconds = time.perf_counter() - begun
+        np.save(path.with_suffix(".partial.npy"), values)
+        path.with_suffix(".partial.npy").replace(path)
+        return {"kind": "scores", "setting": self.data.setting.name, "need": need, "seconds": round(seconds, 3)}
+
+    def _path(self, need: str) -> Path:
+        return self.folder / f"{self.data.setting.name}-{need}.npy"
+
+    def _fit_probe(self) -> np.ndarray:
+        from gstds_cache.selection.guidance import load_or_make_guidance
+
+        return load_or_make_guidance(self.data.store, "probe").difficulty
+
+    def _train_early(self) -> np.ndarray:
+        parts = []
+        for seed in range(EARLY_NETWORKS):
+            self._train_on_everything(
+                EARLY_EPOCHS, seed, lambda network: parts.append(self.data.probabilities(network))
+            )
+        return np.stack(parts)
+
+    def _count_forgetting(self) -> np.ndarray:
+        counter = ForgettingCounter(len(self.data.train))
+        self._train_on_everything(self.data.setting.epochs, 0, None, counter)
+        return counter.scores()
+
+    def _train_on_everything(
+        self,
+        epochs: int,
+        seed: int,
+        after_epoch: Callable[[nn.Module], None] | None,
+        method: BatchMethod | None = None,
+    ) -> None:
+        setting = self.data.setting
+        select = SelectConfig(
+            rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed
+        )
+        config = setting.train_config(1000 + seed)
+        with tempfile.TemporaryDirectory(prefix="study-") as name:
+            list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
+            with open_selection(Path(name) / "s.arrow") as stream:
+                run_dir = RunDir(Path(name) / "run", run_config(config, stream, None), provenance={}, resume=False)
+                train(
+                    self.data.train,
+                    stream,
+                    config,
+                    run_dir,
+                    method=method,
+                    feed=self.data.train_feed,
+                    after_epoch=after_epoch,
+                )
+
+
+def seconds_of(lines: list[dict[str, Any]], setting: str) -> dict[str, float]:
+    """Seconds of each score of a setting, from result lines."""
+    return {
+        line["need"]: float(line["seconds"])
+        for line in lines
+        if line["kind"] == "scores" and line["setting"] == setting
+    }

@@ -1,0 +1,113 @@
+"""What a data set's runs have in common: one JSON file each in ``settings/``, parsed here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gstds_cache.config import DEFAULT_MODEL, TrainConfig
+from gstds_cache.errors import UsageError
+
+FOLDER = Path(__file__).parent / "settings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A data set, a network and a budget.
+
+    Attributes:
+        name: The file's name without ``.json``.
+        about: One line for people.
+        train: The training set's URI; ``$NAME`` in it is the environment's.
+        test: The test set's URI.
+        epochs: Passes over the training set.
+        batch: Rows of a batch before selection at filter ratio 0.75; a step has a quarter of them at every ratio, so
+            that all runs of a setting take steps of one size.
+        arch: The network.
+        lr: Peak learning rate.
+        image_size: Side of the images in pixels.
+        momentum: SGD momentum.
+        weight_decay: SGD weight decay.
+        augment: How images are augmented.
+        model: The reference model whose embeddings are selected from.
+        same_images_as: Another setting whose store holds the same images with other labels: nothing is embedded again.
+        knn: Neighbours per row of a batch's graph.
+    """
+
+    name: str
+    about: str
+    train: str
+    test: str
+    epochs: int
+    batch: int
+    arch: str
+    lr: float
+    image_size: int
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: Literal["none", "crop", "crop+flip"] = "crop"
+    model: str = DEFAULT_MODEL
+    same_images_as: str = ""
+    knn: int = 10
+
+    @property
+    def step(self) -> int:
+        """Samples of a training step."""
+        return self.batch // 4
+
+    def rows_before(self, ratio: float) -> int:
+        """Rows of a batch before the share ``ratio`` is removed, for steps of :attr:`step` samples."""
+        return round(self.step / (1 - ratio))
+
+    def train_config(self, seed: int, *, arch: str = "") -> TrainConfig:
+        """How a run trains."""
+        return TrainConfig(
+            arch=arch or self.arch,
+            seed=seed,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            image_size=self.image_size,
+            augment=self.augment,
+            workers=0,
+            threads=1,
+        )
+
+
+def load_setting(name: str) -> Setting:
+    """The setting of that name.
+
+    Raises:
+        UsageError: There is none, its file is no setting, or a variable in it is not set.
+    """
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        raise UsageError(f"no setting {name!r}: there is {', '.join(names())}")
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+        setting = Setting(name=name, **fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} is no setting: {error}") from error
+    if setting.batch % 4:
+        raise UsageError(f"{path}: batch must be a multiple of 4, got {setting.batch}")
+    return setting
+
+
+def names() -> list[str]:
+    """All settings."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def resolved(uri: str) -> str:
+    """``uri`` with the environment's variables filled in.
+
+    Raises:
+        UsageError: One of them is not set.
+    """
+    filled = os.path.expandvars(uri)
+    if "$" in filled:
+        raise UsageError(f"data set {uri!r}: set {filled[filled.index('$') :].partition('/')[0]} to where the data are")
+    return filled
