@@ -1,0 +1,170 @@
+"""From result lines to differences with intervals, at equal gradients and at equal wall clock.
+
+Everything is paired by seed: two methods of one seed start from the same weights and see the same order of the data.
+Seconds are those of one core; what runs on several counts as often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Line = dict[str, Any]
+PAID = ("select", "scores", "images", "indices", "choose", "step")  # not warm-up
+RESAMPLES = 10_000
+OFTEN = 1_000_000  # experiments on one cache: its share of the cost is nothing
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of paired differences in points, with its 95 % interval.
+
+    Attributes:
+        mean: In percentage points.
+        low: 2.5 % quantile of the bootstrap.
+        high: 97.5 % quantile.
+        seeds: Pairs.
+        beyond: Pairs in which the reference's budget ended before the method's time: its largest budget was taken.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    beyond: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "not told apart"
+
+    def __str__(self) -> str:
+        text = f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return text + ("*" if self.beyond else "")
+
+
+def bootstrap(differences: Sequence[float], beyond: int = 0) -> Interval:
+    """Mean of ``differences`` (shares) in points, and the percentile bootstrap over seeds. Always the same numbers."""
+    values = 100 * np.asarray(differences, np.float64)
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high), len(values), beyond)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One setting's lines.
+
+    Attributes:
+        lines: All of them.
+    """
+
+    lines: tuple[Line, ...]
+
+    @property
+    def runs(self) -> list[Line]:
+        return [line for line in self.lines if line["kind"] == "run"]
+
+    def of(self, method: str, ratio: float, epochs: int) -> dict[int, Line]:
+        """Runs by seed; ``full`` has no ratio."""
+        return {
+            line["seed"]: line
+            for line in self.runs
+            if line["method"] == method and line["epochs"] == epochs and (method == "full" or line["ratio"] == ratio)
+        }
+
+    @property
+    def embed_seconds(self) -> float:
+        """Core seconds of embedding the data set once."""
+        return sum(line["seconds"] * line["cores"] for line in self.lines if line["kind"] == "embedding")
+
+    def score_seconds(self, need: str) -> float:
+        """Core seconds of a score that was computed once."""
+        return sum(line["seconds"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
+
+    def clock(self, line: Line, experiments: int) -> float:
+        """Core seconds of a run, the cache's share with ``experiments`` on it counted.
+
+        The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
+        one budget.
+        """
+        seconds = sum(line["seconds"].get(phase, 0.0) for phase in PAID)
+        shared = self.embed_seconds if line["embeds"] else 0.0
+        for need in line["needs"]:
+            if need == "probe":
+                shared += self.score_seconds(need)
+            else:
+                seconds += self.score_seconds(need)
+        return float(seconds + shared / experiments)
+
+    def budgets(self, method: str, ratio: float, seed: int, experiments: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds and accuracies of ``method`` at all its budgets of epochs, cheapest first."""
+        points = sorted(
+            (self.clock(line, experiments), line["test_accuracy"])
+            for line in self.runs
+            if line["method"] == method and line["seed"] == seed and (method == "full" or line["ratio"] == ratio)
+        )
+        seconds, accuracies = zip(*points, strict=True)
+        return np.array(seconds), np.array(accuracies)
+
+    def difference(self, a: str, b: str, ratio: float, epochs: int) -> Interval | None:
+        """Accuracy of ``a`` minus that of ``b`` at the same number of epochs."""
+        ours, theirs = self.of(a, ratio, epochs), self.of(b, ratio, epochs)
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            return None
+        return bootstrap([ours[s]["test_accuracy"] - theirs[s]["test_accuracy"] for s in seeds])
+
+    def at_equal_clock(
+        self, method: str, reference: str, ratio: float, epochs: int, experiments: int = OFTEN
+    ) -> Interval | None:
+        """Accuracy of ``method`` minus what ``reference`` reaches in the same seconds.
+
+        The reference was run with several numbers of epochs, each with its own schedule of the learning rate; between
+        two of them, its accuracy is read off along a straight line over log seconds.
+
+        Returns:
+            The difference; None where there are no runs, or the reference takes longer with its smallest budget.
+        """
+        differences, beyond = [], 0
+        for seed, line in self.of(method, ratio, epochs).items():
+            if not any(run["method"] == reference and run["seed"] == seed for run in self.runs):
+                continue
+            seconds, accuracies = self.budgets(reference, ratio, seed, experiments)
+            spent = self.clock(line, experiments)
+            if spent < 0.98 * seconds[0]:
+                return None
+            beyond += bool(spent > 1.02 * seconds[-1])
+            differences.append(line["test_accuracy"] - float(np.interp(np.log(spent), np.log(seconds), accuracies)))
+        return bootstrap(differences, beyond) if differences else None
+
+    def seconds_to(self, method: str, ratio: float, target: float, experiments: int = OFTEN) -> float | None:
+        """Mean over seeds of the least seconds after which ``method`` was at ``target``; None where a seed never was.
+
+        It may be there at the end of a run of any budget, or after one of its epochs.
+        """
+        best: dict[int, float] = {}
+        for line in self.runs:
+            if line["method"] != method or (method != "full" and line["ratio"] != ratio):
+                continue
+            spent = self.clock(line, experiments)
+            epochs = len(line["curve"])
+            points = [(spent * (e + 1) / epochs, accuracy) for e, accuracy in enumerate(line["curve"][:-1])]
+            reached = [s for s, accuracy in [*points, (spent, line["test_accuracy"])] if accuracy >= target]
+            best[line["seed"]] = min([best.get(line["seed"], np.inf), *reached])
+        if not best or not np.isfinite(list(best.values())).all():
+            return None
+        return float(np.mean(list(best.values())))
+
+    def break_even(self, ratio: float, epochs: int, method: str = "default") -> float | None:
+        """Experiments after which embedding and probe have been paid for by what ``method`` saves against ``full``."""
+        ours, full = self.of(method, ratio, epochs), self.of("full", ratio, epochs)
+        seeds = sorted(ours.keys() & full.keys())
+        if not seeds or not self.embed_seconds:
+            return None
+        saved = float(np.mean([self.clock(full[s], OFTEN) - self.clock(ours[s], OFTEN) for s in seeds]))
+        shared = self.embed_seconds + sum(self.score_seconds(n) for n in ours[seeds[0]]["needs"] if n == "probe")
+        return shared / saved if saved > 0 else None

@@ -1,0 +1,198 @@
+"""The study's tables, from its result lines into docs/method.md, between markers.
+
+python -m benchmarks.study.tables            # write them
+python -m benchmarks.study.tables --check    # exit code 1 if the document says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.study.analysis import OFTEN, Interval, Study
+from benchmarks.study.lines import RESULTS, read_lines
+from benchmarks.study.methods import BASELINES
+from benchmarks.study.settings import load_setting
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
+BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
+ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
+RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def shown(interval: Interval | None) -> str:
+    return "" if interval is None else str(interval)
+
+
+def study_tables(study: Study, name: str) -> str:
+    """All tables of one setting."""
+    setting = load_setting(name)
+    parts = [f"### {name}\n\n{setting.about}. {_settings_line(study, name)}"]
+    ratios = sorted({line["ratio"] for line in study.runs if line["method"] != "full"})
+    parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
+    ratio = 0.75
+    parts += [part for part in (_budgets(study, ratio, setting.epochs), _rivals(study, ratio, setting.epochs)) if part]
+    return "\n\n".join(parts)
+
+
+def _settings_line(study: Study, name: str) -> str:
+    setting = load_setting(name)
+    run = study.runs[0]
+    return (
+        f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
+        f"learning rate {setting.lr}. {len(study.runs)} runs, {run['cpu']}, {run['jobs']} at a time, one thread each."
+    )
+
+
+def _main_table(study: Study, ratio: float, epochs: int) -> str:
+    found = {line["method"] for line in study.runs if line["epochs"] == epochs}
+    rows = []
+    for method in [*ORDER, *sorted(found - set(ORDER))]:
+        runs = study.of(method, ratio, epochs)
+        if not runs:
+            continue
+        accuracies = [100 * line["test_accuracy"] for line in runs.values()]
+        spread = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
+        rule = next(iter(runs.values()))["rule"]
+        equal = None if method in {"random", "full"} else study.at_equal_clock(method, "random", ratio, epochs)
+        rows.append(
+            [
+                f"{method} (`{rule}`)" if method == "default" else method,
+                str(len(runs)),
+                f"{np.mean(accuracies):.2f}{spread}",
+                f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
+                f"{np.mean([line['forward_samples'] for line in runs.values()]):,.0f}",
+                f"{np.mean([study.clock(line, OFTEN) for line in runs.values()]):.1f}",
+                "" if method == "full" else shown(study.difference(method, "full", ratio, epochs)),
+                "" if method in {"random", "full"} else shown(study.difference(method, "random", ratio, epochs)),
+                "" if equal is None else f"{equal} {_verdict(equal)}",
+            ]
+        )
+    head = (
+        *("method", "seeds", "accuracy %", "gradient samples", "forward samples", "core s, cache there"),
+        *("minus full", "minus random, same epochs", "minus random, same seconds"),
+    )
+    return f"Filter ratio {ratio}:\n\n" + table(head, rows)
+
+
+def _verdict(interval: Interval) -> str:
+    return {"ahead": "**ahead**", "behind": "behind random", "not told apart": "does not beat random"}[interval.verdict]
+
+
+def _budgets(study: Study, ratio: float, epochs: int) -> str:
+    """The default with its cache's share counted, against random given the same seconds."""
+    if not study.of("default", ratio, epochs) or not study.of("random", ratio, epochs):
+        return ""
+    rows = []
+    for experiments, words in ((1, "1"), (5, "5"), (20, "20"), (OFTEN, "the cache is there")):
+        runs = study.of("default", ratio, epochs)
+        equal = study.at_equal_clock("default", "random", ratio, epochs, experiments)
+        rows.append(
+            [
+                words,
+                f"{np.mean([study.clock(line, experiments) for line in runs.values()]):.1f}",
+                "" if equal is None else f"{equal} {_verdict(equal)}",
+            ]
+        )
+    text = "The default's whole cost, embedding and probe shared by so many experiments:\n\n"
+    text += table(("experiments", "core s each", "minus random, same seconds"), rows)
+    runs, full = study.of("default", ratio, epochs), study.of("full", ratio, epochs)
+    shares = [
+        line["seconds"]["select"] / (line["seconds"]["step"] + line["seconds"]["images"]) for line in runs.values()
+    ]
+    read = [
+        line["seconds"]["indices"] / (line["seconds"]["step"] + line["seconds"]["images"]) for line in runs.values()
+    ]
+    probe = study.score_seconds("probe")
+    text += (
+        f"\n\nEmbedding once: {study.embed_seconds:.0f} core s; the probe: {probe:.1f} s. Selection takes "
+        f"{100 * np.mean(shares):.1f} % of training time live, {100 * np.mean(read):.1f} % replayed from a file."
+    )
+    if full:
+        target = float(np.mean([line["test_accuracy"] for line in full.values()]))
+        times = [
+            f"{method} {'never' if (s := study.seconds_to(method, ratio, target)) is None else f'{s:.1f} s'}"
+            for method in ("full", "random", "default")
+        ]
+        text += f" Time to full training's mean accuracy ({100 * target:.2f} %), the cache there: {', '.join(times)}."
+        even = study.break_even(ratio, epochs)
+        saved = study.difference("default", "full", ratio, epochs)
+        if even is not None:
+            text += (
+                f" The cache has paid for itself after {np.ceil(even):.0f} experiments, against training on everything "
+                f"(accuracy {saved} points)."
+            )
+    return text
+
+
+def _rivals(study: Study, ratio: float, epochs: int) -> str:
+    """What the default reaches in the seconds of each rival."""
+    rows = []
+    for rival in RIVALS:
+        there = study.at_equal_clock(rival, "default", ratio, epochs) if study.of("default", ratio, epochs) else None
+        if there is not None:
+            turned = Interval(-there.mean, -there.high, -there.low, there.seeds, there.beyond)
+            rows.append([rival, str(turned), turned.verdict])
+    if not rows:
+        return ""
+    text = "The default given each rival's seconds (its own several budgets, the cache there), minus the rival:\n\n"
+    return text + table(("rival", "default minus rival", "verdict"), rows)
+
+
+def hours(studies: Sequence[Study]) -> str:
+    """Hours of compute behind the lines."""
+    paid = sum(sum(line["seconds"].values()) for study in studies for line in study.runs)
+    once = sum(
+        study.embed_seconds + sum(study.score_seconds(n) for n in ("probe", "early", "forgetting")) for study in studies
+    )
+    count = sum(len(study.runs) for study in studies)
+    return (
+        f"{count} runs: {paid / 3600:.1f} core hours of selecting and training, {once / 3600:.1f} of embedding and "
+        "scores."
+    )
+
+
+def render(results: Path = RESULTS) -> str:
+    """The whole text between the markers."""
+    files = sorted(results.glob("*.jsonl"), key=lambda path: (path.stem != "glyphs", path.stem))
+    studies = {path.stem: Study(tuple(read_lines(path))) for path in files}
+    studies = {name: study for name, study in studies.items() if study.runs}
+    note = (
+        "Differences are in points, paired by seed, with 95 % bootstrap intervals over seeds; a star marks comparisons "
+        "in which random's (or the default's) largest budget took less time than the method, and was taken."
+    )
+    return "\n\n".join([hours(list(studies.values())), note, *(study_tables(s, name) for name, s in studies.items())])
+
+
+def placed(document: str, text: str) -> str:
+    """``document`` with ``text`` between its markers."""
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--check", action="store_true")
+    arguments = made.parse_args()
+    old = DOCUMENT.read_text()
+    new = placed(old, render())
+    if arguments.check:
+        if new != old:
+            print(f"{DOCUMENT} does not say what the lines say: python -m benchmarks.study.tables", file=sys.stderr)
+        return int(new != old)
+    DOCUMENT.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

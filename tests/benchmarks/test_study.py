@@ -1,0 +1,186 @@
+"""The study's own arithmetic, its settings, its data, and that the document says what the lines say."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study import glyphs  # noqa: E402
+from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
+from benchmarks.study.analysis import OFTEN, Study, bootstrap  # noqa: E402
+from benchmarks.study.lines import append, read_lines  # noqa: E402
+from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
+from benchmarks.study.runs import Task  # noqa: E402
+from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
+from benchmarks.study.tables import BEGIN, DOCUMENT, END, placed, render  # noqa: E402
+from gstds_cache.data.sources import open_source  # noqa: E402
+from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
+
+
+def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int = 8, **more):
+    return {
+        "kind": "run",
+        "method": method,
+        "ratio": 0.0 if method == "full" else 0.75,
+        "epochs": epochs,
+        "seed": seed,
+        "test_accuracy": accuracy,
+        "curve": [],
+        "seconds": {"step": seconds, "warm-up": 99.0},
+        "embeds": False,
+        "needs": [],
+        "cores": 2,
+        **more,
+    }
+
+
+def test_every_setting_is_one_and_steps_do_not_depend_on_the_ratio() -> None:
+    for name in names():
+        setting = load_setting(name)
+        assert setting.train_config(0).arch == setting.arch
+        for ratio in (0.5, 0.75, 0.9):
+            rows = setting.rows_before(ratio)
+            assert rows - int(ratio * rows + 1e-9) == setting.step
+    assert {"cifar10-resnet18", "pets-resnet18", "flowers-resnet18"} <= set(names())
+    assert load_setting("cifar10-resnet18").arch == "torchvision:resnet18"
+    with pytest.raises(UsageError, match="there is"):
+        load_setting("nothing")
+    with pytest.raises(UsageError, match="NOT_SET_ANYWHERE"):
+        resolved("imagefolder:$NOT_SET_ANYWHERE/x")
+
+
+def test_methods_are_the_baselines_and_every_rule() -> None:
+    assert len(BASELINES) == 13
+    assert find_method("coverage@linear:0.5:0.9").schedule == "linear:0.5:0.9"
+    assert find_method("coverage").embeds
+    assert not find_method("random").embeds
+    with pytest.raises(UsageError, match="no method"):
+        find_method("nonsense")
+
+
+def test_tasks_are_interleaved_seed_by_seed_and_full_runs_once() -> None:
+    arguments = parse(["glyphs", "--methods", "full,random,random*2", "--ratios", "0.5,0.9", "--seeds", "3-4"])
+    tasks = list(tasks_of(arguments, "glyphs"))
+    assert [task.seed for task in tasks] == [3] * 5 + [4] * 5
+    assert tasks[:3] == [
+        Task("glyphs", "full", 0.0, 8, 3),
+        Task("glyphs", "random", 0.5, 8, 3),
+        Task("glyphs", "random", 0.5, 16, 3),
+    ]
+
+
+def test_intervals_are_of_paired_differences() -> None:
+    interval = bootstrap([0.01, 0.02, 0.03])
+    assert interval.mean == pytest.approx(2.0)
+    assert 1.0 <= interval.low < interval.mean < interval.high <= 3.0
+    assert (interval.verdict, bootstrap([-0.01, 0.01]).verdict, bootstrap([-0.01] * 5).verdict) == (
+        "ahead",
+        "not told apart",
+        "behind",
+    )
+    study = Study((line("a", 0, 0.9, 1), line("a", 1, 0.8, 1), line("b", 1, 0.7, 1), line("b", 0, 0.85, 1)))
+    assert study.difference("a", "b", 0.75, 8).mean == pytest.approx(7.5)
+    assert study.difference("a", "full", 0.75, 8) is None
+
+
+def test_equal_wall_clock_reads_the_reference_between_its_budgets() -> None:
+    runs = [
+        line("random", 0, 0.90, 10),
+        line("random", 0, 0.94, 40, epochs=32),
+        line("slow", 0, 0.93, 20),
+        line("slower", 0, 0.93, 400),
+        line("quick", 0, 0.93, 1),
+    ]
+    study = Study(tuple(runs))
+    assert study.at_equal_clock("slow", "random", 0.75, 8).mean == pytest.approx(1.0)  # half way in log seconds: 0.92
+    assert study.at_equal_clock("slower", "random", 0.75, 8).beyond == 1
+    assert study.at_equal_clock("quick", "random", 0.75, 8) is None
+
+
+def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
+    embedding = {"kind": "embedding", "seconds": 100.0, "cores": 2}
+    probe = {"kind": "scores", "need": "probe", "seconds": 10.0}
+    early = {"kind": "scores", "need": "early", "seconds": 7.0}
+    guided = line("default", 0, 0.9, 5, embeds=True, needs=["probe"])
+    scored = line("el2n", 0, 0.9, 5, needs=["early"])
+    study = Study((embedding, probe, early, guided, scored, line("full", 0, 0.9, 26)))
+    assert study.clock(guided, 1) == pytest.approx(5 + 200 + 10)
+    assert study.clock(guided, 20) == pytest.approx(5 + 210 / 20)
+    assert study.clock(scored, 20) == pytest.approx(12)
+    assert study.break_even(0.75, 8) == pytest.approx(210 / 21)
+    curved = line("random", 0, 0.9, 8, curve=[0.1, 0.95, 0.2, 0.3])
+    assert Study((curved,)).seconds_to("random", 0.75, 0.9) == pytest.approx(4)
+    assert Study((curved,)).seconds_to("random", 0.75, 0.96, OFTEN) is None
+
+
+def test_glyphs_come_from_whole_families_and_variants_differ_in_what_they_say() -> None:
+    train, unseen = glyphs.train("built-in"), glyphs.unseen("built-in")
+    families = [{name.split("/")[1] for name in part.ids} for part in (train, unseen)]
+    assert not families[0] & families[1]
+    assert len(train) + len(unseen) == 24 * 52
+    noisy = glyphs.train("built-in", noise="0.3")
+    assert np.array_equal(noisy.images, train.images)
+    assert (noisy.targets != train.targets).sum() == round(0.3 * len(train))
+    doubled = glyphs.train("built-in", doubled="0.5")
+    assert len(doubled) == len(train) * 3 // 2
+    assert len(set(doubled.ids)) == len(doubled)
+    rare = np.bincount(glyphs.train("built-in", imbalance="10").targets)
+    assert rare.max() / rare.min() == pytest.approx(10, rel=0.2)
+    assert len(glyphs.train("built-in", items="100")) == 100
+    assert np.array_equal(glyphs.train("built-in", noise="0.3").targets, noisy.targets)
+    with pytest.raises(DatasetError, match="texlive-fonts-extra"):
+        glyphs.train(str(ROOT / "benchmarks" / "study"))
+
+
+def test_glyphs_are_a_data_set_by_name(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    source = open_source("benchmarks.study.glyphs:unseen?fonts=built-in")
+    assert source.image(0).size == (28, 28)
+    assert not source.mirror_safe
+    assert len(source.classes) == 26
+
+
+def test_a_torn_line_is_not_read(tmp_path) -> None:
+    append(tmp_path / "a.jsonl", {"kind": "run"})
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"kind": "ru')
+    assert read_lines(tmp_path / "a.jsonl") == [{"kind": "run"}]
+
+
+def test_the_document_says_what_the_lines_say() -> None:
+    text = DOCUMENT.read_text()
+    assert placed(text, render()) == text, "run: python -m benchmarks.study.tables"
+    assert text.count(BEGIN) == text.count(END) == 1
+
+
+def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path) -> None:
+    command = [
+        *(sys.executable, "-m", "benchmarks.study", "glyphs-smoke", "--seeds", "1"),
+        *("--methods", "full,random,infobatch,el2n,forgetting,selective-backprop"),
+        *("--folder", str(tmp_path / "study"), "--results", str(tmp_path / "results")),
+    ]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "results" / "glyphs-smoke.jsonl"
+    lines = read_lines(path)
+    runs = {one["method"]: one for one in lines if one["kind"] == "run"}
+    assert set(runs) == {"full", "random", "infobatch", "el2n", "forgetting", "selective-backprop"}
+    assert [one["need"] for one in lines if one["kind"] == "scores"] == ["early", "forgetting"]
+    assert runs["full"]["gradient_samples"] == 2 * 832
+    assert runs["random"]["gradient_samples"] == runs["el2n"]["gradient_samples"] == 2 * 832 // 4
+    assert runs["selective-backprop"]["forward_samples"] == 2 * 832
+    assert 0 < runs["infobatch"]["gradient_samples"] < 2 * 832
+    assert all(math.isfinite(run["loss"]) and run["commit"] for run in runs.values())
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "0 runs to do, 6 there" in second.stdout
+    assert read_lines(path) == lines
+    text = render(tmp_path / "results")
+    assert "| el2n | 1 |" in text
