@@ -22,6 +22,7 @@ class Method:
             beforehand.
         rule: For ``rule``: the selection rule.
         schedule: For ``rule``: a schedule instead of a constant ratio.
+        guidance: For ``rule``: the difficulty it looks at.
         embeds: Whether it needs the cache of embeddings.
         needs: Scores to prepare: ``probe``, ``early`` networks, ``forgetting`` counts.
     """
@@ -30,6 +31,7 @@ class Method:
     kind: Literal["rule", "batch", "fixed"]
     rule: str = ""
     schedule: str = ""
+    guidance: str = "auto"
     embeds: bool = False
     needs: frozenset[str] = frozenset()
 
@@ -55,14 +57,15 @@ BASELINES = {
 
 
 def find_method(name: str) -> Method:
-    """A baseline, ``default``, or ``RULE`` or ``RULE@SCHEDULE`` for any rule of ``gstds-select``.
+    """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE]`` for any rule of ``gstds-select``.
 
     Raises:
         UsageError: There is no such baseline or rule.
     """
     if name in BASELINES:
         return BASELINES[name]
-    rule_name, _, schedule = name.partition("@")
+    before, _, schedule = name.partition("@")
+    rule_name, _, guidance = before.partition("/")
     if rule_name == "default":
         rule_name = SelectConfig().rule
     try:
@@ -70,4 +73,12 @@ def find_method(name: str) -> Method:
     except UsageError as error:
         raise UsageError(f"no method {name!r}: there is default, {', '.join(BASELINES)}, and the rules") from error
     needs = frozenset({"probe"}) if rule.needs_guidance else frozenset[str]()
-    return Method(name, "rule", rule=rule_name, schedule=schedule, embeds=rule.vectors > 0 or bool(needs), needs=needs)
+    return Method(
+        name,
+        "rule",
+        rule=rule_name,
+        schedule=schedule,
+        guidance=guidance or SelectConfig().guidance,
+        embeds=rule.vectors > 0 or bool(needs),
+        needs=needs,
+    )

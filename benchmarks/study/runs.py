@@ -92,7 +92,9 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "kind": "run",
             "setting": task.setting,
             "method": task.method,
-            "rule": f"{method.rule}@{method.schedule}" if method.schedule else method.rule,
+            "rule": method.rule,
+            "guidance": method.guidance if method.needs else "none",
+            "schedule": method.schedule or f"constant:{task.ratio}",
             "ratio": task.ratio,
             "epochs": task.epochs,
             "seed": task.seed,
@@ -119,6 +121,7 @@ def _selection(
         full = task.method == "full"
         config = SelectConfig(
             rule=method.rule,
+            guidance=method.guidance,
             schedule=method.schedule or f"constant:{task.ratio}",
             batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),
             epochs=task.epochs,

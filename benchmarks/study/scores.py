@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.study.data import StudyData
 from gstds_cache.config import SelectConfig
+from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
@@ -78,9 +79,9 @@ class Scores:
         return self.folder / f"{self.data.setting.name}-{need}.npy"
 
     def _fit_probe(self) -> np.ndarray:
-        from gstds_cache.selection.guidance import load_or_make_guidance
-
-        return load_or_make_guidance(self.data.store, "probe").difficulty
+        columns = load_or_make_guidance(self.data.store, "probe").columns
+        assert columns is not None
+        return np.ascontiguousarray(columns["loss"])
 
     def _train_early(self) -> np.ndarray:
         parts = []
