@@ -6,6 +6,7 @@ Seconds are those of one core; what runs on several counts as often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 Line = dict[str, Any]
 PAID = ("select", "scores", "images", "indices", "choose", "step")  # not warm-up
 RESAMPLES = 10_000
-OFTEN = 1_000_000  # experiments on one cache: its share of the cost is nothing
+OFTEN = math.inf  # experiments on one cache: its share of the cost is nothing
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Study:
         """Core seconds of a score that was computed once."""
         return sum(line["seconds"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
 
-    def clock(self, line: Line, experiments: int) -> float:
+    def clock(self, line: Line, experiments: float) -> float:
         """Core seconds of a run, the cache's share with ``experiments`` on it counted.
 
         The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
@@ -100,7 +101,7 @@ class Study:
                 seconds += self.score_seconds(need)
         return float(seconds + shared / experiments)
 
-    def budgets(self, method: str, ratio: float, seed: int, experiments: int) -> tuple[np.ndarray, np.ndarray]:
+    def budgets(self, method: str, ratio: float, seed: int, experiments: float) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and accuracies of ``method`` at all its budgets of epochs, cheapest first."""
         points = sorted(
             (self.clock(line, experiments), line["test_accuracy"])
@@ -119,7 +120,7 @@ class Study:
         return bootstrap([ours[s]["test_accuracy"] - theirs[s]["test_accuracy"] for s in seeds])
 
     def at_equal_clock(
-        self, method: str, reference: str, ratio: float, epochs: int, experiments: int = OFTEN
+        self, method: str, reference: str, ratio: float, epochs: int, experiments: float = OFTEN
     ) -> Interval | None:
         """Accuracy of ``method`` minus what ``reference`` reaches in the same seconds.
 
@@ -141,7 +142,7 @@ class Study:
             differences.append(line["test_accuracy"] - float(np.interp(np.log(spent), np.log(seconds), accuracies)))
         return bootstrap(differences, beyond) if differences else None
 
-    def seconds_to(self, method: str, ratio: float, target: float, experiments: int = OFTEN) -> float | None:
+    def seconds_to(self, method: str, ratio: float, target: float, experiments: float = OFTEN) -> float | None:
         """Mean over seeds of the least seconds after which ``method`` was at ``target``; None where a seed never was.
 
         It may be there at the end of a run of any budget, or after one of its epochs.

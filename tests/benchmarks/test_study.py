@@ -115,7 +115,7 @@ def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     assert study.clock(guided, 1) == pytest.approx(5 + 200 + 10)
     assert study.clock(guided, 20) == pytest.approx(5 + 210 / 20)
     assert study.clock(scored, 20) == pytest.approx(12)
-    assert study.break_even(0.75, 8) == pytest.approx(210 / 21)
+    assert study.break_even(0.75, 8, "default") == pytest.approx(210 / 21)
     curved = line("random", 0, 0.9, 8, curve=[0.1, 0.95, 0.2, 0.3])
     assert Study((curved,)).seconds_to("random", 0.75, 0.9) == pytest.approx(4)
     assert Study((curved,)).seconds_to("random", 0.75, 0.96, OFTEN) is None
