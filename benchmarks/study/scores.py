@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gstds_cache.selection.guidance import load_or_make_guidance
 from jaxtyping import Float32, Float64
 from torch import nn
 
 from benchmarks.study.data import StudyData
 from gstds_cache.config import SelectConfig
+from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
