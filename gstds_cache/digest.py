@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,17 @@ def merkle_root(leaves: Iterable[bytes]) -> str:
     """Root of the binary SHA-256 Merkle tree over ``leaves``, as 64 hexadecimal digits.
 
     Leaves and inner nodes are hashed with different prefixes (RFC 6962), an odd node is carried up unchanged, and the
-    tree of no leaves is the hash of nothing.
+    tree of no leaves is the hash of nothing. Memory is that of 4,096 leaves, whose subtree is one node of the tree.
     """
-    level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in leaves]
-    if not level:
-        return sha256_hex(b"")
+    leaves = iter(leaves)
+    tops = []
+    while block := [hashlib.sha256(b"\x00" + leaf).digest() for leaf in islice(leaves, 4096)]:
+        tops.append(_top(block))
+    return _top(tops).hex() if tops else sha256_hex(b"")
+
+
+def _top(level: list[bytes]) -> bytes:
     while len(level) > 1:
         pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
         level = pairs + level[2 * len(pairs) :]
-    return level[0].hex()
+    return level[0]

@@ -21,6 +21,16 @@ def test_merkle_root_of_two_leaves_is_the_hash_written_out() -> None:
     assert merkle_root([b"a", b"b"]) == hashlib.sha256(b"\x01" + a + b).hexdigest()
 
 
+def test_merkle_root_of_many_leaves_is_that_of_the_tree_built_level_by_level() -> None:
+    for count in (3, 4095, 4096, 4097, 8192, 12289, 20000):
+        leaves = [str(number).encode() for number in range(count)]
+        level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in leaves]
+        while len(level) > 1:
+            pairs = zip(level[::2], level[1::2], strict=False)
+            level = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in pairs] + level[len(level) // 2 * 2 :]
+        assert merkle_root(iter(leaves)) == level[0].hex()
+
+
 def test_merkle_root_changes_with_order_number_and_content() -> None:
     roots = [merkle_root(leaves) for leaves in ([], [b"a"], [b"a", b"b"], [b"b", b"a"], [b"a", b"b", b"b"], [b"ab"])]
     assert len(set(roots)) == len(roots)

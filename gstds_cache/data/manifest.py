@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
 
 _BLOCK = 100
+_RECORDS = 1 << 16
 _SCHEMA = pa.schema(
     [
         pa.field("id", pa.utf8(), nullable=False),
@@ -72,9 +74,9 @@ class DatasetManifest:
         return merkle_root(self._leaves())
 
     def _leaves(self) -> Iterator[bytes]:
-        for name, digest, label in zip(self.ids, self.sha256, self.labels.tolist(), strict=True):
+        for name, digest, label in zip(self.ids, self.sha256, self.labels, strict=True):
             encoded = name.encode()
-            yield len(encoded).to_bytes(8, "big") + encoded + digest.tobytes() + label.to_bytes(8, "big", signed=True)
+            yield len(encoded).to_bytes(8, "big") + encoded + digest.tobytes() + int(label).to_bytes(8, "big", signed=True)
 
     def to_arrow(self) -> bytes:
         """Serialise to an Arrow IPC file: columns ``id``, ``sha256``, ``label``; kind and classes in the metadata.
@@ -85,14 +87,18 @@ class DatasetManifest:
         schema = _SCHEMA.with_metadata(
             {"kind": self.kind, "classes": json.dumps(list(self.classes), ensure_ascii=False)}
         )
-        digests = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(32), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.sha256))]
-        )
-        columns = [pa.array(self.ids, pa.utf8()), digests, pa.array(self.labels)]
-        sink = pa.BufferOutputStream()
+        sink = io.BytesIO()  # Gives out its bytes without a copy.
         with pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-        return bytes(sink.getvalue())
+            for start in range(0, max(len(self), 1), _RECORDS):
+                part = slice(start, start + _RECORDS)
+                names, digests = self.ids[part], pa.py_buffer(np.ascontiguousarray(self.sha256[part]))
+                columns = [
+                    pa.array(names, pa.utf8()),
+                    pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(names), [None, digests]),
+                    pa.array(self.labels[part]),
+                ]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        return sink.getvalue()
 
     @classmethod
     def from_arrow(cls, data: bytes) -> DatasetManifest:

@@ -79,8 +79,8 @@ def repair_store(
 ) -> RepairReport:
     """Hash every object of the store at ``where``, and make again what is missing or damaged.
 
-    Units without a receipt that were never committed are left to ``gstds-embed``. A store that ends up with all its
-    units is complete again.
+    Units without a receipt that were never committed are left to ``gstds-embed``; those that a repair discarded before
+    it was killed are not. A store that ends up with all its units is complete again.
 
     Args:
         where: The store.
@@ -110,11 +110,11 @@ def repair_store(
     say = progress or (lambda _phase, _done, _total: None)
     before = verify(where, "full", progress=partial(say, "check"))
     old, _ = journal.scan_receipts()
-    redo = sorted({*before.bad_units, *units})
+    redo = sorted({*before.bad_units, *units, *(journal.discarded() - old.keys())})
     vouched = _vouched(journal)
     if len(old) < journal.spec.units or receipts_root(old) == vouched:
         vouched = None  # all receipts are the ones that COMPLETE vouches for, or the others cannot be judged
-    if not redo and not before.problems:
+    if not redo and not before.problems and (before.complete or before.committed < before.units):
         return RepairReport(before, (), 0, (), before)
     manifest = same_data(journal, source, encoder, memo)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
@@ -138,6 +138,8 @@ def repair_store(
             committed = {}
         if len(committed) + len(made) == writer.spec.units:
             writer.finish(partial(say, "check"))
+        else:
+            writer.end_repair()
     changed = [unit for unit, new in made.items() if unit in old and old[unit].content_sha256 != new.content_sha256]
     return RepairReport(before, tuple(redo), images, tuple(changed), verify(where, "full"))
 

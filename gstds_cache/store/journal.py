@@ -183,6 +183,15 @@ class Journal:
             raise corrupt(self.location, [Problem(layout.COMPLETE, text)])
         return record
 
+    def discarded(self) -> set[int]:
+        """Units that a repair has discarded and not yet committed again; of a damaged note, all units."""
+        try:
+            return set(json.loads(self.transport.get(layout.REPAIR))["units"])
+        except FileNotFoundError:
+            return set()
+        except (ValueError, KeyError, TypeError):
+            return set(range(self.spec.units))
+
     def check_sizes(self, receipts: dict[int, Receipt]) -> list[Problem]:
         """Problems visible without reading units: missing ones, and ones of another size."""
         sizes = self.transport.sizes("embeddings/")
@@ -212,7 +221,7 @@ class Journal:
                 progress(done, len(receipts))
             if unit not in named:
                 key = layout.object_key(unit)
-                got = sha256_hex(self.transport.get(key))
+                got = self.transport.sha256(key)
                 if got != receipt.object_sha256:
                     text = f"{key} hashes to {got[:12]}, its receipt says {receipt.object_sha256[:12]}"
                     problems.append(Problem(key, text, unit))
@@ -235,7 +244,7 @@ class Journal:
         for key in METADATA_KEYS:
             if not self.transport.exists(key):
                 problems.append(Problem(key, f"{key} is missing"))
-            elif sha256_hex(self.transport.get(key)) != record.objects.get(key):
+            elif self.transport.sha256(key) != record.objects.get(key):
                 problems.append(Problem(key, f"{key} was altered"))
         return problems
 

@@ -9,6 +9,7 @@
     STORE/items.arrow        ordered item ids, SHA-256 of each item's bytes, labels
     STORE/receipts/U.json    one per committed unit
     STORE/COMPLETE.json      written last
+    STORE/repair.json        only while a repair is under way: the units that it discarded
 
 Bytes are made by zarr on an in-memory store, then written by :mod:`gstds_cache.store.transport`: the format is zarr's
 own, the durability ours. Units are read back without zarr, which takes a missing object for fill values and needs 2.5
@@ -33,9 +34,10 @@ from gstds_cache.store.spec import CacheSpec
 GROUP = "zarr.json"
 ITEMS = "items.arrow"
 COMPLETE = "COMPLETE.json"
+REPAIR = "repair.json"
 LABEL = "label/c/0"
 VALID = "valid/c/0"
-OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "receipts", COMPLETE})
+OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "receipts", COMPLETE, REPAIR})
 
 MISSING, OK, UNDECODABLE = 0, 1, 2
 

@@ -11,10 +11,11 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
 from gstds_cache.locking import exclusive
 from gstds_cache.store.transport import check_key
@@ -57,11 +58,17 @@ class LocalTransport:
         Raises:
             FileNotFoundError: There is none.
         """
-        path = self.path(key)
-        try:
+        with _no_folder(path := self.path(key)):
             return path.read_bytes()
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
+
+    def sha256(self, key: str) -> str:
+        """SHA-256 of an object's bytes, in memory that does not grow with it.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        with _no_folder(path := self.path(key)):
+            return sha256_file(path)
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """All bytes of several objects, in order."""
@@ -155,6 +162,15 @@ class LocalTransport:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
+
+
+@contextmanager
+def _no_folder(path: Path) -> Iterator[None]:
+    """A folder in the place of an object is no object."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
 
 
 def _make_folder(path: Path) -> None:

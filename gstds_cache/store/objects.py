@@ -27,6 +27,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from gstds_cache.digest import sha256_hex
 from gstds_cache.errors import IncompleteError, StoreUnavailableError, UsageError, command_line
 from gstds_cache.store.holder import Holder
 from gstds_cache.store.transport import check_key
@@ -114,6 +115,10 @@ class ObjectTransport:
     def get(self, key: str) -> bytes:
         """All bytes of an object; FileNotFoundError where there is none."""
         return self._get(check_key(key))
+
+    def sha256(self, key: str) -> str:
+        """SHA-256 of an object's bytes; it is held whole for it. FileNotFoundError where there is none."""
+        return sha256_hex(self.get(key))
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """All bytes of several objects, in order, :data:`READERS` at a time."""

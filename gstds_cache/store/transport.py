@@ -46,6 +46,10 @@ class Transport(Protocol):
         """All bytes of an object."""
         ...
 
+    def sha256(self, key: str) -> str:
+        """SHA-256 of an object's bytes, as 64 hexadecimal digits."""
+        ...
+
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """All bytes of several objects, in the order of ``keys``."""
         ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from gstds_cache.digest import sha256_hex
+from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import (
     ChunkCorruptError,
     IncompleteError,
@@ -65,11 +65,21 @@ class StoreWriter:
         return self._transport.exists(layout.receipt_key(unit))
 
     def discard(self, units: Sequence[int]) -> None:
-        """Undo the commit of ``units``: COMPLETE goes first, then each receipt, then its object."""
+        """Undo the commit of ``units``: COMPLETE goes first, then each receipt, then its object.
+
+        A note of the units stays until :meth:`end_repair` or :meth:`finish`. By it a repair that was killed is told from
+        a run of embedding that did not come so far.
+        """
+        self._transport.put(layout.REPAIR, canonical_json({"units": sorted({*units, *self._journal.discarded()})}))
         self._transport.delete(layout.COMPLETE)
         for unit in units:
             self._transport.delete(layout.receipt_key(unit))
             self._transport.delete(layout.object_key(unit))
+
+    def end_repair(self) -> None:
+        """Forget which units were discarded: they are committed again."""
+        if self._transport.exists(layout.REPAIR):
+            self._transport.delete(layout.REPAIR)
 
     def commit(self, unit: int, rows: Float[np.ndarray, "R D"], quarantined: Sequence[Quarantined] = ()) -> Receipt:
         """Commit one unit: write the object, read it back, then write the receipt.
@@ -108,7 +118,7 @@ class StoreWriter:
         # Where several write, an object with these bytes is as good as ours, and is not replaced under a reader.
         if self._transport.exclusive or not self._transport.put_if_absent(layout.object_key(unit), data):
             self._transport.put(layout.object_key(unit), data)
-        if sha256_hex(self._transport.get(layout.object_key(unit))) != receipt.object_sha256:
+        if self._transport.sha256(layout.object_key(unit)) != receipt.object_sha256:
             raise IntegrityError(
                 f"{self.location}: unit {unit} read back differs from what was written; check the disk"
             )
@@ -148,8 +158,9 @@ class StoreWriter:
             quarantined=int((valid == layout.UNDECODABLE).sum()),
             units=self.spec.units,
             receipts_sha256=receipts_root(receipts),
-            objects={key: sha256_hex(self._transport.get(key)) for key in METADATA_KEYS},
+            objects={key: self._transport.sha256(key) for key in METADATA_KEYS},
         )
+        self.end_repair()
         self._transport.put(layout.COMPLETE, record.to_bytes())
         return record
 
@@ -160,7 +171,7 @@ class StoreWriter:
             return there
         hint = "the committed one was kept; embed on one kind of machine with one set of library versions"
         key = layout.object_key(receipt.unit)
-        if sha256_hex(self._transport.get(key)) != there.object_sha256:
+        if self._transport.sha256(key) != there.object_sha256:
             # Another writer's receipt came between our object and our receipt. A missing object is found by every
             # reader, one with other rows by none.
             self._transport.delete(key)
@@ -212,6 +223,7 @@ def open_writer(
             objects |= layout.metadata_objects(spec, {"gstds": described}, labels)
         # What an interrupted run left has no hashes yet, and COMPLETE would vouch for whatever it has become.
         _write_anew(transport, objects)
+        del items, objects  # 60 bytes an item, which would be held for as long as the store is filled.
         # The lock of this transport is the one that is held.
         journal.transport = transport
         yield StoreWriter(journal)
@@ -252,6 +264,7 @@ def reopen_writer(
             if record is not None and record.objects.get(layout.GROUP) == sha256_hex(group):
                 objects[layout.GROUP] = group
         _write_anew(journal.transport, objects)
+        del items, objects
         yield StoreWriter(journal)
 
 
@@ -270,7 +283,7 @@ def _make(transport: Transport, objects: dict[str, bytes]) -> None:
 def _write_anew(transport: Transport, objects: dict[str, bytes]) -> None:
     """Replace the small objects that are missing or have other bytes."""
     for key, data in objects.items():
-        if not transport.exists(key) or transport.get(key) != data:
+        if not transport.exists(key) or transport.sha256(key) != sha256_hex(data):
             transport.delete(layout.COMPLETE)
             transport.put(key, data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import threading
 from pathlib import Path
@@ -51,6 +52,8 @@ def test_a_place_with_nothing_in_it(transport: Transport) -> None:
     assert transport.sizes("units/") == {}
     with pytest.raises(FileNotFoundError, match="units/0"):
         transport.get("units/0")
+    with pytest.raises(FileNotFoundError, match="units/0"):
+        transport.sha256("units/0")
     transport.delete("units/0")
     assert transport.collect_temporaries() == 0
 
@@ -62,6 +65,7 @@ def test_what_is_put_is_there(transport: Transport, where: str, s3_server: S3Ser
     transport.put("units/c/0", data)
     assert transport.exists("units/c/0")
     assert transport.get("units/c/0") == data
+    assert transport.sha256("units/c/0") == hashlib.sha256(data).hexdigest()
     assert transport.sizes() == {"units/c/0": len(data)}
     assert from_outside(where, "units/c/0", s3_server) == data
 

@@ -154,16 +154,41 @@ def test_repair_makes_again_what_is_damaged_and_nothing_else(store, array_source
     whole, before = contents(store), stamps(store)
     damage(store)
     report = repair_store(store, array_source(50, bad=frozenset({7})), open_encoder(config.model))
-    if case == "COMPLETE deleted":  # nothing says that it was there: such a store is one that is not finished
-        assert (report.units, report.after.complete) == ((), False)
-        return
-    assert report.before.problems
+    # All units without COMPLETE are what a run leaves that is killed at its very end.
+    assert bool(report.before.problems) == (case != "COMPLETE deleted")
     assert list(report.units) == bad
     assert report.images == sum(len(EmbeddingStore(store).spec.rows_of(unit)) for unit in bad)
     assert (report.changed, report.after.problems, report.after.complete) == ((), (), True)
     assert contents(store) == whole
     rewritten = {key for key, stamp in stamps(store).items() if before[key] != stamp}
     assert not {key for unit in range(4) if unit not in bad for key in (layout.object_key(unit),)} & rewritten
+
+
+@pytest.mark.parametrize("note", ["as written", "damaged"])
+def test_a_killed_repair_of_an_unfinished_store_is_finished_by_repair_and_the_rest_by_embed(
+    store, array_source, config, note: str
+) -> None:
+    whole, source = contents(store), array_source(50, bad=frozenset({7}))
+    for key in (layout.COMPLETE, layout.VALID, layout.receipt_key(3), layout.object_key(3)):
+        (store / key).unlink()  # a run that did not come to unit 3
+    flip(store / layout.object_key(1))
+
+    def stop(_phase: str, _done: int, _total: int) -> None:
+        if not (store / layout.object_key(1)).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair_store(store, source, open_encoder(config.model), workers=0, progress=stop)
+    assert not (store / layout.receipt_key(1)).exists()
+    assert (store / layout.REPAIR).read_bytes() == b'{"units":[1]}'
+    if note == "damaged":
+        (store / layout.REPAIR).write_text("[")
+    report = repair_store(store, source, open_encoder(config.model), workers=0)
+    assert report.units == ((1,) if note == "as written" else (1, 3))
+    assert not (store / layout.REPAIR).exists()
+    done = embed_dataset(source, config, where=store)
+    assert done.embedded == (2 if note == "as written" else 0)
+    assert contents(store) == whole
 
 
 def test_repair_of_a_sound_store_does_nothing(store, array_source, config) -> None:
