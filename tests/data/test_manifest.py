@@ -103,6 +103,22 @@ def test_round_trip(rows: list[tuple[str, bytes, int]], classes: list[str]) -> N
     assert back.to_arrow() == data
 
 
+def test_a_manifest_of_more_than_one_record_batch() -> None:
+    rows = 70_000
+    made = DatasetManifest(
+        kind="k",
+        ids=tuple(f"{row:06d}" for row in range(rows)),
+        sha256=np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8),
+        labels=np.arange(rows, dtype=np.int64) - 1,
+    )
+    data = made.to_arrow()
+    assert pa.ipc.open_file(io.BytesIO(data)).num_record_batches == 2
+    back = DatasetManifest.from_arrow(data)
+    assert (back.ids, back.root) == (made.ids, made.root)
+    assert np.array_equal(back.sha256, made.sha256)
+    assert np.array_equal(back.labels, made.labels)
+
+
 def test_any_arrow_reader_opens_the_file() -> None:
     table = pa.ipc.open_file(io.BytesIO(manifest().to_arrow())).read_all()
     assert [(field.name, str(field.type)) for field in table.schema] == [

@@ -3,7 +3,8 @@
 The steps are the calls with which a store or mirror is changed: opening a file for writing, writing (also half of it),
 fsync, rename, link, unlink, mkdir. They are counted where Python hands them to the system, so that whatever way leads
 there is counted, and nothing of the package knows of it. The child kills itself, or is told of an error, before or
-after one of them.
+after one of them. In a bucket the steps are the requests that change it, PUT and DELETE, each of which the service does
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -98,6 +99,31 @@ class Steps:
             for name, call in before.items():
                 setattr(os, name, call)
 
+    @contextmanager
+    def counted_requests(self) -> Iterator[Steps]:
+        """Count, and stop, what the block changes in a bucket. Steps have the object's name alone, whatever the place."""
+        import obstore
+
+        before = {name: getattr(obstore, name) for name in ("put", "delete")}
+        for name, call in before.items():
+            setattr(obstore, name, self._around_request(name, call))
+        try:
+            yield self
+        finally:
+            for name, call in before.items():
+                setattr(obstore, name, call)
+
+    def _around_request(self, operation: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(store: Any, key: str, *args: Any, **options: Any) -> Any:
+            path = f"{self.root}/{re.sub('[0-9a-f]{32}', 'UUID', key)}"
+            self.point("before", operation, path)
+            try:
+                return call(store, key, *args, **options)
+            finally:
+                self.point("after", operation, path)
+
+        return counted
+
 
 class _Writes:
     """A file whose every ``write`` is three steps."""
@@ -130,7 +156,7 @@ def _path(file: Any) -> str:
     return str(Path(f"/proc/self/fd/{file}").readlink()) if isinstance(file, int) else os.fspath(file)
 
 
-def _act(action: str, store: Path) -> dict[str, Any]:
+def _act(action: str, store: Path | str) -> dict[str, Any]:
     import numpy as np
     import real_store
 
@@ -149,10 +175,11 @@ def _child(job: dict[str, Any], answer: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    steps = Steps(job["store"], job["stop"], job["how"])
+    store, steps = job["store"], Steps(job["store"], job["stop"], job["how"])
+    bucket = store.startswith("s3://")
     try:
-        with steps.counted():
-            result = _act(job["action"], Path(job["store"]))
+        with steps.counted_requests() if bucket else steps.counted():
+            result = _act(job["action"], store if bucket else Path(store))
     except Exception as error:  # The parent judges what kind it is.
         codes = {"errno": error.errno} if isinstance(error, OSError) else {}
         result = {"error": type(error).__name__, "message": str(error), **codes}
@@ -209,7 +236,7 @@ class Driver:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
 
-    def run(self, action: str, store: Path, stop: int | None = None, how: str = "kill") -> Outcome:
+    def run(self, action: str, store: Path | str, stop: int | None = None, how: str = "kill") -> Outcome:
         """Run ``action`` (embed, repair, mirror) on ``store``, and stop at step ``stop``."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
