@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gstds_cache.digest import canonical_json, sha256_hex
+from gstds_cache.digest import canonical_json
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.store import layout
 from gstds_cache.store.receipt import Receipt, receipts_root

@@ -166,7 +166,14 @@ class LocalTransport:
 
 @contextmanager
 def _no_folder(path: Path) -> Iterator[None]:
-    """A folder in the place of an object is no object."""
+    """A folder in the place of an object is no object.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FileNotFoundError: There is one.
+    """
     try:
         yield
     except (IsADirectoryError, NotADirectoryError) as error:

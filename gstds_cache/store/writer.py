@@ -67,8 +67,8 @@ class StoreWriter:
     def discard(self, units: Sequence[int]) -> None:
         """Undo the commit of ``units``: COMPLETE goes first, then each receipt, then its object.
 
-        A note of the units stays until :meth:`end_repair` or :meth:`finish`. By it a repair that was killed is told from
-        a run of embedding that did not come so far.
+        A note of the units stays until :meth:`end_repair` or :meth:`finish`. It tells a repair that was killed from a
+        run of embedding that did not come so far.
         """
         self._transport.put(layout.REPAIR, canonical_json({"units": sorted({*units, *self._journal.discarded()})}))
         self._transport.delete(layout.COMPLETE)

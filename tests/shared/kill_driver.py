@@ -101,7 +101,7 @@ class Steps:
 
     @contextmanager
     def counted_requests(self) -> Iterator[Steps]:
-        """Count, and stop, what the block changes in a bucket. Steps have the object's name alone, whatever the place."""
+        """Count, and stop, what the block changes in a bucket; steps name the object, wherever the store is."""
         import obstore
 
         before = {name: getattr(obstore, name) for name in ("put", "delete")}
