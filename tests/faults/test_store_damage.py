@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -413,15 +414,15 @@ def test_a_disk_that_cannot_be_read_is_no_damage_to_the_store(
     whole: Path, monkeypatch: pytest.MonkeyPatch, key: str, tally
 ) -> None:
     """What cannot be read now must not be taken for missing, and be thrown away by a repair."""
-    there, read_bytes = objects_of(whole), Path.read_bytes
+    there, opened = objects_of(whole), Path.open
 
-    def broken(path: Path) -> bytes:
+    def broken(path: Path, *args: Any, **options: Any) -> Any:
         if path == whole / key:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read_bytes(path)
+        return opened(path, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", broken)
+        patch.setattr(Path, "open", broken)
         for act in (read, lambda store: verify(store, "full"), repair):
             with pytest.raises(OSError, match="Input/output error"):
                 act(whole)
