@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from gstds_cache.cli.cache_command import main as cache_main
 from gstds_cache.cli.common import Progress, shares_line
+from gstds_cache.cli.embed_command import main as embed_main
 
 
 @pytest.fixture
@@ -72,3 +77,37 @@ def test_progress_shows_one_share_or_several(monkeypatch, capsys) -> None:
     assert lines[1].endswith("ETA 3:20, waited for decoded images 25% of the time")
     assert lines[2].endswith("ETA 1:40")
     assert shares_line({"forward": 0.914, "waiting": 0.0}) == "forward 91%, waiting 0%"
+
+
+def test_rows_of_several_stores_are_taken_over_and_counted_and_all_stores_are_listed(
+    image_folder: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "stores"))
+    sizes = ["--model", tiny_model, "--batch-size", "4", "--unit-rows", "8", "--device", "cpu", "--workers", "0"]
+
+    def embed(folder: str, store: str, *more: str) -> str:
+        done = CliRunner().invoke(embed_main, [f"imagefolder:{folder}", "--cache", f"stores/{store}", *sizes, *more])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    for name in ("cats", "dogs"):
+        shutil.copytree(image_folder / name, tmp_path / "parts" / name / name)
+        embed(f"parts/{name}", f"{name}.store")
+    # 20 owls are new, and a cat that does not decode is tried again.
+    said = embed("photos", "all.store", "--reuse", "stores/cats.store", "--reuse", "stores/dogs.store")
+    assert "embedded 21 (" in said
+    assert "took 39 over (--reuse)" in said
+    listed = CliRunner().invoke(cache_main, ["ls"])
+    assert listed.exit_code == 0, listed.output
+    head, *lines = [line.split() for line in listed.stdout.splitlines()]
+    assert " ".join(head) == "name rows MB state model data set last used"
+    assert [(line[0], line[1], line[3], line[4]) for line in lines] == [
+        ("all.store", "60", "complete", tiny_model),
+        ("cats.store", "20", "complete", tiny_model),
+        ("dogs.store", "20", "complete", tiny_model),
+    ]
+    assert [line[5] for line in lines] == ["imagefolder:photos", "imagefolder:parts/cats", "imagefolder:parts/dogs"]
+    assert all(
+        abs(time.mktime(time.strptime(" ".join(line[6:]), "%Y-%m-%d %H:%M")) - time.time()) < 600 for line in lines
+    )

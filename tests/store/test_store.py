@@ -58,6 +58,16 @@ def test_reading_gives_back_what_was_written(store: Path) -> None:
     assert opened_store.quarantined == [Quarantined(3, "item/3", "broken")]
 
 
+def test_a_file_url_is_the_directory_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "my photos #1"
+    fill(path.as_uri())
+    assert path.as_uri().startswith("file:///")
+    assert "%20" in path.as_uri()
+    np.testing.assert_array_equal(EmbeddingStore(path).gather(np.array([9])), make_rows()[[9]])
+    assert EmbeddingStore(path.as_uri()).location == str(path)
+    assert verify(path.as_uri(), "full").problems == ()
+
+
 def test_a_store_larger_than_memory_reads_the_same_rows(store: Path) -> None:
     small = EmbeddingStore(store, memory_budget=0, access="window")
     picked = np.array([21, 0, 9, 9, 16])
