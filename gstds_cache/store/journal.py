@@ -186,7 +186,8 @@ class Journal:
     def discarded(self) -> set[int]:
         """Units that a repair has discarded and not yet committed again; of a damaged note, all units."""
         try:
-            return set(json.loads(self.transport.get(layout.REPAIR))["units"])
+            named = json.loads(self.transport.get(layout.REPAIR))["units"]
+            return {unit for unit in range(self.spec.units) if unit in named}
         except FileNotFoundError:
             return set()
         except (ValueError, KeyError, TypeError):

@@ -158,7 +158,7 @@ class StoreMachine(RuleBasedStateMachine):
     def look(self) -> tuple[set[int], set[str]]:
         """Units with a right receipt, and objects that are not what they must be, seen without the package."""
         there = objects_of(self.store)
-        right = {key for key, data in there.items() if data == self.model.objects[key]}
+        right = {key for key, data in there.items() if data == self.model.objects.get(key)}
         units = {unit for unit in range(UNITS) if RECEIPTS[unit] in right}
         needed = {*SMALL, *(OBJECTS[unit] for unit in range(UNITS) if RECEIPTS[unit] in there)}
         if layout.COMPLETE in there:
@@ -203,7 +203,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(units=units_of)
     def embed(self, units: list[int]) -> None:
         before, harmed = self.look()
-        hit = self.whole
+        # A store without its group is one whose making was killed, whatever else is there.
+        hit = self.whole and (self.store / layout.GROUP).exists()
         try:
             self._embed(units)
         except IntegrityError:
@@ -322,7 +323,7 @@ class StoreMachine(RuleBasedStateMachine):
     def kill_embed(self, units: list[int], step: int) -> None:
         self.kill("embed", lambda: self._embed(units), step, may_add=set(units))
 
-    @precondition(lambda self: self.look()[1])
+    @precondition(lambda self: self.look()[1] or (self.store / layout.REPAIR).exists())
     @rule(step=st.integers(0, 50))
     def kill_repair(self, step: int) -> None:
         self.kill("repair", self._repair, step, may_add=set(range(UNITS)))
@@ -352,7 +353,7 @@ class StoreMachine(RuleBasedStateMachine):
             before = {unit for unit in before if OBJECTS[unit] not in harmed}
         assert self.committed >= before
 
-    @rule(key=st.sampled_from([*SMALL, layout.VALID, layout.COMPLETE, *OBJECTS, *OBJECTS, *RECEIPTS]),
+    @rule(key=st.sampled_from([*SMALL, layout.VALID, layout.COMPLETE, layout.REPAIR, *OBJECTS, *OBJECTS, *RECEIPTS]),
           place=st.integers(0, 5000), mask=st.integers(1, 255))  # fmt: skip
     def corrupt(self, key: str, place: int, mask: int) -> None:
         path = self.store / key
