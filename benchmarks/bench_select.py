@@ -2,14 +2,17 @@
 
     python benchmarks/bench_select.py STORE... [--batch-sizes 128 256 512 1024 2048 4096]
 
-The limit is the bare float32 matrix product of the same similarities, ``torch.bmm`` of the stacked batches with all
-cores. The peers are compositions of libraries, written as one would who knows them: float16 rows gathered and
+The limit is the bare float32 matrix product of the same similarities, by whichever is quicker: ``torch.bmm`` of the
+stacked batches with all cores, or NumPy's product of batch after batch, one in each of as many threads as there are
+cores. (NumPy is given a copy as the second factor: of a matrix and itself it computes half, as ours does, and no limit
+is that lucky.) The peers are compositions of libraries, written as one would who knows them: float16 rows gathered and
 converted by torch, faiss.knn or a NumPy product and argpartition, SciPy's sparse union and Laplacian, eigsh. They
 solve to the same tolerance, start ARPACK from the same vector each time, and run ``coverage`` as the rule. They do not
 join disconnected graphs, as ours does, and of many exact duplicates they take some, so that vectors agree to four or
-five digits where there are any. Each is measured with one thread in every library and with all cores, and the
-quicker one counts; and once more with a batch in each of as many processes as there are cores, which is what ours
-does with threads. OpenMP's threads wait without spinning here: torch's and faiss's would take each other's cores.
+five digits where there are any. Each is measured with one thread
+in every library and with all cores, faiss also in a process where OPENBLAS_CORETYPE is Haswell (the OpenBLAS in its
+wheel is twice as quick with these kernels on some newer processors), and the quickest counts; and once more with a
+batch in each of as many processes as there are cores, which is what ours does with threads. OpenMP's threads wait without spinning here: torch's and faiss's would take each other's cores.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from bench_store import Ours
 from harness import interleaved, parser, report, spread
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.devices import cores, limit_threads
+from gstds_cache.devices import cores, in_threads, limit_threads
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.rule import RuleBatch, settle_ties
 from gstds_cache.selection.rules import coverage
@@ -93,6 +96,17 @@ def begin_process(table: np.ndarray, knn: int, tolerance: float) -> None:
     _composition = Composition(table, knn, tolerance)
 
 
+def started_pool(workers: int, *arguments: object, **environment: str) -> ProcessPoolExecutor:
+    """Processes that have loaded their libraries in an environment of their own."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_process, arguments)
+    list(pool.map(abs, range(workers)))
+    os.environ.clear()
+    os.environ.update(before)
+    return pool
+
+
 def in_process(batch: BatchPlan, search: str) -> np.ndarray:
     assert _composition is not None
     return _composition.select(batch, search)
@@ -112,9 +126,15 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
     products = [torch.empty(*stack.shape[:2], stack.shape[1]) for stack in stacks]
     work: dict[str, list[float]] = {}
 
-    def limit() -> None:
+    def product_torch() -> None:
         for stack, product in zip(stacks, products, strict=True):
             torch.bmm(stack, stack.transpose(1, 2), out=product)
+
+    pairs = [(one.numpy(), one.clone().numpy()) for one in rows]
+
+    def product_numpy() -> None:
+        for _ in in_threads(lambda pair: np.matmul(pair[0], pair[1].T), pairs, cores()):
+            pass
 
     def ours(threads: int = 0) -> list[np.ndarray]:
         selector, kept = BatchSelector(store, replace(config, threads=threads)), []
@@ -131,17 +151,21 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
             for one in plans:
                 peer.select(one, search)
 
-    pool = ProcessPoolExecutor(
-        cores(), multiprocessing.get_context("spawn"), begin_process, (table, config.knn, config.tolerance)
-    )
+    shared = (table, config.knn, config.tolerance)
+    pool = started_pool(cores(), *shared)
+    haswell = started_pool(1, *shared, OPENBLAS_CORETYPE="Haswell")
 
     def in_processes(search: str) -> None:
         list(pool.map(in_process, plans, [search] * len(plans), chunksize=4))
 
-    with pool:
+    def faiss_haswell() -> None:
+        list(haswell.map(in_process, plans, ["faiss"] * len(plans), chunksize=len(plans)))
+
+    with pool, haswell:
         timed = interleaved(
             trials,
-            limit=limit,
+            product_torch=product_torch,
+            product_numpy=product_numpy,
             ours=ours,
             ours_1_thread=lambda: ours(1),
             **{
@@ -149,6 +173,7 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
                 for search in ("faiss", "numpy")
                 for threads in (1, cores())
             },
+            faiss_scipy_eigsh_haswell=faiss_haswell,
             **{f"{search}_scipy_eigsh_processes": partial(in_processes, search) for search in ("faiss", "numpy")},
         )
     cosine = [
@@ -159,10 +184,13 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
         for s in ("faiss", "numpy")
     ]
     median = {name: spent["median"] for name, spent in timed.items()}
+    settings = [f"{n}_threads" for n in (1, cores())]
     best = {
-        search: min((f"{search}_scipy_eigsh_{n}_threads" for n in (1, cores())), key=median.__getitem__)
-        for search in ("faiss", "numpy")
+        "faiss": min((f"faiss_scipy_eigsh_{how}" for how in (*settings, "haswell")), key=median.__getitem__),
+        "numpy": min((f"numpy_scipy_eigsh_{how}" for how in settings), key=median.__getitem__),
     }
+
+    limit = min(("product_torch", "product_numpy"), key=median.__getitem__)
 
     def over_ours(name: str) -> dict[str, object]:
         return spread([a / b for a, b in zip(timed[name]["trials"], timed["ours"]["trials"], strict=True)])
@@ -172,7 +200,8 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
         "dim": store.spec.dim,
         "ms_per_batch": {name: 1e3 * seconds / batches for name, seconds in median.items()},
         "seconds": timed,
-        "ours_over_the_product": spread([1 / ratio for ratio in over_ours("limit")["trials"]]),
+        "limit": limit,
+        "ours_over_the_product": spread([1 / ratio for ratio in over_ours(limit)["trials"]]),
         "best_composition_over_ours": {name: over_ours(name) for name in best.values()},
         "composition_in_processes_over_ours": {s: over_ours(f"{s}_scipy_eigsh_processes") for s in ("faiss", "numpy")},
         "one_thread_over_ours": over_ours("ours_1_thread"),

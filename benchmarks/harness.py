@@ -24,6 +24,7 @@ PACKAGES = ("gstds-cache", "torch", "faiss-gpu", "zarr", "numpy", "scipy", "pill
 
 def environment() -> dict[str, Any]:
     """Commit, machine and versions."""
+    import threadpoolctl
     import torch
 
     here = Path(__file__).parent
@@ -43,6 +44,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),
+        # OpenBLAS's kernels are chosen by the machine, or by OPENBLAS_CORETYPE: the products' speed depends on them.
+        "blas": sorted({str(lib["architecture"]) for lib in threadpoolctl.threadpool_info() if "architecture" in lib}),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
