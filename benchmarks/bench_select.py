@@ -12,8 +12,8 @@ join disconnected graphs, as ours does, and of many exact duplicates they take s
 five digits where there are any. Each is measured with one thread
 in every library and with all cores, faiss also in a process where OPENBLAS_CORETYPE is Haswell (the OpenBLAS in its
 wheel is twice as quick with these kernels on some newer processors), and the quickest counts; and once more with a
-batch in each of as many processes as there are cores, which is what ours does with threads. OpenMP's threads wait without
-spinning here: torch's and faiss's would take each other's cores.
+batch in each of as many processes as there are cores, which is what ours does with threads. OpenMP's threads wait
+without spinning here: torch's and faiss's would take each other's cores.
 """
 
 from __future__ import annotations
