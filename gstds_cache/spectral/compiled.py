@@ -13,6 +13,7 @@ What is different here:
       orthogonal to.
     * The trial basis [X, W, P] is not orthonormalised; its Gram matrix is factored, and where that fails the dependent
       directions are left out (spectral/small.py).
+    * Pairs of vectors that have converged get no new directions (soft locking), for as long as they stay so.
     * A X and A P go by recurrence. When a graph has converged by them A X is computed afresh, and the graph goes on
       from there if it has not.
     * Vectors are taken in pairs, [nodes, 2], where edges are walked: that is one load of 16 bytes an edge. Blocks are
@@ -142,12 +143,14 @@ def _gram(S, A, size, M, H):
 
 
 @compiled(fast=True)
-def _combine(S, Y, m, new):
-    """New X and P: ``P = [W, P] Y[m:]``, ``X = X Y[:m] + P``."""
+def _combine(S, Y, m, size, new):
+    """New X and P: ``P = [W, P] Y[m:]``, ``X = X Y[:m] + P``. Rows from ``size`` on may be read, times 0."""
     width = S.shape[1]
     for j in range(m):
         x, p = new[j], new[2 * m + j]
-        for k in range(m, 3 * m, 4):
+        if size == m:
+            p[:] = 0.0
+        for k in range(m, size, 4):
             a, b, c, d = Y[k, j], Y[k + 1, j], Y[k + 2, j], Y[k + 3, j]
             s, t, u, v = S[k], S[k + 1], S[k + 2], S[k + 3]
             if k == m:
@@ -201,6 +204,12 @@ def _residuals(S, A, theta, m, r, error):
             f += g * g
         error[v] = np.sqrt(e) / theta[v] if theta[v] > 0 else np.inf
         error[v + 1] = np.sqrt(f) / theta[v + 1] if theta[v + 1] > 0 else np.inf
+
+
+@compiled()
+def _locked(error, v, q, tolerance):
+    """Whether vectors ``v`` and ``v + 1`` are wanted and have converged: they stay in X, and need no directions."""
+    return v + 1 < q and error[v] <= tolerance and error[v + 1] <= tolerance
 
 
 @compiled()
@@ -301,13 +310,14 @@ def _solve(weight, diagonal, null, start, coarse_start, q, tolerance, max_iterat
     parts = _begin(weight, diagonal, null, start, coarse_start, room)
     iteration, size = 0, m
     while True:
-        # S holds X, W and P, of m vectors each, and A their products; vectors from ``size`` on are 0. All are
-        # orthogonal to the null vector, and W to X. Where ``size`` is m, A X was computed and not carried on.
+        # The first ``size`` rows of S are X, m vectors, and W and P of the pairs that have not converged; A holds their
+        # products. All are orthogonal to the null vector, and W to X. Where ``size`` is m, A X was computed and not
+        # carried on.
         _gram(S, A, size, room.M, room.H)
         if rayleigh_ritz(room.M, room.H, size, m, room.work, room.Y, theta) < m:
             return iteration, S, False
-        _combine(S, room.Y, m, new_S)
-        _combine(A, room.Y, m, new_A)
+        _combine(S, room.Y, m, size, new_S)
+        _combine(A, room.Y, m, size, new_A)
         S, new_S, A, new_A = new_S, S, new_A, A
         _residuals(S, A, theta, m, r, error)
         reached = _reached(theta, error, q, tolerance)
@@ -319,10 +329,12 @@ def _solve(weight, diagonal, null, start, coarse_start, q, tolerance, max_iterat
             A[m:] = 0
             size = m
             continue
-        size = 2 * m if size == m else 3 * m
         iteration += 1
         coarse = parts > 0 and (iteration > COARSE_AFTER or nodes >= COARSE_AT_ONCE)
+        active = 0
         for v in range(0, m, 2):
+            if _locked(error, v, q, tolerance):
+                continue
             _smooth(crow, mid, col, weight, room.inverse, r[v // 2], z, az)
             if coarse:
                 y = room.coarse_vectors[0, :parts]
@@ -330,7 +342,16 @@ def _solve(weight, diagonal, null, start, coarse_start, q, tolerance, max_iterat
                 _product(crow, col, weight, diagonal, z, az)
             else:
                 _finish_product(crow, mid, col, weight, z, az)
-            _take_in(z, az, null, S, A, m, m + v)
+            _take_in(z, az, null, S, A, m, m + active)
+            active += 2
+        end = m + active
+        if size > m:
+            for v in range(0, m, 2):
+                if not _locked(error, v, q, tolerance):
+                    if end < 2 * m + v:  # where _combine put them
+                        S[end : end + 2], A[end : end + 2] = S[2 * m + v : 2 * m + v + 2], A[2 * m + v : 2 * m + v + 2]
+                    end += 2
+        size = end
 
 
 @compiled()
