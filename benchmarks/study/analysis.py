@@ -1,7 +1,9 @@
 """From result lines to differences with intervals, at equal gradients and at equal wall clock.
 
 Everything is paired by seed: two methods of one seed start from the same weights and see the same order of the data.
-Seconds are those of one core; what runs on several counts as often.
+Seconds are CPU seconds. A run is one process of one thread, so on an idle core they are its wall clock; on a busy
+machine they still are what an idle one would have shown, but for caches. The wall clock of each phase is in the lines
+as well.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 Line = dict[str, Any]
-PAID = ("select", "scores", "images", "indices", "choose", "step")  # not warm-up
+PAID = ("select", "scores", "train")  # not warm-up
 RESAMPLES = 10_000
 OFTEN = math.inf  # experiments on one cache: its share of the cost is nothing
 
@@ -39,7 +41,9 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """In a word; two seeds tell nothing."""
+        if self.seeds < 3:
+            return "too few seeds"
         return "ahead" if self.low > 0 else "behind" if self.high < 0 else "not told apart"
 
     def __str__(self) -> str:
@@ -84,7 +88,7 @@ class Study:
 
     def score_seconds(self, need: str) -> float:
         """Core seconds of a score that was computed once."""
-        return sum(line["seconds"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
+        return sum(line["cpu"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
 
     def clock(self, line: Line, experiments: float) -> float:
         """Core seconds of a run, the cache's share with ``experiments`` on it counted.
@@ -92,7 +96,7 @@ class Study:
         The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
         one budget.
         """
-        seconds = sum(line["seconds"].get(phase, 0.0) for phase in PAID)
+        seconds = sum(line["cpu"].get(phase, 0.0) for phase in PAID)
         shared = self.embed_seconds if line["embeds"] else 0.0
         for need in line["needs"]:
             if need == "probe":

@@ -66,27 +66,36 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
     """
     method = find_method(task.method)
     seconds: dict[str, float] = {}
+    cpu: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="study-") as name:
         folder = Path(name)
         load = os.getloadavg()[0]
-        begun = time.perf_counter()
-        selection = _selection(task, method, data, scores, folder, seconds)
+        begun, cpu_begun = time.perf_counter(), time.process_time()
+        selection = _selection(task, method, data, scores, folder, seconds, cpu)
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
+        cpu["select"] = time.process_time() - cpu_begun - sum(cpu.values())
         chooser = _chooser(task, method, data, scores)
         config = data.setting.train_config(task.seed)
         curve: list[float] = []
         last: list[nn.Module] = []
 
+        testing = 0.0
+
         def after_epoch(network: nn.Module) -> None:
+            nonlocal testing
+            began = time.process_time()
             if task.method in CURVES:
                 curve.append(round(data.accuracy(network, CURVE_ITEMS), 5))
             last[:] = [network]
+            testing += time.process_time() - began
 
+        cpu_begun = time.process_time()
         with open_selection(selection) as stream:
             run_dir = RunDir(folder / "run", run_config(config, stream, None), provenance={}, resume=False)
             report = train(
                 data.train, stream, config, run_dir, method=chooser, feed=data.train_feed, after_epoch=after_epoch
             )
+        cpu["train"] = time.process_time() - cpu_begun - testing
         phases = {k: v for k, v in report.seconds.items() if k not in {"load", "eval", "total"}}
         return {
             "kind": "run",
@@ -104,6 +113,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "forward_samples": report.forward_samples,
             "steps": report.steps,
             "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
+            "cpu": {k: round(v, 3) for k, v in cpu.items()},
             "embeds": method.embeds,
             "needs": sorted(method.needs),
             "loss": round(report.loss, 5),
@@ -112,9 +122,15 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
 
 
 def _selection(
-    task: Task, method: Method, data: StudyData, scores: Scores, folder: Path, seconds: dict[str, float]
+    task: Task,
+    method: Method,
+    data: StudyData,
+    scores: Scores,
+    folder: Path,
+    seconds: dict[str, float],
+    cpu: dict[str, float],
 ) -> Path:
-    """The selection that is trained on; the time that a score took to compute here goes to ``seconds["scores"]``."""
+    """The selection that is trained on; the time of scores computed here, and of warming up, is put apart."""
     setting = data.setting
     path = folder / "selection.arrow"
     if method.kind == "rule":
@@ -129,9 +145,9 @@ def _selection(
             seed=task.seed,
             threads=1,
         )
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         next(BatchSelector(data.store, config).run())
-        seconds["warm-up"] = time.perf_counter() - begun
+        seconds["warm-up"], cpu["warm-up"] = time.perf_counter() - begun, time.process_time() - cpu_begun
         list(write_file(BatchSelector(data.store, config), path))
         return path
     keep = kept_of(len(data.train), task.ratio)
@@ -147,13 +163,13 @@ def _selection(
         list(write_file(BatchSelector(data.store, config), path))
         return path
     like = header_of(BatchSelector(data.store, SelectConfig(rule="random", batch_size=min(512, len(data.train)))))
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     per_epoch = (
         rs2(len(data.train), keep, task.epochs, task.seed)
         if task.method == "rs2"
         else [_subset(task, keep, data, scores)] * task.epochs
     )
-    seconds["scores"] = time.perf_counter() - begun
+    seconds["scores"], cpu["scores"] = time.perf_counter() - begun, time.process_time() - cpu_begun
     write_fixed(path, like, per_epoch, step=setting.step, method=task.method, seed=task.seed)
     return path
 

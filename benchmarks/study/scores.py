@@ -68,12 +68,18 @@ class Scores:
             "forgetting": self._count_forgetting,
             "probe": self._fit_probe,
         }[need]
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         values = make()
-        seconds = time.perf_counter() - begun
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu_begun
         np.save(path.with_suffix(".partial.npy"), values)
         path.with_suffix(".partial.npy").replace(path)
-        return {"kind": "scores", "setting": self.data.setting.name, "need": need, "seconds": round(seconds, 3)}
+        return {
+            "kind": "scores",
+            "setting": self.data.setting.name,
+            "need": need,
+            "seconds": round(seconds, 3),
+            "cpu": round(cpu, 3),
+        }
 
     def _path(self, need: str) -> Path:
         return self.folder / f"{self.data.setting.name}-{need}.npy"
@@ -121,12 +127,3 @@ class Scores:
                     feed=self.data.train_feed,
                     after_epoch=after_epoch,
                 )
-
-
-def seconds_of(lines: list[dict[str, Any]], setting: str) -> dict[str, float]:
-    """Seconds of each score of a setting, from result lines."""
-    return {
-        line["need"]: float(line["seconds"])
-        for line in lines
-        if line["kind"] == "scores" and line["setting"] == setting
-    }

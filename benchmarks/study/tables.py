@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.analysis import OFTEN, Interval, Study
+from benchmarks.study.analysis import OFTEN, Interval, Line, Study
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
 from benchmarks.study.settings import load_setting
@@ -21,6 +21,7 @@ from benchmarks.study.settings import load_setting
 DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
+PHASES = ("images", "indices", "step")  # of training
 RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss")
 
 
@@ -86,7 +87,12 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
 
 
 def _verdict(interval: Interval) -> str:
-    return {"ahead": "**ahead**", "behind": "behind random", "not told apart": "does not beat random"}[interval.verdict]
+    return {
+        "ahead": "**ahead**",
+        "behind": "behind random",
+        "not told apart": "does not beat random",
+        "too few seeds": "",
+    }[interval.verdict]
 
 
 def _budgets(study: Study, ratio: float, epochs: int) -> str:
@@ -107,16 +113,12 @@ def _budgets(study: Study, ratio: float, epochs: int) -> str:
     text = "The default's whole cost, embedding and probe shared by so many experiments:\n\n"
     text += table(("experiments", "core s each", "minus random, same seconds"), rows)
     runs, full = study.of("default", ratio, epochs), study.of("full", ratio, epochs)
-    shares = [
-        line["seconds"]["select"] / (line["seconds"]["step"] + line["seconds"]["images"]) for line in runs.values()
-    ]
-    read = [
-        line["seconds"]["indices"] / (line["seconds"]["step"] + line["seconds"]["images"]) for line in runs.values()
-    ]
+    live = [line["cpu"]["select"] / line["cpu"]["train"] for line in runs.values()]
+    replayed = [line["seconds"]["indices"] / sum(line["seconds"][p] for p in PHASES) for line in runs.values()]
     probe = study.score_seconds("probe")
     text += (
         f"\n\nEmbedding once: {study.embed_seconds:.0f} core s; the probe: {probe:.1f} s. Selection takes "
-        f"{100 * np.mean(shares):.1f} % of training time live, {100 * np.mean(read):.1f} % replayed from a file."
+        f"{100 * np.mean(live):.1f} % of training time live, {100 * np.mean(replayed):.1f} % replayed from a file."
     )
     if full:
         target = float(np.mean([line["test_accuracy"] for line in full.values()]))
@@ -151,10 +153,10 @@ def _rivals(study: Study, ratio: float, epochs: int) -> str:
 
 def hours(studies: Sequence[Study]) -> str:
     """Hours of compute behind the lines."""
-    paid = sum(sum(line["seconds"].values()) for study in studies for line in study.runs)
-    once = sum(
-        study.embed_seconds + sum(study.score_seconds(n) for n in ("probe", "early", "forgetting")) for study in studies
-    )
+    paid = sum(sum(line["cpu"].values()) for study in studies for line in study.runs)
+    own = [line for study in studies for line in study.lines if line["setting"] == study.runs[0]["setting"]]
+    once = sum(line["seconds"] * line["cores"] for line in own if line["kind"] == "embedding")
+    once += sum(line["cpu"] for line in own if line["kind"] == "scores")
     count = sum(len(study.runs) for study in studies)
     return (
         f"{count} runs: {paid / 3600:.1f} core hours of selecting and training, {once / 3600:.1f} of embedding and "
@@ -162,10 +164,18 @@ def hours(studies: Sequence[Study]) -> str:
     )
 
 
+def _lines_of(path: Path) -> list[Line]:
+    """A setting's lines; one that shares its images with another shares the cost of embedding them."""
+    lines = read_lines(path)
+    sibling = load_setting(path.stem).same_images_as
+    shared = read_lines(path.with_stem(sibling)) if sibling else []
+    return lines + [line for line in shared if line["kind"] == "embedding"]
+
+
 def render(results: Path = RESULTS) -> str:
     """The whole text between the markers."""
     files = sorted(results.glob("*.jsonl"), key=lambda path: (path.stem != "glyphs", path.stem))
-    studies = {path.stem: Study(tuple(read_lines(path))) for path in files}
+    studies = {path.stem: Study(tuple(_lines_of(path))) for path in files}
     studies = {name: study for name, study in studies.items() if study.runs}
     note = (
         "Differences are in points, paired by seed, with 95 % bootstrap intervals over seeds; a star marks comparisons "

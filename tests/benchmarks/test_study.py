@@ -34,7 +34,8 @@ def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int
         "seed": seed,
         "test_accuracy": accuracy,
         "curve": [],
-        "seconds": {"step": seconds, "warm-up": 99.0},
+        "seconds": {},
+        "cpu": {"train": seconds, "warm-up": 99.0},
         "embeds": False,
         "needs": [],
         "cores": 2,
@@ -81,7 +82,7 @@ def test_intervals_are_of_paired_differences() -> None:
     interval = bootstrap([0.01, 0.02, 0.03])
     assert interval.mean == pytest.approx(2.0)
     assert 1.0 <= interval.low < interval.mean < interval.high <= 3.0
-    assert (interval.verdict, bootstrap([-0.01, 0.01]).verdict, bootstrap([-0.01] * 5).verdict) == (
+    assert (interval.verdict, bootstrap([-0.01, 0.01, 0.02]).verdict, bootstrap([-0.01] * 5).verdict) == (
         "ahead",
         "not told apart",
         "behind",
@@ -107,8 +108,8 @@ def test_equal_wall_clock_reads_the_reference_between_its_budgets() -> None:
 
 def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     embedding = {"kind": "embedding", "seconds": 100.0, "cores": 2}
-    probe = {"kind": "scores", "need": "probe", "seconds": 10.0}
-    early = {"kind": "scores", "need": "early", "seconds": 7.0}
+    probe = {"kind": "scores", "need": "probe", "cpu": 10.0}
+    early = {"kind": "scores", "need": "early", "cpu": 7.0}
     guided = line("default", 0, 0.9, 5, embeds=True, needs=["probe"])
     scored = line("el2n", 0, 0.9, 5, needs=["early"])
     study = Study((embedding, probe, early, guided, scored, line("full", 0, 0.9, 26)))
