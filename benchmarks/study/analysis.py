@@ -88,7 +88,7 @@ class Study:
 
     def score_seconds(self, need: str) -> float:
         """Core seconds of a score that was computed once."""
-        return sum(line["cpu"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
+        return sum(line["cpu_seconds"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
 
     def clock(self, line: Line, experiments: float) -> float:
         """Core seconds of a run, the cache's share with ``experiments`` on it counted.
@@ -96,7 +96,7 @@ class Study:
         The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
         one budget.
         """
-        seconds = sum(line["cpu"].get(phase, 0.0) for phase in PAID)
+        seconds = sum(line["cpu_seconds"].get(phase, 0.0) for phase in PAID)
         shared = self.embed_seconds if line["embeds"] else 0.0
         for need in line["needs"]:
             if need == "probe":

@@ -113,7 +113,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "forward_samples": report.forward_samples,
             "steps": report.steps,
             "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
-            "cpu": {k: round(v, 3) for k, v in cpu.items()},
+            "cpu_seconds": {k: round(v, 3) for k, v in cpu.items()},
             "embeds": method.embeds,
             "needs": sorted(method.needs),
             "loss": round(report.loss, 5),

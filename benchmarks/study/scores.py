@@ -78,7 +78,7 @@ class Scores:
             "setting": self.data.setting.name,
             "need": need,
             "seconds": round(seconds, 3),
-            "cpu": round(cpu, 3),
+            "cpu_seconds": round(cpu, 3),
         }
 
     def _path(self, need: str) -> Path:

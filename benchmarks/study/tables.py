@@ -113,7 +113,7 @@ def _budgets(study: Study, ratio: float, epochs: int) -> str:
     text = "The default's whole cost, embedding and probe shared by so many experiments:\n\n"
     text += table(("experiments", "core s each", "minus random, same seconds"), rows)
     runs, full = study.of("default", ratio, epochs), study.of("full", ratio, epochs)
-    live = [line["cpu"]["select"] / line["cpu"]["train"] for line in runs.values()]
+    live = [line["cpu_seconds"]["select"] / line["cpu_seconds"]["train"] for line in runs.values()]
     replayed = [line["seconds"]["indices"] / sum(line["seconds"][p] for p in PHASES) for line in runs.values()]
     probe = study.score_seconds("probe")
     text += (
@@ -153,10 +153,10 @@ def _rivals(study: Study, ratio: float, epochs: int) -> str:
 
 def hours(studies: Sequence[Study]) -> str:
     """Hours of compute behind the lines."""
-    paid = sum(sum(line["cpu"].values()) for study in studies for line in study.runs)
+    paid = sum(sum(line["cpu_seconds"].values()) for study in studies for line in study.runs)
     own = [line for study in studies for line in study.lines if line["setting"] == study.runs[0]["setting"]]
     once = sum(line["seconds"] * line["cores"] for line in own if line["kind"] == "embedding")
-    once += sum(line["cpu"] for line in own if line["kind"] == "scores")
+    once += sum(line["cpu_seconds"] for line in own if line["kind"] == "scores")
     count = sum(len(study.runs) for study in studies)
     return (
         f"{count} runs: {paid / 3600:.1f} core hours of selecting and training, {once / 3600:.1f} of embedding and "

@@ -35,7 +35,7 @@ def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int
         "test_accuracy": accuracy,
         "curve": [],
         "seconds": {},
-        "cpu": {"train": seconds, "warm-up": 99.0},
+        "cpu_seconds": {"train": seconds, "warm-up": 99.0},
         "embeds": False,
         "needs": [],
         "cores": 2,
@@ -108,8 +108,8 @@ def test_equal_wall_clock_reads_the_reference_between_its_budgets() -> None:
 
 def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     embedding = {"kind": "embedding", "seconds": 100.0, "cores": 2}
-    probe = {"kind": "scores", "need": "probe", "cpu": 10.0}
-    early = {"kind": "scores", "need": "early", "cpu": 7.0}
+    probe = {"kind": "scores", "need": "probe", "cpu_seconds": 10.0}
+    early = {"kind": "scores", "need": "early", "cpu_seconds": 7.0}
     guided = line("default", 0, 0.9, 5, embeds=True, needs=["probe"])
     scored = line("el2n", 0, 0.9, 5, needs=["early"])
     study = Study((embedding, probe, early, guided, scored, line("full", 0, 0.9, 26)))
