@@ -13,6 +13,7 @@ does it depend on the number of threads.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -70,7 +71,9 @@ def deal_folds(labels: Int64[np.ndarray, " N"], rows: Int64[np.ndarray, " n"], f
     return fold
 
 
-def sweep(store: EmbeddingStore, seed: int, turn: int) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
+def sweep(
+    store: EmbeddingStore, seed: int, turn: int, lock: threading.Lock
+) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
     """All rows that have an embedding, once: units in random order, a window of them at a time.
 
     Yields:
@@ -86,7 +89,8 @@ def sweep(store: EmbeddingStore, seed: int, turn: int) -> Iterator[tuple[Int64[n
             span = spec.rows_of(unit)
             rows = np.arange(span.start, span.stop, dtype=np.int64)
             rows = rows[store.valid[rows] == OK]
-            store.gather(rows, buffer[filled : filled + len(rows)])
+            with lock:  # a store that is read in windows keeps the last units
+                store.gather(rows, buffer[filled : filled + len(rows)])
             names.append(rows)
             filled += len(rows)
         yield np.concatenate(names), torch.from_numpy(buffer[:filled])
@@ -221,22 +225,23 @@ def probe_columns(
         _Fold(n, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, max(1, epochs * others[n]))
         for n in range(settings.folds)
     ]
-    features: Features | None = None
     columns = np.zeros(len(store), COLUMNS)
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
-    for turn in range(epochs + 1):
-        for number, (here, stored) in enumerate(sweep(store, settings.seed, turn)):
-            features = features or Features.of(stored, device)
-            window = Window(here, stored, fold[here], y[here], features)
+    lock = threading.Lock()
 
-            def work(probe: _Fold, window: Window = window, key: tuple[int, int] = (turn, number)) -> None:
-                if key[0] < epochs:
-                    probe.learn_window(window, rng_for(settings.seed, "probe-order", *key, probe.number))
+    def work(probe: _Fold) -> None:
+        features: Features | None = None
+        for turn in range(epochs + 1):
+            for number, (here, stored) in enumerate(sweep(store, settings.seed, turn, lock)):
+                features = features or Features.of(stored, device)
+                window = Window(here, stored, fold[here], y[here], features)
+                if turn < epochs:
+                    probe.learn_window(window, rng_for(settings.seed, "probe-order", turn, number, probe.number))
                 else:
                     probe.judge_window(window, columns)
 
-            for _ in in_threads(work, probes, threads if device.type == "cpu" else 1):
-                pass
+    for _ in in_threads(work, probes, threads if device.type == "cpu" else 1):
+        pass
     there = columns["predicted"] >= 0
     columns["predicted"][there] = names[columns["predicted"][there]]
     return columns

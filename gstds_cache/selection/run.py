@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
@@ -24,6 +23,7 @@ from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import (
     Guidance,
@@ -49,47 +49,6 @@ Spectra = tuple[KnnGraph, FiedlerResult]
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
 ALGORITHM = 2  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
-PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
-
-
-@dataclass
-class SelectionCounts:
-    """Running totals of a selection.
-
-    Attributes:
-        batches: Batches done.
-        rows: Rows they held.
-        kept: Rows that stayed.
-        status: Batches by status flag; a batch with two flags counts in both.
-        seconds: Work by phase, summed over the threads.
-        elapsed: Seconds that whoever reads the selections waited for them.
-        classes: By label, how many rows were seen and how many of them stayed.
-    """
-
-    batches: int = 0
-    rows: int = 0
-    kept: int = 0
-    status: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    elapsed: float = 0.0
-    classes: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, selection: Selection, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
-        """Count one batch."""
-        kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
-        for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
-            seen, stayed = self.classes.get(label, (0, 0))
-            self.classes[label] = seen + count, stayed + kept.get(label, 0)
-        self.batches += 1
-        self.rows += selection.n_in
-        self.kept += len(selection.kept)
-        self.status.update(flag.name.lower() for flag in selection.status if flag.name)
-        if selection.status == Status.CONVERGED:
-            self.status["converged"] += 1
-
-    def share(self, status: Status) -> float:
-        """Batches with this flag over all batches."""
-        return self.status[str(status.name).lower()] / max(self.batches, 1)
 
 
 class BatchSelector:
@@ -188,12 +147,13 @@ class BatchSelector:
             return "rows are read unit by unit, in random order: use --order window, or a larger --memory-budget"
         unit_bytes = store.spec.unit_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
         # Two windows: a batch may begin in one and end in the next.
-        needed = 2 * units_at_once(window, store.spec.unit_rows) * unit_bytes
+        needed = min(2 * units_at_once(window, store.spec.unit_rows), store.spec.units) * unit_bytes
         if store.memory_budget >= needed:
             return ""
         return (
-            f"two windows take {needed / (1 << 20):,.0f} MiB and --memory-budget is {store.memory_budget >> 20:,}: "
-            "units are read more than once an epoch; raise it, or lower the rows of --order window:ROWS"
+            f"two windows of rows take {needed / (1 << 20):,.0f} MiB and --memory-budget is "
+            f"{store.memory_budget >> 20:,}: units are read more than once an epoch; raise it, or lower the rows of "
+            "--order window:ROWS"
         )
 
     @cached_property

@@ -32,6 +32,9 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
     if path.stem == "bench_select":
         (whole,) = result["whole_path"].values()
         assert whole["cosine_with_peers"]["min"] > 0.999
+    if path.stem == "bench_guidance":
+        accuracy = result["held_out_accuracy"]
+        assert accuracy["ours_1_threads"] == accuracy["ours_2_threads"] > accuracy["lbfgs"] - 0.1
     if path.stem == "bench_growth":
         assert result["by_rows"]["600"]["ms_per_batch"]["median"] > 0
     if path.stem == "bench_embed":

@@ -207,7 +207,7 @@ def test_a_store_read_in_windows_is_selected_unit_by_unit(store: EmbeddingStore,
     assert len(reads) <= 2 * 4
     assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
     assert "use --order window" in BatchSelector(windows, CONFIG).slow_order
-    assert "two windows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
+    assert "two windows of rows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
     assert BatchSelector(store, CONFIG).slow_order == ""
 
 
