@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -62,6 +63,18 @@ def test_the_functions_for_anyone() -> None:
     assert (names["agreement"] > 0.95).all()
     assert names["remedies"] == ["converged: nothing to do"] * 4
     assert tuple(names["nearest"].shape) == (4, 100, 10)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rule.py").write_text(python_block("docs/method.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    store = EmbeddingStore("photos.store")
+    np.save("scores.npy", np.arange(60.0))
+    config = SelectConfig(batch_size=20, epochs=1, knn=5, rule="own_rule:rule", guidance="file:scores.npy")
+    selector = BatchSelector(store, config)
+    for selection in selector.run():
+        assert selection.kept.min() > np.sort(selector.plan.batch(selection.seq).indices)[-6]
 
 
 def test_tests_named_as_proof_of_a_promise_exist() -> None:
