@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.errors import command_line
+from gstds_cache.errors import UsageError, command_line
 
 from .common import (
     Command,
@@ -22,6 +22,7 @@ from .common import (
     print_json,
     print_table,
     seconds_line,
+    shares_line,
     stop_after_step,
 )
 
@@ -37,6 +38,7 @@ Examples:
   gstds-train 'imagefolder:photos?split=train' --selection s.arrow --eval 'imagefolder:photos?split=test'
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-train digits --selection selection.arrow --out runs/a --resume
+  torchrun --nproc-per-node 2 --no-python gstds-train digits --selection selection.arrow
 
 --arch takes any architecture torchvision or timm knows by that name.
 """
@@ -73,6 +75,13 @@ Examples:
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that decode images.")
 @click.option("--memory-budget", type=int, default=2048, show_default=True, help="MiB of decoded images to hold.")
 @click.option("--threads", type=int, default=0, help="CPU threads to use. [default: all]")
+@click.option(
+    "--repack",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Re-pack what is kept into batches of N rows: fewer full steps. [default: each batch of the selection a step]",
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", help="[default: runs/ARCH-SELECTION-sSEED]")
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @json_option
@@ -92,6 +101,7 @@ def main(
     workers: int,
     memory_budget: int,
     threads: int,
+    repack: int,
     out: Path | None,
     resume: bool,
     as_json: bool,
@@ -109,80 +119,100 @@ def main(
         workers=workers,
         memory_budget=memory_budget << 20,
         threads=threads,
+        repack=repack,
     )
     begun = time.perf_counter()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.sources import open_source
-    from gstds_cache.devices import describe_device, limit_threads, resolve_device
+    from gstds_cache.devices import describe_device, limit_threads
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
     from gstds_cache.store.journal import Journal
     from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
+    from gstds_cache.train.distributed import process_group
     from gstds_cache.train.images import default_side
     from gstds_cache.train.loop import run_config, train
     from gstds_cache.train.run_dir import RunDir
 
     keep_freed_memory()
     limit_threads(threads)
-    progress = Progress("items", "data")
-    memo = HashMemo(cache_root() / "hashes")
-
-    def hashed_items(done: int, total: int) -> None:
-        progress("hash", done, total, 0.0)
-
-    source = open_source(dataset, memo=memo, progress=hashed_items)
-    evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
-    with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
-        if cache is not None:
-            require_store(stream.header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
-        manifest = build_manifest(source, memo=memo, progress=hashed_items)
-        require_dataset(stream.header, items=len(manifest), items_root=manifest.root, uri=source.uri)
-        config = replace(
-            config,
-            image_size=config.image_size or default_side(source),
-            augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
-        )
-        name = f"{arch.replace(':', '-')}-{stream.header.selection_digest[:8]}-s{seed}"
-        run_dir = RunDir(
-            out or Path("runs") / name,
-            run_config(config, stream, build_manifest(evaluation, memo=memo).root if evaluation else None),
-            provenance={
-                "dataset": source.uri,
-                "selection": stream.header.settings,
-                "device": describe_device(resolve_device(device)),
-                **{package: version(package) for package in ("gstds-cache", "torch", "torchvision", "timm")},
-            },
-            resume=resume,
-        )
-        hashed = time.perf_counter() - begun
-        for note in memo.notes:
-            click.echo(f"note: {note}", err=True)
-        try:
-            report = train(
-                source,
-                stream,
-                config,
-                run_dir,
-                evaluation=evaluation,
-                progress=progress,
-                interruptible=stop_after_step,
+    with process_group(device) as ranks:
+        if selection == "-" and ranks.world_size > 1:
+            raise UsageError(
+                f"--selection -: {ranks.world_size} ranks cannot share one stdin",
+                hint="give a file, or the address of gstds-select --serve",
             )
-        except KeyboardInterrupt:
-            words = command_line("--resume", "--out", run_dir.path)
-            raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
-        finally:
-            progress.end()
-        seconds = {"hash": round(hashed, 3), **report.seconds, "total": round(report.seconds["total"] + hashed, 3)}
-        report = replace(report, seconds=seconds)
-        header = stream.header
-    _print(run_dir.path, report)
+        progress = Progress("steps", "data", hash="items", load="images") if ranks.first else _quiet
+        memo = HashMemo(cache_root() / "hashes")
+
+        def hashed_items(done: int, total: int) -> None:
+            progress("hash", done, total, 0.0)
+
+        source = open_source(dataset, memo=memo, progress=hashed_items)
+        evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
+        with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
+            header = stream.header
+            if cache is not None:
+                require_store(header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
+            manifest = build_manifest(source, memo=memo, progress=hashed_items)
+            require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
+            config = replace(
+                config,
+                image_size=config.image_size or default_side(source),
+                augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
+            )
+            name = f"{arch.replace(':', '-')}-{header.selection_digest[:8]}-s{seed}{f'-b{repack}' if repack else ''}"
+            run_dir = RunDir(
+                out or Path("runs") / name,
+                run_config(config, stream, build_manifest(evaluation, memo=memo).root if evaluation else None),
+                provenance={
+                    "dataset": source.uri,
+                    "selection": header.settings,
+                    "device": describe_device(ranks.device),
+                    "ranks": ranks.world_size,
+                    **{package: version(package) for package in ("gstds-cache", "torch", "torchvision", "timm")},
+                },
+                resume=resume,
+                writes=ranks.first,
+            )
+            ranks.wait()  # all have looked at the directory before the first writes to it
+            hashed = time.perf_counter() - begun
+            for note in memo.notes if ranks.first else ():
+                click.echo(f"note: {note}", err=True)
+            try:
+                report = train(
+                    source,
+                    stream,
+                    config,
+                    run_dir,
+                    evaluation=evaluation,
+                    ranks=ranks,
+                    progress=progress,
+                    interruptible=stop_after_step,
+                )
+            except KeyboardInterrupt:
+                words = command_line("--resume", "--out", run_dir.path)
+                raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
+            finally:
+                if isinstance(progress, Progress):
+                    progress.end()
+    if not ranks.first:
+        return
+    seconds = {"hash": round(hashed, 3), **report.seconds, "total": round(report.seconds["total"] + hashed, 3)}
+    report = replace(report, seconds=seconds)
+    _print(run_dir.path, report, left_over=header.total_kept - report.gradient_samples)
     if as_json:
-        print_json(_as_dict(run_dir.path, report, header))
+        print_json(_as_dict(run_dir.path, report, header, ranks.world_size))
 
 
-def _print(path: Path, report: TrainReport) -> None:
+def _quiet(_phase: str, _done: int, _total: int, _waited: object) -> None:
+    """Ranks but the first show no progress."""
+
+
+def _print(path: Path, report: TrainReport, *, left_over: int) -> None:
     accuracy = report.accuracy
+    left = f" ({left_over:,} kept rows left out: fewer than a batch)" if left_over else ""
     print_table(
         [
             ("run", str(path)),
@@ -192,15 +222,16 @@ def _print(path: Path, report: TrainReport) -> None:
                 if accuracy
                 else "not measured: give --eval DATASET",
             ),
-            ("gradients", f"{report.gradient_samples:,} samples in {report.steps:,} steps"),
+            ("gradients", f"{report.gradient_samples:,} samples in {report.steps:,} steps{left}"),
             ("loss", f"{report.loss:.4f} in the last epoch"),
+            ("waited", f"{shares_line(report.waited)} of the training time"),
             ("time", seconds_line(report.seconds)),
         ]
     )
     click.echo("next: the same with another --seed; the embeddings and the selection are reused")
 
 
-def _as_dict(path: Path, report: TrainReport, header: Header) -> dict[str, Any]:
+def _as_dict(path: Path, report: TrainReport, header: Header, world_size: int) -> dict[str, Any]:
     return {
         "run_dir": str(path),
         "test_accuracy": report.accuracy.value if report.accuracy else None,
@@ -209,6 +240,8 @@ def _as_dict(path: Path, report: TrainReport, header: Header) -> dict[str, Any]:
         "steps": report.steps,
         "loss": report.loss,
         "seconds": report.seconds,
+        "waited": {what: round(share, 5) for what, share in report.waited.items()},
+        "world_size": world_size,
         "selection_digest": header.selection_digest,
         "cache_fingerprint": header.cache_fingerprint,
     }

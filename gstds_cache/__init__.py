@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.reader import SelectionStream, open_selection
     from gstds_cache.train.sampler import SelectedBatchSampler
+    from gstds_cache.train.selected_dataset import SelectedDataset
 
 _HOME = {
     "BatchSelector": "selection.run",
@@ -27,6 +28,7 @@ _HOME = {
     "GstdsError": "errors",
     "SelectConfig": "config",
     "SelectedBatchSampler": "train.sampler",
+    "SelectedDataset": "train.selected_dataset",
     "SelectionStream": "stream.reader",
     "TrainConfig": "config",
     "embed_dataset": "embed.run",
@@ -43,6 +45,7 @@ __all__ = [
     "GstdsError",
     "SelectConfig",
     "SelectedBatchSampler",
+    "SelectedDataset",
     "SelectionStream",
     "TrainConfig",
     "embed_dataset",

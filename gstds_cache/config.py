@@ -127,6 +127,8 @@ class TrainConfig:
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
         threads: CPU threads training may use; 0 leaves the library's default.
+        repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
+            batch of the selection one step.
     """
 
     arch: str = "resnet18"
@@ -140,9 +142,11 @@ class TrainConfig:
     workers: int = 1
     memory_budget: int = 2 << 30
     threads: int = 0
+    repack: int = 0
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        _require(self.repack >= 0, "--repack", self.repack, "at least 1, or 0")
         _require(math.isfinite(self.lr) and self.lr > 0, "--lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")

@@ -39,7 +39,8 @@ def rank_slice(kept: Int64[np.ndarray, " M"], rank: int, world_size: int, tail: 
     Raises:
         UsageError: The rank or the policy is not one there is, or ``drop`` would leave no row at all (M < W).
     """
-    return kept[rank_positions(len(kept), rank, world_size, tail)]
+    mine: Int64[np.ndarray, " m"] = kept[rank_positions(len(kept), rank, world_size, tail)]
+    return mine
 
 
 def rank_positions(count: int, rank: int, world_size: int, tail: Tail) -> Int64[np.ndarray, " m"]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from gstds_cache.seeding import torch_rng_for
 
 
 def augment(
-    pixels: UInt8[torch.Tensor, "M 3 S S"], *, shift: int, mirror: bool, seed: int, step: int
+    pixels: UInt8[torch.Tensor, "M 3 S S"],
+    *,
+    shift: int,
+    mirror: bool,
+    seed: int,
+    step: int,
+    part: tuple[Int64[np.ndarray, " M"], int] | None = None,
 ) -> UInt8[torch.Tensor, "M 3 S S"]:
     """Shift each image by up to ``shift`` pixels (reflected at the edges) and mirror half of them.
 
@@ -19,14 +26,17 @@ def augment(
         mirror: Whether to mirror horizontally with probability 1/2.
         seed: The run's seed.
         step: The step, so that each has numbers of its own.
+        part: Where these images stand in a larger batch, and how many that holds, so that an image is augmented in the
+            same way on one rank and on several; None for a batch of its own.
 
     Returns:
         uint8 [M, 3, S, S] on the same device.
     """
     count, _, side, _ = pixels.shape
+    places, drawn = part or (np.arange(count), count)
     rng = torch_rng_for(seed, "augment", step)
-    offset = torch.randint(0, 2 * shift + 1, (count, 2), generator=rng).to(pixels.device)
-    flipped = (torch.rand(count, generator=rng) < 0.5).to(pixels.device) & mirror
+    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)[places].to(pixels.device)
+    flipped = (torch.rand(drawn, generator=rng)[places] < 0.5).to(pixels.device) & mirror
     place = torch.arange(side, device=pixels.device)
     rows = place + offset[:, :1]
     columns = torch.where(flipped[:, None], side - 1 - place, place) + offset[:, 1:]

@@ -10,6 +10,7 @@ from torch import nn
 from gstds_cache.data.loading import pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.train.augment import to_input
+from gstds_cache.train.distributed import Ranks
 from gstds_cache.train.images import SquarePixels
 
 BATCH = 256
@@ -31,7 +32,15 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, source: ImageSource, device: torch.device, *, side: int, workers: int) -> Accuracy:
+def evaluate(
+    network: nn.Module,
+    source: ImageSource,
+    device: torch.device,
+    *,
+    side: int,
+    workers: int,
+    ranks: Ranks | None = None,
+) -> Accuracy:
     """Classify every item of ``source``.
 
     Args:
@@ -40,13 +49,17 @@ def evaluate(network: nn.Module, source: ImageSource, device: torch.device, *, s
         device: Where the network is.
         side: Side of the square images in pixels.
         workers: Processes that decode.
+        ranks: Share the items out over these ranks; all of them have to call this.
 
     Returns:
-        The accuracy.
+        The accuracy, the same on every rank.
     """
+    ranks = ranks or Ranks(device)
+    ranks.same_buffers(network)
     network.eval()
     labels = torch.from_numpy(source.labels)
     spans = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
+    spans = spans[ranks.rank :: ranks.world_size]
     right, items, undecodable = 0, 0, 0
     shape = (3, side, side)
     workers = worth_workers(source, side, workers)
@@ -56,4 +69,5 @@ def evaluate(network: nn.Module, source: ImageSource, device: torch.device, *, s
         predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
         right += int((predicted == labels[list(batch.rows)][fine]).sum())
         items, undecodable = items + int(fine.sum()), undecodable + len(failed)
+    right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
     return Accuracy(right / max(items, 1), items, undecodable)

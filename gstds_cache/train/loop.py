@@ -2,18 +2,23 @@
 
 SGD with Nesterov momentum and a one-cycle learning rate over the total number of steps, which a selection's header
 tells before the first of them; bfloat16 autocast and channels-last on CUDA. Each data record of the stream is one
-step. A run that is killed or interrupted continues from its last checkpoint; on a CPU with the same number of threads,
-with the same numbers to the bit.
+step, or, re-packed, each full batch of kept rows. A run that is killed or interrupted continues from its last
+checkpoint; on a CPU with the same number of threads, with the same numbers to the bit.
+
+Several ranks share each step's batch (``distributed.py``). Whatever their number, every kept row counts once in the
+step's gradient, so it is the same but for the order of summation, except for what sees a rank's own slice alone:
+batch normalisation on a CPU, and dropout.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,20 +29,24 @@ from torch import nn
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
-from gstds_cache.errors import DivergedError, FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.errors import DivergedError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.selected import Selection
+from gstds_cache.stream.ranks import rank_positions, real_rows
 from gstds_cache.stream.reader import SelectionStream
+from gstds_cache.stream.repack import PackedBatch
 from gstds_cache.train.augment import augment, to_input
 from gstds_cache.train.baselines.batch_method import BatchMethod, Occasion, narrow, weighted_loss
+from gstds_cache.train.distributed import Ranks
 from gstds_cache.train.evaluate import Accuracy, evaluate
 from gstds_cache.train.images import ImageFeed
 from gstds_cache.train.network import build_network
 from gstds_cache.train.run_dir import RunDir
+from gstds_cache.train.steps import StepReader
 
 NOT_IDENTITY = frozenset({"device", "workers", "memory_budget", "threads"})
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
-Progress = Callable[[str, int, int, float], None]
+Progress = Callable[[str, int, int, float | Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ class TrainReport:
     loss: float
     seconds: dict[str, float]
     forward_samples: int = 0
+
+    @property
+    def waited(self) -> dict[str, float]:
+        """Shares of the time of all steps that were spent waiting: for indices, for images."""
+        return _waited(self.seconds)
 
 
 def run_config(config: TrainConfig, stream: SelectionStream, eval_root: str | None) -> dict[str, Any]:
@@ -91,6 +105,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     run_dir: RunDir,
     *,
     evaluation: ImageSource | None = None,
+    ranks: Ranks | None = None,
     method: BatchMethod | None = None,
     feed: ImageFeed | None = None,
     after_epoch: Callable[[nn.Module], None] | None = None,
@@ -105,10 +120,11 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
+        ranks: This process among several; None for one alone.
         method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
         feed: Pixels of ``source`` that are decoded already, for whoever trains several times; None decodes them now.
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
-        progress: Called with phase, steps done, steps in all, and the share of time spent waiting for data.
+        progress: Called with phase, steps done, steps in all, and the shares of time spent waiting.
         interruptible: Makes a context that is held while steps are taken; the function it gives is asked after each
             step, and when it says true, a checkpoint is saved and KeyboardInterrupt raised.
 
@@ -116,14 +132,17 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         What was done.
 
     Raises:
-        UsageError: Labels are missing, or the evaluation set has other classes.
+        UsageError: Labels are missing, the evaluation set has other classes, or ``method`` was given several ranks.
         FingerprintMismatchError: The stream is not the one the run was begun with.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
         KeyboardInterrupt: ``interruptible`` said so.
     """
     progress = progress or (lambda _phase, _done, _total, _waiting: None)
-    device = resolve_device(config.device)
+    ranks = ranks or Ranks(resolve_device(config.device))
+    device = ranks.device
+    if method is not None and ranks.world_size > 1:
+        raise UsageError("a method that chooses by loss sees whole batches: train it in one process")
     classes = _count_classes(source, evaluation)
     begun = time.perf_counter()
     side = config.image_size
@@ -148,7 +167,9 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         momentum=config.momentum,
         nesterov=config.momentum > 0,
     )
-    total, per_epoch = stream.header.total_batches, stream.header.batches_per_epoch
+    batches = _Batches(StepReader(stream, batch_size=config.repack or None), ranks)
+    total, per_epoch = batches.steps.total, batches.steps.per_epoch
+    epoch_ends = frozenset(accumulate(per_epoch))
     shift = 0 if config.augment == "none" else max(1, side // 8)
     mirror = config.augment == "crop+flip"
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
@@ -156,17 +177,17 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         seconds["choose"] = 0.0
 
     step, samples, forward_samples, loss_sum, last_loss, sha = 0, 0, 0, 0.0, math.nan, ""
-    batches = _Batches(stream)
     state = run_dir.load_checkpoint()
     if state is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         step, samples, loss_sum, last_loss, sha = (state[k] for k in ("step", "samples", "loss_sum", "loss", "sha"))
         seconds = {phase: value + seconds[phase] for phase, value in state["seconds"].items()}
-        batches.skip_to(step, sha)
+        batches.steps.seek(step, sha)
         if method is not None:
             forward_samples = state["forward_samples"]
             method.load_state(state["method"])
+    model = ranks.wrap(network)
     run_dir.begin()
     run_dir.drop_metrics_from(step + 1)
 
@@ -208,8 +229,10 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * one_cycle(step, total)
-            torch.manual_seed(torch_seed_for(config.seed, "step", step))  # dropout and its like repeat on resume
-            rows, pixels = batch.kept, pixels.to(device, non_blocking=True)
+            # Dropout and its like repeat on resume, and differ from rank to rank.
+            torch.manual_seed(torch_seed_for(config.seed, "step", step, *([ranks.rank] if ranks.rank else [])))
+            part = batches.part(len(batch.kept))
+            rows, pixels = batch.kept[part], pixels.to(device, non_blocking=True)
             augmented = partial(augment, shift=shift, mirror=mirror, seed=config.seed, step=step)
             target = labels[torch.from_numpy(rows)]
             if int(target.min()) < 0:
@@ -217,7 +240,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                 raise UsageError(f"item {source.ids[row]!r} (row {row}) has no label; training needs one")
             target = target.to(device, non_blocking=True)
             if method is None:
-                pixels = augmented(pixels)
+                pixels = augmented(pixels, part=(part, len(batch.kept)))
             else:
                 occasion = Occasion(batch.epoch, stream.header.epochs, config.seed, step)
                 with autocast:
@@ -227,25 +250,35 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                 seconds["choose"] += time.perf_counter() - started
                 started = time.perf_counter()
             with autocast, _norms_frozen(network, when=len(target) == 1):
-                logits = network(to_input(pixels)).float()
-                if method is None:
+                logits = model(to_input(pixels)).float()
+                if method is not None:
+                    loss = weighted_loss(method, chosen, logits)
+                elif ranks.world_size == 1:
                     loss = nn.functional.cross_entropy(logits, target)
                 else:
-                    loss = weighted_loss(method, chosen, logits)
+                    # Gradients are averaged over ranks; rows repeated to make slices equal count for nothing.
+                    own = real_rows(len(batch.kept), ranks.rank, ranks.world_size)
+                    loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum")
+                    loss = loss * ranks.world_size / len(batch.kept)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            value = float(loss.detach())
+            # Ranks agree on the loss and on stopping, or one would wait for another for ever.
+            value, stop = ranks.sums([float(loss.detach()) / ranks.world_size, float(stopping())])
             if not math.isfinite(value):
                 raise DivergedError(
                     f"the training loss is {value} at step {step} of {total}",
                     hint=f"train again with a lower --lr (it was {config.lr}) into another --out",
                 )
-            step, samples, loss_sum = step + 1, samples + len(target), loss_sum + value
+            step, samples, loss_sum = (
+                step + 1,
+                samples + (len(batch.kept) if method is None else len(target)),
+                loss_sum + value,
+            )
             seconds["step"] += time.perf_counter() - started
             # 3. The epoch's end, and whoever wants to stop.
-            if step % per_epoch == 0:
-                last_loss, loss_sum = loss_sum / per_epoch, 0.0
+            if step in epoch_ends:
+                last_loss, loss_sum = loss_sum / per_epoch[batch.epoch], 0.0
                 run_dir.log({"epoch": batch.epoch, "step": step, "loss": last_loss, "gradient_samples": samples})
                 save()
                 if after_epoch is not None:
@@ -253,16 +286,15 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                     after_epoch(network)
                     network.train()
                     seconds["eval"] += time.perf_counter() - started
-            idle = seconds["indices"] + seconds["images"]
-            progress("train", step, total, idle / max(idle + seconds["step"], 1e-9))
-            if stopping():
+            progress("train", step, total, {f"waiting for {what}": share for what, share in _waited(seconds).items()})
+            if stop:
                 save()
                 raise KeyboardInterrupt
 
     accuracy = None
     if evaluation is not None:
         started = time.perf_counter()
-        accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers)
+        accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers, ranks=ranks)
         seconds["eval"] += time.perf_counter() - started
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
     report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples)
@@ -272,38 +304,33 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     return report
 
 
+def _waited(seconds: dict[str, float]) -> dict[str, float]:
+    spent = sum(seconds.get(phase, 0.0) for phase in ("indices", "images", "choose", "step"))
+    return {what: seconds[what] / max(spent, 1e-9) for what in ("indices", "images")}
+
+
 class _Batches:
-    """The stream's batches on their way through the feed, kept until their pixels come back."""
+    """The batches of the steps on their way through the feed, kept until their pixels come back."""
 
-    def __init__(self, stream: SelectionStream) -> None:
+    def __init__(self, steps: StepReader, ranks: Ranks) -> None:
+        self.steps, self._ranks = steps, ranks
         self.waited = 0.0
-        self.pending: list[tuple[Selection, str]] = []
-        self._stream, self._batches = stream, iter(stream)
+        self.pending: list[tuple[Selection | PackedBatch, str]] = []
 
-    def skip_to(self, step: int, sha: str) -> None:
-        """Pass over the steps of earlier sessions, and check that they were these.
+    def part(self, count: int) -> Int64[np.ndarray, " m"]:
+        """Positions in a batch of ``count`` rows that this rank takes."""
+        return rank_positions(count, self._ranks.rank, self._ranks.world_size, "pad")
 
-        Raises:
-            FingerprintMismatchError: They were not.
-        """
-        while self._stream.next_seq < step:
-            next(self._batches)
-        if step and self._stream.running_sha256 != sha:
-            raise FingerprintMismatchError(
-                f"the selection's first {step} batches are not those the run was trained on",
-                hint="resume with the same selection, or give another --out",
-            )
-
-    def rows(self) -> Iterator[Int64[np.ndarray, " M"]]:
-        """Yields the kept rows of each batch."""
+    def rows(self) -> Iterator[Int64[np.ndarray, " m"]]:
+        """Yields this rank's rows of each batch."""
         while True:
             begun = time.perf_counter()
-            batch = next(self._batches, None)
+            batch = next(self.steps, None)
             self.waited += time.perf_counter() - begun
             if batch is None:
                 return
-            self.pending.append((batch, self._stream.running_sha256))
-            yield batch.kept
+            self.pending.append((batch, self.steps.position.sha256))
+            yield batch.kept[self.part(len(batch.kept))]
 
 
 def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:

@@ -24,7 +24,9 @@ class RunDir:
         path: The directory.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, provenance: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], *, provenance: dict[str, Any], resume: bool, writes: bool = True
+    ) -> None:
         """Check a new run's directory, or that of a run to be resumed; nothing is written before :meth:`begin`.
 
         Args:
@@ -32,12 +34,13 @@ class RunDir:
             config: What decides the run's outcome; a run is resumed only with the same.
             provenance: What else to record.
             resume: Continue the run that is there; a directory without one starts a new run.
+            writes: Whether this process writes; of several ranks the first does, and all read the checkpoint.
 
         Raises:
             UsageError: A run is there and ``resume`` is not set, or ``path`` is a file.
             FingerprintMismatchError: The run there has another configuration.
         """
-        self.path = path
+        self.path, self._writes = path, writes
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path}: a file is in the way, expected a directory or nothing")
         strange = {entry.name for entry in path.iterdir()} - OWN_NAMES if path.is_dir() else set()
@@ -62,6 +65,8 @@ class RunDir:
 
     def begin(self) -> None:
         """Make the directory of a new run; that of a run to be resumed stays as it is."""
+        if not self._writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         if self._stored_config() is None:
             self._replace(CONFIG, self._text.encode())
@@ -86,19 +91,23 @@ class RunDir:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; a killed write leaves the old one."""
+        if not self._writes:
+            return
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self._replace(CHECKPOINT, buffer.getbuffer())
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
+        if not self._writes:
+            return
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics, sort_keys=True) + "\n")
 
     def drop_metrics_from(self, step: int) -> None:
         """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""
         path = self.path / METRICS
-        if path.exists():
+        if self._writes and path.exists():
             # A line without its end was being written when the run was killed.
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             parsed = [(line, json.loads(line)) for line in whole]

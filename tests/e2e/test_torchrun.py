@@ -1,0 +1,111 @@
+"""Real ranks on gloo: torchrun with two and with four processes, on a selection whose batches are uneven."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gstds_cache.cli.train_command import main
+
+from gstds_cache.data.manifest import build_manifest
+from gstds_cache.data.sources import open_source
+from gstds_cache.selection.selected import Selection
+from gstds_cache.spectral.status import Status
+from gstds_cache.stream.schema import Header
+from gstds_cache.stream.writer import SelectionWriter
+
+DRIVER = Path(__file__).parents[1] / "shared" / "ranks_driver.py"
+KEPT = [[13, 7, 30], [22, 3, 17], [9, 26, 11], [21, 5, 14]]  # 3 rows are fewer than four ranks; none divides by four
+# Layer norm only: batch statistics of a rank's own slice would be other numbers.
+WORDS = ["digits", "--arch", "timm:test_convnext", "--image-size", "32", "--lr", "0.02", "--device", "cpu", "--json"]
+
+
+def write(path: Path) -> list[list[int]]:
+    manifest = build_manifest(open_source("digits"))
+    kept = [sum(epoch) for epoch in KEPT]
+    header = Header(
+        "c" * 64, "d" * 64, len(manifest), manifest.root, 0, len(kept), 3, 3 * len(kept), sum(kept), kept, {}
+    )
+    rng, batches = np.random.default_rng(0), []
+    with path.open("wb") as file, SelectionWriter(file, header) as writer:
+        for epoch, sizes in enumerate(KEPT):
+            for batch_id, size in enumerate(sizes):
+                rows = rng.permutation(len(manifest))[:size]
+                seq = len(batches)
+                writer.write(Selection(seq, epoch, batch_id, 40, rows, None, Status.CONVERGED, 0.5, 0.0))
+                batches.append(rows.tolist())
+    return batches
+
+
+def torchrun(ranks: int, folder: Path, selection: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", "localhost:0", str(DRIVER), str(folder), str(folder / "s.arrow"),
+         *WORDS, "--selection", str(selection), "--out", str(folder / "ranks"), *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GSTDS_CACHE": str(folder / "stores")},
+        capture_output=True,
+        text=True,
+        timeout=280,  # a hang is a failure
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory):
+    """One process alone; and two ranks on a cut selection, gone on with by four ranks on the whole one."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    batches = write(folder / "s.arrow")
+    whole = (folder / "s.arrow").read_bytes()
+    (folder / "cut.arrow").write_bytes(whole[: len(whole) * 6 // 10])
+    alone = CliRunner().invoke(
+        main, [*WORDS, "--selection", str(folder / "s.arrow"), "--eval", "digits", "--out", str(folder / "alone")]
+    )
+    assert alone.exit_code == 0, alone.output
+    two = torchrun(2, folder, folder / "cut.arrow", "--eval", "digits")
+    four = torchrun(4, folder, folder / "s.arrow", "--eval", "digits", "--resume")
+    return folder, batches, json.loads(alone.stdout.splitlines()[-1]), two, four
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_half_a_selection_is_said_by_every_rank_and_hangs_none(ran) -> None:
+    _, _, _, two, _ = ran
+    assert two.returncode != 0
+    assert "the selection is truncated" in two.stderr
+
+
+def test_ranks_miss_nothing_and_take_nothing_twice(ran) -> None:
+    folder, batches, *_ = ran
+    for world in (2, 4):
+        ranks = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+        for step, rows in enumerate(batches):
+            slices = [rank["pad"][step] for rank in ranks]
+            assert len({len(part) for part in slices}) == 1
+            assert list(chain(*slices)) == np.resize(rows, len(slices[0]) * world).tolist()
+        packed = [list(chain(*(rank["drop"][step] for rank in ranks))) for step in range(len(ranks[0]["drop"]))]
+        flat = list(chain(*batches))
+        assert list(chain(*packed)) == flat[: len(flat) // 8 * 8]
+
+
+def test_another_number_of_ranks_goes_on_to_the_same_losses(ran) -> None:
+    folder, batches, alone, _, four = ran
+    assert four.returncode == 0, four.stderr
+    result = json.loads(four.stdout.splitlines()[-1])
+    assert four.stdout.count("gradients") == 1  # the first rank prints, and no other
+    assert result["world_size"] == 4
+    for name in ("steps", "gradient_samples", "test_items"):
+        assert result[name] == alone[name]
+    assert result["gradient_samples"] == sum(map(len, batches))
+    losses = [[line["loss"] for line in metrics(folder / run)[:-1]] for run in ("alone", "ranks")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert result["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=0.003)

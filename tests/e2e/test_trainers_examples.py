@@ -1,0 +1,95 @@
+"""The examples of docs/trainers.md, run as they stand: one process each, or two ranks where it is about ranks."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gstds_cache.selection.selected import Selection
+from gstds_cache.spectral.status import Status
+from gstds_cache.stream.schema import Header
+from gstds_cache.stream.writer import SelectionWriter
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+ITEMS, KEPT = 72, [[7, 5, 9, 4], [6, 8, 3, 5], [4, 7, 6, 10]]
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> tuple[str, list[list[int]]]:
+    kept = [sum(epoch) for epoch in KEPT]
+    header = Header("c" * 64, "d" * 64, ITEMS, "r" * 64, 0, 3, 4, 12, sum(kept), kept, {})
+    rng, batches = np.random.default_rng(0), []
+    with (tmp_path / "s.arrow").open("wb") as file, SelectionWriter(file, header) as writer:
+        for epoch, sizes in enumerate(KEPT):
+            for batch_id, size in enumerate(sizes):
+                rows = rng.permutation(ITEMS)[:size]
+                writer.write(Selection(len(batches), epoch, batch_id, 18, rows, None, Status.CONVERGED, 0.5, 0.0))
+                batches.append(rows.tolist())
+    return str(tmp_path / "s.arrow"), batches
+
+
+def run(tmp_path: Path, name: str, *words: str, ranks: int = 0) -> str:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0"] if ranks else []  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *words],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows_of_ranks(text: str) -> list[list[list[int]]]:
+    """Rows by step, by rank, from the lines ``rank R: S steps, rows [[...]]``."""
+    lines = sorted(re.findall(r"rank (\d+): \d+ steps, rows (\[\[.*?\]\])", text))
+    return [ast.literal_eval(rows) for _, rows in lines]
+
+
+def test_plain_pytorch_with_persistent_workers(selection, tmp_path) -> None:
+    text = run(tmp_path, "plain_pytorch.py", selection[0], str(ITEMS))
+    assert "steps: 12 of 12; a resume from step 6 has 6 left" in text
+    assert re.findall(r"epoch (\d): 4 steps", text) == ["0", "1", "2"]
+
+
+def test_torchdata_goes_on_in_the_middle_of_an_epoch(selection, tmp_path) -> None:
+    result = json.loads(run(tmp_path, "torchdata_resume.py", selection[0], str(ITEMS)))
+    assert result == {"stopped after": 5, "steps": 12, "the same batches": True}
+
+
+def test_hugging_faces_trainer_and_its_resume(selection, tmp_path) -> None:
+    text = run(tmp_path, "hf_trainer.py", selection[0], str(ITEMS), str(tmp_path / "out"))
+    assert "the selection's batches: True" in text
+    assert "resumed after step 5, the rest of them: True" in text
+
+
+def test_accelerate_slices_and_the_sampler_does_not(selection, tmp_path) -> None:
+    path, batches = selection
+    text = run(tmp_path, "accelerate_split.py", path, str(ITEMS), ranks=2)
+    assert text.count("sliced by the sampler as well: refused: another library is about to slice") == 2
+    first, second = rows_of_ranks(text)
+    flat = list(chain(*batches))
+    assert [a + b for a, b in zip(first, second, strict=True)] == [flat[i : i + 8] for i in range(0, 72, 8)]
+
+
+def test_lightning_is_refused_until_told_not_to_replace_the_sampler(selection, tmp_path) -> None:
+    path, batches = selection
+    text = run(tmp_path, "lightning_ddp.py", path, str(ITEMS), ranks=2)
+    assert text.count("with Lightning's own sampler: refused: another library is about to slice") == 2
+    first, second = rows_of_ranks(text)
+    for a, b, rows in zip(first, second, batches, strict=True):
+        assert len(a) == len(b)
+        assert a + b == np.resize(rows, 2 * len(a)).tolist()
