@@ -43,6 +43,7 @@ Examples:
   gstds-select photos.store --out selection.arrow
   gstds-select photos.store --schedule linear:0.5:0.9 --epochs 20 --seed 1
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
+  gstds-select photos.store --serve 127.0.0.1:8815   (then: gstds-train ... --selection grpc://127.0.0.1:8815)
   gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
 
 The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
@@ -118,6 +119,18 @@ stopped.
     help="A file, or - for stdout. [default: a name made from the settings, in STORE.selections/]",
 )
 @click.option("--force", is_flag=True, help="Replace a FILE that holds something else.")
+@click.option(
+    "--serve",
+    metavar="HOST:PORT",
+    help="Serve this and the store's other selections to any number of trainers (Arrow Flight), until SIGTERM.",
+)
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="With --serve: Prometheus metrics on loopback.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="With --serve: PEM certificate of the service.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="With --serve: its PEM private key.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="With --serve: the token that clients must show.")
+@click.option(
+    "--client-ca", type=click.Path(path_type=Path), help="With --serve: PEM; clients need certificates of it."
+)
 @json_option
 def main(
     store: str,
@@ -141,10 +154,19 @@ def main(
     threads: int | None,
     out: str | None,
     force: bool,
+    serve: str | None,
+    metrics_port: int | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    token_file: Path | None,
+    client_ca: Path | None,
     as_json: bool,
 ) -> None:
-    """Parse, call :mod:`gstds_cache.stream.writer`, print."""
+    """Parse, call :mod:`gstds_cache.stream`, print."""
     piped = out == "-"
+    service = {"metrics_port": metrics_port, "tls_cert": tls_cert, "tls_key": tls_key, "token_file": token_file,
+               "client_ca": client_ca}  # fmt: skip
+    _check_together(serve, service, out, force)
     config = SelectConfig(
         batch_size=batch_size,
         epochs=epochs,
@@ -160,17 +182,16 @@ def main(
         max_iterations=max_iterations,
         device=device,
         knn_backend=knn_backend,
-        threads=int(piped) if threads is None else threads,
+        threads=int(piped or serve is not None) if threads is None else threads,
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.stream.writer import is_finished, write_file, write_pipe
+    from gstds_cache.stream.pipe import replay, write_pipe
+    from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_header, write_file
 
-    if piped and force:
-        raise UsageError("--force replaces a file; with --out - there is none")
     keep_freed_memory()
     limit_threads(config.threads)
     opened_store = EmbeddingStore(
@@ -189,19 +210,38 @@ def main(
     click.echo(f"rows: {selector.store.access_reason}", err=True)
     if selector.slow_order:
         click.echo(f"warning: {selector.slow_order}", err=True)
-    file = Path(out) if out and not piped else beside(store, ".selections") / f"{selector.digest[:16]}.arrow"
-    if not piped and is_finished(selector, file, replace=force):
+    kept = beside(store, ".selections") / f"{selector.digest[:16]}.arrow"
+    if serve is not None:
+        _serve(selector, serve, kept.parent, service)
+        return
+    file = Path(out) if out and not piped else kept
+    stored = stored_header(kept) == header_of(selector)
+    progress = Progress("batches", "embeddings")
+    if piped and stored:
+        click.echo(f"cache hit: this selection is in {kept} already, nothing is computed", err=True)
+        replay(kept, sys.stdout.buffer)
+    elif not piped and is_finished(selector, file, replace=force):
         click.echo(f"cache hit: this selection is in {file} already, nothing was computed", err=True)
+    elif file != kept and not piped and stored and is_finished(selector, kept, replace=True):
+        copy_file(kept, file)
+        click.echo(f"cache hit: this selection was in {kept} already, and was copied", err=True)
     else:
-        progress = Progress("batches", "embeddings")
         try:
-            batches = write_pipe(selector, sys.stdout.buffer) if piped else write_file(selector, file)
+            batches = (
+                write_pipe(
+                    selector, sys.stdout.buffer, keep=kept, note=lambda text: click.echo(f"note: {text}", err=True)
+                )
+                if piped
+                else write_file(selector, file)
+            )
             for selection in batches:
                 work = selector.counts.seconds
                 gathered = work["gather"] / max(sum(work.values()), 1e-9)
                 progress("select", selection.seq + 1, plan.total_batches, gathered)
         finally:
             progress.end()
+        if file != kept:
+            _keep(file, kept)
     total = time.perf_counter() - started
     spent = {"open": opened - started, "select": selector.counts.elapsed}
     # What is left is writing; on a pipe, that is waiting for the reader.
@@ -223,6 +263,50 @@ def _dropped(selector: BatchSelector) -> str:
     if len(shares) > SHOWN:
         said.insert(SHOWN // 2, f"... {len(shares) - SHOWN} more ...")
     return "by class: " + ", ".join(said)
+
+
+def _check_together(serve: str | None, service: dict[str, Any], out: str | None, force: bool) -> None:
+    """Refuse flags that say nothing, or two things, together."""
+    if out == "-" and force:
+        raise UsageError("--force replaces a file; with --out - there is none")
+    if serve is not None and (out is not None or force):
+        raise UsageError("--serve serves the store's selections; it takes no --out and no --force")
+    for name, value in service.items():
+        if serve is None and value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} says how to serve: it needs --serve HOST:PORT")
+
+
+def _serve(selector: BatchSelector, where: str, folder: Path, service: dict[str, Any]) -> None:
+    from gstds_cache.stream.security import Access, parse_address
+    from gstds_cache.stream.serve import serve
+
+    host, port = parse_address(where, flag="--serve")
+    access = Access.from_files(
+        host,
+        certificate=service["tls_cert"],
+        key=service["tls_key"],
+        token=service["token_file"],
+        client_ca=service["client_ca"],
+    )
+    serve(
+        selector.store,
+        selector.config,
+        host=host,
+        port=port,
+        folder=folder,
+        access=access,
+        metrics_port=service["metrics_port"],
+    )
+
+
+def _keep(file: Path, kept: Path) -> None:
+    """Keep a selection beside the store as well; where that cannot be done, say so and no more."""
+    from gstds_cache.stream.writer import copy_file
+
+    try:
+        copy_file(file, kept)
+    except OSError as error:
+        click.echo(f"note: not kept beside the store for other runs: {error}", err=True)
 
 
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:

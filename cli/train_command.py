@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -46,7 +45,7 @@ Examples:
 
 @click.command(cls=Command, help=HELP)
 @click.argument("dataset")
-@click.option("--selection", required=True, metavar="FILE|-", help="From gstds-select; - is stdin.")
+@click.option("--selection", required=True, metavar="FILE|-|grpc://HOST:PORT", help="From gstds-select.")
 @click.option(
     "--cache",
     metavar="STORE",
@@ -129,7 +128,7 @@ def main(
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
     from gstds_cache.store.journal import Journal
-    from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
+    from gstds_cache.stream.reader import open_selection, require_dataset, require_store
     from gstds_cache.train.distributed import process_group
     from gstds_cache.train.images import default_side
     from gstds_cache.train.loop import run_config, train
@@ -151,7 +150,7 @@ def main(
 
         source = open_source(dataset, memo=memo, progress=hashed_items)
         evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
-        with SelectionStream(sys.stdin.buffer) if selection == "-" else open_selection(Path(selection)) as stream:
+        with open_selection(selection) as stream:
             header = stream.header
             if cache is not None:
                 require_store(header, fingerprint=Journal(cache).spec.fingerprint, where=cache)

@@ -1,12 +1,12 @@
-"""Reading a selection, from a file or a pipe alike; nothing short of the whole is taken for one."""
+"""Reading a selection, from a file, a pipe or a service alike; nothing short of the whole is taken for one."""
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-
-import pyarrow as pa
 
 from gstds_cache.errors import (
     FingerprintMismatchError,
@@ -17,9 +17,10 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.selection.selected import Selection
-from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
-
-AGAIN = "make it again: gstds-select STORE --out FILE"
+from gstds_cache.stream.records import NO_RECORD, Kind, Rows, next_hash, sha_words
+from gstds_cache.stream.schema import ByteStream, Header
+from gstds_cache.stream.source import AGAIN, BatchSource, ByteSource
+from gstds_cache.stream.token import ResumeToken
 
 
 class SelectionStream:
@@ -29,37 +30,36 @@ class SelectionStream:
 
     Attributes:
         header: What the stream says of itself.
-        running_sha256: Hash over the records read so far.
         next_seq: The batch that comes next.
     """
 
-    def __init__(self, source: ByteStream) -> None:
-        """Read the header.
+    def __init__(self, source: ByteStream | BatchSource, *, resume: ResumeToken | None = None) -> None:
+        """Read the header, and pass over what was consumed before.
 
         Args:
-            source: A binary file or pipe.
+            source: A binary file or pipe, or another source of record batches.
+            resume: Go on from here. A source that begins with the first record is read up to there, and has to have
+                the token's running hash there.
 
         Raises:
             StreamError: This is no selection, or one of an unknown format.
             TruncatedStreamError: It ends inside the header.
+            FingerprintMismatchError: The token is of another selection.
         """
-        self._source = source
+        batches = source if isinstance(source, BatchSource) else ByteSource(source)
+        self._source: BatchSource = batches
         try:
-            self._reader = pa.ipc.open_stream(source)
-        except (pa.ArrowException, OSError) as error:
-            raise TruncatedStreamError(
-                f"this is no selection, or one that ends inside its header ({_first_line(error)})", hint=AGAIN
-            ) from error
-        try:
-            self.header = Header.from_schema(self._reader.schema)
+            self.header = Header.from_schema(batches.schema)
         except UnicodeDecodeError as error:  # from Arrow, for a damaged column name
             raise StreamError(f"the selection's header is damaged: {error}", hint=AGAIN) from error
-        self._sha = hashlib.sha256()
-        self.next_seq = 0
-        self._kept, self._kept_in_epoch = 0, 0
+        self._kept_before = [0, *accumulate(self.header.kept_per_epoch)]
+        self.next_seq, self._kept, self._hash = 0, 0, NO_RECORD
+        self._failed, self._selections = False, self._guarded()
+        if resume is not None:
+            self._resume(resume)
 
     def close(self) -> None:
-        """Close the file or pipe."""
+        """Close the file, pipe or connection."""
         self._source.close()
 
     def __enter__(self) -> SelectionStream:
@@ -70,96 +70,182 @@ class SelectionStream:
 
     @property
     def running_sha256(self) -> str:
-        """Hash over the records read so far, as 64 hexadecimal digits."""
-        return self._sha.hexdigest()
+        """Hash over the records up to the last batch that was read, as 64 hexadecimal digits."""
+        return self._hash.hex()
+
+    def token(self) -> ResumeToken:
+        """Where this stream stands: after the last batch that was read."""
+        return ResumeToken(
+            selection_digest=self.header.selection_digest,
+            cache_fingerprint=self.header.cache_fingerprint,
+            epoch=self.next_seq // self.header.batches_per_epoch,
+            next_seq=self.next_seq,
+            kept=self._kept,
+            sha256=self.running_sha256,
+        )
 
     def __iter__(self) -> Iterator[Selection]:
-        """Yield batch after batch.
+        """Iterate over the batches; a second iterator goes on where the first stands.
 
-        Yields:
-            The selections in order.
+        Returns:
+            The selections in order. Iteration raises TruncatedStreamError where the stream ends, or becomes unreadable,
+            before its stream-end record; ProducerFailedError where the producer reported an error; StreamError where a
+            record is damaged, out of sequence or out of range.
 
         Raises:
-            TruncatedStreamError: The stream ended, or became unreadable, before its stream-end record.
-            ProducerFailedError: The producer reported an error.
-            StreamError: A record is damaged, out of sequence or out of range.
+            StreamError: An iteration before ended with an error.
         """
-        for record in self._records():
-            if record.seq != self.next_seq:
-                raise StreamError(f"selection record out of sequence: got batch {record.seq}, expected {self.next_seq}")
-            if record.kind == Kind.STREAM_END:
-                self._check_end(record)
-                return
-            if record.kind == Kind.EPOCH_END:
-                self._check_epoch_end(record)
-            self._sha.update(record.packed())
-            if record.kind == Kind.EPOCH_END:
-                self._kept, self._kept_in_epoch = self._kept + self._kept_in_epoch, 0
-                continue
-            if not record.kept.size or record.kept.min() < 0 or record.kept.max() >= self.header.items:
-                raise StreamError(
-                    f"selection record {record.seq} names no row, or one outside 0..{self.header.items - 1}"
-                )
-            self._kept_in_epoch += len(record.kept)
-            self.next_seq += 1
-            yield record.selection()
-
-    def _records(self) -> Iterator[Record]:
-        while True:
-            try:
-                batch, extra = self._reader.read_next_batch_with_custom_metadata()
-                batch.validate(full=True)
-            except (StopIteration, pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise TruncatedStreamError(
-                    f"the selection is truncated: it ends at batch {self.next_seq} of {self.header.total_batches}, "
-                    f"without its stream-end record ({_first_line(error) or 'end of file'})",
-                    hint=f"the producer was killed or the file was cut; {AGAIN}",
-                ) from error
-            for row in range(batch.num_rows):
-                try:
-                    record = Record.from_batch(batch, row)
-                except ValueError as error:
-                    raise StreamError(f"selection record after batch {self.next_seq} is damaged: {error}") from error
-                if record.kind == Kind.ERROR:
-                    text = (extra or {}).get(b"error", b"no reason given").decode(errors="replace")
-                    raise ProducerFailedError(
-                        f"the producer of the selection failed at batch {record.seq}: {text}",
-                        hint="see the messages of gstds-select",
-                    )
-                yield record
-
-    def _check_epoch_end(self, record: Record) -> None:
-        promised = self.header.kept_per_epoch[min(record.epoch, self.header.epochs - 1)]
-        if not record.kept.tolist() == [self._kept_in_epoch] == [promised]:
+        if self._failed:
             raise StreamError(
-                f"epoch {record.epoch} ends with {record.kept.tolist()} rows kept, its records hold "
-                f"{self._kept_in_epoch}, the header promises {promised}"
+                f"this stream failed at batch {self.next_seq}, and cannot be read on", hint="open it again"
+            )
+        return self._selections
+
+    def _resume(self, token: ResumeToken) -> None:
+        header = self.header
+        mine = (header.selection_digest, header.cache_fingerprint)
+        if (token.selection_digest, token.cache_fingerprint) != mine:
+            raise FingerprintMismatchError(
+                f"the resume token is of selection {token.selection_digest[:12]} of cache "
+                f"{token.cache_fingerprint[:12]}; this is {mine[0][:12]} of {mine[1][:12]}",
+                hint="resume with the selection it was begun with",
+            )
+        if token.next_seq > header.total_batches:
+            raise StreamError(f"the resume token is for batch {token.next_seq}, of {header.total_batches} there are")
+        if self._source.first_seq == token.next_seq:
+            self.next_seq, self._kept, self._hash = token.next_seq, token.kept, bytes.fromhex(token.sha256)
+        while self.next_seq < token.next_seq:
+            next(self._selections)
+        if (self.running_sha256, self._kept) != (token.sha256, token.kept):
+            raise FingerprintMismatchError(
+                f"the selection's first {token.next_seq} batches are not those that were consumed",
+                hint="resume with the same selection, or start over",
             )
 
-    def _check_end(self, record: Record) -> None:
-        want = [self.header.total_batches, self.header.total_kept, *sha_words(self._sha.digest())]
-        if record.kept.tolist() != want or self._kept != self.header.total_kept:
+    def _guarded(self) -> Iterator[Selection]:
+        try:
+            yield from self._checked()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _checked(self) -> Iterator[Selection]:
+        items, running, last = self.header.items, None, -1
+        while True:
+            rows, reason = self._read()
+            outside = rows.outside(items)
+            try:
+                for row, kind, packed, selection in rows.checked():
+                    if selection.seq != self.next_seq:
+                        raise StreamError(
+                            f"selection record out of sequence: got batch {selection.seq}, expected {self.next_seq}"
+                        )
+                    before = self._hash if last != self.next_seq or running is None else running
+                    if kind:
+                        if self._mark(kind, selection, before, reason):
+                            with suppress(EOFError):  # Arrow's end mark: a producer must not find its pipe broken
+                                self._source.read()
+                            return
+                        running, last = next_hash(before, packed), self.next_seq
+                        continue
+                    if row in outside or not len(selection.kept):
+                        raise StreamError(
+                            f"selection record {selection.seq} names no row, or one outside 0..{items - 1}"
+                        )
+                    self._hash = next_hash(before, packed)
+                    self._kept += len(selection.kept)
+                    self.next_seq += 1
+                    yield selection
+            except ValueError as error:
+                raise StreamError(str(error), hint=AGAIN) from error
+
+    def _read(self) -> tuple[Rows, str]:
+        try:
+            batch, reason = self._source.read()
+        except EOFError as error:
+            if isinstance(error, StreamError):
+                raise
+            raise TruncatedStreamError(
+                f"the selection is truncated: it ends at batch {self.next_seq} of {self.header.total_batches}, "
+                f"without its stream-end record ({error})",
+                hint=f"the producer was killed or the file was cut; {AGAIN}",
+            ) from error
+        try:
+            return Rows(batch), reason
+        except ValueError as error:
+            raise StreamError(f"selection record after batch {self.next_seq} is damaged: {error}") from error
+
+    def _mark(self, kind: int, mark: Selection, running: bytes, reason: str) -> bool:
+        """Check a record that is no batch.
+
+        Returns:
+            Whether it is the last.
+
+        Raises:
+            ProducerFailedError: It says that the producer failed.
+            StreamError: It does not match what came before it.
+        """
+        numbers = mark.kept.tolist()
+        if kind == Kind.ERROR:
+            raise ProducerFailedError(
+                f"the producer of the selection failed at batch {mark.seq}: {reason}",
+                hint="see the messages of gstds-select",
+            )
+        if kind == Kind.EPOCH_END:
+            epoch = min(max(mark.epoch, 0), self.header.epochs - 1)
+            held, promised = self._kept - self._kept_before[epoch], self.header.kept_per_epoch[epoch]
+            if not numbers == [held] == [promised] or self.next_seq != (mark.epoch + 1) * self.header.batches_per_epoch:
+                raise StreamError(
+                    f"epoch {mark.epoch} ends with {numbers} rows kept, its records hold {held}, the header promises "
+                    f"{promised}"
+                )
+            return False
+        if kind != Kind.STREAM_END:
+            raise StreamError(f"selection record after batch {self.next_seq} is of unknown kind {kind}")
+        want = [self.header.total_batches, self.header.total_kept, *sha_words(running)]
+        if numbers != want or self._kept != self.header.total_kept:
             raise StreamError(
                 f"the selection's totals do not match its records: {self.next_seq} batches, {self._kept} rows kept, "
                 f"the header promises {want[0]} and {want[1]}",
                 hint=AGAIN,
             )
+        return True
 
 
-def open_selection(path: Path) -> SelectionStream:
-    """Open a selection file.
+def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> SelectionStream:
+    """Open a selection.
+
+    Args:
+        where: A file, ``-`` for stdin, or ``grpc://HOST:PORT`` (``grpc+tls://``, and ``/DIGEST`` for one of several).
+        resume: Go on from here: where another stream's :meth:`SelectionStream.token` was taken.
+
+    Returns:
+        The stream.
 
     Raises:
         UsageError: There is no such file.
         StreamError: It is no selection.
+        FingerprintMismatchError: ``resume`` is of another selection.
     """
+    text = str(where)
+    if text.startswith(("grpc://", "grpc+tls://")):
+        from gstds_cache.stream.flight_client import FlightSource  # Flight takes 0.1 s to import
+
+        source = FlightSource(text, start=resume)
+        return _opened(source, resume)
+    if text == "-":
+        return SelectionStream(sys.stdin.buffer, resume=resume)
+    path = Path(where)
     if not path.is_file():
         raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE --out FILE")
-    file = path.open("rb")
+    return _opened(path.open("rb"), resume)
+
+
+def _opened(source: ByteStream | BatchSource, resume: ResumeToken | None) -> SelectionStream:
     try:
-        return SelectionStream(file)
+        return SelectionStream(source, resume=resume)
     except BaseException:
-        file.close()
+        source.close()
         raise
 
 
@@ -188,7 +274,3 @@ def require_store(header: Header, *, fingerprint: str, where: str | Path) -> Non
             f"the selection was made from cache {header.cache_fingerprint[:12]}, {where} is {fingerprint[:12]}",
             hint=f"select from this one: {command_line('gstds-select', where)}",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

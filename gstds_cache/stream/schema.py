@@ -1,4 +1,4 @@
-"""One record schema for file and pipe: the Arrow IPC stream format, a row per batch (docs/stream-format.md).
+"""One record schema for file, pipe and network: the Arrow IPC stream format, a row per record (docs/stream-format.md).
 
 A stream is a schema with metadata (:class:`Header`), data records, an epoch-end record after each epoch, and one
 stream-end record. Arrow's own end-of-stream marker and a plain end of file both appear after a killed producer, so only
@@ -18,30 +18,15 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zlib
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError
-from gstds_cache.selection.selected import Selection
-from gstds_cache.spectral.status import Status
 
 FORMAT = 2
 ByteStream = BinaryIO | io.IOBase  # a binary file, a pipe, or io.BytesIO
-
-
-class Kind(IntEnum):
-    """What a record is."""
-
-    DATA = 0
-    EPOCH_END = 1
-    STREAM_END = 2
-    ERROR = 3
 
 
 FIELDS = pa.schema(
@@ -118,6 +103,8 @@ class Header:
             )
         if not schema.remove_metadata().equals(FIELDS):
             raise StreamError(f"the selection's columns are not format {FORMAT}'s: got {schema.names}")
+        if not isinstance(fields.get("kept_per_epoch"), list):
+            raise StreamError("the selection's header is damaged: kept_per_epoch is no list")
         try:
             header = cls(**fields)
         except TypeError as error:
@@ -137,114 +124,3 @@ class Header:
                 f"expected {header.epochs} epochs and {header.total_kept} rows"
             )
         return header
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row of a stream."""
-
-    seq: int
-    epoch: int
-    batch_id: int
-    kind: Kind
-    n_in: int
-    kept: np.ndarray
-    score: np.ndarray | None
-    status: int
-    value: float
-    residual: float
-
-    @classmethod
-    def data(cls, selection: Selection) -> Record:
-        """The record of a selected batch."""
-        return cls(
-            selection.seq,
-            selection.epoch,
-            selection.batch_id,
-            Kind.DATA,
-            selection.n_in,
-            selection.kept,
-            selection.score,
-            int(selection.status),
-            selection.value,
-            selection.residual,
-        )
-
-    @classmethod
-    def mark(cls, kind: Kind, seq: int, epoch: int, numbers: list[int]) -> Record:
-        """A record that is no batch: epoch end, stream end or error."""
-        return cls(seq, epoch, -1, kind, 0, np.array(numbers, np.int64), None, 0, float("nan"), float("nan"))
-
-    def selection(self) -> Selection:
-        """The batch of a data record."""
-        return Selection(
-            self.seq,
-            self.epoch,
-            self.batch_id,
-            self.n_in,
-            self.kept,
-            self.score,
-            Status(self.status),
-            self.value,
-            self.residual,
-        )
-
-    def packed(self) -> bytes:
-        """All columns but ``crc`` as little-endian bytes: what ``crc`` and the running SHA-256 are taken over."""
-        fixed = (self.seq, self.epoch, self.batch_id, self.kind, self.n_in, self.status, self.value, self.residual)
-        score = b"" if self.score is None else self.score.astype("<f4").tobytes()
-        lengths = struct.pack("<qq", len(self.kept), -1 if self.score is None else len(self.score))
-        return struct.pack("<qiqbibff", *fixed) + lengths + self.kept.astype("<i8").tobytes() + score
-
-    @property
-    def crc(self) -> int:
-        """CRC-32 (zlib's) of :meth:`packed`."""
-        return zlib.crc32(self.packed())
-
-    def to_batch(self) -> pa.RecordBatch:
-        """The record as an Arrow record batch of one row."""
-        columns = [
-            [self.seq],
-            [self.epoch],
-            [self.batch_id],
-            [int(self.kind)],
-            [self.n_in],
-            [self.kept],
-            [self.score],
-            [self.status],
-            [self.value],
-            [self.residual],
-            [self.crc],
-        ]
-        arrays = [pa.array(column, type=f.type) for column, f in zip(columns, FIELDS, strict=True)]
-        return pa.RecordBatch.from_arrays(arrays, schema=FIELDS)
-
-    @classmethod
-    def from_batch(cls, batch: pa.RecordBatch, row: int) -> Record:
-        """Row ``row`` of an Arrow record batch.
-
-        Raises:
-            StreamError: Its crc is not the one of its columns.
-        """
-        get = {name: batch.column(i) for i, name in enumerate(FIELDS.names)}
-        score = get["score"][row]
-        record = cls(
-            seq=get["seq"][row].as_py(),
-            epoch=get["epoch"][row].as_py(),
-            batch_id=get["batch_id"][row].as_py(),
-            kind=Kind(get["kind"][row].as_py()),
-            n_in=get["n_in"][row].as_py(),
-            kept=np.asarray(get["kept"][row].values, dtype=np.int64).copy(),
-            score=np.asarray(score.values, dtype=np.float32).copy() if score.is_valid else None,
-            status=get["status"][row].as_py(),
-            value=get["value"][row].as_py(),
-            residual=get["residual"][row].as_py(),
-        )
-        if record.crc != get["crc"][row].as_py():
-            raise StreamError(f"selection record {record.seq} is damaged: its crc does not match its columns")
-        return record
-
-
-def sha_words(digest: bytes) -> list[int]:
-    """A SHA-256 digest as four big-endian signed 64-bit integers, as the stream-end record holds it."""
-    return list(struct.unpack(">4q", digest))

@@ -1,29 +1,34 @@
-"""Writing a selection: to a file that appears only when it is whole, or to a pipe as it is made."""
+"""A selection on disk: written as it is made, taken up again after a kill, replaced by its final form when whole.
+
+While it is made, a selection lies in ``.NAME.partial``, in record batches of what was ready. When it is whole it is
+read once more, checked, and written in full groups under its name: so a finished file has the same bytes however often
+the making was interrupted, and is read at full speed.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.locking import exclusive
-from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
-from gstds_cache.stream.schema import ByteStream, Header, Kind, Record, sha_words
+from gstds_cache.stream.record_writer import SelectionWriter, grouped
+from gstds_cache.stream.schema import Header
+
+if TYPE_CHECKING:
+    from gstds_cache.selection.run import BatchSelector
 
 
 def header_of(selector: BatchSelector) -> Header:
     """The header of a selector's run."""
     plan = selector.plan
-    of_epochs = (
-        range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch) for epoch in range(plan.epochs)
-    )
+    starts = range(0, plan.total_batches, plan.batches_per_epoch)
     return Header(
         cache_fingerprint=selector.store.fingerprint,
         selection_digest=selector.digest,
@@ -34,70 +39,13 @@ def header_of(selector: BatchSelector) -> Header:
         batches_per_epoch=plan.batches_per_epoch,
         total_batches=plan.total_batches,
         total_kept=plan.total_kept,
-        kept_per_epoch=[sum(map(plan.keep, seqs)) for seqs in of_epochs],
+        kept_per_epoch=[sum(map(plan.keep, range(start, start + plan.batches_per_epoch))) for start in starts],
         settings=selector.identity["select"],
     )
 
 
-class SelectionWriter:
-    """Writes data records and puts the epoch-end, stream-end and error records where they belong.
-
-    Used as a context manager: leaving the block after the last batch writes the stream end; leaving it by an exception
-    writes an error record, so that a reader never takes half a selection for a whole one.
-    """
-
-    def __init__(self, sink: ByteStream, header: Header) -> None:
-        self.header = header
-        self._sink = sink
-        self._writer = pa.ipc.new_stream(sink, header.to_schema())
-        self._sha = hashlib.sha256()
-        self._next, self._kept, self._kept_in_epoch = 0, 0, 0
-
-    def write(self, selection: Selection) -> None:
-        """Write one batch.
-
-        Raises:
-            StreamError: The batch is not the next one.
-        """
-        if selection.seq != self._next:
-            raise StreamError(f"batch {selection.seq} written, expected batch {self._next}")
-        self._put(Record.data(selection))
-        self._next += 1
-        self._kept_in_epoch += len(selection.kept)
-        if self._next % self.header.batches_per_epoch == 0:
-            self._put(Record.mark(Kind.EPOCH_END, self._next, selection.epoch, [self._kept_in_epoch]))
-            self._kept, self._kept_in_epoch = self._kept + self._kept_in_epoch, 0
-
-    def __enter__(self) -> SelectionWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is not None and issubclass(kind, BrokenPipeError):
-            return
-        if kind is not None:
-            mark = Record.mark(Kind.ERROR, self._next, -1, [])
-            stopped = issubclass(kind, (KeyboardInterrupt, GeneratorExit))
-            text = b"interrupted" if stopped else f"{kind.__name__}: {error}".encode()[:4096]
-            self._writer.write_batch(mark.to_batch(), custom_metadata={"error": text})
-            self._sink.flush()
-            return
-        if self._next != self.header.total_batches:
-            raise StreamError(f"{self._next} batches written, the header promises {self.header.total_batches}")
-        words = [self._next, self._kept, *sha_words(self._sha.digest())]
-        self._put(Record.mark(Kind.STREAM_END, self._next, self.header.epochs - 1, words))
-        self._writer.close()
-        self._sink.flush()
-
-    def _put(self, record: Record) -> None:
-        self._writer.write_batch(record.to_batch())
-        self._sink.flush()
-        self._sha.update(record.packed())
-
-
 def is_finished(selector: BatchSelector, path: Path, *, replace: bool = False) -> bool:
-    """Whether ``path`` holds this very selection, whole.
+    """Whether ``path`` holds this very selection, whole; every byte of it is checked.
 
     Args:
         selector: The run.
@@ -128,11 +76,79 @@ def is_finished(selector: BatchSelector, path: Path, *, replace: bool = False) -
     raise UsageError(f"--out {path}: the file holds {found}", hint="give another --out, or --force to replace it")
 
 
-def write_file(selector: BatchSelector, path: Path) -> Iterator[Selection]:
-    """Write a selection to ``path``, continuing what an interrupted run left.
+def stored_header(path: Path) -> Header | None:
+    """The header of the finished selection at ``path``, or None; its records are checked by whoever reads them."""
+    try:
+        with open_selection(path) as stream:
+            return stream.header
+    except (UsageError, StreamError, OSError):
+        return None
 
-    Batches go to ``.NAME.partial`` beside ``path``, which is renamed once it is whole and on the disk. Batches that a
-    killed or interrupted run of the same selection left there are taken over, not computed again.
+
+class Storing:
+    """A selection that is being stored.
+
+    Attributes:
+        header: What the selection says of itself.
+        taken_over: Batches that an interrupted run had left.
+        size: Bytes of the partial file that hold whole record batches.
+    """
+
+    def __init__(self, file: BinaryIO, partial: Path, header: Header) -> None:
+        """Begin the file, or go on with what is at ``partial``."""
+        self.header, self._file, self._partial = header, file, partial
+        self._writer, self._ended = SelectionWriter(file, header), False
+        for group in grouped(_left_over(partial, header)):
+            self._writer.write(*group)
+        self.taken_over = self._writer.next_seq
+        self.size = file.tell()
+
+    def write(self, *selections: Selection) -> None:
+        """Write batches."""
+        self._writer.write(*selections)
+        self.size = self._file.tell()
+
+    def end(self) -> None:
+        """Write the stream end, once."""
+        if not self._ended:
+            self._writer.end()
+            self._ended, self.size = True, self._file.tell()
+
+
+@contextmanager
+def storing(header: Header, path: Path) -> Iterator[Storing]:
+    """Store a selection at ``path``; at the end of the block it is there, whole and on the disk.
+
+    A block left by an exception leaves ``.NAME.partial``, from which the next one for the same selection goes on.
+
+    Args:
+        header: The header of the selection.
+        path: Where it goes.
+
+    Yields:
+        What takes the batches from ``taken_over`` on.
+
+    Raises:
+        IncompleteError: Another process is writing the same file.
+        StreamError: Not all batches were written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(f".{path.name}.lock"), of=path):
+        begun = partial.with_suffix(".tmp")
+        with begun.open("wb") as file:
+            stored = Storing(file, partial, header)
+            begun.replace(partial)
+            try:
+                yield stored
+                stored.end()
+            finally:
+                os.fsync(file.fileno())
+        _finish(partial, path)
+
+
+def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None, None]:
+    """Write a selection to ``path``, continuing what an interrupted run left.
 
     Args:
         selector: The run.
@@ -144,57 +160,43 @@ def write_file(selector: BatchSelector, path: Path) -> Iterator[Selection]:
     Raises:
         IncompleteError: Another process is writing the same file.
     """
-    header = header_of(selector)
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(path.with_name(f".{path.name}.lock"), of=path):
-        yield from _continue(selector, header, partial)
-        partial.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _continue(selector: BatchSelector, header: Header, partial: Path) -> Iterator[Selection]:
-    """Write ``partial`` to its end, keeping the batches that are in it.
-
-    Yields:
-        The batches that were computed now.
-    """
-    done = list(_left_over(partial, header))
-    rewritten = partial.with_suffix(".tmp")
-    with rewritten.open("wb", buffering=0) as file:
-        try:
-            with SelectionWriter(file, header) as writer:
-                for selection in done:
-                    writer.write(selection)
-                rewritten.replace(partial)
-                for selection in selector.run(start=len(done)):
-                    writer.write(selection)
-                    yield selection
-        finally:
-            os.fsync(file.fileno())
-
-
-def write_pipe(selector: BatchSelector, sink: ByteStream) -> Iterator[Selection]:
-    """Write a selection to a pipe, batch by batch. A reader that goes away raises BrokenPipeError.
-
-    Args:
-        selector: The run.
-        sink: Where it goes.
-
-    Yields:
-        The batches as they are written.
-    """
-    with SelectionWriter(sink, header_of(selector)) as writer:
-        for selection in selector.run():
-            writer.write(selection)
+    with storing(header_of(selector), path) as stored:
+        for selection in selector.run(start=stored.taken_over):
+            stored.write(selection)
             yield selection
 
 
-def _left_over(partial: Path, header: Header) -> Iterable[Selection]:
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a finished selection; ``path`` appears when it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    copied = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, copied)
+        with copied.open("rb") as file:
+            os.fsync(file.fileno())
+        copied.replace(path)
+    finally:
+        copied.unlink(missing_ok=True)
+
+
+def _finish(partial: Path, path: Path) -> None:
+    """Write ``partial`` once more, checked and in full groups, and give it its name."""
+    whole = partial.with_suffix(".tmp")
+    with whole.open("wb") as file:
+        with open_selection(partial) as stream, SelectionWriter(file, stream.header) as writer:
+            for group in grouped(stream):
+                writer.write(*group)
+        os.fsync(file.fileno())
+    whole.replace(path)
+    partial.unlink()
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _left_over(partial: Path, header: Header) -> Iterator[Selection]:
     if not partial.exists():
         return
     with partial.open("rb") as file:

@@ -227,7 +227,7 @@ class StepReader:
     def _open(self) -> SelectionStream:
         if self._stream is None:
             assert self._where is not None
-            self._stream = open_selection(Path(self._where))
+            self._stream = open_selection(self._where)
         self._owner = os.getpid()
         return self._stream
 

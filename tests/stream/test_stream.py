@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -10,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -28,8 +30,10 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
-from gstds_cache.stream.schema import Header, Kind, Record
-from gstds_cache.stream.writer import SelectionWriter, is_finished, write_file
+from gstds_cache.stream.record_writer import SelectionWriter
+from gstds_cache.stream.records import Kind, Record
+from gstds_cache.stream.schema import Header
+from gstds_cache.stream.writer import is_finished, write_file
 
 HEADER = Header(
     cache_fingerprint="c" * 64,
@@ -61,13 +65,15 @@ def write(sink, count: int = 6) -> None:
             writer.write(make_selection(seq))
 
 
-def whole() -> bytes:
+def whole(group: int) -> bytes:
     sink = io.BytesIO()
-    write(sink)
+    with SelectionWriter(sink, HEADER) as writer:
+        for seq in range(0, 6, group):
+            writer.write(*(make_selection(s) for s in range(seq, min(seq + group, 6))))
     return sink.getvalue()
 
 
-WHOLE = whole()
+SINGLY, WHOLE = whole(1), whole(6)  # a record batch per record, as they become ready; in one, as in a finished file
 
 
 def read(data: bytes) -> list[Selection]:
@@ -94,6 +100,38 @@ def test_what_was_written_comes_back() -> None:
         assert_equal(selection, make_selection(seq))
 
 
+def test_grouping_changes_neither_the_selection_nor_its_running_hash() -> None:
+    one, six = SelectionStream(io.BytesIO(SINGLY)), SelectionStream(io.BytesIO(WHOLE))
+    for a, b in zip(one, six, strict=True):
+        assert_equal(a, b)
+        assert one.token() == six.token()
+    assert len(WHOLE) < len(SINGLY)
+
+
+def test_the_documented_layout_is_the_one_in_the_file() -> None:
+    """The crc and the running hash, from the columns as any Arrow reader has them and docs/stream-format.md."""
+    running, end = bytes(32), []
+    for row in pa.ipc.open_stream(io.BytesIO(WHOLE)).read_all().to_pylist():
+        numbers = [row[name] for name in ("seq", "epoch", "batch_id", "kind", "n_in", "status", "value", "residual")]
+        score = row["score"]
+        body = struct.pack("<qiqbibffqq", *numbers, len(row["kept"]), -1 if score is None else len(score))
+        body += np.array(row["kept"], "<i8").tobytes() + np.array(score or [], "<f4").tobytes()
+        assert google_crc32c.value(body) == row["crc"]
+        if row["kind"] == Kind.STREAM_END:
+            end = row["kept"]
+        else:
+            running = hashlib.sha256(running + body).digest()
+    assert end == [6, 30, *struct.unpack(">4q", running)]
+
+
+def test_a_stream_that_failed_is_not_taken_for_whole_when_it_is_asked_again() -> None:
+    stream = SelectionStream(io.BytesIO(SINGLY[: len(SINGLY) // 2]))
+    with pytest.raises(TruncatedStreamError):
+        list(stream)
+    with pytest.raises(StreamError, match="failed at batch"):
+        list(stream)
+
+
 def test_any_arrow_reader_opens_it() -> None:
     table = pa.ipc.open_stream(io.BytesIO(WHOLE)).read_all()
     assert table.column("kind").to_pylist() == [0, 0, 0, 1, 0, 0, 0, 1, 2]
@@ -102,14 +140,14 @@ def test_any_arrow_reader_opens_it() -> None:
     assert table.column("kept").to_pylist()[-1][:2] == [6, 30]
 
 
-@given(cut=st.integers(0, len(WHOLE) - 1))
-def test_every_prefix_is_recognised_as_truncated(cut: int) -> None:
+@pytest.mark.parametrize("whole", [SINGLY, WHOLE], ids=["singly", "grouped"])
+def test_every_prefix_is_recognised_as_truncated(whole: bytes) -> None:
+    for cut in range(0, len(whole) - 8, 1 if whole is WHOLE else 5):
+        with pytest.raises(TruncatedStreamError):
+            read(whole[:cut])
     # Arrow's own end-of-stream marker, the last 8 bytes, says nothing more than the stream-end record did.
-    if cut >= len(WHOLE) - 8:
-        assert len(read(WHOLE[:cut])) == 6
-        return
-    with pytest.raises(TruncatedStreamError):
-        read(WHOLE[:cut])
+    for cut in range(len(whole) - 8, len(whole)):
+        assert len(read(whole[:cut])) == 6
 
 
 def test_every_boundary_between_records_is_recognised_as_truncated() -> None:
@@ -122,13 +160,13 @@ def test_every_boundary_between_records_is_recognised_as_truncated() -> None:
     for end in ends:
         for tail in (b"", struct.pack("<II", 0xFFFFFFFF, 0)):  # with and without Arrow's end-of-stream marker
             with pytest.raises(TruncatedStreamError, match="truncated"):
-                read(WHOLE[:end] + tail)
+                read(SINGLY[:end] + tail)
 
 
-@given(position=st.integers(0, len(WHOLE) - 9), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_an_error_or_changes_nothing_that_is_read(position: int, bit: int) -> None:
-    damaged = bytearray(WHOLE)
-    damaged[position] ^= 1 << bit
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), whole=st.sampled_from([SINGLY, WHOLE]))
+def test_a_flipped_bit_is_an_error_or_changes_nothing_that_is_read(place: float, bit: int, whole: bytes) -> None:
+    damaged = bytearray(whole)
+    damaged[int(place * (len(whole) - 8))] ^= 1 << bit
     try:
         stream = SelectionStream(io.BytesIO(bytes(damaged)))
         header, selections = stream.header, list(stream)
@@ -276,7 +314,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path: Path, fail_at: i
 @pytest.mark.usefixtures("header_of")
 def test_a_killed_file_goes_on_from_its_last_whole_record(tmp_path: Path) -> None:
     path = tmp_path / "s.arrow"
-    (tmp_path / ".s.arrow.partial").write_bytes(WHOLE[: len(WHOLE) * 2 // 3])
+    (tmp_path / ".s.arrow.partial").write_bytes(SINGLY[: len(SINGLY) * 2 // 3])
     rest = FakeSelector()
     list(write_file(rest, path))
     assert 0 < rest.computed[0] < 6

@@ -13,8 +13,8 @@ from gstds_cache.digest import digest_of
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
+from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.schema import Header
-from gstds_cache.stream.writer import SelectionWriter
 
 
 def write_fixed(

@@ -1,0 +1,275 @@
+"""Selections shared by many readers: each computed once, written ahead to disk, and read from there by every reader.
+
+A reader that is slow, or stands still, holds up nobody and costs no memory: what it has not read yet is in the file.
+A computation nobody reads any more is stopped; what it had is kept, and the next request goes on from there.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from gstds_cache.errors import IncompleteError, ProducerFailedError, UsageError
+from gstds_cache.stream.schema import Header
+from gstds_cache.stream.writer import header_of, stored_header, storing
+
+if TYPE_CHECKING:
+    from gstds_cache.selection.run import BatchSelector
+
+WAKE = 0.2  # seconds after which a waiting reader looks whether its own client is still there
+Selector = Callable[[], "BatchSelector"]
+
+
+class Stopped(Exception):
+    """A reader's client is gone, or the service stops."""
+
+
+class Shared:
+    """One selection that is being computed, and those who read it.
+
+    Attributes:
+        header: What the selection says of itself.
+        path: Where it will be when it is finished.
+    """
+
+    def __init__(
+        self,
+        selector: BatchSelector,
+        path: Path,
+        turn: threading.Semaphore,
+        log: Callable[..., None],
+        ended: Callable[[Shared], None],
+    ) -> None:
+        """Begin computing, in a thread, once it is this selection's turn; ``ended`` is told when that is over."""
+        self.header, self.path, self.readers = header_of(selector), path, 0
+        self.size, self.partial, self.done, self.stopping = 0, None, False, False  # type: int, Path | None, bool, bool
+        self.error: BaseException | None = None
+        self.changed = threading.Condition()
+        self._selector, self._turn, self._log, self._ended = selector, turn, log, ended
+        self.thread = threading.Thread(target=self._compute, name="selection", daemon=True)
+        self.thread.start()
+
+    def _compute(self) -> None:
+        try:
+            self._write()
+            self._log("computed", selection=self.header.selection_digest, batches=self.header.total_batches)
+        except BaseException as error:
+            if not isinstance(error, Stopped):
+                self._log("failed", selection=self.header.selection_digest, error=f"{type(error).__name__}: {error}")
+            with self.changed:
+                self.error = error
+                self.changed.notify_all()
+        finally:
+            self._ended(self)
+
+    def _write(self) -> None:
+        while not self._turn.acquire(timeout=WAKE):
+            if self.stopping:
+                raise Stopped
+        try:
+            with storing(self.header, self.path) as stored:
+                self._grown(stored.size)
+                with closing(self._selector.run(start=stored.taken_over)) as batches:  # type: ignore[type-var]
+                    for selection in batches:
+                        stored.write(selection)
+                        self._grown(stored.size)
+                        if self.stopping:
+                            raise Stopped
+                stored.end()
+                self._grown(stored.size, done=True)
+        finally:
+            self._turn.release()
+
+    def _grown(self, size: int, *, done: bool = False) -> None:
+        with self.changed:
+            self.size, self.done = size, done
+            self.partial = self.path.with_name(f".{self.path.name}.partial")
+            self.changed.notify_all()
+
+
+class GrowingFile(io.RawIOBase):
+    """The file of a selection that is being computed; reading waits for what is not there yet."""
+
+    def __init__(self, shared: Shared, wanted: Callable[[], bool]) -> None:
+        """Wait until there is a file, and open it.
+
+        Raises:
+            Stopped: Nobody wants it any more.
+            ProducerFailedError: The computation failed.
+        """
+        self._shared, self._wanted, self._position = shared, wanted, 0
+        self._wait(lambda: shared.partial is not None)
+        self._whole = False
+        try:
+            self._file = shared.path.with_name(f".{shared.path.name}.partial").open("rb")
+        except FileNotFoundError:  # just now it was finished. One that is open already is read on without its name.
+            self._file, self._whole = shared.path.open("rb"), True
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Read what there is, up to the size of ``buffer``; at least one byte, or 0 at the end."""
+        if self._whole:
+            return self._file.readinto(buffer)
+        self._wait(lambda: self._shared.size > self._position or self._shared.done)
+        count = min(len(buffer), self._shared.size - self._position)
+        got = self._file.readinto(buffer[:count]) if count else 0
+        self._position += got
+        return got
+
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        shared = self._shared
+        with shared.changed:
+            while not shared.changed.wait_for(lambda: ready() or shared.error is not None, timeout=WAKE):
+                if not self._wanted():
+                    raise Stopped
+            if not ready():
+                if isinstance(shared.error, Stopped):
+                    raise Stopped
+                raise ProducerFailedError(f"the selection failed: {type(shared.error).__name__}: {shared.error}")
+
+
+class Hub:
+    """The selections of one store: finished ones on disk, and those being computed."""
+
+    def __init__(self, folder: Path, *, log: Callable[..., None] = lambda _event, **_fields: None) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            folder: Where finished selections are.
+            log: Told of events.
+        """
+        self.folder, self.stopping = folder, False
+        self._log, self._lock = log, threading.Lock()
+        self._running: dict[str, Shared] = {}
+        self._turn = threading.Semaphore(1)  # selections are computed one after the other: each uses all threads
+
+    def stored(self) -> Iterator[tuple[Path, Header]]:
+        """Yields finished selections and their headers."""
+        for path in sorted(self.folder.glob("[0-9a-f]*.arrow")):
+            header = stored_header(path)
+            if header is not None:
+                yield path, header
+
+    def path_of(self, digest: str) -> Path:
+        """Where the selection of this digest is, or will be."""
+        return self.folder / f"{digest[:16]}.arrow"
+
+    def find(self, prefix: str) -> str:
+        """The whole digest of a stored or running selection.
+
+        Raises:
+            UsageError: None, or several, begin so.
+        """
+        known = {header.selection_digest for _, header in self.stored()} | set(self._running)
+        found = [digest for digest in sorted(known) if digest.startswith(prefix)]
+        if len(found) != 1:
+            raise UsageError(
+                f"{len(found)} selections of this store begin with {prefix}", hint="list them, or give more"
+            )
+        return found[0]
+
+    def batches(
+        self, digest: str, make: Selector | None, start: int, wanted: Callable[[], bool]
+    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Record batches of a selection, from a batch on; computed if need be, together with whoever else wants it.
+
+        Args:
+            digest: The selection.
+            make: Makes its selector; None where it is only to be found.
+            start: First ``seq``.
+            wanted: Asked from time to time whether the reader is still there.
+
+        Returns:
+            The schema, and the record batches; closing the iterator ends the reader's part in a computation.
+
+        Raises:
+            UsageError: It is not stored, and ``make`` is None.
+            IncompleteError: The service is stopping.
+        """
+        path = self.path_of(digest)
+        with self._lock:
+            shared = self._running.get(digest)
+            if shared is not None and (shared.error is not None or shared.stopping):
+                shared = None  # this request tries again
+            if shared is None and not path.is_file():
+                if make is None:
+                    raise UsageError(f"selection {digest[:12]} is not stored, and its settings are not known")
+                if self.stopping:
+                    raise IncompleteError("the service is stopping", hint="ask again when it is back")
+                shared = self._running[digest] = Shared(make(), path, self._turn, self._log, self._ended)
+                self._log("computing", selection=digest)
+            if shared is not None:
+                shared.readers += 1
+        try:
+            file = path.open("rb") if shared is None else io.BufferedReader(GrowingFile(shared, wanted), 1 << 18)
+            reader = pa.ipc.open_stream(file)
+        except BaseException:
+            self._leave(digest, shared)
+            raise
+        return reader.schema, self._read(reader, file, start, digest, shared, wanted)
+
+    def stop(self) -> None:
+        """Stop computing after the batch in hand; what was computed is kept."""
+        self.stopping = True
+        with self._lock:
+            running = list(self._running.values())
+        for shared in running:
+            shared.stopping = True
+        for shared in running:
+            shared.thread.join(timeout=30)
+
+    def _read(
+        self,
+        reader: pa.RecordBatchReader,
+        file: io.BufferedIOBase,
+        start: int,
+        digest: str,
+        shared: Shared | None,
+        wanted: Callable[[], bool],
+    ) -> Iterator[pa.RecordBatch]:
+        try:
+            with file:
+                for batch in reader:
+                    if not wanted():
+                        raise Stopped
+                    seq = batch.column(0).to_numpy()
+                    if seq[-1] >= start:  # the epoch end before batch `start` has its number, and comes along
+                        yield batch.slice(int(np.searchsorted(seq, start)))
+        finally:
+            self._leave(digest, shared)
+
+    def _leave(self, digest: str, shared: Shared | None) -> None:
+        if shared is None:
+            return
+        with self._lock:
+            shared.readers -= 1
+            if shared.readers == 0 and not shared.done and shared.error is None:
+                shared.stopping = True
+                self._log("stopped: its last reader left", selection=digest)
+
+    def _ended(self, shared: Shared) -> None:
+        with self._lock:
+            digest = shared.header.selection_digest
+            if self._running.get(digest) is shared:
+                del self._running[digest]
+
+    @property
+    def running(self) -> int:
+        """Selections being computed, or waiting for their turn."""
+        return len(self._running)

@@ -1,0 +1,147 @@
+"""Writing a selection to a pipe as it is made, and keeping it: the next time it comes from the disk at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from gstds_cache.errors import IncompleteError
+from gstds_cache.selection.selected import Selection
+from gstds_cache.stream.reader import open_selection
+from gstds_cache.stream.record_writer import SelectionWriter
+from gstds_cache.stream.records import GROUP_RECORDS
+from gstds_cache.stream.schema import ByteStream
+from gstds_cache.stream.writer import Storing, header_of, storing
+
+if TYPE_CHECKING:
+    from gstds_cache.selection.run import BatchSelector
+
+COPY = 1 << 20
+AHEAD = GROUP_RECORDS  # batches a producer may be ahead of its reader, beyond what the pipe holds
+
+
+class GroupingWriter:
+    """Hands batches to a thread that writes all that are ready, in one record batch.
+
+    A reader that waits gets each batch as soon as it is there; one that is slow gets groups. A full queue makes
+    :meth:`write` wait, so memory is bounded.
+    """
+
+    def __init__(self, writer: SelectionWriter, *, ahead: int = AHEAD) -> None:
+        self._writer, self._ahead = writer, ahead
+        self._ready: deque[Selection] = deque()
+        self._changed = threading.Condition()
+        self._closed, self._error = False, None  # type: bool, BaseException | None
+        self._thread = threading.Thread(target=self._run, name="stream-writer", daemon=True)
+
+    def write(self, selection: Selection) -> None:
+        """Queue a batch.
+
+        Raises:
+            BrokenPipeError: The reader went away; or whatever else ended the writing.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._ready) < self._ahead or self._error is not None)
+            if self._error is not None:
+                raise self._error
+            self._ready.append(selection)
+            self._changed.notify_all()
+
+    def __enter__(self) -> GroupingWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write what is queued, and the end: of the stream, or of the producer.
+
+        Raises:
+            BrokenPipeError: The reader went away; or whatever else ended the writing.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._error is None:
+            self._writer.__exit__(kind, error, traceback)
+        elif kind is None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ready or self._closed)
+                    group = list(self._ready)
+                    self._ready.clear()
+                    self._changed.notify_all()
+                if not group:
+                    return
+                self._writer.write(*group)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+
+def write_pipe(
+    selector: BatchSelector,
+    sink: ByteStream,
+    *,
+    keep: Path | None = None,
+    note: Callable[[str], None] = lambda _text: None,
+) -> Generator[Selection, None, None]:
+    """Write a selection to a pipe as it is made. A reader that goes away raises BrokenPipeError.
+
+    Args:
+        selector: The run.
+        sink: Where it goes.
+        keep: Where to store the selection as well; what an interrupted run left there is not computed again. Where that
+            is impossible (another process is at it, a full or read-only disk), the pipe is served all the same.
+        note: Told why nothing is stored.
+
+    Yields:
+        The batches that were computed now.
+    """
+    header = header_of(selector)
+    with ExitStack() as stack:
+        stored: Storing | None = None
+        if keep is not None:
+            try:
+                stored = stack.enter_context(storing(header, keep))
+            except (IncompleteError, OSError) as error:
+                note(f"this selection is not kept for the next time: {error}")
+        pipe = stack.enter_context(GroupingWriter(SelectionWriter(sink, header)))
+        before = stored.taken_over if stored else 0
+        if keep is not None and before:
+            for selection in _first(keep, before):
+                pipe.write(selection)
+        for selection in selector.run(start=before):
+            pipe.write(selection)
+            if stored is not None:
+                stored.write(selection)
+            yield selection
+
+
+def replay(path: Path, sink: ByteStream) -> None:
+    """Copy a finished selection to a pipe. Its reader checks every record.
+
+    Raises:
+        BrokenPipeError: The reader went away.
+    """
+    with path.open("rb") as file:
+        while data := file.read(COPY):
+            sink.write(data)
+    sink.flush()
+
+
+def _first(keep: Path, count: int) -> Iterator[Selection]:
+    with open_selection(keep.with_name(f".{keep.name}.partial")) as stream:
+        while stream.next_seq < count:
+            yield next(iter(stream))

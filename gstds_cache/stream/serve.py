@@ -1,0 +1,124 @@
+"""A service's life: it listens, says what it does in JSON lines, counts, and stops when asked to."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.flight_server import SelectionService
+from gstds_cache.stream.hub import Hub
+from gstds_cache.stream.security import Access
+
+GRACE = 5.0  # seconds that readers have to take what was sent to them when the service stops
+
+
+def log(event: str, **fields: object) -> None:
+    """One JSON line on stderr."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def serve(
+    store: EmbeddingStore,
+    config: SelectConfig,
+    *,
+    host: str,
+    port: int,
+    folder: Path,
+    access: Access,
+    metrics_port: int | None = None,
+) -> None:
+    """Serve a store's selections until SIGTERM or SIGINT.
+
+    Then no computation goes on past the batch in hand, readers get what was sent to them, and everything that was
+    computed is kept: a service started again goes on from there, and so do readers with their tokens.
+
+    Args:
+        store: The store.
+        config: The selection a ticket without settings means.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        folder: Where finished selections are.
+        access: Certificates and token.
+        metrics_port: Port on loopback for metrics in Prometheus' text format; None for none.
+    """
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    hub = Hub(folder, log=log)
+    scheme = "grpc+tls" if access.certificate else "grpc"
+    service = SelectionService(f"{scheme}://{host}:{port}", store, config, hub, access, log=log)
+    where = f"{scheme}://{host}:{service.port}"
+    with _metrics(service, hub, metrics_port) as metrics:
+        log("serving", location=where, store=store.fingerprint, metrics=metrics, tls=bool(access.certificate),
+            token=access.token is not None, client_certificates=access.client_ca is not None)  # fmt: skip
+        asked.wait()
+        log("stopping", readers=service.active)
+        service.stopping = True
+        hub.stop()
+        closing = threading.Thread(target=service.shutdown, daemon=True)
+        closing.start()
+        closing.join(GRACE)
+        log("stopped", readers_cut_off=service.active, records=service.counts["records"])
+    if closing.is_alive():  # a reader that takes nothing holds up Flight's own shutdown for ever
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def metrics_text(service: SelectionService, hub: Hub) -> str:
+    """The counts in Prometheus' text exposition format, version 0.0.4."""
+    rows = [
+        ("gstds_records_sent_total", "counter", "Records of streams that ended.", service.counts["records"]),
+        ("gstds_streams_total", "counter", "Streams that ended.", service.counts["streams"]),
+        ("gstds_refused_total", "counter", "Calls that were refused.", service.counts["refused"]),
+        ("gstds_streams_active", "gauge", "Streams being read.", service.active),
+        ("gstds_selections_computing", "gauge", "Selections being computed or waiting.", hub.running),
+        (
+            "gstds_peak_memory_bytes",
+            "gauge",
+            "Largest resident size so far.",
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        ),
+    ]
+    return "".join(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in rows)
+
+
+@contextmanager
+def _metrics(service: SelectionService, hub: Hub, port: int | None) -> Iterator[str | None]:
+    if port is None:
+        yield None
+        return
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answer ``/metrics``."""
+            found = self.path == "/metrics"
+            body = metrics_text(service, hub).encode() if found else b"there is: /metrics\n"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_words: object) -> None:
+            """Nothing: a scrape every few seconds is no event."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
