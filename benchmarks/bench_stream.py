@@ -3,8 +3,8 @@
     python benchmarks/bench_stream.py [--trials 5] [--records 100000]
 
 A finished selection, 128 indices a record, is sent by another process (over a pipe: by ``cat``; over Flight:
-by the service, from its file), and every record is taken as a ``Selection``. The peer reads the same record batches with
-pyarrow alone and makes the same objects, without crc, running hash or any check; ``arrays`` makes bare tuples with
+by the service, from its file), and every record is taken as a ``Selection``. The peer reads the same record batches
+with pyarrow alone and makes the same objects, without crc, running hash or any check; ``arrays`` makes bare tuples with
 NumPy slices instead, which is the least that a consumer could do.
 """
 
