@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.costs import Cost, record, store_costs
 from gstds_cache.errors import command_line
 
 from .common import (
@@ -118,7 +120,9 @@ def main(
     )
     from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.sources import open_source
+    from gstds_cache.devices import describe_device, resolve_device
     from gstds_cache.embed.run import embed_dataset, estimate_dataset
+    from gstds_cache.energy import EnergyMeter
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
 
@@ -132,16 +136,34 @@ def main(
         return
     memo = HashMemo(cache_root() / "hashes")
     progress = Progress("images", "decoded images", check="units")
+    meter = EnergyMeter(resolve_device(device))
+
+    def show(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
+        meter.add("embed")
+        progress(phase, done, total, shares)
+
     try:
         source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
         report = embed_dataset(
-            source, config, where=cache, root=cache_root(), reuse=reuse, progress=progress, say=_say, memo=memo
+            source, config, where=cache, root=cache_root(), reuse=reuse, progress=show, say=_say, memo=memo
         )
     finally:
         progress.end()
+    meter.add("embed")
+    if not report.cache_hit:
+        _record_cost(report, meter.joules, describe_device(resolve_device(device)))
     _print(report, memo.notes, reuse)
     if as_json:
         print_json(_as_dict(report))
+
+
+def _record_cost(report: EmbedReport, joules: dict[str, float] | None, device: str) -> None:
+    """Write down beside the store what it cost, for the ledgers of the runs that use it."""
+    path = store_costs(report.location)
+    if not report.committed_before:  # another store of the same fingerprint, that was removed, left it
+        path.unlink(missing_ok=True)
+    spent = None if joules is None else sum(joules.values())
+    record(path, Cost(report.fingerprint, report.embedded, report.reused, report.seconds["total"], spent, device))
 
 
 def _say(line: str) -> None:

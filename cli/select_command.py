@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
+from gstds_cache.costs import Cost, record, selection_costs
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.places import beside
 from gstds_cache.selection.floors import class_name
@@ -186,6 +187,7 @@ def main(
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
+    from gstds_cache.energy import EnergyMeter
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
@@ -226,6 +228,7 @@ def main(
         copy_file(kept, file)
         click.echo(f"cache hit: this selection was in {kept} already, and was copied", err=True)
     else:
+        meter = EnergyMeter(selector.device)
         try:
             batches = (
                 write_pipe(
@@ -238,8 +241,11 @@ def main(
                 work = selector.counts.seconds
                 gathered = work["gather"] / max(sum(work.values()), 1e-9)
                 progress("select", selection.seq + 1, plan.total_batches, gathered)
+                meter.add("select")
         finally:
             progress.end()
+            for place in {kept: None} if piped else {file: None, kept: None}:
+                _record_cost(selector, place, time.perf_counter() - started, meter.joules)
         if file != kept:
             _keep(file, kept)
     total = time.perf_counter() - started
@@ -307,6 +313,19 @@ def _keep(file: Path, kept: Path) -> None:
         copy_file(file, kept)
     except OSError as error:
         click.echo(f"note: not kept beside the store for other runs: {error}", err=True)
+
+
+def _record_cost(selector: BatchSelector, file: Path, seconds: float, joules: dict[str, float] | None) -> None:
+    """Write down beside the file what it cost, for the ledgers of the runs that train on it."""
+    counts, store = selector.counts, selector.store.location
+    if not counts.batches:
+        return
+    path = selection_costs(file)
+    if counts.batches == selector.plan.total_batches:  # nothing is left of an earlier session, or of another file
+        path.unlink(missing_ok=True)
+    where = store if "://" in store else str(Path(store).absolute())
+    spent = None if joules is None else sum(joules.values())
+    record(path, Cost(selector.digest, counts.rows, 0, seconds, spent, str(selector.device), where))
 
 
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:

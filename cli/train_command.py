@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.costs import Cost, recall, selection_costs, store_costs
 from gstds_cache.errors import UsageError, command_line
 
 from .common import (
@@ -26,8 +27,12 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from gstds_cache.data.source import ImageSource
+    from gstds_cache.stream.reader import SelectionStream
     from gstds_cache.stream.schema import Header
+    from gstds_cache.train.ledger import Ledger
     from gstds_cache.train.loop import TrainReport
+    from gstds_cache.train.planning import SelectionCost
 
 HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
 
@@ -38,6 +43,7 @@ Examples:
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-train digits --selection selection.arrow --out runs/a --resume
   torchrun --nproc-per-node 2 --no-python gstds-train digits --selection selection.arrow
+  gstds-train digits --selection selection.arrow --plan
 
 --arch takes any architecture torchvision or timm knows by that name.
 """
@@ -83,6 +89,9 @@ Examples:
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", help="[default: runs/ARCH-SELECTION-sSEED]")
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
+@click.option(
+    "--plan", is_flag=True, help="Only print the ledger that the run would end with, from a few measured steps."
+)
 @json_option
 def main(
     dataset: str,
@@ -103,6 +112,7 @@ def main(
     repack: int,
     out: Path | None,
     resume: bool,
+    plan: bool,
     as_json: bool,
 ) -> None:
     """Parse, call :func:`gstds_cache.train.loop.train`, print."""
@@ -130,7 +140,6 @@ def main(
     from gstds_cache.store.journal import Journal
     from gstds_cache.stream.reader import open_selection, require_dataset, require_store
     from gstds_cache.train.distributed import process_group
-    from gstds_cache.train.images import default_side
     from gstds_cache.train.loop import run_config, train
     from gstds_cache.train.run_dir import RunDir
 
@@ -143,7 +152,7 @@ def main(
                 hint="give a file, or the address of gstds-select --serve",
             )
         progress = Progress("steps", "data", hash="items", load="images") if ranks.first else _quiet
-        memo = HashMemo(cache_root() / "hashes")
+        memo = HashMemo() if plan else HashMemo(cache_root() / "hashes")
 
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
@@ -154,13 +163,15 @@ def main(
             header = stream.header
             if cache is not None:
                 require_store(header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
+            embed_cost, select_cost = _costs(header, selection, cache)
+            if plan:
+                if ranks.first:
+                    config = _settled(config, source)
+                    _print_plan(source, evaluation, stream, config, cache, (embed_cost, select_cost), as_json)
+                return
             manifest = build_manifest(source, memo=memo, progress=hashed_items)
             require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
-            config = replace(
-                config,
-                image_size=config.image_size or default_side(source),
-                augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
-            )
+            config = _settled(config, source)
             name = f"{arch.replace(':', '-')}-{header.selection_digest[:8]}-s{seed}{f'-b{repack}' if repack else ''}"
             run_dir = RunDir(
                 out or Path("runs") / name,
@@ -200,9 +211,107 @@ def main(
         return
     seconds = {"hash": round(hashed, 3), **report.seconds, "total": round(report.seconds["total"] + hashed, 3)}
     report = replace(report, seconds=seconds)
+    ledger = _ledger(report, selection, embed_cost, select_cost, _flops(config, source))
+    run_dir.write_ledger(ledger.to_dict())
     _print(run_dir.path, report, left_over=header.total_kept - report.gradient_samples)
+    _print_ledger(ledger)
     if as_json:
-        print_json(_as_dict(run_dir.path, report, header, ranks.world_size))
+        print_json(_as_dict(run_dir.path, report, header, ranks.world_size) | {"ledger": ledger.to_dict()})
+
+
+def _measured_selection(cache: str, header: Header) -> SelectionCost:
+    from gstds_cache.report.recompute import selector_of
+    from gstds_cache.selection.pace import samples_per_second
+    from gstds_cache.store.reader import EmbeddingStore
+    from gstds_cache.train.planning import SelectionCost
+
+    rate = samples_per_second(selector_of(EmbeddingStore(cache), header))
+    return SelectionCost(None, rate, f"at {rate:,.0f} samples/s, as a few batches took")
+
+
+def _settled(config: TrainConfig, source: ImageSource) -> TrainConfig:
+    """The configuration with nothing left to the data set."""
+    from gstds_cache.train.images import default_side
+
+    return replace(
+        config,
+        image_size=config.image_size or default_side(source),
+        augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
+    )
+
+
+def _flops(config: TrainConfig, source: ImageSource) -> float | None:
+    from gstds_cache.train.flops import flops_per_sample
+    from gstds_cache.train.loop import count_classes
+
+    return flops_per_sample(config.arch, classes=count_classes(source, None), side=config.image_size)
+
+
+def _costs(header: Header, selection: str, cache: str | None) -> tuple[Cost | None, Cost | None]:
+    """What embedding and selection cost, where their commands wrote it down."""
+    is_file = selection != "-" and "://" not in selection
+    select = recall(selection_costs(Path(selection)), header.selection_digest) if is_file else None
+    store = cache or (select.store if select else None)
+    return (recall(store_costs(store), header.cache_fingerprint) if store else None), select
+
+
+def _ledger(
+    report: TrainReport, selection: str, embed: Cost | None, select: Cost | None, flops: float | None
+) -> Ledger:
+    from gstds_cache.train.ledger import Ledger
+
+    seconds, source = None, "no record of its cost was found beside the selection"
+    if select is not None:
+        seconds, source = select.seconds, "by gstds-select"
+    elif selection == "-" or "://" in selection:
+        seconds, source = report.seconds["indices"], "that training waited for it"
+    return Ledger(
+        planned=False,
+        embed=embed,
+        select=select,
+        select_seconds=seconds,
+        select_source=source,
+        gradient_samples=report.gradient_samples,
+        all_samples=report.samples_in,
+        seconds=report.seconds,
+        joules=report.joules,
+        joules_from=report.joules_from,
+        flops_per_sample=flops,
+    )
+
+
+def _print_ledger(ledger: Ledger) -> None:
+    print_table([("plan" if ledger.planned else "ledger", ""), *((f"  {name}", text) for name, text in ledger.rows())])
+    if not ledger.planned:
+        click.echo("next: the same with another --seed; the embeddings and the selection are reused")
+
+
+def _print_plan(
+    source: ImageSource,
+    evaluation: ImageSource | None,
+    stream: SelectionStream,
+    config: TrainConfig,
+    cache: str | None,
+    costs: tuple[Cost | None, Cost | None],
+    as_json: bool,
+) -> None:
+    """Measure a few steps, say what the run will take, and whether selection pays; nothing is trained or written."""
+    from gstds_cache.train.planning import plan_run, recorded
+
+    taken = recorded(costs[1])
+    if costs[1] is None and cache is not None:
+        taken = _measured_selection(cache, stream.header)
+    ledger = plan_run(source, evaluation, stream, config, embed=costs[0], select=costs[1], selection=taken)
+    _print_ledger(ledger)
+    if ledger.pays is False:
+        click.echo(
+            f"warning: selection takes {ledger.select_seconds:,.1f} s and saves {ledger.saved_seconds:,.1f} s of "
+            "training: without it (gstds-select --rule random) this run is over sooner",
+            err=True,
+        )
+    click.echo("plan: nothing was trained or written")
+    if as_json:
+        print_json({"plan": True, "ledger": ledger.to_dict()})
 
 
 def _quiet(_phase: str, _done: int, _total: int, _waited: object) -> None:
@@ -227,7 +336,6 @@ def _print(path: Path, report: TrainReport, *, left_over: int) -> None:
             ("time", seconds_line(report.seconds)),
         ]
     )
-    click.echo("next: the same with another --seed; the embeddings and the selection are reused")
 
 
 def _as_dict(path: Path, report: TrainReport, header: Header, world_size: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class SelectionCounts:
         rows: Rows they held.
         kept: Rows that stayed.
         status: Batches by status flag; a batch with two flags counts in both.
+        iterations: Batches by LOBPCG iterations, of those that have been solved.
         seconds: Work by phase, summed over the threads.
         elapsed: Seconds that whoever reads the selections waited for them.
         classes: By label, how many rows were seen and how many of them stayed.
@@ -32,6 +33,7 @@ class SelectionCounts:
     rows: int = 0
     kept: int = 0
     status: Counter[str] = field(default_factory=Counter)
+    iterations: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     elapsed: float = 0.0
     classes: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -209,7 +209,10 @@ class BatchSelector:
                 seed=config.seed,
                 threads=1,
             )
-            return _on_cpu(neighbours), _on_cpu(result)
+            found = _on_cpu(neighbours), _on_cpu(result)
+        with self._lock:
+            self.counts.iterations.update(found[1].iterations.tolist())
+        return found
 
     def _gather(self, batches: list[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
         """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""

@@ -31,6 +31,7 @@ class SelectionStream:
     Attributes:
         header: What the stream says of itself.
         next_seq: The batch that comes next.
+        rows_in: Rows of the batches before it, before selection; None where the first were not read.
     """
 
     def __init__(self, source: ByteStream | BatchSource, *, resume: ResumeToken | None = None) -> None:
@@ -54,6 +55,7 @@ class SelectionStream:
             raise StreamError(f"the selection's header is damaged: {error}", hint=AGAIN) from error
         self._kept_before = [0, *accumulate(self.header.kept_per_epoch)]
         self.next_seq, self._kept, self._hash = 0, 0, NO_RECORD
+        self.rows_in: int | None = 0
         self._failed, self._selections = False, self._guarded()
         if resume is not None:
             self._resume(resume)
@@ -114,6 +116,7 @@ class SelectionStream:
             raise StreamError(f"the resume token is for batch {token.next_seq}, of {header.total_batches} there are")
         if self._source.first_seq == token.next_seq:
             self.next_seq, self._kept, self._hash = token.next_seq, token.kept, bytes.fromhex(token.sha256)
+            self.rows_in = 0 if token.next_seq == 0 else None
         while self.next_seq < token.next_seq:
             next(self._selections)
         if (self.running_sha256, self._kept) != (token.sha256, token.kept):
@@ -155,6 +158,8 @@ class SelectionStream:
                     self._hash = next_hash(before, packed)
                     self._kept += len(selection.kept)
                     self.next_seq += 1
+                    if self.rows_in is not None:
+                        self.rows_in += selection.n_in
                     yield selection
             except ValueError as error:
                 raise StreamError(str(error), hint=AGAIN) from error

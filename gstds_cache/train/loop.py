@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -29,6 +29,7 @@ from torch import nn
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
+from gstds_cache.energy import EnergyMeter
 from gstds_cache.errors import DivergedError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.selected import Selection
@@ -61,6 +62,9 @@ class TrainReport:
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
             pixels), step, eval, total; with a method that chooses, choose as well.
         forward_samples: Samples that had a forward pass only for a method to choose among them.
+        samples_in: Samples of the batches before selection: the gradients that training on everything takes.
+        joules: Joules by phase: load, train, eval; None where no counter can be read.
+        joules_from: The counters, or why there is none.
     """
 
     accuracy: Accuracy | None
@@ -69,6 +73,9 @@ class TrainReport:
     loss: float
     seconds: dict[str, float]
     forward_samples: int = 0
+    samples_in: int | None = None
+    joules: dict[str, float] | None = None
+    joules_from: str = ""
 
     @property
     def waited(self) -> dict[str, float]:
@@ -143,7 +150,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     device = ranks.device
     if method is not None and ranks.world_size > 1:
         raise UsageError("a method that chooses by loss sees whole batches: train it in one process")
-    classes = _count_classes(source, evaluation)
+    classes = count_classes(source, evaluation)
+    meter = EnergyMeter(device)
     begun = time.perf_counter()
     side = config.image_size
     feed = feed or ImageFeed(
@@ -154,6 +162,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         progress=lambda done, total: progress("load", done, total, 0.0),
     )
     seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
+    meter.add("load")
     labels = torch.from_numpy(source.labels)
     network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
@@ -183,6 +192,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         optimizer.load_state_dict(state["optimizer"])
         step, samples, loss_sum, last_loss, sha = (state[k] for k in ("step", "samples", "loss_sum", "loss", "sha"))
         seconds = {phase: value + seconds[phase] for phase, value in state["seconds"].items()}
+        meter.resume(state.get("joules"))
         batches.steps.seek(step, sha)
         if method is not None:
             forward_samples = state["forward_samples"]
@@ -204,6 +214,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                 "sha": sha,
                 "seconds": seconds,
                 **of_method,
+                "joules": meter.joules,
             }
         )
 
@@ -276,6 +287,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                 loss_sum + value,
             )
             seconds["step"] += time.perf_counter() - started
+            meter.add("train")
             # 3. The epoch's end, and whoever wants to stop.
             if step in epoch_ends:
                 last_loss, loss_sum = loss_sum / per_epoch[batch.epoch], 0.0
@@ -296,8 +308,10 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         started = time.perf_counter()
         accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers, ranks=ranks)
         seconds["eval"] += time.perf_counter() - started
+        meter.add("eval")
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
     report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples)
+    report = replace(report, samples_in=stream.rows_in, joules=meter.joules, joules_from=meter.source)
     final = {"step": step, "gradient_samples": samples, "seconds": rounded}
     run_dir.drop_metrics_from(total + 1)
     run_dir.log(final | {"test_accuracy": accuracy.value if accuracy else None, "final": True})
@@ -333,7 +347,12 @@ class _Batches:
             yield batch.kept[self.part(len(batch.kept))]
 
 
-def _count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
+def count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
+    """How many outputs the network needs.
+
+    Raises:
+        UsageError: There are no labels, or the evaluation set has other classes.
+    """
     if source.labels.max(initial=-1) < 0:
         raise UsageError(f"{source.uri} has no labels; training needs them")
     if evaluation is not None and list(evaluation.classes) != list(source.classes):

@@ -13,8 +13,8 @@ import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError, UsageError
 
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
-OWN_NAMES = {name for stem in (CONFIG, METRICS, CHECKPOINT) for name in (stem, f".{stem}.tmp")}
+CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
+OWN_NAMES = {name for stem in (CONFIG, METRICS, CHECKPOINT, LEDGER) for name in (stem, f".{stem}.tmp")}
 
 
 class RunDir:
@@ -103,6 +103,10 @@ class RunDir:
             return
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics, sort_keys=True) + "\n")
+
+    def write_ledger(self, ledger: dict[str, Any]) -> None:
+        """Replace ``ledger.json``."""
+        self._replace(LEDGER, (json.dumps(ledger, indent=2, sort_keys=True) + "\n").encode())
 
     def drop_metrics_from(self, step: int) -> None:
         """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""

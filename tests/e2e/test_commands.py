@@ -68,7 +68,24 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
     assert "cache hit" in repeated.stderr
 
     out = ["--selection", selected["out"], "--eval", "imagefolder:photos", "--out", "run"]
-    trained = result_of(command(*TRAIN, *out))
+    before = sorted(tmp_path.rglob("*"))
+    planned = command(*TRAIN, *out, "--plan")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "45 samples to spend, 135 of 180 saved" in planned.stdout
+    plan = result_of(planned)["ledger"]
+    assert (plan["planned"], plan["embed"]["samples"], plan["select"]["samples"]) == (True, 60, 174)
+    assert all(plan["seconds"][phase] > 0 for phase in ("load", "step", "eval"))
+    done = command(*TRAIN, *out)
+    trained = result_of(done)
+    assert "45 samples spent, 129 of 174 saved (74.1%)" in done.stdout
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert ledger == trained["ledger"]
+    assert (ledger["embed"]["samples"], ledger["embed"]["reused"], ledger["saved_samples"]) == (60, 0, 129)
+    assert ledger["select_seconds"] > 0
+    assert ledger["training_flops"] == plan["training_flops"] > 0
+    # An experiment this small cannot pay for its selection, and both say so.
+    assert (plan["pays"], ledger["pays"]) == (False, False)
+    assert "warning: selection takes" in planned.stderr
     assert trained["gradient_samples"] == 45
     assert trained["test_items"] == 58
     assert 0 <= trained["test_accuracy"] <= 1
@@ -76,6 +93,13 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["config"]["cache_fingerprint"] == embedded["fingerprint"]
     assert config["config"]["selection_digest"] == selected["selection_digest"]
+
+    scores = command("gstds-cache", "export", "photos.store", "scores.parquet", "--scores", selected["out"], "--json")
+    assert result_of(scores)["rows"] == 60
+    assert "never in a batch, as they have no embedding: 2" in scores.stdout
+    page = result_of(command("gstds-cache", "report", "run", selected["out"], "--json"))
+    assert (page["runs"], page["selections"], page["missing"]) == (1, 1, [])
+    assert "cats (19)" in (tmp_path / "report.html").read_text()
 
     listed = result_of(command("gstds-cache", "ls", ".", "--json"))
     assert [store["items"] for store in listed["stores"]] == [60]

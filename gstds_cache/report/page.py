@@ -1,0 +1,58 @@
+"""The page: one HTML file with everything in it, nothing to load, and no script."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gstds_cache.report.charts import DROPPED, KEPT
+from gstds_cache.report.run_view import RunView, panels_of
+from gstds_cache.report.selection_view import SelectionView
+
+
+def render(selections: list[SelectionView], runs: list[RunView]) -> str:
+    """The page as HTML.
+
+    Args:
+        selections: Selections to show.
+        runs: Runs to show side by side.
+
+    Returns:
+        HTML. Names of files, items and classes are escaped; charts alone are taken as markup.
+    """
+    environment = Environment(
+        loader=PackageLoader("gstds_cache.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup
+    return environment.get_template("page.html").render(
+        selections=selections,
+        runs=runs,
+        run_panels=panels_of(runs) if runs else [],
+        kept=KEPT,
+        dropped=DROPPED,
+        version=version("gstds-cache"),
+        made=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def write_page(file: Path, html: str) -> int:
+    """Write the page; a killed write leaves what was there.
+
+    Returns:
+        Bytes of the file.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file.stat().st_size

@@ -1,0 +1,149 @@
+"""A selection's batches computed again, to see what its stream does not keep: the rows that were dropped.
+
+The stream holds coordinates of kept rows alone. The same store and settings give the same batches, so the others are
+computed when somebody asks, and what is kept is compared with what the selection says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
+from gstds_cache.selection.guidance import guidance_digest, parse_guidance
+from gstds_cache.selection.rule import RuleBatch
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.selected import Selection
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.reader import require_store
+from gstds_cache.stream.schema import Header
+
+
+@dataclass(frozen=True, eq=False)
+class SeenBatch:
+    """A batch with the rows that were dropped.
+
+    Attributes:
+        selection: What stays of it, as stored.
+        indices: All its rows of the store, int64 [B].
+        stays: Which of them stay, bool [B].
+        seen: What the rule saw of them.
+        has_spectrum: Whether the rule looked at a graph; without, ``seen.vector`` is zeros.
+    """
+
+    selection: Selection
+    indices: Int64[np.ndarray, " B"]
+    stays: Bool[np.ndarray, " B"]
+    seen: RuleBatch
+    has_spectrum: bool
+
+
+def selector_of(
+    store: EmbeddingStore, header: Header, *, device: str = "auto", guidance: str | None = None
+) -> BatchSelector:
+    """The selector that makes a selection again.
+
+    Args:
+        store: The store it was made from.
+        header: The selection's header.
+        device: Where to compute.
+        guidance: What ``--guidance`` said, which a header names by its digest alone; the kinds without parameters are
+            tried by themselves.
+
+    Returns:
+        The selector, on all cores.
+
+    Raises:
+        UsageError: This version does not know the selection's settings.
+        FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
+    """
+    require_store(header, fingerprint=store.fingerprint, where=store.location)
+    settings = dict(header.settings)
+    if "guidance" in settings:
+        settings["guidance"] = _guidance_of(store, settings["guidance"], guidance)
+    try:
+        config = SelectConfig(**settings, device=device, threads=0)
+    except TypeError as error:
+        raise UsageError(
+            f"the selection has settings that this version does not know: {error}",
+            hint=f"select again: {command_line('gstds-select', store.location)}",
+        ) from error
+    selector = BatchSelector(store, config)
+    if selector.digest != header.selection_digest:
+        raise FingerprintMismatchError(
+            f"the same settings now give selection {selector.digest[:12]}, the file holds "
+            f"{header.selection_digest[:12]}: it was made by another version, or by a rule that was changed since",
+            hint=f"select again: {command_line('gstds-select', store.location)}",
+        )
+    return selector
+
+
+def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
+    """The guidance of that digest.
+
+    Raises:
+        FingerprintMismatchError: It is none of those that are known here.
+    """
+    for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
+        if guidance_digest(store, parse_guidance(text)) == digest:
+            return text
+    raise FingerprintMismatchError(
+        f"the selection's guidance {digest[:12]} is "
+        + ("one with parameters, or of a file" if said is None else f"not --guidance {said}"),
+        hint="give the --guidance that the selection was made with",
+    )
+
+
+def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterator[SeenBatch]:
+    """Compute batches again and compare.
+
+    Args:
+        selector: From :func:`selector_of`.
+        stored: Consecutive batches of the selection.
+
+    Yields:
+        Each with all its rows.
+
+    Raises:
+        FingerprintMismatchError: A batch computed again keeps other rows.
+    """
+    rest = iter(stored)
+    first = next(rest, None)
+    if first is None:
+        return
+    again = selector.watch(first.seq)
+    try:
+        for selection, (mine, seen) in zip(_chain(first, rest), again, strict=False):
+            if not np.array_equal(selection.kept, mine.kept):
+                both = len(np.intersect1d(selection.kept, mine.kept))
+                raise FingerprintMismatchError(
+                    f"batch {selection.seq} of the selection keeps other rows than the same settings do here: "
+                    f"{both} of {len(mine.kept)} are the same",
+                    hint="it was computed on another kind of device, or by other library versions: name that device "
+                    "with --device, or select again here",
+                )
+            indices = selector.plan.batch(selection.seq).indices
+            yield SeenBatch(
+                selection, indices, np.isin(indices, selection.kept), seen, has_spectrum=selector.rule.vectors > 0
+            )
+    finally:
+        again.close()  # type: ignore[attr-defined]
+
+
+def spans(batches: list[Selection], *, most: int) -> list[list[Selection]]:
+    """Up to ``most`` of a run's batches: from its beginning, its middle and its end; all where they are no more."""
+    if len(batches) <= most:
+        return [batches]
+    third = most // 3
+    starts = (0, (len(batches) - third) // 2, len(batches) - third)
+    return [list(islice(batches, start, start + third)) for start in starts]
+
+
+def _chain(first: Selection, rest: Iterator[Selection]) -> Iterator[Selection]:
+    yield first
+    yield from rest
