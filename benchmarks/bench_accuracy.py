@@ -23,22 +23,42 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, limit_threads
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
-from gstds_cache.graph.laplacian import Laplacian, symmetrise
+from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import unit_rows
 from gstds_cache.selection.rule import RuleBatch, settle_ties
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral import fiedler
 from gstds_cache.spectral.lobpcg import lobpcg
+from gstds_cache.spectral.result import canonical_sign
 from gstds_cache.spectral.status import Status
 
+ONE_COORDINATE = [name for name, rule in RULES.items() if rule.vectors == 1 and not rule.needs_guidance]
+GREEDY = "spread"  # farthest points: one swapped choice moves all later ones
 GAP = 1e-2  # relative eigengap above which a vector is well defined
 BATCHES = {8: 60, 16: 60, 32: 60, 64: 60, 128: 60, 256: 80, 512: 100, 1024: 40, 2048: 10, 4096: 2}
 
 
-def shared(rule: str, one: np.ndarray, other: np.ndarray, keep: int) -> float:
-    """Share of the rows a rule keeps that it keeps for both vectors."""
-    kept = [set(RULES[rule].choose(RuleBatch(settle_ties(vector), keep)).tolist()) for vector in (one, other)]
-    return len(kept[0] & kept[1]) / keep
+def shared(rule: str, one: RuleBatch, other: RuleBatch) -> float:
+    """Share of the rows a rule keeps that it keeps for both."""
+    return len(set(RULES[rule](one).tolist()) & set(RULES[rule](other).tolist())) / one.keep
+
+
+def seen(values: np.ndarray, basis: np.ndarray, keep: int) -> RuleBatch:
+    """What a rule sees of eigenpairs: ``values`` [Q], ``basis`` [B, Q]."""
+    basis = settle_ties(basis)
+    return RuleBatch(basis[:, 0].copy(), keep, basis=basis, values=values)
+
+
+def greedy_overlap(graph: SparseGraph, operator: Laplacian, keep: int, tolerance: float) -> dict[str, float]:
+    """How many rows farthest points in several eigenvectors have in common: reported, not promised."""
+    q = RULES[GREEDY].vectors
+    result, overlap = fiedler.fiedler_of_graph(graph, q=q, tolerance=tolerance), []
+    for g in range(graph.graphs):
+        values, vectors = scipy.linalg.eigh(operator.dense(g).numpy(), subset_by_index=[1, q])
+        basis = canonical_sign(torch.from_numpy(vectors)[None])[0].numpy()
+        ours = seen(result.values[g].numpy(), result.basis[g].numpy(), keep)
+        overlap.append(shared(GREEDY, ours, seen(values, basis, keep)))
+    return {"min": min(overlap), "mean": float(np.mean(overlap))}
 
 
 def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
@@ -48,7 +68,7 @@ def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
     result = fiedler.fiedler_of_graph(graph, tolerance=tolerance)
     operator, keep = Laplacian(graph), max(1, x.shape[1] // 4)
     error, cosine, clear, unreported = [], [], [], 0
-    overlap: dict[str, list[float]] = {name: [] for name, rule in RULES.items() if rule.vectors == 1}
+    overlap: dict[str, list[float]] = {name: [] for name in ONE_COORDINATE}
     for g in range(len(x)):
         values, vectors = scipy.linalg.eigh(operator.dense(g).numpy(), subset_by_index=[1, 2])
         ours, theirs = result.vector[g].numpy(), vectors[:, 0]
@@ -61,7 +81,8 @@ def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
         if defined:
             clear.append(cos)
             for name, shares in overlap.items():
-                shares.append(shared(name, ours, theirs * np.sign(ours @ theirs), keep))
+                both = (seen(values[:1], vector[:, None], keep) for vector in (ours, theirs * np.sign(ours @ theirs)))
+                shares.append(shared(name, *both))
     return {
         "batches": len(x),
         "status": dict(Counter(str(Status(int(s)).name or Status(int(s))).lower() for s in result.status)),
@@ -72,6 +93,11 @@ def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
         "cosine_min": min(cosine),
         "cosine_min_where_gap_is_clear": min(clear, default=None),
         "kept_overlap": {name: {"min": min(v), "mean": float(np.mean(v))} for name, v in overlap.items() if v},
+        **(
+            {f"kept_overlap_of_{GREEDY}": greedy_overlap(graph, operator, keep, tolerance)}
+            if 64 <= x.shape[1] <= 1024
+            else {}
+        ),
         "unreported_failures": int(unreported),
     }
 
