@@ -17,10 +17,10 @@ from gstds_cache.errors import (
     TruncatedStreamError,
     UsageError,
 )
+from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.security import read_token
 from gstds_cache.stream.source import first_line
 from gstds_cache.stream.tickets import DIGEST, Ticket
-from gstds_cache.stream.token import ResumeToken
 
 WHERE = re.compile(r"(grpc(?:\+tls)?)://(\[[0-9a-fA-F:]+\]|[^/:\[\]]+):(\d{1,5})(?:/([0-9a-f]*))?")
 START = "start it: gstds-select STORE --serve HOST:PORT"

@@ -18,9 +18,9 @@ from gstds_cache.errors import (
 )
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.records import NO_RECORD, Kind, Rows, next_hash, sha_words
+from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import ByteStream, Header
 from gstds_cache.stream.source import AGAIN, BatchSource, ByteSource
-from gstds_cache.stream.token import ResumeToken
 
 
 class SelectionStream:

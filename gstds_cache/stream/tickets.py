@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gstds_cache.errors import UsageError
-from gstds_cache.stream.token import ResumeToken
+from gstds_cache.stream.resume import ResumeToken
 
 LIMIT = 4096  # bytes
 DIGEST = re.compile(r"[0-9a-f]{8,64}")

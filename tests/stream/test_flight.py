@@ -165,7 +165,7 @@ def test_a_killed_reader_goes_on_by_its_token(running: Running, reference, tmp_p
     with subprocess.Popen([sys.executable, "-c", program, running.where], stdout=subprocess.PIPE) as reader:
         lines = [json.loads(reader.stdout.readline()) for _ in range(20)]
         reader.send_signal(signal.SIGKILL)
-    from gstds_cache.stream.token import ResumeToken
+    from gstds_cache.stream.resume import ResumeToken
 
     with open_selection(running.where, resume=ResumeToken.parse(lines[-1][1])) as stream:
         assert [rows for rows, _ in lines] + kept(stream) == reference

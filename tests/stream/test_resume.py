@@ -15,8 +15,8 @@ from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
+from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import Header
-from gstds_cache.stream.token import ResumeToken
 
 BATCHES = 12
 HEADER = Header("c" * 64, "d" * 64, 100, "e" * 64, 0, 3, 4, BATCHES, 5 * BATCHES, [20, 20, 20], {})
