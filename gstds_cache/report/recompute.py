@@ -43,17 +43,32 @@ class SeenBatch:
     has_spectrum: bool
 
 
-def selector_of(
-    store: EmbeddingStore, header: Header, *, device: str = "auto", guidance: str | None = None
-) -> BatchSelector:
+@dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """What a selection was made with and does not name itself.
+
+    Attributes:
+        device: Where to compute it again.
+        guidance: What ``--guidance`` said, which a header names by its digest alone; the kinds without parameters are
+            tried by themselves.
+        schedule: What ``--schedule`` said, where it was ``file:PATH``: a header names it by the digest of its content.
+    """
+
+    device: str = "auto"
+    guidance: str | None = None
+    schedule: str | None = None
+
+
+AS_IT_SAYS = MadeWith()
+
+
+def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_IT_SAYS) -> BatchSelector:
     """The selector that makes a selection again.
 
     Args:
         store: The store it was made from.
         header: The selection's header.
-        device: Where to compute.
-        guidance: What ``--guidance`` said, which a header names by its digest alone; the kinds without parameters are
-            tried by themselves.
+        made_with: What the header does not say.
 
     Returns:
         The selector, on all cores.
@@ -65,9 +80,16 @@ def selector_of(
     require_store(header, fingerprint=store.fingerprint, where=store.location)
     settings = dict(header.settings)
     if "guidance" in settings:
-        settings["guidance"] = _guidance_of(store, settings["guidance"], guidance)
+        settings["guidance"] = _guidance_of(store, settings["guidance"], made_with.guidance)
+    if str(settings.get("schedule")).startswith("file:"):
+        if made_with.schedule is None:
+            raise UsageError(
+                f"the selection's schedule was a file, of which it knows the digest alone ({settings['schedule']})",
+                hint="give the --schedule file:PATH that it was made with",
+            )
+        settings["schedule"] = made_with.schedule
     try:
-        config = SelectConfig(**settings, device=device, threads=0)
+        config = SelectConfig(**settings, device=made_with.device, threads=0)
     except TypeError as error:
         raise UsageError(
             f"the selection has settings that this version does not know: {error}",

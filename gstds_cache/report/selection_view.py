@@ -16,7 +16,7 @@ from gstds_cache.costs import recall, selection_costs
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
 from gstds_cache.report import charts
-from gstds_cache.report.recompute import SeenBatch, selector_of, spans, watch_again
+from gstds_cache.report.recompute import AS_IT_SAYS, MadeWith, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
@@ -83,8 +83,7 @@ def view_selection(
     cache: str | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
-    device: str = "auto",
-    guidance: str | None = None,
+    made_with: MadeWith = AS_IT_SAYS,
     most: int = 48,
     per_sheet: int = 40,
     progress: Progress = lambda _done, _total: None,
@@ -97,8 +96,7 @@ def view_selection(
         cache: Its store; by default where gstds-select wrote down that it was.
         dataset: Opens a data set by its URI.
         dataset_uri: Its data set; by default where gstds-embed wrote down that it was.
-        device: Where batches are computed again.
-        guidance: What ``--guidance`` said, where it was not a bare kind.
+        made_with: What the selection does not say of how it was made.
         most: Batches computed again, for their dropped rows.
         per_sheet: Images of a contact sheet, kept and dropped each.
         progress: Called with batches computed again and batches in all.
@@ -121,7 +119,7 @@ def view_selection(
             view.panels.append(Panel(title, "", missing=why))
         view.sheets_missing = why
         return view
-    selector = selector_of(store, header, device=device, guidance=guidance)
+    selector = selector_of(store, header, made_with)
     view.facts.insert(0, ("data set", str(store.journal.provenance.get("dataset", store.journal.kind))))
     chosen = spans(batches, most=most)
     seen: list[list[SeenBatch]] = []
