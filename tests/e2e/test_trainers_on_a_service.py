@@ -1,0 +1,146 @@
+"""Trainers that share one service: as commands, as a sampler, and as an iterable data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gstds_cache import SelectedBatchSampler, SelectedDataset
+from gstds_cache.stream.reader import open_selection
+
+DATASET, EPOCHS = "digits?split=test", 30
+TRAIN = ["gstds-train", DATASET, "--arch", "conv3", "--lr", "0.02", "--device", "cpu", "--threads", "1"]
+
+
+def start(folder: Path, *words: str, **options) -> subprocess.Popen[str]:
+    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
+    executable = Path(sys.executable).with_name(words[0])
+    return subprocess.Popen([executable, *words[1:]], cwd=folder, env=environment, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder with digits embedded by a tiny encoder, and the address of a service on it."""
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "mean_colours.py").write_text(
+        "import torch\n"
+        "from gstds_cache.encoders.preprocessing import Preprocessing\n"
+        "class Colours(torch.nn.Module):\n"
+        "    preprocessing = Preprocessing(resize=16, crop=(16, 16))\n"
+        "    def forward(self, x):\n"
+        "        return torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)\n"
+    )
+    embed = start(folder, "gstds-embed", DATASET, "--cache", "digits.store", "--model", "mean_colours:Colours",
+                  "--device", "cpu", stderr=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    _, errors = embed.communicate(timeout=120)
+    assert embed.returncode == 0, errors
+    process = start(folder, "gstds-select", "digits.store", "--batch-size", "64", "--epochs", str(EPOCHS), "--knn", "5",
+                    "--schedule", "linear:0.3:0.7", "--device", "cpu", "--serve", "127.0.0.1:0",
+                    stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        lines = (json.loads(line) for line in process.stderr if line.startswith("{"))
+        yield folder, next(event["location"] for event in lines if event["event"] == "serving")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two trees of tensors and numbers are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_of_two_trainers_on_one_service_the_killed_one_ends_with_the_others_weights(service) -> None:
+    folder, where = service
+    words = [*TRAIN, "--selection", where, "--out"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    killed, whole = start(folder, *words, "killed", **quiet), start(folder, *words, "whole", **quiet)
+    try:
+        metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert killed.poll() is None, killed.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        saved = torch.load(folder / "killed" / "checkpoint.pt", weights_only=True)
+        resumed = start(folder, *words, "killed", "--resume", **quiet)
+        for process in (resumed, whole):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in (killed, whole):
+            process.kill()
+            process.wait()
+    ended, never_killed = (
+        torch.load(folder / run / "checkpoint.pt", weights_only=True) for run in ("killed", "whole")
+    )
+    assert 0 < saved["step"] < ended["step"] == never_killed["step"]
+    for part in ("network", "optimizer", "step", "samples", "loss", "sha"):
+        assert same(ended[part], never_killed[part]), part
+    assert not same(saved["network"], ended["network"])
+
+
+def test_a_sampler_reads_a_service_and_goes_on_from_its_state(service) -> None:
+    _, where = service
+    with open_selection(where) as stream:
+        reference = [selection.kept.tolist() for selection in stream]
+    sampler = SelectedBatchSampler(where)
+    assert sampler.total_steps == len(reference)
+    seen = [rows for _ in range(2) for rows in sampler]
+    assert seen == reference[: len(seen)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    sampler.close()
+    again = SelectedBatchSampler(where)
+    again.load_state_dict(state)
+    assert seen + [rows for _ in range(again.epoch, again.epochs) for rows in again] == reference
+
+
+def test_two_ranks_on_a_service_miss_nothing_and_take_nothing_twice(service) -> None:
+    _, where = service
+    ranks = [SelectedBatchSampler(where, rank=rank, world_size=2, batch_size=32) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    for _ in range(ranks[0].epochs):
+        steps = list(zip(*ranks, strict=True))
+        assert {len(rows) for pair in steps for rows in pair} == {16}
+        rows = list(chain(*(part for pair in steps for part in pair)))
+        carried = 2 * 32  # what re-packing puts at the head of an epoch from the one before
+        assert len(set(rows)) > len(rows) - carried
+    # Together the two are the selection: every batch cut in two, nothing else left out.
+    with open_selection(where) as stream:
+        flat = list(chain(*(selection.kept.tolist() for selection in stream)))
+    ranks = [SelectedBatchSampler(where, rank=rank, world_size=2, batch_size=32) for rank in range(2)]
+    together = [
+        rows for _ in range(ranks[0].epochs) for pair in zip(*ranks, strict=True) for rows in chain(*pair)
+    ]
+    assert together == flat[: len(flat) // 32 * 32]
+
+
+def test_workers_take_the_batches_of_a_service_in_order(service) -> None:
+    _, where = service
+    with open_selection(where) as stream:
+        reference = [selection.kept.tolist() for selection in stream]
+    items = list(range(stream.header.items))
+    batches = SelectedDataset(items, where)
+    assert [batch.tolist() for batch in DataLoader(batches, batch_size=None)] == reference
