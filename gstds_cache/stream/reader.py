@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.selection.selected import Selection
-from gstds_cache.stream.records import NO_RECORD, Kind, Rows, next_hash, sha_words
+from gstds_cache.stream.records import NO_RECORD, STATUS, Kind, Rows, next_hash, sha_words
 from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import ByteStream, Header
 from gstds_cache.stream.source import AGAIN, BatchSource, ByteSource
@@ -133,36 +134,51 @@ class SelectionStream:
             raise
 
     def _checked(self) -> Iterator[Selection]:
-        items, running, last = self.header.items, None, -1
+        items, running, last = self.header.items, NO_RECORD, -1
+        make, status_of = object.__new__, STATUS.get
         while True:
             rows, reason = self._read()
-            outside = rows.outside(items)
-            try:
-                for row, kind, packed, selection in rows.checked():
-                    if selection.seq != self.next_seq:
-                        raise StreamError(
-                            f"selection record out of sequence: got batch {selection.seq}, expected {self.next_seq}"
-                        )
-                    before = self._hash if last != self.next_seq or running is None else running
-                    if kind:
-                        if self._mark(kind, selection, before, reason):
-                            with suppress(EOFError):  # Arrow's end mark: a producer must not find its pipe broken
-                                self._source.read()
-                            return
-                        running, last = next_hash(before, packed), self.next_seq
-                        continue
-                    if row in outside or not len(selection.kept):
-                        raise StreamError(
-                            f"selection record {selection.seq} names no row, or one outside 0..{items - 1}"
-                        )
-                    self._hash = next_hash(before, packed)
-                    self._kept += len(selection.kept)
-                    self.next_seq += 1
-                    if self.rows_in is not None:
-                        self.rows_in += selection.n_in
-                    yield selection
-            except ValueError as error:
-                raise StreamError(str(error), hint=AGAIN) from error
+            outside, damaged = rows.outside(items), rows.damaged
+            for row, (seq, epoch, batch_id, kind, n_in, flags, value, residual, packed, kept, score) in enumerate(
+                rows.columns
+            ):
+                if row == damaged:
+                    raise StreamError(
+                        f"selection record {seq} is damaged: its crc does not match its columns", hint=AGAIN
+                    )
+                if seq != self.next_seq:
+                    raise StreamError(f"selection record out of sequence: got batch {seq}, expected {self.next_seq}")
+                before = running if last == seq else self._hash
+                if kind:
+                    if self._mark(kind, seq, epoch, kept.tolist(), before, reason):
+                        with suppress(EOFError):  # Arrow's end mark: a producer must not find its pipe broken
+                            self._source.read()
+                        return
+                    running, last = next_hash(before, packed), seq
+                    continue
+                status = status_of(flags)
+                if not len(kept) or status is None or (outside and row in outside):
+                    raise StreamError(
+                        f"selection record {seq} names no row, one outside 0..{items - 1}, or an unknown status"
+                    )
+                self._hash = sha256(before + packed).digest()  # next_hash, without the price of a call
+                self._kept += len(kept)
+                self.next_seq = seq + 1
+                if self.rows_in is not None:
+                    self.rows_in += n_in
+                selection = make(Selection)
+                selection.__dict__.update(  # the __init__ of a frozen class takes twice as long
+                    seq=seq,
+                    epoch=epoch,
+                    batch_id=batch_id,
+                    n_in=n_in,
+                    kept=kept,
+                    score=score,
+                    status=status,
+                    value=value,
+                    residual=residual,
+                )
+                yield selection
 
     def _read(self) -> tuple[Rows, str]:
         try:
@@ -180,7 +196,7 @@ class SelectionStream:
         except ValueError as error:
             raise StreamError(f"selection record after batch {self.next_seq} is damaged: {error}") from error
 
-    def _mark(self, kind: int, mark: Selection, running: bytes, reason: str) -> bool:
+    def _mark(self, kind: int, seq: int, epoch: int, numbers: list[int], running: bytes, reason: str) -> bool:
         """Check a record that is no batch.
 
         Returns:
@@ -190,18 +206,17 @@ class SelectionStream:
             ProducerFailedError: It says that the producer failed.
             StreamError: It does not match what came before it.
         """
-        numbers = mark.kept.tolist()
         if kind == Kind.ERROR:
             raise ProducerFailedError(
-                f"the producer of the selection failed at batch {mark.seq}: {reason}",
+                f"the producer of the selection failed at batch {seq}: {reason}",
                 hint="see the messages of gstds-select",
             )
         if kind == Kind.EPOCH_END:
-            epoch = min(max(mark.epoch, 0), self.header.epochs - 1)
-            held, promised = self._kept - self._kept_before[epoch], self.header.kept_per_epoch[epoch]
-            if not numbers == [held] == [promised] or self.next_seq != (mark.epoch + 1) * self.header.batches_per_epoch:
+            known = min(max(epoch, 0), self.header.epochs - 1)
+            held, promised = self._kept - self._kept_before[known], self.header.kept_per_epoch[known]
+            if not numbers == [held] == [promised] or self.next_seq != (epoch + 1) * self.header.batches_per_epoch:
                 raise StreamError(
-                    f"epoch {mark.epoch} ends with {numbers} rows kept, its records hold {held}, the header promises "
+                    f"epoch {epoch} ends with {numbers} rows kept, its records hold {held}, the header promises "
                     f"{promised}"
                 )
             return False

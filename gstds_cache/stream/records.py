@@ -8,10 +8,11 @@ scores. The crc is taken over them, and the running SHA-256 is a chain over them
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
+from itertools import pairwise
 
 import google_crc32c
 import numpy as np
@@ -140,6 +141,9 @@ class Rows:
 
     Attributes:
         kept: All kept rows of the batch, int64, writable; row ``r`` has ``kept[starts[r]:starts[r + 1]]``.
+        columns: An iterator over the rows in order: seq, epoch, batch_id, kind, n_in, status, value, residual, packed
+            bytes, kept, score.
+        damaged: The first row whose crc is not that of its columns; None where there is none.
     """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
@@ -152,48 +156,33 @@ class Rows:
         for name, array in column.items():
             if name != "score" and array.null_count:
                 raise ValueError(f"column {name} holds nulls")
-        self._numbers = np.empty(batch.num_rows, NUMBERS)
-        for name in ("seq", "epoch", "batch_id", "kind", "n_in", "status", "value", "residual"):
-            self._numbers[name] = column[name].to_numpy()
-        self._crc = column["crc"].to_numpy().tolist()
         starts, self.kept = _values(column["kept"])
-        score_starts, self._score = _values(column["score"])
-        self._numbers["kept_length"] = np.diff(starts)
-        self._numbers["score_length"] = np.diff(score_starts)
+        score_starts, score = _values(column["score"])
+        numbers = np.empty(batch.num_rows, NUMBERS)
+        plain = []
+        for name in ("seq", "epoch", "batch_id", "kind", "n_in", "status", "value", "residual"):
+            numbers[name] = values = column[name].to_numpy()
+            plain.append(values.tolist())
+        numbers["kept_length"] = np.diff(starts)
+        numbers["score_length"] = np.diff(score_starts)
+        self.starts = starts.tolist()
+        kept_parts = [self.kept[a:b] for a, b in pairwise(self.starts)]
+        score_parts: list[np.ndarray | None] = [score[a:b] for a, b in pairwise(score_starts.tolist())]
         if column["score"].null_count:
-            self._numbers["score_length"][column["score"].is_null().to_numpy(zero_copy_only=False)] = -1
-        self.starts, self._score_starts = starts.tolist(), score_starts.tolist()
+            for row in np.flatnonzero(column["score"].is_null().to_numpy(zero_copy_only=False)).tolist():
+                numbers["score_length"][row] = -1
+                score_parts[row] = None
+        heads = numbers.view(f"V{NUMBERS.itemsize}").tolist()
+        scores = [b"" if part is None else part for part in score_parts]
+        packed = [b"".join(parts) for parts in zip(heads, kept_parts, scores, strict=True)]  # type: ignore[arg-type]
+        self.columns = zip(*plain, packed, kept_parts, score_parts, strict=True)
+        crcs = zip(map(google_crc32c.value, packed), column["crc"].to_numpy().tolist(), strict=True)
+        self.damaged = next((row for row, (got, said) in enumerate(crcs) if got != said), None)
 
     def outside(self, items: int) -> frozenset[int]:
         """Rows of the batch that name an item below 0 or from ``items`` on."""
         bad = np.flatnonzero(self.kept.view(np.uint64) >= items)  # a negative number is a huge one
         return frozenset((np.searchsorted(self.starts, bad, side="right") - 1).tolist()) if bad.size else frozenset()
-
-    def checked(self) -> Iterator[tuple[int, int, bytes, Selection]]:
-        """Yield the rows in order, their crc checked.
-
-        Yields:
-            Position in the batch, kind, packed bytes, and the record as a selection.
-
-        Raises:
-            ValueError: A record's crc is not that of its columns; its ``seq`` is named.
-        """
-        kept, score, starts, score_starts = self.kept, self._score, self.starts, self._score_starts
-        whole, kept_bytes, score_bytes = self._numbers.tobytes(), kept.tobytes(), score.tobytes()
-        size, make, crc32c = NUMBERS.itemsize, Selection, google_crc32c.value
-        for row, (numbers, crc) in enumerate(zip(self._numbers.tolist(), self._crc, strict=True)):
-            seq, epoch, batch_id, kind, n_in, status, value, residual, _, score_length = numbers
-            a, b, c = starts[row], starts[row + 1], score_starts[row]
-            body = whole[row * size : (row + 1) * size] + kept_bytes[8 * a : 8 * b]
-            scores = None
-            if score_length >= 0:
-                d = score_starts[row + 1]
-                body += score_bytes[4 * c : 4 * d]
-                scores = score[c:d]
-            if crc32c(body) != crc:
-                raise ValueError(f"selection record {seq} is damaged: its crc does not match its columns")
-            flags = STATUS[status] if status in STATUS else Status(status)
-            yield row, kind, body, make(seq, epoch, batch_id, n_in, kept[a:b], scores, flags, value, residual)
 
 
 def _values(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -93,9 +93,7 @@ def test_of_two_trainers_on_one_service_the_killed_one_ends_with_the_others_weig
         for process in (killed, whole):
             process.kill()
             process.wait()
-    ended, never_killed = (
-        torch.load(folder / run / "checkpoint.pt", weights_only=True) for run in ("killed", "whole")
-    )
+    ended, never_killed = (torch.load(folder / run / "checkpoint.pt", weights_only=True) for run in ("killed", "whole"))
     assert 0 < saved["step"] < ended["step"] == never_killed["step"]
     for part in ("network", "optimizer", "step", "samples", "loss", "sha"):
         assert same(ended[part], never_killed[part]), part
@@ -131,9 +129,7 @@ def test_two_ranks_on_a_service_miss_nothing_and_take_nothing_twice(service) -> 
     with open_selection(where) as stream:
         flat = list(chain(*(selection.kept.tolist() for selection in stream)))
     ranks = [SelectedBatchSampler(where, rank=rank, world_size=2, batch_size=32) for rank in range(2)]
-    together = [
-        rows for _ in range(ranks[0].epochs) for pair in zip(*ranks, strict=True) for rows in chain(*pair)
-    ]
+    together = [rows for _ in range(ranks[0].epochs) for pair in zip(*ranks, strict=True) for rows in chain(*pair)]
     assert together == flat[: len(flat) // 32 * 32]
 
 
