@@ -9,7 +9,7 @@ from typing import Literal
 from gstds_cache.errors import UsageError
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
-DEFAULT_RULE = "coverage"
+DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,14 @@ from gstds_cache.uris import split_query
 
 FORMAT = 1
 KINDS = {
-    "auto": "probe where the rule looks at guidance",
+    "auto": "uncertainty where the rule looks at guidance and rows have labels, else none",
     "probe": "held-out loss of a linear probe",
     "uncertainty": "entropy of that probe's prediction",
     "disagreement": "share of graph neighbours with another label",
     "file:SCORES.npy": "numbers of your own",
     "none": "all rows alike",
 }
+DEFAULT = "uncertainty"  # as good as the probe's loss, and blind to a row's own wrong label (docs/method.md)
 PROBED = {"probe": "loss", "uncertainty": "entropy"}
 
 
@@ -172,7 +173,7 @@ def load_or_make_guidance(
 
     Args:
         store: Where embeddings and labels are.
-        guidance: As on the command line, or parsed; ``auto`` is ``probe``.
+        guidance: As on the command line, or parsed; ``auto`` is :data:`DEFAULT`.
         threads: CPU threads.
         device: Where a probe is trained.
 
@@ -183,6 +184,7 @@ def load_or_make_guidance(
         UsageError: The store has no labels to learn from, or a file does not fit the store.
     """
     spec = parse_guidance(guidance) if isinstance(guidance, str) else guidance
+    spec = replace(spec, kind=DEFAULT) if spec.kind == "auto" else spec
     digest = guidance_digest(store, spec)
     if spec.path is not None:
         return Guidance("file", digest, _own_scores(store, spec.path), note=f"read from {spec.path}")

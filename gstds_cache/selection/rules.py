@@ -18,7 +18,7 @@ from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.plugins import load_factory
 from gstds_cache.selection.rule import Choose, Rule, RuleBatch
 from gstds_cache.selection.spread import SPREAD, spread, spread_guided
-from gstds_cache.selection.strata import cells, strata
+from gstds_cache.selection.strata import cells, cells_squared, guided, strata
 
 
 def coverage(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -63,8 +63,10 @@ RULES = {
         Rule("gap", "widest spacing to Fiedler neighbours", gap),
         Rule("strata", "one of each stretch of the Fiedler order, by guidance", strata, needs_guidance=True),
         Rule("cells", f"one of each cell of {SPREAD} eigenvectors, by guidance", cells, SPREAD, needs_guidance=True),
+        Rule("cells-squared", "the same, by guidance squared", cells_squared, SPREAD, needs_guidance=True),
         Rule("spread", f"farthest points in {SPREAD} eigenvectors", spread, SPREAD),
         Rule("spread-guided", "farthest points, distances times guidance", spread_guided, SPREAD, needs_guidance=True),
+        Rule("guided", "drawn by guidance; computes no graph", guided, vectors=0, needs_guidance=True),
         Rule("random", "uniformly random; computes no graph", random, vectors=0),
     )
 }

@@ -26,6 +26,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import (
+    DEFAULT,
     Guidance,
     GuidanceSpec,
     guidance_digest,
@@ -85,7 +86,7 @@ class BatchSelector:
         check_floor(config.min_per_class, store.labels[self.plan.rows], store.journal.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
-        self._guidance_spec = _guidance_spec(config.guidance, self.rule)
+        self._guidance_spec = _guidance_spec(config.guidance, self.rule, store)
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
@@ -293,10 +294,13 @@ def _on_cpu(result: R) -> R:
     return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
 
-def _guidance_spec(text: str, rule: Rule) -> GuidanceSpec:
+def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec:
     spec = parse_guidance(text)
     if rule.needs_guidance:
-        return replace(spec, kind="probe") if spec.kind == "auto" else spec
+        if spec.kind != "auto":
+            return spec
+        labelled = len(np.unique(store.labels[store.labels >= 0])) > 1
+        return replace(spec, kind=DEFAULT if labelled else "none")
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]
         raise UsageError(

@@ -10,12 +10,12 @@ from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.spread import coordinates, weights
 
 
-def _draw(batch: RuleBatch) -> Float64[np.ndarray, " B"]:
-    """A number for each row, of which the largest of any set of rows is a draw from it in proportion to the weights.
+def _draw(batch: RuleBatch, power: float = 1.0) -> Float64[np.ndarray, " B"]:
+    """A number for each row, of which the largest of any set of rows is a draw from it in proportion to weight^power.
 
-    (The Gumbel-max trick: log w + Gumbel noise.)
+    (The Gumbel-max trick: power log w + Gumbel noise.)
     """
-    return np.asarray(np.log(weights(batch)) + batch.rng.gumbel(size=len(batch)), np.float64)
+    return np.asarray(power * np.log(weights(batch)) + batch.rng.gumbel(size=len(batch)), np.float64)
 
 
 def strata(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -31,10 +31,29 @@ def cells(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     Cells come from halving: a set that is to give m rows is cut across the eigenvector along which it is widest, so
     that the two sides give m // 2 and the rest, and hold rows in that proportion.
     """
+    return _one_of_each_cell(batch, power=1.0)
+
+
+def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
+    """The same cells, drawn in proportion to squared difficulty.
+
+    Drawn from the whole batch, squared weights keep too few of the easy rows; one row of each cell stays whatever its
+    weight (docs/method.md has both, measured).
+    """
+    return _one_of_each_cell(batch, power=2.0)
+
+
+def guided(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
+    """Rows drawn in proportion to difficulty, without looking at a graph: what every guided rule has to beat."""
+    hardest_first = np.argsort(-_draw(batch), kind="stable")
+    return np.sort(hardest_first[: batch.keep])
+
+
+def _one_of_each_cell(batch: RuleBatch, power: float) -> Int64[np.ndarray, " M"]:
     order = np.arange(len(batch))
     bounds = np.empty(batch.keep + 1, np.int64)
     halve(coordinates(batch), order, bounds)
-    return np.sort(_winners(order, bounds, _draw(batch)))
+    return np.sort(_winners(order, bounds, _draw(batch, power)))
 
 
 def _winners(

@@ -89,9 +89,9 @@ def counts_of(batch: RuleBatch) -> list[float]:
     return [g + 0.05 * mean if mean > 0 else 1.0 for g in batch.guidance]
 
 
-def naive_draw(batch: RuleBatch, piece: list[int], noise: np.ndarray) -> int:
+def naive_draw(batch: RuleBatch, piece: list[int], noise: np.ndarray, power: int = 1) -> int:
     weight = counts_of(batch)
-    return max(piece, key=lambda i: math.log(weight[i]) + noise[i])
+    return max(piece, key=lambda i: power * math.log(weight[i]) + noise[i])
 
 
 def naive_strata(batch: RuleBatch) -> list[int]:
@@ -105,7 +105,7 @@ def scaled(batch: RuleBatch) -> list[list[float]]:
     return [[x / math.sqrt(value) for x, value in zip(row, batch.values, strict=True)] for row in batch.basis]
 
 
-def naive_cells(batch: RuleBatch) -> list[int]:
+def naive_cells(batch: RuleBatch, power: int = 1) -> list[int]:
     points, noise = scaled(batch), again(batch).rng.gumbel(size=len(batch))
 
     def cut(rows: list[int], keep: int) -> list[list[int]]:
@@ -117,7 +117,7 @@ def naive_cells(batch: RuleBatch) -> list[int]:
         left = len(rows) * (keep // 2) // keep
         return cut(ordered[:left], keep // 2) + cut(ordered[left:], keep - keep // 2)
 
-    return sorted(naive_draw(batch, cell, noise) for cell in cut(list(range(len(batch))), batch.keep))
+    return sorted(naive_draw(batch, cell, noise, power) for cell in cut(list(range(len(batch))), batch.keep))
 
 
 def naive_farthest(batch: RuleBatch, weight: list[float]) -> list[int]:
@@ -146,6 +146,7 @@ def test_cells_draws_one_of_each_cell(batch: RuleBatch, noise: int) -> None:
     # Where two coordinates vary equally, rounding decides which is cut; so no ties here.
     batch = replace(batch, basis=np.random.default_rng(noise).normal(size=batch.basis.shape))
     assert RULES["cells"].choose(again(batch)).tolist() == naive_cells(batch)
+    assert RULES["cells-squared"].choose(again(batch)).tolist() == naive_cells(batch, power=2)
 
 
 @settings(max_examples=40)
@@ -188,7 +189,7 @@ def test_every_rule_keeps_that_many_different_rows_in_order_and_the_same_again(r
     assert rule.choose(again(batch)).tolist() == kept.tolist()
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in {"random", "strata", "cells"}])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in {"random", "strata", "cells", "cells-squared"}])
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), rows=st.integers(3, 50), share=st.floats(0, 1))
 def test_rules_that_draw_nothing_do_not_care_for_the_order_of_rows(name: str, seed, rows, share) -> None:
