@@ -207,7 +207,8 @@ def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_pat
     np.save(tmp_path / "c.npy", np.zeros(N))
     a, b, c = (digest(f"file:{tmp_path / name}.npy") for name in "abc")
     assert a == b != c
-    assert digest("auto") == digest("probe") == digest("probe?cutoff=0&folds=2")
+    assert digest("probe") == digest("probe?cutoff=0&folds=2")
+    assert digest("auto") == digest("uncertainty")
     texts = ("probe", "probe?cutoff=0.1", "probe?seed=1", "probe?folds=3", "uncertainty", "disagreement", "none")
     assert len({digest(text) for text in texts} | {a, c}) == len(texts) + 2
     assert digest("auto", "coverage") == digest("none", "coverage")
@@ -262,3 +263,11 @@ def test_data_without_labels_are_told_what_to_do(clusters, tmp_path) -> None:
         with pytest.raises(UsageError, match="use --guidance none"):
             list(BatchSelector(store, replace(CONFIG, guidance=text)).run())
     assert len(list(BatchSelector(store, replace(CONFIG, guidance="none")).run())) == 12
+
+
+def test_the_default_selects_without_labels_too(clusters, tmp_path) -> None:
+    write_store(tmp_path / "bare.store", np.full(N, -1), clusters[1])
+    config = SelectConfig(batch_size=64, epochs=1, knn=6, device="cpu")
+    selector = BatchSelector(EmbeddingStore(tmp_path / "bare.store"), config)
+    assert selector.guidance.kind == "none"
+    assert sum(len(selection.kept) for selection in selector.run()) == selector.plan.total_kept

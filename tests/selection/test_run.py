@@ -17,7 +17,7 @@ from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
-CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu")
+CONFIG = SelectConfig(rule="coverage", batch_size=64, epochs=2, knn=6, device="cpu")
 
 THIRD = """
 import numpy as np
