@@ -39,7 +39,7 @@ from batches import made_up
 from bench_store import Ours
 from harness import interleaved, parser, report, spread
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.devices import cores, in_threads, limit_threads
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.rule import RuleBatch, settle_ties
@@ -137,13 +137,13 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
         for _ in in_threads(lambda pair: np.matmul(pair[0], pair[1].T), pairs, cores()):
             pass
 
-    def ours(threads: int = 0) -> list[np.ndarray]:
-        selector, kept = BatchSelector(store, replace(config, threads=threads)), []
+    def ours(threads: int = 0, **changes: str) -> list[np.ndarray]:
+        selector, kept = BatchSelector(store, replace(config, threads=threads, **changes)), []
         for selection in selector.run():
             kept.append(selection.kept)
             if len(kept) == batches:
                 break
-        for phase, spent in selector.counts.seconds.items():
+        for phase, spent in selector.counts.seconds.items() if not changes else ():
             work.setdefault(phase, []).append(spent / sum(selector.counts.seconds.values()))
         return kept
 
@@ -169,6 +169,7 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
             product_numpy=product_numpy,
             ours=ours,
             ours_1_thread=lambda: ours(1),
+            ours_default_rule=lambda: ours(rule=DEFAULT_RULE, guidance="auto"),
             **{
                 f"{search}_scipy_eigsh_{threads}_threads": partial(composed, search, threads)
                 for search in ("faiss", "numpy")
@@ -205,6 +206,8 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
         "ours_over_the_product": spread([1 / ratio for ratio in over_ours(limit)["trials"]]),
         "best_composition_over_ours": {name: over_ours(name) for name in best.values()},
         "composition_in_processes_over_ours": {s: over_ours(f"{s}_scipy_eigsh_processes") for s in ("faiss", "numpy")},
+        "default_rule": DEFAULT_RULE,
+        "default_rule_over_ours": over_ours("ours_default_rule"),
         "one_thread_over_ours": over_ours("ours_1_thread"),
         "work": {phase: float(np.median(shares)) for phase, shares in work.items()},
         "cosine_with_peers": {"median": float(np.median(cosine)), "min": min(cosine)},
@@ -233,7 +236,13 @@ def main() -> None:
                     batches = max(3, min(arguments.batches, arguments.batches * 512 // size))
                     epochs = 1 + batches * size // (len(store) // 2)
                     config = SelectConfig(
-                        batch_size=size, knn=arguments.knn, epochs=epochs, tolerance=tolerance, device="cpu"
+                        batch_size=size,
+                        knn=arguments.knn,
+                        epochs=epochs,
+                        tolerance=tolerance,
+                        device="cpu",
+                        rule="coverage",
+                        guidance="none",
                     )
                     name = f"{path.name} B={size} tol={tolerance:g}"
                     results[name] = whole_path(store, config, batches, arguments.trials)
