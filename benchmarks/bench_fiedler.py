@@ -34,6 +34,7 @@ from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.memory import keep_freed_memory
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 
 SECONDS_OF_A_TRIAL = 0.4
@@ -192,6 +193,7 @@ def main() -> None:
         made.error("give a STORE, or --smoke")
     if arguments.smoke:
         arguments.batch_sizes, arguments.graphs, arguments.trials = [64], 2, 1
+    keep_freed_memory()  # as our commands do; it holds for everyone in this process
     limit_threads(cores())
     warnings.simplefilter(
         "ignore"

@@ -22,6 +22,7 @@ from harness import parser, report, spread
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, limit_threads
+from gstds_cache.memory import keep_freed_memory
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -47,6 +48,7 @@ def of_status(name: str) -> float:
 
 
 def child(store: str, batches: int) -> None:
+    keep_freed_memory()  # as our commands do; it holds for everyone in this process
     limit_threads(cores())
     opened = EmbeddingStore(store, access="mirror", memory_budget=0)
     begun = time.perf_counter()

@@ -22,6 +22,7 @@ from harness import interleaved, parser, report
 from gstds_cache.devices import cores, limit_threads
 from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch
 from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
         made.error("give a STORE, or --smoke")
     if arguments.smoke:
         arguments.batch_sizes, arguments.trials = [64], 1
+    keep_freed_memory()  # as our commands do; it holds for everyone in this process
     limit_threads(cores())
     device, by_size = torch.device(arguments.device), {}
     names = [name for name in BACKENDS if name != "faiss-gpu" or faiss.get_num_gpus()]

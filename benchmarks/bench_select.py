@@ -39,6 +39,7 @@ from batches import made_up
 from bench_store import Ours
 from harness import interleaved, parser, report, spread
 
+from gstds_cache.memory import keep_freed_memory
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.devices import cores, in_threads, limit_threads
 from gstds_cache.selection.plan import BatchPlan
@@ -227,7 +228,8 @@ def main() -> None:
         if arguments.smoke:
             arguments.stores, arguments.batch_sizes = [smoke_store(Path(folder))], [64]
             arguments.batches, arguments.trials = 3, 1
-        limit_threads(cores())
+        keep_freed_memory()  # as our commands do; it holds for everyone in this process
+    limit_threads(cores())
         results: dict[str, dict[str, object]] = {}
         for path in arguments.stores:
             store = EmbeddingStore(path, access="memory")
