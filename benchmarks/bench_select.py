@@ -39,9 +39,9 @@ from batches import made_up
 from bench_store import Ours
 from harness import interleaved, parser, report, spread
 
-from gstds_cache.memory import keep_freed_memory
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.devices import cores, in_threads, limit_threads
+from gstds_cache.memory import keep_freed_memory
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.rule import RuleBatch, settle_ties
 from gstds_cache.selection.rules import coverage
@@ -229,7 +229,7 @@ def main() -> None:
             arguments.stores, arguments.batch_sizes = [smoke_store(Path(folder))], [64]
             arguments.batches, arguments.trials = 3, 1
         keep_freed_memory()  # as our commands do; it holds for everyone in this process
-    limit_threads(cores())
+        limit_threads(cores())
         results: dict[str, dict[str, object]] = {}
         for path in arguments.stores:
             store = EmbeddingStore(path, access="memory")
