@@ -3,7 +3,8 @@
     python benchmarks/bench_growth.py [--rows 10000 100000 1000000 10000000]
 
 Each store is [rows, 64] float16 and read from its mirror, in exact random order. Time per batch must not depend on the
-rows; memory beyond the mapped file should not either, but for the plan's order of the rows (16 bytes a row).
+rows. Memory beyond the mapped file grows by what is held of each row: its label, whether it takes part, its place in
+the orders of two epochs, and what numbering them took once, since freed memory is kept.
 """
 
 from __future__ import annotations

@@ -19,15 +19,13 @@ def check_floor(floor: int, labels: Int64[np.ndarray, " n"], classes: Sequence[s
     """Refuse a floor that no batch could keep.
 
     Args:
-        floor: Rows of each class that are to stay in a batch.
+        floor: Rows of each class that are to stay in a batch, >= 1.
         labels: Labels of all rows that take part, -1 where there is none.
         classes: Class names by label.
 
     Raises:
         UsageError: There are no labels, or a class has fewer rows in the whole data set than the floor.
     """
-    if floor == 0:
-        return
     names, counts = np.unique(labels[labels >= 0], return_counts=True)
     if not len(names):
         raise UsageError("--min-per-class: this store has no labels", hint="leave --min-per-class out")

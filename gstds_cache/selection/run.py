@@ -83,7 +83,8 @@ class BatchSelector:
             window=parse_order(config.order),
             unit_rows=store.spec.unit_rows,
         )
-        check_floor(config.min_per_class, store.labels[self.plan.rows], store.journal.classes)
+        if config.min_per_class:
+            check_floor(config.min_per_class, store.labels[self.plan.rows], store.journal.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self._guidance_spec = _guidance_spec(config.guidance, self.rule, store)
@@ -299,7 +300,8 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec
     if rule.needs_guidance:
         if spec.kind != "auto":
             return spec
-        labelled = len(np.unique(store.labels[store.labels >= 0])) > 1
+        largest = int(store.labels.max(initial=-1))
+        labelled = int(np.min(store.labels, where=store.labels >= 0, initial=largest)) < largest  # two classes at least
         return replace(spec, kind=DEFAULT if labelled else "none")
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]

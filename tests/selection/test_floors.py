@@ -57,4 +57,3 @@ def test_a_floor_that_does_not_fit_names_the_class_and_the_numbers() -> None:
     with pytest.raises(UsageError, match="no labels"):
         check_floor(1, np.full(4, -1), NAMES)
     check_floor(1, labels, NAMES)
-    check_floor(0, np.full(4, -1), NAMES)
