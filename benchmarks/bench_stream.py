@@ -1,4 +1,4 @@
-"""The stream: records a second over a pipe and over Flight beside bare pyarrow, and what importing the trainer loads.
+"""The stream: records a second beside bare pyarrow, readers beside a stalled one, and what is waited for.
 
     python benchmarks/bench_stream.py [--trials 5] [--records 100000]
 
@@ -6,6 +6,9 @@ A finished selection, 128 indices a record, is sent by another process (over a p
 by the service, from its file), and every record is taken as a ``Selection``. The peer reads the same record batches
 with pyarrow alone and makes the same objects, without crc, running hash or any check; ``arrays`` makes bare tuples with
 NumPy slices instead, which is the least that a consumer could do.
+
+The other rows are in ``stream_shared.py`` (eight readers, one of which stalls) and ``stream_waits.py`` (the time to a
+first record, and a trainer's wait for indices); both run the commands on the digits, which are embedded first.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 from harness import parser, report, spread
+from stream_shared import one_stalled
+from stream_waits import COMMANDS, first_record, trainers_wait
 
 from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.status import Status
@@ -122,32 +128,57 @@ def over_flight(port: int, how: str) -> float:
     return count / (time.perf_counter() - begun)
 
 
+def rates(records: int, trials: int) -> dict[str, Any]:
+    """Records/s of ours and of the peers, in turn, after one round that is not counted."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{'d' * 16}.arrow"
+        words = [sys.executable, "-c", SERVER, folder, write(path, records)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            port = int(server.stdout.readline())
+            for trial in range(trials + 1):
+                for name in ("pipe", "flight"):
+                    for how in ("gstds", "objects", "arrays"):  # next to each other: the machine's speed drifts
+                        rate = over_pipe(path, how) if name == "pipe" else over_flight(port, how)
+                        if trial:
+                            found.setdefault(f"{name}_{how}", []).append(rate)
+            server.stdin.close()
+    ratios = {
+        f"{name}_over_{peer}": spread(
+            [a / b for a, b in zip(found[f"{name}_gstds"], found[f"{name}_{peer}"], strict=True)]
+        )
+        for name in ("pipe", "flight")
+        for peer in ("objects", "arrays")
+    }
+    return {"records_per_second": {name: spread(values) for name, values in found.items()}, "ratios": ratios}
+
+
+def waits(trials: int, smoke: bool) -> dict[str, Any]:
+    """The rows that need a store, on the digits."""
+    dataset, records = ("digits?split=test", 1_000) if smoke else ("digits", 20_000)
+    select, train = (
+        (["--batch-size", "64", "--epochs", "2"], ["--arch", "conv3"]) if smoke else (["--epochs", "20"], [])
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "digits.store"
+        words = [COMMANDS / "gstds-embed", dataset, "--cache", store, "--device", "cpu"]
+        subprocess.run(words, check=True, capture_output=True)
+        selections = store.with_name("digits.store.selections")
+        selections.mkdir()
+        digest = write(selections / f"{'d' * 16}.arrow", records)
+        shared = one_stalled(store, digest, trials, *select, readers=3 if smoke else 8) | {"records": records}
+        first = first_record(store, trials, *select)
+        wait = trainers_wait(dataset, store, min(trials, 2), select_flags=select, train_flags=train)
+    return {"one_reader_stalls": shared, "seconds_to_the_first_record": first, "trainers_wait": wait}
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--records", type=int, default=100_000)
     arguments = made.parse_args()
     if arguments.smoke:
         arguments.records, arguments.trials = 2_000, 1
-    rates: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{'d' * 16}.arrow"
-        digest = write(path, arguments.records)
-        words = [sys.executable, "-c", SERVER, folder, digest]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-            port = int(server.stdout.readline())
-            for trial in range(arguments.trials + 1):
-                for how in ("gstds", "objects", "arrays"):
-                    for name, rate in (("pipe", over_pipe(path, how)), ("flight", over_flight(port, how))):
-                        if trial:
-                            rates.setdefault(f"{name}_{how}", []).append(rate)
-            server.stdin.close()
-    ratios = {
-        f"{name}_over_{peer}": spread(
-            [a / b for a, b in zip(rates[f"{name}_gstds"], rates[f"{name}_{peer}"], strict=True)]
-        )
-        for name in ("pipe", "flight")
-        for peer in ("objects", "arrays")
-    }
+    measured = rates(arguments.records, arguments.trials) | waits(arguments.trials, arguments.smoke)
     imports = [
         json.loads(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout)
         for _ in range(1 if arguments.smoke else 3)
@@ -157,8 +188,7 @@ def main() -> None:
         {
             "records": arguments.records,
             "kept_per_record": KEPT,
-            "records_per_second": {name: spread(values) for name, values in rates.items()},
-            "ratios": ratios,
+            **measured,
             "import_of_train": {
                 "seconds": spread([run["seconds"] for run in imports]),
                 "of_which_torch": spread([run["of_which_torch"] for run in imports]),

@@ -117,20 +117,16 @@ def test_a_sampler_reads_a_service_and_goes_on_from_its_state(service) -> None:
 
 def test_two_ranks_on_a_service_miss_nothing_and_take_nothing_twice(service) -> None:
     _, where = service
-    ranks = [SelectedBatchSampler(where, rank=rank, world_size=2, batch_size=32) for rank in range(2)]
-    assert len(ranks[0]) == len(ranks[1])
-    for _ in range(ranks[0].epochs):
-        steps = list(zip(*ranks, strict=True))
-        assert {len(rows) for pair in steps for rows in pair} == {16}
-        rows = list(chain(*(part for pair in steps for part in pair)))
-        carried = 2 * 32  # what re-packing puts at the head of an epoch from the one before
-        assert len(set(rows)) > len(rows) - carried
-    # Together the two are the selection: every batch cut in two, nothing else left out.
     with open_selection(where) as stream:
-        flat = list(chain(*(selection.kept.tolist() for selection in stream)))
+        epochs = [[] for _ in range(stream.header.epochs)]
+        for selection in stream:
+            epochs[selection.epoch].extend(selection.kept.tolist())
+    assert all(len(set(rows)) == len(rows) for rows in epochs)
+    flat = list(chain(*epochs))
     ranks = [SelectedBatchSampler(where, rank=rank, world_size=2, batch_size=32) for rank in range(2)]
-    together = [rows for _ in range(ranks[0].epochs) for pair in zip(*ranks, strict=True) for rows in chain(*pair)]
-    assert together == flat[: len(flat) // 32 * 32]
+    steps = [pair for _ in epochs for pair in zip(*ranks, strict=True)]
+    assert {len(rows) for pair in steps for rows in pair} == {16}
+    assert list(chain(*(rows for pair in steps for rows in pair))) == flat[: len(flat) // 32 * 32]
 
 
 def test_workers_take_the_batches_of_a_service_in_order(service) -> None:
