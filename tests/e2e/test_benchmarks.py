@@ -45,6 +45,11 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
     if path.stem == "bench_store":
         assert result["damage"]["gstds-cache"]["flipped byte"].startswith("error: ChunkCorruptError")
         assert result["damage"]["gstds-cache"]["killed, then the same again"] == "right rows"
+    if path.stem == "bench_stream":
+        assert result["ratios"]["pipe_over_objects"]["min"] > 0
+        assert result["one_reader_stalls"]["beside_over_alone"]["min"] > 0.2  # not held up by the one that stalls
+        assert result["trainers_wait"]["steps"] > 0
+        assert result["import_of_train"]["heavy_libraries_loaded"] == []
     if path.stem == "bench_memory":
         assert result["rise_bytes"]["500"]["window"]["rise"] > 0
     assert sorted((BENCHMARKS / "results").glob("*")) == before
