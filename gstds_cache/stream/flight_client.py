@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,18 @@ WHERE = re.compile(r"(grpc(?:\+tls)?)://(\[[0-9a-fA-F:]+\]|[^/:\[\]]+):(\d{1,5})
 START = "start it: gstds-select STORE --serve HOST:PORT"
 TOKEN, CA, CERTIFICATE, KEY = (f"GSTDS_{name}" for name in ("TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY"))
 
+_open: weakref.WeakSet[FlightSource] = weakref.WeakSet()
+_left_by_parent: list[object] = []
+
+
+def _forked() -> None:
+    """In a fork's child gRPC's threads are gone: a call, and even freeing a connection, would wait for ever."""
+    for source in _open:
+        _left_by_parent.extend((source._client, source._reader))
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class FlightSource:
     """Record batches of a selection from a service.
@@ -46,6 +59,12 @@ class FlightSource:
             UsageError: The address is none, or the service refuses the request.
             StoreUnavailableError: The service does not answer.
         """
+        if _left_by_parent:
+            raise UsageError(
+                f"{where}: this process was forked from one that had a service open, and gRPC does not work after that",
+                hint="DataLoader(..., multiprocessing_context='spawn'), or num_workers=0, or SelectedBatchSampler, "
+                "which reads in the main process",
+            )
         match = WHERE.fullmatch(where)
         if match is None or (match[4] and not DIGEST.fullmatch(match[4])):
             raise UsageError(
@@ -61,6 +80,7 @@ class FlightSource:
             self._client = fl.FlightClient(location, **(_tls() if match[1] == "grpc+tls" else {}))
             self._reader = self._client.do_get(fl.Ticket(ticket.to_bytes()), fl.FlightCallOptions(headers=headers))
             self.schema = self._reader.schema
+            _open.add(self)
         except (pa.ArrowException, OSError) as error:
             raise self._opening(error) from error
 
@@ -91,6 +111,8 @@ class FlightSource:
 
     def close(self) -> None:
         """End the call; a computation that nobody else reads ends with it."""
+        if self._client in _left_by_parent:
+            return
         with suppress(pa.ArrowException):  # it may have ended
             self._reader.cancel()
         self._client.close()

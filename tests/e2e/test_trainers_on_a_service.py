@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from gstds_cache import SelectedBatchSampler, SelectedDataset
+from gstds_cache.errors import UsageError
 from gstds_cache.stream.reader import open_selection
 
-DATASET, EPOCHS = "digits?split=test", 30
+DATASET, EPOCHS = "digits?split=test", 60
 TRAIN = ["gstds-train", DATASET, "--arch", "conv3", "--lr", "0.02", "--device", "cpu", "--threads", "1"]
 
 
@@ -129,10 +130,26 @@ def test_two_ranks_on_a_service_miss_nothing_and_take_nothing_twice(service) -> 
     assert list(chain(*(rows for pair in steps for rows in pair))) == flat[: len(flat) // 32 * 32]
 
 
-def test_workers_take_the_batches_of_a_service_in_order(service) -> None:
+def test_an_iterable_data_set_over_a_service_and_workers(service) -> None:
     _, where = service
     with open_selection(where) as stream:
         reference = [selection.kept.tolist() for selection in stream]
     items = list(range(stream.header.items))
     batches = SelectedDataset(items, where)
+    # gRPC does not survive a fork: a worker that would wait for ever says so instead.
+    forked = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    with pytest.raises(UsageError, match="spawn"):
+        next(iter(forked))
+    spawned = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=60)
+    assert [batch.tolist() for batch in spawned] == reference
     assert [batch.tolist() for batch in DataLoader(batches, batch_size=None)] == reference
+
+
+def test_forked_workers_load_the_items_of_a_sampler_on_a_service(service) -> None:
+    _, where = service
+    sampler = SelectedBatchSampler(where)
+    items = torch.arange(sampler.header.items)
+    loader = DataLoader(items, batch_sampler=sampler, num_workers=1, multiprocessing_context="fork", timeout=60)
+    first = [batch.tolist() for batch in loader]
+    with open_selection(where) as stream:
+        assert first == [selection.kept.tolist() for selection, _ in zip(stream, first, strict=False)]
