@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
 
-.PHONY: demo test faults lint check-types coverage clean
+.PHONY: demo study-tables test faults lint check-types coverage clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "== installing into $(VENV) with $$($(PYTHON) --version): about 2 minutes, 7 GB"
@@ -14,12 +14,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.installed
-	@echo "== demo: embed the digits, select a quarter of each batch, train three times (about 2 minutes on 2 cores)"
+	@echo "== demo: embed the digits, select a quarter of each batch, train with several seeds (about 3 minutes on 2 cores)"
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.installed lint check-types
 	@echo "== tests: about 5 minutes on 2 cores"
 	$(BIN)/python -m pytest
+
+# The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
+study-tables: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.study.tables
 
 # Every kill point, every byte, thousands of orders of events. GSTDS_FAULT_SEED=N draws the same points again.
 faults: $(VENV)/.installed
