@@ -115,17 +115,19 @@ def _budgets(study: Study, ratio: float, epochs: int) -> str:
     runs, full = study.of("default", ratio, epochs), study.of("full", ratio, epochs)
     live = [line["cpu_seconds"]["select"] / line["cpu_seconds"]["train"] for line in runs.values()]
     replayed = [line["seconds"]["indices"] / sum(line["seconds"][p] for p in PHASES) for line in runs.values()]
-    probe = study.score_seconds("probe")
+    seconds = study.score_seconds("probe")
+    probe = f"{seconds:.1f} s" if seconds >= 0.1 else "was there"
     text += (
-        f"\n\nEmbedding once: {study.embed_seconds:.0f} core s; the probe: {probe:.1f} s. Selection takes "
+        f"\n\nEmbedding once: {study.embed_seconds:.0f} core s; the probe: {probe}. Selection takes "
         f"{100 * np.mean(live):.1f} % of training time live, {100 * np.mean(replayed):.1f} % replayed from a file."
     )
     if full:
         target = float(np.mean([line["test_accuracy"] for line in full.values()]))
         times = [
             f"{method} {'never' if (s := study.seconds_to(method, ratio, target)) is None else f'{s:.1f} s'}"
-            for method in ("full", "random", "default")
+            for method in ("random", "default")
         ]
+        times = [f"full {np.mean([study.clock(line, OFTEN) for line in full.values()]):.1f} s", *times]
         text += f" Time to full training's mean accuracy ({100 * target:.2f} %), the cache there: {', '.join(times)}."
         even = study.break_even(ratio, epochs)
         saved = study.difference("default", "full", ratio, epochs)
