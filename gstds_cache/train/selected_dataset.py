@@ -30,7 +30,7 @@ class SelectedDataset(IterableDataset[Any]):
 
     ::
 
-        batches = SelectedDataset(dataset, "grpc://localhost:8815")
+        batches = SelectedDataset(dataset, "selection.arrow")
         for images, labels in DataLoader(batches, batch_size=None, num_workers=2): ...
 
     One iteration is the whole selection, all its epochs. ``batch_size=None`` tells the DataLoader that these are
@@ -38,7 +38,8 @@ class SelectedDataset(IterableDataset[Any]):
 
     DataLoader workers: worker w of n makes the batches w, w + n, ... and opens the selection for itself; the DataLoader
     takes from them in turn, so the order is the selection's. A stream that is open already can be read by one process,
-    so it takes ``num_workers=0``; more are refused.
+    so it takes ``num_workers=0``; more are refused. From a service (``grpc://...``) workers have to be spawned
+    (``multiprocessing_context="spawn"``): gRPC does not survive a fork, and a forked worker says so.
 
     Attributes:
         header: What the selection says of itself.
