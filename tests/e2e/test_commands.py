@@ -170,7 +170,14 @@ def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of,
     slow = [word.replace(":build", ":build_slow") for word in embed_words[:-1]]
     reference = command(*slow, "--cache", "slow.store")
     executable = Path(sys.executable).with_name("gstds-embed")
-    process = subprocess.Popen([executable, *slow[1:]], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    # In a job that a shell put into the background Ctrl-C is ignored, and children inherit that.
+    process = subprocess.Popen(
+        [executable, *slow[1:]],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
     receipts = tmp_path / "photos.store" / "receipts"
     deadline = time.monotonic() + 120
     while not (receipts.is_dir() and len(list(receipts.glob("*.json"))) >= 3):
