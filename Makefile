@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.installed lint check-types
-	@echo "== tests: about 5 minutes on 2 cores"
+	@echo "== tests: about 10 minutes on 2 cores"
 	$(BIN)/python -m pytest
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
