@@ -90,12 +90,11 @@ class StudyData:
 
     @torch.inference_mode()
     def accuracy(self, network: nn.Module, items: int | None = None) -> float:
-        """Share of the test set classified rightly; of ``items`` evenly spread ones where given."""
+        """Share of the test set's decodable images classified rightly; of ``items`` evenly spread ones where given."""
         network.eval()
-        total = len(self.test)
-        rows = (
-            np.arange(total) if items is None or items >= total else np.linspace(0, total - 1, items).astype(np.int64)
-        )
+        rows = np.flatnonzero(self.test_feed.decodable)
+        if items is not None and items < len(rows):
+            rows = rows[np.linspace(0, len(rows) - 1, items).astype(np.int64)]
         parts = [rows[start : start + TEST_BATCH] for start in range(0, len(rows), TEST_BATCH)]
         right = 0
         for part, pixels in zip(parts, self.test_feed.batches(parts), strict=True):
@@ -105,7 +104,7 @@ class StudyData:
 
     @torch.inference_mode()
     def probabilities(self, network: nn.Module) -> Float32[np.ndarray, "N C"]:
-        """Softmax of ``network`` on the training set."""
+        """Softmax of ``network`` on the training set, all of which has to be decodable: every item needs a score."""
         network.eval()
         parts = np.array_split(np.arange(len(self.train)), max(1, len(self.train) // TEST_BATCH))
         outputs = [network(to_input(pixels)).softmax(1) for pixels in self.train_feed.batches(parts)]

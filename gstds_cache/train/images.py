@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
@@ -75,6 +75,11 @@ class ImageFeed:
                 self._failed.update(batch.failures)
                 progress(batch.rows[-1] + 1, len(source))
             self._fine[list(self._failed)] = False
+
+    @property
+    def decodable(self) -> Bool[np.ndarray, " N"]:
+        """Which images could be decoded, where all are held in memory; else nobody knows yet, and all are True."""
+        return self._fine.numpy()
 
     def batches(self, rows: Iterable[Int64[np.ndarray, " M"]]) -> Iterator[UInt8[torch.Tensor, "M 3 S S"]]:
         """Pixels for each batch of rows.

@@ -280,6 +280,7 @@ def test_a_feed_refuses_an_undecodable_image_by_name(array_source) -> None:
         feed = ImageFeed(array_source(10, bad=frozenset({4})), side=8, memory_budget=budget, workers=0)
         with pytest.raises(UsageError, match=r"item/0004.*made to fail"):
             list(feed.batches([np.array([1, 2]), np.array([3, 4])]))
+        assert np.flatnonzero(~feed.decodable).tolist() == ([4] if budget else [])
 
 
 def test_the_default_size_is_the_images_own_where_they_agree(array_source) -> None:
