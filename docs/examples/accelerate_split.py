@@ -38,6 +38,9 @@ def main(selection: str, items: int) -> None:
             optimizer.step()
             seen.append(rows.tolist())
     print(f"rank {accelerator.process_index}: {len(seen)} steps, rows {seen}", flush=True)
+    # The wrapped network holds the process group: let it go first, or the process may abort at its exit.
+    accelerator.free_memory()
+    del model, optimizer, loader
     accelerator.end_training()
 
 

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 lightning_ddp.py SELECTION ITEMS
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -56,6 +57,11 @@ def main(selection: str, items: int) -> None:
     model = Model(selection, items)
     trainer(epochs, inject=False).fit(model)
     print(f"rank {model.global_rank}: {len(model.seen)} steps, rows {model.seen}", flush=True)
+    # The wrapped network holds the process group: let it go first, or the process may abort at its exit.
+    del model
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
