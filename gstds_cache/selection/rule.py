@@ -17,8 +17,8 @@ def settle_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B
     """Round eigenvectors to multiples of 1e-6 of their largest magnitude, so that equals are equal.
 
     Duplicate images have the same neighbours and so the same coordinate, but for rounding errors. Left as they are,
-    two exact solvers disagreed on 1 to 3 % of the kept rows of a batch; settled (benchmarks/results/accuracy.json), they
-    agree on 99 % at least, and ties go to the row that comes first in the batch.
+    two exact solvers disagreed on 1 to 3 % of the kept rows of a batch; settled, they agree on 99 % at least
+    (benchmarks/results/accuracy.json), and ties go to the row that comes first in the batch.
 
     Args:
         vectors: One eigenvector, or several as columns.
