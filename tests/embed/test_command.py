@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from gstds_cache.cli.cache_command import main as cache_main
 from gstds_cache.cli.common import Progress, shares_line
 from gstds_cache.cli.embed_command import main as embed_main
+
 from gstds_cache.data.memo import RACY_NS
 
 
