@@ -264,7 +264,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
 def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
     store = selector.store
     labels, classes = store.labels, list(store.journal.classes)
-    rows = selector.plan.rows
+    rows = selector.plan.rows.all()
     title = "Keep rates by class"
     if not len(labels) or labels.max(initial=-1) < 0:
         view.panels.append(Panel(title, "", missing="The data set has no labels."))

@@ -1,8 +1,11 @@
 """The order in which an epoch goes through the rows: keyed by (seed, epoch), each row exactly once.
 
-- ``permutation``: any order is as likely as any other.
+- ``permutation``: any order of up to 65,536 rows is as likely as any other; of more rows it is computed, not stored
+  (:mod:`gstds_cache.selection.permutation`).
 - ``window:ROWS``: units of the store in random order, so many of them at a time as hold ROWS rows, and these rows in
   random order. A store that is read in windows (:mod:`gstds_cache.store.access`) then reads every unit once an epoch.
+
+Memory is that of a window, or of 65,536 rows, for each of the last two epochs: it does not grow with the rows.
 
 The order is named by the user and part of a selection's identity; it never follows from how much memory there is.
 """
@@ -10,15 +13,18 @@ The order is named by the user and part of a selection's identity; it never foll
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.permutation import Permutation
+from gstds_cache.selection.rows import RowsTakingPart
 
 DEFAULT_WINDOW = 65536
-Order = Callable[[int], Int64[np.ndarray, " n"]]  # from an epoch to rows
+Order = Callable[[int, int, int], Int64[np.ndarray, " B"]]  # from an epoch, a first place and one past the last to rows
 
 
 def parse_order(text: str) -> int | None:
@@ -43,32 +49,52 @@ def units_at_once(window: int, unit_rows: int) -> int:
     return max(1, window // unit_rows)
 
 
-def make_order(rows: Int64[np.ndarray, " n"], *, seed: int, window: int | None, unit_rows: int) -> Order:
+def make_order(rows: RowsTakingPart, *, seed: int, window: int | None, unit_rows: int) -> Order:
     """The order of an epoch's rows.
 
     Args:
-        rows: Rows that take part, ascending.
+        rows: Rows that take part.
         seed: Key of the order.
         window: Rows of a window, or None for a permutation of all.
         unit_rows: Rows of a unit of the store.
 
     Returns:
-        A function from an epoch to its rows in order.
+        A function from an epoch and two places in its order to the rows from the one to the other.
     """
     if window is None:
-        return lambda epoch: rows[rng_for(seed, "plan", epoch).permutation(len(rows))]
-    units, starts = np.unique(rows // unit_rows, return_index=True)
-    pieces = np.split(rows, starts[1:])
-    at_once = units_at_once(window, unit_rows)
+        return _permuted(rows, seed)
+    return _in_windows(rows, seed, units_at_once(window, unit_rows), unit_rows)
 
-    def order(epoch: int) -> Int64[np.ndarray, " n"]:
-        rng = rng_for(seed, "plan-windows", epoch)
-        shuffled = rng.permutation(len(units))
-        return np.concatenate(
-            [
-                rng.permutation(np.concatenate([pieces[unit] for unit in shuffled[first : first + at_once]]))
-                for first in range(0, len(units), at_once)
-            ]
-        )
+
+def _permuted(rows: RowsTakingPart, seed: int) -> Order:
+    @lru_cache(maxsize=2)
+    def of_epoch(epoch: int) -> Permutation:
+        return Permutation(len(rows), rng_for(seed, "plan", epoch))
+
+    return lambda epoch, start, stop: rows.at(of_epoch(epoch).at(start, stop))
+
+
+def _in_windows(rows: RowsTakingPart, seed: int, at_once: int, unit_rows: int) -> Order:
+    bounds = rows.below(np.minimum(np.arange(-(-rows.items // unit_rows) + 1) * unit_rows, rows.items))
+    units = np.flatnonzero(np.diff(bounds))  # those with a row that takes part
+
+    @lru_cache(maxsize=2)
+    def of_epoch(epoch: int) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " W1"]]:
+        """The units in order, and where each window begins and the last one ends."""
+        shuffled = units[rng_for(seed, "plan-windows", epoch).permutation(len(units))]
+        counts = bounds[shuffled + 1] - bounds[shuffled]
+        return shuffled, np.append(0, np.cumsum(np.add.reduceat(counts, np.arange(0, len(units), at_once))))
+
+    @lru_cache(maxsize=2)
+    def of_window(epoch: int, window: int) -> Int64[np.ndarray, " w"]:
+        here = of_epoch(epoch)[0][window * at_once : (window + 1) * at_once].tolist()
+        numbers = np.concatenate([np.arange(bounds[unit], bounds[unit + 1]) for unit in here])
+        return rows.at(rng_for(seed, "plan-window", epoch, window).permutation(numbers))
+
+    def order(epoch: int, start: int, stop: int) -> Int64[np.ndarray, " B"]:
+        begins = of_epoch(epoch)[1]
+        first, last = np.searchsorted(begins, (start, stop - 1), side="right") - 1
+        parts = [of_window(epoch, window) for window in range(first, last + 1)]
+        return np.concatenate(parts)[start - begins[first] : stop - begins[first]]
 
     return order

@@ -1,9 +1,9 @@
 """Which rows make up which batch, and how many of them stay: all of it known before anything is computed.
 
-The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones
-before it. The last batch of an epoch is between half and one and a half times as large as the others: a remainder of a
-few rows has no graph worth the name, and a training step on its one kept row undid the others (measured on digits: the
-loss diverged).
+The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones before it. What
+is held does not grow with the rows or the epochs, but for 8 bytes a batch of an epoch. The last batch of an epoch is
+between half and one and a half times as large as the others: a remainder of a few rows has no graph worth the name, and
+a training step on its one kept row undid the others (measured on digits: the loss diverged).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.order import make_order
-from gstds_cache.selection.schedule import Schedule
+from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.schedule import PIECE, Schedule
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SelectionPlan:
     """The batches of a run.
 
     Attributes:
-        rows: Rows that take part, int64 [n].
+        rows: Rows that take part.
         batches_per_epoch: Batches in an epoch; the last holds what is left, from 0.5 to 1.5 times ``batch_size``.
         total_batches: Batches in the run.
         window: Rows of a window of the order, or None.
@@ -52,7 +53,7 @@ class SelectionPlan:
 
     def __init__(
         self,
-        rows: Int64[np.ndarray, " n"],
+        rows: RowsTakingPart,
         *,
         batch_size: int,
         epochs: int,
@@ -86,24 +87,25 @@ class SelectionPlan:
         self.total_batches = self.batches_per_epoch * epochs
         sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
         sizes[-1] = len(rows) - batch_size * (self.batches_per_epoch - 1)
-        self._ratios, self._keeps = schedule.lay_out(np.tile(sizes, epochs), self.batches_per_epoch)
-        self.total_rows, self.total_kept = len(rows) * epochs, int(self._keeps.sum())
-        self._order = lru_cache(maxsize=2)(make_order(rows, seed=seed, window=window, unit_rows=unit_rows))
+        laid_out = schedule.lay_out(sizes, epochs)
+        self.total_rows, self.total_kept = len(rows) * epochs, laid_out.total_kept
+        self._piece = lru_cache(maxsize=2)(lambda n: laid_out.piece(n * PIECE, (n + 1) * PIECE))
+        self._order = make_order(rows, seed=seed, window=window, unit_rows=unit_rows)
 
     def batch(self, seq: int) -> BatchPlan:
-        """Batch ``seq`` of the run, in O(1) batches (one permutation is held)."""
+        """Batch ``seq`` of the run, by itself."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
         start = batch_id * self.batch_size
-        indices = self._order(epoch)[start : start + self._rows_in(batch_id)]
+        indices = self._order(epoch, start, start + self._rows_in(batch_id))
         return BatchPlan(seq=seq, epoch=epoch, batch_id=batch_id, indices=indices, keep=self.keep(seq))
 
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
-        return int(self._keeps[seq])
+        return int(self._piece(seq // PIECE)[1][seq % PIECE])
 
     def ratio(self, seq: int) -> float:
         """The schedule's filter ratio at batch ``seq``."""
-        return float(self._ratios[seq])
+        return float(self._piece(seq // PIECE)[0][seq % PIECE])
 
     def _rows_in(self, batch_id: int) -> int:
         last = batch_id == self.batches_per_epoch - 1

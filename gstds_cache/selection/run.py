@@ -35,6 +35,7 @@ from gstds_cache.selection.guidance import (
 )
 from gstds_cache.selection.order import parse_order, units_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
+from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.rule import Rule, RuleBatch, settle_ties
 from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
@@ -42,13 +43,12 @@ from gstds_cache.selection.selected import Selection
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 from gstds_cache.spectral.result import FiedlerResult
 from gstds_cache.spectral.status import Status
-from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
 R = TypeVar("R", KnnGraph, FiedlerResult)
 Spectra = tuple[KnnGraph, FiedlerResult]
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
-ALGORITHM = 2  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
+ALGORITHM = 3  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
 
 
@@ -75,7 +75,7 @@ class BatchSelector:
         self.store, self.config = store, config
         self.rule = find_rule(config.rule)
         self.plan = SelectionPlan(
-            np.flatnonzero(store.valid == OK).astype(np.int64),
+            RowsTakingPart(len(store), store.without_embedding),
             batch_size=config.batch_size,
             epochs=config.epochs,
             schedule=parse_schedule(config.schedule),
@@ -84,7 +84,7 @@ class BatchSelector:
             unit_rows=store.spec.unit_rows,
         )
         if config.min_per_class:
-            check_floor(config.min_per_class, store.labels[self.plan.rows], store.journal.classes)
+            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.journal.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self._guidance_spec = _guidance_spec(config.guidance, self.rule, store)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ EXAMPLES = {
     "step": "0.25:0.5:0.75",
     "budget": "50000",
 }
-Ratios = Callable[[int, int], Float64[np.ndarray, " T"]]  # from batches of the run and of an epoch
+PIECE = 1 << 14  # batches of a run that are looked at in one go
+# From batches (counted from 0), and how many there are in the run and in an epoch, to their ratios.
+Ratios = Callable[[Int64[np.ndarray, " T"], int, int], Float64[np.ndarray, " T"]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Schedule:
     Attributes:
         text: As the user gave it, e.g. ``constant:0.75``.
         identity: The same for all that decide alike: ``text``, but the content of a file in the place of its path.
-        ratios: From the number of batches, of the run and of an epoch, to the filter ratio of each batch.
+        ratios: From batches, and their number in the run and in an epoch, to the filter ratio of each.
         budget: Samples that are to stay in the whole run, whatever ``ratios`` says; None where ratios decide.
         full: Share of the epochs, the last ones, that keep everything.
     """
@@ -60,35 +63,25 @@ class Schedule:
     budget: int | None = None
     full: float = 0.0
 
-    def lay_out(
-        self, sizes: Int64[np.ndarray, " T"], per_epoch: int
-    ) -> tuple[Float64[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+    def lay_out(self, sizes: Int64[np.ndarray, " E"], epochs: int) -> LaidOut:
         """The filter ratio of every batch of a run, and how many of its rows stay.
 
-        The ratio's share is removed, rounded down; at least one row stays.
-
         Args:
-            sizes: Rows of each batch before selection.
-            per_epoch: Batches of an epoch.
+            sizes: Rows of each batch of an epoch before selection.
+            epochs: Epochs of the run.
 
         Returns:
-            Ratios in [0, 1), and rows that stay, each from 1 to the batch's size.
+            Both, to be asked for in pieces.
 
         Raises:
             UsageError: A file has another number of lines, or a budget does not fit the run.
         """
-        total = len(sizes)
-        full = self.full_epochs(total // per_epoch) * per_epoch
-        head = sizes[: total - full]
-        if self.budget is not None:
-            keeps = _spend(self.budget - int(sizes[total - full :].sum()), head, self.text)
-            ratios = 1 - keeps / head
-        else:
-            ratios = self.ratios(len(head), per_epoch)
-            # 1e-9: a ratio of 0.7 of 10 rows is 7 rows, though 0.7 * 10 is 6.999...
-            keeps = np.maximum(1, head - (ratios * head + 1e-9).astype(np.int64))
-        everything = sizes[total - full :]
-        return np.concatenate([ratios, np.zeros(full)]), np.concatenate([keeps, everything])
+        full = self.full_epochs(epochs)
+        spend = None if self.budget is None else self.budget - full * int(sizes.sum())
+        made = LaidOut(self, sizes, epochs, (epochs - full) * len(sizes), spend)
+        if spend is not None:
+            made.check_budget(spend)
+        return made
 
     def full_epochs(self, epochs: int) -> int:
         """Epochs at the end that keep everything: the share, rounded; at least one, and not the first.
@@ -103,24 +96,79 @@ class Schedule:
         return min(epochs - 1, max(1, math.floor(self.full * epochs + 0.5)))
 
 
-def _spend(budget: int, sizes: Int64[np.ndarray, " T"], text: str) -> Int64[np.ndarray, " T"]:
-    """Spread a number of samples over batches, in proportion to what each can give beyond one row; the sum is exact.
+@dataclass(frozen=True, eq=False)
+class LaidOut:
+    """A schedule over the batches of a run; made piece by piece, in memory that is that of one epoch's batch sizes.
 
-    Raises:
-        UsageError: There are fewer samples than batches, or more than rows.
+    Attributes:
+        schedule: What is laid out.
+        sizes: Rows of each batch of an epoch before selection, int64 [E].
+        epochs: Epochs of the run.
+        head: Batches that the schedule decides; those after them keep everything.
+        budget: Samples to spread over ``head``, or None where ratios decide.
     """
-    least, most = len(sizes), int(sizes.sum())
-    if not least <= budget <= most:
-        rest = "" if "+full" not in text else " beside the epochs that keep everything"
-        raise UsageError(
-            f"--schedule {text!r}: {budget:,} samples are left to spread over {least:,} batches{rest}, expected from "
-            f"{least:,} (one of each) to {most:,} (all)",
-            hint="change the budget, --epochs or --batch-size",
-        )
-    room = np.concatenate([[0], np.cumsum(sizes - 1)])
-    # Python's integers: budget times rows can pass 2^63.
-    share = [int(r) * (budget - least) // max(int(room[-1]), 1) for r in room]
-    return 1 + np.diff(np.array(share, np.int64))
+
+    schedule: Schedule
+    sizes: Int64[np.ndarray, " E"]
+    epochs: int
+    head: int
+    budget: int | None
+
+    @cached_property
+    def total_kept(self) -> int:
+        """Rows that stay in the whole run."""
+        if self.budget is not None:
+            return self.budget + (self._total - self.head) // len(self.sizes) * int(self.sizes.sum())
+        return sum(int(self.piece(first, first + PIECE)[1].sum()) for first in range(0, self._total, PIECE))
+
+    @property
+    def _total(self) -> int:
+        return len(self.sizes) * self.epochs
+
+    def piece(self, first: int, stop: int) -> tuple[Float64[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+        """Ratios of the batches ``first`` to ``stop``, in [0, 1), and rows that stay, from 1 to the batch's size.
+
+        The ratio's share is removed, rounded down; at least one row stays. A piece ends where the run does.
+        """
+        stop = min(stop, self._total)
+        at = np.arange(first, stop)
+        sizes = self.sizes[at % len(self.sizes)]
+        ratios, keeps = np.zeros(len(at)), sizes.copy()
+        scheduled = max(0, min(stop, self.head) - first)
+        head = sizes[:scheduled]
+        if self.budget is not None:
+            keeps[:scheduled] = self._spent(self.budget, first, first + scheduled)
+            ratios[:scheduled] = 1 - keeps[:scheduled] / head
+        else:
+            ratios[:scheduled] = self.schedule.ratios(at[:scheduled], self.head, len(self.sizes))
+            # 1e-9: a ratio of 0.7 of 10 rows is 7 rows, though 0.7 * 10 is 6.999...
+            keeps[:scheduled] = np.maximum(1, head - (ratios[:scheduled] * head + 1e-9).astype(np.int64))
+        return ratios, keeps
+
+    def check_budget(self, budget: int) -> None:
+        """Refuse a budget that does not fit.
+
+        Raises:
+            UsageError: There are fewer samples than batches, or more than rows.
+        """
+        least, most = self.head, self.head // len(self.sizes) * int(self.sizes.sum())
+        if not least <= budget <= most:
+            rest = "" if "+full" not in self.schedule.text else " beside the epochs that keep everything"
+            raise UsageError(
+                f"--schedule {self.schedule.text!r}: {budget:,} samples are left to spread over {least:,} "
+                f"batches{rest}, expected from {least:,} (one of each) to {most:,} (all)",
+                hint="change the budget, --epochs or --batch-size",
+            )
+
+    def _spent(self, budget: int, first: int, stop: int) -> Int64[np.ndarray, " T"]:
+        """What a budget leaves of batches, in proportion to what each can give beyond one row; the sum is exact."""
+        at = np.arange(first, stop + 1)
+        room = np.append(0, np.cumsum(self.sizes - 1))
+        before = at // len(self.sizes) * room[-1] + room[at % len(self.sizes)]
+        whole = max(self.head // len(self.sizes) * int(room[-1]), 1)
+        # Python's integers: budget times rows can pass 2^63.
+        share = [r * (budget - self.head) // whole for r in before.tolist()]
+        return 1 + np.diff(np.array(share, np.int64))
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -153,19 +201,23 @@ def parse_schedule(text: str) -> Schedule:
             hint=f"e.g. --schedule {name}:{EXAMPLES[name]}",
         )
     if name == "budget":
-        return Schedule(text, text, lambda total, _: np.zeros(total), budget=_budget(text, arguments[0]), full=full)
+        return Schedule(text, text, _none, budget=_budget(text, arguments[0]), full=full)
     values = [_number(text, argument, "filter ratio") for argument in arguments]
     return Schedule(text, text, _along(name, values), full=full)
+
+
+def _none(at: Int64[np.ndarray, " T"], _total: int, _per_epoch: int) -> Float64[np.ndarray, " T"]:
+    return np.zeros(len(at))
 
 
 def _along(name: str, values: list[float]) -> Ratios:
     """Ratios that depend on progress through the run alone, from 0.0 (first batch) to 1.0 (last)."""
     first, last = values[0], values[-1]
 
-    def ratios(total: int, _per_epoch: int) -> Float64[np.ndarray, " T"]:
+    def ratios(at: Int64[np.ndarray, " T"], total: int, _per_epoch: int) -> Float64[np.ndarray, " T"]:
         if name == "step":
-            return np.array(values)[np.arange(total) * len(values) // max(total, 1)]
-        progress = np.arange(total) / max(total - 1, 1)
+            return np.asarray(np.array(values)[at * len(values) // max(total, 1)], np.float64)
+        progress = at / max(total - 1, 1)
         if name == "cosine":
             progress = (1 - np.cos(np.pi * progress)) / 2
         return np.asarray(first + (last - first) * progress, np.float64)
@@ -189,11 +241,13 @@ def _read(path: Path) -> tuple[Ratios, str]:
         if (text := line.partition("#")[0].strip())
     ]
 
-    def ratios(total: int, per_epoch: int) -> Float64[np.ndarray, " T"]:
-        if len(values) == total:
-            return np.array(values, np.float64)
-        if len(values) * per_epoch == total:
-            return np.repeat(np.array(values, np.float64), per_epoch)
+    held: Float64[np.ndarray, " L"] = np.array(values, np.float64)
+
+    def ratios(at: Int64[np.ndarray, " T"], total: int, per_epoch: int) -> Float64[np.ndarray, " T"]:
+        if len(held) == total:
+            return np.asarray(held[at], np.float64)
+        if len(held) * per_epoch == total:
+            return np.asarray(held[at // per_epoch], np.float64)
         raise UsageError(
             f"--schedule file:{path}: got {len(values)} ratios, expected {total // per_epoch} (one for each epoch) or "
             f"{total} (one for each batch)"

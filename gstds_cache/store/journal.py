@@ -238,8 +238,9 @@ class Journal:
         if not problems and receipts_root(receipts) != record.receipts_sha256:
             text = f"{layout.COMPLETE}: the receipts are not the ones that were there when it was written"
             problems.append(Problem(layout.COMPLETE, text))
-        valid = valid_of(self.spec, receipts)
-        counts = (self.spec.items, int((valid == layout.OK).sum()), int((valid == layout.UNDECODABLE).sum()))
+        quarantined = sum(len({item.row for item in receipt.quarantined}) for receipt in receipts.values())
+        ok = sum(len(self.spec.rows_of(unit)) for unit in receipts) - quarantined
+        counts = (self.spec.items, ok, quarantined)
         if not problems and (record.items, record.ok, record.quarantined, record.units) != (*counts, self.spec.units):
             problems.append(Problem(layout.COMPLETE, f"{layout.COMPLETE} counts other rows than the receipts"))
         for key in METADATA_KEYS:
@@ -257,6 +258,16 @@ def valid_of(spec: CacheSpec, receipts: dict[int, Receipt]) -> np.ndarray:
         valid[slice(*receipt.rows)] = layout.OK
         valid[[item.row for item in receipt.quarantined]] = layout.UNDECODABLE
     return valid
+
+
+def without_embedding(spec: CacheSpec, receipts: dict[int, Receipt]) -> np.ndarray:
+    """The rows [A] int64, ascending, whose ``valid`` is not 1."""
+    parts = [
+        np.unique([item.row for item in receipts[unit].quarantined] if unit in receipts else spec.rows_of(unit))
+        for unit in range(spec.units)
+        if unit not in receipts or receipts[unit].quarantined
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def corrupt(location: str, problems: Iterable[Problem]) -> ChunkCorruptError:

@@ -16,7 +16,7 @@ from gstds_cache.places import beside
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
-from gstds_cache.store.journal import Journal, Problem, corrupt, valid_of
+from gstds_cache.store.journal import Journal, Problem, corrupt, valid_of, without_embedding
 from gstds_cache.store.mirror import open_mirror
 from gstds_cache.store.receipt import Quarantined
 
@@ -31,7 +31,7 @@ class EmbeddingStore:
         location: The store as a user names it.
         spec: What it holds.
         fingerprint: SHA-256 of the specification.
-        valid: [N] uint8: 0 missing, 1 ok, 2 undecodable.
+        without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
         access_reason: Why, in words.
@@ -83,7 +83,7 @@ class EmbeddingStore:
             problems += self.journal.check_complete(record, self.receipts)
         if problems:
             raise corrupt(self.location, problems)
-        self.valid: UInt8[np.ndarray, " N"] = valid_of(self.spec, self.receipts)
+        self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.receipts)
         self._mirror = mirror or beside(where, ".mirror")
         self.access_kind, self.access_reason = choose(
             access,
@@ -105,6 +105,11 @@ class EmbeddingStore:
     def quarantined(self) -> list[Quarantined]:
         """Items that could not be decoded, in row order."""
         return [item for unit in sorted(self.receipts) for item in self.receipts[unit].quarantined]
+
+    @cached_property
+    def valid(self) -> UInt8[np.ndarray, " N"]:
+        """What there is of each row: 0 missing, 1 ok, 2 undecodable; made when first asked for."""
+        return valid_of(self.spec, self.receipts)
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " N"]:
@@ -162,8 +167,8 @@ class EmbeddingStore:
         self._refuse_fork()
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise UsageError(f"row {rows.min()}..{rows.max()} asked for, the store has 0..{len(self) - 1}")
-        without = rows[self.valid[rows] != layout.OK]
-        if without.size:
+        before, upto = (np.searchsorted(self.without_embedding, rows, side=side) for side in ("left", "right"))
+        if (without := rows[before < upto]).size:
             raise UsageError(f"row {without[0]} has no embedding (valid = {self.valid[without[0]]})")
         if out is None:
             out = np.empty((len(rows), self.spec.dim), self.spec.dtype)

@@ -183,7 +183,7 @@ def test_floors_and_the_report_of_what_was_dropped_by_class(store: EmbeddingStor
         assert len(selection.kept) == selector.plan.keep(selection.seq)
         assert (np.bincount(store.labels[selection.kept], minlength=3) >= 2).all()
     all_kept = np.bincount(store.labels[np.concatenate([s.kept for s in kept])])
-    seen = 2 * np.bincount(store.labels[selector.plan.rows])
+    seen = 2 * np.bincount(store.labels[selector.plan.rows.all()])
     assert selector.counts.classes == {c: (seen[c], all_kept[c]) for c in range(3)}
     plain = run(store, schedule="constant:0.9", rule="extremes")
     assert any((np.bincount(store.labels[s.kept], minlength=3) < 2).any() for s in plain)  # or nothing was tested

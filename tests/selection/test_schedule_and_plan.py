@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.order import DEFAULT_WINDOW, parse_order
 from gstds_cache.selection.plan import SelectionPlan
+from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.schedule import parse_schedule
 
 
 def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=0, **order) -> SelectionPlan:
     return SelectionPlan(
-        np.arange(rows, dtype=np.int64) * 2,
+        RowsTakingPart(2 * rows, np.arange(rows, dtype=np.int64) * 2 + 1),
         batch_size=batch_size,
         epochs=epochs,
         schedule=parse_schedule(schedule),
@@ -26,7 +27,10 @@ def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=
 
 
 def ratios(text: str, total: int, per_epoch: int = 1) -> list[float]:
-    return parse_schedule(text).lay_out(np.full(total, 10), per_epoch)[0].tolist()
+    laid_out = parse_schedule(text).lay_out(np.full(per_epoch, 10), total // per_epoch)
+    whole, _ = laid_out.piece(0, total)
+    assert [laid_out.piece(at, at + 1)[0].item() for at in range(total)] == whole.tolist()
+    return whole.tolist()
 
 
 @pytest.mark.parametrize(
@@ -86,8 +90,11 @@ def test_a_budget_is_spent_to_the_last_sample_and_evenly(sizes, epochs, share, f
     least, most = len(head) + whole.sum() - head.sum(), whole.sum()
     budget = int(least + share * (most - least))
     text = f"budget:{budget}" + ("+full:0.01" if full else "")
-    ratios, keeps = parse_schedule(text).lay_out(whole, len(sizes))
-    assert keeps.sum() == budget
+    laid_out = parse_schedule(text).lay_out(np.array(sizes, np.int64), epochs)
+    ratios, keeps = laid_out.piece(0, len(whole))
+    assert keeps.sum() == budget == laid_out.total_kept
+    middle = len(whole) // 2
+    assert [*laid_out.piece(0, middle)[1], *laid_out.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
     assert ((keeps >= 1) & (keeps <= whole)).all()
     assert (keeps[len(head) :] == whole[len(head) :]).all()
     assert ((ratios >= 0) & (ratios < 1)).all()
