@@ -2,9 +2,10 @@
 
     python benchmarks/bench_growth.py [--rows 10000 100000 1000000 10000000]
 
-Each store is [rows, 64] float16 and read from its mirror, in exact random order. Time per batch must not depend on the
-rows. Memory beyond the mapped file grows by what is held of each row: its label, whether it takes part, its place in
-the orders of two epochs, and what numbering them took once, since freed memory is kept.
+Each store is [rows, 64] float16 of 200 classes and read from its mirror, in exact random order: with the default rule
+as `gstds-select` runs it on a store whose guidance it has made before, and without guidance. Neither time per batch nor
+memory beyond the mapped files may depend on the rows. What is held of each row is its label, in two bytes. A run has a
+thousand epochs: what is held of each batch would show.
 """
 
 from __future__ import annotations
@@ -24,21 +25,26 @@ from harness import parser, report, spread
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, limit_threads
 from gstds_cache.memory import keep_freed_memory
+from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 
-DIM = 64
+DIM, CLASSES = 64, 200
+GUIDANCE = {"default": "auto", "unguided": "none"}
 
 
 def make_store(folder: Path, rows: int) -> Path:
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((100, DIM), dtype=np.float32)
-    made = np.empty((rows, DIM), np.float16)
+    centres = rng.standard_normal((CLASSES, DIM), dtype=np.float32)
+    made, labels = np.empty((rows, DIM), np.float16), rng.integers(0, CLASSES, rows)
     for first in range(0, rows, 1 << 20):
         part = made[first : first + (1 << 20)]
-        part[:] = centres[rng.integers(0, 100, len(part))] + rng.standard_normal(part.shape, dtype=np.float32)
-    Ours().write(folder / f"{rows}.store", made)
-    EmbeddingStore(folder / f"{rows}.store", access="mirror").gather(np.arange(1))
+        part[:] = centres[labels[first : first + (1 << 20)]] + rng.standard_normal(part.shape, dtype=np.float32)
+    Ours().write(folder / f"{rows}.store", made, labels=labels)
+    del made
+    store = EmbeddingStore(folder / f"{rows}.store", access="mirror", memory_budget=0)
+    store.gather(np.arange(1))
+    load_or_make_guidance(store, GUIDANCE["default"], threads=cores())
     return folder / f"{rows}.store"
 
 
@@ -48,14 +54,14 @@ def of_status(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1e3
 
 
-def child(store: str, batches: int) -> None:
+def child(store: str, batches: int, guidance: str) -> None:
     keep_freed_memory()  # as our commands do; it holds for everyone in this process
     limit_threads(cores())
     opened = EmbeddingStore(store, access="mirror", memory_budget=0)
     begun = time.perf_counter()
-    selector = BatchSelector(opened, SelectConfig(threads=0, epochs=1000, device="cpu"))
+    selector = BatchSelector(opened, SelectConfig(threads=0, epochs=1000, device="cpu", guidance=guidance))
     runs = selector.run()
-    next(runs)  # compiles, and makes the first order of all rows
+    next(runs)  # compiles, lays out the run and opens the guidance
     first = time.perf_counter() - begun
     begun = time.perf_counter()
     for _, _ in zip(range(batches), runs, strict=False):
@@ -64,8 +70,8 @@ def child(store: str, batches: int) -> None:
     print(json.dumps({"ms_per_batch": 1e3 * spent / batches, "first_batch_seconds": first, "MB": of_status("RssAnon")}))
 
 
-def measure(store: Path, batches: int) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--child", str(store), "--batches", str(batches)]
+def measure(store: Path, batches: int, guidance: str) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--child", str(store), "--batches", str(batches), "--guidance", guidance]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -78,30 +84,37 @@ def main() -> None:
     made.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     made.add_argument("--batches", type=int, default=256)
     made.add_argument("--child")
+    made.add_argument("--guidance")
     arguments = made.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.batches)
+        child(arguments.child, arguments.batches, arguments.guidance)
         return
     if arguments.smoke:
         arguments.rows, arguments.batches, arguments.trials = [600, 1200], 2, 1
     with tempfile.TemporaryDirectory() as folder:
         stores = {rows: make_store(Path(folder), rows) for rows in arguments.rows}
         runs = [
-            {rows: measure(store, arguments.batches) for rows, store in stores.items()} for _ in range(arguments.trials)
+            {
+                case: {rows: measure(store, arguments.batches, guidance) for rows, store in stores.items()}
+                for case, guidance in GUIDANCE.items()
+            }
+            for _ in range(arguments.trials)
         ]
-    by_rows = {
-        rows: {name: spread([run[rows][name] for run in runs]) for name in runs[0][rows]} for rows in arguments.rows
-    }
     low, high = arguments.rows[0], arguments.rows[-1]
+    cases: dict[str, Any] = {}
+    for case in GUIDANCE:
+        of = [run[case] for run in runs]
+        cases[case] = {
+            "by_rows": {
+                rows: {name: spread([run[rows][name] for run in of]) for name in of[0][rows]} for rows in arguments.rows
+            },
+            "time_of_most_over_fewest": spread([run[high]["ms_per_batch"] / run[low]["ms_per_batch"] for run in of]),
+            "memory_of_most_over_fewest": spread([run[high]["MB"] / run[low]["MB"] for run in of]),
+            "bytes_per_further_row": spread([1e6 * (run[high]["MB"] - run[low]["MB"]) / (high - low) for run in of]),
+        }
     report(
         "growth",
-        {
-            "dim": DIM,
-            "batch_size": SelectConfig().batch_size,
-            "by_rows": by_rows,
-            "time_of_most_over_fewest": spread([run[high]["ms_per_batch"] / run[low]["ms_per_batch"] for run in runs]),
-            "bytes_per_further_row": spread([1e6 * (run[high]["MB"] - run[low]["MB"]) / (high - low) for run in runs]),
-        },
+        {"dim": DIM, "classes": CLASSES, "batch_size": SelectConfig().batch_size, "cases": cases},
         arguments,
     )
 

@@ -54,11 +54,10 @@ def blocks(rows: np.ndarray, stop: int | None) -> Iterator[np.ndarray]:
 class Ours:
     name = "gstds-cache"
 
-    def write(self, path: Path, rows: np.ndarray, stop: int | None = None) -> None:
+    def write(self, path: Path, rows: np.ndarray, stop: int | None = None, labels: np.ndarray | None = None) -> None:
         count, dim = rows.shape
-        manifest = DatasetManifest(
-            "benchmark", tuple(map(str, range(count))), np.zeros((count, 32), np.uint8), np.zeros(count, np.int64)
-        )
+        labels = np.zeros(count, np.int64) if labels is None else labels
+        manifest = DatasetManifest("benchmark", tuple(map(str, range(count))), np.zeros((count, 32), np.uint8), labels)
         spec = CacheSpec(
             items=count, items_root=manifest.root, encoder={}, dim=dim, dtype="float16", batch_size=1, unit_rows=BLOCK
         )

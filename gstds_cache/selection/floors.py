@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from gstds_cache.errors import UsageError
 
@@ -15,7 +15,7 @@ def class_name(label: int, classes: Sequence[str]) -> str:
     return classes[label] if 0 <= label < len(classes) else f"class {label}"
 
 
-def check_floor(floor: int, labels: Int64[np.ndarray, " n"], classes: Sequence[str]) -> None:
+def check_floor(floor: int, labels: Int[np.ndarray, " n"], classes: Sequence[str]) -> None:
     """Refuse a floor that no batch could keep.
 
     Args:

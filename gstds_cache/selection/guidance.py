@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 
-from gstds_cache.digest import canonical_json, digest_of, sha256_file, sha256_hex
+from gstds_cache.digest import canonical_json, digest_of, sha256_file
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.places import beside
+from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
@@ -68,17 +71,17 @@ class Guidance:
     Attributes:
         kind: As in :class:`GuidanceSpec`.
         digest: Identity: the kind, every setting, the store's fingerprint and its labels (or the file's content).
-        difficulty: >= 0, float32 [N], rows without a label at the median; None where it is found batch by batch
+        of_rows: Of every row, >= 0, rows without a label at the median; None where it is found batch by batch
             (``disagreement``) or all rows are alike (``none``).
-        columns: What the probe found, [N] of :data:`~gstds_cache.selection.probe.COLUMNS`; its ``loss`` is the
-            reference loss of RHO-LOSS and JEST. None for other kinds.
+        columns: What the probe found, [N] of :data:`~gstds_cache.selection.probe.COLUMNS`, mapped from its file; its
+            ``loss`` is the reference loss of RHO-LOSS and JEST. None for other kinds.
         seconds: What making it took; 0 where it was found.
         note: A sentence on where it came from.
     """
 
     kind: str
     digest: str
-    difficulty: Float32[np.ndarray, " N"] | None = None
+    of_rows: Difficulty | None = None
     columns: np.ndarray | None = None
     seconds: float = 0.0
     note: str = ""
@@ -90,8 +93,8 @@ class Guidance:
         neighbors: Int64[np.ndarray, "B K"] | None,
     ) -> Float64[np.ndarray, " B"]:
         """The difficulty of a batch's rows, float64 [B]."""
-        if self.difficulty is not None:
-            return np.asarray(self.difficulty[rows], np.float64)
+        if self.of_rows is not None:
+            return self.of_rows.of(rows)
         if self.kind == "disagreement" and neighbors is not None:
             return disagreement(labels, neighbors)
         return np.ones(len(rows))
@@ -187,25 +190,32 @@ def load_or_make_guidance(
     spec = replace(spec, kind=DEFAULT) if spec.kind == "auto" else spec
     digest = guidance_digest(store, spec)
     if spec.path is not None:
-        return Guidance("file", digest, _own_scores(store, spec.path), note=f"read from {spec.path}")
+        return Guidance("file", digest, Difficulty(_own_scores(store, spec.path)), note=f"read from {spec.path}")
     if spec.kind == "none":
         return Guidance("none", digest)
     if spec.kind == "disagreement":
-        if not (store.labels >= 0).any():
+        if store.labels.max(initial=-1) < 0:
             raise UsageError(f"--guidance disagreement: {store.location} has no labels", hint="use --guidance none")
         return Guidance("disagreement", digest)
     columns, seconds, note = _load_or_make_columns(store, spec.settings, threads, device)
-    difficulty = columns[PROBED.get(spec.kind, "loss")].copy()
-    known = np.isfinite(difficulty)
+    difficulty = columns[PROBED.get(spec.kind, "loss")]
     if spec.cutoff:
+        difficulty = np.array(difficulty)
+        known = np.isfinite(difficulty)
         hardest = np.argsort(-difficulty[known], kind="stable")[: int(spec.cutoff * known.sum())]
         difficulty[np.flatnonzero(known)[hardest]] = 0.0
-    difficulty[~known] = np.median(difficulty[known])
-    return Guidance(spec.kind, digest, difficulty, columns, seconds, note)
+    return Guidance(spec.kind, digest, Difficulty(difficulty), columns, seconds, note)
 
 
 def _labels_digest(store: EmbeddingStore) -> str:
-    return sha256_hex(np.ascontiguousarray(store.labels, "<i8").tobytes())
+    return _sha256_of(np.ascontiguousarray(part, "<i8") for part in pieces(store.labels))
+
+
+def _sha256_of(parts: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.data)
+    return digest.hexdigest()
 
 
 def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
@@ -215,7 +225,7 @@ def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
             "settings": asdict(settings),
             "cache": store.fingerprint,
             "labels": _labels_digest(store),
-            "valid": sha256_hex(store.valid.tobytes()),
+            "valid": _sha256_of(map(store.valid_in, range(store.spec.units))),
         }
     )
 
@@ -247,7 +257,7 @@ def _load_or_make_columns(
     # The record is what makes the file count, so it comes last.
     _put(record, lambda file: file.write(canonical_json(facts)))
     said = f"probe: {facts['accuracy']:.1%} right on held-out rows, mean loss {facts['loss']:.3f}; kept in {path}"
-    return columns, seconds, f"{why}; {said}" if why else said
+    return _mapped(path), seconds, f"{why}; {said}" if why else said
 
 
 def _kept(path: Path, record: Path, digest: str, items: int) -> tuple[np.ndarray | None, str]:
@@ -258,12 +268,18 @@ def _kept(path: Path, record: Path, digest: str, items: int) -> tuple[np.ndarray
         facts = json.loads(record.read_bytes())
         if facts["digest"] != digest or facts["sha256"] != sha256_file(path):
             return None, f"{path} is not what its record tells of and was made again"
-        columns = np.load(path, allow_pickle=False)
+        columns = _mapped(path)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         return None, f"{path} or its record does not read ({error}) and was made again"
     if columns.dtype != COLUMNS or columns.shape != (items,):
         return None, f"{path} holds {columns.dtype} {list(columns.shape)} and was made again"
     return columns, ""
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A file of ours, which is replaced and never changed, as an array that takes no memory."""
+    columns: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return columns
 
 
 def _put(path: Path, write: Any) -> None:

@@ -88,7 +88,7 @@ def sweep(
         for unit in units[first : first + many].tolist():
             span = spec.rows_of(unit)
             rows = np.arange(span.start, span.stop, dtype=np.int64)
-            rows = rows[store.valid[rows] == OK]
+            rows = rows[store.valid_in(unit) == OK]
             with lock:  # a store that is read in windows keeps the last units
                 store.gather(rows, buffer[filled : filled + len(rows)])
             names.append(rows)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
@@ -24,6 +24,7 @@ from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import KnnGraph, unit_rows
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
+from gstds_cache.selection.difficulty import pieces
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import (
     DEFAULT,
@@ -133,8 +134,8 @@ class BatchSelector:
                 if selections is None:
                     return
                 for selection, seen in selections:
-                    labels = seen.labels if seen.labels is not None else self._labels[:0]
-                    self.counts.add(selection, labels, self._labels[selection.kept])
+                    labels = seen.labels if seen.labels is not None else np.zeros(0, np.int64)
+                    self.counts.add(selection, labels, self._labels_of(selection.kept))
                     yield selection, seen
         finally:
             done.close()
@@ -245,13 +246,16 @@ class BatchSelector:
         with self._lock:
             self.counts.seconds[phase] += time.perf_counter() - begun
 
+    def _labels_of(self, rows: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        return np.asarray(self._labels[rows], np.int64)
+
     def _see(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> RuleBatch:
         """What the rule gets to see of a batch."""
         seen = RuleBatch(
             vector=np.zeros(len(batch.indices)),
             keep=batch.keep,
             rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
-            labels=self._labels[batch.indices],
+            labels=self._labels_of(batch.indices),
             ratio=self.plan.ratio(batch.seq),
         )
         if spectra is not None:
@@ -267,7 +271,7 @@ class BatchSelector:
             )
         if not self.rule.needs_guidance:
             return seen
-        return replace(seen, guidance=self.guidance.of(batch.indices, self._labels[batch.indices], seen.neighbors))
+        return replace(seen, guidance=self.guidance.of(batch.indices, self._labels_of(batch.indices), seen.neighbors))
 
     def _choose(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> tuple[Selection, RuleBatch]:
         seen = self._see(batch, spectra, graph)
@@ -275,7 +279,7 @@ class BatchSelector:
         if self.config.min_per_class:
             where = f"batch {batch.batch_id} of epoch {batch.epoch}"
             classes = self.store.journal.classes
-            positions = hold_floor(positions, self._labels[batch.indices], self.config.min_per_class, classes, where)
+            positions = hold_floor(positions, self._labels_of(batch.indices), self.config.min_per_class, classes, where)
         found = None if spectra is None else spectra[1]
         selection = Selection(
             seq=batch.seq,
@@ -301,7 +305,7 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec
         if spec.kind != "auto":
             return spec
         largest = int(store.labels.max(initial=-1))
-        labelled = int(np.min(store.labels, where=store.labels >= 0, initial=largest)) < largest  # two classes at least
+        labelled = any(((part >= 0) & (part < largest)).any() for part in pieces(store.labels))  # two classes at least
         return replace(spec, kind=DEFAULT if labelled else "none")
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]

@@ -254,9 +254,18 @@ class Journal:
 def valid_of(spec: CacheSpec, receipts: dict[int, Receipt]) -> np.ndarray:
     """The ``valid`` array [N] uint8 that the receipts amount to."""
     valid = np.full(spec.items, layout.MISSING, np.uint8)
-    for receipt in receipts.values():
-        valid[slice(*receipt.rows)] = layout.OK
-        valid[[item.row for item in receipt.quarantined]] = layout.UNDECODABLE
+    for unit in receipts:
+        span = spec.rows_of(unit)
+        valid[span.start : span.stop] = valid_in(spec, receipts, unit)
+    return valid
+
+
+def valid_in(spec: CacheSpec, receipts: dict[int, Receipt], unit: int) -> np.ndarray:
+    """A unit's part [R] of the ``valid`` array."""
+    span = spec.rows_of(unit)
+    valid = np.full(len(span), layout.OK if unit in receipts else layout.MISSING, np.uint8)
+    for item in receipts[unit].quarantined if unit in receipts else ():
+        valid[item.row - span.start] = layout.UNDECODABLE
     return valid
 
 

@@ -19,12 +19,13 @@ times as long (benchmarks/bench_store.py): one chunk with the codecs bytes and c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import zarr
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
@@ -91,15 +92,36 @@ def unit_rows(spec: CacheSpec, unit: int, data: bytes) -> Float[np.ndarray, "R D
     return rows.reshape(spec.unit_rows, spec.dim)[: len(spec.rows_of(unit))].astype(spec.dtype, copy=False)
 
 
-def label_values(spec: CacheSpec, data: bytes) -> Int64[np.ndarray, " N"]:
-    """The labels of the ``label`` array's object.
+def label_values(spec: CacheSpec, pieces: Iterable[bytes], classes: int) -> Int[np.ndarray, " N"]:
+    """The labels of the ``label`` array's object, which is not held whole.
+
+    Args:
+        spec: What the store holds.
+        pieces: The object's bytes.
+        classes: How many classes there should be; labels may be larger.
+
+    Returns:
+        [N] in the smallest signed integers that hold the classes and the labels.
 
     Raises:
         ValueError: The object has another length, or its CRC-32C is wrong.
     """
-    if len(data) != spec.items * 8 + 4 or int.from_bytes(data[-4:], "little") != google_crc32c.value(data[:-4]):
-        raise ValueError(f"{len(data)} bytes, expected {spec.items * 8 + 4} and a right CRC-32C")
-    return np.frombuffer(data, "<i8", count=spec.items).astype(np.int64, copy=False)
+    values = np.empty(spec.items, np.min_scalar_type(-max(classes, 1)))
+    done, crc, rest = 0, 0, b""
+    for piece in pieces:
+        data = rest + piece
+        count = min(len(data) // 8, spec.items - done)
+        part, rest = np.frombuffer(data, "<i8", count=count), data[8 * count :]
+        crc = google_crc32c.extend(crc, data[: 8 * count])
+        if count:
+            # ~x is -x - 1, the negative number that needs as many bits.
+            needed = np.min_scalar_type(min(int(part.min()), ~int(part.max()), -1))
+            values = values.astype(np.promote_types(values.dtype, needed), copy=False)
+        values[done : done + count] = part
+        done += count
+    if done != spec.items or len(rest) != 4 or int.from_bytes(rest, "little") != crc:
+        raise ValueError(f"{8 * done + len(rest)} bytes, expected {spec.items * 8 + 4} and a right CRC-32C")
+    return values
 
 
 def valid_object(spec: CacheSpec, valid: UInt8[np.ndarray, " N"]) -> bytes:

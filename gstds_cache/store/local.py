@@ -18,7 +18,7 @@ from pathlib import Path
 from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
 from gstds_cache.locking import exclusive
-from gstds_cache.store.transport import check_key
+from gstds_cache.store.transport import PIECE, check_key
 
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)\.tmp")
@@ -60,6 +60,19 @@ class LocalTransport:
         """
         with _no_folder(path := self.path(key)):
             return path.read_bytes()
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """All bytes of an object, some at a time.
+
+        Yields:
+            Up to a MiB.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        with _no_folder(path := self.path(key)), path.open("rb") as file:
+            while data := file.read(PIECE):
+                yield data
 
     def sha256(self, key: str) -> str:
         """SHA-256 of an object's bytes, in memory that does not grow with it.

@@ -16,6 +16,7 @@ under ``~/.aws`` are not read.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -27,10 +28,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from gstds_cache.digest import sha256_hex
 from gstds_cache.errors import IncompleteError, StoreUnavailableError, UsageError, command_line
 from gstds_cache.store.holder import Holder
-from gstds_cache.store.transport import check_key
+from gstds_cache.store.transport import PIECE, check_key
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
@@ -116,9 +116,23 @@ class ObjectTransport:
         """All bytes of an object; FileNotFoundError where there is none."""
         return self._get(check_key(key))
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """All bytes of an object, some at a time; FileNotFoundError where there is none.
+
+        Yields:
+            A MiB or so.
+        """
+        with self._translated(check_key(key)):
+            for data in self._obstore.get(self._opened(), key).stream(min_chunk_size=PIECE):
+                self._bucket_seen = True
+                yield bytes(data)
+
     def sha256(self, key: str) -> str:
-        """SHA-256 of an object's bytes; it is held whole for it. FileNotFoundError where there is none."""
-        return sha256_hex(self.get(key))
+        """SHA-256 of an object's bytes; FileNotFoundError where there is none."""
+        digest = hashlib.sha256()
+        for data in self.pieces(key):
+            digest.update(data)
+        return digest.hexdigest()
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """All bytes of several objects, in order, :data:`READERS` at a time."""

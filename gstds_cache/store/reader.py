@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 
 from gstds_cache.errors import IncompleteError, UsageError, command_line
 from gstds_cache.places import beside
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
-from gstds_cache.store.journal import Journal, Problem, corrupt, valid_of, without_embedding
+from gstds_cache.store.journal import Journal, Problem, corrupt, valid_in, valid_of, without_embedding
 from gstds_cache.store.mirror import open_mirror
 from gstds_cache.store.receipt import Quarantined
 
@@ -111,15 +111,20 @@ class EmbeddingStore:
         """What there is of each row: 0 missing, 1 ok, 2 undecodable; made when first asked for."""
         return valid_of(self.spec, self.receipts)
 
+    def valid_in(self, unit: int) -> UInt8[np.ndarray, " R"]:
+        """A unit's part of :attr:`valid`."""
+        return valid_in(self.spec, self.receipts, unit)
+
     @cached_property
-    def labels(self) -> Int64[np.ndarray, " N"]:
-        """Label of each row, -1 where there is none.
+    def labels(self) -> Int[np.ndarray, " N"]:
+        """Label of each row, -1 where there is none; in the smallest integers that hold them, so mind sums.
 
         Raises:
             ChunkCorruptError: The object of the labels is damaged.
         """  # noqa: DOC501
         try:
-            return layout.label_values(self.spec, self.journal.transport.get(layout.LABEL))
+            pieces = self.journal.transport.pieces(layout.LABEL)
+            return layout.label_values(self.spec, pieces, len(self.journal.classes))
         except (FileNotFoundError, ValueError) as error:
             problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
             raise corrupt(self.location, [problem]) from error

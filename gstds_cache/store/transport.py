@@ -7,7 +7,7 @@ A store is a directory (a path or ``file://`` URL) or a prefix of a bucket (``s3
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from gstds_cache.errors import UsageError
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
+PIECE = 1 << 20  # bytes that are read at a time where an object is not to be held whole
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -44,6 +45,10 @@ class Transport(Protocol):
 
     def get(self, key: str) -> bytes:
         """All bytes of an object."""
+        ...
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """All bytes of an object, some at a time, for what is not to be held whole."""
         ...
 
     def sha256(self, key: str) -> str:

@@ -70,6 +70,18 @@ def test_what_is_put_is_there(transport: Transport, where: str, s3_server: S3Ser
     assert from_outside(where, "units/c/0", s3_server) == data
 
 
+def test_pieces_are_the_whole(transport: Transport) -> None:
+    data = bytes(range(256)) * 20_001  # five pieces or so, and no multiple of one
+    transport.put("large", data)
+    parts = list(transport.pieces("large"))
+    assert b"".join(parts) == data
+    assert transport.sha256("large") == hashlib.sha256(data).hexdigest()
+    assert len(parts) > 1
+    assert max(map(len, parts)) < len(data) / 2
+    with pytest.raises(FileNotFoundError, match="small"):
+        list(transport.pieces("small"))
+
+
 def test_put_replaces(transport: Transport) -> None:
     for data in (b"first", b"the second, which is longer", b"3"):
         transport.put("a", data)

@@ -130,20 +130,20 @@ def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatc
     found = load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
     assert found.seconds == 0
     assert found.digest == made.digest == guidance_digest(store, parse_guidance(QUICK))
-    assert found.difficulty.tobytes() == made.difficulty.tobytes()
+    assert found.of_rows.all().tobytes() == made.of_rows.all().tobytes()
     assert found.columns.tobytes() == made.columns.tobytes()
-    assert np.isfinite(found.difficulty).all()
+    assert np.isfinite(found.of_rows.all()).all()
     # The same probe serves the other measure too.
     uncertain = load_or_make_guidance(store, QUICK.replace("probe?", "uncertainty?"))
     assert uncertain.seconds == 0
     assert uncertain.digest != made.digest
     there = store.valid == OK
-    assert uncertain.difficulty[there].tobytes() == made.columns["entropy"][there].tobytes()
+    assert uncertain.of_rows.all()[there].tobytes() == made.columns["entropy"][there].tobytes()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "record", "foreign"])
 def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
-    made = load_or_make_guidance(store, QUICK)
+    made = load_or_make_guidance(store, QUICK).of_rows.all()
     folder = beside(store.location, ".guidance")
     (rows,), (record,) = folder.glob("*.npy"), folder.glob("*.json")
     content = bytearray(rows.read_bytes())
@@ -160,14 +160,14 @@ def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
         record.write_text(json.dumps({"digest": "0", "sha256": "0"}))
     again = load_or_make_guidance(store, QUICK)
     assert "made again" in again.note
-    assert again.difficulty.tobytes() == made.difficulty.tobytes()
+    assert again.of_rows.all().tobytes() == made.tobytes()
     assert load_or_make_guidance(store, QUICK).note.startswith("found")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npy"]
 
 
 def test_a_cutoff_takes_the_hardest_for_mislabelled(store) -> None:
-    plain = load_or_make_guidance(store, QUICK).difficulty
-    cut = load_or_make_guidance(store, QUICK + "&cutoff=0.1").difficulty
+    plain = load_or_make_guidance(store, QUICK).of_rows.all()
+    cut = load_or_make_guidance(store, QUICK + "&cutoff=0.1").of_rows.all()
     hardest = np.argsort(-np.where(store.valid == OK, plain, -1), kind="stable")[: int(0.1 * (N - 1))]
     assert (cut[hardest] == 0).all()
     others = np.setdiff1d(np.flatnonzero(store.valid == OK), hardest)
@@ -191,7 +191,7 @@ def test_a_run_hands_guidance_to_the_rule(store, clusters, tmp_path) -> None:
             elif text == "disagreement":
                 assert seen.guidance.tolist() == disagreement(labels[rows], seen.neighbors).tolist()
             else:
-                assert seen.guidance.tolist() == selector.guidance.difficulty[rows].tolist()
+                assert seen.guidance.tolist() == selector.guidance.of_rows.all()[rows].tolist()
     np.save(tmp_path / "own.npy", np.arange(N, dtype=np.float64))
     selector = BatchSelector(store, replace(CONFIG, guidance=f"file:{tmp_path / 'own.npy'}"))
     _, seen = next(iter(selector.watch()))

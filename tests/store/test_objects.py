@@ -31,6 +31,7 @@ Act = Callable[[ObjectTransport], object]
 OPERATIONS: dict[str, tuple[str, Act, object]] = {
     "exists": ("HEAD", lambda t: t.exists("a"), True),
     "get": ("GET", lambda t: t.get("a"), b"1"),
+    "pieces": ("GET", lambda t: list(t.pieces("a")), [b"1"]),
     "get_many": ("GET", lambda t: t.get_many(["a", "a"]), [b"1", b"1"]),
     "sizes": ("GET", lambda t: t.sizes(), {"a": 1}),
     "put": ("PUT", lambda t: t.put("a", b"1"), None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,31 @@ def test_reading_gives_back_what_was_written(store: Path) -> None:
     np.testing.assert_array_equal(opened_store.gather(picked), make_rows()[picked])
     np.testing.assert_array_equal(opened_store.labels, LABELS)
     assert opened_store.quarantined == [Quarantined(3, "item/3", "broken")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
+        ([0, 127, -1], 3, np.int8),
+        ([0, 1, 2], 128, np.int8),
+        ([0, 1, 2], 129, np.int16),
+        ([0, 128, -1], 0, np.int16),
+        ([5, 32768, -1], 3, np.int32),
+        ([-1, 2**40, 3], 3, np.int64),
+        ([-(2**63), 2**63 - 1, 0], 3, np.int64),
+    ],
+)
+def test_labels_take_no_more_than_they_need(labels: list[int], classes: int, expected: type) -> None:
+    spec = replace(make_spec(), items=len(labels))
+    data = layout.metadata_objects(spec, {}, np.array(labels, np.int64))[layout.LABEL]
+    for size in (1, 5, 8, 11, 100):  # pieces that end inside a number, too
+        parts = [data[at : at + size] for at in range(0, len(data), size)]
+        values = layout.label_values(spec, parts, classes)
+        assert values.tolist() == labels
+        assert values.dtype == expected
+    for damaged in (data[:-1], data + b"0", data[:-1] + bytes([data[-1] ^ 1]), b""):
+        with pytest.raises(ValueError, match="expected 28 and a right CRC-32C"):
+            layout.label_values(spec, [damaged[:13], damaged[13:]], classes)
 
 
 def test_a_file_url_is_the_directory_it_names(tmp_path: Path) -> None:
