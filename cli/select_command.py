@@ -70,6 +70,12 @@ stopped.
     show_default=True,
     help="Order of an epoch: permutation, or window:ROWS, which reads each unit of a store larger than memory once.",
 )
+@click.option(
+    "--partitions",
+    type=int,
+    help="Ways the rows are dealt out to batches, which epochs go round: only the first so many epochs make graphs, "
+    "later ones draw again from the same; 0: every epoch deals anew. [default: 1; 0 for rules that make no graph]",
+)
 @click.option("--knn", type=int, default=10, show_default=True, help="Neighbours of each row in the batch's graph.")
 @click.option(
     "--rule",
@@ -139,6 +145,7 @@ def main(
     epochs: int,
     schedule: str,
     order: str,
+    partitions: int | None,
     knn: int,
     rule: str,
     guidance: str,
@@ -173,6 +180,7 @@ def main(
         epochs=epochs,
         schedule=schedule,
         order=order,
+        partitions=partitions,
         knn=knn,
         rule=rule,
         guidance=guidance,
@@ -344,6 +352,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
                 f"{counts.batches:,} batches, kept {counts.kept:,} of {counts.rows:,} ({rate:,.0f} samples/s)",
             ),
             ("Fiedler", status),
+            *([("graphs", f"of {counts.reused:,} batches from earlier epochs")] if counts.reused else []),
             *([("guidance", selector.guidance.note)] if counts.batches and selector.guidance.note else []),
             *([("dropped", dropped)] if (dropped := _dropped(selector)) else []),
             *([("work", shares_line(shares) + f" (neighbours by {selector.knn_backend})")] if shares else []),
@@ -351,6 +360,8 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
         ],
         err=to_stderr,
     )
+    if selector.graphs_note:
+        click.echo(f"note: {selector.graphs_note}", err=True)
     slow = counts.status["max_iterations"]
     if slow > 0.01 * counts.batches:
         click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)
@@ -377,6 +388,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
                 if label >= 0
             },
             "status": dict(counts.status),
+            "graphs_found": counts.reused,
             "rule": config.rule,
             "guidance": selector.guidance_digest,
             "knn_backend": selector.knn_backend,

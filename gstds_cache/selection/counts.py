@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
 from gstds_cache.selection.selected import Selection
@@ -24,6 +29,7 @@ class SelectionCounts:
         kept: Rows that stayed.
         status: Batches by status flag; a batch with two flags counts in both.
         iterations: Batches by LOBPCG iterations, of those that have been solved.
+        reused: Batches whose graph was there from an earlier epoch.
         seconds: Work by phase, summed over the threads.
         elapsed: Seconds that whoever reads the selections waited for them.
         classes: By label, how many rows were seen and how many of them stayed.
@@ -34,9 +40,35 @@ class SelectionCounts:
     kept: int = 0
     status: Counter[str] = field(default_factory=Counter)
     iterations: Counter[int] = field(default_factory=Counter)
+    reused: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     elapsed: float = 0.0
     classes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @contextmanager
+    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Count what happens inside as work of ``phase``; any number of threads may.
+
+        Yields:
+            Once.
+        """
+        begun = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        with self._lock:
+            self.seconds[phase] += time.perf_counter() - begun
+
+    def solved(self, iterations: Iterable[int]) -> None:
+        """Count graphs that were solved, in so many iterations each."""
+        with self._lock:
+            self.iterations.update(iterations)
+
+    def reuse(self, batches: int) -> None:
+        """Count batches whose graph was there."""
+        with self._lock:
+            self.reused += batches
 
     def add(self, selection: Selection, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
         """Count one batch."""

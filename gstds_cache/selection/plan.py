@@ -1,9 +1,13 @@
 """Which rows make up which batch, and how many of them stay: all of it known before anything is computed.
 
-The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones before it. What
-is held does not grow with the rows or the epochs, but for 8 bytes a batch of an epoch. The last batch of an epoch is
-between half and one and a half times as large as the others: a remainder of a few rows has no graph worth the name, and
-a training step on its one kept row undid the others (measured on digits: the loss diverged).
+The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones before it.
+With P *partitions* there are P orders, and epoch e takes order e mod P, cut into the same batches (*groups*) as before,
+which come in another order: what was found out about a group once holds in later epochs. What is held does not grow
+with the rows or the epochs, but for 8 bytes a batch of an epoch.
+
+The last batch of an epoch is between half and one and a half times as large as the others: a remainder of a few rows
+has no graph worth the name, and a training step on its one kept row undid the others (measured on digits: the loss
+diverged).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
+from gstds_cache.seeding import rng_for
 from gstds_cache.selection.order import make_order
 from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.schedule import PIECE, Schedule
@@ -30,6 +35,8 @@ class BatchPlan:
         batch_id: Position in the epoch, from 0.
         indices: Rows of the store, int64 [B].
         keep: How many of them stay (M).
+        partition: Which of the plan's ways to deal rows out to batches this is; the epoch where each is dealt anew.
+        group: Which batch of that partition: the same (partition, group) holds the same rows.
     """
 
     seq: int
@@ -37,6 +44,8 @@ class BatchPlan:
     batch_id: int
     indices: Int64[np.ndarray, " B"]
     keep: int
+    partition: int = 0
+    group: int = 0
 
 
 class SelectionPlan:
@@ -47,6 +56,7 @@ class SelectionPlan:
         batches_per_epoch: Batches in an epoch; the last holds what is left, from 0.5 to 1.5 times ``batch_size``.
         total_batches: Batches in the run.
         window: Rows of a window of the order, or None.
+        partitions: Ways to deal the rows out to batches; 0 where every epoch deals them anew.
         total_rows: Rows that go in over the whole run: what training on everything would spend.
         total_kept: Rows kept in the run: the gradient samples a trainer will spend.
     """
@@ -61,6 +71,7 @@ class SelectionPlan:
         seed: int,
         window: int | None = None,
         unit_rows: int = 1,
+        partitions: int = 0,
     ) -> None:
         """Lay out the run.
 
@@ -72,6 +83,7 @@ class SelectionPlan:
             seed: Key of the permutations.
             window: Rows of a window of the order (:mod:`gstds_cache.selection.order`); None permutes all rows.
             unit_rows: Rows of a unit of the store; matters with a window.
+            partitions: Ways to deal the rows out to batches, which epochs go round; 0 deals anew in every epoch.
 
         Raises:
             UsageError: There are fewer rows than one batch holds, or the schedule does not fit the run.
@@ -82,7 +94,7 @@ class SelectionPlan:
                 hint=f"use --batch-size {max(4, len(rows) // 4)} or so",
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
-        self.window = window
+        self.window, self.partitions = window, partitions
         self.batches_per_epoch = max(1, (len(rows) + batch_size // 2) // batch_size)
         self.total_batches = self.batches_per_epoch * epochs
         sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
@@ -90,14 +102,17 @@ class SelectionPlan:
         laid_out = schedule.lay_out(sizes, epochs)
         self.total_rows, self.total_kept = len(rows) * epochs, laid_out.total_kept
         self._piece = lru_cache(maxsize=2)(lambda n: laid_out.piece(n * PIECE, (n + 1) * PIECE))
+        self._groups = lru_cache(maxsize=2)(self._deal_groups)
         self._order = make_order(rows, seed=seed, window=window, unit_rows=unit_rows)
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
-        start = batch_id * self.batch_size
-        indices = self._order(epoch, start, start + self._rows_in(batch_id))
-        return BatchPlan(seq=seq, epoch=epoch, batch_id=batch_id, indices=indices, keep=self.keep(seq))
+        partition = epoch % self.partitions if self.partitions else epoch
+        group = self._group(epoch, batch_id)
+        start = group * self.batch_size
+        indices = self._order(partition, start, start + self.rows_in(group))
+        return BatchPlan(seq, epoch, batch_id, indices, self.keep(seq), partition, group)
 
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
@@ -107,6 +122,21 @@ class SelectionPlan:
         """The schedule's filter ratio at batch ``seq``."""
         return float(self._piece(seq // PIECE)[0][seq % PIECE])
 
-    def _rows_in(self, batch_id: int) -> int:
-        last = batch_id == self.batches_per_epoch - 1
-        return len(self.rows) - batch_id * self.batch_size if last else self.batch_size
+    def rows_in(self, group: int) -> int:
+        """Rows of a group before selection."""
+        last = group == self.batches_per_epoch - 1
+        return len(self.rows) - group * self.batch_size if last else self.batch_size
+
+    def _group(self, epoch: int, batch_id: int) -> int:
+        """The group that comes at ``batch_id`` of an epoch.
+
+        A partition is gone through in its own order first, as it is with windows, which keep reading unit by unit that
+        way; the group of another size stays last.
+        """
+        if epoch < self.partitions or not self.partitions or self.window is not None:
+            return batch_id
+        return int(self._groups(epoch)[batch_id])
+
+    def _deal_groups(self, epoch: int) -> Int64[np.ndarray, " T"]:
+        last = self.batches_per_epoch - 1
+        return np.append(rng_for(self.seed, "groups", epoch).permutation(last), last)

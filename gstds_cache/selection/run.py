@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.devices import cores, in_threads, resolve_device
 from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError
-from gstds_cache.graph.components import bridge_components
-from gstds_cache.graph.knn import nearest, resolve_backend
-from gstds_cache.graph.laplacian import symmetrise
-from gstds_cache.graph.neighbors import KnnGraph, unit_rows
+from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.difficulty import pieces
@@ -37,17 +31,14 @@ from gstds_cache.selection.guidance import (
 from gstds_cache.selection.order import parse_order, units_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import RowsTakingPart
-from gstds_cache.selection.rule import Rule, RuleBatch, settle_ties
+from gstds_cache.selection.rule import Rule, RuleBatch
 from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
 from gstds_cache.selection.selected import Selection
-from gstds_cache.spectral.fiedler import fiedler_of_graph
-from gstds_cache.spectral.result import FiedlerResult
+from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
-R = TypeVar("R", KnnGraph, FiedlerResult)
-Spectra = tuple[KnnGraph, FiedlerResult]
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
 ALGORITHM = 3  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
 NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
@@ -83,6 +74,7 @@ class BatchSelector:
             seed=config.seed,
             window=parse_order(config.order),
             unit_rows=store.spec.unit_rows,
+            partitions=_partitions(config, self.rule),
         )
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.journal.classes)
@@ -94,8 +86,6 @@ class BatchSelector:
         self.digest = digest_of(self.identity)
         self.counts = SelectionCounts()
         self._labels = store.labels
-        self._lock = threading.Lock()
-        self._buffers = threading.local()
 
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
@@ -124,6 +114,7 @@ class BatchSelector:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
         self.guidance  # noqa: B018 - before the threads start
+        self._spectra  # noqa: B018 - before the threads start
         threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
         done = in_threads(self._select, self._stacks(start), threads)
         try:
@@ -139,6 +130,23 @@ class BatchSelector:
                     yield selection, seen
         finally:
             done.close()
+
+    @cached_property
+    def _spectra(self) -> Spectra:
+        return Spectra(
+            self.store,
+            self.config,
+            self.plan,
+            self.counts,
+            vectors=max(1, self.rule.vectors),
+            device=self.device,
+            backend=self.knn_backend,
+        )
+
+    @property
+    def graphs_note(self) -> str:
+        """Why graphs were made again that could have been kept; empty where there is nothing to say."""
+        return self._spectra.note if "_spectra" in self.__dict__ else ""
 
     @property
     def slow_order(self) -> str:
@@ -189,67 +197,15 @@ class BatchSelector:
             yield stack
 
     def _select(self, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
-        spectra = self._spectra(batches) if self.rule.vectors or self.guidance.kind == "disagreement" else None
-        with self._timed("rule"):
-            return [self._choose(batch, spectra, graph) for graph, batch in enumerate(batches)]
-
-    def _spectra(self, batches: list[BatchPlan]) -> Spectra:
-        """Graphs and eigenpairs of the batches, in memory."""
-        config = self.config
-        with self._timed("gather"):
-            rows = self._gather(batches)
-        with self._timed("knn"):
-            neighbours = nearest(rows, config.knn, backend=self.knn_backend)
-        with self._timed("graph"):
-            graph, _ = bridge_components(symmetrise(neighbours), rows)
-        with self._timed("solve"):
-            result = fiedler_of_graph(
-                graph,
-                q=max(1, self.rule.vectors),
-                laplacian=config.laplacian,
-                tolerance=config.tolerance,
-                max_iterations=config.max_iterations,
-                seed=config.seed,
-                threads=1,
-            )
-            found = _on_cpu(neighbours), _on_cpu(result)
-        with self._lock:
-            self.counts.iterations.update(found[1].iterations.tolist())
-        return found
-
-    def _gather(self, batches: list[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
-        """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""
-        size, dim = len(batches[0].indices), self.store.spec.dim
-        stored = self._buffer("stored", (1, size, dim), getattr(torch, self.store.spec.dtype))
-        rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
-        for graph, batch in enumerate(batches):
-            with self._lock:  # a store that is read in windows keeps the last ones
-                self.store.gather(batch.indices, stored[0].numpy())
-            unit_rows(stored, out=rows[graph : graph + 1])
-        return rows.to(self.device)
-
-    def _buffer(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of this thread's own: touching new pages takes as long as filling them."""
-        count = shape[0] * shape[1] * shape[2]
-        buffer = getattr(self._buffers, name, None)
-        if buffer is None or buffer.numel() < count:
-            buffer = torch.empty(count, dtype=dtype)
-            setattr(self._buffers, name, buffer)
-        return buffer[:count].view(shape)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        with self._lock:
-            self.counts.seconds[phase] += time.perf_counter() - begun
+        looks = self.rule.vectors or self.guidance.kind == "disagreement"
+        spectra = self._spectra.of(batches) if looks else [None] * len(batches)
+        with self.counts.timed("rule", self.device):
+            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, spectra, strict=True)]
 
     def _labels_of(self, rows: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         return np.asarray(self._labels[rows], np.int64)
 
-    def _see(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> RuleBatch:
+    def _see(self, batch: BatchPlan, spectrum: Spectrum | None) -> RuleBatch:
         """What the rule gets to see of a batch."""
         seen = RuleBatch(
             vector=np.zeros(len(batch.indices)),
@@ -258,45 +214,39 @@ class BatchSelector:
             labels=self._labels_of(batch.indices),
             ratio=self.plan.ratio(batch.seq),
         )
-        if spectra is not None:
-            near, found = spectra
-            basis = settle_ties(found.basis[graph].numpy())
+        if spectrum is not None:
             seen = replace(
                 seen,
-                vector=np.ascontiguousarray(basis[:, 0]),
-                basis=basis,
-                values=found.values[graph].numpy(),
-                neighbors=near.neighbors[graph].numpy(),
-                similarities=near.similarities[graph].numpy(),
+                vector=np.ascontiguousarray(spectrum.basis[:, 0]),
+                basis=spectrum.basis,
+                values=spectrum.values,
+                neighbors=spectrum.neighbors.astype(np.int64),
+                similarities=spectrum.similarities,
             )
         if not self.rule.needs_guidance:
             return seen
         return replace(seen, guidance=self.guidance.of(batch.indices, self._labels_of(batch.indices), seen.neighbors))
 
-    def _choose(self, batch: BatchPlan, spectra: Spectra | None, graph: int) -> tuple[Selection, RuleBatch]:
-        seen = self._see(batch, spectra, graph)
+    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[Selection, RuleBatch]:
+        seen = self._see(batch, spectrum)
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
             where = f"batch {batch.batch_id} of epoch {batch.epoch}"
             classes = self.store.journal.classes
-            positions = hold_floor(positions, self._labels_of(batch.indices), self.config.min_per_class, classes, where)
-        found = None if spectra is None else spectra[1]
+            labels = self._labels_of(batch.indices)
+            positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
         selection = Selection(
             seq=batch.seq,
             epoch=batch.epoch,
             batch_id=batch.batch_id,
             n_in=len(batch.indices),
             kept=batch.indices[positions],
-            score=None if found is None else seen.vector[positions].astype(np.float32),
-            status=Status.NOT_COMPUTED if found is None else Status(int(found.status[graph])),
-            value=float("nan") if found is None else float(found.values[graph, 0]),
-            residual=float("nan") if found is None else float(found.residual[graph, 0]),
+            score=None if spectrum is None else seen.vector[positions].astype(np.float32),
+            status=Status.NOT_COMPUTED if spectrum is None else spectrum.status,
+            value=float("nan") if spectrum is None else float(spectrum.values[0]),
+            residual=float("nan") if spectrum is None else spectrum.residual,
         )
         return selection, seen
-
-
-def _on_cpu(result: R) -> R:
-    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
 
 def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec:
@@ -316,12 +266,17 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec
     return replace(spec, kind="none")
 
 
+def _partitions(config: SelectConfig, rule: Rule) -> int:
+    """Ways the rows are dealt out to batches. A rule that makes no graph has nothing to gain from dealing them once."""
+    return config.partitions if config.partitions is not None else int(rule.vectors > 0)
+
+
 def identity(
     store: EmbeddingStore, config: SelectConfig, rule: Rule, schedule: Schedule, guidance: str
 ) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    settings |= {"schedule": schedule.identity, "guidance": guidance}
+    settings |= {"schedule": schedule.identity, "guidance": guidance, "partitions": _partitions(config, rule)}
     window = parse_order(config.order)
     if window is not None:
         settings["order"] = f"window:{window}"

@@ -20,7 +20,7 @@ SCHEDULE = re.compile(r"[a-z]{1,16}(:[0-9eE.+-]{1,24}){1,8}")  # numbers alone: 
 GUIDANCE = re.compile(r"auto|probe|uncertainty|disagreement|none")
 RULE = re.compile(r"[a-z0-9_-]{1,64}")  # a name alone: module:function would run what the service's user did not choose
 NUMBERS = {"batch_size": 1 << 20, "epochs": 10_000, "knn": 1 << 16, "seed": 1 << 62, "max_iterations": 100_000,
-           "min_per_class": 1 << 20}  # fmt: skip
+           "min_per_class": 1 << 20, "partitions": 10_000}  # fmt: skip
 
 
 @dataclass(frozen=True)

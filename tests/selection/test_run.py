@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import scipy.linalg
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.selection import spectra
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
@@ -89,6 +91,7 @@ def test_starting_anywhere_gives_the_rest_of_the_same_selection(store: Embedding
     for a, b in zip(whole[start:], rest, strict=True):
         assert a.kept.tolist() == b.kept.tolist()
         assert (a.value, a.residual, a.status) == (b.value, b.residual, b.status)
+        assert a.score.tobytes() == b.score.tobytes()
 
 
 def test_the_same_bytes_twenty_times_with_one_thread_and_with_more(store: EmbeddingStore) -> None:
@@ -101,6 +104,76 @@ def test_the_same_bytes_twenty_times_with_one_thread_and_with_more(store: Embedd
     assert len(first) == 6
     for turn in range(20):
         assert everything(1 + turn % 3) == first
+
+
+def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: EmbeddingStore, monkeypatch) -> None:
+    computed: list[int] = []
+    nearest = spectra.nearest
+    monkeypatch.setattr(spectra, "nearest", lambda rows, *a, **k: computed.append(len(rows)) or nearest(rows, *a, **k))
+    config = replace(CONFIG, epochs=5, rule="cells-squared", partitions=2)
+    selector = BatchSelector(store, config)
+    found = list(selector.run())
+    assert sum(computed) == sum(selector.counts.iterations.values()) == 2 * 3
+    assert selector.counts.reused == 3 * 3
+    assert selector.graphs_note == ""
+    plan = selector.plan
+    of_group: dict[tuple[int, int], list[Selection]] = {}
+    for selection in found:
+        batch = plan.batch(selection.seq)
+        assert np.isin(selection.kept, batch.indices).all()
+        of_group.setdefault((batch.partition, batch.group), []).append(selection)
+    assert sorted(map(len, of_group.values())) == [2] * 3 + [3] * 3
+    for (partition, group), selections in of_group.items():
+        first = plan.batch(partition * 3 + group).indices
+        for selection in selections:
+            assert plan.batch(selection.seq).indices.tolist() == first.tolist()
+            assert (selection.value, selection.residual) == (selections[0].value, selections[0].residual)
+        assert len({selection.kept.tobytes() for selection in selections}) > 1  # another draw
+    # What a rule sees of a batch is the same, found or computed.
+    for (_, mine), (_, theirs) in zip(selector.watch(6), BatchSelector(store, config).watch(6), strict=True):
+        for name in ("vector", "basis", "values", "neighbors", "similarities", "guidance", "labels"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingStore) -> None:
+    orders = {}
+    for partitions in (0, 1, 2):
+        plan = BatchSelector(store, replace(CONFIG, epochs=4, partitions=partitions, batch_size=16)).plan
+        orders[partitions] = [
+            np.concatenate([plan.batch(12 * epoch + i).indices for i in range(12)]).tolist() for epoch in range(4)
+        ]
+        assert all(sorted(order) == plan.rows.all().tolist() for order in orders[partitions])
+        assert len({tuple(order) for order in orders[partitions]}) == 4  # batches come in another order, at least
+        assert [len(plan.batch(12 * epoch + 11).indices) for epoch in range(4)] == [22] * 4
+    assert orders[0][:2] == orders[2][:2] == [orders[1][0], orders[0][1]]
+
+
+def test_rules_that_make_no_graph_deal_anew_in_every_epoch(store: EmbeddingStore) -> None:
+    assert BatchSelector(store, CONFIG).plan.partitions == 1
+    assert BatchSelector(store, replace(CONFIG, rule="random")).plan.partitions == 0
+    assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, partitions=1)).digest
+    with pytest.raises(UsageError, match="--partitions: got -1, expected 0 or more"):
+        replace(CONFIG, partitions=-1)
+
+
+@pytest.mark.parametrize("fails", ["write", "short write", "open"])
+def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingStore, monkeypatch, fails: str) -> None:
+    expected = [(s.kept.tobytes(), s.score.tobytes()) for s in run(store, epochs=3)]
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*_args, **_options):
+        raise full
+
+    if fails == "open":
+        monkeypatch.setattr(spectra.tempfile, "TemporaryFile", refuse)
+    else:
+        monkeypatch.setattr(
+            spectra.os, "pwrite", refuse if fails == "write" else lambda _file, data, _at: len(data) // 2
+        )
+    selector = BatchSelector(store, replace(CONFIG, epochs=3))
+    assert [(s.kept.tobytes(), s.score.tobytes()) for s in selector.run()] == expected
+    assert selector.counts.reused == 0
+    assert ("No space left on device" in selector.graphs_note) == (fails != "short write")
 
 
 def test_a_bad_row_ends_the_run_whatever_the_threads(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +191,7 @@ def test_a_bad_row_ends_the_run_whatever_the_threads(store: EmbeddingStore, monk
 
 
 def test_random_computes_no_graph(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gstds_cache.selection.run.nearest", None)
+    monkeypatch.setattr("gstds_cache.selection.spectra.nearest", None)
     selections = run(store, rule="random")
     assert {s.status for s in selections} == {Status.NOT_COMPUTED}
     assert all(s.score is None for s in selections)
@@ -130,7 +203,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
         return BatchSelector(store, replace(CONFIG, **changes)).digest
 
     others = {"batch_size": 32, "epochs": 3, "schedule": "constant:0.5", "knn": 5, "rule": "gap", "seed": 1,
-              "order": "window:64", "min_per_class": 1,
+              "order": "window:64", "min_per_class": 1, "partitions": 2,
               "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
     digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
     assert len(digests) == 1 + len(others)

@@ -1,0 +1,240 @@
+"""Graphs and eigenvectors of batches: computed once, and found again when the same batch comes again.
+
+A plan of P partitions deals the rows out to batches in P ways and goes round them (:mod:`gstds_cache.selection.plan`).
+What a rule draws from a batch differs from epoch to epoch; its graph does not, and the graph is what takes time. So the
+spectra of the first P epochs are put down in a file, some 150 bytes a row, and read back from then on. It is a
+temporary file without a name (in ``TMPDIR``): it takes no memory of the process, and is gone with it. What is not in
+it, after a resume or where the disk is full, is computed: the file decides how long a run takes, never what it selects.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import IO, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.graph.components import bridge_components
+from gstds_cache.graph.knn import nearest
+from gstds_cache.graph.laplacian import symmetrise
+from gstds_cache.graph.neighbors import KnnGraph, unit_rows
+from gstds_cache.selection.counts import SelectionCounts
+from gstds_cache.selection.plan import BatchPlan, SelectionPlan
+from gstds_cache.selection.rule import settle_ties
+from gstds_cache.spectral.fiedler import fiedler_of_graph
+from gstds_cache.spectral.result import FiedlerResult
+from gstds_cache.spectral.status import Status
+from gstds_cache.store.reader import EmbeddingStore
+
+R = TypeVar("R", KnnGraph, FiedlerResult)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """What is known of one batch's graph.
+
+    Attributes:
+        basis: The lowest Q eigenvectors above the trivial one, ties settled, float64 [B, Q].
+        values: Their eigenvalues, ascending, float64 [Q].
+        residual: Relative residual of the first.
+        status: How solving it ended.
+        neighbors: Positions of each row's nearest neighbours, nearest first, int32 [B, K]; -1 where there is none.
+        similarities: Their cosines, float32 [B, K].
+    """
+
+    basis: Float64[np.ndarray, "B Q"]
+    values: Float64[np.ndarray, " Q"]
+    residual: float
+    status: Status
+    neighbors: np.ndarray
+    similarities: Float32[np.ndarray, "B K"]
+
+
+class Spectra:
+    """The spectra of a run's batches."""
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        config: SelectConfig,
+        plan: SelectionPlan,
+        counts: SelectionCounts,
+        *,
+        vectors: int,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            store: Where the embeddings are.
+            config: How to make graphs and to solve them.
+            plan: The run's batches.
+            counts: Where time and iterations are counted.
+            vectors: Eigenvectors that are wanted (Q).
+            device: Where to compute.
+            backend: The kNN backend, never ``auto``.
+        """
+        self._store, self._config, self._counts = store, config, counts
+        self._vectors, self._device, self._backend = vectors, device, backend
+        self._buffers = threading.local()
+        self._reading = threading.Lock()
+        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
+
+    @property
+    def note(self) -> str:
+        """Why spectra are computed again that could have been kept; empty where there is nothing to say."""
+        return self._kept.note if self._kept is not None else ""
+
+    def of(self, batches: Sequence[BatchPlan]) -> list[Spectrum]:
+        """The spectra of batches of one size.
+
+        Raises:
+            SolverError: A row's embedding holds NaN or Inf.
+        """
+        kept = self._kept
+        found = [None if kept is None else kept.get(batch) for batch in batches]
+        missing = [batch for batch, spectrum in zip(batches, found, strict=True) if spectrum is None]
+        self._counts.reuse(len(batches) - len(missing))
+        made = iter(self._compute(missing) if missing else [])
+        spectra = []
+        for batch, spectrum in zip(batches, found, strict=True):
+            if spectrum is None:
+                spectrum = next(made)  # noqa: PLW2901 - in its place
+                if kept is not None:
+                    kept.put(batch, spectrum)
+            spectra.append(spectrum)
+        return spectra
+
+    def _compute(self, batches: Sequence[BatchPlan]) -> list[Spectrum]:
+        config, counts = self._config, self._counts
+        with counts.timed("gather", self._device):
+            rows = self._gather(batches)
+        with counts.timed("knn", self._device):
+            neighbours = nearest(rows, config.knn, backend=self._backend)
+        with counts.timed("graph", self._device):
+            graph, _ = bridge_components(symmetrise(neighbours), rows)
+        with counts.timed("solve", self._device):
+            result = fiedler_of_graph(
+                graph,
+                q=self._vectors,
+                laplacian=config.laplacian,
+                tolerance=config.tolerance,
+                max_iterations=config.max_iterations,
+                seed=config.seed,
+                threads=1,
+            )
+            near, found = _on_cpu(neighbours), _on_cpu(result)
+        counts.solved(found.iterations.tolist())
+        return [
+            Spectrum(
+                basis=settle_ties(found.basis[graph].numpy()),
+                values=found.values[graph].numpy(),
+                residual=float(found.residual[graph, 0]),
+                status=Status(int(found.status[graph])),
+                neighbors=near.neighbors[graph].numpy().astype(np.int32),
+                similarities=near.similarities[graph].numpy(),
+            )
+            for graph in range(len(batches))
+        ]
+
+    def _gather(self, batches: Sequence[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
+        """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""
+        size, dim = len(batches[0].indices), self._store.spec.dim
+        stored = self._buffer("stored", (1, size, dim), getattr(torch, self._store.spec.dtype))
+        rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
+        for graph, batch in enumerate(batches):
+            with self._reading:  # a store that is read in windows keeps the last ones
+                self._store.gather(batch.indices, stored[0].numpy())
+            unit_rows(stored, out=rows[graph : graph + 1])
+        return rows.to(self._device)
+
+    def _buffer(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of this thread's own: touching new pages takes as long as filling them."""
+        count = shape[0] * shape[1] * shape[2]
+        buffer = getattr(self._buffers, name, None)
+        if buffer is None or buffer.numel() < count:
+            buffer = torch.empty(count, dtype=dtype)
+            setattr(self._buffers, name, buffer)
+        return buffer[:count].view(shape)
+
+
+class _SpectrumFile:
+    """A slot for each batch of each partition, in a temporary file; any number of threads may read and write."""
+
+    def __init__(self, plan: SelectionPlan, vectors: int, knn: int) -> None:
+        self.note = ""
+        self._vectors, self._knn, self._per_partition = vectors, knn, plan.batches_per_epoch
+        self._slot_bytes = self._record(max(plan.batch_size, plan.rows_in(plan.batches_per_epoch - 1))).itemsize
+        self._there = np.zeros(plan.partitions * plan.batches_per_epoch, np.bool_)
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = tempfile.TemporaryFile(prefix="gstds-spectra-", buffering=0)  # noqa: SIM115 - lives with self
+            weakref.finalize(self, self._file.close)
+        except OSError as error:
+            self._give_up(error)
+
+    def _record(self, rows: int) -> np.dtype[np.void]:
+        return np.dtype(
+            [
+                ("residual", np.float64),
+                ("status", np.int64),
+                ("values", np.float64, (self._vectors,)),
+                ("basis", np.float64, (rows, self._vectors)),
+                ("neighbors", np.int32, (rows, self._knn)),
+                ("similarities", np.float32, (rows, self._knn)),
+            ]
+        )
+
+    def _slot(self, batch: BatchPlan) -> int:
+        return batch.partition * self._per_partition + batch.group
+
+    def get(self, batch: BatchPlan) -> Spectrum | None:
+        slot, record = self._slot(batch), self._record(len(batch.indices))
+        if self._file is None or not self._there[slot]:
+            return None
+        data = os.pread(self._file.fileno(), record.itemsize, slot * self._slot_bytes)
+        if len(data) != record.itemsize:
+            return None
+        held = np.frombuffer(data, record)[0]
+        return Spectrum(
+            basis=held["basis"],
+            values=held["values"],
+            residual=float(held["residual"]),
+            status=Status(int(held["status"])),
+            neighbors=held["neighbors"],
+            similarities=held["similarities"],
+        )
+
+    def put(self, batch: BatchPlan, spectrum: Spectrum) -> None:
+        if self._file is None:
+            return
+        held = np.empty(1, self._record(len(batch.indices)))
+        for field in fields(spectrum):
+            held[field.name] = getattr(spectrum, field.name)
+        slot, data = self._slot(batch), held.tobytes()
+        try:
+            written = os.pwrite(self._file.fileno(), data, slot * self._slot_bytes)
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._there[slot] = written == len(data)
+
+    def _give_up(self, error: OSError) -> None:
+        self.note = (
+            f"graphs are computed anew in each epoch: cannot keep them in {tempfile.gettempdir()} ({error.strerror}); "
+            "set TMPDIR to a folder with room"
+        )
+        self._file = None
+
+
+def _on_cpu(result: R) -> R:
+    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
