@@ -53,7 +53,8 @@ Examples:
   gstds-embed 'torchvision:CIFAR10?root=data' --model 'timm:resnet18?weights=resnet18.safetensors'
 
 The default MODEL is {DEFAULT_MODEL} with the ImageNet weights of an installed package; others are
-timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE.
+timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE; with ?size=64 the first two look at 64 x 64
+pixels instead of the model's own size, in a fraction of the time.
 """
 
 

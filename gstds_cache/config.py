@@ -27,7 +27,7 @@ class EmbedConfig:
     """How a data set is embedded.
 
     Attributes:
-        model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with ``?weights=FILE``.
+        model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, with ``?weights=FILE``, ``?size=PIXELS``.
         batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
         unit_rows: Rows per unit, rounded up to a multiple of ``batch_size``; None takes the store's
             own, or about 4 MB a unit.

