@@ -1,6 +1,6 @@
 """How selection grows with the number of rows: time per batch, and memory, over synthetic stores.
 
-    python benchmarks/bench_growth.py [--rows 10000 100000 1000000 10000000]
+    python benchmarks/bench_growth.py [--rows 10000 100000 1000000 10000000] [--stores FOLDER]
 
 Each store is [rows, 64] float16 of 200 classes and read from its mirror, in exact random order: with the default rule
 as `gstds-select` runs it on a store whose guidance it has made before, and without guidance. Neither time per batch nor
@@ -34,18 +34,23 @@ GUIDANCE = {"default": "auto", "unguided": "none"}
 
 
 def make_store(folder: Path, rows: int) -> Path:
+    store = folder / f"{rows}.store"
+    if not store.exists():
+        write_store(store, rows)
+    opened = EmbeddingStore(store, access="mirror", memory_budget=0)
+    opened.gather(np.arange(1))
+    load_or_make_guidance(opened, GUIDANCE["default"], threads=cores())
+    return store
+
+
+def write_store(path: Path, rows: int) -> None:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLASSES, DIM), dtype=np.float32)
     made, labels = np.empty((rows, DIM), np.float16), rng.integers(0, CLASSES, rows)
     for first in range(0, rows, 1 << 20):
         part = made[first : first + (1 << 20)]
         part[:] = centres[labels[first : first + (1 << 20)]] + rng.standard_normal(part.shape, dtype=np.float32)
-    Ours().write(folder / f"{rows}.store", made, labels=labels)
-    del made
-    store = EmbeddingStore(folder / f"{rows}.store", access="mirror", memory_budget=0)
-    store.gather(np.arange(1))
-    load_or_make_guidance(store, GUIDANCE["default"], threads=cores())
-    return folder / f"{rows}.store"
+    Ours().write(path, made, labels=labels)
 
 
 def of_status(name: str) -> float:
@@ -83,6 +88,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     made.add_argument("--batches", type=int, default=256)
+    made.add_argument("--stores", type=Path, help="keep the stores here, and use those of an earlier run")
     made.add_argument("--child")
     made.add_argument("--guidance")
     arguments = made.parse_args()
@@ -92,7 +98,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.rows, arguments.batches, arguments.trials = [600, 1200], 2, 1
     with tempfile.TemporaryDirectory() as folder:
-        stores = {rows: make_store(Path(folder), rows) for rows in arguments.rows}
+        stores = {rows: make_store(arguments.stores or Path(folder), rows) for rows in arguments.rows}
         runs = [
             {
                 case: {rows: measure(store, arguments.batches, guidance) for rows, store in stores.items()}
