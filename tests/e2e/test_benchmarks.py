@@ -36,7 +36,7 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
         accuracy = result["held_out_accuracy"]
         assert accuracy["ours_1_threads"] == accuracy["ours_2_threads"] > accuracy["lbfgs"] - 0.1
     if path.stem == "bench_growth":
-        for case in ("default", "unguided"):
+        for case in ("default", "anew"):
             assert result["cases"][case]["by_rows"]["600"]["ms_per_batch"]["median"] > 0
     if path.stem == "bench_embed":
         assert result["embed_over_limit"]["median"] > 0
