@@ -122,6 +122,10 @@ class SelectionPlan:
         """The schedule's filter ratio at batch ``seq``."""
         return float(self._piece(seq // PIECE)[0][seq % PIECE])
 
+    def visit(self, epoch: int) -> int:
+        """How many epochs before this one had the same batches."""
+        return epoch // self.partitions if self.partitions else 0
+
     def rows_in(self, group: int) -> int:
         """Rows of a group before selection."""
         last = group == self.batches_per_epoch - 1

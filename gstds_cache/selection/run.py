@@ -213,6 +213,8 @@ class BatchSelector:
             rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
             labels=self._labels_of(batch.indices),
             ratio=self.plan.ratio(batch.seq),
+            visit=self.plan.visit(batch.epoch),
+            steady_rng=rng_for(self.config.seed, "steady", batch.partition, batch.group),
         )
         if spectrum is not None:
             seen = replace(

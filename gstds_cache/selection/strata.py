@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float64, Int64
 
@@ -9,20 +11,14 @@ from gstds_cache.graph.compiled import compiled
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.spread import coordinates, weights
 
-
-def _draw(batch: RuleBatch, power: float = 1.0) -> Float64[np.ndarray, " B"]:
-    """A number for each row, of which the largest of any set of rows is a draw from it in proportion to weight^power.
-
-    (The Gumbel-max trick: power log w + Gumbel noise.)
-    """
-    return np.asarray(power * np.log(weights(batch)) + batch.rng.gumbel(size=len(batch)), np.float64)
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def strata(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """One row of each of ``keep`` equal stretches of the Fiedler order, drawn in proportion to difficulty."""
     order = np.argsort(batch.vector, kind="stable")
     bounds = (np.arange(batch.keep + 1) * len(batch)) // batch.keep
-    return np.sort(_winners(order, bounds, _draw(batch)))
+    return _one_of_each(batch, order, bounds, power=1.0)
 
 
 def cells(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -31,7 +27,7 @@ def cells(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     Cells come from halving: a set that is to give m rows is cut across the eigenvector along which it is widest, so
     that the two sides give m // 2 and the rest, and hold rows in that proportion.
     """
-    return _one_of_each_cell(batch, power=1.0)
+    return _one_of_each(batch, *_cells(batch), power=1.0)
 
 
 def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -40,29 +36,39 @@ def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     Drawn from the whole batch, squared weights keep too few of the easy rows; one row of each cell stays whatever its
     weight (docs/method.md has both, measured).
     """
-    return _one_of_each_cell(batch, power=2.0)
+    return _one_of_each(batch, *_cells(batch), power=2.0)
 
 
 def guided(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """Rows drawn in proportion to difficulty, without looking at a graph: what every guided rule has to beat."""
-    hardest_first = np.argsort(-_draw(batch), kind="stable")
-    return np.sort(hardest_first[: batch.keep])
+    # The Gumbel-max trick: of any set of rows, the largest number is a draw in proportion to weight.
+    drawn = np.log(weights(batch)) + batch.rng.gumbel(size=len(batch))
+    return np.sort(np.argsort(-drawn, kind="stable")[: batch.keep])
 
 
-def _one_of_each_cell(batch: RuleBatch, power: float) -> Int64[np.ndarray, " M"]:
+def _cells(batch: RuleBatch) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " M1"]]:
     order = np.arange(len(batch))
     bounds = np.empty(batch.keep + 1, np.int64)
     halve(coordinates(batch), order, bounds)
-    return np.sort(_winners(order, bounds, _draw(batch, power)))
+    return order, bounds
 
 
-def _winners(
-    order: Int64[np.ndarray, " B"], bounds: Int64[np.ndarray, " M1"], drawn: Float64[np.ndarray, " B"]
+def _one_of_each(
+    batch: RuleBatch, order: Int64[np.ndarray, " B"], bounds: Int64[np.ndarray, " M1"], *, power: float
 ) -> Int64[np.ndarray, " M"]:
-    """Of each piece ``order[bounds[m]:bounds[m + 1]]`` the row with the largest number."""
-    piece = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    best_last = order[np.lexsort((drawn[order], piece))]
-    return np.asarray(best_last[bounds[1:] - 1], np.int64)
+    """Of each piece ``order[bounds[m]:bounds[m + 1]]`` one row, drawn in proportion to weight^power.
+
+    How far along the piece's cumulative weights the draw lies is uniformly random when a batch comes for the first
+    time. Each further time it has gone on by the golden ratio, modulo 1: the sequence whose members lie most evenly,
+    however many there are (the Kronecker sequence; L. Kuipers and H. Niederreiter, Uniform Distribution of Sequences,
+    1974, chapter 2). So over a run a row stays about as often as its weight says, where independent draws would be off
+    by chance.
+    """
+    reached = np.concatenate([[0.0], np.cumsum(weights(batch)[order] ** power)])
+    first, last = reached[bounds[:-1]], reached[bounds[1:]]
+    along = (batch.steady_rng.random(batch.keep) + batch.visit * GOLDEN) % 1.0
+    at = np.searchsorted(reached[1:], first + along * (last - first), side="right")
+    return np.sort(order[np.clip(at, bounds[:-1], bounds[1:] - 1)])  # rounding may step over an end
 
 
 @compiled()

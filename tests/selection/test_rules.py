@@ -19,6 +19,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.rule import TIE, RuleBatch, settle_ties
 from gstds_cache.selection.rules import RULES, find_rule
 
+STEADY = [rng_for(seed, "steady") for seed in range(20)]
 BEGINNING = rng_for(5)
 VECTORS = arrays(np.float64, st.integers(1, 60), elements=st.floats(-1, 1).map(lambda x: round(x, 2)))
 
@@ -72,6 +73,8 @@ def batches(draw) -> RuleBatch:
         vector=basis[:, 0].copy(),
         keep=draw(st.integers(1, rows)),
         rng=BEGINNING,
+        steady_rng=draw(st.sampled_from(STEADY)),
+        visit=draw(st.integers(0, 9)),
         basis=basis,
         values=np.array([0.01, 0.02, 0.5, 0.5, 1.0, 2.0, 3.0, np.inf]),
         labels=np.arange(rows) % 3,
@@ -81,7 +84,7 @@ def batches(draw) -> RuleBatch:
 
 def again(batch: RuleBatch) -> RuleBatch:
     """The same batch with its random numbers at their beginning."""
-    return replace(batch, rng=copy.deepcopy(batch.rng))
+    return replace(batch, rng=copy.deepcopy(batch.rng), steady_rng=copy.deepcopy(batch.steady_rng))
 
 
 def counts_of(batch: RuleBatch) -> list[float]:
@@ -92,16 +95,25 @@ def counts_of(batch: RuleBatch) -> list[float]:
 DRAWN = {"random", "guided", "strata", "cells", "cells-squared"}
 
 
-def naive_draw(batch: RuleBatch, piece: list[int], noise: np.ndarray, power: int = 1) -> int:
-    weight = counts_of(batch)
-    return max(piece, key=lambda i: power * math.log(weight[i]) + noise[i])
+def naive_draws(batch: RuleBatch, pieces: list[list[int]], power: int = 1) -> list[int]:
+    """One of each piece: along its cumulative weights, as far as its number and the visits say."""
+    golden = (math.sqrt(5) - 1) / 2
+    weight = [count**power for count in counts_of(batch)]
+    drawn = []
+    for piece, number in zip(pieces, again(batch).steady_rng.random(batch.keep).tolist(), strict=True):
+        left = math.fmod(number + batch.visit * golden, 1) * sum(weight[i] for i in piece)
+        for row in piece:
+            left -= weight[row]
+            if left < 0:
+                break
+        drawn.append(row)
+    return sorted(drawn)
 
 
 def naive_strata(batch: RuleBatch) -> list[int]:
-    noise = again(batch).rng.gumbel(size=len(batch))
     order = sorted(range(len(batch)), key=lambda i: (batch.vector[i], i))
     cut = [j * len(batch) // batch.keep for j in range(batch.keep + 1)]
-    return sorted(naive_draw(batch, order[a:b], noise) for a, b in pairwise(cut))
+    return naive_draws(batch, [order[a:b] for a, b in pairwise(cut)])
 
 
 def scaled(batch: RuleBatch) -> list[list[float]]:
@@ -109,18 +121,18 @@ def scaled(batch: RuleBatch) -> list[list[float]]:
 
 
 def naive_cells(batch: RuleBatch, power: int = 1) -> list[int]:
-    points, noise = scaled(batch), again(batch).rng.gumbel(size=len(batch))
+    points = scaled(batch)
 
     def cut(rows: list[int], keep: int) -> list[list[int]]:
         if keep == 1:
-            return [rows]
+            return [sorted(rows)]
         wide = [np.var([points[i][q] for i in rows]) for q in range(8)]
         q = next(q for q in range(8) if wide[q] >= max(wide) * (1 - 1e-12))
         ordered = sorted(rows, key=lambda i: (points[i][q], i))
         left = len(rows) * (keep // 2) // keep
         return cut(ordered[:left], keep // 2) + cut(ordered[left:], keep - keep // 2)
 
-    return sorted(naive_draw(batch, cell, noise, power) for cell in cut(list(range(len(batch))), batch.keep))
+    return naive_draws(batch, cut(list(range(len(batch))), batch.keep), power)
 
 
 def naive_farthest(batch: RuleBatch, weight: list[float]) -> list[int]:
@@ -169,15 +181,21 @@ def test_of_duplicates_spread_takes_one_and_then_the_first() -> None:
     assert RULES["spread"].choose(replace(batch, keep=5)).tolist() == [0, 1, 2, 4, 8]
 
 
-def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion() -> None:
+@pytest.mark.parametrize("visits", [1, 40])
+def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion(visits: int) -> None:
     guidance = np.tile([1.0, 3.0], 500)
     vector = np.repeat(np.arange(500.0), 2)
     drawn = np.zeros(1000)
-    for seed in range(40):
-        drawn[RULES["strata"].choose(RuleBatch(vector, 500, rng_for(seed), guidance=guidance))] += 1
+    for turn in range(40):
+        seed, visit = divmod(turn, visits)
+        steady = rng_for(seed, "steady")
+        drawn[RULES["strata"].choose(RuleBatch(vector, 500, guidance=guidance, steady_rng=steady, visit=visit))] += 1
     assert (drawn.reshape(500, 2).sum(axis=1) == 40).all()
     expected = (3 + 0.1) / (4 + 0.2)
     assert abs(drawn[1::2].sum() / 20_000 - expected) < 5 * math.sqrt(expected * (1 - expected) / 20_000)
+    # Visits keep every single row close to its share; as many independent draws do not.
+    worst = abs(drawn[1::2] / 40 - expected).max()
+    assert worst < 0.05 if visits > 1 else worst > 0.15
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
