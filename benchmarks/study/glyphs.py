@@ -62,7 +62,14 @@ class Glyphs:
         return self.images[row], int(self.targets[row])
 
 
-def train(fonts: str = "", items: str = "0", noise: str = "0", imbalance: str = "1", doubled: str = "0") -> Glyphs:
+def train(
+    fonts: str = "",
+    items: str = "0",
+    noise: str = "0",
+    imbalance: str = "1",
+    doubled: str = "0",
+    validation: str = "0",
+) -> Glyphs:
     """The training set, or a variant of it. All arguments are strings, as a data set's query parameters are.
 
     Args:
@@ -72,11 +79,14 @@ def train(fonts: str = "", items: str = "0", noise: str = "0", imbalance: str = 
         imbalance: How many times more frequent the most frequent class is than the rarest; those between fall evenly
             on a logarithmic scale (Cao et al. 2019, "Learning Imbalanced Datasets", section 4.1).
         doubled: Share of the images that are there twice.
+        validation: 1 leaves out the fonts that ``unseen?validation=1`` holds, to choose settings by.
 
     Returns:
         The data set; the same arguments give the same one.
     """
     glyphs = _part(_all(fonts), test=False)
+    if int(validation):
+        glyphs = _part(glyphs, test=False)
     if int(items) and int(items) < len(glyphs):
         glyphs = _take(glyphs, np.sort(rng_for(0, "items").permutation(len(glyphs))[: int(items)]))
     if float(imbalance) > 1:
@@ -94,9 +104,14 @@ def train(fonts: str = "", items: str = "0", noise: str = "0", imbalance: str = 
     return glyphs
 
 
-def unseen(fonts: str = "", items: str = "0") -> Glyphs:
-    """The test set: clean and balanced in every variant. ``items`` limits it as in :func:`train`."""
-    glyphs = _part(_all(fonts), test=True)
+def unseen(fonts: str = "", items: str = "0", validation: str = "0") -> Glyphs:
+    """The test set: clean and balanced in every variant. ``items`` limits it as in :func:`train`.
+
+    With ``validation`` 1 it is a third of the training fonts instead, parted by family in the same way.
+    """
+    glyphs = _part(_all(fonts), test=not int(validation))
+    if int(validation):
+        glyphs = _part(glyphs, test=True)
     if int(items) and int(items) < len(glyphs):
         return _take(glyphs, np.sort(rng_for(0, "items").permutation(len(glyphs))[: int(items)]))
     return glyphs

@@ -146,6 +146,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
+            partitions=method.partitions,
         )
         begun, cpu_begun = time.perf_counter(), time.process_time()
         next(BatchSelector(data.store, config).run())
