@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -35,6 +35,8 @@ def settle_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B
 class RuleBatch:
     """One batch as a rule sees it: B rows, of which M are to stay. Positions are 0..B-1, the batch's order.
 
+    A run's arrays are read-only: its records tell what a rule was given, so copy what you want to change.
+
     Attributes:
         vector: The Fiedler coordinate of each row, ties settled, float64 [B]; zeros where no vectors were asked for.
         keep: How many rows stay (M), from 1 to B.
@@ -43,7 +45,8 @@ class RuleBatch:
         steady_rng: Random numbers of these rows' own: the same each time that they come as a batch.
         basis: The first Q eigenvectors above the trivial one, ties settled, float64 [B, Q]; the first is ``vector``.
         values: Their eigenvalues, ascending, float64 [Q]; +inf where a small graph has fewer.
-        neighbors: Positions of each row's nearest neighbours, nearest first, int64 [B, K]; None where no graph is made.
+        neighbors: Positions of each row's nearest neighbours, nearest first, int64 [B, K], of which there are B - 1 at
+            most; None where no graph is made.
         similarities: Their cosines, float32 [B, K].
         labels: Label of each row, int64 [B]; -1 where there is none.
         guidance: Difficulty of each row, >= 0, float64 [B]; None where the rule did not ask for it.
@@ -65,6 +68,15 @@ class RuleBatch:
 
     def __len__(self) -> int:
         return len(self.vector)
+
+
+def read_only(batch: RuleBatch) -> RuleBatch:
+    """The same batch, whose arrays cannot be written to any more."""
+    for part in fields(batch):
+        value = getattr(batch, part.name)
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+    return batch
 
 
 Choose = Callable[[RuleBatch], Int64[np.ndarray, " M"]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from gstds_cache.selection.guidance import (
 from gstds_cache.selection.order import parse_order, units_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import RowsTakingPart
-from gstds_cache.selection.rule import Rule, RuleBatch
+from gstds_cache.selection.rule import Rule, RuleBatch, read_only
 from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
 from gstds_cache.selection.selected import Selection
@@ -52,6 +54,7 @@ class BatchSelector:
         digest: Identity of the selection: the store's fingerprint and every setting that decides the outcome.
         counts: Totals so far.
         knn_backend: The kNN backend, never ``auto``.
+        graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
     """
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
@@ -84,8 +87,8 @@ class BatchSelector:
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
-        self.counts = SelectionCounts()
-        self._labels = store.labels
+        self.counts, self.graphs_note = SelectionCounts(), ""
+        self._labels, self._reading = store.labels, threading.Lock()
 
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
@@ -113,26 +116,27 @@ class BatchSelector:
         Yields:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
-        self.guidance  # noqa: B018 - before the threads start
-        self._spectra  # noqa: B018 - before the threads start
-        threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
-        done = in_threads(self._select, self._stacks(start), threads)
-        try:
-            while True:
-                begun = time.perf_counter()
-                selections = next(done, None)
-                self.counts.elapsed += time.perf_counter() - begun
-                if selections is None:
-                    return
-                for selection, seen in selections:
-                    labels = seen.labels if seen.labels is not None else np.zeros(0, np.int64)
-                    self.counts.add(selection, labels, self._labels_of(selection.kept))
-                    yield selection, seen
-        finally:
-            done.close()
+        guidance = self.guidance  # before the threads start
+        looks = self.rule.vectors or guidance.kind == "disagreement"
+        with closing(self._new_spectra()) if looks else nullcontext() as spectra:
+            threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
+            done = in_threads(partial(self._select, spectra), self._stacks(start), threads)
+            try:
+                while True:
+                    begun = time.perf_counter()
+                    selections = next(done, None)
+                    self.counts.elapsed += time.perf_counter() - begun
+                    if selections is None:
+                        return
+                    for selection, seen in selections:
+                        labels = seen.labels if seen.labels is not None else np.zeros(0, np.int64)
+                        self.counts.add(selection, labels, self._labels_of(selection.kept))
+                        yield selection, seen
+            finally:
+                done.close()
+                self.graphs_note = spectra.note if spectra is not None else ""
 
-    @cached_property
-    def _spectra(self) -> Spectra:
+    def _new_spectra(self) -> Spectra:
         return Spectra(
             self.store,
             self.config,
@@ -141,12 +145,8 @@ class BatchSelector:
             vectors=max(1, self.rule.vectors),
             device=self.device,
             backend=self.knn_backend,
+            reading=self._reading,
         )
-
-    @property
-    def graphs_note(self) -> str:
-        """Why graphs were made again that could have been kept; empty where there is nothing to say."""
-        return self._spectra.note if "_spectra" in self.__dict__ else ""
 
     @property
     def slow_order(self) -> str:
@@ -184,23 +184,28 @@ class BatchSelector:
     def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
         """Full batches are stacked; the other last batch of an epoch stands alone.
 
+        Where batches come again, a stack ends with its epoch: the next one finds what was computed in this.
+
         Yields:
             Batches of one size.
         """
         stack: list[BatchPlan] = []
         for batch in map(self.plan.batch, range(seq, self.plan.total_batches)):
-            if stack and (len(stack) == STACK[self.device.type] or len(batch.indices) != len(stack[0].indices)):
+            if stack and (
+                len(stack) == STACK[self.device.type]
+                or len(batch.indices) != len(stack[0].indices)
+                or (self.plan.partitions and batch.epoch != stack[0].epoch)
+            ):
                 yield stack
                 stack = []
             stack.append(batch)
         if stack:
             yield stack
 
-    def _select(self, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
-        looks = self.rule.vectors or self.guidance.kind == "disagreement"
-        spectra = self._spectra.of(batches) if looks else [None] * len(batches)
+    def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
+        found = [None] * len(batches) if spectra is None else spectra.of(batches)
         with self.counts.timed("rule", self.device):
-            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, spectra, strict=True)]
+            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, found, strict=True)]
 
     def _labels_of(self, rows: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         return np.asarray(self._labels[rows], np.int64)
@@ -225,9 +230,10 @@ class BatchSelector:
                 neighbors=spectrum.neighbors.astype(np.int64),
                 similarities=spectrum.similarities,
             )
-        if not self.rule.needs_guidance:
-            return seen
-        return replace(seen, guidance=self.guidance.of(batch.indices, self._labels_of(batch.indices), seen.neighbors))
+        if self.rule.needs_guidance:
+            hard = self.guidance.of(batch.indices, self._labels_of(batch.indices), seen.neighbors)
+            seen = replace(seen, guidance=hard)
+        return read_only(seen)
 
     def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[Selection, RuleBatch]:
         seen = self._see(batch, spectrum)

@@ -3,8 +3,9 @@
 A plan of P partitions deals the rows out to batches in P ways and goes round them (:mod:`gstds_cache.selection.plan`).
 What a rule draws from a batch differs from epoch to epoch; its graph does not, and the graph is what takes time. So the
 spectra of the first P epochs are put down in a file, some 150 bytes a row, and read back from then on. It is a
-temporary file without a name (in ``TMPDIR``): it takes no memory of the process, and is gone with it. What is not in
-it, after a resume or where the disk is full, is computed: the file decides how long a run takes, never what it selects.
+temporary file without a name (in ``TMPDIR``): it takes no memory of the process, and is gone with the run. What is not
+in it, after a resume or where the disk is full, and what does not come back as it was put down, is computed: the file
+decides how long a run takes, never what it selects.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-import weakref
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import IO, TypeVar
 
@@ -46,7 +48,7 @@ class Spectrum:
         values: Their eigenvalues, ascending, float64 [Q].
         residual: Relative residual of the first.
         status: How solving it ended.
-        neighbors: Positions of each row's nearest neighbours, nearest first, int32 [B, K]; -1 where there is none.
+        neighbors: Positions of each row's nearest neighbours, nearest first, int32 [B, K]; K is B - 1 at most.
         similarities: Their cosines, float32 [B, K].
     """
 
@@ -59,7 +61,7 @@ class Spectrum:
 
 
 class Spectra:
-    """The spectra of a run's batches."""
+    """The spectra of one run's batches; any number of threads may ask."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class Spectra:
         vectors: int,
         device: torch.device,
         backend: str,
+        reading: threading.Lock,
     ) -> None:
         """Compute nothing yet.
 
@@ -82,17 +85,23 @@ class Spectra:
             vectors: Eigenvectors that are wanted (Q).
             device: Where to compute.
             backend: The kNN backend, never ``auto``.
+            reading: Held while rows are read: a store that is read in windows keeps the last ones.
         """
         self._store, self._config, self._counts = store, config, counts
         self._vectors, self._device, self._backend = vectors, device, backend
         self._buffers = threading.local()
-        self._reading = threading.Lock()
+        self._reading = reading
         self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
 
     @property
     def note(self) -> str:
         """Why spectra are computed again that could have been kept; empty where there is nothing to say."""
         return self._kept.note if self._kept is not None else ""
+
+    def close(self) -> None:
+        """Let go of what was kept; when no thread asks any more."""
+        if self._kept is not None:
+            self._kept.close()
 
     def of(self, batches: Sequence[BatchPlan]) -> list[Spectrum]:
         """The spectra of batches of one size.
@@ -152,7 +161,7 @@ class Spectra:
         stored = self._buffer("stored", (1, size, dim), getattr(torch, self._store.spec.dtype))
         rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
         for graph, batch in enumerate(batches):
-            with self._reading:  # a store that is read in windows keeps the last ones
+            with self._reading:
                 self._store.gather(batch.indices, stored[0].numpy())
             unit_rows(stored, out=rows[graph : graph + 1])
         return rows.to(self._device)
@@ -168,41 +177,40 @@ class Spectra:
 
 
 class _SpectrumFile:
-    """A slot for each batch of each partition, in a temporary file; any number of threads may read and write."""
+    """A slot for each batch of each partition, in a temporary file; any number of threads may read and write.
+
+    When something fails it is left alone from then on, and emptied. It stays open, since other threads may be at it: to
+    them a file that was opened just then could have its number.
+    """
 
     def __init__(self, plan: SelectionPlan, vectors: int, knn: int) -> None:
         self.note = ""
-        self._vectors, self._knn, self._per_partition = vectors, knn, plan.batches_per_epoch
-        self._slot_bytes = self._record(max(plan.batch_size, plan.rows_in(plan.batches_per_epoch - 1))).itemsize
-        self._there = np.zeros(plan.partitions * plan.batches_per_epoch, np.bool_)
+        self._plan, self._vectors, self._knn = plan, vectors, knn
+        largest = max(plan.rows_in(0), plan.rows_in(plan.batches_per_epoch - 1))
+        self._slot_bytes = self._record(largest).itemsize
+        self._sums = np.full(plan.partitions * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
         self._file: IO[bytes] | None = None
         try:
             self._file = tempfile.TemporaryFile(prefix="gstds-spectra-", buffering=0)  # noqa: SIM115 - lives with self
-            weakref.finalize(self, self._file.close)
         except OSError as error:
             self._give_up(error)
 
-    def _record(self, rows: int) -> np.dtype[np.void]:
-        return np.dtype(
-            [
-                ("residual", np.float64),
-                ("status", np.int64),
-                ("values", np.float64, (self._vectors,)),
-                ("basis", np.float64, (rows, self._vectors)),
-                ("neighbors", np.int32, (rows, self._knn)),
-                ("similarities", np.float32, (rows, self._knn)),
-            ]
-        )
-
-    def _slot(self, batch: BatchPlan) -> int:
-        return batch.partition * self._per_partition + batch.group
+    def close(self) -> None:
+        """The file is gone."""
+        if self._file is not None:
+            self._file.close()
 
     def get(self, batch: BatchPlan) -> Spectrum | None:
+        """What an earlier epoch put there for this batch; None where there is nothing, or nothing that is whole."""
         slot, record = self._slot(batch), self._record(len(batch.indices))
-        if self._file is None or not self._there[slot]:
+        if self._file is None or self.note or self._sums[slot] < 0:
             return None
-        data = os.pread(self._file.fileno(), record.itemsize, slot * self._slot_bytes)
-        if len(data) != record.itemsize:
+        try:
+            data = os.pread(self._file.fileno(), record.itemsize, slot * self._slot_bytes)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        if len(data) != record.itemsize or zlib.crc32(data) != self._sums[slot]:
             return None
         held = np.frombuffer(data, record)[0]
         return Spectrum(
@@ -215,7 +223,8 @@ class _SpectrumFile:
         )
 
     def put(self, batch: BatchPlan, spectrum: Spectrum) -> None:
-        if self._file is None:
+        """Put down what a later epoch will ask for."""
+        if self._file is None or self.note or batch.epoch + self._plan.partitions >= self._plan.epochs:
             return
         held = np.empty(1, self._record(len(batch.indices)))
         for field in fields(spectrum):
@@ -226,14 +235,33 @@ class _SpectrumFile:
         except OSError as error:
             self._give_up(error)
             return
-        self._there[slot] = written == len(data)
+        if written == len(data):
+            self._sums[slot] = zlib.crc32(data)
+
+    def _record(self, rows: int) -> np.dtype[np.void]:
+        knn = min(self._knn, rows - 1)
+        return np.dtype(
+            [
+                ("residual", np.float64),
+                ("status", np.int64),
+                ("values", np.float64, (self._vectors,)),
+                ("basis", np.float64, (rows, self._vectors)),
+                ("neighbors", np.int32, (rows, knn)),
+                ("similarities", np.float32, (rows, knn)),
+            ]
+        )
+
+    def _slot(self, batch: BatchPlan) -> int:
+        return batch.partition * self._plan.batches_per_epoch + batch.group
 
     def _give_up(self, error: OSError) -> None:
         self.note = (
-            f"graphs are computed anew in each epoch: cannot keep them in {tempfile.gettempdir()} ({error.strerror}); "
-            "set TMPDIR to a folder with room"
+            f"graphs are computed anew in each epoch: cannot keep them in {tempfile.tempdir or 'a temporary file'} "
+            f"({error.strerror}); set TMPDIR to a folder with room"
         )
-        self._file = None
+        if self._file is not None:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), 0)  # others may need the room, the selection's own file first
 
 
 def _on_cpu(result: R) -> R:

@@ -52,13 +52,14 @@ class Shared:
         self.size, self.partial, self.done, self.stopping = 0, None, False, False  # type: int, Path | None, bool, bool
         self.error: BaseException | None = None
         self.changed = threading.Condition()
-        self._selector, self._turn, self._log, self._ended = selector, turn, log, ended
-        self.thread = threading.Thread(target=self._compute, name="selection", daemon=True)
+        self._turn, self._log, self._ended = turn, log, ended
+        # The thread alone holds the selector: a slow reader holds this object long after the computation's end.
+        self.thread = threading.Thread(target=self._compute, args=(selector,), name="selection", daemon=True)
         self.thread.start()
 
-    def _compute(self) -> None:
+    def _compute(self, selector: BatchSelector) -> None:
         try:
-            self._write()
+            self._write(selector)
             self._log("computed", selection=self.header.selection_digest, batches=self.header.total_batches)
         except BaseException as error:
             if not isinstance(error, Stopped):
@@ -69,14 +70,14 @@ class Shared:
         finally:
             self._ended(self)
 
-    def _write(self) -> None:
+    def _write(self, selector: BatchSelector) -> None:
         while not self._turn.acquire(timeout=WAKE):
             if self.stopping:
                 raise Stopped
         try:
             with storing(self.header, self.path) as stored:
                 self._grown(stored.size)
-                with closing(self._selector.run(start=stored.taken_over)) as batches:  # type: ignore[type-var]
+                with closing(selector.run(start=stored.taken_over)) as batches:  # type: ignore[type-var]
                     for selection in batches:
                         stored.write(selection)
                         self._grown(stored.size)

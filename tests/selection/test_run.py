@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import scipy.linalg
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.selection import run as run_module
 from gstds_cache.selection import spectra
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
@@ -130,9 +134,109 @@ def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: 
             assert (selection.value, selection.residual) == (selections[0].value, selections[0].residual)
         assert len({selection.kept.tobytes() for selection in selections}) > 1  # another draw
     # What a rule sees of a batch is the same, found or computed.
-    for (_, mine), (_, theirs) in zip(selector.watch(6), BatchSelector(store, config).watch(6), strict=True):
-        for name in ("vector", "basis", "values", "neighbors", "similarities", "guidance", "labels"):
+    assert_found_is_computed(store, config, 6)
+
+
+SEEN = ("vector", "basis", "values", "neighbors", "similarities", "guidance", "labels")
+
+
+def assert_found_is_computed(store: EmbeddingStore, config: SelectConfig, start: int) -> None:
+    """A run from the beginning finds the graphs from batch ``start`` on; one that begins there makes them."""
+    finds, makes = BatchSelector(store, config), BatchSelector(store, config)
+    found = list(finds.watch())[start:]
+    assert finds.counts.reused >= len(found)
+    for (one, mine), (other, theirs) in zip(found, makes.watch(start), strict=True):
+        assert one.kept.tolist() == other.kept.tolist()
+        for name in SEEN:
             assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+            assert not getattr(mine, name).flags.writeable, name
+            assert not getattr(theirs, name).flags.writeable, name
+
+
+# 198 rows: in batches of 12 the last one has 6, of 16 it has 22, of 10 there is none that has another size.
+@pytest.mark.parametrize("batch_size", [12, 16, 99])
+def test_a_last_batch_of_another_size_is_found_as_it_was_computed(store: EmbeddingStore, batch_size: int) -> None:
+    config = replace(CONFIG, rule="cells-squared", batch_size=batch_size, knn=10, threads=1)
+    selector = BatchSelector(store, config)
+    sizes = [len(selector.plan.batch(seq).indices) for seq in range(selector.plan.batches_per_epoch)]
+    assert sizes[-1] == {12: 6, 16: 22, 99: 99}[batch_size]
+    assert_found_is_computed(store, config, selector.plan.batches_per_epoch)
+
+
+def test_what_does_not_come_back_from_the_file_whole_is_computed(store: EmbeddingStore, monkeypatch) -> None:
+    config = replace(CONFIG, epochs=2)
+    expected = [(s.kept.tobytes(), s.score.tobytes()) for s in run(store, epochs=2)]
+    pread = os.pread
+
+    def turned(file: int, size: int, at: int) -> bytes:
+        data = bytearray(pread(file, size, at))
+        data[size // 2] ^= 1
+        return bytes(data)
+
+    def fails(*_arguments: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for read in (turned, fails, lambda file, size, at: pread(file, size // 2, at)):
+        monkeypatch.setattr(spectra.os, "pread", read)
+        selector = BatchSelector(store, config)
+        assert [(s.kept.tobytes(), s.score.tobytes()) for s in selector.run()] == expected
+        assert selector.counts.reused == 0
+        assert ("Input/output error" in selector.graphs_note) == (read is fails)
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> list[IO[bytes]]:
+    """The temporary files that are made."""
+    made: list[IO[bytes]] = []
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(spectra.tempfile, "TemporaryFile", lambda **how: made.append(make(**how)) or made[-1])
+    return made
+
+
+def test_a_runs_file_is_gone_with_the_run_however_it_ends(store: EmbeddingStore, monkeypatch, files) -> None:
+    selector = BatchSelector(store, CONFIG)
+    one, two = selector.run(), selector.run()  # two at a time
+    assert next(one).kept.tolist() == next(two).kept.tolist()
+    assert [file.closed for file in files] == [False, False]
+    list(one)
+    assert [file.closed for file in files] == [True, False]
+    two.close()  # before its end
+    monkeypatch.setattr(store, "gather", None)
+    with pytest.raises(TypeError):
+        next(selector.run())
+    assert [file.closed for file in files] == [True] * 3
+
+
+def test_nothing_is_put_down_that_does_not_come_again(store: EmbeddingStore, monkeypatch, files) -> None:
+    pwrite, written = os.pwrite, []
+    monkeypatch.setattr(spectra.os, "pwrite", lambda *to: written.append(pwrite(*to)) or written[-1])
+    selector = BatchSelector(store, replace(CONFIG, epochs=5, partitions=3))
+    list(selector.run())
+    assert (len(written), selector.counts.reused) == (2 * 3, 2 * 3)  # the third partition comes once
+    list(selector.run(3 * 3))
+    assert len(written) == 2 * 3
+    list(BatchSelector(store, replace(CONFIG, rule="random", partitions=1)).run())
+    assert len(files) == 2  # none for a rule that makes no graph
+
+
+def test_batches_of_several_epochs_are_not_worked_on_at_once(store: EmbeddingStore, monkeypatch) -> None:
+    monkeypatch.setitem(run_module.STACK, "cpu", 64)  # as on CUDA
+    selector = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, threads=1))
+    assert len(list(selector.run())) == 16
+    assert selector.counts.reused == 14
+    assert list(map(len, BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, partitions=0))._stacks(0))) == [
+        16
+    ]
+
+
+def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
+    store: EmbeddingStore, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "writing.py").write_text("def turn(batch):\n    batch.basis[:] = 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for start in (0, 3):
+        with pytest.raises(ValueError, match="read-only"):
+            run(store, start, rule="writing:turn")
 
 
 def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingStore) -> None:
@@ -156,7 +260,7 @@ def test_rules_that_make_no_graph_deal_anew_in_every_epoch(store: EmbeddingStore
         replace(CONFIG, partitions=-1)
 
 
-@pytest.mark.parametrize("fails", ["write", "short write", "open"])
+@pytest.mark.parametrize("fails", ["write", "short write", "open", "no folder"])
 def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingStore, monkeypatch, fails: str) -> None:
     expected = [(s.kept.tobytes(), s.score.tobytes()) for s in run(store, epochs=3)]
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -166,6 +270,9 @@ def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingSto
 
     if fails == "open":
         monkeypatch.setattr(spectra.tempfile, "TemporaryFile", refuse)
+    elif fails == "no folder":  # neither TMPDIR nor /tmp nor the current folder can be written to
+        monkeypatch.setattr(spectra.tempfile, "tempdir", None)
+        monkeypatch.setattr(spectra.tempfile, "gettempdir", refuse)
     else:
         monkeypatch.setattr(
             spectra.os, "pwrite", refuse if fails == "write" else lambda _file, data, _at: len(data) // 2

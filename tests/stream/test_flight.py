@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -28,6 +29,7 @@ from gstds_cache.errors import (
     TruncatedStreamError,
     UsageError,
 )
+from gstds_cache.selection import spectra
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.flight_client import FlightSource
@@ -194,6 +196,21 @@ def test_a_failed_computation_is_an_error_to_every_reader(running: Running, monk
     monkeypatch.setattr(Slow, "fail_at", 5)
     with open_selection(running.where) as stream, pytest.raises(ProducerFailedError, match="the reason"):
         kept(stream)
+
+
+def test_a_slow_reader_holds_no_selector(store, reference, tmp_path: Path, monkeypatch) -> None:
+    files, make = [], spectra.tempfile.TemporaryFile
+    monkeypatch.setattr(spectra.tempfile, "TemporaryFile", lambda **how: files.append(make(**how)) or files[-1])
+    hub, selectors = Hub(tmp_path / "s"), [BatchSelector(store, CONFIG)]
+    held, digest = weakref.ref(selectors[0]), selectors[0].digest
+    _, batches = hub.batches(digest, selectors.pop, 0, lambda: True)
+    sizes = [next(batches).num_rows]
+    deadline = time.monotonic() + 20
+    while (hub.running or held() is not None) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (hub.running, held(), [file.closed for file in files]) == (0, None, [True])
+    assert sum(sizes + [batch.num_rows for batch in batches]) == len(reference) + 30 + 1  # epoch ends, stream end
+    hub.stop()
 
 
 def test_a_service_that_stops_says_so_and_keeps_what_it_has(store, tmp_path, reference, monkeypatch) -> None:
