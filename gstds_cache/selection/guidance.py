@@ -17,18 +17,20 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int, Int64
 
 from gstds_cache.digest import canonical_json, digest_of, sha256_file
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.places import beside
 from gstds_cache.selection.difficulty import Difficulty, pieces
+from gstds_cache.selection.permutation import STORED
 from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
@@ -226,6 +228,8 @@ def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
             "cache": store.fingerprint,
             "labels": _labels_digest(store),
             "valid": _sha256_of(map(store.valid_in, range(store.spec.units))),
+            # Folds of more rows are dealt by another permutation than they were.
+            **({"folds": "computed"} if len(store) > STORED else {}),
         }
     )
 
@@ -240,24 +244,51 @@ def _load_or_make_columns(
     if found is not None:
         return found, 0.0, f"found in {path}"
     begun = time.perf_counter()
-    columns = probe_columns(store, settings, threads=threads, device=device)
-    seconds = time.perf_counter() - begun
-    known = np.isfinite(columns["loss"])
     folder.mkdir(parents=True, exist_ok=True)
-    _put(path, lambda file: np.save(file, columns))
+    try:
+        _put(path, lambda file: _fill(file, store, settings, threads, device))
+    except BaseException:
+        with suppress(OSError):  # others' probes are in it
+            folder.rmdir()
+        raise
+    seconds = time.perf_counter() - begun
+    columns = _mapped(path)
+    parts = zip(pieces(columns), pieces(store.labels), strict=True)
+    rows, loss, right = np.sum([_tally(part, labels) for part, labels in parts], axis=0).tolist()
     facts = {
         "digest": digest,
         "sha256": sha256_file(path),
         "settings": asdict(settings),
-        "rows": int(known.sum()),
-        "loss": float(columns["loss"][known].mean()),
-        "accuracy": float((columns["predicted"] == store.labels)[known].mean()),
+        "rows": int(rows),
+        "loss": loss / rows,
+        "accuracy": right / rows,
         "seconds": round(seconds, 3),
     }
     # The record is what makes the file count, so it comes last.
     _put(record, lambda file: file.write(canonical_json(facts)))
     said = f"probe: {facts['accuracy']:.1%} right on held-out rows, mean loss {facts['loss']:.3f}; kept in {path}"
-    return _mapped(path), seconds, f"{why}; {said}" if why else said
+    return columns, seconds, f"{why}; {said}" if why else said
+
+
+def _fill(
+    file: IO[bytes], store: EmbeddingStore, settings: ProbeSettings, threads: int, device: torch.device | None
+) -> None:
+    """Write a probe's columns as ``.npy``, straight into the file: they are not held."""
+    header = {"descr": np.lib.format.dtype_to_descr(COLUMNS), "fortran_order": False, "shape": (len(store),)}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    # A disk that is full says so now, and not when a page is written.
+    os.posix_fallocate(file.fileno(), file.tell(), len(store) * COLUMNS.itemsize)
+    columns: np.ndarray = np.memmap(file, COLUMNS, "r+", file.tell(), len(store))
+    probe_columns(store, settings, threads=threads, device=device, out=columns)
+    columns.flush()  # type: ignore[attr-defined]
+
+
+def _tally(columns: np.ndarray, labels: Int[np.ndarray, " P"]) -> tuple[int, float, int]:
+    """Rows that were judged, the sum of their losses, and how many were predicted right."""
+    known = np.isfinite(columns["loss"])
+    right = (columns["predicted"] == labels) & known
+    return int(known.sum()), float(columns["loss"][known].sum(dtype=np.float64)), int(right.sum())
 
 
 def _kept(path: Path, record: Path, digest: str, items: int) -> tuple[np.ndarray | None, str]:

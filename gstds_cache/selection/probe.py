@@ -7,25 +7,30 @@ and no forward pass of the reference model is made.
 
 Rows are read unit by unit, a window of units at a time, in an order that the seed and the store alone decide: the
 result does not depend on how much memory there is. Each fold's probe is trained in a thread of its own, so neither
-does it depend on the number of threads.
+does it depend on the number of threads. What is held of each row is its fold, in a byte (and 8 bytes of each row that
+has no label or no embedding); what was found may go to a file.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
 from gstds_cache.devices import in_threads
 from gstds_cache.errors import UsageError
 from gstds_cache.graph.neighbors import unit_rows
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.difficulty import PIECE, pieces
+from gstds_cache.selection.permutation import Permutation
+from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -58,16 +63,45 @@ class ProbeSettings:
     seed: int = 0
 
 
-def deal_folds(labels: Int64[np.ndarray, " N"], rows: Int64[np.ndarray, " n"], folds: int, seed: int) -> np.ndarray:
+def rows_to_learn(store: EmbeddingStore) -> RowsTakingPart:
+    """The rows that have an embedding and a label."""
+    labels = store.labels
+    bare = [first + np.flatnonzero(labels[first : first + PIECE] < 0) for first in range(0, len(labels), PIECE)]
+    return RowsTakingPart(len(labels), np.union1d(store.without_embedding, np.concatenate(bare)))
+
+
+def count_classes(
+    labels: Int[np.ndarray, " N"], rows: RowsTakingPart
+) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
+    """The classes that ``rows`` have, ascending, and how many rows each has."""
+    counts: Counter[int] = Counter()
+    for first in range(0, len(rows), PIECE):
+        part = labels[rows.at(np.arange(first, min(first + PIECE, len(rows))))]
+        counts.update(dict(zip(*(found.tolist() for found in np.unique(part, return_counts=True)), strict=True)))
+    names = sorted(counts)
+    return np.array(names, np.int64), np.array([counts[name] for name in names], np.int64)
+
+
+def deal_folds(labels: Int[np.ndarray, " N"], rows: RowsTakingPart, folds: int, seed: int) -> np.ndarray:
     """Deal ``rows`` out to folds, class by class in random order, so that folds differ by at most one row a class.
+
+    Rows are gone through in random order, and each class counts its own: the next class begins with the fold after the
+    one that the class before it ends with.
 
     Returns:
         Fold of each of the N rows, int8; -1 for those not in ``rows``.
     """
-    shuffled = rng_for(seed, "probe-folds").permutation(rows)
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    fold = np.full(len(labels), -1, np.int8)
-    fold[by_class] = np.arange(len(rows)) % folds
+    names, counts = count_classes(labels, rows)
+    turn = np.cumsum(counts) - counts
+    shuffled = Permutation(len(rows), rng_for(seed, "probe-folds"))
+    fold = np.full(rows.items, -1, np.int8)
+    for first in range(0, len(rows), PIECE):
+        here = rows.at(shuffled.at(first, min(first + PIECE, len(rows))))
+        code = np.searchsorted(names, labels[here])
+        new = np.bincount(code, minlength=len(names))
+        by_class = here[np.argsort(code, kind="stable")]
+        fold[by_class] = (np.arange(len(here)) + np.repeat(turn - (np.cumsum(new) - new), new)) % folds
+        turn += new
     return fold
 
 
@@ -133,8 +167,8 @@ class _Fold:
         for part in np.array_split(rng.permutation(mine), parts) if len(mine) else []:
             self.learn(*window.batch(part))
 
-    def judge_window(self, window: Window, columns: np.ndarray) -> None:
-        """Fill the columns of this fold's rows in a window."""
+    def judge_window(self, window: Window, columns: np.ndarray, names: Int64[np.ndarray, " C"]) -> None:
+        """Fill the columns of this fold's rows in a window; ``names`` are the classes' labels."""
         mine = np.flatnonzero(window.fold == self.number)
         for begin in range(0, len(mine), 4 * self.settings.batch_size):
             part = mine[begin : begin + 4 * self.settings.batch_size]
@@ -143,12 +177,12 @@ class _Fold:
             here = window.rows[part]
             columns["loss"][here] = -log.gather(1, y[:, None])[:, 0].cpu().numpy()
             columns["entropy"][here] = -(log.exp() * log).sum(dim=1).cpu().numpy()
-            columns["predicted"][here] = log.argmax(dim=1).cpu().numpy()
+            columns["predicted"][here] = names[log.argmax(dim=1).cpu().numpy()]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some of a store's rows at once: their numbers, embeddings, folds and classes (counted from 0)."""
+    """Some of a store's rows at once: their numbers, embeddings, folds and, where there is a fold, classes (from 0)."""
 
     rows: Int64[np.ndarray, " W"]
     stored: Tensor
@@ -190,7 +224,12 @@ class Features:
 
 
 def probe_columns(
-    store: EmbeddingStore, settings: ProbeSettings, *, threads: int = 1, device: torch.device | None = None
+    store: EmbeddingStore,
+    settings: ProbeSettings,
+    *,
+    threads: int = 1,
+    device: torch.device | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Train a probe for each fold and judge every labelled row by the one that did not see it.
 
@@ -199,6 +238,7 @@ def probe_columns(
         settings: How.
         threads: CPU threads; more than ``folds`` are of no use, and their number changes nothing.
         device: Where the products are computed; the CPU by default.
+        out: Where the result goes, [N]; a new array by default.
 
     Returns:
         [N] of :data:`COLUMNS`: ``loss`` (held-out cross-entropy in nats, >= 0), ``entropy`` of the held-out prediction
@@ -208,24 +248,22 @@ def probe_columns(
         UsageError: There are fewer than two classes, or fewer labelled rows than four.
     """
     device = device or torch.device("cpu")
-    rows = np.flatnonzero((store.valid == OK) & (store.labels >= 0)).astype(np.int64)
-    names, code = np.unique(store.labels[rows], return_inverse=True)
+    rows = rows_to_learn(store)
+    names, _ = count_classes(store.labels, rows)
     if len(names) < 2 or len(rows) < max(4, settings.folds):
         raise UsageError(
             f"--guidance: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
             f"rows of {len(names)} classes",
             hint="use --guidance none, which makes guided rules go by the spectrum alone",
         )
-    y = np.full(len(store), -1, np.int64)
-    y[rows] = code
-    fold = deal_folds(y, rows, settings.folds, settings.seed)
-    others = [int((fold[rows] != number).sum()) for number in range(settings.folds)]
+    fold = deal_folds(store.labels, rows, settings.folds, settings.seed)
+    others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]
     epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
     probes = [
         _Fold(n, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, max(1, epochs * others[n]))
         for n in range(settings.folds)
     ]
-    columns = np.zeros(len(store), COLUMNS)
+    columns = np.zeros(len(store), COLUMNS) if out is None else out
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
     lock = threading.Lock()
 
@@ -234,14 +272,12 @@ def probe_columns(
         for turn in range(epochs + 1):
             for number, (here, stored) in enumerate(sweep(store, settings.seed, turn, lock)):
                 features = features or Features.of(stored, device)
-                window = Window(here, stored, fold[here], y[here], features)
+                window = Window(here, stored, fold[here], np.searchsorted(names, store.labels[here]), features)
                 if turn < epochs:
                     probe.learn_window(window, rng_for(settings.seed, "probe-order", turn, number, probe.number))
                 else:
-                    probe.judge_window(window, columns)
+                    probe.judge_window(window, columns, names)
 
     for _ in in_threads(work, probes, threads if device.type == "cpu" else 1):
         pass
-    there = columns["predicted"] >= 0
-    columns["predicted"][there] = names[columns["predicted"][there]]
     return columns

@@ -14,8 +14,10 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
 from gstds_cache.places import beside
+from gstds_cache.seeding import rng_for
 from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
 from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
@@ -62,16 +64,29 @@ def settings_of(text: str) -> ProbeSettings:
     return parse_guidance(text).settings
 
 
-def test_folds_share_out_every_class_evenly(clusters) -> None:
+def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
     labels, _ = clusters
-    rows = np.flatnonzero(np.arange(N) != 7)
+    rows = RowsTakingPart(N, np.array([7]))
     for folds in (2, 5):
         fold = deal_folds(labels, rows, folds, seed=0)
         assert fold[7] == -1
         counts = np.array([[((fold == f) & (labels == c)).sum() for c in range(C)] for f in range(folds)])
         assert counts.sum() == N - 1
         assert (counts.max(axis=0) - counts.min(axis=0) <= 1).all()
+        # The same with arrays of all rows.
+        shuffled = rng_for(0, "probe-folds").permutation(rows.all())
+        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        assert fold[by_class].tolist() == (np.arange(N - 1) % folds).tolist()
+        monkeypatch.setattr("gstds_cache.selection.probe.PIECE", 33)
+        assert deal_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
     assert (deal_folds(labels, rows, 2, seed=0) != deal_folds(labels, rows, 2, seed=1)).any()
+
+
+def test_nothing_is_left_of_a_probe_that_cannot_be_trained(clusters, tmp_path) -> None:
+    write_store(tmp_path / "s.store", np.full(N, -1), clusters[1])
+    with pytest.raises(UsageError, match="0 labelled rows of 0 classes"):
+        load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.store"]
 
 
 def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_end(store, clusters) -> None:
@@ -83,7 +98,7 @@ def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_en
     x = store.gather(there).astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = (x - x.mean(0)) / x.std(0)
-    fold = deal_folds(labels, there, 2, seed=0)[there]
+    fold = deal_folds(labels, RowsTakingPart(N, np.array([7])), 2, seed=0)[there]
     expected = np.zeros(len(there))
     for f in (0, 1):
         other = LogisticRegression(C=1.0, max_iter=1000).fit(x[fold != f], labels[there][fold != f])
@@ -102,7 +117,7 @@ def test_a_row_is_judged_by_a_probe_that_never_saw_its_label(store, clusters, tm
     labels, rows = clusters
     settings = settings_of(QUICK)
     before = probe_columns(store, settings)
-    fold = deal_folds(labels, np.flatnonzero(store.valid == OK), 2, seed=0)
+    fold = deal_folds(labels, RowsTakingPart(N, store.without_embedding), 2, seed=0)
     changed = np.where((fold == 0) & (np.arange(N) % 2 == 0), (labels + 1) % C, labels)  # half of fold 0's labels
     write_store(tmp_path / "changed.store", changed, rows)
     monkeypatch.setattr("gstds_cache.selection.probe.deal_folds", lambda *_: fold)
