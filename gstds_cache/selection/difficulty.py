@@ -47,7 +47,7 @@ class Difficulty:
         """The median of what is known."""
         count = sum(int(np.isfinite(part).sum()) for part in pieces(self.known))
         pair = [nth_smallest(self.known, n) for n in ((count - 1) // 2, count // 2)]
-        return float(np.mean(np.array(pair, np.float32)))
+        return float(np.float32((float(pair[0]) + float(pair[1])) / 2))  # the sum of two large ones is no float32
 
 
 def nth_smallest(values: Float32[np.ndarray, " N"], n: int) -> np.float32:
