@@ -13,11 +13,11 @@ from torch import distributed, nn
 
 from gstds_cache.devices import resolve_device
 from gstds_cache.errors import UsageError
-from gstds_cache.stream.ranks import require_rank
+from gstds_cache.stream.ranks import Tail, require_rank
 
 
-def default_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks.
+def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop") -> tuple[int, int]:
+    """This process's rank and the number of ranks, settled.
 
     Where they are not given, they are torch.distributed's once a process group is there; before that, RANK and
     WORLD_SIZE as torchrun sets them; else one rank alone. (PyTorch's ``DistributedSampler`` refuses to be made before
@@ -27,7 +27,7 @@ def default_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
         rank, world size.
 
     Raises:
-        UsageError: One of the two is given without the other, or they do not fit together.
+        UsageError: One of the two is given without the other, or they do not fit together, or ``tail`` is unknown.
     """
     if (rank is None) != (world_size is None):
         raise UsageError(f"got rank={rank} and world_size={world_size}, expected both or neither")
@@ -36,7 +36,7 @@ def default_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
         else:
             rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    require_rank(rank, world_size, "drop")
+    require_rank(rank, world_size, tail)
     return rank, world_size
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.stream.ranks import Tail, rank_slice, require_rank
+from gstds_cache.stream.ranks import Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import Remainder
 from gstds_cache.train.distributed import default_ranks
@@ -75,8 +75,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` is another one.
         """
-        self.rank, self.world_size = default_ranks(rank, world_size)
-        require_rank(self.rank, self.world_size, tail)
+        self.rank, self.world_size = default_ranks(rank, world_size, tail)
         self.tail: Tail = tail
         self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder)
         self.header = self._steps.header

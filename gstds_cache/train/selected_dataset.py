@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from gstds_cache.errors import FingerprintMismatchError, UsageError
-from gstds_cache.stream.ranks import Tail, rank_slice, require_rank
+from gstds_cache.stream.ranks import Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import Remainder
 from gstds_cache.train.distributed import default_ranks
@@ -58,25 +58,17 @@ class SelectedDataset(IterableDataset[Any]):
         tail: Tail = "drop",
         collate: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
-        """Open a selection. Arguments not named here are those of ``SelectedBatchSampler``.
+        """Open a selection; arguments as in :class:`~gstds_cache.train.sampler.SelectedBatchSampler`, and ``collate``.
 
-        Args:
-            dataset: Its item i is item i of the data set that was embedded.
-            selection: A file, an address, or a stream that is open already.
-            batch_size: Re-pack into global batches of exactly this many rows.
-            remainder: What happens to the rows left at an epoch's end when re-packing.
-            rank: This rank; settled here, in the main process.
-            world_size: Ranks to slice over.
-            tail: What happens where a global batch does not divide by ``world_size``.
-            collate: Makes a batch of the list of its items.
+        Item i of ``dataset`` has to be item i of the data set that was embedded; the number of items is checked.
+        ``collate`` makes a batch of the list of its items. The rank is settled here, in the main process.
 
         Raises:
             UsageError: There is no such selection, or the numbers cannot be meant.
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` has another number of items.
         """
-        self.rank, self.world_size = default_ranks(rank, world_size)
-        require_rank(self.rank, self.world_size, tail)
+        self.rank, self.world_size = default_ranks(rank, world_size, tail)
         self.dataset, self.tail, self.collate = dataset, tail, collate
         self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder)
         self.header, self.total_steps = self._steps.header, self._steps.total
