@@ -32,7 +32,9 @@ def batches_of(stores: Sequence[Path], count: int, batch_size: int, seed: int = 
     full: list[np.ndarray] = []
     for n, path in enumerate(stores):
         store = EmbeddingStore(path, access="memory")
-        plan = BatchSelector(store, SelectConfig(batch_size=batch_size, knn=1, epochs=10_000, seed=seed)).plan
+        plan = BatchSelector(
+            store, SelectConfig(batch_size=batch_size, knn=1, epochs=10_000, partitions=0, seed=seed)
+        ).plan
         seq, wanted = 0, count * (n + 1) // len(stores)
         while len(full) < wanted:
             batch = plan.batch(seq)

@@ -22,7 +22,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 PHASES = ("images", "indices", "step")  # of training
-RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss")
+RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss", "guided")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
