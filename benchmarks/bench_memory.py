@@ -1,10 +1,12 @@
 """By how much memory rises while embedding and reading, against the number of rows.
 
-    python benchmarks/bench_memory.py [--rows 10000 100000 1000000]
+    python benchmarks/bench_memory.py [--rows 10000 100000 1000000] [--files 10000 100000]
 
-Each measurement is a process of its own. The encoder is synthetic (a mean over patches of 8 x 8 images that are made on
-the fly), so that what grows with the rows is ours: the manifest (ids, hashes, labels) and nothing of the embeddings,
-which exceed the stated budget many times over.
+Each measurement is a process of its own. The encoder is synthetic (a mean over patches of 8 x 8 images), and so are the
+images of ``embed``, which are made on the fly: what grows with the rows is ours, the manifest (ids, hashes, labels) and
+nothing of the embeddings, which exceed the stated budget many times over. The names that the synthetic data set holds
+are its own and not counted. ``folder`` counts everything: it lists, hashes and embeds a folder of image files, and
+writes the memory of their hashes; ``folder_hit`` is the same again, when all is embedded.
 """
 
 from __future__ import annotations
@@ -13,24 +15,32 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_hit import make_images
 from harness import parser, report
 from PIL import Image
 from torch import nn
 
 from gstds_cache.config import EmbedConfig
+from gstds_cache.data.memo import RACY_NS, HashMemo
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store.reader import EmbeddingStore
 
 DIM = 512
 BUDGET = 64 << 20
+JOBS = ("embed", "window", "mirror")
+FOLDER_JOBS = ("folder", "folder_hit")
 
 
 @dataclass
@@ -87,16 +97,38 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) << 10
 
 
+class Watch:
+    """The most anonymous memory of this process, looked up every few milliseconds in a thread."""
+
+    def __init__(self) -> None:
+        self.start = self.most = status("RssAnon")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.005):
+            self.most = max(self.most, status("RssAnon"))
+
+    def rise(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return max(self.most, status("RssAnon")) - self.start
+
+
 def child(job: str, rows: int, store: str) -> None:
     torch.set_num_threads(1)
-    source = Made(rows) if job == "embed" else None
+    source: ImageSource | None = Made(rows) if job == "embed" else None
     # From here on the kernel's high-water mark is that of the job, above what the libraries and the data set take.
     Path("/proc/self/clear_refs").write_text("5")
-    begun, start = time.perf_counter(), status("VmRSS")
-    if source is not None:
-        embed_dataset(
-            source, EmbedConfig(model="bench_memory:build", batch_size=256, workers=0, device="cpu"), where=store
-        )
+    begun, start, watch = time.perf_counter(), status("VmRSS"), Watch()
+    if job in {"embed", "folder"}:
+        memo = None
+        if source is None:
+            memo = HashMemo(Path(store).with_suffix(".hashes"))
+            source = open_source(f"imagefolder:{Path(store).with_suffix('.images')}", memo=memo)
+        config = EmbedConfig(model="bench_memory:build", batch_size=256, workers=0, device="cpu")
+        embed_dataset(source, config, where=store, memo=memo)
     else:
         opened, seen = EmbeddingStore(store, access=job, memory_budget=BUDGET), 0
         for names, batch in opened.shuffled(512, seed=0, epoch=0):
@@ -104,8 +136,10 @@ def child(job: str, rows: int, store: str) -> None:
         if seen != rows:
             raise RuntimeError(f"{seen} of {rows} rows read")
     seconds = time.perf_counter() - begun
-    # Pages of a mapped mirror count as the process's while they are in memory; the kernel takes them back at will.
-    print(json.dumps({"rise": status("VmHWM") - start, "of_which_mapped": status("RssFile"), "seconds": seconds}))
+    # Mapped pages (a mirror's, the items') count as the process's while they are in memory; the kernel takes them back
+    # at will. Anonymous memory it cannot take back.
+    rise = {"anonymous": watch.rise(), "with_mapped_pages": status("VmHWM") - start}
+    print(json.dumps({**rise, "seconds": seconds}))
 
 
 def measure(job: str, rows: int, store: Path) -> dict[str, Any]:
@@ -120,20 +154,25 @@ def measure(job: str, rows: int, store: Path) -> dict[str, Any]:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    made.add_argument("--child", choices=["embed", "window", "mirror"])
+    made.add_argument("--files", type=int, nargs="+", default=[10_000, 100_000])
+    made.add_argument("--child", choices=["embed", "folder", "window", "mirror"])
     made.add_argument("--store")
     arguments = made.parse_args()
     if arguments.child:
         child(arguments.child, arguments.rows[0], arguments.store)
         return
     if arguments.smoke:
-        arguments.rows = [500, 1000]
-    found = {}
+        arguments.rows, arguments.files = [500, 1000], [64, 320]
+    found: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:
             store = Path(folder) / f"{rows}.store"
-            found[rows] = {job: measure(job, rows, store) for job in ("embed", "window", "mirror")}
-    first, last = arguments.rows[0], arguments.rows[-1]
+            found[rows] = {job: measure(job, rows, store) for job in JOBS}
+        for rows in arguments.files:
+            store = Path(folder) / f"{rows}f.store"
+            make_images(store.with_suffix(".images"), rows)
+            time.sleep(RACY_NS / 1e9 + 0.1)  # Files younger than this are not remembered.
+            found.setdefault(rows, {}).update({name: measure("folder", rows, store) for name in FOLDER_JOBS})
     report(
         "memory",
         {
@@ -143,12 +182,24 @@ def main() -> None:
             "MB_of_embeddings": {rows: rows * DIM * 2 / 1e6 for rows in arguments.rows},
             "rise_bytes": found,
             "bytes_per_further_row": {
-                job: (found[last][job]["rise"] - found[first][job]["rise"]) / (last - first)
-                for job in ("embed", "window", "mirror")
+                job: per_further_row(found, job, rows)
+                for jobs, rows in ((JOBS, arguments.rows), (FOLDER_JOBS, arguments.files))
+                for job in jobs
             },
         },
         arguments,
     )
+
+
+def per_further_row(found: dict[int, dict[str, Any]], job: str, rows: list[int]) -> dict[str, dict[str, float]]:
+    """By how many bytes memory rises with each row from one number of rows to the next."""
+    return {
+        f"{few} to {many}": {
+            kind: (found[many][job][kind] - found[few][job][kind]) / (many - few)
+            for kind in ("anonymous", "with_mapped_pages")
+        }
+        for few, many in pairwise(rows)
+    }
 
 
 if __name__ == "__main__":

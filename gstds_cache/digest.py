@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gstds_cache import scratch
+
 
 def canonical_json(value: Any) -> bytes:
     """Serialise ``value`` to the one JSON text it has: sorted keys, no spaces, UTF-8, no NaN.
@@ -22,7 +24,10 @@ def canonical_json(value: Any) -> bytes:
 
 def sha256_hex(data: bytes | memoryview) -> str:
     """SHA-256 of ``data`` as 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in scratch.pieces(data):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def digest_of(value: Any) -> str:

@@ -19,7 +19,7 @@ class ArraySource:
 
     uri: str
     kind: str
-    ids: tuple[str, ...] = field(repr=False)
+    ids: Sequence[str] = field(repr=False)
     labels: Int64[np.ndarray, " N"] = field(repr=False)
     pixels: UInt8[np.ndarray, "N H W *C"] = field(repr=False)
     classes: Sequence[str] = ()

@@ -7,12 +7,14 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, decode_image
+from gstds_cache.data.names import Names
 
 MAX_BYTES = 1 << 30
 """Largest file that is read to be decoded: more than ``MAX_PIXELS`` of any format, at 16 bits and uncompressed."""
@@ -23,7 +25,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".t
 
 @dataclass(frozen=True)
 class Files:
-    """Files below one folder, in a fixed order. Names are plain strings: a million of them are held and pickled.
+    """Files below one folder, in a fixed order. A million names are held and pickled; :class:`Names` take no memory.
 
     Attributes:
         folder: What every path begins with: '' or a path that ends with a slash.
@@ -31,14 +33,15 @@ class Files:
     """
 
     folder: str
-    names: tuple[str, ...] = field(repr=False)
+    names: Sequence[str] = field(repr=False)
 
     @classmethod
-    def at(cls, paths: Sequence[str]) -> Files:
+    def at(cls, paths: Sequence[str | Path]) -> Files:
         """The files at ``paths``, with the deepest folder that all of them lie in."""
-        common = os.path.commonprefix(paths)  # noqa: RUF071 - cut at a slash in the next line
+        ends = [choose(map(str, paths), default="") for choose in (min, max)]
+        common = os.path.commonprefix(ends)  # noqa: RUF071 - cut at a slash in the next line
         folder = common[: common.rfind("/") + 1]
-        return cls(folder, tuple(path[len(folder) :] for path in paths))
+        return cls(folder, Names.of(str(path)[len(folder) :] for path in paths))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,6 +49,10 @@ class Files:
     def path(self, row: int) -> str:
         """The path of file ``row``."""
         return self.folder + self.names[row]
+
+    def paths(self, rows: range) -> list[str]:
+        """The paths of files one after the other."""
+        return [self.folder + name for name in self.names[rows.start : rows.stop]]
 
     def sha256(self, row: int) -> bytes:
         """SHA-256 of file ``row``, in memory that does not grow with the file.
@@ -60,7 +67,7 @@ class Files:
 
     def part(self, rows: Iterable[int]) -> Files:
         """Some of the files; they keep the folder, even where all of them lie deeper."""
-        return Files(self.folder, tuple(self.names[row] for row in rows))
+        return Files(self.folder, Names.of(self.names[row] for row in rows))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,7 +76,7 @@ class FileSource:
 
     uri: str
     kind: str
-    ids: tuple[str, ...] = field(repr=False)
+    ids: Sequence[str] = field(repr=False)
     labels: Int64[np.ndarray, " N"] = field(repr=False)
     files: Files
     classes: Sequence[str] = ()

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
+from gstds_cache import scratch
 from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
+from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError, UsageError
 
+_AT_ONCE = 1 << 16
 _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
 
 
 @dataclass
 class _Scan:
-    """What was found: path relative to the root and class index of each image, and counts of what was passed over."""
+    """What was found: images by class index, whether any is not spelled as its file, and counts of what was ignored."""
 
-    images: list[tuple[str, int]] = field(default_factory=list)
+    images: Counter[int] = field(default_factory=Counter)
+    escaped: bool = False
     ignored: Counter[str] = field(default_factory=Counter)
     loops: int = 0
     special: int = 0
@@ -63,38 +70,40 @@ def open_folder(uri: str, path: str) -> FileSource:
     stray = [entry.name for entry in top if has_image_extension(entry.name) and not _is_folder(entry)]
     _check_top(path, root, classes, stray)
     scan = _Scan()
-    for label, name in enumerate(classes):
-        _scan_class(os.path.join(root, ""), name, label, scan)  # noqa: PTH118 - Path drops the slash
-    if not scan.images:
+    names = Names.of(_images(os.path.join(root, ""), classes, scan))  # noqa: PTH118 - Path drops the slash
+    if not names:
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(classes), 'class folder')} without an image, "
             f"expected files that end in {' '.join(IMAGE_EXTENSIONS)}",
             hint=f"look at what is there: find {_quoted(root)} -type f | head",
         )
-    scan.images.sort(key=lambda image: os.fsencode(image[0]))
-    names = tuple(name for name, _ in scan.images)
-    ids = tuple(map(printable, names))
-    _check_unique(path, ids)
+    ids = names
+    if scan.escaped:
+        ids = Names.of(map(printable, names))
+        _check_unique(path, ids)
     return FileSource(
         uri=uri,
         kind="imagefolder",
         ids=ids,
-        labels=np.array([label for _, label in scan.images], np.int64),
+        labels=_labels(classes, scan),
         files=Files(os.path.join(root, ""), names),  # noqa: PTH118
         classes=tuple(printable(name) for name in classes),
         notes=tuple(_notes(scan, classes, stray)),
     )
 
 
-def _list(folder: str) -> list[os.DirEntry[str]]:
+def _list(folder: str) -> Iterator[os.DirEntry[str]]:
     """The visible entries of a folder, in no order.
+
+    Yields:
+        Each of them.
 
     Raises:
         DatasetError: The folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            yield from (entry for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         # Passing over a folder would silently make another data set.
         raise DatasetError(
@@ -118,26 +127,72 @@ def _is_item(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _scan_class(root: str, name: str, label: int, scan: _Scan) -> None:
+def _in_order(classes: list[str]) -> list[int]:
+    """Class indices in the order of paths: a name's next character is compared with the slash behind another."""
+    return sorted(range(len(classes)), key=lambda label: os.fsencode(f"{classes[label]}/"))
+
+
+def _labels(classes: list[str], scan: _Scan) -> Int64[np.ndarray, " N"]:
+    labels, done = scratch.zeros((scan.images.total(),), np.int64), 0
+    for label in _in_order(classes):
+        labels[done : done + scan.images[label]] = label
+        done += scan.images[label]
+    return labels
+
+
+def _images(root: str, classes: list[str], scan: _Scan) -> Iterator[str]:
+    """Walk through all classes.
+
+    Yields:
+        The path of every image relative to the root, sorted by bytes.
+    """
+    for label in _in_order(classes):
+        for name in _images_of(root, classes[label], scan):
+            scan.images[label] += 1
+            scan.escaped = scan.escaped or printable(name) != name
+            yield name
+
+
+def _images_of(root: str, name: str, scan: _Scan) -> Iterator[str]:
     # Each folder carries the identities of the folders it lies in: a link to one of those would never end, while the
     # same folder reached twice by different ways is only two sets of items.
-    stack = [(name, frozenset({_identity(root)}))]
+    stack: list[tuple[Iterator[str], frozenset[tuple[int, int]]]] = [(iter([f"{name}/"]), frozenset({_identity(root)}))]
     while stack:
-        relative, above = stack.pop()
-        identity = _identity(root + relative)
-        if identity in above:
+        entries, above = stack[-1]
+        relative = next(entries, None)
+        if relative is None:
+            stack.pop()
+        elif not relative.endswith("/"):
+            yield relative
+        elif (identity := _identity(root + relative)) in above:
             scan.loops += 1
-            continue
-        for entry in _list(root + relative):
-            inner = f"{relative}/{entry.name}"
-            if _is_folder(entry):
-                stack.append((inner, above | {identity}))
-            elif not _is_item(entry):
-                scan.special += 1
-            elif has_image_extension(entry.name):
-                scan.images.append((inner, label))
-            else:
-                scan.ignored[Path(entry.name).suffix.lower()] += 1
+        else:
+            stack.append((_sorted(_entries(root, relative, scan)), above | {identity}))
+
+
+def _entries(root: str, folder: str, scan: _Scan) -> Iterator[str]:
+    """Read a folder.
+
+    Yields:
+        The images and folders in it, relative to the root; folders end with a slash.
+    """
+    for entry in _list(root + folder):
+        if _is_folder(entry):
+            yield f"{folder}{entry.name}/"
+        elif not _is_item(entry):
+            scan.special += 1
+        elif has_image_extension(entry.name):
+            yield folder + entry.name
+        else:
+            scan.ignored[Path(entry.name).suffix.lower()] += 1
+
+
+def _sorted(names: Iterator[str]) -> Iterator[str]:
+    """``names`` by their bytes; sorted in parts and merged, so that a folder of a million files takes no memory."""
+    parts: list[Iterable[str]] = []
+    while part := sorted(islice(names, _AT_ONCE), key=os.fsencode):
+        parts.append(part if len(part) < _AT_ONCE else Names.of(part))
+    return heapq.merge(*parts, key=os.fsencode) if len(parts) > 1 else iter(*parts) if parts else iter(())
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -159,9 +214,9 @@ def _check_top(path: str, root: Path, classes: list[str], stray: list[str]) -> N
     )
 
 
-def _check_unique(path: str, ids: tuple[str, ...]) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(name for name, count in Counter(ids).items() if count > 1)
+def _check_unique(path: str, ids: Names) -> None:
+    twice = duplicate(ids)
+    if twice is not None:
         raise DatasetError(
             f"image folder {path!r}: got two files that are both spelled {twice!r} once bytes that are not UTF-8 are "
             "escaped, expected a name of its own for every file",
@@ -180,8 +235,7 @@ def _notes(scan: _Scan, classes: list[str], stray: list[str]) -> Iterator[str]:
         yield f"ignored {_count(scan.special, 'entry', 'entries')} that no image can be in: pipes, sockets, devices"
     if scan.loops:
         yield f"ignored {_count(scan.loops, 'symbolic link')} back to a folder above"
-    filled = {label for _, label in scan.images}
-    empty = [printable(name) for label, name in enumerate(classes) if label not in filled]
+    empty = [printable(name) for label, name in enumerate(classes) if not scan.images[label]]
     if empty:
         more = " ..." if len(empty) > 5 else ""
         yield f"{_count(len(empty), 'class', 'classes')} without an image: {', '.join(empty[:5])}{more}"

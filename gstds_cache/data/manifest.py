@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt8
 
+from gstds_cache import scratch
 from gstds_cache.data.files import Files
 from gstds_cache.data.memo import HashMemo, settled, signatures_of
+from gstds_cache.data.names import AT_ONCE, Names, cut, held
 from gstds_cache.data.source import ImageSource
 from gstds_cache.digest import merkle_root
 from gstds_cache.errors import IntegrityError
@@ -25,7 +28,7 @@ UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
 
 _BLOCK = 100
-_WAVE = 1000 * _BLOCK
+_WAVE = 200 * _BLOCK
 _RECORDS = 1 << 16
 _SCHEMA = pa.schema(
     [
@@ -49,7 +52,7 @@ class DatasetManifest:
     """
 
     kind: str
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     sha256: UInt8[np.ndarray, "N 32"]
     labels: Int64[np.ndarray, " N"]
     classes: tuple[str, ...] = ()
@@ -75,39 +78,47 @@ class DatasetManifest:
         return merkle_root(self._leaves())
 
     def _leaves(self) -> Iterator[bytes]:
-        for name, digest, label in zip(self.ids, self.sha256, self.labels, strict=True):
-            encoded = name.encode()
-            yield (
-                len(encoded).to_bytes(8, "big")
-                + encoded
-                + digest.tobytes()
-                + int(label).to_bytes(8, "big", signed=True)
-            )
+        for start in range(0, len(self), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            digests, labels = self.sha256[part].tobytes(), self.labels[part].astype(">i8").tobytes()
+            text, ends = cut(self.ids, part.start, part.stop)
+            for row, (begin, end) in enumerate(pairwise(ends.tolist())):
+                yield (
+                    (end - begin).to_bytes(8, "big")
+                    + text[begin:end]
+                    + digests[32 * row : 32 * row + 32]
+                    + labels[8 * row : 8 * row + 8]
+                )
+            scratch.let_go(self.sha256, self.labels)
 
-    def to_arrow(self) -> bytes:
+    def to_arrow(self) -> memoryview:
         """Serialise to an Arrow IPC file: columns ``id``, ``sha256``, ``label``; kind and classes in the metadata.
 
         Returns:
-            The file's bytes; the same for the same manifest and pyarrow version.
+            The file's bytes, mapped; the same for the same manifest and pyarrow version.
         """
         schema = _SCHEMA.with_metadata(
             {"kind": self.kind, "classes": json.dumps(list(self.classes), ensure_ascii=False)}
         )
-        sink = io.BytesIO()  # Gives out its bytes without a copy.
-        with pa.ipc.new_file(sink, schema) as writer:
-            for start in range(0, max(len(self), 1), _RECORDS):
-                part = slice(start, start + _RECORDS)
-                names, digests = self.ids[part], pa.py_buffer(np.ascontiguousarray(self.sha256[part]))
-                columns = [
-                    pa.array(names, pa.utf8()),
-                    pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(names), [None, digests]),
-                    pa.array(self.labels[part]),
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        return sink.getvalue()
+
+        def write(file: IO[bytes]) -> None:
+            with pa.ipc.new_file(file, schema) as writer:
+                for start in range(0, max(len(self), 1), _RECORDS):
+                    part, (text, ends) = slice(start, start + _RECORDS), cut(self.ids, start, start + _RECORDS)
+                    names, rows = [pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(text)], len(ends) - 1
+                    digests = pa.py_buffer(np.ascontiguousarray(self.sha256[part]))
+                    columns = [
+                        pa.StringArray.from_buffers(rows, *names),
+                        pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), rows, [None, digests]),
+                        pa.array(self.labels[part]),
+                    ]
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                    scratch.let_go(self.sha256, self.labels)
+
+        return scratch.written(write)
 
     @classmethod
-    def from_arrow(cls, data: bytes) -> DatasetManifest:
+    def from_arrow(cls, data: bytes | memoryview) -> DatasetManifest:
         """Read what :meth:`to_arrow` wrote.
 
         Args:
@@ -122,12 +133,19 @@ class DatasetManifest:
         try:
             table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
             table.validate(full=True)
-            metadata = table.cast(_SCHEMA.with_metadata(table.schema.metadata)).schema.metadata
+            table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
+            metadata, batches = table.schema.metadata, table.to_batches(AT_ONCE)
+            sha256, labels, done = scratch.zeros((len(table), 32), np.uint8), scratch.zeros((len(table),), np.int64), 0
+            for batch in batches:
+                part = slice(done, done + len(batch))
+                sha256[part] = np.frombuffer(b"".join(batch["sha256"].to_pylist()), np.uint8).reshape(-1, 32)
+                labels[part] = batch["label"].to_numpy()
+                done += len(batch)
             return cls(
                 kind=metadata[b"kind"].decode(),
-                ids=tuple(table["id"].to_pylist()),
-                sha256=np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint8).reshape(len(table), 32),
-                labels=table["label"].to_numpy().astype(np.int64),
+                ids=Names.of(name for batch in batches for name in batch["id"].to_pylist()),
+                sha256=sha256,
+                labels=labels,
                 classes=tuple(json.loads(metadata[b"classes"])),
             )
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -157,7 +175,7 @@ def build_manifest(
     """
     return DatasetManifest(
         kind=source.kind,
-        ids=tuple(source.ids),
+        ids=held(source.ids),
         sha256=hash_items(source, memo=memo, progress=progress, threads=threads),
         labels=source.labels,
         classes=tuple(source.classes),
@@ -184,23 +202,31 @@ def hash_items(
     """
     files = source.files
     if memo is None or files is None:
-        digests = np.zeros((len(source), 32), np.uint8)
-        _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads)
+        digests = scratch.zeros((len(source), 32), np.uint8)
+        _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
         return digests
-    before, digests = memo.recall(files)
-    signatures = before.copy()
+    signatures, digests = memo.recall(files)
+    touched = [signatures, digests, *(files.names.parts() if isinstance(files.names, Names) else [])]
+    changes: list[range] = []
+
+    def work(block: range) -> None:
+        if _hash_changed(source, files, signatures, digests, block):
+            changes[:] = [block]
+
     try:
-        _in_blocks(
-            lambda block: _hash_changed(source, files, signatures, digests, block), len(source), progress, threads
-        )
+        _in_blocks(work, len(source), progress, threads, *touched)
     finally:
-        if not np.array_equal(signatures, before):
+        if changes:
             memo.record(files, signatures, digests)
     return digests
 
 
 def _in_blocks(
-    work: Callable[[range], None], rows: int, progress: Callable[[int, int], None] | None, threads: int
+    work: Callable[[range], None],
+    rows: int,
+    progress: Callable[[int, int], None] | None,
+    threads: int,
+    *touched: np.ndarray,
 ) -> None:
     """Do ``work`` for blocks of rows in threads; when this returns or raises, none of them runs any more."""
 
@@ -211,10 +237,11 @@ def _in_blocks(
 
     pool = ThreadPoolExecutor(max(1, threads))
     try:
-        for first in range(0, rows, _WAVE):  # What waits for a thread takes memory: 13 MB for a million items.
+        for first in range(0, rows, _WAVE):  # What waits for a thread takes memory.
             for stop in pool.map(work_from, range(first, min(first + _WAVE, rows), _BLOCK)):
                 if progress is not None:
                     progress(stop, rows)
+            scratch.let_go(*touched)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -232,24 +259,28 @@ def _hash_changed(
     signatures: Int64[np.ndarray, "N 4"],
     digests: UInt8[np.ndarray, "N 32"],
     block: range,
-) -> None:
+) -> bool:
     """Hash the files of ``block`` whose signature is not the one in ``signatures``; both arrays are brought up to date.
 
     A file's signature is taken before and after it is read, so that a digest is never filed under the signature of
     other content. One that is not to be relied on becomes -1.
+
+    Returns:
+        Whether a signature is another now.
     """
     now = time.time_ns()
-    seen = signatures_of(map(files.path, block))
+    seen = signatures_of(files.paths(block))
     rows = np.flatnonzero((seen != signatures[block.start : block.stop]).any(axis=1) | (seen[:, 0] < 0)) + block.start
     if not rows.size:
-        return
-    seen = seen[rows - block.start]
+        return False
+    seen, before = seen[rows - block.start], signatures[rows]
     signatures[rows] = -1
     _hash_rows(source, files, digests, rows.tolist())
     after = signatures_of(map(files.path, rows.tolist()))
     readable = (digests[rows] != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
     reliable = readable & (seen == after).all(axis=1) & settled(seen, now)
     signatures[rows[reliable]] = seen[reliable]
+    return not np.array_equal(signatures[rows], before)
 
 
 def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:

@@ -9,15 +9,17 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
+from gstds_cache import scratch
 from gstds_cache.data.decode import UndecodableError, to_rgb
 from gstds_cache.data.files import Files
+from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
@@ -130,8 +132,8 @@ class MapStyleSource:
             labels = label_array(getattr(self._dataset, name, None), rows)
             if labels is not None and all(label in {None, labels[row]} for row, label in ends.items()):
                 return labels
-        found = (self._label(row) for row in range(rows))
-        return np.array([-1 if label is None else label for label in found], np.int64)
+        found = map(self._label, range(rows))
+        return _numbers((-1 if label is None else label for label in found), rows)
 
     def _label(self, row: int) -> int | None:
         """The label of one item, None if it cannot be read."""
@@ -183,7 +185,7 @@ def label_array(values: Any, rows: int) -> Int64[np.ndarray, " N"] | None:
     """Labels from an attribute of a dataset, or None if it is not one label for each of ``rows`` items."""
     if values is None or not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != rows:
         return None
-    return np.array([label_of(value) for value in values], np.int64)
+    return _numbers(map(label_of, values), rows)
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:
@@ -204,12 +206,26 @@ def _length(dataset: Any, uri: str) -> int:
     return rows
 
 
-def _ids(dataset: Any, uri: str, rows: int) -> tuple[str, ...]:
+def _numbers(values: Iterable[int], rows: int) -> Int64[np.ndarray, " N"]:
+    made, left = scratch.zeros((rows,), np.int64), iter(values)
+    for start in range(0, rows, AT_ONCE):
+        part = made[start : start + AT_ONCE]
+        part[:] = np.fromiter(left, np.int64, len(part))
+    return made
+
+
+def _ids(dataset: Any, uri: str, rows: int) -> Sequence[str]:
     given = getattr(dataset, "ids", None)
     if given is None:
-        return tuple(f"{row:07d}" for row in range(rows))
-    ids = tuple(str(name) for name in given)
-    if len(ids) != rows or len(set(ids)) != rows:
+        return Numbers(rows)
+    try:
+        ids = Names.of(map(str, given), "strict")
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"data set {uri!r}: got the id {error.object!r}, expected text that UTF-8 can express",
+            hint="spell it in another way, e.g. with ascii()",
+        ) from error
+    if len(ids) != rows or duplicate(ids) is not None:
         raise DatasetError(
             f"data set {uri!r}: got {len(ids)} ids, {len(set(ids))} of them different, expected {rows} different ones",
             hint="give the dataset one id per item, or no attribute 'ids'",

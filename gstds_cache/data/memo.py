@@ -12,25 +12,35 @@ nanosecond of the change before, or on a file system that keeps no ctime by some
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
+from gstds_cache import scratch
 from gstds_cache.data.files import Files
+from gstds_cache.data.names import Names, find
 
 RACY_NS = 2_000_000_000
 """The coarsest clock of a file system in use (FAT) ticks every two seconds."""
 
-_FORMAT = b"gstds-cache hashes 1\n"
+_FORMAT = b"gstds-cache hashes 2\n"
+_COUNTS = 3 * 8  # of the folder's bytes, the files, and the names' bytes
+_PIECE = 1 << 20
+_ROWS = 1 << 14
 _NO_SIGNATURE = (-1, -1, -1, -1)
 _INT64 = np.iinfo(np.int64)
+
+Signatures = Int64[np.ndarray, "N 4"]
+Digests = UInt8[np.ndarray, "N 32"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +48,23 @@ class _Shelf:
     """What is known of the files below one folder.
 
     Attributes:
-        names: Their names, separated by zero bytes: compared whole, and split only where they differ.
+        names: Their names.
         signatures: [N, 4]; a row of -1 is a file whose digest is not known.
         digests: [N, 32].
     """
 
-    names: bytes
-    signatures: Int64[np.ndarray, "N 4"]
-    digests: UInt8[np.ndarray, "N 32"]
+    names: Names
+    signatures: Signatures
+    digests: Digests
+
+    @classmethod
+    def empty(cls, files: int, names: Names) -> _Shelf:
+        """Nothing known of as many files."""
+        return cls(names, scratch.zeros((files, 4), np.int64), scratch.zeros((files, 32), np.uint8))
+
+    def parts(self) -> list[np.ndarray]:
+        """All arrays, as bytes."""
+        return [part.reshape(-1).view(np.uint8) for part in (self.signatures, self.digests, *self.names.parts())]
 
 
 class HashMemo:
@@ -69,7 +88,7 @@ class HashMemo:
         self.notes: tuple[str, ...] = ()
         self._shelves: dict[str, _Shelf] = {}
 
-    def recall(self, files: Files) -> tuple[Int64[np.ndarray, "N 4"], UInt8[np.ndarray, "N 32"]]:
+    def recall(self, files: Files) -> tuple[Signatures, Digests]:
         """Look up files; none of them is touched.
 
         Args:
@@ -77,20 +96,25 @@ class HashMemo:
 
         Returns:
             [N, 4] the signature each had and [N, 32] the digest that goes with it; -1 and 0 for unknown ones. Both
-            writable.
+            writable, and mapped.
         """
-        shelf = self._shelf(_absolute(files.folder))
-        if _joined(files.names) == shelf.names and len(files) == len(shelf.signatures):
-            return shelf.signatures.copy(), shelf.digests.copy()
-        at = {name: row for row, name in enumerate(_split(shelf.names))}
-        rows = np.array([at.get(name, -1) for name in files.names], np.int64)
-        signatures = np.full((len(files), 4), -1, np.int64)
-        digests = np.zeros((len(files), 32), np.uint8)
-        known = rows >= 0
-        signatures[known], digests[known] = shelf.signatures[rows[known]], shelf.digests[rows[known]]
-        return signatures, digests
+        shelf, names = self._shelf(_absolute(files.folder)), _lasting(files.names)
+        found = _Shelf.empty(len(files), names)
+        # A file that is taken for another by ``find`` has another signature, and is read again.
+        rows = None if names == shelf.names else find(shelf.names, names)
+        for start in range(0, len(files), _ROWS):
+            part = slice(start, start + _ROWS)
+            if rows is None:
+                found.signatures[part], found.digests[part] = shelf.signatures[part], shelf.digests[part]
+            else:
+                known = rows[part] >= 0
+                found.signatures[part] = -1
+                found.signatures[part][known] = shelf.signatures[rows[part][known]]
+                found.digests[part][known] = shelf.digests[rows[part][known]]
+            scratch.let_go(*found.parts(), *shelf.parts())
+        return found.signatures, found.digests
 
-    def record(self, files: Files, signatures: Int64[np.ndarray, "N 4"], digests: UInt8[np.ndarray, "N 32"]) -> None:
+    def record(self, files: Files, signatures: Signatures, digests: Digests) -> None:
         """Remember digests, in place of what was known of the same files. Other files' stay while they exist.
 
         Args:
@@ -98,64 +122,48 @@ class HashMemo:
             signatures: What :func:`signatures_of` gave for files that :func:`settled` vouches for; -1 for all others.
             digests: SHA-256 of each.
         """
-        folder = _absolute(files.folder)
-        old, names = self._shelf(folder), _joined(files.names)
-        if names != old.names:
-            asked = set(files.names)
-            prefix = os.path.join(folder, "")  # noqa: PTH118 - for a million names
-            kept = [
-                (row, name)
-                for row, name in enumerate(_split(old.names))
-                if name not in asked and old.signatures[row, 0] >= 0 and os.path.lexists(prefix + name)
-            ]
-            if kept:
-                rows = [row for row, _ in kept]
-                names = _joined([*files.names, *(name for _, name in kept)])
-                signatures = np.concatenate([signatures, old.signatures[rows]])
-                digests = np.concatenate([digests, old.digests[rows]])
-        shelf = _Shelf(names, signatures.copy(), digests.copy())
+        folder, names = _absolute(files.folder), _lasting(files.names)
+        old = self._shelf(folder)
+        others = _others(old, names, os.path.join(folder, "")) if names != old.names else []  # noqa: PTH118 - no Path
+        both = Names.of(chain(names, (old.names[row] for row in others))) if others else names
+        shelf = _Shelf.empty(len(both), both)
+        for start in range(0, len(names), _ROWS):
+            part = slice(start, min(start + _ROWS, len(names)))
+            shelf.signatures[part], shelf.digests[part] = signatures[part], digests[part]
+            scratch.let_go(signatures, digests, *shelf.parts())
+        for row, other in enumerate(others, len(names)):
+            shelf.signatures[row], shelf.digests[row] = old.signatures[other], old.digests[other]
         self._shelves[folder] = shelf
         if self.place is not None:
             self._write(self.place / _file_name(folder), folder, shelf)
 
     def _shelf(self, folder: str) -> _Shelf:
         if folder not in self._shelves:
-            empty = _Shelf(b"", np.empty((0, 4), np.int64), np.empty((0, 32), np.uint8))
             found = self._read(self.place / _file_name(folder), folder) if self.place is not None else None
-            self._shelves[folder] = found or empty
+            self._shelves[folder] = found or _Shelf.empty(0, Names.of(()))
         return self._shelves[folder]
 
     def _read(self, path: Path, folder: str) -> _Shelf | None:
         try:
-            data = memoryview(path.read_bytes())
+            with path.open("rb") as file:
+                there, shelf = _parse(file)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._note(f"every file is hashed again: cannot read {path}: {error.strerror}")
             return None
-        start = len(_FORMAT) + 32
-        if data[: len(_FORMAT)] != _FORMAT or data[len(_FORMAT) : start] != hashlib.sha256(data[start:]).digest():
+        except ValueError:
             self._note(f"every file is hashed again: {path} is damaged, or of another version")
             return None
-        with np.load(io.BytesIO(data[start:]), allow_pickle=False) as arrays:
-            if arrays["folder"].tobytes() != os.fsencode(folder):
-                return None  # Two folders whose digests begin alike share one name; the last one has it.
-            return _Shelf(arrays["names"].tobytes(), arrays["signatures"], arrays["digests"])
+        # Two folders whose digests begin alike share one name; the last one has it.
+        return shelf if there == os.fsencode(folder) else None
 
     def _write(self, path: Path, folder: str, shelf: _Shelf) -> None:
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            folder=np.frombuffer(os.fsencode(folder), np.uint8),
-            names=np.frombuffer(shelf.names, np.uint8),
-            signatures=shelf.signatures,
-            digests=shelf.digests,
-        )
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.writelines([_FORMAT, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer()])
+                _serialise(file, os.fsencode(folder), shelf)
             temporary.replace(path)  # Not flushed to the disk: what a power cut leaves does not match its digest.
         except OSError as error:
             with suppress(OSError):
@@ -214,9 +222,61 @@ def _file_name(folder: str) -> str:
     return f"{words or 'files'}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.hashes"
 
 
-def _joined(names: Iterable[str]) -> bytes:
-    return os.fsencode("\0".join(names))
+def _lasting(names: Sequence[str]) -> Names:
+    return names if isinstance(names, Names) else Names.of(names)
 
 
-def _split(names: bytes) -> list[str]:
-    return os.fsdecode(names).split("\0") if names else []
+def _others(old: _Shelf, names: Names, prefix: str) -> array[int]:
+    """Rows of ``old`` that are not in ``names``, are known, and whose files exist."""
+    found, there = array("q"), find(names, old.names)
+    for start in range(0, len(old.names), _ROWS):
+        part = slice(start, start + _ROWS)
+        rows = np.flatnonzero((there[part] < 0) & (old.signatures[part, 0] >= 0)) + start
+        found.extend(row for row in rows.tolist() if os.path.lexists(prefix + old.names[row]))
+        scratch.let_go(*old.parts(), there)
+    return found
+
+
+def _serialise(file: IO[bytes], folder: bytes, shelf: _Shelf) -> None:
+    """Write the format's name, the SHA-256 of all that follows, three counts, the folder, and the shelf's arrays."""
+    start, digest = len(_FORMAT) + 32, hashlib.sha256()
+    file.seek(start)
+    head = np.array([len(folder), len(shelf.names), len(shelf.names.text)], "<i8").tobytes() + folder
+    digest.update(head)
+    file.write(head)
+    for whole in shelf.parts():
+        for at in range(0, len(whole), _PIECE):
+            piece = whole[at : at + _PIECE].data
+            digest.update(piece)
+            file.write(piece)
+        scratch.let_go(whole)
+    file.seek(0)
+    file.write(_FORMAT + digest.digest())
+
+
+def _parse(file: IO[bytes]) -> tuple[bytes, _Shelf]:
+    """Read what :func:`_serialise` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    size, head = os.fstat(file.fileno()).st_size, file.read(len(_FORMAT) + 32)
+    counts = file.read(_COUNTS)
+    folder, files, text = np.frombuffer(counts, "<i8").tolist() if len(counts) == _COUNTS else (0, 0, 0)
+    expected = len(_FORMAT) + 32 + _COUNTS + folder + files * (32 + 32 + 8) + 8 + text
+    if not head.startswith(_FORMAT) or min(folder, files, text) < 0 or size != expected:
+        raise ValueError(f"{size} bytes")
+    digest, name = hashlib.sha256(counts), file.read(folder)
+    digest.update(name)
+    ends, names = scratch.zeros((files + 1,), np.int64), scratch.zeros((text,), np.uint8)
+    shelf = _Shelf.empty(files, Names(names.data, ends))
+    for whole in (shelf.signatures, shelf.digests, ends, names):
+        flat = whole.reshape(-1).view(np.uint8)
+        for at in range(0, len(flat), _PIECE):
+            piece = flat[at : at + _PIECE]
+            piece[:] = np.frombuffer(file.read(len(piece)), np.uint8)
+            digest.update(piece.data)
+        scratch.let_go(whole)
+    if head[len(_FORMAT) :] != digest.digest():
+        raise ValueError("another digest")
+    return name, shelf

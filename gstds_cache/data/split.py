@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
@@ -13,6 +14,7 @@ from PIL import Image
 from gstds_cache.data.files import Files
 from gstds_cache.data.manifest import UNREADABLE, hash_items
 from gstds_cache.data.memo import HashMemo
+from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
 
@@ -27,7 +29,7 @@ class Subset:
     base: ImageSource
     uri: str
     rows: Int64[np.ndarray, " M"] = field(repr=False)
-    ids: tuple[str, ...] = field(repr=False)
+    ids: Sequence[str] = field(repr=False)
     labels: Int64[np.ndarray, " M"] = field(repr=False)
     notes: Sequence[str] = ()
 
@@ -46,11 +48,11 @@ class Subset:
         """As for the whole."""
         return self.base.mirror_safe
 
-    @property
+    @cached_property
     def files(self) -> Files | None:
         """The part's files, if the whole has files."""
         files = self.base.files
-        return files and files.part(self.rows.tolist())
+        return files and files.part(map(int, self.rows))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,7 +151,7 @@ def split_by_content(
         base=source,
         uri=source.uri,
         rows=rows,
-        ids=tuple(source.ids[row] for row in rows.tolist()),
+        ids=Names.of((source.ids[row] for row in map(int, rows)), "strict"),
         labels=source.labels[rows],
         notes=(*source.notes, f"{split} part: {len(rows)} of {len(source)} items (holdout {holdout:g})"),
     )

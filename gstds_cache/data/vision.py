@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from gstds_cache.data.arrays import ArraySource
 from gstds_cache.data.files import Files, FileSource, has_image_extension, printable
 from gstds_cache.data.mapstyle import MapStyleSource, class_names, label_array
+from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
 
@@ -149,7 +150,7 @@ def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
         return ArraySource(
             uri=uri,
             kind=kind,
-            ids=tuple(f"{row:07d}" for row in range(len(dataset))),
+            ids=Numbers(len(dataset)),
             labels=np.array(dataset.targets, np.int64),
             pixels=dataset.data,
             classes=class_names(dataset),
@@ -169,7 +170,7 @@ def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
     )
 
 
-def _files_and_labels(dataset: Any) -> tuple[tuple[str, ...], Int64[np.ndarray, " N"]] | None:
+def _files_and_labels(dataset: Any) -> tuple[Sequence[str | Path], Int64[np.ndarray, " N"]] | None:
     """The image files a dataset object lists, with their labels, or None if it lists none."""
     rows = len(dataset)
     paths: Any
@@ -178,14 +179,14 @@ def _files_and_labels(dataset: Any) -> tuple[tuple[str, ...], Int64[np.ndarray, 
         attribute = _label_attribute(dataset)
         labels = label_array(getattr(dataset, attribute, None) if attribute else [None] * rows, rows)
         if labels is not None and _are_images(paths, rows):
-            return tuple(str(path) for path in paths), labels
+            return paths, labels
     for name in ("samples", "imgs", "_samples"):
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, (list, tuple)) and pairs and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
             paths, values = zip(*pairs, strict=True)
             labels = label_array(values, rows)
             if labels is not None and _are_images(paths, rows):
-                return tuple(str(path) for path in paths), labels
+                return paths, labels
     return None
 
 
@@ -210,11 +211,10 @@ def _are_images(paths: Any, rows: int) -> bool:
     )
 
 
-def _ids(paths: tuple[str, ...], root: str) -> tuple[str, ...]:
+def _ids(paths: Sequence[str | Path], root: str) -> Sequence[str]:
     """Paths relative to the root; row numbers where those are not unique or lead outside."""
-    inside = [Path(path) for path in paths]
-    if all(path.is_relative_to(root) for path in inside):
-        ids = tuple(printable(path.relative_to(root).as_posix()) for path in inside)
-        if len(set(ids)) == len(ids):
+    if all(Path(path).is_relative_to(root) for path in paths):
+        ids = Names.of(printable(Path(path).relative_to(root).as_posix()) for path in paths)
+        if duplicate(ids) is None:
             return ids
-    return tuple(f"{row:07d}" for row in range(len(paths)))
+    return Numbers(len(paths))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
+from gstds_cache import scratch
 from gstds_cache.data.manifest import UNREADABLE, DatasetManifest
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError
 from gstds_cache.store import layout
@@ -20,6 +21,8 @@ from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.reader import EmbeddingStore
 
 WINDOW_BYTES = 256 << 20
+PART_ROWS = 1 << 16
+"""Items that are sorted in memory at a time, up to 256 times as many in all."""
 
 
 class KnownRows:
@@ -50,22 +53,35 @@ class KnownRows:
         self._stores = [
             EmbeddingStore(where, allow_partial=True, access="window", memory_budget=WINDOW_BYTES) for where in stores
         ]
-        self._from = np.full(len(sha256), -1, np.int64)
-        self._row = np.zeros(len(sha256), np.int64)
+        self._sha256 = sha256
+        self._from = scratch.zeros((len(sha256),), np.int16)
+        self._from[:] = -1
+        self._row = scratch.zeros((len(sha256),), np.int64)
         self.batch_size: int | None = None
-        wanted = _sortable(sha256)
+        self.count = 0
         for number, store in enumerate(self._stores):
             _require_encoder(store, encoder, dtype)
-            rows = np.flatnonzero((store.valid == layout.OK)[: len(store)])
-            names = _sortable(_hashes(store)[rows])
-            order = np.argsort(names)
-            names, rows = names[order], rows[order]
-            found, where = _lookup(names, wanted)
-            new = found & (self._from < 0) & (wanted != np.void(UNREADABLE))
-            self._from[new], self._row[new] = number, rows[where[new]]
-            if new.any() and self.batch_size is None:
+            found = self._look_in(number, _hashes(store), store.valid == layout.OK)
+            self.count += found
+            if found and self.batch_size is None:
                 self.batch_size = store.spec.batch_size
-        self.count = int((self._from >= 0).sum())
+
+    def _look_in(self, number: int, theirs: UInt8[np.ndarray, "M 32"], there: Bool[np.ndarray, " M"]) -> int:
+        """Look up the items that are not known yet in one store, a part at a time; returns how many it has."""
+        count, parts = 0, 1
+        while parts < 256 and max(len(theirs), len(self._sha256)) > parts * PART_ROWS:
+            parts *= 2
+        for part in range(parts):
+            rows, mine = _rows_of(theirs, part, parts), _rows_of(self._sha256, part, parts)
+            rows, mine = rows[there[rows]], mine[self._from[mine] < 0]
+            names, wanted = _sortable(theirs[rows]), _sortable(self._sha256[mine])
+            order = np.argsort(names)
+            found, where = _lookup(names[order], wanted)
+            new = found & (wanted != np.void(UNREADABLE))
+            self._from[mine[new]], self._row[mine[new]] = number, rows[order][where[new]]
+            count += int(new.sum())
+            scratch.let_go(theirs, self._sha256, self._from, self._row)
+        return count
 
     def count_in(self, span: range) -> int:
         """How many of the rows ``span`` of the data set are known."""
@@ -116,6 +132,14 @@ def _hashes(store: EmbeddingStore) -> UInt8[np.ndarray, "N 32"]:
     if manifest.root != store.spec.items_root:
         raise corrupt(store.location, [Problem(layout.ITEMS, problem)])
     return manifest.sha256
+
+
+def _rows_of(sha256: UInt8[np.ndarray, "N 32"], part: int, parts: int) -> Int64[np.ndarray, " R"]:
+    """The rows whose hashes are in one of ``parts`` (at most 256) equal parts of all hashes."""
+    starts = range(0, len(sha256), PART_ROWS)
+    first = (sha256[start : start + PART_ROWS, 0].astype(np.int64) for start in starts)
+    found = [np.flatnonzero(byte * parts >> 8 == part) + start for start, byte in zip(starts, first, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
 def _sortable(sha256: UInt8[np.ndarray, "N 32"]) -> np.ndarray:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 import numpy as np
@@ -30,6 +30,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from gstds_cache import scratch
 from gstds_cache.store.spec import CacheSpec
 
 GROUP = "zarr.json"
@@ -42,6 +43,8 @@ OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "rece
 
 MISSING, OK, UNDECODABLE = 0, 1, 2
 
+_ROWS = 1 << 16
+
 
 def object_key(unit: int) -> str:
     """Key of a unit's one object."""
@@ -53,11 +56,14 @@ def receipt_key(unit: int) -> str:
     return f"receipts/{unit}.json"
 
 
-def metadata_objects(spec: CacheSpec, attributes: dict[str, Any], labels: Int64[np.ndarray, " N"]) -> dict[str, bytes]:
+def metadata_objects(
+    spec: CacheSpec, attributes: dict[str, Any], labels: Int64[np.ndarray, " N"]
+) -> dict[str, bytes | memoryview]:
     """Objects of a store with no unit yet: the ``zarr.json`` files and the labels; the group's comes last."""
-    objects, arrays = _in_memory(spec, attributes)
-    arrays["label"][:] = labels
-    return {key: objects[key].to_bytes() for key in sorted(objects, key=lambda key: (key == GROUP, key))}
+    objects, _ = _in_memory(spec, attributes)
+    made: dict[str, bytes | memoryview] = {key: data.to_bytes() for key, data in objects.items()}
+    made[LABEL] = _vector(labels.astype("<i8", copy=False))
+    return {key: made[key] for key in sorted(made, key=lambda key: (key == GROUP, key))}
 
 
 def unit_object(spec: CacheSpec, unit: int, rows: Float[np.ndarray, "R D"]) -> bytes:
@@ -124,11 +130,26 @@ def label_values(spec: CacheSpec, pieces: Iterable[bytes], classes: int) -> Int[
     return values
 
 
-def valid_object(spec: CacheSpec, valid: UInt8[np.ndarray, " N"]) -> bytes:
+def valid_object(spec: CacheSpec, valid: UInt8[np.ndarray, " N"]) -> memoryview:
     """The object of the ``valid`` array."""
-    objects, arrays = _in_memory(spec, {})
-    arrays["valid"][:] = valid
-    return objects[VALID].to_bytes()
+    assert valid.shape == (spec.items,)
+    return _vector(valid)
+
+
+def _vector(values: np.ndarray) -> memoryview:
+    """The one chunk of an array of one number per row, as zarr writes it but without copies: numbers and CRC-32C."""
+
+    def write(file: IO[bytes]) -> None:
+        checksum = 0
+        for start in range(0, len(values), _ROWS):
+            part = values[start : start + _ROWS].tobytes()
+            checksum = google_crc32c.extend(checksum, part)
+            file.write(part)
+        file.write(checksum.to_bytes(4, "little"))
+
+    made = scratch.written(write)
+    scratch.let_go(values)
+    return made
 
 
 def _in_memory(spec: CacheSpec, attributes: dict[str, Any]) -> tuple[dict[str, Buffer], dict[str, zarr.Array[Any]]]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from gstds_cache import scratch
 from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
 from gstds_cache.locking import exclusive
@@ -99,13 +100,13 @@ class LocalTransport:
                         found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return found
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object durably, replacing one that is there."""
         temporary = self._write_temporary(key, data)
         temporary.replace(self.path(key))
         _flush_directory(temporary.parent)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
         """Write an object durably unless one is there; returns whether this call wrote it."""
         temporary = self._write_temporary(key, data)
         try:
@@ -160,7 +161,7 @@ class LocalTransport:
         there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.is_dir())
         return shutil.disk_usage(there).free
 
-    def _write_temporary(self, key: str, data: bytes) -> Path:
+    def _write_temporary(self, key: str, data: bytes | memoryview) -> Path:
         path = self.path(key)
         _make_folder(path.parent)
         if path.is_dir():
@@ -168,7 +169,8 @@ class LocalTransport:
         temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # the lock keeps other threads out
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                for piece in scratch.pieces(data):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:

@@ -150,11 +150,11 @@ class ObjectTransport:
         listed = self._list(check_key(prefix.removesuffix("/")) if prefix else None)
         return {path: size for path, size, _ in listed if not any(part.startswith(".") for part in path.split("/"))}
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object durably, replacing one that is there. May be done twice over; the bytes are the same."""
         self._put(check_key(key), data)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
         """Write an object durably unless one is there.
 
         Returns:
@@ -281,7 +281,7 @@ class ObjectTransport:
         self._bucket_seen = True
         return data
 
-    def _put(self, name: str, data: bytes, *, mode: Any = "overwrite") -> None:
+    def _put(self, name: str, data: bytes | memoryview, *, mode: Any = "overwrite") -> None:
         with self._translated(name):
             self._obstore.put(self._opened(), name, data, use_multipart=False, mode=mode)
 

@@ -63,11 +63,11 @@ class Transport(Protocol):
         """Bytes of every object whose key begins with ``prefix`` (a folder: empty, or with a ``/`` at its end)."""
         ...
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object durably, replacing one that is there."""
         ...
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
         """Write an object durably unless one is there.
 
         Returns:

@@ -189,7 +189,7 @@ def open_writer(
     spec: CacheSpec,
     *,
     labels: Int64[np.ndarray, " N"],
-    items: bytes,
+    items: bytes | memoryview,
     attributes: dict[str, Any],
 ) -> Iterator[StoreWriter]:
     """Open the store at ``where`` for writing, making it first where there is none.
@@ -223,7 +223,7 @@ def open_writer(
             objects |= layout.metadata_objects(spec, {"gstds": described}, labels)
         # What an interrupted run left has no hashes yet, and COMPLETE would vouch for whatever it has become.
         _write_anew(transport, objects)
-        del items, objects  # 60 bytes an item, which would be held for as long as the store is filled.
+        del items, objects  # Mapped, and no longer needed.
         # The lock of this transport is the one that is held.
         journal.transport = transport
         yield StoreWriter(journal)
@@ -231,7 +231,11 @@ def open_writer(
 
 @contextmanager
 def reopen_writer(
-    where: str | Path, *, labels: Int64[np.ndarray, " N"], items: bytes, attributes: dict[str, Any] | None = None
+    where: str | Path,
+    *,
+    labels: Int64[np.ndarray, " N"],
+    items: bytes | memoryview,
+    attributes: dict[str, Any] | None = None,
 ) -> Iterator[StoreWriter]:
     """Open a store that is there, to mend it: every small object is written anew from what it describes.
 
@@ -268,7 +272,7 @@ def reopen_writer(
         yield StoreWriter(journal)
 
 
-def _make(transport: Transport, objects: dict[str, bytes]) -> None:
+def _make(transport: Transport, objects: dict[str, bytes | memoryview]) -> None:
     """Write the objects of a new store, the group last: a store is there when its group is."""
     if transport.exists(layout.GROUP):
         return
@@ -280,7 +284,7 @@ def _make(transport: Transport, objects: dict[str, bytes]) -> None:
             transport.put_if_absent(key, objects[key])
 
 
-def _write_anew(transport: Transport, objects: dict[str, bytes]) -> None:
+def _write_anew(transport: Transport, objects: dict[str, bytes | memoryview]) -> None:
     """Replace the small objects that are missing or have other bytes."""
     for key, data in objects.items():
         if not transport.exists(key) or transport.sha256(key) != sha256_hex(data):

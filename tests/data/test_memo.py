@@ -452,9 +452,10 @@ class TestDamage:
             lambda data: data[:10],
             lambda data: data[:-1],
             lambda data: data + b"x",
-            lambda data: b"gstds-cache hashes 2\n" + data[21:],
+            lambda data: b"gstds-cache hashes 1\n" + data[21:],
+            lambda data: b"gstds-cache hashes 3\n" + data[21:],
             lambda _data: b"not a memo at all",
-            *(lambda data, at=at: data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :] for at in range(0, 1500, 97)),
+            *(lambda data, at=at: data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :] for at in range(0, 700, 43)),
         ],
     )
     def test_is_noted_and_mended(self, photos, place, stored, read, damage) -> None:

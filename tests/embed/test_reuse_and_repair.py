@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from gstds_cache.config import EmbedConfig
+from gstds_cache.data.manifest import build_manifest
+from gstds_cache.embed import reuse
 from gstds_cache.embed.check import check_sample
 from gstds_cache.embed.repair import repair_store
+from gstds_cache.embed.reuse import KnownRows
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError, StoreNotFoundError, UsageError
@@ -53,6 +56,19 @@ def test_a_grown_data_set_embeds_only_what_is_new(array_source, config, tmp_path
     assert (alone.reused, alone.embedded) == (0, 70)
     assert units_of(tmp_path / "grown") == units_of(tmp_path / "alone")
     assert [item.row for item in done.quarantined] == [7]
+
+
+def test_many_items_are_looked_up_in_parts(array_source, config, tmp_path: Path, monkeypatch) -> None:
+    embed_dataset(array_source(50), config, where=tmp_path / "small")
+    hashes, spec = build_manifest(array_source(90)).sha256, open_encoder(config.model).spec.to_dict()
+    whole = KnownRows([tmp_path / "small"], hashes, spec, config.dtype)
+    monkeypatch.setattr(reuse, "PART_ROWS", 7)  # 16 parts
+    parts = KnownRows([tmp_path / "small"], hashes, spec, config.dtype)
+    assert whole.count == parts.count == 50
+    for known in (whole, parts):
+        which, rows = known(range(90))
+        assert which.tolist() == [True] * 50 + [False] * 40
+        assert np.array_equal(rows, EmbeddingStore(tmp_path / "small").gather(np.arange(50)))
 
 
 def test_rows_are_found_by_content_in_any_order_and_from_several_stores(array_source, config, tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Names that lie in a mapped text: the same as a tuple of strings, without its memory."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gstds_cache import scratch
+from gstds_cache.data import folder as folder_module
+from gstds_cache.data import manifest as manifest_module
+from gstds_cache.data import memo as memo_module
+from gstds_cache.data import names as names_module
+from gstds_cache.data.files import Files
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.data.memo import HashMemo
+from gstds_cache.data.names import AT_ONCE, Names, Numbers, cut, duplicate, find, held
+from gstds_cache.data.sources import open_source
+from gstds_cache.store import layout
+from gstds_cache.store.spec import CacheSpec
+
+MANY = 2 * AT_ONCE + 3
+file_names = st.binary(max_size=6).map(os.fsdecode) | st.text("a/\u00e9.", max_size=5)
+
+
+def names_of(count: int) -> Iterator[str]:
+    return (f"class{row % 16:02d}/{row:08d}.png" for row in range(count))
+
+
+@given(st.lists(file_names, max_size=8))
+def test_they_are_the_strings_they_were_made_of(strings: list[str]) -> None:
+    names = Names.of(strings)
+    assert names == strings
+    assert names == tuple(strings)
+    assert (names == [*strings, "one more"]) is False
+    assert list(names) == strings
+    assert [names[row] for row in range(-len(strings), len(strings))] == strings + strings
+    assert [names[slice(*cut)] for cut in ((1, 4), (None, None, -1), (5, 2), (0, 99, 2))] == [
+        tuple(strings[slice(*cut)]) for cut in ((1, 4), (None, None, -1), (5, 2), (0, 99, 2))
+    ]
+    assert names.encoded(1, 3) == [os.fsencode(name) for name in strings[1:3]]
+    assert pickle.loads(pickle.dumps(names)) == names == Names.of(strings)
+    assert Names.of([*strings, "x"]) != names
+    assert (duplicate(names) is None) == (len(set(strings)) == len(strings))
+    with pytest.raises(IndexError):
+        names[len(strings)]
+
+
+def test_many_are_mapped_and_equal_to_the_tuple() -> None:
+    strings = tuple(names_of(MANY))
+    names = Names.of(iter(strings))
+    assert names == strings
+    assert tuple(names) == strings
+    assert names[AT_ONCE - 2 : AT_ONCE + 2] == strings[AT_ONCE - 2 : AT_ONCE + 2]
+    changed = [*strings]
+    changed[-1] = changed[-1][::-1]
+    assert names != changed
+    assert names != Names.of(changed)
+    assert duplicate(names) is None
+    assert duplicate(Names.of([*strings, strings[5]])) == strings[5]
+    for kind in (names, strings):
+        text, ends = cut(kind, MANY - 2, MANY + 9)
+        assert (text.decode(), ends.tolist()) == (strings[-2] + strings[-1], [0, 20, 40])
+
+
+def test_finding_is_that_of_a_dictionary() -> None:
+    strings = list(names_of(MANY))
+    rng = np.random.default_rng(2)
+    known = [strings[row] for row in rng.permutation(MANY)[: MANY // 2]]
+    at = {name: row for row, name in enumerate(known)}
+    assert find(Names.of(known), Names.of(strings)).tolist() == [at.get(name, -1) for name in strings]
+    assert find(Names.of(()), Names.of(strings[:3])).tolist() == [-1] * 3
+    assert find(Names.of(known), Names.of(())).tolist() == []
+    assert find(Names.of(["a"]), Names.of(["a", "b"])).tolist() == [0, -1]
+
+
+def test_names_of_one_hash_are_told_apart_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = np.zeros(3, np.uint64)
+    monkeypatch.setattr(names_module, "numbers_of", lambda names, start, stop: same[: len(names)][start:stop])
+    assert duplicate(Names.of(["a", "b", "c"])) is None
+    assert duplicate(Names.of(["a", "b", "a"])) == "a"
+
+
+def test_row_numbers() -> None:
+    numbers = Numbers(12_345_679)
+    assert (len(numbers), numbers[7], numbers[-1], numbers[1:3]) == (
+        12_345_679,
+        "0000007",
+        "12345678",
+        ("0000001", "0000002"),
+    )
+    assert Numbers(2) == ("0000000", "0000001") == pickle.loads(pickle.dumps(Numbers(2)))
+    assert held(numbers) is numbers
+    assert held(["a"]) == ["a"]
+    with pytest.raises(UnicodeEncodeError):
+        held(["\udc80"])
+
+
+def test_a_folder_is_sorted_in_parts_as_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/9.png", "a/10.png", "a/b/1.png", "a/b.png", "a/b-c/2.png", "a-/3.png", "a.d/4.png", "a/\xe9.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    whole = open_source(f"imagefolder:{tmp_path}")
+    assert list(whole.ids) == sorted(whole.ids, key=str.encode)
+    assert [whole.classes[label] for label in whole.labels] == [name.partition("/")[0] for name in whole.ids]
+    for size in (1, 2, 3):
+        monkeypatch.setattr(folder_module, "_AT_ONCE", size)
+        parts = open_source(f"imagefolder:{tmp_path}")
+        assert (parts.ids, parts.labels.tolist()) == (whole.ids, whole.labels.tolist())
+
+
+def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that Python and NumPy hold at once, from the names to the objects of the store."""
+    # What is in memory at a time is made small, or this would need a million items.
+    monkeypatch.setattr(scratch, "SMALL", 1)
+    for module, name in (
+        (names_module, "AT_ONCE"),
+        (manifest_module, "AT_ONCE"),
+        (manifest_module, "_RECORDS"),
+        (memo_module, "_ROWS"),
+        (memo_module, "_PIECE"),
+        (layout, "_ROWS"),
+    ):
+        monkeypatch.setattr(module, name, 256)
+
+    def peak(rows: int) -> int:
+        tracemalloc.start()
+        names = Names.of(names_of(rows))
+        files = Files("/nowhere/", names)
+        memo = HashMemo(tmp_path / str(rows))
+        signatures, digests = memo.recall(files)
+        memo.record(files, signatures, digests)
+        part = Files("/nowhere/", Names.of(names[row] for row in range(0, rows, 2)))
+        assert HashMemo(tmp_path / str(rows)).recall(part)[0].shape == (rows // 2, 4)
+        labels = np.broadcast_to(np.int64(3), (rows,))
+        manifest = DatasetManifest("imagefolder", names, digests, labels)
+        spec = CacheSpec(
+            items=rows, items_root=manifest.root, encoder={}, dim=1, dtype="float16", batch_size=1, unit_rows=1
+        )
+        layout.metadata_objects(spec, {}, labels)
+        assert DatasetManifest.from_arrow(manifest.to_arrow()).root == manifest.root
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(10)  # What is imported and cached on the way.
+    few, many = peak(5_000), peak(11_000)
+    assert many - few < 5 * 6_000
