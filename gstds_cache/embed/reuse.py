@@ -61,19 +61,19 @@ class KnownRows:
         self.count = 0
         for number, store in enumerate(self._stores):
             _require_encoder(store, encoder, dtype)
-            found = self._look_in(number, _hashes(store), store.valid == layout.OK)
+            found = self._look_in(number, _hashes(store), store.without_embedding)
             self.count += found
             if found and self.batch_size is None:
                 self.batch_size = store.spec.batch_size
 
-    def _look_in(self, number: int, theirs: UInt8[np.ndarray, "M 32"], there: Bool[np.ndarray, " M"]) -> int:
+    def _look_in(self, number: int, theirs: UInt8[np.ndarray, "M 32"], without: Int64[np.ndarray, " A"]) -> int:
         """Look up the items that are not known yet in one store, a part at a time; returns how many it has."""
         count, parts = 0, 1
         while parts < 256 and max(len(theirs), len(self._sha256)) > parts * PART_ROWS:
             parts *= 2
         for part in range(parts):
             rows, mine = _rows_of(theirs, part, parts), _rows_of(self._sha256, part, parts)
-            rows, mine = rows[there[rows]], mine[self._from[mine] < 0]
+            rows, mine = np.setdiff1d(rows, without, assume_unique=True), mine[self._from[mine] < 0]
             names, wanted = _sortable(theirs[rows]), _sortable(self._sha256[mine])
             order = np.argsort(names)
             found, where = _lookup(names[order], wanted)
@@ -126,7 +126,8 @@ def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str)
 def _hashes(store: EmbeddingStore) -> UInt8[np.ndarray, "N 32"]:
     problem = f"{layout.ITEMS} is not the list of items that the store was made of"
     try:
-        manifest = DatasetManifest.from_arrow(store.journal.transport.get(layout.ITEMS))
+        pieces = store.journal.transport.pieces(layout.ITEMS)
+        manifest = DatasetManifest.from_arrow(scratch.written(lambda file: file.writelines(pieces)))
     except (IntegrityError, FileNotFoundError) as error:
         raise corrupt(store.location, [Problem(layout.ITEMS, problem)]) from error
     if manifest.root != store.spec.items_root:

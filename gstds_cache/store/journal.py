@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gstds_cache import scratch
 from gstds_cache.digest import canonical_json
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.store import layout
@@ -238,9 +239,7 @@ class Journal:
         if not problems and receipts_root(receipts) != record.receipts_sha256:
             text = f"{layout.COMPLETE}: the receipts are not the ones that were there when it was written"
             problems.append(Problem(layout.COMPLETE, text))
-        quarantined = sum(len({item.row for item in receipt.quarantined}) for receipt in receipts.values())
-        ok = sum(len(self.spec.rows_of(unit)) for unit in receipts) - quarantined
-        counts = (self.spec.items, ok, quarantined)
+        counts = (self.spec.items, *counts_of(self.spec, receipts))
         if not problems and (record.items, record.ok, record.quarantined, record.units) != (*counts, self.spec.units):
             problems.append(Problem(layout.COMPLETE, f"{layout.COMPLETE} counts other rows than the receipts"))
         for key in METADATA_KEYS:
@@ -253,11 +252,17 @@ class Journal:
 
 def valid_of(spec: CacheSpec, receipts: dict[int, Receipt]) -> np.ndarray:
     """The ``valid`` array [N] uint8 that the receipts amount to."""
-    valid = np.full(spec.items, layout.MISSING, np.uint8)
-    for unit in receipts:
+    valid = scratch.zeros((spec.items,), np.uint8)
+    for unit in range(spec.units):
         span = spec.rows_of(unit)
         valid[span.start : span.stop] = valid_in(spec, receipts, unit)
     return valid
+
+
+def counts_of(spec: CacheSpec, receipts: dict[int, Receipt]) -> tuple[int, int]:
+    """How many rows have an embedding, and how many could not be decoded."""
+    quarantined = sum(len({item.row for item in receipt.quarantined}) for receipt in receipts.values())
+    return sum(len(spec.rows_of(unit)) for unit in receipts) - quarantined, quarantined
 
 
 def valid_in(spec: CacheSpec, receipts: dict[int, Receipt], unit: int) -> np.ndarray:

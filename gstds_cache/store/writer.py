@@ -20,7 +20,7 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.store import layout
-from gstds_cache.store.journal import METADATA_KEYS, Complete, Journal, Progress, corrupt, valid_of
+from gstds_cache.store.journal import METADATA_KEYS, Complete, Journal, Progress, corrupt, counts_of, valid_of
 from gstds_cache.store.receipt import Quarantined, Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport, local_path, open_transport
@@ -149,13 +149,13 @@ class StoreWriter:
         problems = self._journal.check_hashes(receipts, progress)
         if problems:
             raise corrupt(self.location, problems)
-        valid = valid_of(self.spec, receipts)
-        self._transport.put(layout.VALID, layout.valid_object(self.spec, valid))
+        self._transport.put(layout.VALID, layout.valid_object(self.spec, valid_of(self.spec, receipts)))
+        ok, quarantined = counts_of(self.spec, receipts)
         record = Complete(
             fingerprint=self.spec.fingerprint,
             items=self.spec.items,
-            ok=int((valid == layout.OK).sum()),
-            quarantined=int((valid == layout.UNDECODABLE).sum()),
+            ok=ok,
+            quarantined=quarantined,
             units=self.spec.units,
             receipts_sha256=receipts_root(receipts),
             objects={key: self._transport.sha256(key) for key in METADATA_KEYS},

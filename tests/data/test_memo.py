@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,7 +294,8 @@ class TestChanges:
 
 
 class TestRacyFiles:
-    def test_a_file_written_just_now_is_read_again(self, photos, place, read) -> None:
+    def test_a_file_written_just_now_is_read_again(self, photos, place, read, monkeypatch) -> None:
+        monkeypatch.setattr(memo_module, "RACY_NS", 3600 * 10**9)  # However slow the machine, it was just now.
         memo = HashMemo(place)
         for _ in range(2):
             root_of(photos, memo)
@@ -302,6 +304,7 @@ class TestRacyFiles:
 
     def test_a_change_within_one_tick_is_seen(self, photos, place, monkeypatch) -> None:
         """A file system whose clock stands still: only the rule about recent files can help."""
+        monkeypatch.setattr(memo_module, "RACY_NS", 3600 * 10**9)
         true = memo_module._signature
         now = time.time_ns()
         monkeypatch.setattr(memo_module, "_signature", lambda path: (true(path)[0], now, now, true(path)[3]))
@@ -385,19 +388,30 @@ class TestOneProcess:
         assert not read
         assert b"cats/1.png" not in next(place.iterdir()).read_bytes()
 
-    def test_interrupted(self, tmp_path, place, read) -> None:
+    def test_interrupted(self, tmp_path, place, read, monkeypatch) -> None:
         photos = plant(tmp_path / "many", *(f"a/{n:04d}.png" for n in range(1500)))
         source = open_source(f"imagefolder:{photos}")
         time.sleep(TICK)
+        stopped, counted = threading.Event(), Files.sha256
+
+        def waiting(self: Files, row: int) -> bytes:
+            if row >= 1000:  # Else a quick machine, or one that lets the main thread wait, would be done by then.
+                stopped.wait()
+                time.sleep(0.002)
+            return counted(self, row)
 
         def progress(done: int, _total: int) -> None:
             if done >= 300:
+                stopped.set()
                 raise KeyboardInterrupt
+
+        monkeypatch.setattr(Files, "sha256", waiting)
 
         with pytest.raises(KeyboardInterrupt):
             hash_items(source, memo=HashMemo(place), progress=progress)
         done = len(read)
         assert 300 <= done < 1500
+        monkeypatch.setattr(Files, "sha256", counted)
         assert np.array_equal(hash_items(source, memo=HashMemo(place)), hash_items(source))
         assert len(read) == 1500 + 1500
         assert len(set(read[:1500])) == 1500

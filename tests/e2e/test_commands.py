@@ -170,6 +170,7 @@ def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of,
     slow = [word.replace(":build", ":build_slow") for word in embed_words[:-1]]
     reference = command(*slow, "--cache", "slow.store")
     executable = Path(sys.executable).with_name("gstds-embed")
+    (tmp_path / "hold").touch()
     # In a job that a shell put into the background Ctrl-C is ignored, and children inherit that.
     process = subprocess.Popen(
         [executable, *slow[1:]],
@@ -196,6 +197,7 @@ def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of,
     assert 3 <= len(before) < 8
     assert "units are committed" in command("gstds-select", "photos.store", code=4).stderr
     assert "not complete" in command("gstds-cache", "verify", "photos.store", code=4).stderr
+    (tmp_path / "hold").unlink()
     rest = result_of(command(*slow, "--json"))
     assert rest["committed_before"] == 8 * len(before)
     assert rest["embedded"] == 60 - 8 * len(before)

@@ -102,6 +102,7 @@ def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
     command, result_of, words, s3_server, s3_prefix, tmp_path
 ) -> None:
     slow = [word + "_slow" if word.endswith(":build") else word for word in words]
+    (tmp_path / "hold").touch()
     for kill in range(KILLS):
         running = begin(slow, tmp_path)
         while stored(s3_server, s3_prefix, layout.receipt_key(2 * kill)) is None:
@@ -113,6 +114,7 @@ def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
     committed = objects(s3_prefix)
     before = [key for key in committed if key.startswith("receipts/")]
     assert KILLS < len(before) < 8
+    (tmp_path / "hold").unlink()
     done = result_of(command(*slow))
     assert done["committed_before"] == 8 * len(before)
     assert done["embedded"] == 60 - 8 * len(before)

@@ -73,7 +73,7 @@ def test_reading_gives_back_what_was_written(store: Path) -> None:
 )
 def test_labels_take_no_more_than_they_need(labels: list[int], classes: int, expected: type) -> None:
     spec = replace(make_spec(), items=len(labels))
-    data = layout.metadata_objects(spec, {}, np.array(labels, np.int64))[layout.LABEL]
+    data = bytes(layout.metadata_objects(spec, {}, np.array(labels, np.int64))[layout.LABEL])
     for size in (1, 5, 8, 11, 100):  # pieces that end inside a number, too
         parts = [data[at : at + size] for at in range(0, len(data), size)]
         values = layout.label_values(spec, parts, classes)
