@@ -152,4 +152,4 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest
 
     peak(10)  # What is imported and cached on the way.
     few, many = peak(5_000), peak(11_000)
-    assert many - few < 5 * 6_000
+    assert many - few < 20 * 6_000  # Of lists and arrays it would be 300 an item; what else a process does is noise.
