@@ -19,6 +19,7 @@ from gstds_cache.errors import FingerprintMismatchError, IntegrityError
 from gstds_cache.store import layout
 from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.transport import mapped
 
 WINDOW_BYTES = 256 << 20
 PART_ROWS = 1 << 16
@@ -126,8 +127,7 @@ def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str)
 def _hashes(store: EmbeddingStore) -> UInt8[np.ndarray, "N 32"]:
     problem = f"{layout.ITEMS} is not the list of items that the store was made of"
     try:
-        pieces = store.journal.transport.pieces(layout.ITEMS)
-        manifest = DatasetManifest.from_arrow(scratch.written(lambda file: file.writelines(pieces)))
+        manifest = DatasetManifest.from_arrow(mapped(store.journal.transport, layout.ITEMS))
     except (IntegrityError, FileNotFoundError) as error:
         raise corrupt(store.location, [Problem(layout.ITEMS, problem)]) from error
     if manifest.root != store.spec.items_root:

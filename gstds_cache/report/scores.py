@@ -17,6 +17,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.report.recompute import SeenBatch
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.transport import mapped
 from gstds_cache.stream.schema import Header
 
 FORMATS = (".parquet", ".arrow")
@@ -104,7 +105,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     Returns:
         Bytes of the file.
     """
-    manifest = DatasetManifest.from_arrow(store.journal.transport.get(layout.ITEMS))
+    manifest = DatasetManifest.from_arrow(mapped(store.journal.transport, layout.ITEMS))
     columns = {
         "row": pa.array(np.arange(len(store))),
         "id": pa.array(manifest.ids, pa.utf8()),

@@ -16,6 +16,7 @@ from gstds_cache.store import layout
 from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
 from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.transport import mapped
 
 FORMATS = (".npy", ".parquet", ".arrow")
 
@@ -53,7 +54,7 @@ def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> 
 
 def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.ndarray, "R D"]]) -> None:
     try:
-        items = pa.ipc.open_file(pa.BufferReader(store.journal.transport.get(layout.ITEMS))).read_all()
+        items = pa.ipc.open_file(pa.BufferReader(mapped(store.journal.transport, layout.ITEMS))).read_all()
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = Problem(layout.ITEMS, f"{layout.ITEMS} does not decode ({error})")
         raise corrupt(store.location, [problem]) from error

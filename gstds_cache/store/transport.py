@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
+from gstds_cache import scratch
 from gstds_cache.errors import UsageError
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
@@ -152,3 +153,24 @@ def open_transport(where: str | Path) -> Transport:
     from gstds_cache.store.objects import ObjectTransport
 
     return ObjectTransport(str(where))
+
+
+def mapped(transport: Transport, key: str) -> memoryview:
+    """All bytes of an object, in a temporary copy that is mapped: large ones take no memory of the process.
+
+    Args:
+        transport: Where the object is.
+        key: Its name.
+
+    Returns:
+        The bytes, which stay as they are whatever becomes of the object.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        for piece in transport.pieces(key):
+            file.write(piece)
+
+    return scratch.written(write)

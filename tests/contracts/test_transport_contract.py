@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from s3_api import S3Server
 
+from gstds_cache import scratch
 from gstds_cache.errors import UsageError
-from gstds_cache.store.transport import Transport, open_transport
+from gstds_cache.store.transport import Transport, mapped, open_transport
 
 BAD_KEYS = ("", "/a", "a/", "a//b", "..", "../a", "a/../b", ".hidden", "a/.b", "a b", "a\n", "\u00fc", "a\\b", "x" * 65)
 
@@ -80,6 +81,20 @@ def test_pieces_are_the_whole(transport: Transport) -> None:
     assert max(map(len, parts)) < len(data) / 2
     with pytest.raises(FileNotFoundError, match="small"):
         list(transport.pieces("small"))
+
+
+def test_mapped_bytes_are_put_and_got(transport: Transport) -> None:
+    data = bytes(range(256)) * 20_001
+    there = scratch.written(lambda file: file.write(data))
+    transport.put("large", there)
+    assert transport.put_if_absent("another", there)
+    assert not transport.put_if_absent("another", data[1:])
+    assert transport.get("large") == transport.get("another") == data
+    copy = mapped(transport, "large")
+    transport.put("large", b"other")
+    assert copy == data
+    with pytest.raises(FileNotFoundError, match="small"):
+        mapped(transport, "small")
 
 
 def test_put_replaces(transport: Transport) -> None:
