@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
+from gstds_cache import scratch
 from gstds_cache.store.spec import CacheSpec
 
 Kind = Literal["auto", "memory", "mirror", "window"]
@@ -85,7 +86,9 @@ class WholeAccess:
         Yields:
             The permuted rows, the array of all rows, and the permuted rows.
         """
-        order = rng.permutation(rows)
+        order = scratch.zeros(rows.shape, rows.dtype)
+        order[:] = rows
+        rng.shuffle(order)
         yield order, self._rows, order
 
 

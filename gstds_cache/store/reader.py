@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from gstds_cache import scratch
 from gstds_cache.errors import IncompleteError, UsageError, command_line
 from gstds_cache.places import beside
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
-from gstds_cache.store.journal import Journal, Problem, corrupt, valid_in, valid_of, without_embedding
+from gstds_cache.store.journal import Journal, Problem, corrupt, counts_of, valid_in, valid_of, without_embedding
 from gstds_cache.store.mirror import open_mirror
 from gstds_cache.store.receipt import Quarantined
 
@@ -201,7 +202,7 @@ class EmbeddingStore:
         """
         self._refuse_fork()
         rng = rng_for(seed, "shuffled", epoch)
-        valid = np.flatnonzero(self.valid == layout.OK).astype(np.int64)
+        valid = self._rows_with_embedding()
         names = np.empty(batch_size, np.int64)
         batch = np.empty((batch_size, self.spec.dim), np.float32)
         filled = 0
@@ -217,6 +218,14 @@ class EmbeddingStore:
                     filled = 0
         if filled:
             yield names[:filled].copy(), batch[:filled]
+
+    def _rows_with_embedding(self) -> Int64[np.ndarray, " M"]:
+        rows, done = scratch.zeros((counts_of(self.spec, self.receipts)[0],), np.int64), 0
+        for unit in sorted(self.receipts):
+            found = np.flatnonzero(self.valid_in(unit) == layout.OK) + self.spec.rows_of(unit).start
+            rows[done : done + len(found)] = found
+            done += len(found)
+        return rows
 
     @cached_property
     def _access(self) -> RowAccess:
