@@ -52,5 +52,5 @@ def test_smoke_mode_ends_with_a_result(path: Path) -> None:
         assert result["trainers_wait"]["steps"] > 0
         assert result["import_of_train"]["heavy_libraries_loaded"] == []
     if path.stem == "bench_memory":
-        assert result["rise_bytes"]["500"]["window"]["rise"] > 0
+        assert all(taken["anonymous"] >= 0 for jobs in result["rise_bytes"].values() for taken in jobs.values())
     assert sorted((BENCHMARKS / "results").glob("*")) == before
