@@ -171,7 +171,9 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
             ),
         )
     )
-    solved = [batch for batch in batches if Status.NOT_COMPUTED not in batch.status]
+    ways = int(header.settings.get("partitions", 0))  # from the epoch of that number on, graphs come again
+    graphs = [batch for batch in batches if not ways or batch.epoch < ways]
+    solved = [batch for batch in graphs if Status.NOT_COMPUTED not in batch.status]
     if not solved:
         return
     values = [batch.value for batch in solved if np.isfinite(batch.value) and batch.value > 0]
@@ -188,10 +190,11 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     if residuals:
         drawn.append(charts.histogram(f"{key}-residual", residuals, "relative residual ‖Lv - λv‖ / λ", log=True))
     ordered = sorted(names, key=lambda name: names[name])
-    drawn.append(charts.bars(f"{key}-status", ordered, [names[name] for name in ordered], "batches"))
+    drawn.append(charts.bars(f"{key}-status", ordered, [names[name] for name in ordered], "graphs"))
     view.panels.append(
         Panel(
             "Spectral health",
+            f"{len(solved):,} graphs, each counted once however often its batch comes. "
             "A small λ₂ is a graph that nearly falls apart: its Fiedler vector tells one tight cluster from the rest. "
             "Residuals lie below the tolerance where the solver converged. 'bridged' graphs had several components.",
             tuple(drawn),

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
@@ -30,7 +30,7 @@ class Thumbnail:
 
 
 def thumbnails(source: ImageSource, rows: Iterable[int], coordinates: Iterable[float]) -> list[Thumbnail]:
-    """Small JPEGs of some rows, in that order.
+    """JPEGs of some rows, in that order; small images are enlarged.
 
     Args:
         source: The data set.
@@ -50,10 +50,9 @@ def thumbnails(source: ImageSource, rows: Iterable[int], coordinates: Iterable[f
 
 def _data_uri(source: ImageSource, row: int) -> str:
     try:
-        image = source.image(row)
+        image = ImageOps.contain(source.image(row), (SIDE, SIDE))
     except UndecodableError:
         return ""
-    image.thumbnail((SIDE, SIDE))
     square = Image.new("RGB", (SIDE, SIDE), "white")
     square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     buffer = io.BytesIO()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -21,6 +23,7 @@ from gstds_cache.errors import FingerprintMismatchError, IntegrityError, UsageEr
 from gstds_cache.report.page import render, write_page
 from gstds_cache.report.run_view import panels_of, read_run
 from gstds_cache.report.selection_view import view_selection
+from gstds_cache.report.thumbnails import SIDE, thumbnails
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
@@ -129,6 +132,26 @@ def test_sheets_hold_kept_and_dropped_images_in_fiedler_order(work) -> None:
             assert 1 <= len(images) <= 5
             assert all(image.uri.startswith("data:image/jpeg;base64,") for image in images)
         assert not {image.title for image in sheet.kept} & {image.title for image in sheet.dropped}
+
+
+def test_graphs_that_come_again_count_once(work, tmp_path) -> None:
+    for ways, graphs in ((1, 3), (0, 6), (2, 6)):
+        config = SelectConfig(batch_size=14, epochs=2, knn=3, partitions=ways, device="cpu")
+        list(write_file(BatchSelector(work.store, config), tmp_path / f"{ways}.arrow"))
+        health = next(p for p in view(work, tmp_path / f"{ways}.arrow").panels if p.title == "Spectral health")
+        assert health.text.startswith(f"{graphs} graphs, ")
+
+
+def test_small_images_are_enlarged_and_keep_their_shape(work, tmp_path) -> None:
+    for name, size in (("a", (12, 6)), ("b", (300, 100))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size, "black").save(tmp_path / name / "one.png")
+    made = thumbnails(open_source(f"imagefolder:{tmp_path}"), [0, 1], [0.0, 0.0])
+    for image, height in zip(made, (28, 19), strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.uri.partition(",")[2]))).convert("L"))
+        assert pixels.shape == (SIDE, SIDE)
+        assert int((pixels[:, SIDE // 2] < 128).sum()) == height
+        assert (pixels[SIDE // 2] < 128).all()
 
 
 def test_a_rule_without_a_graph_has_a_page_too(work, tmp_path) -> None:
