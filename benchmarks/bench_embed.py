@@ -3,7 +3,7 @@
     python benchmarks/bench_embed.py DATASET [--images 1648] [--trials 3]
 
 On few cores decode and forward share them, so the limit is 1 / (1/forward + 1/decode) images per second. The forward
-pass in it is the faster of two: with OpenMP threads that sleep while they wait, as gstds-embed sets them, and with
+pass in it is the faster of two: with OpenMP threads that soon sleep while they wait, as gstds-embed sets them, and with
 threads that spin, OpenMP's default. Also measured: the forward pass in a process that left the C allocator at its
 defaults, which is why the commands call keep_freed_memory(); and which share of the embedding time was decoding, the
 model, waiting for images, and committing. The default number of images fills one unit of 4 MB of the default model.
@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 if "--default-threads" in sys.argv:
-    os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ.pop("GOMP_SPINCOUNT", None)
 else:
     # Before torch is loaded, as in gstds-embed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
 import torch

@@ -106,10 +106,12 @@ def main(
     as_json: bool,
 ) -> None:
     """Parse, call :func:`gstds_cache.embed.run.embed_dataset`, print."""
-    # OpenMP's threads wait for each other at the end of every operation. By default they do so awake, on a core that a
-    # decoder could use: on two busy cores images came up to twice as slow (benchmarks/bench_embed.py compares). OpenMP
-    # reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads wait for each other at the end of every operation. By default they do so awake for milliseconds,
+    # on a core that a decoder could use: on two busy cores images came up to twice as slow. Asleep at once, they take
+    # long to wake where a core is virtual. So: awake for a tenth of a millisecond or two (benchmarks/bench_embed.py
+    # compares). OpenMP reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,
