@@ -12,7 +12,7 @@
     STORE/repair.json        only while a repair is under way: the units that it discarded
 
 Bytes are made by zarr on an in-memory store, then written by :mod:`gstds_cache.store.transport`: the format is zarr's
-own, the durability ours. Units are read back without zarr, which takes a missing object for fill values and needs 2.5
+own, the durability ours. Units are read back without zarr, which takes a missing object for fill values and needs three
 times as long (benchmarks/bench_store.py): one chunk with the codecs bytes and crc32c is the rows and four bytes.
 """
 
