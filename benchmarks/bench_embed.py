@@ -19,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from gstds_cache.openmp import wait_briefly
+
 if "--default-threads" in sys.argv:
     os.environ.pop("GOMP_SPINCOUNT", None)
 else:
-    # Before torch is loaded, as in gstds-embed.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    wait_briefly()  # before torch is loaded, as in gstds-embed
 
 import numpy as np
 import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ import click
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.costs import Cost, record, store_costs
 from gstds_cache.errors import command_line
+from gstds_cache.openmp import wait_briefly
 
 from .common import (
     Command,
@@ -106,12 +106,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Parse, call :func:`gstds_cache.embed.run.embed_dataset`, print."""
-    # OpenMP's threads wait for each other at the end of every operation. By default they do so awake for milliseconds,
-    # on a core that a decoder could use: on two busy cores images came up to twice as slow. Asleep at once, they take
-    # long to wake where a core is virtual. So: awake for a tenth of a millisecond or two (benchmarks/bench_embed.py
-    # compares). OpenMP reads this when torch is loaded.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    wait_briefly()
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,

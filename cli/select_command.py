@@ -12,7 +12,6 @@ import click
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.costs import Cost, record, selection_costs
 from gstds_cache.errors import UsageError, command_line
-from gstds_cache.places import beside
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.guidance import KINDS
 from gstds_cache.selection.rules import RULES
@@ -33,6 +32,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
+    from gstds_cache.stream.schema import ByteStream
 
 SHOWN = 6  # classes named in the summary; --json has all
 
@@ -195,12 +195,10 @@ def main(
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
-    from gstds_cache.energy import EnergyMeter
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.stream.pipe import replay, write_pipe
-    from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_header, write_file
+    from gstds_cache.stream.deliver import deliver_kept, kept_path
 
     keep_freed_memory()
     limit_threads(config.threads)
@@ -220,47 +218,18 @@ def main(
     click.echo(f"rows: {selector.store.access_reason}", err=True)
     if selector.slow_order:
         click.echo(f"warning: {selector.slow_order}", err=True)
-    kept = beside(store, ".selections") / f"{selector.digest[:16]}.arrow"
     if serve is not None:
-        _serve(selector, serve, kept.parent, service)
+        _serve(selector, serve, kept_path(selector).parent, service)
         return
-    file = Path(out) if out and not piped else kept
-    stored = stored_header(kept) == header_of(selector)
-    progress = Progress("batches", "embeddings")
-    if piped and stored:
-        click.echo(f"cache hit: this selection is in {kept} already, nothing is computed", err=True)
-        replay(kept, sys.stdout.buffer)
-    elif not piped and is_finished(selector, file, replace=force):
-        click.echo(f"cache hit: this selection is in {file} already, nothing was computed", err=True)
-    elif file != kept and not piped and stored and is_finished(selector, kept, replace=True):
-        copy_file(kept, file)
-        click.echo(f"cache hit: this selection was in {kept} already, and was copied", err=True)
-    else:
-        meter = EnergyMeter(selector.device)
-        try:
-            batches = (
-                write_pipe(
-                    selector, sys.stdout.buffer, keep=kept, note=lambda text: click.echo(f"note: {text}", err=True)
-                )
-                if piped
-                else write_file(selector, file)
-            )
-            for selection in batches:
-                work = selector.counts.seconds
-                gathered = work["gather"] / max(sum(work.values()), 1e-9)
-                progress("select", selection.seq + 1, plan.total_batches, gathered)
-                meter.add("select")
-        finally:
-            progress.end()
-            for place in {kept: None} if piped else {file: None, kept: None}:
-                _record_cost(selector, place, time.perf_counter() - started, meter.joules)
-        if file != kept:
-            _keep(file, kept)
+    file = None if piped else Path(out) if out else kept_path(selector)
+    target = file or sys.stdout.buffer
+    if not deliver_kept(selector, target, replace=force, say=lambda text: click.echo(f"cache hit: {text}", err=True)):
+        _compute(selector, target, started)
     total = time.perf_counter() - started
     spent = {"open": opened - started, "select": selector.counts.elapsed}
     # What is left is writing; on a pipe, that is waiting for the reader.
     seconds = spent | {"write": total - sum(spent.values()), "total": total}
-    _print(selector, seconds, None if piped else file, as_json)
+    _print(selector, seconds, file, as_json)
 
 
 def _dropped(selector: BatchSelector) -> str:
@@ -313,14 +282,22 @@ def _serve(selector: BatchSelector, where: str, folder: Path, service: dict[str,
     )
 
 
-def _keep(file: Path, kept: Path) -> None:
-    """Keep a selection beside the store as well; where that cannot be done, say so and no more."""
-    from gstds_cache.stream.writer import copy_file
+def _compute(selector: BatchSelector, out: Path | ByteStream, started: float) -> None:
+    """Compute and deliver, with progress; what it took is written down also where it is interrupted."""
+    from gstds_cache.energy import EnergyMeter
+    from gstds_cache.stream.deliver import deliver_computed, kept_path
 
+    progress, meter = Progress("batches", "embeddings"), EnergyMeter(selector.device)
     try:
-        copy_file(file, kept)
-    except OSError as error:
-        click.echo(f"note: not kept beside the store for other runs: {error}", err=True)
+        for selection in deliver_computed(selector, out, note=lambda text: click.echo(f"note: {text}", err=True)):
+            work = selector.counts.seconds
+            gathered = work["gather"] / max(sum(work.values()), 1e-9)
+            progress("select", selection.seq + 1, selector.plan.total_batches, gathered)
+            meter.add("select")
+    finally:
+        progress.end()
+        for place in dict.fromkeys([*([out] if isinstance(out, Path) else []), kept_path(selector)]):
+            _record_cost(selector, place, time.perf_counter() - started, meter.joules)
 
 
 def _record_cost(selector: BatchSelector, file: Path, seconds: float, joules: dict[str, float] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import IO, Any, overload
@@ -45,8 +46,8 @@ class _Lazy(Sequence[str]):
     def __repr__(self) -> str:
         return f"<{len(self)} names>"
 
-    def _name(self, row: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _name(self, row: int) -> str: ...
 
     def _some(self, start: int, stop: int) -> tuple[str, ...]:
         return tuple(map(self._name, range(start, stop)))

@@ -1,0 +1,81 @@
+"""A finished selection is found beside its store, wherever it is wanted; nothing is computed twice."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from small_store import fill
+
+from gstds_cache.config import SelectConfig
+from gstds_cache.errors import UsageError
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    fill(tmp_path / "store")
+    return EmbeddingStore(tmp_path / "store")
+
+
+def selector(store: EmbeddingStore, seed: int = 0) -> BatchSelector:
+    return BatchSelector(store, SelectConfig(batch_size=8, epochs=2, knn=3, rule="random", seed=seed, device="cpu"))
+
+
+def compute(made: BatchSelector, out) -> list[str]:
+    said: list[str] = []
+    assert len(list(deliver_computed(made, out, note=said.append))) == made.plan.total_batches
+    return said
+
+
+def found(made: BatchSelector, out, *, replace: bool = False) -> list[str]:
+    said: list[str] = []
+    assert deliver_kept(made, out, replace=replace, say=said.append) == bool(said)
+    return said
+
+
+def test_what_was_written_once_is_found_for_a_file_and_for_a_pipe(store, tmp_path) -> None:
+    made, first, second, pipe = selector(store), tmp_path / "first.arrow", tmp_path / "second.arrow", io.BytesIO()
+    kept = kept_path(made)
+    assert kept.parent == tmp_path / "store.selections"
+    assert found(made, first) == found(made, pipe) == []
+    assert not first.exists()
+    assert pipe.getvalue() == b""
+    assert compute(made, first) == []
+    again = selector(store)
+    assert found(again, first) == [f"this selection is in {first} already, nothing was computed"]
+    assert found(again, second) == [f"this selection was in {kept} already, and was copied"]
+    assert found(again, kept) == [f"this selection is in {kept} already, nothing was computed"]
+    assert found(again, pipe) == [f"this selection is in {kept} already, nothing is computed"]
+    assert again.counts.batches == 0
+    assert first.read_bytes() == second.read_bytes() == kept.read_bytes() == pipe.getvalue()
+    assert found(selector(store, seed=1), pipe) == []
+
+
+def test_a_pipe_leaves_what_a_file_leaves(store, tmp_path) -> None:
+    compute(selector(store), io.BytesIO())
+    assert found(selector(store), tmp_path / "file.arrow")[0].endswith("and was copied")
+
+
+def test_a_file_that_holds_another_selection_is_replaced_when_told_to(store, tmp_path) -> None:
+    file = tmp_path / "one.arrow"
+    compute(selector(store, seed=1), file)
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match=r"one\.arrow"):
+        found(selector(store), file)
+    assert file.read_bytes() == before
+    assert found(selector(store), file, replace=True) == []
+    compute(selector(store), file)
+    assert found(selector(store), file)
+
+
+def test_where_nothing_can_be_kept_the_file_is_delivered(store, tmp_path) -> None:
+    made = selector(store)
+    kept_path(made).parent.write_text("a file in the place of the folder")
+    said = compute(made, tmp_path / "one.arrow")
+    assert len(said) == 1
+    assert said[0].startswith("not kept beside the store for other runs: ")
+    assert found(selector(store), tmp_path / "one.arrow")
