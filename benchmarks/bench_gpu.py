@@ -9,7 +9,9 @@ neighbours by backend are in ``bench_knn.py``, which measures on CUDA where ther
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,6 +39,11 @@ from gstds_cache.selection import run as selection_run
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 from gstds_cache.store.reader import EmbeddingStore
+
+
+def say(part: str, result: dict[str, object]) -> None:
+    """Show what was measured: time on such a machine is short, and what is shown is not lost."""
+    print(time.strftime("%H:%M:%S"), part, json.dumps(result[part]), file=sys.stderr, flush=True)
 
 
 def wait(device: torch.device) -> None:
@@ -72,7 +79,7 @@ def embedding(source: ImageSource, model: str, device: torch.device, store: Path
             )
         rates["embed"].append(done.images_per_second)
         rates["forward"].append(bare_forward(model, device, 4))
-        rates["decode_one_core"].append(decode_rate(source, open_encoder(model, allow_untrained=True)))
+        rates["decode_one_core"].append(decode_rate(source, open_encoder(model, allow_untrained=True), 256))
         shares.append(done.shares)
         workers = done.workers
     limits = [
@@ -201,13 +208,16 @@ def main() -> None:
             "device": str(device),
             "embedding": embedding(source, arguments.model, device, where, arguments.trials),
         }
+        say("embedding", result)
         limit_threads(cores())
         store = EmbeddingStore(where, access="memory")
         for size in arguments.batch_sizes:
             graphs = 2 if arguments.smoke else max(4, min(64, 65536 // size))
             result[f"solver, B={size}"] = solver(where, device, size, graphs, arguments.knn, arguments.trials)
+            say(f"solver, B={size}", result)
             batches = 3 if arguments.smoke else max(8, min(256, 131072 // size))
             result[f"path, B={size}"] = path(store, device, size, batches, arguments.trials)
+            say(f"path, B={size}", result)
     report("gpu", result, arguments)
 
 

@@ -89,8 +89,16 @@ def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, larges
     return KnnGraph(neighbors=neighbors, similarities=similarities)
 
 
+def _products(some: Float32[Tensor, "G b D"], rows: Float32[Tensor, "G B D"]) -> Float32[Tensor, "G b B"]:
+    """Inner products within each graph, one graph at a time: cuBLAS sums a stack's in another order than one's own."""
+    out = torch.empty(len(rows), some.shape[1], rows.shape[1], device=rows.device)
+    for one, graph, products in zip(some, rows, out, strict=True):
+        torch.mm(one, graph.T, out=products)
+    return out
+
+
 def search_torch(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
-    """The largest inner products by stacked matrix products and ``topk``.
+    """The largest inner products by matrix products and, of a stack of them, ``topk``.
 
     Args:
         rows: Unit rows, ``[G, B, D]`` float32, any device. So many graphs, or rows of one, are multiplied at once that
@@ -107,7 +115,7 @@ def search_torch(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
     for g in range(0, graphs, at_once):
         stack = rows[g : g + at_once]
         parts = [
-            torch.bmm(stack[:, first : first + rows_at_once], stack.transpose(1, 2)).topk(candidates, dim=2)
+            _products(stack[:, first : first + rows_at_once], stack).topk(candidates, dim=2)
             for first in range(0, nodes, rows_at_once)
         ]
         found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])

@@ -29,6 +29,7 @@ class Ledger:
         joules: Training's joules by phase; None where there is no counter.
         joules_from: Where joules come from, or why there are none.
         flops_per_sample: FLOPs of one sample's forward and backward pass.
+        step_seconds_per_sample: Seconds of a step, once warm, by the sample; None where none was taken.
     """
 
     planned: bool
@@ -42,6 +43,7 @@ class Ledger:
     joules: dict[str, float] | None
     joules_from: str
     flops_per_sample: float | None
+    step_seconds_per_sample: float | None
 
     @property
     def saved_samples(self) -> int | None:
@@ -50,9 +52,13 @@ class Ledger:
 
     @property
     def seconds_per_sample(self) -> float | None:
-        """Seconds of training per gradient: the step, and the wait for its pixels."""
-        spent = self.seconds.get("step", 0.0) + self.seconds.get("images", 0.0)
-        return spent / self.gradient_samples if self.gradient_samples and spent else None
+        """Seconds of training per gradient: a step once warm, and the wait for its pixels.
+
+        What the first steps take more, to load and compile kernels, training on everything would take as well.
+        """
+        if self.step_seconds_per_sample is None or not self.gradient_samples:
+            return None
+        return self.step_seconds_per_sample + self.seconds.get("images", 0.0) / self.gradient_samples
 
     @property
     def saved_seconds(self) -> float | None:

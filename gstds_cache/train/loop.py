@@ -13,7 +13,9 @@ batch normalisation on a CPU, and dropout.
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -62,6 +64,8 @@ class TrainReport:
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
             pixels), step, eval, total; with a method that chooses, choose as well.
         forward_samples: Samples that had a forward pass only for a method to choose among them.
+        seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but the first,
+            which loads and compiles kernels (20 s on a GPU); None where no step was taken.
         samples_in: Samples of the batches before selection: the gradients that training on everything takes.
         joules: Joules by phase: load, train, eval; None where no counter can be read.
         joules_from: The counters, or why there is none.
@@ -73,6 +77,7 @@ class TrainReport:
     loss: float
     seconds: dict[str, float]
     forward_samples: int = 0
+    seconds_per_sample: float | None = None
     samples_in: int | None = None
     joules: dict[str, float] | None = None
     joules_from: str = ""
@@ -219,6 +224,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         )
 
     network.train()
+    paces = array("d")  # seconds by the sample, of each step of this session
     pixel_batches = feed.batches(batches.rows())
     with interruptible() as stopping:
         while True:
@@ -281,12 +287,11 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                     f"the training loss is {value} at step {step} of {total}",
                     hint=f"train again with a lower --lr (it was {config.lr}) into another --out",
                 )
-            step, samples, loss_sum = (
-                step + 1,
-                samples + (len(batch.kept) if method is None else len(target)),
-                loss_sum + value,
-            )
-            seconds["step"] += time.perf_counter() - started
+            taken = len(batch.kept) if method is None else len(target)
+            step, samples, loss_sum = step + 1, samples + taken, loss_sum + value
+            spent = time.perf_counter() - started
+            seconds["step"] += spent
+            paces.append(spent / taken)
             meter.add("train")
             # 3. The epoch's end, and whoever wants to stop.
             if step in epoch_ends:
@@ -310,8 +315,11 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         seconds["eval"] += time.perf_counter() - started
         meter.add("eval")
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
-    report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples)
-    report = replace(report, samples_in=stream.rows_in, joules=meter.joules, joules_from=meter.source)
+    report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples, pace)
+    pace = statistics.median(paces[1:] or paces) if paces else None
+    report = replace(
+        report, seconds_per_sample=pace, samples_in=stream.rows_in, joules=meter.joules, joules_from=meter.source
+    )
     final = {"step": step, "gradient_samples": samples, "seconds": rounded}
     run_dir.drop_metrics_from(total + 1)
     run_dir.log(final | {"test_accuracy": accuracy.value if accuracy else None, "final": True})

@@ -117,6 +117,7 @@ def plan_run(
         joules=None,
         joules_from=f"measured during a run ({EnergyMeter(resolve_device(config.device)).source})",
         flops_per_sample=flops_per_sample(config.arch, classes=classes, side=side),
+        step_seconds_per_sample=rates.step,
     )
 
 
