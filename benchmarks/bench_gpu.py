@@ -134,15 +134,16 @@ def path(store: EmbeddingStore, device: torch.device, size: int, batches: int, t
     """The whole path of a batch, by stack size on the device, beside the CPU; and whether both keep the same rows."""
     epochs = 1 + batches * size // (len(store) // 2)
 
-    def config(where: str, rule: str = "coverage", backend: str = "auto") -> SelectConfig:
+    def config(where: str, rule: str = "coverage", **others: str) -> SelectConfig:
         return SelectConfig(
             batch_size=size,
             epochs=epochs,
             partitions=0,
             device=where,
             rule=rule,
-            knn_backend=backend,
+            threads=0,
             guidance="auto" if rule == DEFAULT_RULE else "none",
+            **others,
         )
 
     work: dict[str, dict[str, float]] = {}
@@ -151,7 +152,7 @@ def path(store: EmbeddingStore, device: torch.device, size: int, batches: int, t
         kept = []
         before = dict(selection_run.STACK)
         if stack is not None:
-            selection_run.STACK[device.type] = stack
+            selection_run.STACK[device.type if made.solver == "cuda" else "cpu"] = stack
         try:
             selector = BatchSelector(store, made)
             with contextlib.closing(selector.run()) as running:
@@ -165,9 +166,10 @@ def path(store: EmbeddingStore, device: torch.device, size: int, batches: int, t
         work[name] = {phase: seconds / sum(spent.values()) for phase, seconds in spent.items()}
         return kept
 
-    ways = {f"device, stacks of {n}": (config(str(device)), n) for n in (16, 64, 256)}
+    ways = {f"device, stacks of {n}": (config(str(device)), n) for n in (4, 16)}
     if device.type == "cuda":
-        ways["device, torch"] = (config(str(device), backend="torch"), None)
+        ways["device, torch"] = (config(str(device), knn_backend="torch"), None)
+        ways["device, solved there"] = (config(str(device), solver="cuda"), None)
     ways |= {
         "cpu": (config("cpu"), None),
         f"device, {DEFAULT_RULE}": (config(str(device), DEFAULT_RULE), None),

@@ -104,6 +104,12 @@ stopped.
 @device_option
 @click.option("--knn-backend", type=click.Choice(["auto", "torch", "faiss-cpu", "faiss-gpu"]), default="auto")
 @click.option(
+    "--solver",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.",
+)
+@click.option(
     "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
 )
 @click.option(
@@ -156,6 +162,7 @@ def main(
     max_iterations: int,
     device: str,
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"],
+    solver: Literal["auto", "cpu", "cuda"],
     memory_budget: int,
     access: Kind,
     mirror: str | None,
@@ -191,6 +198,7 @@ def main(
         max_iterations=max_iterations,
         device=device,
         knn_backend=knn_backend,
+        solver=solver,
         threads=int(piped or serve is not None) if threads is None else threads,
     )
     started = time.perf_counter()

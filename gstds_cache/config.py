@@ -54,7 +54,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """How a store's rows are selected. Every field but ``device``, ``knn_backend`` and ``threads`` is identity.
+    """How a store's rows are selected. Every field but the last four is identity.
 
     Attributes:
         batch_size: Rows a batch holds before selection (B), >= 4.
@@ -72,8 +72,10 @@ class SelectConfig:
         laplacian: ``combinatorial`` is D - W, ``normalized`` is I - D^-1/2 W D^-1/2.
         tolerance: Relative residual at which a Fiedler pair counts as converged.
         max_iterations: LOBPCG iterations before the dense fallback.
-        device: Where the spectrum is computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: Where neighbours are found and a probe is trained: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         knn_backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``,
+            which is the CPU: a core took a sixth of the time of an H200 (docs/spectral.md).
         threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are. Their
             number changes nothing in the result.
     """
@@ -93,6 +95,7 @@ class SelectConfig:
     max_iterations: int = 500
     device: str = "auto"
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
+    solver: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ class SelectConfig:
         _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
         _require(self.max_iterations >= 1, "--max-iterations", self.max_iterations, "at least 1")
         _one_of("--knn-backend", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
+        _one_of("--solver", self.solver, ("auto", "cpu", "cuda"))
         _require(self.threads >= 0, "--threads", self.threads, "0 or more")
 
 

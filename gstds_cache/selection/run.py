@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
@@ -41,9 +42,9 @@ from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
-STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread
+STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 ALGORITHM = 3  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
-NOT_IDENTITY = frozenset({"device", "knn_backend", "threads"})
+NOT_IDENTITY = frozenset({"device", "knn_backend", "solver", "threads"})
 
 
 class BatchSelector:
@@ -54,6 +55,7 @@ class BatchSelector:
         digest: Identity of the selection: the store's fingerprint and every setting that decides the outcome.
         counts: Totals so far.
         knn_backend: The kNN backend, never ``auto``.
+        solver: Where graphs are solved.
         graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
     """
 
@@ -83,6 +85,7 @@ class BatchSelector:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.journal.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
+        self.solver = _solver(config, self.device)
         self._guidance_spec = _guidance_spec(config.guidance, self.rule, store)
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
@@ -93,7 +96,8 @@ class BatchSelector:
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
 
-        On a CPU each thread works on batches of its own, alone: what is selected does not depend on their number.
+        Where graphs are solved on a CPU each thread works on batches of its own, alone: what is selected does not
+        depend on their number.
 
         Args:
             start: First ``seq``; the batches before it are not computed.
@@ -119,7 +123,7 @@ class BatchSelector:
         guidance = self.guidance  # before the threads start
         looks = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if looks else nullcontext() as spectra:
-            threads = (self.config.threads or cores()) if self.device.type == "cpu" else 1
+            threads = (self.config.threads or cores()) if self.solver.type == "cpu" else 1
             done = in_threads(partial(self._select, spectra), self._stacks(start), threads)
             try:
                 while True:
@@ -144,6 +148,7 @@ class BatchSelector:
             self.counts,
             vectors=max(1, self.rule.vectors),
             device=self.device,
+            solver=self.solver,
             backend=self.knn_backend,
             reading=self._reading,
         )
@@ -192,7 +197,7 @@ class BatchSelector:
         stack: list[BatchPlan] = []
         for batch in map(self.plan.batch, range(seq, self.plan.total_batches)):
             if stack and (
-                len(stack) == STACK[self.device.type]
+                len(stack) == STACK[self.solver.type]
                 or len(batch.indices) != len(stack[0].indices)
                 or (self.plan.partitions and batch.epoch != stack[0].epoch)
             ):
@@ -272,6 +277,21 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec
             hint=f"leave --guidance out, or take a rule that does: {', '.join(guided)}",
         )
     return replace(spec, kind="none")
+
+
+def _solver(config: SelectConfig, device: torch.device) -> torch.device:
+    """Where graphs are solved.
+
+    Raises:
+        UsageError: On a GPU, where neighbours are not found on one.
+    """
+    if config.solver != "cuda":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(
+            f"--solver cuda: --device {config.device} is {device} here", hint="leave --solver out: it solves on the CPU"
+        )
+    return device
 
 
 def _partitions(config: SelectConfig, rule: Rule) -> int:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import IO, TypeVar
 
@@ -72,6 +72,7 @@ class Spectra:
         *,
         vectors: int,
         device: torch.device,
+        solver: torch.device,
         backend: str,
         reading: threading.Lock,
     ) -> None:
@@ -83,12 +84,15 @@ class Spectra:
             plan: The run's batches.
             counts: Where time and iterations are counted.
             vectors: Eigenvectors that are wanted (Q).
-            device: Where to compute.
+            device: Where neighbours are found.
+            solver: Where graphs are solved: there, or on the CPU.
             backend: The kNN backend, never ``auto``.
             reading: Held while rows are read: a store that is read in windows keeps the last ones.
         """
         self._store, self._config, self._counts = store, config, counts
-        self._vectors, self._device, self._backend = vectors, device, backend
+        self._vectors, self._device, self._solver, self._backend = vectors, device, solver, backend
+        # faiss's memory on a GPU serves one search at a time.
+        self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
         self._reading = reading
         self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
@@ -125,13 +129,16 @@ class Spectra:
 
     def _compute(self, batches: Sequence[BatchPlan]) -> list[Spectrum]:
         config, counts = self._config, self._counts
-        with counts.timed("gather", self._device):
+        with counts.timed("gather", torch.device("cpu")):
             rows = self._gather(batches)
-        with counts.timed("knn", self._device):
-            neighbours = nearest(rows, config.knn, backend=self._backend)
-        with counts.timed("graph", self._device):
-            graph, _ = bridge_components(symmetrise(neighbours), rows)
-        with counts.timed("solve", self._device):
+        with counts.timed("knn", self._device), self._searching:
+            there = rows.to(self._device)
+            neighbours = nearest(there, config.knn, backend=self._backend)
+            if self._solver != self._device:
+                neighbours, there = _on_cpu(neighbours), rows
+        with counts.timed("graph", self._solver):
+            graph, _ = bridge_components(symmetrise(neighbours), there)
+        with counts.timed("solve", self._solver):
             result = fiedler_of_graph(
                 graph,
                 q=self._vectors,
@@ -156,7 +163,7 @@ class Spectra:
         ]
 
     def _gather(self, batches: Sequence[BatchPlan]) -> Float32[torch.Tensor, "G B D"]:
-        """Unit rows of the batches, on the device, in a buffer that the thread's next stack overwrites."""
+        """Unit rows of the batches, in a buffer that the thread's next stack overwrites."""
         size, dim = len(batches[0].indices), self._store.spec.dim
         stored = self._buffer("stored", (1, size, dim), getattr(torch, self._store.spec.dtype))
         rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
@@ -164,7 +171,7 @@ class Spectra:
             with self._reading:
                 self._store.gather(batch.indices, stored[0].numpy())
             unit_rows(stored, out=rows[graph : graph + 1])
-        return rows.to(self._device)
+        return rows
 
     def _buffer(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
         """Memory of this thread's own: touching new pages takes as long as filling them."""

@@ -151,7 +151,7 @@ class SelectionService(fl.FlightServerBase):  # type: ignore[misc]
             raise fl.FlightServerError(f"usage: unknown rule {settings['rule']!r:.80}")
         config = self._config if ticket.select is None else SelectConfig(
             **{**settings, "device": self._config.device, "threads": self._config.threads,
-               "knn_backend": self._config.knn_backend}
+               "knn_backend": self._config.knn_backend, "solver": self._config.solver}
         )  # fmt: skip
         selector = BatchSelector(self._store, config)
         return selector.digest, lambda: selector

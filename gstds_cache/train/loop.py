@@ -315,11 +315,9 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         seconds["eval"] += time.perf_counter() - started
         meter.add("eval")
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
-    report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples, pace)
     pace = statistics.median(paces[1:] or paces) if paces else None
-    report = replace(
-        report, seconds_per_sample=pace, samples_in=stream.rows_in, joules=meter.joules, joules_from=meter.source
-    )
+    report = TrainReport(accuracy, samples, step, last_loss, rounded, forward_samples, pace)
+    report = replace(report, samples_in=stream.rows_in, joules=meter.joules, joules_from=meter.source)
     final = {"step": step, "gradient_samples": samples, "seconds": rounded}
     run_dir.drop_metrics_from(total + 1)
     run_dir.log(final | {"test_accuracy": accuracy.value if accuracy else None, "final": True})

@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
@@ -314,7 +315,21 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
               "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
     digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
     assert len(digests) == 1 + len(others)
-    assert digest(threads=2, knn_backend="faiss-cpu") == digest()
+    assert digest(threads=2, knn_backend="faiss-cpu", solver="cpu") == digest()
+
+
+def test_solving_on_a_gpu_needs_one(store: EmbeddingStore) -> None:
+    with pytest.raises(UsageError, match="--solver cuda: --device cpu is cpu here"):
+        BatchSelector(store, replace(CONFIG, device="cpu", solver="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["auto", "cuda"])
+@pytest.mark.parametrize("rule", ["coverage", "cells-squared"])
+def test_a_gpu_keeps_the_rows_that_a_cpu_keeps(store: EmbeddingStore, rule: str, solver: str) -> None:
+    pairs = zip(run(store, rule=rule, device="cuda", solver=solver), run(store, rule=rule, device="cpu"), strict=True)
+    assert np.mean([np.isin(there.kept, here.kept).mean() for there, here in pairs]) >= 0.99
 
 
 def test_batches_of_another_size_are_selected_as_well(store: EmbeddingStore) -> None:
