@@ -87,6 +87,8 @@ class Scores:
     def _fit_probe(self) -> np.ndarray:
         columns = load_or_make_guidance(self.data.store, "probe").columns
         assert columns is not None
+        # The default's trial of its guidance is kept beside the store too: its time belongs here.
+        _ = BatchSelector(self.data.store, SelectConfig(batch_size=self.data.setting.batch)).guidance
         return np.ascontiguousarray(columns["loss"])
 
     def _train_early(self) -> np.ndarray:

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Int64
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
 from gstds_cache.selection.guidance import guidance_digest, parse_guidance
-from gstds_cache.selection.rule import RuleBatch
-from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.rule import Rule, RuleBatch
+from gstds_cache.selection.rules import find_rule
+from gstds_cache.selection.run import BatchSelector, guidance_spec
 from gstds_cache.selection.selected import Selection
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
@@ -80,7 +81,8 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     require_store(header, fingerprint=store.fingerprint, where=store.location)
     settings = dict(header.settings)
     if "guidance" in settings:
-        settings["guidance"] = _guidance_of(store, settings["guidance"], made_with.guidance)
+        rule = find_rule(str(settings["rule"]))
+        settings["guidance"] = _guidance_of(store, rule, settings["guidance"], made_with.guidance)
     if str(settings.get("schedule")).startswith("file:"):
         if made_with.schedule is None:
             raise UsageError(
@@ -105,14 +107,15 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     return selector
 
 
-def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
+def _guidance_of(store: EmbeddingStore, rule: Rule, digest: str, said: str | None) -> str:
     """The guidance of that digest.
 
     Raises:
         FingerprintMismatchError: It is none of those that are known here.
     """
-    for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
-        if guidance_digest(store, parse_guidance(text)) == digest:
+    for text in ("auto", "none", "probe", "uncertainty", "disagreement") if said is None else (said,):
+        spec = guidance_spec(text, rule, store) if text == "auto" else parse_guidance(text)
+        if guidance_digest(store, spec) == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "

@@ -7,6 +7,9 @@
 - ``none``: every row counts the same, for data without labels.
 
 ``probe?cutoff=0.1`` takes the hardest tenth of all samples for mislabelled and gives it difficulty 0.
+
+What nobody asked for by name (``auto``) is tried out first, and left out where it does not help
+(:mod:`gstds_cache.selection.trial`).
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from gstds_cache.places import beside
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.permutation import STORED
 from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
+from gstds_cache.selection.trial import IDENTITY, Trial, try_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.uris import split_query
 
 FORMAT = 1
 KINDS = {
-    "auto": "uncertainty where the rule looks at guidance and rows have labels, else none",
+    "auto": "uncertainty where rows have labels and a probe learns no worse from rows drawn by it, else none",
     "probe": "held-out loss of a linear probe",
     "uncertainty": "entropy of that probe's prediction",
     "disagreement": "share of graph neighbours with another label",
@@ -58,12 +62,15 @@ class GuidanceSpec:
         cutoff: Share of all samples, the hardest, that get difficulty 0; from 0 to below 1.
         settings: How the probe is trained.
         path: Where the numbers are, for ``file``.
+        trial: Difficulty counts only where a trial says that it helps a rule which raises weights to this power; None
+            where it counts anyway.
     """
 
     kind: str
     cutoff: float = 0.0
     settings: ProbeSettings = field(default_factory=ProbeSettings)
     path: Path | None = None
+    trial: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +81,7 @@ class Guidance:
         kind: As in :class:`GuidanceSpec`.
         digest: Identity: the kind, every setting, the store's fingerprint and its labels (or the file's content).
         of_rows: Of every row, >= 0, rows without a label at the median; None where it is found batch by batch
-            (``disagreement``) or all rows are alike (``none``).
+            (``disagreement``) or all rows are alike (``none``, or a trial said that it does not help).
         columns: What the probe found, [N] of :data:`~gstds_cache.selection.probe.COLUMNS`, mapped from its file; its
             ``loss`` is the reference loss of RHO-LOSS and JEST. None for other kinds.
         seconds: What making it took; 0 where it was found.
@@ -164,7 +171,8 @@ def guidance_digest(store: EmbeddingStore, spec: GuidanceSpec) -> str:
         return digest_of({"kind": "file", "sha256": sha256_file(spec.path)})
     if spec.kind == "disagreement":
         return digest_of({"kind": spec.kind, "labels": _labels_digest(store)})
-    return digest_of({"kind": spec.kind, "cutoff": spec.cutoff, "probe": _probe_digest(store, spec.settings)})
+    trial = {} if spec.trial is None else {"trial": [*IDENTITY, spec.trial]}
+    return digest_of({"kind": spec.kind, "cutoff": spec.cutoff, "probe": _probe_digest(store, spec.settings), **trial})
 
 
 def load_or_make_guidance(
@@ -206,7 +214,32 @@ def load_or_make_guidance(
         known = np.isfinite(difficulty)
         hardest = np.argsort(-difficulty[known], kind="stable")[: int(spec.cutoff * known.sum())]
         difficulty[np.flatnonzero(known)[hardest]] = 0.0
-    return Guidance(spec.kind, digest, Difficulty(difficulty), columns, seconds, note)
+    of_rows = Difficulty(difficulty)
+    if spec.trial is None:
+        return Guidance(spec.kind, digest, of_rows, columns, seconds, note)
+    begun = time.perf_counter()
+    trial = _load_or_try(store, digest, of_rows, spec, threads, device)
+    seconds += time.perf_counter() - begun
+    return Guidance(spec.kind, digest, of_rows if trial.helps else None, columns, seconds, f"{trial}; {note}")
+
+
+def _load_or_try(
+    store: EmbeddingStore,
+    digest: str,
+    difficulty: Difficulty,
+    spec: GuidanceSpec,
+    threads: int,
+    device: torch.device | None,
+) -> Trial:
+    record = beside(store.location, ".guidance") / f"{digest[:16]}.trial.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: made again
+        facts = json.loads(record.read_bytes())
+        if facts["digest"] == digest:
+            return Trial(guided=float(facts["guided"]), alike=float(facts["alike"]))
+    assert spec.trial is not None
+    made = try_out(store, difficulty, power=spec.trial, settings=spec.settings, threads=threads, device=device)
+    _put(record, lambda file: file.write(canonical_json({"digest": digest, **asdict(made)})))
+    return made
 
 
 def _labels_digest(store: EmbeddingStore) -> str:

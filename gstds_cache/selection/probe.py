@@ -131,7 +131,7 @@ def sweep(
 
 
 @dataclass
-class _Fold:
+class FoldProbe:
     """The probe of one fold: a weight [D + 1, C], the last row for the bias, and Adam's two moments."""
 
     number: int
@@ -178,6 +178,11 @@ class _Fold:
             columns["loss"][here] = -log.gather(1, y[:, None])[:, 0].cpu().numpy()
             columns["entropy"][here] = -(log.exp() * log).sum(dim=1).cpu().numpy()
             columns["predicted"][here] = names[log.argmax(dim=1).cpu().numpy()]
+
+    def right(self, window: Window, part: Int64[np.ndarray, " b"]) -> int:
+        """How many of some of a window's rows are predicted rightly."""
+        x, y = window.batch(part)
+        return int(((x @ self.weight).argmax(dim=1) == y).sum())
 
 
 @dataclass(frozen=True)
@@ -260,14 +265,14 @@ def probe_columns(
     others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]
     epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
     probes = [
-        _Fold(n, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, max(1, epochs * others[n]))
+        FoldProbe(n, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, max(1, epochs * others[n]))
         for n in range(settings.folds)
     ]
     columns = np.zeros(len(store), COLUMNS) if out is None else out
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
     lock = threading.Lock()
 
-    def work(probe: _Fold) -> None:
+    def work(probe: FoldProbe) -> None:
         features: Features | None = None
         for turn in range(epochs + 1):
             for number, (here, stored) in enumerate(sweep(store, settings.seed, turn, lock)):

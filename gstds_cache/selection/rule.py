@@ -92,6 +92,7 @@ class Rule:
         choose: From a batch to the positions that stay, int64 [M], ascending, distinct.
         vectors: Eigenvectors it looks at (Q); with 0 no graph is made.
         needs_guidance: Whether it looks at the rows' difficulty.
+        power: How sharply it draws by difficulty: the power to which it raises weights.
         source: SHA-256 of the file of a user's own rule; empty for ours.
     """
 
@@ -100,6 +101,7 @@ class Rule:
     choose: Choose
     vectors: int = 1
     needs_guidance: bool = False
+    power: float = 1.0
     source: str = ""
 
     def __call__(self, batch: RuleBatch) -> Int64[np.ndarray, " M"]:

@@ -63,7 +63,7 @@ RULES = {
         Rule("gap", "widest spacing to Fiedler neighbours", gap),
         Rule("strata", "one of each stretch of the Fiedler order, by guidance", strata, needs_guidance=True),
         Rule("cells", f"one of each cell of {SPREAD} eigenvectors, by guidance", cells, SPREAD, needs_guidance=True),
-        Rule("cells-squared", "the same, by guidance squared", cells_squared, SPREAD, needs_guidance=True),
+        Rule("cells-squared", "the same, by guidance squared", cells_squared, SPREAD, True, 2.0),
         Rule("spread", f"farthest points in {SPREAD} eigenvectors", spread, SPREAD),
         Rule("spread-guided", "farthest points, distances times guidance", spread_guided, SPREAD, needs_guidance=True),
         Rule("guided", "drawn by guidance; computes no graph", guided, vectors=0, needs_guidance=True),

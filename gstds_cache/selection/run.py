@@ -86,7 +86,7 @@ class BatchSelector:
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
-        self._guidance_spec = _guidance_spec(config.guidance, self.rule, store)
+        self._guidance_spec = guidance_spec(config.guidance, self.rule, store)
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
@@ -262,14 +262,19 @@ class BatchSelector:
         return selection, seen
 
 
-def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec:
+def guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec:
+    """What ``--guidance`` means for a rule and a store, never ``auto``.
+
+    Raises:
+        UsageError: The rule does not look at guidance.
+    """
     spec = parse_guidance(text)
     if rule.needs_guidance:
         if spec.kind != "auto":
             return spec
         largest = int(store.labels.max(initial=-1))
         labelled = any(((part >= 0) & (part < largest)).any() for part in pieces(store.labels))  # two classes at least
-        return replace(spec, kind=DEFAULT if labelled else "none")
+        return replace(spec, kind=DEFAULT, trial=rule.power) if labelled else replace(spec, kind="none")
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]
         raise UsageError(

@@ -97,6 +97,10 @@ def test_guidance_is_found_by_its_digest_or_has_to_be_named(store, tmp_path) -> 
     assert all(0 <= value <= 1 for row, value in enumerate(difficulty) if row != BAD)
     assert max(value or 0 for value in difficulty) > 0
 
+    tried = select(store, tmp_path / "auto.arrow", replace(CONFIG, rule=rule, guidance="auto"))
+    with open_selection(tried) as stream:
+        assert selector_of(store, stream.header).config.guidance == "auto"
+
     own = tmp_path / "own.npy"
     np.save(own, np.arange(ITEMS, dtype=np.float32))
     file = select(store, tmp_path / "own.arrow", replace(CONFIG, rule=rule, guidance=f"file:{own}"))

@@ -15,16 +15,19 @@ from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
 from gstds_cache.places import beside
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
 from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
 from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.trial import Trial, try_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.receipt import Quarantined
 from gstds_cache.store.writer import open_writer
 
 N, D, C, UNIT = 400, 12, 4, 64
+SETTINGS = ProbeSettings()
 QUICK = "probe?steps=40&batch_size=32"
 CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu", rule="strata", guidance=QUICK)
 
@@ -223,7 +226,8 @@ def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_pat
     a, b, c = (digest(f"file:{tmp_path / name}.npy") for name in "abc")
     assert a == b != c
     assert digest("probe") == digest("probe?cutoff=0&folds=2")
-    assert digest("auto") == digest("uncertainty")
+    assert len({digest("auto"), digest("uncertainty"), digest("auto", "cells-squared")}) == 3
+    assert digest("auto") == digest("auto", "strata")
     texts = ("probe", "probe?cutoff=0.1", "probe?seed=1", "probe?folds=3", "uncertainty", "disagreement", "none")
     assert len({digest(text) for text in texts} | {a, c}) == len(texts) + 2
     assert digest("auto", "coverage") == digest("none", "coverage")
@@ -286,3 +290,52 @@ def test_the_default_selects_without_labels_too(clusters, tmp_path) -> None:
     selector = BatchSelector(EmbeddingStore(tmp_path / "bare.store"), config)
     assert selector.guidance.kind == "none"
     assert sum(len(selection.kept) for selection in selector.run()) == selector.plan.total_kept
+
+
+def easy_telling_and_noise() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, rows, which rows tell something new, and which are noise; the others are much alike in each class."""
+    rng = np.random.default_rng(5)
+    labels, kind = rng.integers(0, C, N), rng.choice(3, N, p=[0.6, 0.2, 0.2])
+    easy, telling = 3 * rng.normal(size=(C, D)), rng.normal(size=(C, D))
+    rows = np.where((kind == 0)[:, None], easy[labels], telling[labels]) + 0.3 * rng.normal(size=(N, D))
+    rows[kind == 2] = rng.normal(size=(int((kind == 2).sum()), D))
+    return labels.astype(np.int64), rows, kind == 1, kind == 2
+
+
+def test_the_trial_tells_difficulty_that_teaches_from_difficulty_that_does_not(tmp_path) -> None:
+    labels, rows, telling, noise = easy_telling_and_noise()
+    write_store(tmp_path / "s.store", labels, rows)
+    store = EmbeddingStore(tmp_path / "s.store")
+
+    def trial(hard: np.ndarray, threads: int = 1):
+        return try_out(store, Difficulty(hard.astype(np.float32)), power=2.0, settings=SETTINGS, threads=threads)
+
+    teaches, misleads = trial(0.5 + telling), trial(noise)
+    assert teaches.helps
+    assert teaches.guided > teaches.alike + 0.01
+    assert not misleads.helps
+    assert misleads.alike == teaches.alike == trial(np.ones(N)).guided
+    assert trial(noise, threads=4) == misleads
+
+
+def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_is_not(tmp_path, monkeypatch) -> None:
+    write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
+    store = EmbeddingStore(tmp_path / "s.store")
+    answers = {True: Trial(guided=0.9, alike=0.8), False: Trial(guided=0.7, alike=0.8)}
+    for helps, answer in answers.items():
+        monkeypatch.setattr("gstds_cache.selection.guidance.try_out", lambda *_, answer=answer, **__: answer)
+        selector = BatchSelector(store, replace(CONFIG, guidance="auto", rule="cells" if helps else "cells-squared"))
+        _, seen = next(iter(selector.watch()))
+        assert (len(set(seen.guidance.tolist())) > 1) == helps
+        assert ("guidance is used: " if helps else "guidance is left out, all rows count alike: ") in (
+            selector.guidance.note
+        )
+        # Found again, without another trial; a record that is damaged is made again.
+        record = next(beside(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
+        monkeypatch.setattr("gstds_cache.selection.guidance.try_out", None)
+        assert BatchSelector(store, selector.config).guidance.note.startswith("guidance is")
+        record.write_bytes(record.read_bytes()[:-9])
+        with pytest.raises(TypeError):
+            _ = BatchSelector(store, selector.config).guidance
+        selector = BatchSelector(store, replace(selector.config, guidance="uncertainty"))
+        assert len(set(next(iter(selector.watch()))[1].guidance.tolist())) > 1
