@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint check-types
 	@echo "== tests: about 10 minutes on 2 cores"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
 study-tables: $(VENV)/.installed

@@ -88,7 +88,8 @@ class Scores:
         columns = load_or_make_guidance(self.data.store, "probe").columns
         assert columns is not None
         # The default's trial of its guidance is kept beside the store too: its time belongs here.
-        _ = BatchSelector(self.data.store, SelectConfig(batch_size=self.data.setting.batch)).guidance
+        setting = self.data.setting
+        _ = BatchSelector(self.data.store, SelectConfig(batch_size=setting.batch, epochs=setting.epochs)).guidance
         return np.ascontiguousarray(columns["loss"])
 
     def _train_early(self) -> np.ndarray:

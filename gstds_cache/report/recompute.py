@@ -7,7 +7,7 @@ computed when somebody asks, and what is kept is compared with what the selectio
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -16,9 +16,8 @@ from jaxtyping import Bool, Int64
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
 from gstds_cache.selection.guidance import guidance_digest, parse_guidance
-from gstds_cache.selection.rule import Rule, RuleBatch
-from gstds_cache.selection.rules import find_rule
-from gstds_cache.selection.run import BatchSelector, guidance_spec
+from gstds_cache.selection.rule import RuleBatch
+from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected import Selection
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
@@ -80,9 +79,7 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     """
     require_store(header, fingerprint=store.fingerprint, where=store.location)
     settings = dict(header.settings)
-    if "guidance" in settings:
-        rule = find_rule(str(settings["rule"]))
-        settings["guidance"] = _guidance_of(store, rule, settings["guidance"], made_with.guidance)
+    guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):
         if made_with.schedule is None:
             raise UsageError(
@@ -98,6 +95,9 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
             hint=f"select again: {command_line('gstds-select', store.location)}",
         ) from error
     selector = BatchSelector(store, config)
+    same_schedule = selector.plan.schedule.identity == header.settings.get("schedule")
+    if same_schedule and guidance not in {None, selector.guidance_digest}:
+        selector = BatchSelector(store, replace(config, guidance=_guidance_of(store, guidance, made_with.guidance)))
     if selector.digest != header.selection_digest:
         raise FingerprintMismatchError(
             f"the same settings now give selection {selector.digest[:12]}, the file holds "
@@ -107,15 +107,14 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     return selector
 
 
-def _guidance_of(store: EmbeddingStore, rule: Rule, digest: str, said: str | None) -> str:
-    """The guidance of that digest.
+def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
+    """The guidance of that digest, which is not what ``auto`` would be.
 
     Raises:
         FingerprintMismatchError: It is none of those that are known here.
     """
-    for text in ("auto", "none", "probe", "uncertainty", "disagreement") if said is None else (said,):
-        spec = guidance_spec(text, rule, store) if text == "auto" else parse_guidance(text)
-        if guidance_digest(store, spec) == digest:
+    for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
+        if guidance_digest(store, parse_guidance(text)) == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "

@@ -35,7 +35,7 @@ from gstds_cache.places import beside
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.permutation import STORED
 from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
-from gstds_cache.selection.trial import IDENTITY, Trial, try_out
+from gstds_cache.selection.trial import Trial, TrialSettings, try_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.uris import split_query
@@ -62,15 +62,15 @@ class GuidanceSpec:
         cutoff: Share of all samples, the hardest, that get difficulty 0; from 0 to below 1.
         settings: How the probe is trained.
         path: Where the numbers are, for ``file``.
-        trial: Difficulty counts only where a trial says that it helps a rule which raises weights to this power; None
-            where it counts anyway.
+        trial: Difficulty counts only where a trial for such a run does not speak against it; None where it counts
+            anyway.
     """
 
     kind: str
     cutoff: float = 0.0
     settings: ProbeSettings = field(default_factory=ProbeSettings)
     path: Path | None = None
-    trial: float | None = None
+    trial: TrialSettings | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ def guidance_digest(store: EmbeddingStore, spec: GuidanceSpec) -> str:
         return digest_of({"kind": "file", "sha256": sha256_file(spec.path)})
     if spec.kind == "disagreement":
         return digest_of({"kind": spec.kind, "labels": _labels_digest(store)})
-    trial = {} if spec.trial is None else {"trial": [*IDENTITY, spec.trial]}
+    trial = {} if spec.trial is None else {"trial": asdict(spec.trial)}
     return digest_of({"kind": spec.kind, "cutoff": spec.cutoff, "probe": _probe_digest(store, spec.settings), **trial})
 
 
@@ -235,9 +235,9 @@ def _load_or_try(
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: made again
         facts = json.loads(record.read_bytes())
         if facts["digest"] == digest:
-            return Trial(guided=float(facts["guided"]), alike=float(facts["alike"]))
+            return Trial(**{f.name: int(facts[f.name]) for f in fields(Trial)})
     assert spec.trial is not None
-    made = try_out(store, difficulty, power=spec.trial, settings=spec.settings, threads=threads, device=device)
+    made = try_out(store, difficulty, run=spec.trial, settings=spec.settings, threads=threads, device=device)
     _put(record, lambda file: file.write(canonical_json({"digest": digest, **asdict(made)})))
     return made
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 from torch import Tensor
 
 from gstds_cache.devices import in_threads
@@ -179,10 +179,10 @@ class FoldProbe:
             columns["entropy"][here] = -(log.exp() * log).sum(dim=1).cpu().numpy()
             columns["predicted"][here] = names[log.argmax(dim=1).cpu().numpy()]
 
-    def right(self, window: Window, part: Int64[np.ndarray, " b"]) -> int:
-        """How many of some of a window's rows are predicted rightly."""
+    def right(self, window: Window, part: Int64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+        """Which of some of a window's rows are predicted rightly."""
         x, y = window.batch(part)
-        return int(((x @ self.weight).argmax(dim=1) == y).sum())
+        return ((x @ self.weight).argmax(dim=1) == y).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
 from gstds_cache.selection.selected import Selection
 from gstds_cache.selection.spectra import Spectra, Spectrum
+from gstds_cache.selection.trial import TrialSettings
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -86,7 +87,7 @@ class BatchSelector:
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
-        self._guidance_spec = guidance_spec(config.guidance, self.rule, store)
+        self._guidance_spec = _guidance_spec(config.guidance, self.rule, store, self.plan)
         self.guidance_digest = guidance_digest(store, self._guidance_spec)
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
@@ -262,19 +263,17 @@ class BatchSelector:
         return selection, seen
 
 
-def guidance_spec(text: str, rule: Rule, store: EmbeddingStore) -> GuidanceSpec:
-    """What ``--guidance`` means for a rule and a store, never ``auto``.
-
-    Raises:
-        UsageError: The rule does not look at guidance.
-    """
+def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore, plan: SelectionPlan) -> GuidanceSpec:
     spec = parse_guidance(text)
     if rule.needs_guidance:
         if spec.kind != "auto":
             return spec
         largest = int(store.labels.max(initial=-1))
         labelled = any(((part >= 0) & (part < largest)).any() for part in pieces(store.labels))  # two classes at least
-        return replace(spec, kind=DEFAULT, trial=rule.power) if labelled else replace(spec, kind="none")
+        if not labelled:
+            return replace(spec, kind="none")
+        share = plan.total_kept / (len(plan.rows) * plan.epochs)
+        return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 4), plan.epochs))
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]
         raise UsageError(

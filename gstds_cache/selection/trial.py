@@ -2,18 +2,20 @@
 
 Hard rows first is the better choice where there is plenty to learn from, and the worse one where there is little (B.
 Sorscher et al., Beyond neural scaling laws, NeurIPS 2022, section 3). Which of the two a data set is can be asked of
-the cached embeddings: linear probes learn from a quarter of the rows, drawn anew each epoch, once in proportion to the
-weights that the rule draws by and once all alike, and are judged on rows they never saw. Where the first is right less
-often, guidance is left out: all rows count the same. That takes seconds, and no forward pass.
+the cached embeddings: linear probes learn from as large a share of the rows, in as many epochs, as the run will train
+on, drawn anew each epoch, once in proportion to the weights that the rule draws by and once all alike, and are judged
+on rows they never saw. Where the first is right clearly less often, guidance is left out: all rows count the same. That
+takes seconds, and no forward pass.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from gstds_cache.devices import in_threads
 from gstds_cache.seeding import rng_for
@@ -24,31 +26,50 @@ from gstds_cache.selection.spread import FLOOR
 from gstds_cache.store.reader import EmbeddingStore
 
 ROWS = 1 << 15  # rows that are tried on, at most
-SHARE = 0.25  # of the rows learned from, in each epoch
-EPOCHS = 8
+DRAWN = 1 << 15  # rows that a probe learns from in all its epochs, about
 BATCH = 64  # rows of a step
-IDENTITY = (ROWS, SHARE, EPOCHS, BATCH)
+CLEARLY = 2.0  # standard errors (McNemar's test)
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What the run is like that guidance is tried for; all of it is identity.
+
+    Attributes:
+        power: Power to which the rule raises weights.
+        share: Share of each epoch's rows that stays.
+        epochs: The run's epochs; so many are tried as draw about ``DRAWN`` rows, at most.
+    """
+
+    power: float
+    share: float
+    epochs: int
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it.
+    """What came of it, in held-out rows.
 
     Attributes:
-        guided: Share of held-out rows that probes predict rightly which learned from rows drawn by guidance.
+        rows: All of them.
+        guided: Rows that probes predict rightly which learned from rows drawn by guidance.
         alike: The same for rows drawn all alike.
+        differ: Rows on which one is right and the other is not.
     """
 
-    guided: float
-    alike: float
+    rows: int
+    guided: int
+    alike: int
+    differ: int
 
     @property
     def helps(self) -> bool:
-        """Whether guidance is to be relied on."""
-        return self.guided >= self.alike
+        """Whether guidance is to be relied on: it is not clearly worse."""
+        return self.alike - self.guided <= CLEARLY * math.sqrt(self.differ)
 
     def __str__(self) -> str:
-        shares = f"a probe on rows drawn by it is right on {self.guided:.1%}, on rows drawn at random {self.alike:.1%}"
+        guided, alike = self.guided / self.rows, self.alike / self.rows
+        shares = f"a probe on rows drawn by it is right on {guided:.1%}, on rows drawn at random {alike:.1%}"
         return f"guidance is {'used' if self.helps else 'left out, all rows count alike'}: {shares}"
 
 
@@ -56,7 +77,7 @@ def try_out(
     store: EmbeddingStore,
     difficulty: Difficulty,
     *,
-    power: float,
+    run: TrialSettings,
     settings: ProbeSettings,
     threads: int = 1,
     device: torch.device | None = None,
@@ -66,13 +87,13 @@ def try_out(
     Args:
         store: Where embeddings and labels are.
         difficulty: Of every row.
-        power: Power to which the rule raises weights.
+        run: What the run is like.
         settings: The probe's; batches are of ``BATCH`` rows.
         threads: CPU threads; their number changes nothing.
         device: Where the products are computed; the CPU by default.
 
     Returns:
-        Both shares.
+        What both got right.
     """
     device, settings = device or torch.device("cpu"), replace(settings, batch_size=BATCH)
     every = rows_to_learn(store)
@@ -85,26 +106,28 @@ def try_out(
     held = torch.from_numpy(stored)
     features = Features.of(held, device)
     hard = difficulty.of(rows)
-    weight = (hard + FLOOR * hard.mean()) ** power if hard.any() else np.ones(count)
+    weight = (hard + FLOOR * hard.mean()) ** run.power if hard.any() else np.ones(count)
 
-    def right(job: tuple[int, bool]) -> int:
-        """Rows of one half that a probe of the other predicts rightly."""
+    def right(job: tuple[int, bool]) -> Bool[np.ndarray, " n"]:
+        """Which rows of one half a probe of the other predicts rightly."""
         half, guided = job
         others = np.flatnonzero(fold != half)
-        keep = max(1, int(SHARE * len(others)))
-        probe = FoldProbe(half, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, EPOCHS * keep)
-        for epoch in range(EPOCHS):
+        keep = max(1, int(run.share * len(others)))
+        epochs = max(1, min(run.epochs, round(DRAWN / keep)))
+        probe = FoldProbe(half, torch.zeros(store.spec.dim + 1, len(names), device=device), settings, epochs * keep)
+        for epoch in range(epochs):
             rng = rng_for(settings.seed, "trial-draws", half, epoch)
             drawn = others[_drawn(weight[others] if guided else np.ones(len(others)), keep, rng)]
             part = torch.from_numpy(drawn)
             probe.learn_window(Window(rows[drawn], held[part], fold[drawn], y[drawn], features), rng)
         mine = np.flatnonzero(fold == half)
         window = Window(rows, held, fold, y, features)
-        return sum(probe.right(window, part) for part in np.array_split(mine, max(1, len(mine) // 1024)))
+        return np.concatenate([probe.right(window, part) for part in np.array_split(mine, max(1, len(mine) // 1024))])
 
     jobs = [(half, guided) for half in (0, 1) for guided in (True, False)]
     found = dict(zip(jobs, in_threads(right, jobs, threads if device.type == "cpu" else 1), strict=True))
-    return Trial(*(sum(found[half, guided] for half in (0, 1)) / count for guided in (True, False)))
+    guided, alike = (np.concatenate([found[half, way] for half in (0, 1)]) for way in (True, False))
+    return Trial(count, int(guided.sum()), int(alike.sum()), int((guided != alike).sum()))
 
 
 def _drawn(weight: Float64[np.ndarray, " n"], keep: int, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from gstds_cache.selection.guidance import disagreement, guidance_digest, load_o
 from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
 from gstds_cache.selection.rows import RowsTakingPart
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.trial import Trial, try_out
+from gstds_cache.selection.trial import Trial, TrialSettings, try_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.receipt import Quarantined
 from gstds_cache.store.writer import open_writer
 
 N, D, C, UNIT = 400, 12, 4, 64
-SETTINGS = ProbeSettings()
+SETTINGS, RUN = ProbeSettings(), TrialSettings(power=2.0, share=0.25, epochs=8)
 QUICK = "probe?steps=40&batch_size=32"
 CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu", rule="strata", guidance=QUICK)
 
@@ -228,6 +229,12 @@ def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_pat
     assert digest("probe") == digest("probe?cutoff=0&folds=2")
     assert len({digest("auto"), digest("uncertainty"), digest("auto", "cells-squared")}) == 3
     assert digest("auto") == digest("auto", "strata")
+    tried = [
+        BatchSelector(store, replace(CONFIG, guidance="auto", **others)).guidance_digest
+        for others in ({}, {"seed": 3}, {"epochs": 3}, {"schedule": "constant:0.5"}, {"rule": "cells-squared"})
+    ]
+    assert tried[0] == tried[1]
+    assert len(set(tried)) == 4  # the trial is for runs like this one
     texts = ("probe", "probe?cutoff=0.1", "probe?seed=1", "probe?folds=3", "uncertainty", "disagreement", "none")
     assert len({digest(text) for text in texts} | {a, c}) == len(texts) + 2
     assert digest("auto", "coverage") == digest("none", "coverage")
@@ -308,20 +315,23 @@ def test_the_trial_tells_difficulty_that_teaches_from_difficulty_that_does_not(t
     store = EmbeddingStore(tmp_path / "s.store")
 
     def trial(hard: np.ndarray, threads: int = 1):
-        return try_out(store, Difficulty(hard.astype(np.float32)), power=2.0, settings=SETTINGS, threads=threads)
+        return try_out(store, Difficulty(hard.astype(np.float32)), run=RUN, settings=SETTINGS, threads=threads)
 
     teaches, misleads = trial(0.5 + telling), trial(noise)
     assert teaches.helps
-    assert teaches.guided > teaches.alike + 0.01
+    assert teaches.guided > teaches.alike + 2 * math.sqrt(teaches.differ)
     assert not misleads.helps
     assert misleads.alike == teaches.alike == trial(np.ones(N)).guided
     assert trial(noise, threads=4) == misleads
+    assert trial(np.ones(N)).differ == 0
+    # Not as good is not enough to leave it out, clearly worse is: 10 more of 25 are two standard errors.
+    assert [Trial(100, 50, alike, 25).helps for alike in (49, 60, 61)] == [True, True, False]
 
 
 def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_is_not(tmp_path, monkeypatch) -> None:
     write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
     store = EmbeddingStore(tmp_path / "s.store")
-    answers = {True: Trial(guided=0.9, alike=0.8), False: Trial(guided=0.7, alike=0.8)}
+    answers = {True: Trial(N, 300, 300, 20), False: Trial(N, 280, 320, 60)}
     for helps, answer in answers.items():
         monkeypatch.setattr("gstds_cache.selection.guidance.try_out", lambda *_, answer=answer, **__: answer)
         selector = BatchSelector(store, replace(CONFIG, guidance="auto", rule="cells" if helps else "cells-squared"))
