@@ -273,7 +273,7 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore, plan: Selection
         if not labelled:
             return replace(spec, kind="none")
         share = plan.total_kept / (len(plan.rows) * plan.epochs)
-        return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 4), plan.epochs))
+        return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 2), plan.epochs))
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]
         raise UsageError(
