@@ -116,7 +116,7 @@ def solver(store: Path, device: torch.device, size: int, graphs: int, knn: int, 
             cpu=lambda: solve(on_cpu, cores()),
             cpu_1_thread=lambda: solve(on_cpu, 1),
         )
-        ours, theirs = fiedler_of_graph(on_device, q=1), fiedler_of_graph(on_cpu, q=1)
+        ours, theirs = fiedler_of_graph(on_device, q=q), fiedler_of_graph(on_cpu, q=q)
         cosine = (ours.vector.cpu() * theirs.vector).sum(dim=1).abs()
         found[f"q={q}"] = {
             "ms_per_graph": {name: 1e3 * spent["median"] / graphs for name, spent in timed.items()},

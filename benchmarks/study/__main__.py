@@ -78,6 +78,12 @@ def work(task: Task, data: StudyData, scores: Scores, end: Connection) -> None:
         end.send(traceback.format_exc())
 
 
+def cpu_of_all() -> float:
+    """CPU seconds of this process and of the decoders it has waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any]) -> int:
     """All runs of one setting; returns how many failed."""
     path = arguments.results / f"{name}.jsonl"
@@ -92,6 +98,7 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
     if not left:
         return 0
     data = StudyData(load_setting(name), arguments.folder)
+    cpu_begun = cpu_of_all()
     report = data.embed(arguments.reuse)
     if report.embedded:
         append(
@@ -101,6 +108,7 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
                 "setting": name,
                 "images": report.embedded,
                 "seconds": report.seconds["total"],
+                "cpu_seconds": round(cpu_of_all() - cpu_begun, 3),
                 **stamp,
             },
         )

@@ -84,7 +84,7 @@ class Study:
     @property
     def embed_seconds(self) -> float:
         """Core seconds of embedding the data set once."""
-        return sum(line["seconds"] * line["cores"] for line in self.lines if line["kind"] == "embedding")
+        return sum(line["cpu_seconds"] for line in self.lines if line["kind"] == "embedding")
 
     def score_seconds(self, need: str) -> float:
         """Core seconds of a score that was computed once."""

@@ -22,7 +22,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 PHASES = ("images", "indices", "step")  # of training
-RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss", "guided")
+RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss", "selective-backprop", "guided")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -157,7 +157,7 @@ def hours(studies: Sequence[Study]) -> str:
     """Hours of compute behind the lines."""
     paid = sum(sum(line["cpu_seconds"].values()) for study in studies for line in study.runs)
     own = [line for study in studies for line in study.lines if line["setting"] == study.runs[0]["setting"]]
-    once = sum(line["seconds"] * line["cores"] for line in own if line["kind"] == "embedding")
+    once = sum(line["cpu_seconds"] for line in own if line["kind"] == "embedding")
     once += sum(line["cpu_seconds"] for line in own if line["kind"] == "scores")
     count = sum(len(study.runs) for study in studies)
     return (

@@ -238,7 +238,8 @@ def _load_or_try(
             return Trial(**{f.name: int(facts[f.name]) for f in fields(Trial)})
     assert spec.trial is not None
     made = try_out(store, difficulty, run=spec.trial, settings=spec.settings, threads=threads, device=device)
-    _put(record, lambda file: file.write(canonical_json({"digest": digest, **asdict(made)})))
+    with suppress(OSError):  # a store that cannot be written to is tried on each time
+        _put(record, lambda file: file.write(canonical_json({"digest": digest, **asdict(made)})))
     return made
 
 

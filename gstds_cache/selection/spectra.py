@@ -131,7 +131,7 @@ class Spectra:
         config, counts = self._config, self._counts
         with counts.timed("gather", torch.device("cpu")):
             rows = self._gather(batches)
-        with counts.timed("knn", self._device), self._searching:
+        with self._searching, counts.timed("knn", self._device):
             there = rows.to(self._device)
             neighbours = nearest(there, config.knn, backend=self._backend)
             if self._solver != self._device:

@@ -54,7 +54,7 @@ class Ledger:
     def seconds_per_sample(self) -> float | None:
         """Seconds of training per gradient: a step once warm, and the wait for its pixels.
 
-        What the first steps take more, to load and compile kernels, training on everything would take as well.
+        What first steps take more, to load and compile kernels, training on everything would take as well.
         """
         if self.step_seconds_per_sample is None or not self.gradient_samples:
             return None

@@ -17,7 +17,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -43,7 +43,7 @@ from gstds_cache.train.baselines.batch_method import BatchMethod, Occasion, narr
 from gstds_cache.train.distributed import Ranks
 from gstds_cache.train.evaluate import Accuracy, evaluate
 from gstds_cache.train.images import ImageFeed
-from gstds_cache.train.network import build_network
+from gstds_cache.train.network import build_network, check_network, norms_frozen
 from gstds_cache.train.run_dir import RunDir
 from gstds_cache.train.steps import StepReader
 
@@ -65,7 +65,7 @@ class TrainReport:
             pixels), step, eval, total; with a method that chooses, choose as well.
         forward_samples: Samples that had a forward pass only for a method to choose among them.
         seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but the first,
-            which loads and compiles kernels (20 s on a GPU); None where no step was taken.
+            which may load and compile kernels; None where no step was taken.
         samples_in: Samples of the batches before selection: the gradients that training on everything takes.
         joules: Joules by phase: load, train, eval; None where no counter can be read.
         joules_from: The counters, or why there is none.
@@ -171,7 +171,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     labels = torch.from_numpy(source.labels)
     network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
-    _check_network(network, config, classes, device)
+    check_network(network, config.arch, config.image_size, classes, device)
     optimizer = torch.optim.SGD(
         [
             {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -266,7 +266,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
                 forward_samples += chosen.forward_samples
                 seconds["choose"] += time.perf_counter() - started
                 started = time.perf_counter()
-            with autocast, _norms_frozen(network, when=len(target) == 1):
+            with autocast, norms_frozen(network, when=len(target) == 1):
                 logits = model(to_input(pixels)).float()
                 if method is not None:
                     loss = weighted_loss(method, chosen, logits)
@@ -367,35 +367,3 @@ def count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
             f"{len(source.classes)}, first {list(evaluation.classes)[:3]} and {list(source.classes)[:3]}"
         )
     return max(len(source.classes), int(source.labels.max()) + 1)
-
-
-@torch.no_grad()
-def _check_network(network: nn.Module, config: TrainConfig, classes: int, device: torch.device) -> None:
-    """One forward pass before anything is written: some architectures take one image size alone.
-
-    Raises:
-        UsageError: The network does not take such images, or does not return one row of logits per image.
-    """
-    side = config.image_size
-    network.eval()
-    try:
-        logits = network(torch.zeros(2, 3, side, side, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(
-            f"--arch {config.arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
-            hint="give an --image-size that it takes, e.g. --image-size 224",
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f"--arch {config.arch} returned {got} for two images, expected logits (2, {classes})")
-
-
-@contextmanager
-def _norms_frozen(network: nn.Module, *, when: bool) -> Iterator[None]:
-    """Batch statistics of a single sample are all zero or undefined: such a step uses the running ones."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if when else []
-    for norm in norms:
-        norm.eval()
-    yield
-    for norm in norms:
-        norm.train()

@@ -1,9 +1,12 @@
-"""Networks to train, by name."""
+"""Networks to train, by name, and what training has to know of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from gstds_cache.encoders.factory import packaged_weights
@@ -105,3 +108,45 @@ def _start_from(network: nn.Module, timm_name: str, weights: str) -> None:
         state = dict(zip(own, state.values(), strict=True))
     body = {name: value for name, value in state.items() if not name.startswith(head + ".")}
     load_into(network, body, head=head, origin=f"{path} (for timm:{timm_name})")
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, arch: str, side: int, classes: int, device: torch.device) -> None:
+    """One forward pass before anything is written: some architectures take one image size alone.
+
+    Args:
+        network: The network, on ``device``; left in eval mode.
+        arch: Its name.
+        side: Side of the square images in pixels.
+        classes: Outputs it should have.
+        device: Where it is.
+
+    Raises:
+        UsageError: The network does not take such images, or does not return one row of logits per image.
+    """
+    network.eval()
+    try:
+        logits = network(torch.zeros(2, 3, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"--arch {arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
+            hint="give an --image-size that it takes, e.g. --image-size 224",
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"--arch {arch} returned {got} for two images, expected logits (2, {classes})")
+
+
+@contextmanager
+def norms_frozen(network: nn.Module, *, when: bool) -> Iterator[None]:
+    """Batch statistics of a single sample are all zero or undefined: such a step uses the running ones.
+
+    Yields:
+        Once, with the norms frozen ``when`` so.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if when else []
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()

@@ -107,7 +107,7 @@ def test_equal_wall_clock_reads_the_reference_between_its_budgets() -> None:
 
 
 def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
-    embedding = {"kind": "embedding", "seconds": 100.0, "cores": 2}
+    embedding = {"kind": "embedding", "seconds": 150.0, "cpu_seconds": 200.0, "cores": 2}
     probe = {"kind": "scores", "need": "probe", "cpu_seconds": 10.0}
     early = {"kind": "scores", "need": "early", "cpu_seconds": 7.0}
     guided = line("default", 0, 0.9, 5, embeds=True, needs=["probe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -347,5 +348,20 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
         record.write_bytes(record.read_bytes()[:-9])
         with pytest.raises(TypeError):
             _ = BatchSelector(store, selector.config).guidance
-        selector = BatchSelector(store, replace(selector.config, guidance="uncertainty"))
-        assert len(set(next(iter(selector.watch()))[1].guidance.tolist())) > 1
+        asked_for = BatchSelector(store, replace(selector.config, guidance="uncertainty"))
+        assert len(set(next(iter(asked_for.watch()))[1].guidance.tolist())) > 1
+
+
+def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypatch) -> None:
+    write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
+    store = EmbeddingStore(tmp_path / "s.store")
+    load_or_make_guidance(store, "auto")  # the probe is there
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("gstds_cache.selection.guidance._put", read_only)
+    first, second = (BatchSelector(store, replace(CONFIG, guidance="auto")).guidance.note for _ in range(2))
+    assert first == second
+    assert first.startswith("guidance is")
+    assert not list(beside(store.location, ".guidance").glob("*.trial.json"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.writer import write_file
+from gstds_cache.train import loop
 from gstds_cache.train.augment import augment, to_input
 from gstds_cache.train.images import ImageFeed, default_side
 from gstds_cache.train.loop import one_cycle, run_config, train
@@ -98,6 +100,24 @@ def test_a_run_spends_what_the_selection_says_and_writes_it_down(source, selecti
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [3, 6, 9, 9]
     assert metrics[-1]["test_accuracy"] == report.accuracy.value
+
+
+def test_the_pace_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
+    source, selection, tmp_path, monkeypatch
+) -> None:
+    to_input, calls = loop.to_input, []
+
+    def slow_at_first(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 1:
+            time.sleep(1)
+        return to_input(pixels)
+
+    monkeypatch.setattr(loop, "to_input", slow_at_first)
+    report = run(source, selection, tmp_path / "run")
+    assert len(calls) == report.steps
+    assert report.seconds["step"] > 1
+    assert 0 < report.seconds_per_sample * report.gradient_samples < report.seconds["step"] - 0.9
 
 
 def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path) -> None:
