@@ -11,6 +11,19 @@ from gstds_cache.errors import UsageError
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
+# Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
+MOST_IMAGES = 1 << 16  # of one forward pass
+MOST_ROWS = 1 << 24  # of a unit, a batch, a training step
+MOST_EPOCHS = 100_000
+MOST_WORKERS = 1024
+MOST_THREADS = 4096
+LARGEST_SIDE = 4096  # pixels
+
+
+def _require_range(what: str, got: int | None, least: int, most: int, also: str = "") -> None:
+    """Refuse a whole number outside its range; None, where nothing was given, is fine."""
+    if got is not None and not least <= got <= most:
+        raise UsageError(f"{what}: got {got:,}, expected {least:,} to {most:,}{also}")
 
 
 def _require(ok: bool, what: str, got: object, expected: str, hint: str = "") -> None:
@@ -46,9 +59,9 @@ class EmbedConfig:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
-        _require(self.unit_rows is None or self.unit_rows >= 1, "--unit-rows", self.unit_rows, "at least 1")
-        _require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more, or auto")
+        _require_range("--batch-size", self.batch_size, 1, MOST_IMAGES)
+        _require_range("--unit-rows", self.unit_rows, 1, MOST_ROWS)
+        _require_range("--workers", self.workers, 0, MOST_WORKERS, ", or auto")
         _one_of("--dtype", self.dtype, ("float16", "float32"))
 
 
@@ -99,8 +112,8 @@ class SelectConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= SMALLEST_BATCH, "--batch-size", self.batch_size, f"at least {SMALLEST_BATCH}")
-        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+        _require_range("--batch-size", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
+        _require_range("--epochs", self.epochs, 1, MOST_EPOCHS)
         _require(
             1 <= self.knn < self.batch_size,
             "--knn",
@@ -108,15 +121,15 @@ class SelectConfig:
             f"from 1 to batch size - 1 = {self.batch_size - 1}",
             hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
         )
-        _require(self.partitions is None or self.partitions >= 0, "--partitions", self.partitions, "0 or more")
+        _require_range("--partitions", self.partitions, 0, MOST_EPOCHS)
         _require(self.min_per_class >= 0, "--min-per-class", self.min_per_class, "0 or more")
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
         _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
         _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
-        _require(self.max_iterations >= 1, "--max-iterations", self.max_iterations, "at least 1")
+        _require_range("--max-iterations", self.max_iterations, 1, 1_000_000)
         _one_of("--knn-backend", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
         _one_of("--solver", self.solver, ("auto", "cpu", "cuda"))
-        _require(self.threads >= 0, "--threads", self.threads, "0 or more")
+        _require_range("--threads", self.threads, 0, MOST_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +167,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _require(self.repack >= 0, "--repack", self.repack, "at least 1, or 0")
+        _require_range("--repack", self.repack, 0, MOST_ROWS)
         _require(math.isfinite(self.lr) and self.lr > 0, "--lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")
-        _require(self.image_size == 0 or self.image_size >= 8, "--image-size", self.image_size, "at least 8, or 0")
+        _require_range("--image-size", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
         _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
-        _require(self.workers >= 0, "--workers", self.workers, "0 or more")
+        _require_range("--workers", self.workers, 0, MOST_WORKERS)
         _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")
-        _require(self.threads >= 0, "--threads", self.threads, "0 or more")
+        _require_range("--threads", self.threads, 0, MOST_THREADS)

@@ -9,7 +9,7 @@ from gstds_cache.errors import UsageError
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda: SelectConfig(batch_size=3), ("--batch-size", "3", "at least 4")),
+        (lambda: SelectConfig(batch_size=3), ("--batch-size", "3", "expected 4 to")),
         (lambda: SelectConfig(batch_size=8, knn=8), ("--knn", "8", "batch size - 1 = 7")),
         (lambda: SelectConfig(knn=0), ("--knn", "0")),
         (lambda: SelectConfig(epochs=0), ("--epochs", "0")),
@@ -17,6 +17,12 @@ from gstds_cache.errors import UsageError
         (lambda: SelectConfig(tolerance=0.0), ("--tolerance", "0.0")),
         (lambda: EmbedConfig(batch_size=0), ("--batch-size", "0")),
         (lambda: EmbedConfig(workers=-1), ("--workers", "-1")),
+        # Numbers that would take all processes, memory or time before they fail.
+        (lambda: EmbedConfig(workers=1 << 31), ("--workers", "2,147,483,648", "expected 0 to 1,024")),
+        (lambda: EmbedConfig(batch_size=1 << 31), ("--batch-size", "expected 1 to")),
+        (lambda: SelectConfig(epochs=1 << 31), ("--epochs", "expected 1 to 100,000")),
+        (lambda: SelectConfig(threads=10**20), ("--threads", "expected 0 to")),
+        (lambda: TrainConfig(image_size=10**20), ("--image-size", "expected 8 to 4,096, or 0")),
         (lambda: TrainConfig(lr=float("nan")), ("--lr", "nan")),
         (lambda: TrainConfig(image_size=4), ("--image-size", "4")),
     ],

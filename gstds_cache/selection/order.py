@@ -63,7 +63,7 @@ def make_order(rows: RowsTakingPart, *, seed: int, window: int | None, unit_rows
     """
     if window is None:
         return _permuted(rows, seed)
-    return _in_windows(rows, seed, units_at_once(window, unit_rows), unit_rows)
+    return _in_windows(rows, seed, units_at_once(min(window, rows.items), unit_rows), unit_rows)
 
 
 def _permuted(rows: RowsTakingPart, seed: int) -> Order:

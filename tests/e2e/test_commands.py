@@ -240,7 +240,7 @@ BAD = [
     (["gstds-select", "photos.store", "--schedule", "constnt:0.5"], 2, ["unknown schedule", "constant"]),
     (["gstds-select", "photos.store", "--schedule", "constant:1"], 2, ["outside [0, 1)"]),
     (["gstds-select", "photos.store", "--batch-size", "59"], 2, ["only 58 rows"]),
-    (["gstds-select", "photos.store", "--batch-size", "3"], 2, ["at least 4"]),
+    (["gstds-select", "photos.store", "--batch-size", "3"], 2, ["expected 4 to"]),
     (["gstds-select", "photos.store", "--batch-size", "20", "--knn", "20"], 2, ["--knn", "19"]),
     (["gstds-train", "imagefolder:photos", "--selection", "no.arrow"], 2, ["no selection at no.arrow"]),
     (["gstds-train", "imagefolder:photos", "--selection", "notes.txt"], 3, ["no selection"]),
