@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
 
-.PHONY: demo study-tables test faults lint check-types coverage clean
+.PHONY: demo study-tables test faults lint check-types docs coverage clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "== installing into $(VENV) with $$($(PYTHON) --version): about 2 minutes, 7 GB"
@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "== demo: embed the digits, select a quarter of each batch, train with several seeds (about 3 minutes on 2 cores)"
 	$(BIN)/python benchmarks/demo.py
 
-test: $(VENV)/.installed lint check-types
+test: $(VENV)/.installed lint check-types docs
 	@echo "== tests: about 10 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
@@ -40,8 +40,13 @@ check-types: $(VENV)/.installed
 	@echo "== mypy: about a minute"
 	$(BIN)/mypy
 
+# Pages with the Python interface in site/; a broken link is an error.
+docs: $(VENV)/.installed
+	@echo "== documentation: seconds"
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo site

@@ -111,16 +111,17 @@ class Journal:
         self.transport = open_transport(where)
         self.location = self.transport.location
         try:
-            group = json.loads(self.transport.get(layout.GROUP))
-            attributes: dict[str, Any] = group["attributes"]["gstds"]
-            fields: dict[str, Any] = dict(attributes["spec"])
-            self.provenance: dict[str, Any] = dict(attributes.get("provenance", {}))
-            self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
+            data = self.transport.get(layout.GROUP)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
                 f"no store at {self.location}",
                 hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
             ) from error
+        try:
+            attributes: dict[str, Any] = json.loads(data)["attributes"]["gstds"]
+            fields: dict[str, Any] = dict(attributes["spec"])
+            self.provenance: dict[str, Any] = dict(attributes.get("provenance", {}))
+            self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(
                 f"{self.location}/{layout.GROUP} is damaged or not of gstds-cache: {error!r}",
