@@ -9,7 +9,8 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache import scratch
+from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError, to_rgb
 from gstds_cache.data.files import Files
 from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
@@ -31,8 +33,9 @@ _READ_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.
 class MapStyleSource:
     """A dataset object with ``__len__`` and ``__getitem__``. An item's payload is its pixels in RGB.
 
-    Items are read one at a time, since such objects often share a file handle. In another process the dataset is
-    unpickled, with ``folder`` importable, as it was when the dataset was made.
+    Items are read one at a time, since such objects often share a file handle. A process that decodes has a dataset of
+    its own (:meth:`for_workers`). In any other process the dataset is unpickled, with ``folder`` importable, as it was
+    when the dataset was made.
     """
 
     def __init__(
@@ -44,13 +47,26 @@ class MapStyleSource:
         folder: str = "",
         mirror_safe: bool = True,
         notes: Sequence[str] = (),
+        again: Callable[[], Any] | None = None,
     ) -> None:
+        """Take a dataset.
+
+        Args:
+            dataset: The object.
+            uri: The data set as the user named it.
+            kind: What sort of data set this is.
+            folder: What is to be importable where the dataset is unpickled or made again.
+            mirror_safe: Whether an image keeps its label when it is mirrored left to right.
+            notes: What the user should be told.
+            again: Makes the same dataset once more, for another process.
+        """
         self.uri = uri
         self.kind = kind
         self.mirror_safe = mirror_safe
         self.notes = tuple(notes)
         self._dataset = dataset
         self._folder = folder
+        self._again = again
         self._lock = threading.Lock()
         rows = _length(dataset, uri)
         self.ids = _ids(dataset, uri, rows)
@@ -77,7 +93,7 @@ class MapStyleSource:
             image = self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
             raise OSError(f"item {row}: {error}") from error
-        return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
+        return _payload(image)
 
     def image(self, row: int) -> Image.Image:
         """Item ``row`` in RGB.
@@ -90,6 +106,32 @@ class MapStyleSource:
         except _READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise UndecodableError(f"unreadable: {reason}") from None
+
+    def image_of(self, row: int, look: Callable[[bytes], None]) -> Image.Image:
+        """Item ``row`` in RGB, after ``look`` has seen its payload; it is read once."""
+        image = self.image(row)
+        look(_payload(image))
+        return image
+
+    def for_workers(self) -> Callable[[], MapStyleSource]:
+        """Called in a process that is forked from this one, what this returns gives a source with a dataset of its own.
+
+        Raises:
+            NotCopiedError: The dataset does not pickle, and nobody knows how it was made.
+        """
+        return partial(self._with_own, Copies(self._dataset, self._again))
+
+    def _with_own(self, copies: Copies) -> MapStyleSource:
+        with importable(self._folder):
+            dataset = copies.make()
+        if len(dataset) != len(self):
+            raise DatasetError(
+                f"data set {self.uri!r}: made again in another process it has {len(dataset)} items, here {len(self)}",
+                hint="let it hold the same items each time it is made",
+            )
+        own = object.__new__(type(self))
+        own.__dict__.update(self.__dict__, _dataset=dataset, _lock=threading.Lock())
+        return own
 
     def _item(self, row: int) -> tuple[Any, Any]:
         with self._lock:
@@ -143,7 +185,7 @@ class MapStyleSource:
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in {"_lock", "_dataset"}}
+        state = {name: value for name, value in self.__dict__.items() if name not in {"_lock", "_dataset", "_again"}}
         try:
             state["pickled"] = pickle.dumps(self._dataset)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -156,7 +198,7 @@ class MapStyleSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         with importable(state["_folder"]):
             self._dataset = pickle.loads(state.pop("pickled"))
-        self._lock = threading.Lock()
+        self._lock, self._again = threading.Lock(), None
         self.__dict__.update(state)
 
 
@@ -204,6 +246,10 @@ def _length(dataset: Any, uri: str) -> int:
     if rows < 1:
         raise DatasetError(f"data set {uri!r}: got 0 items, expected at least 1")
     return rows
+
+
+def _payload(image: Image.Image) -> bytes:
+    return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
 
 
 def _numbers(values: Iterable[int], rows: int) -> Int64[np.ndarray, " N"]:

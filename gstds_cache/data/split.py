@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
@@ -64,6 +64,21 @@ class Subset:
     def image(self, row: int) -> Image.Image:
         """The part's item ``row`` in RGB."""
         return self.base.image(int(self.rows[row]))
+
+    @property
+    def image_of(self) -> Callable[[int, Callable[[bytes], None]], Image.Image] | None:
+        """Gives an item after its payload was looked at, where the whole can do that."""
+        image_of = getattr(self.base, "image_of", None)
+        return None if image_of is None else lambda row, look: image_of(int(self.rows[row]), look)
+
+    def for_workers(self) -> Callable[[], Subset]:
+        """Called in a process that is forked from this one, what this returns gives the same part of its own whole."""
+        make = getattr(self.base, "for_workers", None)
+        return (lambda: self) if make is None else partial(_part_of, self, make())
+
+
+def _part_of(part: Subset, make: Callable[[], ImageSource]) -> Subset:
+    return replace(part, base=make())
 
 
 def open_split(

@@ -98,7 +98,7 @@ def repair_store(
     Raises:
         UsageError: A unit does not exist, or there cannot be so many workers.
         FingerprintMismatchError: The data set or the model is not the store's.
-        IncompleteError: Another process is writing the store.
+        IncompleteError: Another process is writing the store, or a process that decodes was killed.
         IntegrityError: The specification itself is damaged.
     """
     journal = Journal(where)
@@ -126,7 +126,8 @@ def repair_store(
 
         run_on = resolve_device(device)
         workers = workers_for(source, encoder, workers, run_on)
-        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
+        digests = manifest.sha256
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, digests=digests, on_batch=on_batch)
         made = _make_again(writer, task, redo)
         images = task.clock.images
         committed = {unit: receipt for unit, receipt in writer.recover().items() if unit not in made}

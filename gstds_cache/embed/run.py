@@ -132,7 +132,8 @@ def embed_dataset(
         EncoderError: The model cannot be built.
         FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
         ChunkCorruptError: A store is damaged.
-        IncompleteError: The disk is too small, or memory ran out on the way.
+        IncompleteError: The disk is too small, or memory ran out on the way, or a process that decodes was killed.
+        DatasetError: An item of a user's own data set is another than when it was hashed.
     """
     if where is None and root is None:
         raise ValueError("where or root is needed")
@@ -163,7 +164,7 @@ def embed_dataset(
         "provenance": _provenance(source.uri, config, device),
     }
     with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
-        task, before = _fill(job, writer, executor or LocalExecutor(), progress)
+        task, before = _fill(job, writer, manifest, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
         writer.finish(lambda done, total: progress("check", done, total, {}))
     store = EmbeddingStore(where)
@@ -276,7 +277,9 @@ def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estim
     )
 
 
-def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
+def _fill(
+    job: Job, writer: StoreWriter, manifest: DatasetManifest, executor: Executor, progress: Progress
+) -> tuple[EmbedTask, int]:
     """Embed the units that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()
@@ -292,6 +295,7 @@ def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress)
         device=job.device,
         workers=workers_for(job.source, job.encoder, job.config.workers, job.device),
         known=job.known,
+        digests=manifest.sha256,
         on_batch=on_batch,
     )
     for _receipt in executor.run(task, [unit for unit in range(spec.units) if unit not in committed]):

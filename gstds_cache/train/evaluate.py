@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import nn
 
 from gstds_cache.data.loading import pixel_batches, worth_workers
@@ -39,6 +42,7 @@ def evaluate(
     *,
     side: int,
     workers: int,
+    digests: UInt8[np.ndarray, "N 32"] | None = None,
     ranks: Ranks | None = None,
 ) -> Accuracy:
     """Classify every item of ``source``.
@@ -49,6 +53,7 @@ def evaluate(
         device: Where the network is.
         side: Side of the square images in pixels.
         workers: Processes that decode.
+        digests: SHA-256 of every item, as hashed before, to be compared with what is decoded, where it can be.
         ranks: Share the items out over these ranks; all of them have to call this.
 
     Returns:
@@ -63,11 +68,13 @@ def evaluate(
     right, items, undecodable = 0, 0, 0
     shape = (3, side, side)
     workers = worth_workers(source, side, workers)
-    for batch in pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False):
-        failed = {row for row, _ in batch.failures}
-        fine = torch.tensor([row not in failed for row in batch.rows])
-        predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
-        right += int((predicted == labels[list(batch.rows)][fine]).sum())
-        items, undecodable = items + int(fine.sum()), undecodable + len(failed)
+    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False, digests=digests)
+    with closing(decoded) as batches:
+        for batch in batches:
+            failed = {row for row, _ in batch.failures}
+            fine = torch.tensor([row not in failed for row in batch.rows])
+            predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
+            right += int((predicted == labels[list(batch.rows)][fine]).sum())
+            items, undecodable = items + int(fine.sum()), undecodable + len(failed)
     right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
     return Accuracy(right / max(items, 1), items, undecodable)

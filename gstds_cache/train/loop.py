@@ -17,7 +17,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import nn
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.energy import EnergyMeter
-from gstds_cache.errors import DivergedError, StreamError, UsageError
+from gstds_cache.errors import DivergedError, IncompleteError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.ranks import rank_positions, real_rows
@@ -117,6 +117,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     run_dir: RunDir,
     *,
     evaluation: ImageSource | None = None,
+    digests: tuple[UInt8[np.ndarray, "N 32"] | None, UInt8[np.ndarray, "M 32"] | None] = (None, None),
     ranks: Ranks | None = None,
     method: BatchMethod | None = None,
     feed: ImageFeed | None = None,
@@ -132,6 +133,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
+        digests: SHA-256 of every item of ``source`` and of ``evaluation``, as hashed before, to be compared with what
+            is decoded, where it can be.
         ranks: This process among several; None for one alone.
         method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
         feed: Pixels of ``source`` that are decoded already, for whoever trains several times; None decodes them now.
@@ -148,6 +151,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         FingerprintMismatchError: The stream is not the one the run was begun with.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
+        IncompleteError: A process that decodes was killed, or had no memory; likewise.
         KeyboardInterrupt: ``interruptible`` said so.
     """
     progress = progress or (lambda _phase, _done, _total, _waiting: None)
@@ -164,6 +168,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         side=side,
         memory_budget=config.memory_budget,
         workers=config.workers,
+        digests=digests[0],
         progress=lambda done, total: progress("load", done, total, 0.0),
     )
     seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
@@ -225,14 +230,13 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
 
     network.train()
     paces = array("d")  # seconds by the sample, of each step of this session
-    pixel_batches = feed.batches(batches.rows())
-    with interruptible() as stopping:
+    with interruptible() as stopping, closing(feed.batches(batches.rows())) as pixel_batches:
         while True:
             # 1. The next batch: its kept rows from the stream, their pixels from the feed.
             asked, waited = time.perf_counter(), batches.waited
             try:
                 pixels = next(pixel_batches, None)
-            except StreamError:
+            except (StreamError, IncompleteError):
                 save()
                 if stopping():  # Ctrl-C ended the producer at the other end of the pipe as well
                     raise KeyboardInterrupt from None
@@ -311,7 +315,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     accuracy = None
     if evaluation is not None:
         started = time.perf_counter()
-        accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers, ranks=ranks)
+        workers = config.workers
+        accuracy = evaluate(network, evaluation, device, side=side, workers=workers, digests=digests[1], ranks=ranks)
         seconds["eval"] += time.perf_counter() - started
         meter.add("eval")
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
