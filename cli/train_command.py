@@ -175,10 +175,9 @@ def main(
             require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
             config = _settled(config, source)
             name = f"{arch.replace(':', '-')}-{header.selection_digest[:8]}-s{seed}{f'-b{repack}' if repack else ''}"
-            measured_on = build_manifest(evaluation, memo=memo) if evaluation else None
             run_dir = RunDir(
                 out or Path("runs") / name,
-                run_config(config, stream, measured_on.root if measured_on else None),
+                run_config(config, stream, build_manifest(evaluation, memo=memo).root if evaluation else None),
                 provenance={
                     "dataset": source.uri,
                     "selection": header.settings,
@@ -201,7 +200,6 @@ def main(
                         config,
                         run_dir,
                         evaluation=evaluation,
-                        digests=(manifest.sha256, measured_on.sha256 if measured_on else None),
                         ranks=ranks,
                         progress=progress,
                         interruptible=stop_after_step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import signal
@@ -14,18 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 
 from gstds_cache.data.copies import NotCopiedError
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.manifest import UNREADABLE
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Pool
 from gstds_cache.devices import cores
-from gstds_cache.errors import DatasetError
 
 _log = logging.getLogger(__name__)
 PixelTransform = Callable[[Image.Image], torch.Tensor]
@@ -54,7 +50,6 @@ class _Decoder:
 
     source: ImageSource
     transform: PixelTransform
-    digests: UInt8[np.ndarray, "N 32"] | None
 
     def for_workers(self) -> Callable[[], _Decoder]:
         """Called in another process, what this returns gives a decoder with a source of that process's own.
@@ -70,50 +65,11 @@ class _Decoder:
         failures = []
         for place, row in enumerate(rows):
             try:
-                pixels[place] = self.transform(self._image(row))
+                pixels[place] = self.transform(self.source.image(row))
             except UndecodableError as error:
                 pixels[place] = 0
                 failures.append((row, error.reason))
         return tuple(failures), time.perf_counter() - begun
-
-    def _image(self, row: int) -> Image.Image:
-        check = getattr(self.source, "image_of", None)
-        if self.digests is None or check is None:
-            return self.source.image(row)
-        return self._checked(row, check)
-
-    def _checked(self, row: int, image_of: Callable[[int, Callable[[bytes], None]], Image.Image]) -> Image.Image:
-        """Item ``row``, if it is what it was when it was hashed.
-
-        Raises:
-            UndecodableError: It could not be read then either.
-        """
-        assert self.digests is not None
-        hashed, seen = self.digests[row].tobytes(), UNREADABLE
-
-        def look(payload: bytes) -> None:
-            nonlocal seen
-            seen = hashlib.sha256(payload).digest()
-            if seen != hashed:
-                raise self._another(row, "is another image now than when the data set was hashed")
-
-        try:
-            return image_of(row, look)
-        except UndecodableError as error:
-            if seen == hashed:
-                raise
-            raise self._another(
-                row, f"could be read when the data set was hashed, and not now: {error.reason}"
-            ) from error
-
-    def _another(self, row: int, what: str) -> DatasetError:
-        return DatasetError(
-            f"data set {self.source.uri!r}, row {row} ({self.source.ids[row]}) {what}; expected every item to be the "
-            "same each time, in every process. Nothing of it was used",
-            hint="random transforms belong after the cache. Where nothing is random, items may depend on the process "
-            "that reads them: open files, connections and random states at first use rather than at import, and try "
-            "--workers 0",
-        )
 
 
 _Rest = tuple[tuple[tuple[int, str], ...], float]
@@ -216,7 +172,6 @@ def pixel_batches(
     *,
     workers: int,
     pin: bool,
-    digests: UInt8[np.ndarray, "N 32"] | None = None,
 ) -> PixelBatches:
     """Decode ``batches`` of rows, in order. Workers start at once, not with the first batch asked for.
 
@@ -231,14 +186,12 @@ def pixel_batches(
         batches: Rows of each batch; read lazily, a few batches ahead, in the thread that asks for the pixels.
         workers: Worker processes; 0 decodes in this one.
         pin: Whether batches go into page-locked memory, for a GPU.
-        digests: SHA-256 [N, 32] of every item, to be compared with what is decoded, where ``source`` can do that: for
-            a data set that is a user's own code.
 
     Returns:
-        An iterator of one batch of pixels per batch of rows. It raises DatasetError where an item is another than the
-        one that was hashed, and IncompleteError where a worker is killed or has no memory.
+        An iterator of one batch of pixels per batch of rows. It raises what the source raises, with a worker's trace as
+        a note, and IncompleteError where a worker is killed or has no memory.
     """
-    return PixelBatches(_Decoder(source, transform, digests), shape, iter(batches), workers=workers, pin=pin)
+    return PixelBatches(_Decoder(source, transform), shape, iter(batches), workers=workers, pin=pin)
 
 
 @contextmanager

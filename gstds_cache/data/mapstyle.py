@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
@@ -20,11 +21,14 @@ from PIL import Image
 from gstds_cache import scratch
 from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError, to_rgb
-from gstds_cache.data.files import Files
+from gstds_cache.data.files import Files, require_resources
 from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
+
+_UNREADABLE = -1
+_SUMMED_BYTES = 1 << 16
 
 # What reading a damaged image raises from inside a dataset; anything else is a fault of its code, and keeps its trace.
 _READ_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -69,6 +73,7 @@ class MapStyleSource:
         self._again = again
         self._lock = threading.Lock()
         rows = _length(dataset, uri)
+        self._sums = scratch.zeros((rows,), np.int64)  # Of each item when it was hashed; 0 until then.
         self.ids = _ids(dataset, uri, rows)
         self.classes = class_names(dataset)
         with contextlib.suppress(*_READ_ERRORS):  # A damaged first item is one bad item; a wrong type is all of them.
@@ -92,26 +97,39 @@ class MapStyleSource:
         try:
             image = self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
+            require_resources(error)
+            self._sums[row] = _UNREADABLE
             raise OSError(f"item {row}: {error}") from error
-        return _payload(image)
+        self._sums[row] = _sum(image)
+        return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
 
     def image(self, row: int) -> Image.Image:
-        """Item ``row`` in RGB.
+        """Item ``row`` in RGB; if it was hashed, the image that was hashed, in whichever process.
 
         Raises:
             UndecodableError: The dataset cannot read the item.
+            DatasetError: It could when the item was hashed, or the item was another image then.
         """
+        hashed = int(self._sums[row])
         try:
-            return self._rgb(self._item(row)[0])
+            image = self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
+            require_resources(error)
             reason = getattr(error, "strerror", None) or type(error).__name__
+            if hashed > 0:
+                raise self._another(row, f"could be read when it was hashed, and cannot now: {reason}") from error
             raise UndecodableError(f"unreadable: {reason}") from None
-
-    def image_of(self, row: int, look: Callable[[bytes], None]) -> Image.Image:
-        """Item ``row`` in RGB, after ``look`` has seen its payload; it is read once."""
-        image = self.image(row)
-        look(_payload(image))
+        if hashed and _sum(image) != hashed:
+            raise self._another(row, "is another image now than when it was hashed")
         return image
+
+    def _another(self, row: int, what: str) -> DatasetError:
+        return DatasetError(
+            f"data set {self.uri!r}: row {row} ({self.ids[row]}) {what}; expected the same each time, in every process",
+            hint="take random transforms out of the dataset: augmentation comes after the cache. Where nothing is "
+            "random, its items may depend on the process that reads them (a connection or random state that processes "
+            "share): try --workers 0",
+        )
 
     def for_workers(self) -> Callable[[], MapStyleSource]:
         """Called in a process that is forked from this one, what this returns gives a source with a dataset of its own.
@@ -248,8 +266,13 @@ def _length(dataset: Any, uri: str) -> int:
     return rows
 
 
-def _payload(image: Image.Image) -> bytes:
-    return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
+def _sum(image: Image.Image) -> int:
+    """A number that tells an image from another; of a large one, lines that lie evenly are enough."""
+    lines = max(1, _SUMMED_BYTES // (3 * image.width))
+    size = f"{image.width}x{image.height}|".encode()
+    if lines < image.height:
+        image = image.resize((image.width, lines), Image.Resampling.NEAREST)
+    return int(google_crc32c.extend(google_crc32c.value(size), image.tobytes())) + 1
 
 
 def _numbers(values: Iterable[int], rows: int) -> Int64[np.ndarray, " N"]:

@@ -65,12 +65,6 @@ class Subset:
         """The part's item ``row`` in RGB."""
         return self.base.image(int(self.rows[row]))
 
-    @property
-    def image_of(self) -> Callable[[int, Callable[[bytes], None]], Image.Image] | None:
-        """Gives an item after its payload was looked at, where the whole can do that."""
-        image_of = getattr(self.base, "image_of", None)
-        return None if image_of is None else lambda row, look: image_of(int(self.rows[row]), look)
-
     def for_workers(self) -> Callable[[], Subset]:
         """Called in a process that is forked from this one, what this returns gives the same part of its own whole."""
         make = getattr(self.base, "for_workers", None)

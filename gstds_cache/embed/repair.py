@@ -126,8 +126,7 @@ def repair_store(
 
         run_on = resolve_device(device)
         workers = workers_for(source, encoder, workers, run_on)
-        digests = manifest.sha256
-        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, digests=digests, on_batch=on_batch)
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
         made = _make_again(writer, task, redo)
         images = task.clock.images
         committed = {unit: receipt for unit, receipt in writer.recover().items() if unit not in made}

@@ -164,7 +164,7 @@ def embed_dataset(
         "provenance": _provenance(source.uri, config, device),
     }
     with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
-        task, before = _fill(job, writer, manifest, executor or LocalExecutor(), progress)
+        task, before = _fill(job, writer, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
         writer.finish(lambda done, total: progress("check", done, total, {}))
     store = EmbeddingStore(where)
@@ -277,9 +277,7 @@ def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estim
     )
 
 
-def _fill(
-    job: Job, writer: StoreWriter, manifest: DatasetManifest, executor: Executor, progress: Progress
-) -> tuple[EmbedTask, int]:
+def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
     """Embed the units that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()
@@ -295,7 +293,6 @@ def _fill(
         device=job.device,
         workers=workers_for(job.source, job.encoder, job.config.workers, job.device),
         known=job.known,
-        digests=manifest.sha256,
         on_batch=on_batch,
     )
     for _receipt in executor.run(task, [unit for unit in range(spec.units) if unit not in committed]):

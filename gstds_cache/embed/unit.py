@@ -118,7 +118,6 @@ class EmbedTask:
         device: torch.device,
         workers: int,
         known: Known | None = None,
-        digests: UInt8[np.ndarray, "N 32"] | None = None,
         on_batch: Callable[[Clock], None] | None = None,
     ) -> None:
         """Take what units are made from.
@@ -131,12 +130,10 @@ class EmbedTask:
             workers: Processes that decode.
             known: For a range of rows, which of them [R] are known already, and those rows' embeddings [K, D] in order;
                 they are neither decoded nor embedded. Asked once for each unit, and twice for one that is known whole.
-            digests: SHA-256 of every item, as hashed before, to be compared with what is decoded, where it can be.
             on_batch: Called after every batch.
         """
         self.source, self.encoder, self.writer = source, encoder.to(device), writer
         self.device, self.workers, self.known, self.on_batch = device, workers, known, on_batch
-        self.digests = digests
         self.clock = Clock()
 
     def __call__(self, units: Sequence[int]) -> Iterator[Receipt]:
@@ -176,7 +173,6 @@ class EmbedTask:
             (rows for unit in units for rows in plan.look_ahead(unit)),
             workers=self.workers,
             pin=self.device.type == "cuda",
-            digests=self.digests,
         )
         in_flight: deque[_Flight] = deque()
         # Whatever ends this block (an error, Ctrl-C, a caller who has enough) ends the thread and the workers too. A

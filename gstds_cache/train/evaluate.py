@@ -5,9 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import nn
 
 from gstds_cache.data.loading import pixel_batches, worth_workers
@@ -42,7 +40,6 @@ def evaluate(
     *,
     side: int,
     workers: int,
-    digests: UInt8[np.ndarray, "N 32"] | None = None,
     ranks: Ranks | None = None,
 ) -> Accuracy:
     """Classify every item of ``source``.
@@ -53,7 +50,6 @@ def evaluate(
         device: Where the network is.
         side: Side of the square images in pixels.
         workers: Processes that decode.
-        digests: SHA-256 of every item, as hashed before, to be compared with what is decoded, where it can be.
         ranks: Share the items out over these ranks; all of them have to call this.
 
     Returns:
@@ -68,7 +64,7 @@ def evaluate(
     right, items, undecodable = 0, 0, 0
     shape = (3, side, side)
     workers = worth_workers(source, side, workers)
-    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False, digests=digests)
+    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False)
     with closing(decoded) as batches:
         for batch in batches:
             failed = {row for row, _ in batch.failures}

@@ -53,7 +53,6 @@ class ImageFeed:
         side: int,
         memory_budget: int,
         workers: int,
-        digests: UInt8[np.ndarray, "N 32"] | None = None,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Decode everything now if it fits ``memory_budget`` bytes.
@@ -63,10 +62,9 @@ class ImageFeed:
             side: Side of the square images in pixels.
             memory_budget: Bytes of decoded images that may be held.
             workers: Processes that decode.
-            digests: SHA-256 of every item, as hashed before, to be compared with what is decoded, where it can be.
             progress: Called with images decoded and images in all while memory is filled.
         """
-        self.side, self._source, self._workers, self._digests = side, source, workers, digests
+        self.side, self._source, self._workers = side, source, workers
         self.in_memory = len(source) * 3 * side * side <= memory_budget
         self._failed: dict[int, str] = {}
         self._fine = torch.ones(len(source), dtype=torch.bool)
@@ -117,7 +115,6 @@ class ImageFeed:
             rows,
             workers=workers,
             pin=torch.cuda.is_available(),
-            digests=self._digests,
         )
 
     def _refuse(self, failures: Iterable[tuple[int, str]]) -> None:

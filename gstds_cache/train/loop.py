@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import nn
 
 from gstds_cache.config import TrainConfig
@@ -117,7 +117,6 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     run_dir: RunDir,
     *,
     evaluation: ImageSource | None = None,
-    digests: tuple[UInt8[np.ndarray, "N 32"] | None, UInt8[np.ndarray, "M 32"] | None] = (None, None),
     ranks: Ranks | None = None,
     method: BatchMethod | None = None,
     feed: ImageFeed | None = None,
@@ -133,8 +132,6 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
         run_dir: Where metrics and checkpoints go, and come from.
         evaluation: The data set accuracy is measured on, with the same classes.
-        digests: SHA-256 of every item of ``source`` and of ``evaluation``, as hashed before, to be compared with what
-            is decoded, where it can be.
         ranks: This process among several; None for one alone.
         method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
         feed: Pixels of ``source`` that are decoded already, for whoever trains several times; None decodes them now.
@@ -168,7 +165,6 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         side=side,
         memory_budget=config.memory_budget,
         workers=config.workers,
-        digests=digests[0],
         progress=lambda done, total: progress("load", done, total, 0.0),
     )
     seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
@@ -315,8 +311,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     accuracy = None
     if evaluation is not None:
         started = time.perf_counter()
-        workers = config.workers
-        accuracy = evaluate(network, evaluation, device, side=side, workers=workers, digests=digests[1], ranks=ranks)
+        accuracy = evaluate(network, evaluation, device, side=side, workers=config.workers, ranks=ranks)
         seconds["eval"] += time.perf_counter() - started
         meter.add("eval")
     rounded = {phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()}
