@@ -15,7 +15,7 @@ import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
+class _OpenFile:
+    number: int
+    flags: int
+    identity: tuple[int, int]
+    position: int = 0
+
+    @classmethod
+    def at(cls, number: int) -> _OpenFile:
+        status = os.fstat(number)
+        return cls(number, fcntl.fcntl(number, fcntl.F_GETFL), (status.st_dev, status.st_ino))
+
+
+@dataclass(frozen=True)
 class OpenFiles:
     """The files this process has open to read, with where it reads; taken before a fork, to open them anew after it.
 
@@ -140,7 +153,7 @@ class OpenFiles:
     module or a class, which a fork copies. A descriptor that is opened anew keeps its number and has its own position.
     """
 
-    files: tuple[tuple[int, int, int], ...]
+    files: tuple[_OpenFile, ...]
 
     @classmethod
     def now(cls) -> OpenFiles:
@@ -149,19 +162,22 @@ class OpenFiles:
         with suppress(OSError):  # No /proc.
             for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 - names, and no paths
                 with suppress(OSError):  # The listing's own.
-                    flags = fcntl.fcntl(number, fcntl.F_GETFL)
-                    read = flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_PATH
+                    file = _OpenFile.at(number)
+                    read = file.flags & os.O_ACCMODE != os.O_WRONLY and not file.flags & os.O_PATH
                     if number > 2 and read and stat.S_ISREG(os.fstat(number).st_mode):
-                        found.append((number, flags, os.lseek(number, 0, os.SEEK_CUR)))
+                        found.append(replace(file, position=os.lseek(number, 0, os.SEEK_CUR)))
         return cls(tuple(found))
 
     def open_anew(self) -> None:
         """In the forked process: open each again, at the same place. One that may not be opened stays shared."""
-        for number, flags, position in self.files:
+        for file in self.files:
             with suppress(OSError):
-                own = os.open(f"/proc/self/fd/{number}", flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC))
+                # Between the listing and the fork a descriptor may have been closed, and its number given to another.
+                if _OpenFile.at(file.number) != replace(file, position=0):
+                    continue
+                own = os.open(f"/proc/self/fd/{file.number}", file.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC))
                 try:
-                    os.lseek(own, position, os.SEEK_SET)
-                    os.dup2(own, number, inheritable=os.get_inheritable(number))
+                    os.lseek(own, file.position, os.SEEK_SET)
+                    os.dup2(own, file.number, inheritable=os.get_inheritable(file.number))
                 finally:
                     os.close(own)

@@ -134,6 +134,9 @@ class PixelBatches(Iterator[PixelBatch]):
             except NotCopiedError as error:
                 self._left.extend(self._pool.pending)
                 self._alone(error)
+            except BaseException:
+                self.close()  # Whoever looks at the error may keep this alive.
+                raise
         rows = self._left.popleft() if self._left else next(self._batches)
         pixels = torch.empty((len(rows), *self._shape), dtype=torch.uint8, pin_memory=self._pin)
         failures, seconds = self._decoder(rows, pixels)

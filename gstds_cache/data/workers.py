@@ -72,9 +72,10 @@ class Pool:
             for _ in range(size):
                 self._workers.append(_Worker(prepare, shape, self._workers, files))
         except OSError as error:
+            refused = len(self._workers) + 1
             self.close()
             raise IncompleteError(
-                f"starting {size} processes that decode images: the system refused number {len(self._workers) + 1}: "
+                f"starting {size} processes that decode images: the system refused number {refused}: "
                 f"{error.strerror or error}",
                 hint=f"use fewer --workers, or --workers 0, or raise the limit ({_limit(error)})",
             ) from error
