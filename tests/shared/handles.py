@@ -9,6 +9,7 @@ import gzip
 import io
 import mmap
 import os
+import signal
 import sqlite3
 import threading
 import zipfile
@@ -238,6 +239,18 @@ def failing() -> Items:
             return super().read(row)
 
     return Failing()
+
+
+def deadly() -> Items:
+    """A data set that kills whoever reads an item of it, but for the first process, while there is a file "deadly"."""
+
+    class Deadly(RawFile):
+        def read(self, row: int) -> bytes:
+            if row == 200 and os.getpid() != HOME and Path("deadly").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().read(row)
+
+    return Deadly()
 
 
 FACTORIES = (
