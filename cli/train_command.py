@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +14,7 @@ import click
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.costs import Cost, recall, selection_costs, store_costs
-from gstds_cache.errors import UsageError, command_line
+from gstds_cache.errors import IncompleteError, UsageError, command_line
 
 from .common import (
     Command,
@@ -191,19 +193,17 @@ def main(
             for note in memo.notes if ranks.first else ():
                 click.echo(f"note: {note}", err=True)
             try:
-                report = train(
-                    source,
-                    stream,
-                    config,
-                    run_dir,
-                    evaluation=evaluation,
-                    ranks=ranks,
-                    progress=progress,
-                    interruptible=stop_after_step,
-                )
-            except KeyboardInterrupt:
-                words = command_line("--resume", "--out", run_dir.path)
-                raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
+                with _saying_how_to_go_on(run_dir.path):
+                    report = train(
+                        source,
+                        stream,
+                        config,
+                        run_dir,
+                        evaluation=evaluation,
+                        ranks=ranks,
+                        progress=progress,
+                        interruptible=stop_after_step,
+                    )
             finally:
                 if isinstance(progress, Progress):
                     progress.end()
@@ -217,6 +217,26 @@ def main(
     _print_ledger(ledger)
     if as_json:
         print_json(_as_dict(run_dir.path, report, header, ranks.world_size) | {"ledger": ledger.to_dict()})
+
+
+@contextmanager
+def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """Name the run in whatever ends training before its end.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted.
+        IncompleteError: A process that decodes was killed, or a resource ran out.
+    """
+    words = command_line("--resume", "--out", run_dir)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
+    except IncompleteError as error:
+        raise IncompleteError(error.message, hint=f"{error.hint}, with {words}") from error
 
 
 def _measured_selection(cache: str, header: Header) -> SelectionCost:

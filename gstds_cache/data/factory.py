@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from gstds_cache.data.mapstyle import MapStyleSource, importable
@@ -57,6 +58,7 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
             kind=f"module:{name}",
             folder=folder,
             mirror_safe=bool(getattr(dataset, "mirror_safe", True)),
+            again=partial(factory, **params),
         )
         _check_repeatable(source)
     return source

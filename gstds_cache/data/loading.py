@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
-import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from gstds_cache.data.copies import NotCopiedError
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
+from gstds_cache.data.workers import Pool
 from gstds_cache.devices import cores
 
+_log = logging.getLogger(__name__)
 PixelTransform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -41,44 +43,128 @@ class PixelBatch:
     failures: tuple[tuple[int, str], ...]
     seconds: float = 0.0
 
-    def pin_memory(self) -> PixelBatch:
-        """The batch in page-locked memory (called by DataLoader)."""
-        return PixelBatch(self.rows, self.pixels.pin_memory(), self.failures, self.seconds)
 
+@dataclass(frozen=True)
+class _Decoder:
+    """What decodes: in this process, or, once it was :meth:`prepared` there, in another."""
 
-class _Rows(Dataset[tuple[torch.Tensor, str | None]]):
-    def __init__(self, source: ImageSource, transform: PixelTransform, shape: tuple[int, int, int]) -> None:
-        self.source, self.transform, self.shape = source, transform, shape
+    source: ImageSource
+    transform: PixelTransform
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, str | None]:
-        try:
-            return self.transform(self.source.image(row)), None
-        except UndecodableError as error:
-            return torch.zeros(self.shape, dtype=torch.uint8), error.reason
+    def for_workers(self) -> Callable[[], _Decoder]:
+        """Called in another process, what this returns gives a decoder with a source of that process's own.
 
-    def __getitems__(self, rows: Sequence[int]) -> PixelBatch:
+        Raises:
+            NotCopiedError: There can be no such source.
+        """
+        make = getattr(self.source, "for_workers", None)
+        return (lambda: self) if make is None else partial(_with_source, self, make())
+
+    def __call__(self, rows: Sequence[int], pixels: UInt8[torch.Tensor, "B 3 H W"]) -> _Rest:
         begun = time.perf_counter()
-        decoded = [self[row] for row in rows]
-        failures = tuple((row, reason) for row, (_, reason) in zip(rows, decoded, strict=True) if reason is not None)
-        pixels = torch.stack([pixels for pixels, _ in decoded])
-        return PixelBatch(tuple(rows), pixels, failures, time.perf_counter() - begun)
+        failures = []
+        for place, row in enumerate(rows):
+            try:
+                pixels[place] = self.transform(self.source.image(row))
+            except UndecodableError as error:
+                pixels[place] = 0
+                failures.append((row, error.reason))
+        return tuple(failures), time.perf_counter() - begun
 
 
-def _whole(batch: Any) -> Any:
-    return batch
+_Rest = tuple[tuple[tuple[int, str], ...], float]
+"""Failures, and seconds."""
 
 
-def quiet_worker(_worker: int) -> None:
-    """Leave Ctrl-C to the parent, which stops its workers itself; when it has gone, go without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tell = sys.excepthook
+def _with_source(decoder: _Decoder, make: Callable[[], ImageSource]) -> _Decoder:
+    return replace(decoder, source=make())
 
-    def unless_gone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # The thread that hands tensors over (multiprocessing.resource_sharer) tells of a parent that hung up.
-        if not issubclass(kind, EOFError | ConnectionError):
-            tell(kind, error, trace)
 
-    sys.excepthook = unless_gone
+class PixelBatches(Iterator[PixelBatch]):
+    """Batches of pixels, one after the other, from :func:`pixel_batches`.
+
+    Attributes:
+        workers: Processes that decode; 0 where this one does, also if others were to.
+    """
+
+    def __init__(
+        self,
+        decoder: _Decoder,
+        shape: tuple[int, int, int],
+        batches: Iterator[Sequence[int]],
+        *,
+        workers: int,
+        pin: bool,
+    ) -> None:
+        """Start the workers, and ask for the first batches."""
+        self.workers = 0
+        self._decoder, self._shape, self._batches, self._pin = decoder, shape, batches, pin
+        self._pool: Pool | None = None
+        self._left: deque[Sequence[int]] = deque()
+        if workers and not hasattr(os, "memfd_create"):
+            workers = 0  # Not Linux.
+        try:
+            prepare = decoder.for_workers() if workers else None
+        except NotCopiedError as error:
+            self._alone(error)
+            return
+        if prepare is not None:
+            with _interrupt_afterwards():
+                self._pool = Pool(prepare, shape, workers)
+            self.workers = workers
+            self._ask()
+
+    def __iter__(self) -> PixelBatches:
+        return self
+
+    def __next__(self) -> PixelBatch:
+        """The next batch.
+
+        Raises:
+            StopIteration: There are no more.
+        """
+        if self._pool is not None:
+            if not self._pool.pending:
+                self.close()
+                raise StopIteration
+            try:
+                rows, pixels, (failures, seconds) = self._pool.take(pin=self._pin)
+                self._ask()
+                return PixelBatch(tuple(rows), pixels, failures, seconds)
+            except NotCopiedError as error:
+                self._left.extend(self._pool.pending)
+                self._alone(error)
+            except BaseException:
+                self.close()  # Whoever looks at the error may keep this alive.
+                raise
+        rows = self._left.popleft() if self._left else next(self._batches)
+        pixels = torch.empty((len(rows), *self._shape), dtype=torch.uint8, pin_memory=self._pin)
+        failures, seconds = self._decoder(rows, pixels)
+        return PixelBatch(tuple(rows), pixels, failures, seconds)
+
+    def _ask(self) -> None:
+        """Ask for as many batches as may be under way."""
+        while self._pool is not None and self._pool.has_room:
+            rows = next(self._batches, None)
+            if rows is None:
+                return
+            self._pool.ask(rows)
+
+    def _alone(self, why: NotCopiedError) -> None:
+        """Go on in this process, whose object the data set is."""
+        self.close()
+        _log.warning(
+            "note: data set %r is read by one process, this one, whatever --workers says: an object of its own for "
+            "each process cannot be made (%s)",
+            self._decoder.source.uri,
+            why.message,
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        pool, self._pool, self.workers = self._pool, None, 0
+        if pool is not None:
+            pool.close()
 
 
 def pixel_batches(
@@ -89,10 +175,12 @@ def pixel_batches(
     *,
     workers: int,
     pin: bool,
-) -> Generator[PixelBatch, None, None]:
+) -> PixelBatches:
     """Decode ``batches`` of rows, in order. Workers start at once, not with the first batch asked for.
 
-    ``close()`` of what is returned stops the workers; so does the last reference to it that goes away.
+    ``close()`` of what is returned stops the workers; so does the last reference to it that goes away. What is decoded
+    does not depend on the number of workers: a data set object of a user's own is never shared between processes
+    (:mod:`gstds_cache.data.copies`); where it cannot be had more than once, this process decodes, and says so.
 
     Args:
         source: The data set.
@@ -103,22 +191,10 @@ def pixel_batches(
         pin: Whether batches go into page-locked memory, for a GPU.
 
     Returns:
-        An iterator of one batch of pixels per batch of rows.
+        An iterator of one batch of pixels per batch of rows. It raises what the source raises, with a worker's trace as
+        a note, and IncompleteError where a worker is killed or has no memory.
     """
-    loader: DataLoader[PixelBatch] = DataLoader(
-        _Rows(source, transform, shape),  # type: ignore[arg-type]
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_whole,
-        pin_memory=pin,
-        worker_init_fn=quiet_worker,
-    )
-    with warnings.catch_warnings():
-        # Python 3.12 warns of fork in a process with threads. Workers decode and do nothing else.
-        warnings.filterwarnings("ignore", message=".*fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
-        with _interrupt_afterwards():
-            started = iter(loader)
-        return _until_closed(started)
+    return PixelBatches(_Decoder(source, transform), shape, iter(batches), workers=workers, pin=pin)
 
 
 @contextmanager
@@ -147,12 +223,6 @@ def _interrupt_afterwards() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if arrived:
         raise KeyboardInterrupt
-
-
-def _until_closed(batches: Iterator[PixelBatch]) -> Generator[PixelBatch, None, None]:
-    # The loader's iterator stops its workers when the last reference goes. A traceback would keep one to a plain
-    # iterator for as long as the exception is looked at; this one's goes with close().
-    yield from batches
 
 
 def default_workers(device: torch.device) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt8
 
 from gstds_cache import scratch
-from gstds_cache.data.files import Files
+from gstds_cache.data.files import Files, require_resources
 from gstds_cache.data.memo import HashMemo, settled, signatures_of
 from gstds_cache.data.names import AT_ONCE, Names, cut, held
 from gstds_cache.data.source import ImageSource
@@ -287,5 +287,6 @@ def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
     try:
         # A file can be larger than memory.
         return files.sha256(row) if files is not None else hashlib.sha256(source.payload(row)).digest()
-    except OSError:
+    except OSError as error:
+        require_resources(error)
         return UNREADABLE

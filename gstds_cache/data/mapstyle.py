@@ -9,20 +9,26 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache import scratch
+from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError, to_rgb
-from gstds_cache.data.files import Files
+from gstds_cache.data.files import Files, require_resources
 from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
+
+_UNREADABLE = -1
+_SUMMED_BYTES = 1 << 16
 
 # What reading a damaged image raises from inside a dataset; anything else is a fault of its code, and keeps its trace.
 _READ_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -31,8 +37,9 @@ _READ_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.
 class MapStyleSource:
     """A dataset object with ``__len__`` and ``__getitem__``. An item's payload is its pixels in RGB.
 
-    Items are read one at a time, since such objects often share a file handle. In another process the dataset is
-    unpickled, with ``folder`` importable, as it was when the dataset was made.
+    Items are read one at a time, since such objects often share a file handle. A process that decodes has a dataset of
+    its own (:meth:`for_workers`). In any other process the dataset is unpickled, with ``folder`` importable, as it was
+    when the dataset was made.
     """
 
     def __init__(
@@ -44,15 +51,29 @@ class MapStyleSource:
         folder: str = "",
         mirror_safe: bool = True,
         notes: Sequence[str] = (),
+        again: Callable[[], Any] | None = None,
     ) -> None:
+        """Take a dataset.
+
+        Args:
+            dataset: The object.
+            uri: The data set as the user named it.
+            kind: What sort of data set this is.
+            folder: What is to be importable where the dataset is unpickled or made again.
+            mirror_safe: Whether an image keeps its label when it is mirrored left to right.
+            notes: What the user should be told.
+            again: Makes the same dataset once more, for another process.
+        """
         self.uri = uri
         self.kind = kind
         self.mirror_safe = mirror_safe
         self.notes = tuple(notes)
         self._dataset = dataset
         self._folder = folder
+        self._again = again
         self._lock = threading.Lock()
         rows = _length(dataset, uri)
+        self._sums = scratch.zeros((rows,), np.int64)  # Of each item when it was hashed; 0 until then.
         self.ids = _ids(dataset, uri, rows)
         self.classes = class_names(dataset)
         with contextlib.suppress(*_READ_ERRORS):  # A damaged first item is one bad item; a wrong type is all of them.
@@ -76,20 +97,59 @@ class MapStyleSource:
         try:
             image = self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
+            require_resources(error)
+            self._sums[row] = _UNREADABLE
             raise OSError(f"item {row}: {error}") from error
+        self._sums[row] = _sum(image)
         return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
 
     def image(self, row: int) -> Image.Image:
-        """Item ``row`` in RGB.
+        """Item ``row`` in RGB; if it was hashed, the image that was hashed, in whichever process.
 
         Raises:
             UndecodableError: The dataset cannot read the item.
+            DatasetError: It could when the item was hashed, or the item was another image then.
         """
+        hashed = int(self._sums[row])
         try:
-            return self._rgb(self._item(row)[0])
+            image = self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
+            require_resources(error)
             reason = getattr(error, "strerror", None) or type(error).__name__
+            if hashed > 0:
+                raise self._another(row, f"could be read when it was hashed, and cannot now: {reason}") from error
             raise UndecodableError(f"unreadable: {reason}") from None
+        if hashed and _sum(image) != hashed:
+            raise self._another(row, "is another image now than when it was hashed")
+        return image
+
+    def _another(self, row: int, what: str) -> DatasetError:
+        return DatasetError(
+            f"data set {self.uri!r}: row {row} ({self.ids[row]}) {what}; expected the same each time, in every process",
+            hint="take random transforms out of the dataset: augmentation comes after the cache. Where nothing is "
+            "random, its items may depend on the process that reads them (a connection or random state that processes "
+            "share): try --workers 0",
+        )
+
+    def for_workers(self) -> Callable[[], MapStyleSource]:
+        """Called in a process that is forked from this one, what this returns gives a source with a dataset of its own.
+
+        Raises:
+            NotCopiedError: The dataset does not pickle, and nobody knows how it was made.
+        """
+        return partial(self._with_own, Copies(self._dataset, self._again))
+
+    def _with_own(self, copies: Copies) -> MapStyleSource:
+        with importable(self._folder):
+            dataset = copies.make()
+        if len(dataset) != len(self):
+            raise DatasetError(
+                f"data set {self.uri!r}: made again in another process it has {len(dataset)} items, here {len(self)}",
+                hint="let it hold the same items each time it is made",
+            )
+        own = object.__new__(type(self))
+        own.__dict__.update(self.__dict__, _dataset=dataset, _lock=threading.Lock())
+        return own
 
     def _item(self, row: int) -> tuple[Any, Any]:
         with self._lock:
@@ -143,7 +203,7 @@ class MapStyleSource:
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in {"_lock", "_dataset"}}
+        state = {name: value for name, value in self.__dict__.items() if name not in {"_lock", "_dataset", "_again"}}
         try:
             state["pickled"] = pickle.dumps(self._dataset)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -156,7 +216,7 @@ class MapStyleSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         with importable(state["_folder"]):
             self._dataset = pickle.loads(state.pop("pickled"))
-        self._lock = threading.Lock()
+        self._lock, self._again = threading.Lock(), None
         self.__dict__.update(state)
 
 
@@ -204,6 +264,15 @@ def _length(dataset: Any, uri: str) -> int:
     if rows < 1:
         raise DatasetError(f"data set {uri!r}: got 0 items, expected at least 1")
     return rows
+
+
+def _sum(image: Image.Image) -> int:
+    """A number that tells an image from another; of a large one, lines that lie evenly are enough."""
+    lines = max(1, _SUMMED_BYTES // (3 * image.width))
+    size = f"{image.width}x{image.height}|".encode()
+    if lines < image.height:
+        image = image.resize((image.width, lines), Image.Resampling.NEAREST)
+    return int(google_crc32c.extend(google_crc32c.value(size), image.tobytes())) + 1
 
 
 def _numbers(values: Iterable[int], rows: int) -> Int64[np.ndarray, " N"]:

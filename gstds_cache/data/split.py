@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
@@ -64,6 +64,15 @@ class Subset:
     def image(self, row: int) -> Image.Image:
         """The part's item ``row`` in RGB."""
         return self.base.image(int(self.rows[row]))
+
+    def for_workers(self) -> Callable[[], Subset]:
+        """Called in a process that is forked from this one, what this returns gives the same part of its own whole."""
+        make = getattr(self.base, "for_workers", None)
+        return (lambda: self) if make is None else partial(_part_of, self, make())
+
+
+def _part_of(part: Subset, make: Callable[[], ImageSource]) -> Subset:
+    return replace(part, base=make())
 
 
 def open_split(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def open_torchvision(uri: str, name: str, params: Mapping[str, str]) -> ImageSou
         raise unknown_name("torchvision data set", name, known)
     arguments = _arguments(uri, known[name], params)
     dataset = _construct(uri, known[name], arguments)
-    return _adapt(uri, name, dataset, str(arguments.get("root", "")))
+    again = partial(_construct, uri, known[name], arguments)
+    return _adapt(uri, name, dataset, str(arguments.get("root", "")), again)
 
 
 def _arguments(uri: str, cls: type, params: Mapping[str, str]) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def _download_command(cls: type, root: str) -> str:
     return f"""python -c "from torchvision.datasets import {cls.__name__}; {cls.__name__}('{root}', download=True)\""""
 
 
-def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
+def _adapt(uri: str, name: str, dataset: Any, root: str, again: Callable[[], Any]) -> ImageSource:
     kind, mirror_safe = f"torchvision:{name}", name not in _MIRROR_UNSAFE
     if name in {"CIFAR10", "CIFAR100"}:
         return ArraySource(
@@ -157,7 +159,7 @@ def _adapt(uri: str, name: str, dataset: Any, root: str) -> ImageSource:
         )
     files = _files_and_labels(dataset)
     if files is None:
-        return MapStyleSource(dataset, uri=uri, kind=kind, mirror_safe=mirror_safe)
+        return MapStyleSource(dataset, uri=uri, kind=kind, mirror_safe=mirror_safe, again=again)
     paths, labels = files
     return FileSource(
         uri=uri,

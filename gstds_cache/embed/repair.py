@@ -98,7 +98,7 @@ def repair_store(
     Raises:
         UsageError: A unit does not exist, or there cannot be so many workers.
         FingerprintMismatchError: The data set or the model is not the store's.
-        IncompleteError: Another process is writing the store.
+        IncompleteError: Another process is writing the store, or a process that decodes was killed.
         IntegrityError: The specification itself is damaged.
     """
     journal = Journal(where)

@@ -132,7 +132,8 @@ def embed_dataset(
         EncoderError: The model cannot be built.
         FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
         ChunkCorruptError: A store is damaged.
-        IncompleteError: The disk is too small, or memory ran out on the way.
+        IncompleteError: The disk is too small, or memory ran out on the way, or a process that decodes was killed.
+        DatasetError: An item of a user's own data set is another than when it was hashed.
     """
     if where is None and root is None:
         raise ValueError("where or root is needed")

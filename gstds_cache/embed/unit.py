@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from gstds_cache.data.loading import PixelBatch, pixel_batches
+from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
-from gstds_cache.errors import IncompleteError
+from gstds_cache.errors import GstdsError, IncompleteError
 from gstds_cache.store.receipt import Quarantined, Receipt
 from gstds_cache.store.writer import StoreWriter
 
@@ -147,22 +147,18 @@ class EmbedTask:
 
         Raises:
             IncompleteError: Memory ran out, or a decoding process was killed.
+            DatasetError: An item is another than the one that was hashed.
         """  # noqa: DOC501
         self.clock = Clock(workers=self.workers)
         try:
             yield from self._run(units)
         except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
+            if not isinstance(error, GstdsError) and out_of_memory(error):
                 raise IncompleteError(
                     f"out of memory after {self.clock.images:,} images of this run, at batch size "
                     f"{self.writer.spec.batch_size}: {str(error).partition(chr(10))[0][:200]}",
                     hint="nothing committed is lost: end what else uses that memory, then run the same command again; "
                     "or embed with a smaller --batch-size into a new --cache",
-                ) from error
-            if str(error).startswith("DataLoader worker (pid"):
-                raise IncompleteError(
-                    f"a process that decodes images was killed: {error}",
-                    hint="nothing committed is lost: the same command goes on, with fewer --workers if memory ran out",
                 ) from error
             raise
         finally:
@@ -193,7 +189,7 @@ class EmbedTask:
                 yield from self._land(in_flight.popleft(), commits)
             yield from commits.collect()
 
-    def _launch(self, work: UnitWork, batches: Iterator[PixelBatch]) -> Iterator[_Flight]:
+    def _launch(self, work: UnitWork, batches: PixelBatches) -> Iterator[_Flight]:
         """Queue one unit's forward passes, each as it is asked for.
 
         Yields:
@@ -207,6 +203,7 @@ class EmbedTask:
             loaded = time.perf_counter()
             self.clock.waiting += loaded - begun
             self.clock.decode += batch.seconds
+            self.clock.workers = batches.workers
             features = self.encoder.queue(_filled_up(batch.pixels, self.writer.spec.batch_size))
             # For a GPU: into page-locked memory, or the copy would wait for the forward pass.
             here = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.device.type == "cuda")
@@ -300,12 +297,7 @@ class CommitThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._pool.shutdown()
-        except RuntimeError:
-            # A decoding process has died meanwhile: PyTorch raises that wherever the main thread happens to be.
-            self._pool.shutdown()
-            raise
+        self._pool.shutdown()
 
     @property
     def done(self) -> bool:

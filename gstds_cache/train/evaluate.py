@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,13 @@ def evaluate(
     right, items, undecodable = 0, 0, 0
     shape = (3, side, side)
     workers = worth_workers(source, side, workers)
-    for batch in pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False):
-        failed = {row for row, _ in batch.failures}
-        fine = torch.tensor([row not in failed for row in batch.rows])
-        predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
-        right += int((predicted == labels[list(batch.rows)][fine]).sum())
-        items, undecodable = items + int(fine.sum()), undecodable + len(failed)
+    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False)
+    with closing(decoded) as batches:
+        for batch in batches:
+            failed = {row for row, _ in batch.failures}
+            fine = torch.tensor([row not in failed for row in batch.rows])
+            predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
+            right += int((predicted == labels[list(batch.rows)][fine]).sum())
+            items, undecodable = items + int(fine.sum()), undecodable + len(failed)
     right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
     return Accuracy(right / max(items, 1), items, undecodable)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.loading import PixelBatch, pixel_batches, worth_workers
+from gstds_cache.data.loading import PixelBatches, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.preprocessing import without_ends
 from gstds_cache.errors import UsageError
@@ -70,10 +71,11 @@ class ImageFeed:
         if self.in_memory:
             self._pixels = torch.empty((len(source), 3, side, side), dtype=torch.uint8)
             spans = [range(start, min(start + AHEAD, len(source))) for start in range(0, len(source), AHEAD)]
-            for batch in self._decode(spans, worth_workers(source, side, workers)):
-                self._pixels[list(batch.rows)] = batch.pixels
-                self._failed.update(batch.failures)
-                progress(batch.rows[-1] + 1, len(source))
+            with closing(self._decode(spans, worth_workers(source, side, workers))) as batches:
+                for batch in batches:
+                    self._pixels[list(batch.rows)] = batch.pixels
+                    self._failed.update(batch.failures)
+                    progress(batch.rows[-1] + 1, len(source))
             self._fine[list(self._failed)] = False
 
     @property
@@ -81,7 +83,7 @@ class ImageFeed:
         """Which images could be decoded, where all are held in memory; else nobody knows yet, and all are True."""
         return self._fine.numpy()
 
-    def batches(self, rows: Iterable[Int64[np.ndarray, " M"]]) -> Iterator[UInt8[torch.Tensor, "M 3 S S"]]:
+    def batches(self, rows: Iterable[Int64[np.ndarray, " M"]]) -> Generator[UInt8[torch.Tensor, "M 3 S S"], None, None]:
         """Pixels for each batch of rows.
 
         Args:
@@ -100,11 +102,12 @@ class ImageFeed:
                     self._refuse((row, self._failed[row]) for row in batch.tolist() if row in self._failed)
                 yield self._pixels[index]
         else:
-            for decoded in self._decode((batch.tolist() for batch in rows), self._workers):
-                self._refuse(decoded.failures)
-                yield decoded.pixels
+            with closing(self._decode((batch.tolist() for batch in rows), self._workers)) as batches:
+                for decoded in batches:
+                    self._refuse(decoded.failures)
+                    yield decoded.pixels
 
-    def _decode(self, rows: Iterable[Sequence[int]], workers: int) -> Iterator[PixelBatch]:
+    def _decode(self, rows: Iterable[Sequence[int]], workers: int) -> PixelBatches:
         return pixel_batches(
             self._source,
             SquarePixels(self.side),

@@ -17,7 +17,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -32,7 +32,7 @@ from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.energy import EnergyMeter
-from gstds_cache.errors import DivergedError, StreamError, UsageError
+from gstds_cache.errors import DivergedError, IncompleteError, StreamError, UsageError
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.ranks import rank_positions, real_rows
@@ -148,6 +148,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         FingerprintMismatchError: The stream is not the one the run was begun with.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
+        IncompleteError: A process that decodes was killed, or had no memory; likewise.
         KeyboardInterrupt: ``interruptible`` said so.
     """
     progress = progress or (lambda _phase, _done, _total, _waiting: None)
@@ -225,14 +226,13 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
 
     network.train()
     paces = array("d")  # seconds by the sample, of each step of this session
-    pixel_batches = feed.batches(batches.rows())
-    with interruptible() as stopping:
+    with interruptible() as stopping, closing(feed.batches(batches.rows())) as pixel_batches:
         while True:
             # 1. The next batch: its kept rows from the stream, their pixels from the feed.
             asked, waited = time.perf_counter(), batches.waited
             try:
                 pixels = next(pixel_batches, None)
-            except StreamError:
+            except (StreamError, IncompleteError):
                 save()
                 if stopping():  # Ctrl-C ended the producer at the other end of the pipe as well
                     raise KeyboardInterrupt from None
