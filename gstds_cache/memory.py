@@ -1,4 +1,4 @@
-"""The C allocator, told to keep what it has."""
+"""Memory: the C allocator, told to keep what it has; how libraries say that there is none left."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(*setting) == 1 for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEEP), (_M_TOP_PAD, _PAD)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a device's or the CPU's way to say that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch.OutOfMemoryError is a RuntimeError as well, and says so in these words.
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
