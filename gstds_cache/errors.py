@@ -117,12 +117,17 @@ def command_line(*words: object) -> str:
     return shlex.join(str(word) for word in words)
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception of someone else's code says; nothing where that fails as well."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def in_words(error: BaseException) -> str:
     """An exception of someone else's code on one line: its kind, and the line of its text that says most."""
-    try:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    except Exception:  # their exceptions may fail as well
-        lines = []
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     text = lines[0] if lines else "it gives no reason"
     if len(lines) > 1 and text.startswith("The following operation failed in the TorchScript"):
         text = lines[-1]  # first come the lines of the compiled code

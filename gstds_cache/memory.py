@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from gstds_cache.errors import text_of
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP = (1 << 31) - 1  # bytes; mallopt takes an int
@@ -33,5 +35,5 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     # torch.OutOfMemoryError is a RuntimeError as well, and says so in these words.
-    text = str(error)
+    text = text_of(error)
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

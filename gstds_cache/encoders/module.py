@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gstds_cache.errors import EncoderError
+from gstds_cache.errors import EncoderError, text_of
 from gstds_cache.memory import out_of_memory
 from gstds_cache.plugins import own_code
 
@@ -29,7 +29,7 @@ _AS_FEATURES = {
 def bare(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data parallelism's: its parameters have the names it gave them."""
     while True:
-        inside = getattr(model, "_orig_mod", None)
+        inside = dict(model.named_children()).get("_orig_mod")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inside = model.module
         if not isinstance(inside, nn.Module):
@@ -57,13 +57,14 @@ def make_ready(model: nn.Module, name: str) -> None:
         # An exported program has the mode in which it was exported: two looks tell which (embed/look.py).
         with suppress(NotImplementedError):
             model.eval()
-        model.requires_grad_(False)
+        for parameter in _made(model.parameters()):  # compiled modules have no requires_grad_ of their own
+            parameter.requires_grad_(False)
         model.to("cpu")
 
 
 def own_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's weights: that of the first that has a fraction, or float32 if none has."""
-    found = (t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    found = (t.dtype for t in _made(chain(model.parameters(), model.buffers())) if t.is_floating_point())
     return next(found, torch.float32)
 
 
@@ -82,7 +83,8 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
         EncoderError: The model raised something, or what it returned is something else.
     """
     given, count = f"{_word(pixels.dtype)} {list(pixels.shape)}", len(pixels)
-    with own_code(f"{name}: given {given}, the model", EncoderError, TAKES, but=not_its_own):
+    hint = TAKES if bare(model) is model else f"return the module without torch.compile; {TAKES}"
+    with own_code(f"{name}: given {given}, the model", EncoderError, hint, but=not_its_own):
         features: Any = model(pixels)
     if isinstance(features, torch.Tensor):
         of_each_image = features.ndim == 2 and len(features) == count and features.shape[1] > 0
@@ -96,7 +98,12 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
 
 def not_its_own(error: BaseException) -> bool:
     """Whether an exception out of a model is not its own: memory ran out, or a decoding process died meanwhile."""
-    return out_of_memory(error) or str(error).startswith("DataLoader worker (pid")
+    return out_of_memory(error) or text_of(error).startswith("DataLoader worker (pid")
+
+
+def _made(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Those that are there already; lazy modules make theirs when they are first run."""
+    return (tensor for tensor in tensors if not nn.parameter.is_lazy(tensor))
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -119,4 +126,4 @@ def _remedy(features: Any) -> str:
     if isinstance(features, Mapping):
         pooled = next((key for key in features if "pool" in str(key)), "NAME")
         return f"return one tensor from its forward, e.g. output[{pooled!r}]"
-    return "return one tensor from its forward, e.g. output[0]" if isinstance(features, tuple | list) else ""
+    return f"return one tensor from its forward{', e.g. output[0]' if isinstance(features, tuple | list) else ''}"
