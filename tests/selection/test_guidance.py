@@ -251,7 +251,7 @@ def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_pat
         ("probe?folds=1", "expected from 2"),
         ("probe?folds=two", "expected a int"),
         ("none?cutoff=0.1", "unknown parameter"),
-        ("file:nothing.npy", "no such file"),
+        ("file:nothing.npy", "not found: nothing.npy"),
     ],
 )
 def test_a_guidance_that_cannot_be_meant(store, text: str, words: str) -> None:

@@ -144,7 +144,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str, words: str) ->
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="does not read as text"):
+    with pytest.raises(UsageError, match="--schedule file not found"):
         parse_schedule("file:nowhere.txt")
 
 
