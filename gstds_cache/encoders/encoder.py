@@ -120,7 +120,8 @@ class Encoder:
                 f"{self.spec.model} returned shape {tuple(features.shape)} for {len(pixels)} images, "
                 f"expected [{len(pixels)}, {self.spec.dim}] (pooled features)"
             )
-        return unit_rows(features)
+        with self.its_errors():
+            return unit_rows(features)
 
     def its_errors(self) -> AbstractContextManager[None]:
         """A context in which what is raised is told as the model's error: kernels fail where they are waited for."""
