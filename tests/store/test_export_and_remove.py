@@ -65,10 +65,8 @@ def test_a_name_in_another_encoding_is_a_name(store: Path, command: Run, tmp_pat
     [
         (b"no\xff/rows.npy", "check the path"),
         (b"folder.npy", "is a directory"),
-        (b"rows", "got the ending ''"),
         (b"rows.\xff", "got the ending"),
         (b"x" * 300 + b".parquet", "check the path"),
-        (b"s/COMPLETE.json/rows.arrow", "check the path"),
     ],
 )
 def test_a_place_for_an_export_that_is_none(store: Path, command: Run, tmp_path: Path, name, words: str) -> None:
