@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ class Command(click.Command):
         Raises:
             OSError: One that is not about the disk.
         """
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names may be in another encoding
         try:
             return super().invoke(ctx)
         except GstdsError as error:

@@ -117,6 +117,25 @@ def command_line(*words: object) -> str:
     return shlex.join(str(word) for word in words)
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception of someone else's code says; nothing where that fails as well."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def in_words(error: BaseException) -> str:
+    """An exception of someone else's code on one line: its kind, and the line of its text that says most."""
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "it gives no reason"
+    if len(lines) > 1 and text.startswith("The following operation failed in the TorchScript"):
+        text = lines[-1]  # first come the lines of the compiled code
+    elif len(lines) > 1 and text.endswith(":"):
+        text = f"{text} {lines[1]}"
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
     """Sort ``known`` by likeness to ``name``, nearest first; ties alphabetically."""
     return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio(), k))

@@ -1,14 +1,21 @@
-"""Users' own functions by name: ``package.module:function``."""
+"""Users' own functions by name, ``package.module:function``: found, called, and their errors told as theirs."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Iterable
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gstds_cache.errors import unknown_name
+from gstds_cache.errors import GstdsError, UsageError, in_words, unknown_name
+
+# Frames in these folders say nothing about where a user's own code went wrong.
+_NOT_THEIRS = (f"{sysconfig.get_path('stdlib')}/", f"{Path(__file__).parent}/", "<")
 
 
 def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..., Any]:
@@ -23,22 +30,107 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         The function.
 
     Raises:
-        UsageError: There is no such module, or no such function in it.
-        ModuleNotFoundError: The module is there, but something it imports is not.
+        UsageError: There is no such module or no such function in it, or the module cannot be imported.
     """  # noqa: DOC501
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+        with own_code(f"importing {module_name}", hint=f"to see the whole trace: python -c 'import {module_name}'"):
+            module = importlib.import_module(module_name)
+            found = getattr(module, attribute, None)
+    except UsageError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ModuleNotFoundError) or cause.name is None:
             raise
-        raise unknown_name(f"kind of {what}, or module", name, kinds) from error
+        if f"{module_name}.".startswith(f"{cause.name}."):
+            raise unknown_name(f"kind of {what}, or module", name, kinds) from cause
+        raise UsageError(f"{module_name} imports what is not installed: {cause}", hint=error.hint) from cause
     finally:
-        sys.path.remove(here)
-    found = getattr(module, attribute, None)
+        with suppress(ValueError):  # the module may have changed the path itself
+            sys.path.remove(here)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"{what} in module {module_name}", attribute, names)
     return found  # type: ignore[no-any-return]
+
+
+def call_factory(
+    factory: Callable[..., Any], name: str, params: Mapping[str, str], *, what: str, kind: type[UsageError]
+) -> Any:
+    """Call a user's factory. Arguments that do not fit it are told as such; what it raises itself, as its own error.
+
+    Args:
+        factory: The function.
+        name: ``package.module:function``.
+        params: Its keyword arguments.
+        what: What is being made, in errors, e.g. ``model 'mine:build'``.
+        kind: Class of the errors.
+
+    Returns:
+        What the factory returns.
+
+    Raises:
+        UsageError: The arguments do not fit, or the factory raised something.
+    """
+    call = f"{what}: the call {name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # compiled functions may have none
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**params)
+        except TypeError as error:
+            raise kind(
+                f"{call} failed: {error}; it takes {signature}",
+                hint="query parameters are passed to the factory by name, as strings",
+            ) from error
+    with own_code(call, kind):
+        return factory(**params)
+
+
+def _nothing(_error: BaseException) -> bool:
+    return False
+
+
+@contextmanager
+def own_code(
+    what: str,
+    kind: type[GstdsError] = UsageError,
+    hint: str = "mend it there; nothing was changed",
+    *,
+    but: Callable[[BaseException], bool] = _nothing,
+) -> Iterator[None]:
+    """Turn any exception of a user's own code into one error: what it said, and where.
+
+    Args:
+        what: What was being done.
+        kind: Class of the error.
+        hint: What to do.
+        but: Says of an exception whether it passes through, as it is not the code's own.
+
+    Yields:
+        Nothing; the code runs inside.
+
+    Raises:
+        GstdsError: Of class ``kind``. Ours pass through, as do SystemExit and KeyboardInterrupt.
+    """
+    try:
+        yield
+    except GstdsError:
+        raise
+    except Exception as error:
+        if but(error):
+            raise
+        raise kind(f"{what} failed: {in_words(error)}{where_in(error)}", hint=hint) from error
+
+
+def where_in(error: BaseException) -> str:
+    """`` (FILE:LINE)``: the innermost place of ``error`` that is in no installed library, or ''."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_NOT_THEIRS) and "-packages/" not in frame.filename:
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""

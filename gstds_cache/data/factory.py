@@ -9,7 +9,7 @@ from pathlib import Path
 from gstds_cache.data.mapstyle import MapStyleSource, importable
 from gstds_cache.data.sources import KINDS
 from gstds_cache.errors import DatasetError, GstdsError
-from gstds_cache.plugins import load_factory
+from gstds_cache.plugins import call_factory, load_factory
 
 
 def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSource:
@@ -35,23 +35,10 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
     folder = str(Path.cwd())
     try:
         factory = load_factory(name, "data set", KINDS)
-    except (GstdsError, ImportError) as error:
-        message = error.message if isinstance(error, GstdsError) else f"it imports what is not installed: {error}"
-        hint = (
-            error.hint
-            if isinstance(error, GstdsError)
-            else f"look at the whole trace: python -c 'import {name.partition(':')[0]}'"
-        )
-        raise DatasetError(f"data set {uri!r}: {message}", hint=hint) from error
+    except GstdsError as error:
+        raise DatasetError(f"data set {uri!r}: {error.message}", hint=error.hint) from error
     with importable(folder):
-        try:
-            dataset = factory(**params)
-        except TypeError as error:
-            call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
-            raise DatasetError(
-                f"data set {uri!r}: the call {call} failed: {error}",
-                hint="query parameters are passed to the factory by name, as strings",
-            ) from error
+        dataset = call_factory(factory, name, params, what=f"data set {uri!r}", kind=DatasetError)
         source = MapStyleSource(
             dataset,
             uri=uri,

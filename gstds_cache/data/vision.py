@@ -17,6 +17,7 @@ from gstds_cache.data.mapstyle import MapStyleSource, class_names, label_array
 from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
+from gstds_cache.plugins import own_code
 
 # Characters and signs: mirrored, they are others or none.
 _MIRROR_UNSAFE = frozenset(
@@ -61,9 +62,13 @@ def open_torchvision(uri: str, name: str, params: Mapping[str, str]) -> ImageSou
     if name not in known:
         raise unknown_name("torchvision data set", name, known)
     arguments = _arguments(uri, known[name], params)
-    dataset = _construct(uri, known[name], arguments)
-    again = partial(_construct, uri, known[name], arguments)
-    return _adapt(uri, name, dataset, str(arguments.get("root", "")), again)
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    with own_code(
+        f"data set {uri!r}: {name}({given})", DatasetError, f"see torchvision.datasets.{name} for its arguments"
+    ):
+        dataset = _construct(uri, known[name], arguments)
+        again = partial(_construct, uri, known[name], arguments)
+        return _adapt(uri, name, dataset, str(arguments.get("root", "")), again)
 
 
 def _arguments(uri: str, cls: type, params: Mapping[str, str]) -> dict[str, Any]:

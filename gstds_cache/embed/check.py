@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
+from gstds_cache.embed.look import TwoLooks
+from gstds_cache.embed.unit import NO_FEATURES
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
@@ -53,40 +56,57 @@ def check_sample(
         What was found.
 
     Raises:
+        EncoderError: The model's rows mean nothing.
         ChunkCorruptError: A unit that is read is damaged.
     """
     there = np.flatnonzero(store.valid != layout.MISSING)
     drawn = np.sort(rng_for(seed, "sample").choice(there, min(rows, len(there)), replace=False))
     encoder = encoder.to(resolve_device(device))
+    TwoLooks(source, encoder).compare(store.spec.batch_size)  # else the store is blamed for the model
     problems, cosines = [], [float("nan")]
     for first in range(0, len(drawn), store.spec.batch_size):
         part = drawn[first : first + store.spec.batch_size].tolist()
-        # Padded like the batches of embedding: every forward pass has the same shape.
-        pixels = torch.zeros((store.spec.batch_size, *encoder.input_shape), dtype=torch.uint8)
+        fresh, reasons = _again(part, source, encoder, store.spec.batch_size)
         for place, row in enumerate(part):
-            stored = store.valid[row] == layout.OK
-            try:
-                pixels[place] = encoder.spec.preprocessing.pixels(source.image(row))
-                reason = ""
-            except UndecodableError as error:
-                reason = error.reason
+            stored, reason = store.valid[row] == layout.OK, reasons.get(place, "")
             if stored == bool(reason):
-                text = f"row {row} ({source.ids[row]}) " + (
-                    f"has an embedding, and does not decode now: {reason}" if stored else "decodes now, and did not"
+                text = f"{_name(source, row)} " + (
+                    f"has an embedding, and gets none now: {reason}" if stored else "decodes now, and did not"
                 )
                 problems.append(_problem(store, row, text))
-        fresh = encoder.embed(pixels).cpu().numpy()
-        for place, row in enumerate(part):
-            if store.valid[row] == layout.OK:
+            elif stored:
                 kept = store.gather(np.array([row]), np.empty((1, store.spec.dim), np.float32))[0]
                 cosine = float(kept @ fresh[place] / max(float(np.linalg.norm(kept)), 1e-12))
                 cosines.append(cosine)
-                if not cosine >= 1 - TOLERANCE and kept.any():
-                    text = f"row {row} ({source.ids[row]}): cosine {cosine:.6f} with the same image embedded again"
+                if not cosine >= 1 - TOLERANCE:
+                    text = f"{_name(source, row)}: cosine {cosine:.6f} with the same image embedded again"
                     problems.append(_problem(store, row, text))
     return SampleReport(
         tuple(drawn.tolist()), float(np.nanmin(cosines)) if len(cosines) > 1 else float("nan"), tuple(problems)
     )
+
+
+def _again(
+    part: list[int], source: ImageSource, encoder: Encoder, batch_size: int
+) -> tuple[Float32[np.ndarray, "n D"], dict[int, str]]:
+    """Fresh rows of some items, and why those at some places have none."""
+    # Padded like the batches of embedding: every forward pass has the same shape.
+    pixels = torch.zeros((batch_size, *encoder.input_shape), dtype=torch.uint8)
+    reasons: dict[int, str] = {}
+    for place, row in enumerate(part):
+        try:
+            pixels[place] = encoder.spec.preprocessing.pixels(source.image(row))
+        except UndecodableError as error:
+            reasons[place] = error.reason
+    decoded = [place for place in range(len(part)) if place not in reasons]
+    fresh = encoder.queue(pixels).cpu()[: len(part)]
+    for place in encoder.require_numbers(fresh[decoded], lambda place: _name(source, part[decoded[place]])):
+        reasons[decoded[place]] = NO_FEATURES
+    return fresh.numpy(), reasons
+
+
+def _name(source: ImageSource, row: int) -> str:
+    return f"row {row} ({source.ids[row]})"
 
 
 def _problem(store: EmbeddingStore, row: int, text: str) -> Problem:

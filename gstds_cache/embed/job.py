@@ -13,6 +13,7 @@ import torch
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embed.look import TwoLooks
 from gstds_cache.embed.probe import fitting_batch_size, row_bytes
 from gstds_cache.embed.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
@@ -37,6 +38,15 @@ class Job:
     say: Say
     known: KnownRows | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    looks: TwoLooks = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make what looks at the model's rows before they are relied on."""
+        self.looks = TwoLooks(self.source, self.encoder)
+
+    def fitting(self, batch_size: int, say: Say | None = None) -> int:
+        """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is the first look."""
+        return fitting_batch_size(self.encoder, self.device, batch_size, say, self.looks.first)
 
     @property
     def batch_size(self) -> int | None:
@@ -58,8 +68,16 @@ def settle(
         with suppress(StoreNotFoundError, IncompleteError):
             return spec, EmbeddingStore(where)
         require_fit(job, stored)
+    if stored is None or stored.spec == spec:  # else open_writer says in what they differ
+        look_twice(job, spec)
     job.seconds["fit"] = time.perf_counter() - begun
     return spec, None
+
+
+def look_twice(job: Job, spec: CacheSpec) -> None:
+    """Refuse a model whose rows do not depend on their images alone; say what else is odd about them."""
+    for line in job.looks.compare(spec.batch_size):
+        job.say(line)
 
 
 def require_fit(job: Job, stored: Journal) -> None:
@@ -69,7 +87,7 @@ def require_fit(job: Job, stored: Journal) -> None:
         UsageError: It does not.
     """
     batch_size = stored.spec.batch_size
-    fits = fitting_batch_size(job.encoder, job.device, batch_size)
+    fits = job.fitting(batch_size)
     if fits < batch_size:
         new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
         raise UsageError(
@@ -92,7 +110,7 @@ def specify(job: Job, items: int, items_root: str, stored: Journal | None) -> Ca
         batch_size = _stored_batch_size(job, stored.spec.batch_size)
     else:
         wanted = batch_size or BATCH_SIZE[job.device.type]
-        batch_size = fitting_batch_size(job.encoder, job.device, wanted, job.say)
+        batch_size = job.fitting(wanted, job.say)
         if batch_size < wanted:
             job.say(f"the new store's batch size is {batch_size}")
     unit_rows = unit_rows or max(1, UNIT_BYTES // job.row_bytes())
@@ -119,7 +137,7 @@ def _stored_batch_size(job: Job, stored: int) -> int:
     while size > 1:
         size //= 2
         halves.add(size)
-    if stored in halves and fitting_batch_size(job.encoder, job.device, given, job.say) == stored:
+    if stored in halves and job.fitting(given, job.say) == stored:
         return stored
     return given
 

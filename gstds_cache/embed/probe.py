@@ -18,9 +18,9 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.loading import default_workers, worth_workers
 from gstds_cache.data.source import ImageSource
-from gstds_cache.embed.unit import out_of_memory
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.memory import out_of_memory
 
 IMAGES = 32
 DECODE_SECONDS = 1.0
@@ -194,7 +194,11 @@ def require_disk(need: int, free: int | None, *, location: str) -> None:
 
 
 def fitting_batch_size(
-    encoder: Encoder, device: torch.device, batch_size: int, say: Callable[[str], None] | None = None
+    encoder: Encoder,
+    device: torch.device,
+    batch_size: int,
+    say: Callable[[str], None] | None = None,
+    attempt: Callable[[int], object] | None = None,
 ) -> int:
     """The largest of ``batch_size``, a half of it, a quarter, ... that the device has memory for.
 
@@ -205,6 +209,7 @@ def fitting_batch_size(
         device: Where it runs.
         batch_size: Images per forward pass to begin with.
         say: Called with one line for every half.
+        attempt: Runs the model with so many images; black ones by default.
 
     Returns:
         A batch size, 1 at least.
@@ -212,7 +217,10 @@ def fitting_batch_size(
     Raises:
         UsageError: The model does not fit, or not with one image.
     """
-    while not _fits(encoder, device, batch_size):
+    attempt = attempt or (
+        lambda size: encoder.queue(torch.zeros((size, *encoder.input_shape), dtype=torch.uint8)).cpu()
+    )
+    while not _fits(encoder, device, batch_size, attempt):
         if batch_size == 1:
             raise UsageError(
                 f"out of memory: {encoder.spec.model} does not fit on {device} with a single image",
@@ -224,9 +232,10 @@ def fitting_batch_size(
     return batch_size
 
 
-def _fits(encoder: Encoder, device: torch.device, batch_size: int) -> bool:
+def _fits(encoder: Encoder, device: torch.device, batch_size: int, attempt: Callable[[int], object]) -> bool:
     try:
-        encoder.to(device).embed(torch.zeros((batch_size, *encoder.input_shape), dtype=torch.uint8)).cpu()
+        encoder.to(device)
+        attempt(batch_size)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

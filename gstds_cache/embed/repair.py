@@ -12,6 +12,7 @@ from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
+from gstds_cache.embed.look import TwoLooks
 from gstds_cache.embed.probe import workers_for
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
@@ -97,6 +98,7 @@ def repair_store(
 
     Raises:
         UsageError: A unit does not exist, or there cannot be so many workers.
+        EncoderError: The model's rows mean nothing.
         FingerprintMismatchError: The data set or the model is not the store's.
         IncompleteError: Another process is writing the store, or a process that decodes was killed.
         IntegrityError: The specification itself is damaged.
@@ -125,6 +127,7 @@ def repair_store(
             say("embed", images_before + clock.images, sum(len(writer.spec.rows_of(unit)) for unit in redo))
 
         run_on = resolve_device(device)
+        TwoLooks(source, encoder.to(run_on)).compare(writer.spec.batch_size)
         workers = workers_for(source, encoder, workers, run_on)
         task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
         made = _make_again(writer, task, redo)

@@ -19,7 +19,7 @@ from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import describe_device, resolve_device
 from gstds_cache.digest import digest_of
-from gstds_cache.embed.job import Job, Say, embed_command, require_fit, settle, specify, stored_at
+from gstds_cache.embed.job import Job, Say, embed_command, look_twice, require_fit, settle, specify, stored_at
 from gstds_cache.embed.probe import (
     Estimate,
     disk_bytes,
@@ -129,7 +129,7 @@ def embed_dataset(
     Raises:
         ValueError: Neither ``where`` nor ``root`` is given.
         UsageError: ``where`` is no place for a store, or the model does not fit the device.
-        EncoderError: The model cannot be built.
+        EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small, or memory ran out on the way, or a process that decodes was killed.
@@ -195,7 +195,7 @@ def estimate_dataset(
 
     Raises:
         UsageError: The model does not fit the device.
-        EncoderError: The model cannot be built.
+        EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store at ``where`` holds something else, as far as can be seen without hashing.
     """
     device = resolve_device(config.device)
@@ -206,6 +206,7 @@ def estimate_dataset(
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)
+    look_twice(job, spec)
     return _probe(job, spec, where if where is not None else root, _committed(stored))
 
 

@@ -22,10 +22,12 @@ from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
+from gstds_cache.memory import out_of_memory
 from gstds_cache.store.receipt import Quarantined, Receipt
 from gstds_cache.store.writer import StoreWriter
 
 Known = Callable[[range], tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]]
+NO_FEATURES = "no features: the model gives zeros alone for this image"
 IN_FLIGHT = 1
 """Batches whose rows are not waited for while the next is queued."""
 
@@ -85,7 +87,7 @@ class UnitWork:
         span: Its rows.
         block: [R, D] the rows, known ones filled in.
         batches: Rows of each forward pass; no row that is known, and none of another unit.
-        quarantined: Items found undecodable so far.
+        quarantined: Items found so far that do not decode, or for which the model gives no features.
     """
 
     unit: int
@@ -146,6 +148,7 @@ class EmbedTask:
             The receipt of each unit, once it is durable, in order.
 
         Raises:
+            EncoderError: The model failed, or gave a row that holds NaN or Inf.
             IncompleteError: Memory ran out, or a decoding process was killed.
             DatasetError: An item is another than the one that was hashed.
         """  # noqa: DOC501
@@ -222,13 +225,9 @@ class EmbedTask:
         if batch is not None and flight.features is not None:
             begun = time.perf_counter()
             if flight.copied is not None:
-                flight.copied.synchronize()
-            self.encoder.require_finite(flight.features[: len(batch.rows)])
-            at = np.asarray(batch.rows) - work.span.start
-            work.block[at] = flight.features[: len(at)].numpy()
-            for row, reason in batch.failures:
-                work.block[row - work.span.start] = 0
-                work.quarantined.append(Quarantined(row, self.source.ids[row], reason))
+                with self.encoder.its_errors():
+                    flight.copied.synchronize()
+            self._fill_in(work, batch, flight.features[: len(batch.rows)])
             self.clock.forward += time.perf_counter() - begun
             self.clock.images += len(batch.rows)
         if flight.last:
@@ -239,6 +238,20 @@ class EmbedTask:
             yield from commits.collect()
         if self.on_batch:
             self.on_batch(self.clock)
+
+    def _fill_in(self, work: UnitWork, batch: PixelBatch, features: Float32[torch.Tensor, "n D"]) -> None:
+        """Put a batch's features in its unit's block; rows without any are zero, and quarantined."""
+        failures = dict(batch.failures)
+        for row in failures:
+            features[batch.rows.index(row)] = 0  # of a black image: whatever they are, they are not looked at
+
+        def name(place: int) -> str:
+            return f"row {batch.rows[place]} ({self.source.ids[batch.rows[place]]})"
+
+        for place in self.encoder.require_numbers(features, name):
+            failures.setdefault(batch.rows[place], NO_FEATURES)
+        work.block[np.asarray(batch.rows) - work.span.start] = features.numpy()
+        work.quarantined += [Quarantined(row, self.source.ids[row], failures[row]) for row in sorted(failures)]
 
 
 class _Plan:
@@ -338,11 +351,3 @@ def _filled_up(pixels: UInt8[torch.Tensor, "n 3 H W"], batch_size: int) -> UInt8
     """
     missing = batch_size - len(pixels)
     return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a device's or the CPU's way to say that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import nn
 
+from gstds_cache.encoders.module import TAKES, make_ready, not_its_own, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import EncoderError
+from gstds_cache.plugins import own_code
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class EncoderSpec:
         dim: Length of a feature vector (D).
         preprocessing: All of :class:`Preprocessing`.
         normalisation: ``l2``: rows have unit length.
-        autocast: Precision of the forward pass.
+        autocast: Precision of the forward pass: ``none`` for float32; the name of the weights' dtype for a model that
+            takes no float32 pixels.
     """
 
     model: str
@@ -56,7 +61,10 @@ class Encoder:
     def __init__(self, model: nn.Module, spec: EncoderSpec, notes: tuple[str, ...] = ()) -> None:
         self.spec = spec
         self.notes = notes
-        self._model = model.eval().requires_grad_(False)
+        make_ready(model, spec.model)
+        # On one device alone the parallel kind needs GPUs to be there, and gives the same.
+        self._model: nn.Module = model.module if isinstance(model, nn.DataParallel) else model
+        self._dtype: torch.dtype = torch.float32 if spec.autocast == "none" else getattr(torch, spec.autocast)
         self._device = torch.device("cpu")
         self.to(self._device)
 
@@ -68,7 +76,9 @@ class Encoder:
     def to(self, device: torch.device) -> Encoder:
         """Move the model to ``device``; returns self."""
         self._device = device
-        self._model = self._model.to(device).to(memory_format=torch.channels_last)
+        with own_code(f"{self.spec.model}: moving it to {device}", EncoderError, but=not_its_own):
+            self._model.to(device)
+            self._model.to(memory_format=torch.channels_last)
         mean, std = self.spec.preprocessing.mean, self.spec.preprocessing.std
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
@@ -84,10 +94,10 @@ class Encoder:
             float32 [B, D] on the encoder's device. A row whose features are all zero stays zero.
 
         Raises:
-            EncoderError: The model returned another shape, or NaN or Inf.
+            EncoderError: The model failed, or returned another shape, or NaN or Inf.
         """
         features = self.queue(pixels)
-        self.require_finite(features)
+        self.require_numbers(features)
         return features
 
     @torch.inference_mode()
@@ -98,27 +108,70 @@ class Encoder:
             pixels: uint8 [B, 3, H, W], on any device.
 
         Returns:
-            float32 [B, D] on the encoder's device; to be given to :meth:`require_finite`.
+            float32 [B, D] on the encoder's device; to be given to :meth:`require_numbers`.
 
         Raises:
-            EncoderError: The model returned another shape.
+            EncoderError: The model failed, or returned another shape.
         """
         batch = pixels.to(self._device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)
-        features = self._model((batch - self._mean) / self._std)
-        if features.ndim != 2 or features.shape != (len(pixels), self.spec.dim):
+        features = run(self._model, self.spec.model, ((batch - self._mean) / self._std).to(self._dtype))
+        if features.shape[1] != self.spec.dim:
             raise EncoderError(
                 f"{self.spec.model} returned shape {tuple(features.shape)} for {len(pixels)} images, "
                 f"expected [{len(pixels)}, {self.spec.dim}] (pooled features)"
             )
-        return torch.nn.functional.normalize(features.float(), dim=1)
+        with self.its_errors():
+            return unit_rows(features)
 
-    def require_finite(self, features: Float32[torch.Tensor, "B D"]) -> None:
-        """Refuse features that are no numbers.
+    def its_errors(self) -> AbstractContextManager[None]:
+        """A context in which what is raised is told as the model's error: kernels fail where they are waited for."""
+        return own_code(f"{self.spec.model}: the model", EncoderError, TAKES, but=not_its_own)
+
+    def require_numbers(
+        self, rows: Float32[torch.Tensor, "B D"], name: Callable[[int], str] = "image {} of the batch".format
+    ) -> list[int]:
+        """Refuse rows that are no numbers.
+
+        Args:
+            rows: What :meth:`queue` returned, or some of its rows.
+            name: From the place of a row to what to call it.
+
+        Returns:
+            The places of rows that are all zero: the model gave no features for them.
 
         Raises:
-            EncoderError: They hold NaN or Inf.
+            EncoderError: One holds NaN or Inf.
         """
-        if not bool(torch.isfinite(features).all()):
+        lengths = torch.linalg.vector_norm(rows, dim=1)  # 1, or 0, or not finite: one look at the values
+        if bool((lengths > 0).all()) and bool(torch.isfinite(lengths).all()):
+            return []
+        broken = torch.nonzero(~torch.isfinite(lengths)).flatten().tolist()
+        if broken:
             raise EncoderError(
-                f"{self.spec.model} returned NaN or Inf", hint="check the weights file, or embed with --device cpu"
+                f"{self.spec.model} returned NaN or Inf for {name(broken[0])}",
+                hint="check the weights file, or embed with --device cpu"
+                if self._dtype is not torch.float16
+                else "float16 ends at 65504: return model.float() from the factory",
             )
+        return torch.nonzero(lengths == 0).flatten().tolist()
+
+
+def unit_rows(features: torch.Tensor) -> Float32[torch.Tensor, "B D"]:
+    """Rows divided by their lengths, whatever their size.
+
+    The sum of squares of a row of 1e30 is infinite in float32, that of 1e-30 is zero: such rows are first divided by
+    their largest value. All others are what ``torch.nn.functional.normalize`` gives, to the last bit.
+
+    Args:
+        features: Real numbers [B, D].
+
+    Returns:
+        float32 [B, D]: rows of length 1; zeros where all features are zero, not finite where one of them is not.
+    """
+    single = features.float()
+    rows = torch.nn.functional.normalize(single, dim=1)
+    is_unit = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) - 1).abs() < 1e-3
+    exact = features if features.dtype == torch.float64 else single
+    largest = exact.abs().amax(dim=1, keepdim=True)
+    scaled = (exact / torch.where(largest > 0, largest, 1)).float()
+    return torch.where(is_unit, rows, torch.nn.functional.normalize(scaled, dim=1))

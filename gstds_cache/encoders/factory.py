@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import nn
 
 from gstds_cache.digest import sha256_file
 from gstds_cache.encoders.encoder import Encoder, EncoderSpec
+from gstds_cache.encoders.module import bare, make_ready, own_dtype, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
-from gstds_cache.errors import EncoderError, UsageError, unknown_name
-from gstds_cache.plugins import load_factory
+from gstds_cache.errors import EncoderError, UsageError, in_words, unknown_name
+from gstds_cache.plugins import call_factory, load_factory, own_code
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
@@ -57,7 +59,8 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
     side = _side(uri, params.pop("size")) if "size" in params else None
     if params:
         raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights, size")
-    return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained, side)
+    with own_code(f"model {uri!r}: building it", EncoderError, "give another model, or a module:factory around it"):
+        return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained, side)
 
 
 def _side(uri: str, text: str) -> int:
@@ -143,24 +146,53 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, si
 
 def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow_untrained: bool) -> Encoder:
     factory = load_factory(name, "model", KINDS)
+    if isinstance(factory, nn.Module):
+        raise EncoderError(
+            f"{name} is itself a {type(factory).__name__}, expected a function that returns one",
+            hint="def build(): return model",
+        )
     with _seeded():
-        try:
-            model = factory(**params)
-        except TypeError as error:
-            call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
-            raise UsageError(
-                f"the call {call} failed: {error}", hint="query parameters go to the factory by name, as strings"
-            ) from error
+        model = call_factory(factory, name, params, what="model", kind=EncoderError)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     if not isinstance(model, nn.Module):
-        raise EncoderError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
-    pretrained = bool(getattr(model, "pretrained", True))
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise EncoderError(
+            f"{name} returned {got}, expected a torch.nn.Module",
+            hint="return an instance, e.g. Net()"
+            if isinstance(model, type)
+            else "put it in a torch.nn.Module's forward",
+        )
+    pretrained, preprocessing = _attributes(model, name)
     if not pretrained and weights is None and not allow_untrained:
         raise EncoderError(
             f"{name} says it has no pretrained weights", hint=f"--model '{name}?weights=FILE', or --allow-untrained"
         )
-    matched = _load(model, weights, head="", origin=name)
-    preprocessing = getattr(model, "preprocessing", None) or Preprocessing(source=name)
+    matched = _load(bare(model), weights, head="", origin=name)
     return _finish(name, model, preprocessing, weights, matched, pretrained, "model")
+
+
+def _attributes(model: nn.Module, name: str) -> tuple[bool, Preprocessing]:
+    """What a module says of itself: whether its weights were trained, and how images are made ready for it.
+
+    Raises:
+        EncoderError: An attribute is of another kind.
+    """
+    with own_code(f"{name}: its attributes pretrained and preprocessing", EncoderError):
+        pretrained, preprocessing = getattr(model, "pretrained", True), getattr(model, "preprocessing", None)
+    # Not by truth: a query parameter that is handed on is a string, and 'false' is true.
+    if not isinstance(pretrained, bool | int | NoneType):
+        raise EncoderError(
+            f"{name}: its attribute pretrained is {pretrained!r:.80}, expected True or False",
+            hint="leave the attribute out if the weights were trained",
+        )
+    if not isinstance(preprocessing, Preprocessing | NoneType):
+        raise EncoderError(
+            f"{name}: its attribute preprocessing is a {type(preprocessing).__name__}, expected a "
+            "gstds_cache.encoders.preprocessing.Preprocessing",
+            hint="e.g. model.preprocessing = Preprocessing(resize=256, crop=(224, 224)); left out, it is ImageNet's",
+        )
+    return bool(pretrained), preprocessing or Preprocessing(source=name)
 
 
 def _load(model: nn.Module, weights: Path | None, *, head: str, origin: str) -> str:
@@ -179,33 +211,54 @@ def _finish(
     pooling: str,
     side: int | None = None,
 ) -> Encoder:
-    model.eval()
+    make_ready(model, name)
     try:
-        with torch.inference_mode():
-            features = model(torch.zeros(2, 3, *preprocessing.crop))
-    except (RuntimeError, ValueError, AssertionError) as error:
+        dim, dtype = _try_out(name, model, preprocessing.crop)
+    except EncoderError as error:
         if side is None:
             raise
         raise EncoderError(
-            f"{name} does not take images of {side} x {side} pixels: {error}",
+            f"{name} does not take images of {side} x {side} pixels: {error.message}",
             hint="leave size= out for the size it was made for; vision transformers take no other",
         ) from error
-    if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise EncoderError(f"{name}: got {got} for two images, expected pooled features [2, D]")
+    word = str(dtype).removeprefix("torch.")
     spec = EncoderSpec(
         model=name,
-        weights=sha256_file(weights) if weights else state_digest(model),
+        weights=sha256_file(weights) if weights else state_digest(model, name),
         pretrained=weights is not None or downloaded,
         layer="before the classifier",
         pooling=pooling,
-        dim=features.shape[1],
+        dim=dim,
         preprocessing=preprocessing,
+        autocast="none" if dtype == torch.float32 else word,
     )
     notes = () if spec.pretrained else (UNTRAINED,)
     if matched == "order":
         notes = (*notes, f"{weights.name if weights else ''}: other names, same shapes; loaded in order")
+    if dtype != torch.float32:
+        notes = (*notes, f"{name} has weights of {word}: it is run in {word}, which its store's fingerprint tells")
     return Encoder(model, spec, notes)
+
+
+def _try_out(name: str, model: nn.Module, crop: tuple[int, int]) -> tuple[int, torch.dtype]:
+    """The number of a model's features, and the dtype of pixels that it takes: float32, or else that of its weights.
+
+    Raises:
+        EncoderError: It takes neither.
+    """
+    pixels, dtype = torch.zeros(2, 3, *crop), own_dtype(model)
+    alone = model.module if isinstance(model, nn.DataParallel) else model
+    with torch.inference_mode(), _seeded():  # seeded: some modules make their weights when they are first run
+        try:
+            return run(alone, name, pixels).shape[1], torch.float32
+        except EncoderError as error:
+            if dtype == torch.float32:
+                raise
+            first = error
+        try:
+            return run(alone, name, pixels.to(dtype)).shape[1], dtype
+        except EncoderError as second:
+            raise EncoderError(f"{first.message}; {second.message}", hint=second.hint) from first
 
 
 @contextmanager
@@ -231,9 +284,8 @@ def _initial_weights(name: str, download: bool) -> Iterator[None]:
         except Exception as error:
             # Libraries raise OSError, RuntimeError, ValueError and their HTTP client's own errors here.
             if not download:
-                raise
+                raise EncoderError(f"{name}: could not be built: {in_words(error)}") from error
             raise EncoderError(
-                f"{name}: no pretrained weights here and none could be fetched ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no reason given'})",
+                f"{name}: no pretrained weights here and none could be fetched ({in_words(error)})",
                 hint=f"--model '{name}?weights=FILE', or --allow-untrained for random weights",
             ) from error

@@ -7,6 +7,7 @@ are a quarter of the size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
+
+from gstds_cache.errors import EncoderError
+
+FILTERS = tuple(mode.value for mode in InterpolationMode)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,29 @@ class Preprocessing:
     crop_mode: Literal["center", "squash"] = "center"
     source: str = "torchvision"
     max_aspect: int = 16
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            EncoderError: One is of another kind.
+        """
+        pairs = {"crop": self.crop} if isinstance(self.resize, int) else {"crop": self.crop, "resize": self.resize}
+        checks = [
+            *((name, value, "(height, width) in pixels", _whole(value, 2)) for name, value in pairs.items()),
+            ("resize", self.resize, "a number of pixels", not isinstance(self.resize, int) or _whole([self.resize], 1)),
+            ("interpolation", self.interpolation, f"one of {', '.join(FILTERS)}", self.interpolation in FILTERS),
+            ("crop_mode", self.crop_mode, "center or squash", self.crop_mode in ("center", "squash")),
+            ("mean", self.mean, "a number for each of three channels", _numbers(self.mean)),
+            ("std", self.std, "a number > 0 for each of three channels", _numbers(self.std) and min(self.std) > 0),
+            ("max_aspect", self.max_aspect, "a whole number >= 1", _whole([self.max_aspect], 1)),
+        ]
+        for name, value, expected, right in checks:
+            if not right:
+                raise EncoderError(
+                    f"Preprocessing: {name}: got {value!r:.80}, expected {expected}",
+                    hint="e.g. Preprocessing(resize=256, crop=(224, 224))",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -73,3 +101,20 @@ def without_ends(image: Image.Image, max_aspect: int) -> Image.Image:
     if width > height:
         return image.crop((cut // 2, 0, cut // 2 + max_aspect * height, height))
     return image.crop((0, cut // 2, width, cut // 2 + max_aspect * width))
+
+
+def _whole(values: object, count: int) -> bool:
+    """Whether ``values`` are ``count`` whole numbers of pixels."""
+    return (
+        isinstance(values, tuple | list)
+        and len(values) == count
+        and all(isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 16 for value in values)
+    )
+
+
+def _numbers(values: object) -> bool:
+    return (
+        isinstance(values, tuple | list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )

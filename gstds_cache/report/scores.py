@@ -117,9 +117,10 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         if file.suffix == ".parquet":
-            pa.parquet.write_table(table, temporary)
+            with temporary.open("wb") as out:  # opened here: Arrow takes names in UTF-8 alone
+                pa.parquet.write_table(table, out)
         else:
-            with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            with temporary.open("wb") as out, pa.ipc.new_file(out, table.schema) as writer:
                 writer.write_table(table)
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())

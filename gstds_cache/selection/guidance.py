@@ -31,6 +31,7 @@ from jaxtyping import Float32, Float64, Int, Int64
 
 from gstds_cache.digest import canonical_json, digest_of, sha256_file
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.given import reading, require_file
 from gstds_cache.places import beside
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.permutation import STORED
@@ -50,6 +51,7 @@ KINDS = {
     "none": "all rows alike",
 }
 DEFAULT = "uncertainty"  # as good as the probe's loss, and blind to a row's own wrong label (docs/method.md)
+SAVE_SCORES = "np.save('scores.npy', scores), one number >= 0 for each row of the store"
 PROBED = {"probe": "loss", "uncertainty": "entropy"}
 
 
@@ -161,13 +163,12 @@ def guidance_digest(store: EmbeddingStore, spec: GuidanceSpec) -> str:
     """Identity of a guidance, without making it.
 
     Raises:
-        UsageError: The file that was named is not there.
+        UsageError: The file that was named cannot be read.
     """
     if spec.kind == "none":
         return "none"
     if spec.path is not None:
-        if not spec.path.is_file():
-            raise UsageError(f"--guidance file:{spec.path}: no such file")
+        require_file(spec.path, "--guidance file", hint=SAVE_SCORES)
         return digest_of({"kind": "file", "sha256": sha256_file(spec.path)})
     if spec.kind == "disagreement":
         return digest_of({"kind": spec.kind, "labels": _labels_digest(store)})
@@ -361,16 +362,42 @@ def _put(path: Path, write: Any) -> None:
 
 
 def _own_scores(store: EmbeddingStore, path: Path) -> Float32[np.ndarray, " N"]:
-    try:
-        scores = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"--guidance file:{path}: does not read as .npy ({error})") from error
+    """The numbers of a user's file as difficulty.
+
+    Raises:
+        UsageError: They are not one finite number >= 0 for each row, or float32 cannot hold them.
+    """
+    option = f"--guidance file:{path}"
+    scores = _array(path)
     if scores.shape != (len(store),) or scores.dtype.kind not in "fiu":
         raise UsageError(
-            f"--guidance file:{path}: got {scores.dtype} {list(scores.shape)}, expected {len(store)} numbers, one for "
-            "each row of the store"
+            f"{option}: got {scores.dtype!s:.80} {list(scores.shape)}, expected {len(store)} numbers, one for "
+            "each row of the store",
+            hint=SAVE_SCORES,
         )
-    bad = np.flatnonzero((store.valid == OK) & ~(np.isfinite(scores) & (scores >= 0)))
+    ok = store.valid == OK
+    bad = np.flatnonzero(ok & ~(np.isfinite(scores) & (scores >= 0)))
     if bad.size:
-        raise UsageError(f"--guidance file:{path}: row {bad[0]}: got {scores[bad[0]]}, expected a finite number >= 0")
-    return np.where(store.valid == OK, scores, 0).astype(np.float32)
+        raise UsageError(f"{option}: row {bad[0]}: got {scores[bad[0]]}, expected a finite number >= 0")
+    known = np.where(ok, scores, 0)
+    largest, limits = known.max(initial=0), np.finfo(np.float32)
+    if largest > limits.max or 0 < largest < limits.tiny:
+        raise UsageError(
+            f"{option}: the largest is {largest}, expected {limits.tiny:.1e} to {limits.max:.1e} (float32)",
+            hint="only their relation counts: divide them all by the largest",
+        )
+    return known.astype(np.float32)
+
+
+def _array(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic != np.lib.format.MAGIC_PREFIX:
+        got = "an archive, as of np.savez," if magic.startswith(b"PK") else "something else,"
+        raise UsageError(
+            f"--guidance file:{path}: does not read as .npy: got {got} expected one array, as of np.save",
+            hint=SAVE_SCORES,
+        )
+    with reading(path, "one array of numbers (.npy)", hint=SAVE_SCORES):
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    return found

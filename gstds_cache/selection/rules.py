@@ -15,7 +15,8 @@ from jaxtyping import Int64
 
 from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError, unknown_name
-from gstds_cache.plugins import load_factory
+from gstds_cache.memory import out_of_memory
+from gstds_cache.plugins import load_factory, own_code
 from gstds_cache.selection.rule import Choose, Rule, RuleBatch
 from gstds_cache.selection.spread import SPREAD, spread, spread_guided
 from gstds_cache.selection.strata import cells, cells_squared, guided, strata
@@ -107,7 +108,9 @@ def _source(function: Choose) -> str:
 
 def _checked(name: str, choose: Choose) -> Choose:
     def checked(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
-        kept = np.asarray(choose(batch))
+        with own_code(f"--rule {name}", but=out_of_memory):
+            kept = np.asarray(choose(batch))
+            kept = kept[None] if kept.ndim == 0 else kept
         ascending = kept.ndim == 1 and kept.dtype.kind in "iu" and bool((np.diff(kept) > 0).all())
         if len(kept) != batch.keep or not ascending or kept[0] < 0 or kept[-1] >= len(batch):
             raise UsageError(

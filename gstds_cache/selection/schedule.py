@@ -24,6 +24,7 @@ from jaxtyping import Float64, Int64
 
 from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.given import reading, require_file
 
 USAGE = {
     "constant": "constant:RATIO",
@@ -231,10 +232,9 @@ def _read(path: Path) -> tuple[Ratios, str]:
     Raises:
         UsageError: The file does not read, or a line holds no ratio.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--schedule file:{path}: does not read as text ({error})") from error
+    require_file(path, "--schedule file", hint="one filter ratio a line, for each epoch or for each batch")
+    with reading(path, "text", hint="save it as UTF-8: one filter ratio a line"):
+        lines = path.read_text("utf-8-sig").splitlines()
     values = [
         _number(f"file:{path}, line {number}", text, "filter ratio")
         for number, line in enumerate(lines, 1)

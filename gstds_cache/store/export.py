@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +64,8 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
     schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with _table_writer(file.suffix, temporary, schema) as writer:
+        # Opened here: Arrow takes names in UTF-8 alone.
+        with temporary.open("wb") as out, _table_writer(file.suffix, out, schema) as writer:
             for unit, rows in enumerate(units):
                 span = store.spec.rows_of(unit)
                 valid = store.valid[span.start : span.stop]
@@ -81,9 +83,9 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
 
 
 def _table_writer(
-    suffix: str, file: Path, schema: pa.Schema
+    suffix: str, file: IO[bytes], schema: pa.Schema
 ) -> pa.ipc.RecordBatchFileWriter | pa.parquet.ParquetWriter:
     if suffix == ".arrow":
-        return pa.ipc.new_file(str(file), schema)
+        return pa.ipc.new_file(file, schema)
     # Unit vectors do not compress; dictionaries of floats only cost time.
     return pa.parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "valid"])

@@ -11,12 +11,14 @@ from gstds_cache.errors import IntegrityError
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An item that could not be decoded. Its row is zero and ``valid`` is 2.
+    """An item without an embedding: it could not be decoded, or the model gives no features for it.
+
+    Its row is zero and ``valid`` is 2.
 
     Attributes:
         row: Row of the store, which is the item's position in the manifest.
         id: The item's id.
-        reason: Why, in the decoder's words.
+        reason: Why; where it does not decode, in the decoder's words.
     """
 
     row: int
@@ -35,7 +37,7 @@ class Receipt:
         content_sha256: Hash of the rows' little-endian bytes.
         size: Bytes of the stored object.
         fingerprint: The store's.
-        quarantined: Items of the unit that could not be decoded, in row order.
+        quarantined: Items of the unit that have no embedding, in row order.
     """
 
     unit: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 import socket
@@ -289,3 +290,57 @@ def test_items_that_are_no_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets.FakeData, "__getitem__", lambda *_: Image.new("RGB", (8, 8)))
     with pytest.raises(DatasetError, match=r"item 0: got Image, expected a pair \(image, label\)"):
         open_source("torchvision:FakeData?size=2")
+
+
+ODD_QUERIES = (
+    "",
+    "?root={root}",
+    "?root={root}/absent",
+    "?root={root}&split=no_such_split",
+    "?root={root}&split=train",
+    "?root={root}&train=maybe",
+    "?root={root}&target_type=bbox&target_types=trimap",
+    "?root={root}&num_classes=many&frames_per_clip=ten",
+    "?root={root}&frames_per_clip=1&annotation_path={root}/file&annFile={root}/file&ann_file={root}/file",
+    "?root={root}&classes=a,b&year=1&mode=x&version=2&background=true&size=-1&image_size=8&num_samples=1e3",
+    "?root={root}/file",
+    "?download=true&root={root}",
+)
+
+
+def test_no_class_ends_in_a_traceback_whatever_its_arguments(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"neither data nor annotations")
+    known = [
+        name
+        for name, value in vars(datasets).items()
+        if isinstance(value, type) and issubclass(value, datasets.VisionDataset)
+    ]
+    queries = [
+        *(query.format(root=tmp_path) for query in ODD_QUERIES),
+        *(f"?root={tmp_path}&{key}={value}" for key in ("split", "size", "image_set", "mode") for value in ("x", "7")),
+    ]
+    refused = opened = tried = 0
+    for name in known:
+        # Each argument that the class takes, by turns, with text and with a number.
+        own = [
+            key for key in inspect.signature(getattr(datasets, name).__init__).parameters if key not in {"self", "root"}
+        ]
+        odd = [f"?root={tmp_path}&{key}={value}" for key in own for value in ("x", "-3", "true", "1,2")]
+        for query in (*queries, *odd):
+            tried += 1
+            try:
+                len(open_source(f"torchvision:{name}{query}"))
+            except UsageError as error:
+                refused += error.exit_code == 2
+            else:
+                opened += 1
+    assert len(known) > 60
+    assert refused + opened == tried
+    assert refused > 1200
+    assert opened < refused / 20  # FakeData's sizes
+
+
+def test_what_an_odd_argument_raises_inside_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"FakeData\(image_size='8x'\) failed: TypeError") as caught:
+        open_source("torchvision:FakeData?image_size=8x")
+    assert "FakeData" in caught.value.hint

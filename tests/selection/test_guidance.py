@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,7 +253,7 @@ def test_guidance_is_part_of_the_identity_and_its_spelling_is_not(store, tmp_pat
         ("probe?folds=1", "expected from 2"),
         ("probe?folds=two", "expected a int"),
         ("none?cutoff=0.1", "unknown parameter"),
-        ("file:nothing.npy", "no such file"),
+        ("file:nothing.npy", "not found: nothing.npy"),
     ],
 )
 def test_a_guidance_that_cannot_be_meant(store, text: str, words: str) -> None:
@@ -280,6 +282,49 @@ def test_scores_of_ones_own_that_do_not_fit(store, tmp_path, scores, words: str)
     (tmp_path / "own.npy").write_bytes(b"no numbers")
     with pytest.raises(UsageError, match="does not read"):
         load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+
+
+def _archive(path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, scores=np.ones(N))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda _path: None, "not found"),
+        (lambda path: path.touch(), "is empty"),
+        (lambda path: path.mkdir(), "got the folder"),
+        (os.mkfifo, "got the device or pipe"),
+        (_archive, "got an archive, as of np.savez, expected one array"),
+        (lambda path: path.write_bytes(pickle.dumps([1.0] * N)), "got something else"),
+        (lambda path: path.write_text("0.5\n" * N), "got something else"),
+        (lambda path: np.save(path, np.array([1.0, None] * (N // 2)), allow_pickle=True), "one array of numbers"),
+        (lambda path: np.save(path, np.ones(N, [("a", "f4"), ("b", "i8")])), "expected 400 numbers"),
+        (lambda path: np.save(path, np.ones(N, complex)), r"got complex128 \[400\], expected 400 numbers"),
+        (lambda path: np.save(path, np.ones((N, 1))), r"\[400, 1\], expected 400 numbers"),
+        (lambda path: np.save(path, np.float64(1)), r"\[\], expected 400 numbers"),
+        (lambda path: np.save(path, np.ones(N, bool)), "got bool"),
+        (lambda path: np.save(path, np.full(N, np.inf)), "row 0: got inf"),
+        (lambda path: np.save(path, np.full(N, 1e300)), r"the largest is 1e\+300, expected(.|\n)*divide them all"),
+        (lambda path: np.save(path, np.full(N, 1e-300)), "the largest is 1e-300"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\xff\xff{'descr'"), "cannot be read as"),
+        (lambda path: (np.save(path, np.ones(N)), path.write_bytes(path.read_bytes()[:500])), "cannot be read as"),
+    ],
+)
+def test_a_file_of_scores_that_is_none(store, tmp_path, write, words: str) -> None:
+    write(tmp_path / "own.npy")
+    with pytest.raises(UsageError, match=words) as caught:
+        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+    assert str(tmp_path / "own.npy") in str(caught.value)
+
+
+def test_scores_as_large_as_they_may_be_are_drawn_by(store, tmp_path) -> None:
+    np.save(tmp_path / "own.npy", np.where(np.arange(N) % 2, 3e38, 1e38))
+    for rule in ("guided", "cells-squared"):
+        selector = BatchSelector(store, replace(CONFIG, rule=rule, guidance=f"file:{tmp_path / 'own.npy'}"))
+        kept = np.concatenate([selection.kept for selection in selector.run()])
+        assert (kept % 2 == 1).mean() > 0.6
 
 
 def test_data_without_labels_are_told_what_to_do(clusters, tmp_path) -> None:

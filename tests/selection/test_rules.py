@@ -297,3 +297,13 @@ def test_what_a_rule_of_ones_own_returns_is_checked(own: str) -> None:
         find_rule(f"{own}:frist")
     with pytest.raises(UsageError, match="coverage"):
         find_rule("no_such_module:rule")
+
+
+def test_what_a_rule_of_ones_own_raises_is_told_with_its_place(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"raising_rules_{abs(hash(tmp_path)) % 10**9}"
+    (tmp_path / f"{name}.py").write_text("def mine(batch):\n    return {}['x']\n\ndef scalar(batch):\n    return 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=rf"--rule {name}:mine failed: KeyError: 'x' \(.*{name}\.py:2\)"):
+        find_rule(f"{name}:mine").choose(RuleBatch(np.zeros(9), 4))
+    with pytest.raises(UsageError, match="expected 4 different positions"):
+        find_rule(f"{name}:scalar").choose(RuleBatch(np.zeros(9), 4))

@@ -144,7 +144,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str, words: str) ->
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="does not read as text"):
+    with pytest.raises(UsageError, match="--schedule file not found"):
         parse_schedule("file:nowhere.txt")
 
 
@@ -240,3 +240,29 @@ def test_epochs_and_seeds_are_different_permutations() -> None:
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UsageError, match="only 100 rows"):
         make_plan(batch_size=101)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe0\x00", "cannot be read as text"),
+        (bytes(range(256)), "cannot be read as text"),
+        (b"0.5\nnan\n", "outside|expected a number"),
+        (b"1e300\n", "outside"),
+        (b"0.5\x000.5", "expected a number"),
+    ],
+)
+def test_a_file_of_ratios_that_is_none(tmp_path, data: bytes, words: str) -> None:
+    (tmp_path / "ratios.txt").write_bytes(data)
+    with pytest.raises(UsageError, match=words):
+        parse_schedule(f"file:{tmp_path / 'ratios.txt'}")
+    with pytest.raises(UsageError, match="got the folder"):
+        parse_schedule(f"file:{tmp_path}")
+
+
+def test_a_byte_order_mark_is_no_ratio(tmp_path) -> None:
+    (tmp_path / "ratios.txt").write_bytes(b"\xef\xbb\xbf0.5\n0.25\n")
+    (tmp_path / "plain.txt").write_bytes(b"0.5\n0.25\n")
+    marked, plain = (parse_schedule(f"file:{tmp_path / name}").identity for name in ("ratios.txt", "plain.txt"))
+    assert marked == plain

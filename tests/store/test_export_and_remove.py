@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from gstds_cache.store import layout
 from gstds_cache.store.export import export_rows
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -43,6 +48,32 @@ def test_a_table_has_every_item_in_order_and_null_where_there_is_no_embedding(st
 def test_an_npy_is_the_rows(store: Path, tmp_path: Path) -> None:
     export_rows(EmbeddingStore(store), tmp_path / "rows.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), make_rows())
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow", ".npy"])
+def test_a_name_in_another_encoding_is_a_name(store: Path, command: Run, tmp_path: Path, ending: str) -> None:
+    name = os.fsdecode(b"gr\xfc\xdfe" + ending.encode())
+    done = command("gstds-cache", "export", "s", name, "--json")
+    assert done.stdout.startswith("wrote gr\\udcfc\\udcdfe")
+    plain = tmp_path / f"plain{ending}"
+    export_rows(EmbeddingStore(store), plain)
+    assert (tmp_path / name).read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (b"no\xff/rows.npy", "check the path"),
+        (b"folder.npy", "is a directory"),
+        (b"rows.\xff", "got the ending"),
+        (b"x" * 300 + b".parquet", "check the path"),
+    ],
+)
+def test_a_place_for_an_export_that_is_none(store: Path, command: Run, tmp_path: Path, name, words: str) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    done = command("gstds-cache", "export", "s", os.fsdecode(name), code=2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("name", "words"), [("rows.csv", r"\.npy, \.parquet, \.arrow"), ("there.npy", "--force")])
