@@ -138,10 +138,7 @@ def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(comman
         "gstds-select", "s", "--batch-size", "16", "--knn", "4", "--epochs", "2", "--rule", "random", "--out", "s.arrow"
     )
     words = ["gstds-train", f"imagefolder:{image_folder}", "--selection", "s.arrow", "--arch", "conv3", "--json"]
-    named = [
-        Path(result_of(command(*words, *more))["run_dir"]).name for more in ([], ["--lr", "0.03"], ["--seed", "1"])
-    ]
-    assert len(set(named)) == 3
+    named = [Path(result_of(command(*words, *more))["run_dir"]).name for more in ([], ["--lr", "0.03"])]
     assert named[1] == f"{named[0]}-lr0.03"
     again = result_of(command(*words, "--lr", "0.03", "--resume"))
     assert Path(again["run_dir"]).name == named[1]
@@ -165,8 +162,8 @@ def test_threads_follow_from_the_work_of_a_step_and_from_nothing_else() -> None:
     small, large = (flops_per_sample("conv3", classes=10, side=side) for side in (8, 64))
     assert small is not None
     assert large is not None
-    assert step_threads(small, 32) == 1  # the demo's
-    assert step_threads(large, 512) == 0
-    assert step_threads(None, 1) == 0
+    assert step_threads(small, 32.0) == 1  # the demo's
+    assert step_threads(large, 512.0) == 0
+    assert step_threads(None, 1.0) == 0
     assert [step_threads(SMALL_STEP, samples) for samples in (0.99, 1.0)] == [1, 0]
     assert flops_per_sample("vit_b_16", classes=10, side=20) is None  # an assertion of its own, for training to tell
