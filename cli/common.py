@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, EXIT_USAGE, GstdsError
+
+if TYPE_CHECKING:
+    from gstds_cache.data.source import ImageSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 DISK = {
@@ -112,6 +116,26 @@ def workers_option(function: F) -> F:
         help="Processes that decode images, 0 for none beside this one. auto: one for every four cores, at least one; "
         "with CUDA all cores but two; none for a few small images.",
     )(function)
+
+
+def warn_if_inside(source: ImageSource, path: str | Path, *, what: str, flag: str) -> None:
+    """Warn where what is to be written would lie in the image folder that is read.
+
+    Args:
+        source: The data set.
+        path: Where it is written; a URL lies nowhere.
+        what: What it is, in words.
+        flag: How to name another place.
+    """
+    if not source.kind.startswith("imagefolder") or source.files is None or "://" in str(path):
+        return
+    folder = Path(source.files.folder)
+    if folder.resolve() in Path(path).resolve().parents:
+        click.echo(
+            f"warning: {what} {path} lies inside the image folder {folder}; it is not taken for a class, but other "
+            f"programs may do so: give {flag} outside of it",
+            err=True,
+        )
 
 
 def print_json(result: dict[str, Any], *, err: bool = False) -> None:

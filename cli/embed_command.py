@@ -22,6 +22,7 @@ from .common import (
     print_table,
     seconds_line,
     shares_line,
+    warn_if_inside,
     workers_option,
 )
 
@@ -127,6 +128,7 @@ def main(
     keep_freed_memory()
     if dry_run:
         source = open_source(dataset, memo=HashMemo())
+        warn_if_inside(source, cache or cache_root(), what="the store", flag="--cache")
         estimate = estimate_dataset(source, config, where=cache, root=cache_root(), say=_say)
         _print_estimate(estimate, cache, reuse)
         if as_json:
@@ -142,6 +144,7 @@ def main(
 
     try:
         source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
+        warn_if_inside(source, cache or cache_root(), what="the store", flag="--cache")
         report = embed_dataset(
             source, config, where=cache, root=cache_root(), reuse=reuse, progress=show, say=_say, memo=memo
         )

@@ -15,6 +15,7 @@ import click
 from gstds_cache.config import TrainConfig
 from gstds_cache.costs import Cost, recall, selection_costs, store_costs
 from gstds_cache.errors import IncompleteError, UsageError, command_line
+from gstds_cache.openmp import wait_briefly
 
 from .common import (
     Command,
@@ -26,15 +27,18 @@ from .common import (
     seconds_line,
     shares_line,
     stop_after_step,
+    warn_if_inside,
 )
 
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource
     from gstds_cache.stream.reader import SelectionStream
     from gstds_cache.stream.schema import Header
+    from gstds_cache.train.distributed import Ranks
     from gstds_cache.train.ledger import Ledger
     from gstds_cache.train.loop import TrainReport
     from gstds_cache.train.planning import SelectionCost
+    from gstds_cache.train.run_dir import RunDir
 
 HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
 
@@ -81,7 +85,9 @@ Examples:
 @device_option
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that decode images.")
 @click.option("--memory-budget", type=int, default=2048, show_default=True, help="MiB of decoded images to hold.")
-@click.option("--threads", type=int, default=0, help="CPU threads to use. [default: all]")
+@click.option(
+    "--threads", type=int, default=0, help="CPU threads to use. [default: 1 where a step is a few ms, else all]"
+)
 @click.option(
     "--repack",
     type=int,
@@ -89,7 +95,12 @@ Examples:
     metavar="N",
     help="Re-pack what is kept into batches of N rows: fewer full steps. [default: each batch of the selection a step]",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="RUN_DIR", help="[default: runs/ARCH-SELECTION-sSEED]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN_DIR",
+    help="[default: runs/ARCH-SELECTION-sSEED, and what is not the default, e.g. -lr0.3]",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @click.option(
     "--plan", is_flag=True, help="Only print the ledger that the run would end with, from a few measured steps."
@@ -133,17 +144,17 @@ def main(
         repack=repack,
     )
     begun = time.perf_counter()
+    wait_briefly()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.sources import open_source
-    from gstds_cache.devices import describe_device, limit_threads
+    from gstds_cache.devices import limit_threads
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
     from gstds_cache.store.journal import Journal
     from gstds_cache.stream.reader import open_selection, require_dataset, require_store
     from gstds_cache.train.distributed import process_group
-    from gstds_cache.train.loop import run_config, train
-    from gstds_cache.train.run_dir import RunDir
+    from gstds_cache.train.loop import train
 
     keep_freed_memory()
     limit_threads(threads)
@@ -166,29 +177,16 @@ def main(
             if cache is not None:
                 require_store(header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
             embed_cost, select_cost = _costs(header, selection, cache)
+            config = _settled(config, source)
+            flops = _choose_threads(config, source, header, ranks)
             if plan:
                 if ranks.first:
-                    config = _settled(config, source)
                     _print_plan(source, evaluation, stream, config, cache, (embed_cost, select_cost), as_json)
                 return
             manifest = build_manifest(source, memo=memo, progress=hashed_items)
             require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
-            config = _settled(config, source)
-            name = f"{arch.replace(':', '-')}-{header.selection_digest[:8]}-s{seed}{f'-b{repack}' if repack else ''}"
-            run_dir = RunDir(
-                out or Path("runs") / name,
-                run_config(config, stream, build_manifest(evaluation, memo=memo).root if evaluation else None),
-                provenance={
-                    "dataset": source.uri,
-                    "selection": header.settings,
-                    "device": describe_device(ranks.device),
-                    "ranks": ranks.world_size,
-                    **{package: version(package) for package in ("gstds-cache", "torch", "torchvision", "timm")},
-                },
-                resume=resume,
-                writes=ranks.first,
-            )
-            ranks.wait()  # all have looked at the directory before the first writes to it
+            eval_root = build_manifest(evaluation, memo=memo).root if evaluation else None
+            run_dir = _hold_run_dir(out, config, source, stream, eval_root, ranks, resume)
             opened = time.perf_counter() - begun  # libraries loaded, items hashed
             for note in memo.notes if ranks.first else ():
                 click.echo(f"note: {note}", err=True)
@@ -211,7 +209,7 @@ def main(
         return
     seconds = {"open": round(opened, 3), **report.seconds, "total": round(report.seconds["total"] + opened, 3)}
     report = replace(report, seconds=seconds)
-    ledger = _ledger(report, selection, embed_cost, select_cost, _flops(config, source))
+    ledger = _ledger(report, selection, embed_cost, select_cost, flops)
     run_dir.write_ledger(ledger.to_dict())
     _print(run_dir.path, report, left_over=header.total_kept - report.gradient_samples)
     _print_ledger(ledger)
@@ -260,11 +258,60 @@ def _settled(config: TrainConfig, source: ImageSource) -> TrainConfig:
     )
 
 
-def _flops(config: TrainConfig, source: ImageSource) -> float | None:
-    from gstds_cache.train.flops import flops_per_sample
+def _default(config: TrainConfig, source: ImageSource) -> TrainConfig:
+    """The configuration of a run of the same network and seed for which nothing else was given."""
+    return _settled(TrainConfig(arch=config.arch, seed=config.seed), source)
+
+
+def _hold_run_dir(
+    out: Path | None,
+    config: TrainConfig,
+    source: ImageSource,
+    stream: SelectionStream,
+    eval_root: str | None,
+    ranks: Ranks,
+    resume: bool,
+) -> RunDir:
+    """The run's directory, held until the command ends, its ledger included."""
+    from gstds_cache.devices import describe_device
+    from gstds_cache.train.loop import run_config
+    from gstds_cache.train.run_dir import RunDir, default_name
+
+    identity = run_config(config, stream, eval_root)
+    path = out or Path("runs") / default_name(identity, run_config(_default(config, source), stream, None))
+    if ranks.first:
+        warn_if_inside(source, path, what="the run", flag="--out")
+
+    def hold() -> RunDir:
+        run_dir = RunDir(
+            path,
+            identity,
+            provenance={
+                "dataset": source.uri,
+                "selection": stream.header.settings,
+                "device": describe_device(ranks.device),
+                "ranks": ranks.world_size,
+                **{package: version(package) for package in ("gstds-cache", "torch", "torchvision", "timm")},
+            },
+            resume=resume,
+            writes=ranks.first,
+        )
+        return click.get_current_context().with_resource(run_dir)
+
+    return ranks.after_first(hold)  # all look at the directory before the first writes to it
+
+
+def _choose_threads(config: TrainConfig, source: ImageSource, header: Header, ranks: Ranks) -> float | None:
+    """Where the user gave no number of threads, take what a step on a CPU is worth; returns FLOPs per sample."""
+    from gstds_cache.devices import limit_threads
+    from gstds_cache.train.flops import flops_per_sample, step_threads
     from gstds_cache.train.loop import count_classes
 
-    return flops_per_sample(config.arch, classes=count_classes(source, None), side=config.image_size)
+    flops = flops_per_sample(config.arch, classes=count_classes(source, None), side=config.image_size)
+    if not config.threads and ranks.device.type == "cpu":
+        samples = (config.repack or header.total_kept / max(header.total_batches, 1)) / ranks.world_size
+        limit_threads(step_threads(flops, samples))
+    return flops
 
 
 def _costs(header: Header, selection: str, cache: str | None) -> tuple[Cost | None, Cost | None]:

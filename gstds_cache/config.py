@@ -147,7 +147,8 @@ class TrainConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
-        threads: CPU threads training may use; 0 leaves the library's default.
+        threads: CPU threads training may use; 0 leaves the library's default to :func:`train`, and lets gstds-train
+            take one where a step is small (train/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
     """

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
+
+__all__ = ["UndecodableError", "decode_image", "to_rgb"]
 
 MAX_PIXELS = 64_000_000
 
@@ -17,19 +23,9 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_BITS, _MAXIMUM, _SMALLEST, _LARGEST = 258, 281, 340, 341  # TIFF: Bits-, Max-, SMin-, SMax-
+_FULL_SCALES = {2**bits - 1 for bits in range(9, 16)}
 _ALPHA = ("LA", "PA", "La", "RGBA", "RGBa")
-
-
-class UndecodableError(Exception):
-    """An item that gives no image.
-
-    Attributes:
-        reason: Why, in one line that is the same in every run: no memory addresses, no absolute paths.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -57,8 +53,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels)
+                deep = image.mode == "RGB" and any(";16" in str(tile) for tile in image.tile)
                 image.load()
-                return to_rgb(_upright(image))
+                if deep:
+                    _require_colours(image)
+                return to_rgb(_upright(image), _scale_of(image))
         except UndecodableError:
             raise
         except UnidentifiedImageError:
@@ -70,22 +69,26 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise UndecodableError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, scale: GreyScale | None = None) -> Image.Image:
     """Convert an image of any Pillow mode to RGB.
 
-    Differs from ``image.convert("RGB")`` in three ways: transparency shows white instead of whatever colour lies under
-    it; 16-bit grey is scaled to 8 bits instead of clipped at 255; float grey in [0, 1] is scaled instead of all but
-    black.
+    Differs from ``image.convert("RGB")`` in this: transparency shows white instead of whatever colour lies under
+    it; 16-bit grey is scaled to 8 bits instead of clipped at 255; wider grey is scaled by the convention that its
+    values follow (``data/grey.py``), and refused where they follow none, instead of all but black or white.
 
     Args:
         image: Any mode Pillow can hold.
+        scale: What is known of grey values of more than 8 bits; None asks the image.
 
     Returns:
         An image of mode RGB; ``image`` itself if it is one already.
+
+    Raises:
+        UndecodableError: Grey values of more than 8 bits follow no convention.
     """
     mode = image.mode
     if mode in _SIXTEEN_BIT or mode == "F":
-        return _grey_to_rgb(image)
+        return _grey_to_rgb(image, scale or _scale_of(image))
     if mode in _ALPHA or image.has_transparency_data:
         if mode == "La":  # Pillow converts premultiplied grey to nothing but LA.
             image = image.convert("LA")
@@ -96,20 +99,53 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if mode == "RGB" else image.convert("RGB")
 
 
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
+def _grey_to_rgb(image: Image.Image, scale: GreyScale) -> Image.Image:
     values = np.asarray(image)
-    if image.mode == "F":
-        # Two conventions are in use, 0..1 and 0..255; the values say which. NaN becomes black.
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0)
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-        grey = np.rint(np.clip(values * scale, 0.0, 255.0)).astype(np.uint8)
-    else:
-        # Mode I is 32 bits wide, but what files put in it (PGM, older PNG readers) is 16-bit.
-        grey = (np.clip(values.astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+    grey = eight_bits(values, scale)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # PNG's tRNS: the one value that is not there.
         grey = np.where(values == transparent, np.uint8(255), grey)
     return Image.fromarray(grey).convert("RGB")
+
+
+def _scale_of(image: Image.Image) -> GreyScale:
+    """What the file says of its grey values; before it is turned, which drops that."""
+    # Mode I is 32 bits wide, but what PGM and older readers of PNG put in it is 16-bit.
+    sixteen = image.mode != "I" or image.format in {"PPM", "PNG"}
+    tags = getattr(image, "tag_v2", None) or {}
+    bits, low, high = (_number(tags.get(tag)) for tag in (_BITS, _SMALLEST, _LARGEST))
+    if image.mode != "F":
+        if bits is not None and 8 < bits < 16:
+            return GreyScale((0.0, 2.0**bits - 1), sixteen=sixteen)
+        if high is None:
+            # By the standard a statistic of the image; but writers of 10 to 14 bits in 16 put the full scale there.
+            high = _number(tags.get(_MAXIMUM))
+            high = high if high in _FULL_SCALES else None
+    ends = (low or 0.0, high) if high is not None and (low or 0.0) < high else None
+    return GreyScale(ends, sixteen=sixteen)
+
+
+def _number(tag: Any) -> float | None:
+    try:
+        number = float(tag[0] if isinstance(tag, tuple) else tag)
+    except (TypeError, ValueError, IndexError, OverflowError, ZeroDivisionError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _require_colours(image: Image.Image) -> None:
+    """Refuse colour of 16 bits of which Pillow kept the upper byte, where next to nothing was in that.
+
+    Raises:
+        UndecodableError: All values are in the lowest sixteenth, and so many of those that remain are there that it is
+            no black picture.
+    """
+    pixels = np.asarray(image)
+    if pixels.size and int(pixels.max()) <= 15 and len(np.unique(pixels)) > 8:
+        raise UndecodableError(
+            f"all but black: 16-bit colour with nothing above {int(pixels.max()) * 256 + 255} of 65535; scale it to "
+            "the full range"
+        )
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

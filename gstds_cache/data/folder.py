@@ -16,7 +16,9 @@ from jaxtyping import Int64
 
 from gstds_cache import scratch
 from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
+from gstds_cache.data.levels import level_notes
 from gstds_cache.data.names import Names, duplicate
+from gstds_cache.data.outputs import Listing, holds_outputs
 from gstds_cache.errors import DatasetError, UsageError
 
 _AT_ONCE = 1 << 16
@@ -25,13 +27,18 @@ _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
 
 @dataclass
 class _Scan:
-    """What was found: images by class index, whether any is not spelled as its file, and counts of what was ignored."""
+    """What was found: images by class index, whether any is not spelled as its file, and counts of what was ignored.
+
+    Of each class, ``outputs`` has what this package wrote into it, and ``direct`` whether an image lies right in it.
+    """
 
     images: Counter[int] = field(default_factory=Counter)
     escaped: bool = False
     ignored: Counter[str] = field(default_factory=Counter)
     loops: int = 0
     special: int = 0
+    outputs: dict[str, str] = field(default_factory=dict)
+    direct: set[str] = field(default_factory=set)
 
 
 def open_folder(uri: str, path: str) -> FileSource:
@@ -41,7 +48,8 @@ def open_folder(uri: str, path: str) -> FileSource:
     links are followed, except where one leads back to a folder it lies in. A broken link with an image's name is an
     item (it will be reported as unreadable), so that losing a file does not shift the rows behind it. Names that begin
     with a dot are passed over. Differs from torchvision's ImageFolder in that loops end, what is ignored is reported,
-    and a class folder without an image is a note and not an error.
+    a class folder without an image is a note and not an error, and what this package wrote (stores, runs, selections)
+    is neither a class nor looked into.
 
     Args:
         uri: The data set as the user named it.
@@ -71,6 +79,7 @@ def open_folder(uri: str, path: str) -> FileSource:
     _check_top(path, root, classes, stray)
     scan = _Scan()
     names = Names.of(_images(os.path.join(root, ""), classes, scan))  # noqa: PTH118 - Path drops the slash
+    classes = _without_outputs(root, classes, scan)
     if not names:
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(classes), 'class folder')} without an image, "
@@ -88,12 +97,15 @@ def open_folder(uri: str, path: str) -> FileSource:
         labels=_labels(classes, scan),
         files=Files(os.path.join(root, ""), names),  # noqa: PTH118
         classes=tuple(printable(name) for name in classes),
-        notes=tuple(_notes(scan, classes, stray)),
+        notes=(
+            *_notes(scan, classes, stray),
+            *level_notes(root, path, [name for label, name in enumerate(classes) if scan.images[label]], scan.direct),
+        ),
     )
 
 
-def _list(folder: str) -> Iterator[os.DirEntry[str]]:
-    """The visible entries of a folder, in no order.
+def _list(folder: str, listing: Listing | None = None) -> Iterator[os.DirEntry[str]]:
+    """The visible entries of a folder, in no order; ``listing`` is told all names but images'.
 
     Yields:
         Each of them.
@@ -103,7 +115,11 @@ def _list(folder: str) -> Iterator[os.DirEntry[str]]:
     """
     try:
         with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
+            for entry in entries:
+                if listing is not None and not has_image_extension(entry.name):
+                    listing.add(entry.name)
+                if not entry.name.startswith("."):
+                    yield entry
     except OSError as error:
         # Passing over a folder would silently make another data set.
         raise DatasetError(
@@ -167,24 +183,53 @@ def _images_of(root: str, name: str, scan: _Scan) -> Iterator[str]:
         elif (identity := _identity(root + relative)) in above:
             scan.loops += 1
         else:
-            stack.append((_sorted(_entries(root, relative, scan)), above | {identity}))
+            found, listing = _Scan(), Listing()
+            entries = _sorted(_entries(root, relative, found, listing))
+            kind = listing.kind(root + relative)
+            if kind is not None:
+                scan.outputs[relative] = kind
+                continue
+            scan.ignored, scan.special = scan.ignored + found.ignored, scan.special + found.special
+            scan.direct |= found.direct if len(stack) == 1 else set()
+            stack.append((entries, above | {identity}))
 
 
-def _entries(root: str, folder: str, scan: _Scan) -> Iterator[str]:
+def _entries(root: str, folder: str, scan: _Scan, listing: Listing) -> Iterator[str]:
     """Read a folder.
 
     Yields:
         The images and folders in it, relative to the root; folders end with a slash.
     """
-    for entry in _list(root + folder):
+    for entry in _list(root + folder, listing):
         if _is_folder(entry):
             yield f"{folder}{entry.name}/"
         elif not _is_item(entry):
             scan.special += 1
         elif has_image_extension(entry.name):
+            scan.direct.add(folder)
+            listing.strange = True
             yield folder + entry.name
         else:
             scan.ignored[Path(entry.name).suffix.lower()] += 1
+
+
+def _without_outputs(root: Path, classes: list[str], scan: _Scan) -> list[str]:
+    """The classes that are some: not what this package wrote, nor a folder of that without an image.
+
+    Labels are settled here, once all has been seen, so that the classes behind such a folder keep theirs.
+    """
+    within = {folder.partition("/")[0] for folder in scan.outputs}
+    images, kept = Counter[int](), list[str]()
+    for label, name in enumerate(classes):
+        derived = name.rpartition(".")[0] in within and not any(_list(str(root / name)))
+        if not scan.images[label] and (name in within or derived or holds_outputs(str(root / name))):
+            if name not in within:
+                scan.outputs[f"{name}/"] = "outputs"
+            continue
+        images[len(kept)] = scan.images[label]
+        kept.append(name)
+    scan.images = images
+    return kept
 
 
 def _sorted(names: Iterator[str]) -> Iterator[str]:
@@ -233,6 +278,10 @@ def _notes(scan: _Scan, classes: list[str], stray: list[str]) -> Iterator[str]:
         yield f"ignored {_count(scan.ignored.total(), 'file')} without an image extension ({printable(kinds)})"
     if scan.special:
         yield f"ignored {_count(scan.special, 'entry', 'entries')} that no image can be in: pipes, sockets, devices"
+    if scan.outputs:
+        few = [f"{printable(folder.rstrip('/'))} ({kind})" for folder, kind in sorted(scan.outputs.items())[:5]]
+        more = " ..." if len(scan.outputs) > 5 else ""
+        yield f"passed over, as gstds-cache wrote it and it is no class: {', '.join(few)}{more}"
     if scan.loops:
         yield f"ignored {_count(scan.loops, 'symbolic link')} back to a folder above"
     empty = [printable(name) for label, name in enumerate(classes) if not scan.images[label]]

@@ -16,7 +16,6 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,6 +27,7 @@ from jaxtyping import Bool, Int64, UInt8
 from gstds_cache import scratch
 from gstds_cache.data.files import Files
 from gstds_cache.data.names import Names, find
+from gstds_cache.replacing import replacing
 
 RACY_NS = 2_000_000_000
 """The coarsest clock of a file system in use (FAT) ticks every two seconds."""
@@ -159,15 +159,12 @@ class HashMemo:
         return shelf if there == os.fsencode(folder) else None
 
     def _write(self, path: Path, folder: str, shelf: _Shelf) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            # Not flushed to the disk: what a power cut leaves does not match its digest.
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 _serialise(file, os.fsencode(folder), shelf)
-            temporary.replace(path)  # Not flushed to the disk: what a power cut leaves does not match its digest.
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             self._note(f"the next run hashes every file again: cannot write {path}: {error.strerror}")
 
     def _note(self, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from gstds_cache.replacing import replacing
 from gstds_cache.report.charts import DROPPED, KEPT
 from gstds_cache.report.run_view import RunView, panels_of
 from gstds_cache.report.selection_view import SelectionView
@@ -49,10 +50,6 @@ def write_page(file: Path, html: str) -> int:
     Returns:
         Bytes of the file.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with replacing(file) as temporary:
         temporary.write_text(html, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return file.stat().st_size

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
+from gstds_cache.replacing import replacing
 from gstds_cache.report.recompute import SeenBatch
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
@@ -114,8 +115,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     }
     about = {"gstds.selection_digest": header.selection_digest, "gstds.fingerprint": header.cache_fingerprint}
     table = pa.table(columns).replace_schema_metadata(about)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with replacing(file) as temporary:
         if file.suffix == ".parquet":
             with temporary.open("wb") as out:  # opened here: Arrow takes names in UTF-8 alone
                 pa.parquet.write_table(table, out)
@@ -124,9 +124,6 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
                 writer.write_table(table)
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return file.stat().st_size
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from gstds_cache.errors import UsageError
+from gstds_cache.replacing import replacing
 from gstds_cache.store import layout
 from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
@@ -62,8 +63,7 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
     row = pa.list_(pa.from_numpy_dtype(np.dtype(store.spec.dtype)), store.spec.dim)
     fields = [*items.schema.remove_metadata(), pa.field("valid", pa.uint8()), pa.field("embedding", row)]
     schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with replacing(file) as temporary:
         # Opened here: Arrow takes names in UTF-8 alone.
         with temporary.open("wb") as out, _table_writer(file.suffix, out, schema) as writer:
             for unit, rows in enumerate(units):
@@ -77,9 +77,6 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
                 writer.write_batch(pa.record_batch(columns, schema=schema))
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _table_writer(

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import IntegrityError
 from gstds_cache.locking import exclusive
+from gstds_cache.replacing import discard_leftovers, replacing
 from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec
 
@@ -53,6 +54,7 @@ def open_mirror(
     if _recorded(folder) != {**identity, "signature": _signature(path)}:
         with exclusive(folder / LOCK, of=folder):
             if not _matches(path, spec, receipts):
+                discard_leftovers(path, alone=True)
                 write_rows(path, spec, (read(unit) for unit in range(spec.units)))
                 if not _matches(path, spec, receipts):
                     raise IntegrityError(
@@ -60,26 +62,21 @@ def open_mirror(
                         hint="check both with: gstds-cache verify STORE --level full",
                     )
             # The record comes last: without it the file is checked again.
-            (folder / f".{RECORD}.tmp").write_bytes(canonical_json({**identity, "signature": _signature(path)}))
-            (folder / f".{RECORD}.tmp").replace(folder / RECORD)
+            with replacing(folder / RECORD, alone=True) as temporary:
+                temporary.write_bytes(canonical_json({**identity, "signature": _signature(path)}))
     rows: Float[np.ndarray, "N D"] = np.load(path, mmap_mode="r")
     return rows
 
 
 def write_rows(path: Path, spec: CacheSpec, blocks: Iterator[Float[np.ndarray, "R D"]]) -> None:
     """Write ``blocks``, which follow each other from row 0 to row N, as one durable ``.npy`` file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)), "fortran_order": False}
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (spec.items, spec.dim)})
-            for block in blocks:
-                file.write(np.ascontiguousarray(block).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (spec.items, spec.dim)})
+        for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _matches(path: Path, spec: CacheSpec, receipts: dict[int, Receipt]) -> bool:

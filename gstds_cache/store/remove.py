@@ -31,9 +31,10 @@ def remove_store(where: str | Path) -> int:
         first = {layout.COMPLETE: 0, layout.GROUP: 2}
         for key in sorted(own, key=lambda key: (first.get(key, 1), key)):
             transport.delete(key)
-    root = local_path(where)
+        root = local_path(where)
+        if root is not None:
+            (root / LOCK).unlink(missing_ok=True)  # while it is ours: afterwards it may be another's
     if root is not None:
-        (root / LOCK).unlink(missing_ok=True)
         folders = [path for path in root.rglob("*") if path.is_dir()]
         for folder in [*sorted(folders, key=lambda path: -len(path.parts)), root]:
             with suppress(OSError):  # Not empty: it holds something of somebody else's.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.locking import exclusive
+from gstds_cache.replacing import replacing
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
@@ -169,14 +170,10 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None
 def copy_file(source: Path, path: Path) -> None:
     """Copy a finished selection; ``path`` appears when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    copied = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as copied:
         shutil.copyfile(source, copied)
         with copied.open("rb") as file:
             os.fsync(file.fileno())
-        copied.replace(path)
-    finally:
-        copied.unlink(missing_ok=True)
 
 
 def _finish(partial: Path, path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 
 from gstds_cache.devices import resolve_device
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.stream.ranks import Tail, require_rank
+
+T = TypeVar("T")
 
 
 def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop") -> tuple[int, int]:
@@ -90,6 +93,34 @@ class Ranks:
         """Go on when all ranks are here."""
         if self.world_size > 1:
             distributed.barrier()
+
+    def after_first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0, then on the others; all are done when this returns. All ranks have to ask.
+
+        Args:
+            work: What to do, e.g. look at what only rank 0 may hold.
+
+        Returns:
+            What it returned here.
+
+        Raises:
+            GstdsError: Rank 0 raised it. Every rank does then: none waits for one that has ended.
+        """
+        if self.world_size == 1:
+            return work()
+        met: list[GstdsError | None] = [None]
+        done: list[T] = []
+        if self.first:
+            try:
+                done.append(work())
+            except GstdsError as error:
+                met = [error]
+        distributed.broadcast_object_list(met, src=0)
+        if met[0] is not None:
+            raise met[0]
+        result = done[0] if self.first else work()
+        self.wait()
+        return result
 
 
 @contextmanager

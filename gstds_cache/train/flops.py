@@ -10,6 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gstds_cache.train.network import build_network
 
+SMALL_STEP = 250e6
+"""FLOPs of a step that a core does in about 5 ms: up to there two threads gained nothing on two idle cores, and on busy
+ones, where each operation waits for the thread that is not running, they took four to ninety times as long."""
+
 
 def flops_per_sample(arch: str, *, classes: int, side: int) -> float | None:
     """FLOPs of one sample's forward and backward pass.
@@ -34,6 +38,22 @@ def flops_per_sample(arch: str, *, classes: int, side: int) -> float | None:
             warnings.simplefilter("ignore")
             loss = nn.functional.cross_entropy(network(pixels), torch.zeros(2, dtype=torch.long, device="meta"))
             loss.backward()  # type: ignore[no-untyped-call]
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+    except Exception:  # A network of anyone's, which may object to its input in any way; training says what is wrong.
         return None
     return counter.get_total_flops() / 2
+
+
+def step_threads(per_sample: float | None, samples: float) -> int:
+    """CPU threads for training, where the user gave no number.
+
+    What is asked is the work of a step, and no clock: a resumed run has the same threads as the run it goes on with,
+    and so the same numbers to the bit, however busy the machine is.
+
+    Args:
+        per_sample: FLOPs of one sample's step, from :func:`flops_per_sample`.
+        samples: Samples of a step in this process, on average.
+
+    Returns:
+        1 for steps that are not worth dividing; 0, which is all there are, for others and where nobody knows.
+    """
+    return 1 if per_sample is not None and per_sample * samples < SMALL_STEP else 0

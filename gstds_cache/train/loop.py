@@ -110,7 +110,7 @@ def one_cycle(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (total + 1 - rise)))
 
 
-def train(  # noqa: PLR0912, PLR0915 - one visible loop
+def train(
     source: ImageSource,
     stream: SelectionStream,
     config: TrainConfig,
@@ -130,7 +130,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
         source: The data set the selection was made from.
         stream: The selection.
         config: How to train; ``image_size`` and ``augment`` are settled (not 0, not ``auto``).
-        run_dir: Where metrics and checkpoints go, and come from.
+        run_dir: Where metrics and checkpoints go, and come from; held until the end.
         evaluation: The data set accuracy is measured on, with the same classes.
         ranks: This process among several; None for one alone.
         method: Chooses from each batch before its step (``train/baselines/``); None trains on the batch as it is.
@@ -146,11 +146,31 @@ def train(  # noqa: PLR0912, PLR0915 - one visible loop
     Raises:
         UsageError: Labels are missing, the evaluation set has other classes, or ``method`` was given several ranks.
         FingerprintMismatchError: The stream is not the one the run was begun with.
+        IncompleteError: Another process or thread writes ``run_dir``.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
         IncompleteError: A process that decodes was killed, or had no memory; likewise.
         KeyboardInterrupt: ``interruptible`` said so.
     """
+    with run_dir:
+        return _train(
+            source, stream, config, run_dir, evaluation, ranks, method, feed, after_epoch, progress, interruptible
+        )
+
+
+def _train(  # noqa: PLR0912, PLR0915 - one visible loop
+    source: ImageSource,
+    stream: SelectionStream,
+    config: TrainConfig,
+    run_dir: RunDir,
+    evaluation: ImageSource | None,
+    ranks: Ranks | None,
+    method: BatchMethod | None,
+    feed: ImageFeed | None,
+    after_epoch: Callable[[nn.Module], None] | None,
+    progress: Progress | None,
+    interruptible: Callable[[], AbstractContextManager[Callable[[], bool]]],
+) -> TrainReport:
     progress = progress or (lambda _phase, _done, _total, _waiting: None)
     ranks = ranks or Ranks(resolve_device(config.device))
     device = ranks.device

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_bytes import NOISE, encode, oriented, png_header, stored_as, with_right_checksums
-from PIL import Image, ImageOps
+from image_bytes import NOISE, encode, oriented, png, png_header, stored_as, with_right_checksums
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from gstds_cache.data.decode import MAX_PIXELS, UndecodableError, decode_image, to_rgb
 
@@ -113,15 +113,99 @@ def test_sixteen_bit_grey_in_either_byte_order(mode: str) -> None:
 
 
 def test_wide_integers_are_read_as_sixteen_bit() -> None:
-    values = np.array([[-5, 0, 4096, 65535, 70000]], np.int32)
-    assert pixels(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 16, 255, 255]
+    values = np.array([[-5, 0, 4096, 65535, 70000] + 300 * [30000]], np.int32)
+    assert pixels(to_rgb(Image.fromarray(values)))[0, :5, 0].tolist() == [0, 0, 16, 255, 255]
 
 
 def test_float_grey_in_either_convention() -> None:
-    unit = np.array([[0.0, 0.5, 1.0, np.nan, -1.0]], np.float32)
-    byte = np.array([[0.0, 127.6, 255.0, 300.0, np.inf]], np.float32)
-    assert pixels(decode_image(encode(Image.fromarray(unit), "TIFF")))[0, :, 0].tolist() == [0, 128, 255, 0, 0]
-    assert pixels(to_rgb(Image.fromarray(byte)))[0, :, 0].tolist() == [0, 128, 255, 255, 255]
+    unit = np.array([[0.0, 0.5, 1.0, np.nan, -1.0, np.inf] + 200 * [0.5]], np.float32)
+    byte = np.array([[0.0, 127.6, 255.0, 300.0, np.inf] + 200 * [127.6]], np.float32)
+    assert pixels(decode_image(encode(Image.fromarray(unit), "TIFF")))[0, :6, 0].tolist() == [0, 128, 255, 0, 0, 255]
+    assert pixels(to_rgb(Image.fromarray(byte)))[0, :5, 0].tolist() == [0, 128, 255, 255, 255]
+
+
+RAMP = np.linspace(0, 255, 48)[None].repeat(32, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "distinct"),
+    [
+        (RAMP.astype(np.int32), 48),
+        ((RAMP * 257).astype(np.int32), 48),
+        (RAMP.astype(np.float32), 48),
+        ((RAMP / 255).astype(np.float32), 48),
+        ((RAMP / 255 * 1.04 - 0.02).astype(np.float32), 47),  # overshoots as a resized image does
+        ((RAMP * 257).astype(np.uint16), 48),
+        (np.zeros((4, 4), np.int32), 1),  # black is a picture too
+        (np.zeros((4, 4), np.uint16), 1),
+        (np.zeros((4, 4), np.float32), 1),
+        (np.full((4, 4), 9, np.uint16), 1),
+        (np.full((4, 4), 65535, np.int32), 1),
+        ((RAMP * 16 + 30000).astype(np.uint16), 16),  # fog in true 16 bits is no mistake
+    ],
+)
+def test_grey_whose_values_follow_a_convention_keeps_them(values: np.ndarray, distinct: int) -> None:
+    got = pixels(decode_image(encode(Image.fromarray(values), "TIFF")))
+    assert abs(len(np.unique(got)) - distinct) <= 2
+    assert (np.diff(got[0, :, 0].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ((RAMP / 127.5 - 1).astype(np.float32), "no known range: -1 to 1, expected 0 to 1 or 0 to 255"),
+        ((RAMP * 257).astype(np.float32), "no known range: 0 to 65535, expected 0 to 1 or 0 to 255"),
+        ((RAMP * 4000).astype(np.int32), r"no known range: 0 to 1.02e\+06, expected 0 to 255 or 0 to 65535"),
+        ((RAMP.astype(np.int32) - 200), "no known range: -200 to 55"),
+        ((RAMP * 16).astype(np.uint16), "all but black: grey values from 0 to 4080 of 0 to 65535, 16 of 48"),
+        ((RAMP * 16).astype(np.int32), "all but black: grey values from 0 to 4080"),
+        (np.arange(21, dtype=np.uint16)[None], "all but black: grey values from 0 to 20 .* 1 of 21"),  # class indices
+        ((RAMP / 50).astype(np.float32), "all but black: grey values from 0 to 5.1 of 0 to 255"),
+        (np.full((4, 4), np.nan, np.float32), "all are NaN"),
+    ],
+)
+def test_grey_that_would_be_all_but_black_or_white_is_refused(values: np.ndarray, reason: str) -> None:
+    data = encode(Image.fromarray(values), "TIFF")
+    with pytest.raises(UndecodableError, match=reason) as caught:
+        decode_image(data)
+    with pytest.raises(UndecodableError) as again:
+        decode_image(data)
+    assert caught.value.reason == again.value.reason
+    assert "\n" not in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [
+        ((RAMP * 4095 / 255).astype(np.uint16), {341: 4095}),
+        ((RAMP * 4095 / 255).astype(np.uint16), {281: 4095}),
+        ((RAMP / 127.5 - 1).astype(np.float32), {340: -1.0, 341: 1.0}),
+        ((RAMP * 257).astype(np.float32), {341: 65535.0}),
+        ((RAMP * 4000).astype(np.int32), {341: 1020000}),
+    ],
+)
+def test_a_declared_range_is_the_way_out(values: np.ndarray, tags: dict[int, float]) -> None:
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info.tagtype[tag] = 4 if isinstance(value, int) else 12
+        info[tag] = value
+    got = pixels(decode_image(encode(Image.fromarray(values), "TIFF", tiffinfo=info)))
+    assert np.abs(got[0, :, 0] - RAMP[0]).max() <= 1
+
+
+def test_a_dark_pgm_is_not_brightened_and_a_full_scale_of_its_own_is_kept() -> None:
+    dark = b"P5 4 1 65535\n" + struct.pack(">4H", 0, 100, 255, 300)
+    assert pixels(decode_image(dark))[0, :, 0].tolist() == [0, 0, 0, 1]
+    twelve = b"P5 3 1 4095\n" + struct.pack(">3H", 0, 2048, 4095)
+    assert pixels(decode_image(twelve))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_colour_of_12_bits_in_16_is_refused_and_of_16_bits_is_kept() -> None:
+    colour = np.repeat((RAMP * 257).astype(np.uint16)[..., None], 3, 2)
+    assert len(np.unique(pixels(decode_image(png(colour))))) == 48
+    with pytest.raises(UndecodableError, match="all but black: 16-bit colour with nothing above 4095 of 65535"):
+        decode_image(png(colour >> 4))
+    assert not pixels(decode_image(png(colour * 0))).any()
 
 
 def test_cmyk() -> None:
