@@ -27,6 +27,9 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.source import ImageSource
     from gstds_cache.stream.reader import SelectionStream
     from gstds_cache.stream.schema import Header
@@ -133,7 +136,7 @@ def main(
     begun = time.perf_counter()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.memo import HashMemo
-    from gstds_cache.data.sources import open_source
+    from gstds_cache.data.repeatable import why_items_differ
     from gstds_cache.devices import describe_device, limit_threads
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
@@ -157,8 +160,7 @@ def main(
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
 
-        source = open_source(dataset, memo=memo, progress=hashed_items)
-        evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
+        source, evaluation = _opened(dataset, eval_dataset, memo, hashed_items)
         with open_selection(selection) as stream:
             header = stream.header
             if cache is not None:
@@ -170,7 +172,13 @@ def main(
                     _print_plan(source, evaluation, stream, config, cache, (embed_cost, select_cost), as_json)
                 return
             manifest = build_manifest(source, memo=memo, progress=hashed_items)
-            require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
+            require_dataset(
+                header,
+                items=len(manifest),
+                items_root=manifest.root,
+                uri=source.uri,
+                why=why_items_differ(source),
+            )
             config = _settled(config, source)
             name = f"{arch.replace(':', '-')}-{header.selection_digest[:8]}-s{seed}{f'-b{repack}' if repack else ''}"
             run_dir = RunDir(
@@ -217,6 +225,19 @@ def main(
     _print_ledger(ledger)
     if as_json:
         print_json(_as_dict(run_dir.path, report, header, ranks.world_size) | {"ledger": ledger.to_dict()})
+
+
+def _opened(
+    dataset: str, eval_dataset: str | None, memo: HashMemo, progress: Callable[[int, int], None]
+) -> tuple[ImageSource, ImageSource | None]:
+    """Both data sets; refused where their labels are none that can be trained on, before every image is hashed."""
+    from gstds_cache.data.sources import open_source
+    from gstds_cache.train.loop import count_classes
+
+    source = open_source(dataset, memo=memo, progress=progress)
+    evaluation = open_source(eval_dataset, memo=memo, progress=progress) if eval_dataset else None
+    count_classes(source, evaluation)
+    return source, evaluation
 
 
 def _measured_selection(cache: str, header: Header) -> SelectionCost:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from gstds_cache.data.mapstyle import MapStyleSource, importable
+from gstds_cache.data.items import code_fault
+from gstds_cache.data.mapstyle import MapStyleSource, attribute, importable
+from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.sources import KINDS
 from gstds_cache.errors import DatasetError, GstdsError
 from gstds_cache.plugins import load_factory
@@ -15,7 +19,8 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
     """Call the user's factory and adapt what it returns.
 
     The dataset must have ``__len__`` and ``__getitem__`` that gives (image, label): a PIL image, a uint8 array
-    [H, W] or [H, W, C] or a uint8 tensor [C, H, W], and an integer. Attributes ``ids``, ``classes``,
+    [H, W] or [H, W, C] or a uint8 tensor [C, H, W], and a label (:func:`gstds_cache.data.labels.parse_label`).
+    Attributes ``ids``, ``classes``,
     ``targets``/``labels`` and ``mirror_safe`` are used where it has them. The current directory is importable while
     the factory runs.
 
@@ -43,37 +48,46 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
         )
         raise DatasetError(f"data set {uri!r}: {message}", hint=hint) from error
     with importable(folder):
-        try:
-            dataset = factory(**params)
-        except TypeError as error:
-            call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
-            raise DatasetError(
-                f"data set {uri!r}: the call {call} failed: {error}",
-                hint="query parameters are passed to the factory by name, as strings",
-            ) from error
+        dataset = _called(uri, name, factory, params)
         source = MapStyleSource(
             dataset,
             uri=uri,
             kind=f"module:{name}",
             folder=folder,
-            mirror_safe=bool(getattr(dataset, "mirror_safe", True)),
+            mirror_safe=_mirror_safe(dataset, uri),
         )
-        _check_repeatable(source)
+        require_repeatable(source)
     return source
 
 
-def _check_repeatable(source: MapStyleSource) -> None:
-    """Refuse a dataset that augments: its cache would hold embeddings of images nobody sees again.
+def _called(uri: str, name: str, factory: Callable[..., Any], params: Mapping[str, str]) -> Any:
+    """What the factory returns.
 
     Raises:
-        DatasetError: Item 0 gave two different images.
-    """
+        DatasetError: It does not take ``params``, or it fails.
+    """  # noqa: DOC501
+    call = f"{name}({', '.join(f'{key}={value!r}' for key, value in params.items())})"
     try:
-        same = source.payload(0) == source.payload(0)
-    except OSError:
-        return
-    if not same:
-        raise DatasetError(
-            f"data set {source.uri!r}: got two different images for item 0, expected the same each time",
-            hint="take random transforms out of the dataset: augmentation comes after the cache",
-        )
+        return factory(**params)
+    except (GstdsError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and not _takes(factory, params):
+            raise DatasetError(
+                f"data set {uri!r}: the call {call} failed: {error}",
+                hint="query parameters are passed to the factory by name, as strings",
+            ) from error
+        raise code_fault(f"data set {uri!r}: the call {call} failed", error) from error
+
+
+def _takes(factory: Callable[..., Any], params: Mapping[str, str]) -> bool:
+    try:
+        inspect.signature(factory).bind(**params)
+    except (TypeError, ValueError):  # ValueError: it has no signature, as some of C have
+        return False
+    return True
+
+
+def _mirror_safe(dataset: Any, uri: str) -> bool:
+    given = attribute(dataset, "mirror_safe", uri)
+    return True if given is None else bool(given)

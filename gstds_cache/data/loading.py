@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import cores
+from gstds_cache.errors import GstdsError
 
 PixelTransform = Callable[[Image.Image], torch.Tensor]
 
@@ -56,9 +57,12 @@ class _Rows(Dataset[tuple[torch.Tensor, str | None]]):
         except UndecodableError as error:
             return torch.zeros(self.shape, dtype=torch.uint8), error.reason
 
-    def __getitems__(self, rows: Sequence[int]) -> PixelBatch:
+    def __getitems__(self, rows: Sequence[int]) -> PixelBatch | GstdsError:
         begun = time.perf_counter()
-        decoded = [self[row] for row in rows]
+        try:
+            decoded = [self[row] for row in rows]
+        except GstdsError as error:
+            return error  # Raised in a worker it would arrive as its traceback, in one text.
         failures = tuple((row, reason) for row, (_, reason) in zip(rows, decoded, strict=True) if reason is not None)
         pixels = torch.stack([pixels for pixels, _ in decoded])
         return PixelBatch(tuple(rows), pixels, failures, time.perf_counter() - begun)
@@ -103,9 +107,9 @@ def pixel_batches(
         pin: Whether batches go into page-locked memory, for a GPU.
 
     Returns:
-        An iterator of one batch of pixels per batch of rows.
+        An iterator of one batch of pixels per batch of rows. It raises the GstdsError that reading an item ended with.
     """
-    loader: DataLoader[PixelBatch] = DataLoader(
+    loader: DataLoader[PixelBatch | GstdsError] = DataLoader(
         _Rows(source, transform, shape),  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
@@ -149,10 +153,13 @@ def _interrupt_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _until_closed(batches: Iterator[PixelBatch]) -> Generator[PixelBatch, None, None]:
+def _until_closed(batches: Iterator[PixelBatch | GstdsError]) -> Generator[PixelBatch, None, None]:
     # The loader's iterator stops its workers when the last reference goes. A traceback would keep one to a plain
     # iterator for as long as the exception is looked at; this one's goes with close().
-    yield from batches
+    for batch in batches:
+        if isinstance(batch, GstdsError):
+            raise batch
+        yield batch
 
 
 def default_workers(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.encoders.encoder import Encoder
@@ -83,10 +84,16 @@ def check_sample(
                 cosines.append(cosine)
                 if not cosine >= 1 - TOLERANCE and kept.any():
                     text = f"row {row} ({source.ids[row]}): cosine {cosine:.6f} with the same image embedded again"
+                    text += _because(source)
                     problems.append(_problem(store, row, text))
     return SampleReport(
         tuple(drawn.tolist()), float(np.nanmin(cosines)) if len(cosines) > 1 else float("nan"), tuple(problems)
     )
+
+
+def _because(source: ImageSource) -> str:
+    why = why_items_differ(source)
+    return f" ({why})" if why else ""
 
 
 def _problem(store: EmbeddingStore, row: int, text: str) -> Problem:
