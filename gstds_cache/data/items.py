@@ -37,8 +37,8 @@ NOT_PAIR = (
 _RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENOSPC, errno.ENOTCONN})
 # Errors whose text is left out of the reason, as it always was: receipts written before stay as they are.
 _BY_NAME = (OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
-# An address or an absolute path would make the reason another in every run.
-_VARIES = re.compile(r" at 0x[0-9a-fA-F]+|(?<![\w.])(?:/[^\s/'\":]+)+/?")
+# Addresses and absolute paths would make the reason another in every run; a file's own name stays.
+_VARIES = re.compile(r" at 0x[0-9a-fA-F]+|(?<![\w./])/(?:[^\s/'\":]+/)+")
 
 
 class ItemError(UndecodableError):
@@ -139,7 +139,9 @@ def image_of(value: Any) -> Image.Image:
     image = value if isinstance(value, Image.Image) else Image.fromarray(_pixels(value))
     if not image.width * image.height:
         raise _not_image(f"an image of {image.width}x{image.height} pixels")
-    return to_rgb(image)  # decodes an image that was only opened
+    rgb = to_rgb(image)
+    rgb.load()  # or an image in RGB that was only opened would decode, and fail, somewhere else
+    return rgb
 
 
 def _pixels(value: Any) -> UInt8[np.ndarray, "H W *C"]:

@@ -69,10 +69,11 @@ def label_notes(labels: Int[np.ndarray, " N"], named: int) -> tuple[str, ...]:
         named: How many classes have a name.
 
     Returns:
-        No note, or one.
+        No note, one or two.
     """
     counts = LabelCounts.of(labels)
     if not counts.labelled:
         return ("labels: none; selection goes by the images alone, and gstds-train needs labels",)
-    doubt = counts.doubt(named)
-    return (f"{doubt}: if they are ids, gstds-train will refuse them as classes",) if doubt else ()
+    doubt, without = counts.doubt(named), len(labels) - counts.labelled
+    notes = [f"labels: {without:,} of {len(labels):,} items have none"] if without else []
+    return (*notes, *([f"{doubt}: they look like ids, which gstds-train refuses as classes"] if doubt else []))

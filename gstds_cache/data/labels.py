@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
-from numbers import Real
+from numbers import Number, Real
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from gstds_cache.data.names import AT_ONCE
 from gstds_cache.errors import DatasetError
 
 NO_LABEL = -1
-WITHOUT = "or give None for an item without a label"
+WITHOUT = "or None for an item without a label"
+_NUMBER = f"give the class index, a whole number, {WITHOUT}"
 _LARGEST = int(np.iinfo(np.int64).max)
 _WRAPPINGS = 8
 """Arrays in lists in tuples that are taken off; more is no label, but a list that holds itself."""
@@ -66,11 +67,11 @@ def parse_label(value: Any) -> int | str:
                 return NO_LABEL
             number = int(bare)  # type: ignore[arg-type] # OverflowError: it is infinite
             if number != bare:
-                raise LabelError(described(value), f"give the class index, a whole number, {WITHOUT}")
+                raise LabelError(described(value), _NUMBER)
         else:
             number = operator.index(bare)
     except (TypeError, ArithmeticError):
-        raise LabelError(described(value), _instead(value)) from None
+        raise LabelError(described(value), _NUMBER if isinstance(bare, Number) else _instead(value)) from None
     if number > _LARGEST:
         raise LabelError(described(value), "number the classes from 0, e.g. by np.unique(labels, return_inverse=True)")
     return max(NO_LABEL, number)
@@ -170,8 +171,8 @@ class LabelColumn:
             return parse_label(value)
         except LabelError as error:
             raise DatasetError(
-                f"data set {self._uri!r}, {self._name(row)}: got the label {error.got}, expected a whole number, text "
-                "or None",
+                f"data set {self._uri!r}, {self._name(row)}: got the label {error.got}, expected a whole number "
+                "below 2^63, text or None",
                 hint=error.hint,
             ) from None
 
