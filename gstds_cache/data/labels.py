@@ -203,8 +203,11 @@ class LabelColumn:
         return labels
 
     def _coded(self, start: int, values: list[Any]) -> Int64[np.ndarray, " n"]:
-        if set(map(type, values)) == {int}:  # most data sets; 20 times as fast as one by one
+        kinds = set(map(type, values))
+        if kinds in ({int}, {float}):  # most data sets; 20 times as fast as one by one
             numbers = np.array(values)
+            if kinds == {float} and (np.abs(numbers) < _LARGEST).all() and (numbers == np.rint(numbers)).all():
+                numbers = numbers.astype(np.int64)
             if numbers.dtype == np.int64:
                 self._check_numbers(start, numbers)
                 numbers[numbers < 0] = NO_LABEL
