@@ -31,6 +31,9 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.source import ImageSource
     from gstds_cache.stream.reader import SelectionStream
     from gstds_cache.stream.schema import Header
@@ -147,7 +150,7 @@ def main(
     wait_briefly()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.memo import HashMemo
-    from gstds_cache.data.sources import open_source
+    from gstds_cache.data.repeatable import why_items_differ
     from gstds_cache.devices import limit_threads
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.places import cache_root
@@ -170,8 +173,7 @@ def main(
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
 
-        source = open_source(dataset, memo=memo, progress=hashed_items)
-        evaluation = open_source(eval_dataset, memo=memo, progress=hashed_items) if eval_dataset else None
+        source, evaluation = _opened(dataset, eval_dataset, memo, hashed_items)
         with open_selection(selection) as stream:
             header = stream.header
             if cache is not None:
@@ -184,7 +186,13 @@ def main(
                     _print_plan(source, evaluation, stream, config, cache, (embed_cost, select_cost), as_json)
                 return
             manifest = build_manifest(source, memo=memo, progress=hashed_items)
-            require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri)
+            require_dataset(
+                header,
+                items=len(manifest),
+                items_root=manifest.root,
+                uri=source.uri,
+                why=why_items_differ(source),
+            )
             eval_root = build_manifest(evaluation, memo=memo).root if evaluation else None
             run_dir = _hold_run_dir(out, config, source, stream, eval_root, ranks, resume)
             opened = time.perf_counter() - begun  # libraries loaded, items hashed
@@ -235,6 +243,19 @@ def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"run the same command again with {words} to go on") from None
     except IncompleteError as error:
         raise IncompleteError(error.message, hint=f"{error.hint}, with {words}") from error
+
+
+def _opened(
+    dataset: str, eval_dataset: str | None, memo: HashMemo, progress: Callable[[int, int], None]
+) -> tuple[ImageSource, ImageSource | None]:
+    """Both data sets; refused where their labels are none that can be trained on, before every image is hashed."""
+    from gstds_cache.data.sources import open_source
+    from gstds_cache.train.loop import count_classes
+
+    source = open_source(dataset, memo=memo, progress=progress)
+    evaluation = open_source(eval_dataset, memo=memo, progress=progress) if eval_dataset else None
+    count_classes(source, evaluation)
+    return source, evaluation
 
 
 def _measured_selection(cache: str, header: Header) -> SelectionCost:

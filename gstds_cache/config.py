@@ -21,7 +21,11 @@ LARGEST_SIDE = 4096  # pixels
 
 
 def _require_range(what: str, got: int | None, least: int, most: int, also: str = "") -> None:
-    """Refuse a whole number outside its range; None, where nothing was given, is fine."""
+    """Refuse a whole number outside its range; None, where nothing was given, is fine.
+
+    Raises:
+        UsageError: It is outside.
+    """
     if got is not None and not least <= got <= most:
         raise UsageError(f"{what}: got {got:,}, expected {least:,} to {most:,}{also}")
 

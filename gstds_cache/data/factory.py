@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from gstds_cache.data.mapstyle import MapStyleSource, importable
+from gstds_cache.data.mapstyle import MapStyleSource, attribute, importable
+from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.sources import KINDS
 from gstds_cache.errors import DatasetError, GstdsError
 from gstds_cache.plugins import call_factory, load_factory
@@ -16,7 +18,8 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
     """Call the user's factory and adapt what it returns.
 
     The dataset must have ``__len__`` and ``__getitem__`` that gives (image, label): a PIL image, a uint8 array
-    [H, W] or [H, W, C] or a uint8 tensor [C, H, W], and an integer. Attributes ``ids``, ``classes``,
+    [H, W] or [H, W, C] or a uint8 tensor [C, H, W], and a label (:func:`gstds_cache.data.labels.parse_label`).
+    Attributes ``ids``, ``classes``,
     ``targets``/``labels`` and ``mirror_safe`` are used where it has them. The current directory is importable while
     the factory runs.
 
@@ -44,25 +47,13 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
             uri=uri,
             kind=f"module:{name}",
             folder=folder,
-            mirror_safe=bool(getattr(dataset, "mirror_safe", True)),
+            mirror_safe=_mirror_safe(dataset, uri),
             again=partial(factory, **params),
         )
-        _check_repeatable(source)
+        require_repeatable(source)
     return source
 
 
-def _check_repeatable(source: MapStyleSource) -> None:
-    """Refuse a dataset that augments: its cache would hold embeddings of images nobody sees again.
-
-    Raises:
-        DatasetError: Item 0 gave two different images.
-    """
-    try:
-        same = source.payload(0) == source.payload(0)
-    except OSError:
-        return
-    if not same:
-        raise DatasetError(
-            f"data set {source.uri!r}: got two different images for item 0, expected the same each time",
-            hint="take random transforms out of the dataset: augmentation comes after the cache",
-        )
+def _mirror_safe(dataset: Any, uri: str) -> bool:
+    given = attribute(dataset, "mirror_safe", uri)
+    return True if given is None else bool(given)

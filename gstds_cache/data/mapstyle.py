@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import operator
+import hashlib
 import pickle
-import struct
 import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from PIL import Image
 
 from gstds_cache import scratch
 from gstds_cache.data.copies import Copies
-from gstds_cache.data.decode import UndecodableError, to_rgb
-from gstds_cache.data.files import Files, require_resources
-from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
+from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.files import Files
+from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, said, users_code
+from gstds_cache.data.labels import LabelColumn, LabelError, first_and_last, may_be_labels, parse_label
+from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
+TRIED = 8
+"""Items, spread over the data set, that have to fail in the same way for it to be refused."""
+
 _UNREADABLE = -1
 _SUMMED_BYTES = 1 << 16
-
-# What reading a damaged image raises from inside a dataset; anything else is a fault of its code, and keeps its trace.
-_READ_ERRORS = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class MapStyleSource:
     """A dataset object with ``__len__`` and ``__getitem__``. An item's payload is its pixels in RGB.
+
+    An item that cannot be read, or gives no image, is undecodable, whatever the reason: like a broken image file it
+    has a row. Where every item that is tried fails in the same way, it is the data set that is wrong, and is refused.
 
     Items are read one at a time, since such objects often share a file handle. A process that decodes has a dataset of
     its own (:meth:`for_workers`). In any other process the dataset is unpickled, with ``folder`` importable, as it was
@@ -67,7 +70,6 @@ class MapStyleSource:
         self.uri = uri
         self.kind = kind
         self.mirror_safe = mirror_safe
-        self.notes = tuple(notes)
         self._dataset = dataset
         self._folder = folder
         self._again = again
@@ -75,10 +77,13 @@ class MapStyleSource:
         rows = _length(dataset, uri)
         self._sums = scratch.zeros((rows,), np.int64)  # Of each item when it was hashed; 0 until then.
         self.ids = _ids(dataset, uri, rows)
-        self.classes = class_names(dataset)
-        with contextlib.suppress(*_READ_ERRORS):  # A damaged first item is one bad item; a wrong type is all of them.
-            self._rgb(self._item(0)[0])
-        self.labels = self._read_labels(rows)
+        self._require_an_image(rows)
+        # torchvision names those classes alone that a split has.
+        named = class_names(dataset, uri)
+        column = LabelColumn(rows, uri, self.name_of, named, may_exceed=kind.startswith("torchvision:"))
+        self.labels = self._read_labels(rows, column)
+        self.classes = column.classes
+        self.notes = (*notes, *column.notes)
 
     @property
     def files(self) -> Files | None:
@@ -88,6 +93,10 @@ class MapStyleSource:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def name_of(self, row: int) -> str:
+        """How errors name an item: by its id and its row."""
+        return f"item {self.ids[row]!r} (row {row})"
+
     def payload(self, row: int) -> bytes:
         """``RGB|WxH|`` and the pixels of item ``row``, row by row.
 
@@ -95,33 +104,44 @@ class MapStyleSource:
             OSError: The dataset cannot read the item.
         """
         try:
-            image = self._rgb(self._item(row)[0])
-        except _READ_ERRORS as error:
-            require_resources(error)
+            image = self._read(row)
+        except UndecodableError as error:
             self._sums[row] = _UNREADABLE
-            raise OSError(f"item {row}: {error}") from error
+            raise OSError(f"{self.name_of(row)}: {error.reason}") from error
         self._sums[row] = _sum(image)
-        return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
+        return _payload(image)
 
     def image(self, row: int) -> Image.Image:
         """Item ``row`` in RGB; if it was hashed, the image that was hashed, in whichever process.
 
         Raises:
             UndecodableError: The dataset cannot read the item.
-            DatasetError: It could when the item was hashed, or the item was another image then.
+            DatasetError: It could when the item was hashed, or the item was another image then; or the dataset's code
+                is wrong.
         """
         hashed = int(self._sums[row])
         try:
-            image = self._rgb(self._item(row)[0])
-        except _READ_ERRORS as error:
-            require_resources(error)
-            reason = getattr(error, "strerror", None) or type(error).__name__
+            image = self._read(row)
+        except UndecodableError as error:
             if hashed > 0:
-                raise self._another(row, f"could be read when it was hashed, and cannot now: {reason}") from error
-            raise UndecodableError(f"unreadable: {reason}") from None
+                raise self._another(row, f"could be read when it was hashed, and cannot now: {error.reason}") from error
+            raise
         if hashed and _sum(image) != hashed:
             raise self._another(row, "is another image now than when it was hashed")
         return image
+
+    def reading(self, row: int) -> tuple[bytes, int | str] | None:
+        """The SHA-256 of what item ``row`` gives when it is read now, and its label; None if it cannot be read.
+
+        Raises:
+            DatasetError: The label is none.
+        """
+        try:
+            value, label = self._item(row)
+            digest = hashlib.sha256(_payload(self._rgb(row, value))).digest()
+        except UndecodableError:
+            return None
+        return digest, LabelColumn(len(self), self.uri, self.name_of).parse(row, label)
 
     def _another(self, row: int, what: str) -> DatasetError:
         return DatasetError(
@@ -151,56 +171,71 @@ class MapStyleSource:
         own.__dict__.update(self.__dict__, _dataset=dataset, _lock=threading.Lock())
         return own
 
+    def _read(self, row: int) -> Image.Image:
+        value, _ = self._item(row)
+        return self._rgb(row, value)
+
     def _item(self, row: int) -> tuple[Any, Any]:
-        with self._lock:
+        with self._lock, users_code(lambda: f"data set {self.uri!r}, {self.name_of(row)}"):
             item = self._dataset[row]
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
+        return pair_of(item)
+
+    def _rgb(self, row: int, value: Any) -> Image.Image:
+        with users_code(lambda: f"data set {self.uri!r}, {self.name_of(row)}"):  # An opened image decodes only here.
+            return image_of(value)
+
+    def _require_an_image(self, rows: int) -> None:
+        """Refuse a data set of which no item gives an image, all for the same reason.
+
+        Raises:
+            DatasetError: So it is; or the data set has fewer items than it says.
+        """
+        failures: list[UndecodableError] = []
+        for row in spread(rows, TRIED):
+            try:
+                self.image(row)
+            except UndecodableError as error:
+                failures.append(error)
+            else:
+                return
+        first = failures[0]
+        if len({error.kind if isinstance(error, ItemError) else error.reason for error in failures}) == 1:
+            others = f"; so it is with all {len(failures)} items that were tried" if len(failures) > 1 else ""
             raise DatasetError(
-                f"data set {self.uri!r}, item {row}: got {got}, expected a pair (image, label)",
-                hint="wrap it in a dataset of such pairs, and name that as package.module:factory",
+                f"data set {self.uri!r}, {self.name_of(0)}: {first.reason}{others}",
+                hint=first.hint if isinstance(first, ItemError) else "",
             )
-        return item[0], item[1]
 
-    def _rgb(self, value: Any) -> Image.Image:
-        return to_rgb(value if isinstance(value, Image.Image) else Image.fromarray(self._pixels(value)))
+    def _read_labels(self, rows: int, column: LabelColumn) -> Int64[np.ndarray, " N"]:
+        """Read all labels from an attribute if it agrees with the first and last item, else item by item.
 
-    def _pixels(self, value: Any) -> UInt8[np.ndarray, "H W *C"]:
-        is_tensor = hasattr(value, "detach")  # Told by its method, so that torch is not imported for arrays.
-        array = value.detach().cpu().numpy() if is_tensor else value
-        if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim in {2, 3}:
-            if is_tensor and array.ndim == 3:
-                array = array.transpose(1, 2, 0)
-            channels = 1 if array.ndim == 2 else array.shape[2]
-            if channels in {1, 3, 4} and array.size:
-                return np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
-        got = (
-            f"{array.dtype} {'x'.join(map(str, array.shape))}"
-            if isinstance(array, np.ndarray)
-            else type(array).__name__
-        )
-        raise DatasetError(
-            f"data set {self.uri!r}: got an image that is a {'tensor' if is_tensor else 'value'} of {got}, "
-            "expected a PIL image, a uint8 array [H, W] or [H, W, C], or a uint8 tensor [C, H, W], C = 1, 3 or 4",
-            hint="take ToTensor, Normalize and augmentation out of the dataset: they come after the cache",
-        )
-
-    def _read_labels(self, rows: int) -> Int64[np.ndarray, " N"]:
-        """Read all labels from an attribute if it agrees with the first and last item, else item by item."""
+        Raises:
+            DatasetError: There are fewer items than the data set says, or a label is none.
+        """
         ends = {row: self._label(row) for row in (0, rows - 1)}
+        last = ends[rows - 1]
+        if isinstance(last, UndecodableError) and isinstance(last.__cause__, IndexError):
+            raise DatasetError(
+                f"data set {self.uri!r}, {self.name_of(rows - 1)}: its __len__ gives {rows}, and the last item is not "
+                f"there: {said(last.__cause__)}",
+                hint="return from __len__ how many items __getitem__ has",
+            )
+        parsed = [
+            None if isinstance(label, UndecodableError) else column.parse(row, label) for row, label in ends.items()
+        ]
         for name in LABEL_ATTRIBUTES:
-            labels = label_array(getattr(self._dataset, name, None), rows)
-            if labels is not None and all(label in {None, labels[row]} for row, label in ends.items()):
-                return labels
+            values = attribute(self._dataset, name, self.uri)
+            if may_be_labels(values, rows) and _agree(values, parsed[0], parsed[-1]):
+                return column.read(values)
         found = map(self._label, range(rows))
-        return _numbers((-1 if label is None else label for label in found), rows)
+        return column.read(None if isinstance(label, UndecodableError) else label for label in found)
 
-    def _label(self, row: int) -> int | None:
-        """The label of one item, None if it cannot be read."""
+    def _label(self, row: int) -> Any:
+        """The label of one item as the dataset gives it; the error, if the item cannot be read."""
         try:
-            return label_of(self._item(row)[1])
-        except _READ_ERRORS:
-            return None
+            return self._item(row)[1]
+        except UndecodableError as error:
+            return error
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in {"_lock", "_dataset", "_again"}}
@@ -233,25 +268,42 @@ def importable(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def label_of(value: Any) -> int:
-    """A label as a class index: -1 for what is not an integer, and for negative ones, which data sets use as "none"."""
+def spread(rows: int, count: int) -> list[int]:
+    """Up to ``count`` rows of ``rows``, evenly spread from the first to the last."""
+    count = min(rows, count)
+    return [place * (rows - 1) // max(count - 1, 1) for place in range(count)]
+
+
+def attribute(dataset: Any, name: str, uri: str) -> Any:
+    """An attribute of a dataset, None if it has none.
+
+    Raises:
+        DatasetError: It is a property, and fails.
+    """  # noqa: DOC501
     try:
-        return max(-1, operator.index(value))
-    except TypeError:
-        return -1
+        return getattr(dataset, name, None)
+    except Exception as error:
+        raise code_fault(f"data set {uri!r}, its attribute {name!r}", error) from error
 
 
-def label_array(values: Any, rows: int) -> Int64[np.ndarray, " N"] | None:
-    """Labels from an attribute of a dataset, or None if it is not one label for each of ``rows`` items."""
-    if values is None or not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != rows:
-        return None
-    return _numbers(map(label_of, values), rows)
-
-
-def class_names(dataset: Any) -> tuple[str, ...]:
+def class_names(dataset: Any, uri: str) -> tuple[str, ...]:
     """The dataset's class names, if it has a list of them."""
-    names = getattr(dataset, "classes", None)
-    return tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else ()
+    names = attribute(dataset, "classes", uri)
+    names = names.tolist() if isinstance(names, np.ndarray) else names
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else ()
+
+
+def _payload(image: Image.Image) -> bytes:
+    return f"RGB|{image.width}x{image.height}|".encode() + image.tobytes()
+
+
+def _agree(values: Any, *ends: int | str | None) -> bool:
+    """Whether an attribute's first and last value are the labels of the first and last item, where these are known."""
+    try:
+        there = [parse_label(value) for value in first_and_last(values)]
+    except (LabelError, LookupError, TypeError, StopIteration):
+        return False
+    return all(label in {None, other} for label, other in zip(ends, there, strict=True))
 
 
 def _length(dataset: Any, uri: str) -> int:
@@ -260,7 +312,10 @@ def _length(dataset: Any, uri: str) -> int:
             f"data set {uri!r}: got a {type(dataset).__name__}, expected an object with __len__ and __getitem__",
             hint="return a map-style dataset, e.g. a torch.utils.data.Dataset, or a list of (image, label)",
         )
-    rows = len(dataset)
+    try:
+        rows = len(dataset)
+    except Exception as error:
+        raise code_fault(f"data set {uri!r}, its __len__", error) from error
     if rows < 1:
         raise DatasetError(f"data set {uri!r}: got 0 items, expected at least 1")
     return rows
@@ -275,28 +330,38 @@ def _sum(image: Image.Image) -> int:
     return int(google_crc32c.extend(google_crc32c.value(size), image.tobytes())) + 1
 
 
-def _numbers(values: Iterable[int], rows: int) -> Int64[np.ndarray, " N"]:
-    made, left = scratch.zeros((rows,), np.int64), iter(values)
-    for start in range(0, rows, AT_ONCE):
-        part = made[start : start + AT_ONCE]
-        part[:] = np.fromiter(left, np.int64, len(part))
-    return made
-
-
 def _ids(dataset: Any, uri: str, rows: int) -> Sequence[str]:
-    given = getattr(dataset, "ids", None)
+    given = attribute(dataset, "ids", uri)
     if given is None:
         return Numbers(rows)
+    if not hasattr(given, "__len__") or isinstance(given, (str, bytes, set, frozenset)):
+        raise DatasetError(
+            f"data set {uri!r}: got an attribute 'ids' that is a {type(given).__name__}, expected a list of {rows} "
+            "names",
+            hint="give the dataset a list with one id per item, in their order, or no attribute 'ids'",
+        )
     try:
-        ids = Names.of(map(str, given), "strict")
+        ids = Names.of((_id(uri, row, name) for row, name in enumerate(given)), "strict")
     except UnicodeEncodeError as error:
         raise DatasetError(
             f"data set {uri!r}: got the id {error.object!r}, expected text that UTF-8 can express",
             hint="spell it in another way, e.g. with ascii()",
         ) from error
+    except TypeError as error:  # It has a length, and cannot be gone through.
+        raise code_fault(f"data set {uri!r}, its attribute 'ids'", error) from error
     if len(ids) != rows or duplicate(ids) is not None:
         raise DatasetError(
             f"data set {uri!r}: got {len(ids)} ids, {len(set(ids))} of them different, expected {rows} different ones",
             hint="give the dataset one id per item, or no attribute 'ids'",
         )
     return ids
+
+
+def _id(uri: str, row: int, name: Any) -> str:
+    # An object that does not say what it is called has its address in its text: another one in every run.
+    if name is None or repr(name) == str(name) == object.__repr__(name):
+        raise DatasetError(
+            f"data set {uri!r}: got the id {name!r} for row {row}, expected text or a number",
+            hint="give the dataset one id per item, or no attribute 'ids'",
+        )
+    return str(name)

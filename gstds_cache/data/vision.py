@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from gstds_cache.data.arrays import ArraySource
 from gstds_cache.data.files import Files, FileSource, has_image_extension, printable
-from gstds_cache.data.mapstyle import MapStyleSource, class_names, label_array
+from gstds_cache.data.labels import LabelColumn, may_be_labels
+from gstds_cache.data.mapstyle import MapStyleSource, class_names
 from gstds_cache.data.names import Names, Numbers, duplicate
+from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
 from gstds_cache.plugins import own_code
@@ -160,48 +161,63 @@ def _adapt(uri: str, name: str, dataset: Any, root: str, again: Callable[[], Any
             ids=Numbers(len(dataset)),
             labels=np.array(dataset.targets, np.int64),
             pixels=dataset.data,
-            classes=class_names(dataset),
+            classes=class_names(dataset, uri),
         )
-    files = _files_and_labels(dataset)
+    files = _files_and_targets(dataset)
     if files is None:
-        return MapStyleSource(dataset, uri=uri, kind=kind, mirror_safe=mirror_safe, again=again)
-    paths, labels = files
+        source = MapStyleSource(dataset, uri=uri, kind=kind, mirror_safe=mirror_safe, again=again)
+        require_repeatable(source)
+        return source
+    paths, targets = files
+    column = LabelColumn(
+        len(paths),
+        uri,
+        lambda row: f"item {str(paths[row])!r} (row {row})",
+        _file_classes(dataset, uri),
+        may_exceed=True,
+    )
+    labels = column.read([None] * len(paths) if targets is None else targets)
+    none = () if targets is not None else ("labels: none, since this class's targets of that kind are no classes",)
     return FileSource(
         uri=uri,
         kind=kind,
         ids=_ids(paths, root),
         labels=labels,
         files=Files.at(paths),
-        classes=_file_classes(dataset),
+        classes=column.classes,
         mirror_safe=mirror_safe,
+        notes=(*column.notes, *none),
     )
 
 
-def _files_and_labels(dataset: Any) -> tuple[Sequence[str | Path], Int64[np.ndarray, " N"]] | None:
-    """The image files a dataset object lists, with their labels, or None if it lists none."""
+def _files_and_targets(dataset: Any) -> tuple[Sequence[str | Path], Any] | None:
+    """The image files a dataset object lists, and their labels: None where the targets asked for are no classes.
+
+    Returns:
+        Both; None if it lists no files, or no label for each.
+    """
     rows = len(dataset)
     paths: Any
     for name in ("_image_files", "_images"):
         paths = getattr(dataset, name, None)
-        attribute = _label_attribute(dataset)
-        labels = label_array(getattr(dataset, attribute, None) if attribute else [None] * rows, rows)
-        if labels is not None and _are_images(paths, rows):
-            return paths, labels
+        kept = _label_attribute(dataset)
+        targets = getattr(dataset, kept, None) if kept else None
+        if _are_images(paths, rows) and (not kept or may_be_labels(targets, rows)):
+            return paths, targets
     for name in ("samples", "imgs", "_samples"):
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, (list, tuple)) and pairs and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            paths, values = zip(*pairs, strict=True)
-            labels = label_array(values, rows)
-            if labels is not None and _are_images(paths, rows):
-                return paths, labels
+            paths, targets = zip(*pairs, strict=True)
+            if _are_images(paths, rows):
+                return paths, targets
     return None
 
 
-def _file_classes(dataset: Any) -> tuple[str, ...]:
-    attribute = _label_attribute(dataset)
-    if attribute == "_bin_labels":
+def _file_classes(dataset: Any, uri: str) -> tuple[str, ...]:
+    kept = _label_attribute(dataset)
+    if kept == "_bin_labels":
         return tuple(dataset.bin_classes)
-    return class_names(dataset) if attribute else ()
+    return class_names(dataset, uri) if kept else ()
 
 
 def _label_attribute(dataset: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float32
 
 from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.embed.look import TwoLooks
@@ -80,6 +81,7 @@ def check_sample(
                 cosines.append(cosine)
                 if not cosine >= 1 - TOLERANCE:
                     text = f"{_name(source, row)}: cosine {cosine:.6f} with the same image embedded again"
+                    text += _because(source)
                     problems.append(_problem(store, row, text))
     return SampleReport(
         tuple(drawn.tolist()), float(np.nanmin(cosines)) if len(cosines) > 1 else float("nan"), tuple(problems)
@@ -107,6 +109,11 @@ def _again(
 
 def _name(source: ImageSource, row: int) -> str:
     return f"row {row} ({source.ids[row]})"
+
+
+def _because(source: ImageSource) -> str:
+    why = why_items_differ(source)
+    return f" ({why})" if why else ""
 
 
 def _problem(store: EmbeddingStore, row: int, text: str) -> Problem:

@@ -14,13 +14,14 @@ from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embed.look import TwoLooks
+from gstds_cache.embed.mismatch import explained
 from gstds_cache.embed.probe import fitting_batch_size, row_bytes
 from gstds_cache.embed.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
 from gstds_cache.store.journal import Journal
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.spec import CacheSpec
+from gstds_cache.store.spec import CacheSpec, require_same
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}
 UNIT_BYTES = 4 << 20
@@ -61,10 +62,16 @@ class Job:
 def settle(
     job: Job, where: str | Path, stored: Journal | None, manifest: DatasetManifest
 ) -> tuple[CacheSpec, EmbeddingStore | None]:
-    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing."""
+    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing.
+
+    Raises:
+        FingerprintMismatchError: The store holds something else.
+    """
     begun = time.perf_counter()
     spec = specify(job, len(manifest), manifest.root, stored)
-    if stored is not None and stored.spec == spec:
+    if stored is not None:
+        with explained(stored, manifest, job.source):
+            require_same(stored.spec, spec, where=stored.location)
         with suppress(StoreNotFoundError, IncompleteError):
             return spec, EmbeddingStore(where)
         require_fit(job, stored)

@@ -13,6 +13,7 @@ from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.embed.look import TwoLooks
+from gstds_cache.embed.mismatch import explained
 from gstds_cache.embed.probe import workers_for
 from gstds_cache.embed.unit import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
@@ -63,7 +64,8 @@ def same_data(journal: Journal, source: ImageSource, encoder: Encoder, memo: Has
         encoder=encoder.spec.to_dict(),
         dim=encoder.spec.dim,
     )
-    require_same(journal.spec, wanted, where=journal.location)
+    with explained(journal, manifest, source):
+        require_same(journal.spec, wanted, where=journal.location)
     return manifest
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gstds_cache.config import EmbedConfig
+from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
@@ -212,8 +213,6 @@ def estimate_dataset(
 
 def _look_ahead(job: Job, where: str | Path, stored: Journal | None, spec: CacheSpec) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
-    if stored is not None and stored.spec != spec:
-        return None  # open_writer says in what they differ
     committed = _committed(stored)
     left = spec.items - committed
     known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
@@ -273,7 +272,7 @@ def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estim
         workers=clock.workers,
         seconds={phase: round(times[phase], 3) for phase in order},
         shares={name: round(share, 4) if worked else 0.0 for name, share in clock.shares().items()},
-        notes=(*job.source.notes, *job.encoder.notes),
+        notes=(*job.source.notes, *label_notes(job.source.labels, len(job.source.classes)), *job.encoder.notes),
         estimate=estimate,
     )
 

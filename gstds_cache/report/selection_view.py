@@ -272,13 +272,11 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
     if not len(labels) or labels.max(initial=-1) < 0:
         view.panels.append(Panel(title, "", missing="The data set has no labels."))
         return
-    size = int(labels.max()) + 1
-    items = np.bincount(labels[rows][labels[rows] >= 0], minlength=size)
+    there, items = np.unique(labels[rows][labels[rows] >= 0], return_counts=True)  # labels may be huge numbers
     epochs = batches[-1].epoch + 1
     kept_rows = np.concatenate([batch.kept for batch in batches])
-    kept = np.bincount(labels[kept_rows][labels[kept_rows] >= 0], minlength=size)
-    there = np.flatnonzero(items)
-    rate: Float64[np.ndarray, " C"] = kept[there] / (epochs * items[there])
+    kept = np.bincount(np.searchsorted(there, labels[kept_rows][labels[kept_rows] >= 0]), minlength=len(there))
+    rate: Float64[np.ndarray, " C"] = kept / (epochs * items)
     order = np.argsort(rate, kind="stable")
     text = "How often a sample of each class stays, and how many items it has. A class that is starved shows here."
     if len(order) > MOST_CLASSES:
@@ -290,7 +288,7 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
         f"{key}-classes",
         names,
         rate[order].tolist(),
-        items[there][order].tolist(),
+        items[order].tolist(),
         float(kept.sum() / (epochs * items.sum())),
     )
     view.panels.append(Panel(title, text, (chart,)))

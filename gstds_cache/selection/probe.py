@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float32, Int, Int64
 from torch import Tensor
 
+from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.devices import in_threads
 from gstds_cache.errors import UsageError
 from gstds_cache.graph.neighbors import unit_rows
@@ -74,12 +74,13 @@ def count_classes(
     labels: Int[np.ndarray, " N"], rows: RowsTakingPart
 ) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
     """The classes that ``rows`` have, ascending, and how many rows each has."""
-    counts: Counter[int] = Counter()
+    names, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in range(0, len(rows), PIECE):
         part = labels[rows.at(np.arange(first, min(first + PIECE, len(rows))))]
-        counts.update(dict(zip(*(found.tolist() for found in np.unique(part, return_counts=True)), strict=True)))
-    names = sorted(counts)
-    return np.array(names, np.int64), np.array([counts[name] for name in names], np.int64)
+        found, new = np.unique(part, return_counts=True)
+        names, place = np.unique(np.concatenate([names, found]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([counts, new])).astype(np.int64)  # exact up to 2^53
+    return names.astype(np.int64), counts
 
 
 def deal_folds(labels: Int[np.ndarray, " N"], rows: RowsTakingPart, folds: int, seed: int) -> np.ndarray:
@@ -250,7 +251,7 @@ def probe_columns(
         (nats) and ``predicted`` class; NaN, NaN and -1 for rows without embedding or label.
 
     Raises:
-        UsageError: There are fewer than two classes, or fewer labelled rows than four.
+        UsageError: There are fewer than two classes, or fewer labelled rows than four, or labels are ids.
     """
     device = device or torch.device("cpu")
     rows = rows_to_learn(store)
@@ -260,6 +261,12 @@ def probe_columns(
             f"--guidance: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
             f"rows of {len(names)} classes",
             hint="use --guidance none, which makes guided rules go by the spectrum alone",
+        )
+    if LabelCounts(len(rows), len(names), int(names[-1])).one_each:
+        raise UsageError(
+            f"--guidance: {store.location} has {len(names):,} different labels for {len(rows):,} rows; a probe learns "
+            "nothing from classes of one row",
+            hint="use --guidance none, or embed with labels that are classes",
         )
     fold = deal_folds(store.labels, rows, settings.folds, settings.seed)
     others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.devices import cores, in_threads, resolve_device
 from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError
 from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
-from gstds_cache.selection.difficulty import pieces
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import (
     DEFAULT,
@@ -93,6 +93,7 @@ class BatchSelector:
         self.digest = digest_of(self.identity)
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels, self._reading = store.labels, threading.Lock()
+        self._ids = LabelCounts.of(store.labels).one_each  # labels that are none: counts by class would be by row
 
     def run(self, start: int = 0) -> Iterator[Selection]:
         """Select batch after batch, from batch ``start`` of the run.
@@ -134,8 +135,10 @@ class BatchSelector:
                     if selections is None:
                         return
                     for selection, seen in selections:
-                        labels = seen.labels if seen.labels is not None else np.zeros(0, np.int64)
-                        self.counts.add(selection, labels, self._labels_of(selection.kept))
+                        labels = kept = np.zeros(0, np.int64)
+                        if seen.labels is not None and not self._ids:
+                            labels, kept = seen.labels, self._labels_of(selection.kept)
+                        self.counts.add(selection, labels, kept)
                         yield selection, seen
             finally:
                 done.close()
@@ -183,6 +186,8 @@ class BatchSelector:
         begun = time.perf_counter()
         threads = self.config.threads or cores()
         made = load_or_make_guidance(self.store, self._guidance_spec, threads=threads, device=self.device)
+        if self._ids and made.kind == "none" and self.rule.needs_guidance:
+            made = replace(made, note="none, since hardly two items have the same label: labels look like ids")
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
         return made
@@ -268,9 +273,8 @@ def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore, plan: Selection
     if rule.needs_guidance:
         if spec.kind != "auto":
             return spec
-        largest = int(store.labels.max(initial=-1))
-        labelled = any(((part >= 0) & (part < largest)).any() for part in pieces(store.labels))  # two classes at least
-        if not labelled:
+        counts = LabelCounts.of(store.labels)
+        if counts.different < 2 or counts.one_each:
             return replace(spec, kind="none")
         share = plan.total_kept / (len(plan.rows) * plan.epochs)
         return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 2), plan.epochs))

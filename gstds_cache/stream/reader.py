@@ -269,8 +269,15 @@ def _opened(source: ByteStream | BatchSource, resume: ResumeToken | None) -> Sel
         raise
 
 
-def require_dataset(header: Header, *, items: int, items_root: str, uri: str) -> None:
+def require_dataset(header: Header, *, items: int, items_root: str, uri: str, why: str = "") -> None:
     """Refuse a selection whose rows are of another data set.
+
+    Args:
+        header: The selection's.
+        items: Items of the data set.
+        items_root: Root of its manifest.
+        uri: The data set, as the user named it.
+        why: What may be behind items that are as many, and differ (``why_items_differ``).
 
     Raises:
         FingerprintMismatchError: If the number, order, bytes or labels of the items differ.
@@ -278,7 +285,8 @@ def require_dataset(header: Header, *, items: int, items_root: str, uri: str) ->
     if (header.items, header.items_root) != (items, items_root):
         raise FingerprintMismatchError(
             f"the selection was made from another data set: it has {header.items} items (root "
-            f"{header.items_root[:12]}), {uri} has {items} (root {items_root[:12]})",
+            f"{header.items_root[:12]}), {uri} has {items} (root {items_root[:12]})"
+            + (f"; {why}" if why and header.items == items else ""),
             hint=f"embed and select this one: {command_line('gstds-embed', uri)}; gstds-select STORE",
         )
 

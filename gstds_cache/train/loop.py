@@ -29,6 +29,7 @@ from jaxtyping import Int64
 from torch import nn
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.data.source import ImageSource
 from gstds_cache.devices import resolve_device
 from gstds_cache.energy import EnergyMeter
@@ -377,13 +378,26 @@ def count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
     """How many outputs the network needs.
 
     Raises:
-        UsageError: There are no labels, or the evaluation set has other classes.
+        UsageError: There are no labels, or labels that are no classes, or the evaluation set has other classes.
     """
-    if source.labels.max(initial=-1) < 0:
+    counts = LabelCounts.of(source.labels)
+    if not counts.labelled:
         raise UsageError(f"{source.uri} has no labels; training needs them")
+    doubt, outputs = counts.doubt(len(source.classes)), max(len(source.classes), counts.largest + 1)
+    if doubt:
+        raise UsageError(
+            f"{source.uri} has {doubt}, and the network would need {outputs:,} outputs: they look like ids",
+            hint="number the classes from 0, e.g. by np.unique(labels, return_inverse=True), or, where all of them are "
+            "classes, give the data set their names in an attribute 'classes'",
+        )
+    if evaluation is not None and evaluation.labels.max(initial=-1) < 0:
+        raise UsageError(f"--eval {evaluation.uri} has no labels; accuracy needs them")
     if evaluation is not None and list(evaluation.classes) != list(source.classes):
         raise UsageError(
             f"--eval {evaluation.uri} has other classes than {source.uri}: {len(evaluation.classes)} and "
-            f"{len(source.classes)}, first {list(evaluation.classes)[:3]} and {list(source.classes)[:3]}"
+            f"{len(source.classes)}, first {list(evaluation.classes)[:3]} and {list(source.classes)[:3]}",
+            hint="where labels are text, give both data sets the same attribute 'classes'"
+            if source.classes and evaluation.classes
+            else "",
         )
-    return max(len(source.classes), int(source.labels.max()) + 1)
+    return outputs

@@ -204,8 +204,9 @@ def _require_dataset(steps: StepReader, dataset: Sized) -> None:
 
     if isinstance(dataset, ImageSource):
         from gstds_cache.data.manifest import build_manifest
+        from gstds_cache.data.repeatable import why_items_differ
         from gstds_cache.stream.reader import require_dataset
 
-        manifest = build_manifest(dataset)
-        require_dataset(steps.header, items=len(manifest), items_root=manifest.root, uri=dataset.uri)
+        manifest, why = build_manifest(dataset), why_items_differ(dataset)
+        require_dataset(steps.header, items=len(manifest), items_root=manifest.root, uri=dataset.uri, why=why)
     require_items(steps.header.items, len(dataset))

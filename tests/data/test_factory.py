@@ -45,7 +45,7 @@ MODULE = """
         return Items([
             (GREY, 0), (GREY[..., None], np.int64(1)), (RGB, torch.tensor(2)),
             (torch.from_numpy(RGB.transpose(2, 0, 1).copy()), 3), (torch.from_numpy(GREY), 4),
-            (Image.fromarray(RGB), True), (Image.new("LA", (3, 2), (0, 0)), "a name"),
+            (Image.fromarray(RGB), True), (Image.new("LA", (3, 2), (0, 0)), float("nan")),
             (np.dstack([RGB, np.zeros((2, 3), np.uint8)]), None),
         ])
 
@@ -61,7 +61,10 @@ MODULE = """
         return Items([OSError(5, "Input/output error"), (GREY, 1), SyntaxError("broken PNG file"), (RGB, 2)])
 
     def buggy():
-        return Items([(GREY, 0), KeyError("mine")])
+        class Buggy(Items):
+            def __getitem__(self, row):
+                return (GREY, 0) if row != 1 else (gray, 0)
+        return Buggy([0, 0, 0])
 
     def augmented():
         class Random(Items):
@@ -71,6 +74,11 @@ MODULE = """
 
     def one(what):
         return Items([(eval(what), 0)])
+
+    def unpicklable():
+        items = Items([(GREY, 0), (RGB, 1)])
+        items.transform = lambda image: image
+        return items
 
     def raw(what):
         return eval(what)
@@ -140,12 +148,15 @@ def test_damaged_items_keep_their_rows() -> None:
 
 
 def test_fault_of_the_users_code_is_not_hidden() -> None:
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(
+        DatasetError, match=r"item '0000001' \(row 1\): NameError: name 'gray' is not defined"
+    ) as caught:
         open_source("userdata:buggy")
+    assert "raised at userdata.py:" in caught.value.message
 
 
 def test_random_transforms_are_refused() -> None:
-    with pytest.raises(DatasetError, match="two different images for item 0") as caught:
+    with pytest.raises(DatasetError, match=r"item '0000000' \(row 0\): got two different images") as caught:
         open_source("userdata:augmented")
     assert "augmentation comes after the cache" in caught.value.hint
 
@@ -172,8 +183,8 @@ def test_images_that_are_none(what: str, got: str) -> None:
         ("None", "got a NoneType, expected an object with __len__ and __getitem__"),
         ("(x for x in ())", "got a generator, expected an object with __len__"),
         ("[]", "got 0 items, expected at least 1"),
-        ("[GREY]", r"item 0: got ndarray, expected a pair \(image, label\)"),
-        ("[(GREY,1,2)]", r"item 0: got 3 values, expected a pair"),
+        ("[GREY]", r"item '0000000' \(row 0\): not a pair: got ndarray, expected a pair \(image, label\)"),
+        ("[(GREY,1,2)]", r"row 0\): not a pair: got 3 values, expected a pair"),
         ("Named([(GREY,0)])", "got 2 ids, 2 of them different, expected 1 different ones"),
     ],
 )
@@ -212,7 +223,7 @@ def test_pickled_to_a_process_that_starts_elsewhere(tmp_path: Path, monkeypatch:
 
 
 def test_dataset_that_cannot_be_pickled() -> None:
-    source = open_source("userdata:raw?what=Items([(GREY,0),lambda:0][:1]%2B[(GREY,lambda:0)])")
+    source = open_source("userdata:unpicklable")
     assert len(source) == 2
     with pytest.raises(DatasetError, match="cannot be sent to worker processes") as caught:
         pickle.dumps(source)

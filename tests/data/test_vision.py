@@ -288,7 +288,7 @@ def test_no_root_folder(tmp_path: Path) -> None:
 
 def test_items_that_are_no_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.FakeData, "__getitem__", lambda *_: Image.new("RGB", (8, 8)))
-    with pytest.raises(DatasetError, match=r"item 0: got Image, expected a pair \(image, label\)"):
+    with pytest.raises(DatasetError, match=r"\(row 0\): not a pair: got Image, expected a pair \(image, label\)"):
         open_source("torchvision:FakeData?size=2")
 
 
