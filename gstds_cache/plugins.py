@@ -129,8 +129,13 @@ def own_code(
 def where_in(error: BaseException) -> str:
     """`` (FILE:LINE)``: the innermost place of ``error`` that is in no installed library, or ''."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f" ({error.filename}:{error.lineno})"
+        return f" ({_shown(error.filename)}:{error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(_NOT_THEIRS) and "-packages/" not in frame.filename:
-            return f" ({frame.filename}:{frame.lineno})"
+            return f" ({_shown(frame.filename)}:{frame.lineno})"
     return ""
+
+
+def _shown(file: str) -> str:
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file

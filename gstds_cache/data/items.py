@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import re
 import struct
-import sysconfig
-import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, to_rgb
-from gstds_cache.errors import DatasetError, GstdsError, IncompleteError
+from gstds_cache.errors import DatasetError, GstdsError, IncompleteError, in_words
+from gstds_cache.plugins import where_in
 
 CODE_FAULTS = (NameError, TypeError, AttributeError, ImportError, NotImplementedError, RecursionError)
 """What is raised by code that is wrong, not by data that are damaged. Files, archives and decoders raise all others:
@@ -74,12 +72,9 @@ def users_code(where: Callable[[], str]) -> Iterator[None]:
     except (GstdsError, UndecodableError):
         raise
     except Exception as error:
-        # PyTorch raises this one wherever the main thread happens to be; whoever started the worker tells of it.
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-            raise
         if _out_of_resources(error):
             raise IncompleteError(
-                f"{where()} could not be read: {said(error)}",
+                f"{where()} could not be read: {in_words(error)}",
                 hint="nothing committed is lost: end what else uses memory or open files (ulimit -n), or close files "
                 "in the data set, then run the same command again",
             ) from error
@@ -88,33 +83,17 @@ def users_code(where: Callable[[], str]) -> Iterator[None]:
         raise ItemError(
             f"unreadable: {_reason(error)}",
             kind=f"unreadable: {type(error).__name__}",
-            hint=f"it was raised {raised_at(error)}: look there for a wrong path, or a file that is missing",
+            hint="look for a wrong path or a file that is missing, where it was raised:"
+            f"{where_in(error) or ' in a library'}",
         ) from error
 
 
 def code_fault(what: str, error: Exception) -> DatasetError:
     """The error of a user's code that failed: what it was about, what was raised, and in which line."""
     return DatasetError(
-        f"{what}: {said(error)}, raised {raised_at(error)}",
+        f"{what}: {in_words(error)}{where_in(error)}",
         hint="the code of the data set failed there: mend it, then run the same command again",
     )
-
-
-def said(error: BaseException) -> str:
-    """An exception as Python would print it, on one line."""
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def raised_at(error: BaseException) -> str:
-    """Where an exception was raised: in the last line that is neither a library's nor ours, as ``at FILE:LINE``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not _is_library(frame.filename)] or list(frames)
-    if not theirs:
-        return "by a library"
-    path, here = Path(theirs[-1].filename), Path.cwd()
-    shown = path.relative_to(here) if path.is_relative_to(here) else path
-    return f"at {shown}:{theirs[-1].lineno} in {theirs[-1].name}"
 
 
 def pair_of(item: Any) -> tuple[Any, Any]:
@@ -166,18 +145,10 @@ def _reason(error: Exception) -> str:
     """Why an item cannot be read, in one line that is the same in every run."""
     if isinstance(error, _BY_NAME):
         return getattr(error, "strerror", None) or type(error).__name__
-    return _VARIES.sub("", said(error))
+    return _VARIES.sub("", in_words(error))
 
 
 def _out_of_resources(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _RESOURCES
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
-
-
-def _is_library(file: str) -> bool:
-    path = Path(file)
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    ours = str(Path(__file__).parents[1])
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return file.startswith("<") or bool(installed) or any(path.is_relative_to(folder) for folder in (*folders, ours))

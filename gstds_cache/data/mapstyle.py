@@ -20,10 +20,10 @@ from gstds_cache import scratch
 from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files
-from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, said, users_code
+from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, users_code
 from gstds_cache.data.labels import LabelColumn, LabelError, first_and_last, may_be_labels, parse_label
 from gstds_cache.data.names import Names, Numbers, duplicate
-from gstds_cache.errors import DatasetError
+from gstds_cache.errors import DatasetError, in_words
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
@@ -217,7 +217,7 @@ class MapStyleSource:
         if isinstance(last, UndecodableError) and isinstance(last.__cause__, IndexError):
             raise DatasetError(
                 f"data set {self.uri!r}, {self.name_of(rows - 1)}: its __len__ gives {rows}, and the last item is not "
-                f"there: {said(last.__cause__)}",
+                f"there: {in_words(last.__cause__)}",
                 hint="return from __len__ how many items __getitem__ has",
             )
         parsed = [

@@ -152,7 +152,7 @@ def test_fault_of_the_users_code_is_not_hidden() -> None:
         DatasetError, match=r"item '0000001' \(row 1\): NameError: name 'gray' is not defined"
     ) as caught:
         open_source("userdata:buggy")
-    assert "raised at userdata.py:" in caught.value.message
+    assert "(userdata.py:" in caught.value.message
 
 
 def test_random_transforms_are_refused() -> None:

@@ -6,6 +6,7 @@ import decimal
 import fractions
 import math
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,11 @@ from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.mapstyle import MapStyleSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import DatasetError
+
+
+def name(value: object) -> str:
+    """An id that is the same in every process that collects tests."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
 
 
 @pytest.mark.parametrize(
@@ -48,27 +54,27 @@ from gstds_cache.errors import DatasetError
         decimal.Decimal(3),
         fractions.Fraction(6, 2),
     ],
-    ids=repr,
+    ids=name,
 )
 def test_a_whole_number_in_any_wrapping_is_a_label(value: Any) -> None:
     assert parse_label(value) == 3
     assert type(parse_label(value)) is int
 
 
-@pytest.mark.parametrize("value", [True, np.True_, np.array([True]), torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize("value", [True, np.True_, np.array([True]), torch.tensor(True)], ids=name)
 def test_true_is_one(value: Any) -> None:
     assert parse_label(value) == 1
 
 
 @pytest.mark.parametrize(
-    "value", [None, -1, -7, -3.0, math.nan, np.float32("nan"), [None], torch.tensor([-1])], ids=repr
+    "value", [None, -1, -7, -3.0, math.nan, np.float32("nan"), [None], torch.tensor([-1])], ids=name
 )
 def test_none_nan_and_negative_numbers_are_no_label(value: Any) -> None:
     assert parse_label(value) == NO_LABEL
 
 
 @pytest.mark.parametrize(
-    "value", ["owl", b"owl", np.str_("owl"), np.array(["owl"]), np.bytes_(b"owl"), ["owl"]], ids=repr
+    "value", ["owl", b"owl", np.str_("owl"), np.array(["owl"]), np.bytes_(b"owl"), ["owl"]], ids=name
 )
 def test_text_in_any_wrapping(value: Any) -> None:
     assert parse_label(value) == "owl"
@@ -104,7 +110,7 @@ HOLDS_ITSELF.append(HOLDS_ITSELF)
         ("\ud800", r"'\\ud800' \(str\)", "UTF-8"),
         (HOLDS_ITSELF, "list", "None for an item without"),
     ],
-    ids=repr,
+    ids=name,
 )
 def test_the_rest_is_refused_with_the_value_and_what_to_give(value: Any, got: str, hint: str) -> None:
     with pytest.raises(LabelError, match=got) as caught:
@@ -167,7 +173,7 @@ def test_text_beside_numbers_is_refused_with_both_items(labels: list[Any]) -> No
         (np.int64(2), np.array([0]), torch.tensor(1)),
         np.array([2, 0, 1], object),
     ],
-    ids=repr,
+    ids=name,
 )
 def test_an_attribute_goes_the_same_way_as_items(values: Any) -> None:
     # Of the middle item the attribute alone knows a label: it was taken.
