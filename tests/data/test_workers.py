@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -321,7 +322,11 @@ def at(row: int, act: Callable[[], object]) -> Plain:
 
 
 def kill(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    def end() -> None:
+        faulthandler.disable()  # pytest's, which would print this process's trace
+        os.kill(os.getpid(), number)
+
+    return end
 
 
 @contextmanager
