@@ -45,11 +45,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The current directory of a user with those files, and the module of data sets."""
     for file in written.iterdir():
         (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
+    yield
+    handles.forget()
 
 
 def lines(image: Image.Image) -> torch.Tensor:
