@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -44,11 +45,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The current directory of a user with those files, and the module of data sets."""
     for file in written.iterdir():
         (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
+    yield
+    handles.forget()
 
 
 def lines(image: Image.Image) -> torch.Tensor:
@@ -188,24 +191,21 @@ def test_what_is_large_in_memory_is_not_copied_for_each_process(tmp_path, monkey
         assert not places.endswith(f" {id(big)}"), "the object itself is not a process's own"
 
 
-def test_memory_does_not_grow_with_the_number_of_processes(tmp_path, monkeypatch) -> None:
-    """The unique memory of a worker, as the kernel counts it, beside 64 MB that the data set holds."""
+class Holding(Big):
+    """64 MB, of which an item tells how many megabytes its process has for itself, as the kernel counts."""
 
-    class Holding(Big):
-        def __init__(self) -> None:
-            self.array = np.ones(64 << 20, np.uint8)
+    def __init__(self) -> None:
+        self.array = np.ones(64 << 20, np.uint8)
 
-        def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
-            assert self.array[:: 1 << 12].all()
-            rollup = Path("/proc/self/smaps_rollup").read_text()
-            private = sum(int(kb) for kb in re.findall(r"Private_\w+: +(\d+) kB", rollup))
-            return np.full((4, 4), min(255, private >> 10), np.uint8), 0
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
+        assert self.array[:: 1 << 12].all()
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        private = sum(int(kb) for kb in re.findall(r"Private_\w+: +(\d+) kB", rollup))
+        return np.full((4, 4), min(255, private >> 10), np.uint8), 0
 
-    monkeypatch.chdir(tmp_path)
-    source = MapStyleSource(Holding(), uri="mine", kind="mine", again=Holding)
-    source._again = None
-    monkeypatch.setattr(sys.modules[__name__], "Holding", Holding, raising=False)
-    Holding.__qualname__ = "Holding"
+
+def test_memory_does_not_grow_with_the_number_of_processes() -> None:
+    source = MapStyleSource(Holding(), uri="mine", kind="mine")
     most = max(int(batch.pixels.max()) for batch in decoded(source, 2, shape=(3, 4, 1)))
     assert 0 < most < 48, f"{most} MB of a worker's own"
 
@@ -324,7 +324,11 @@ def at(row: int, act: Callable[[], object]) -> Plain:
 
 
 def kill(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    def end() -> None:
+        faulthandler.disable()  # pytest's, which would print this process's trace
+        os.kill(os.getpid(), number)
+
+    return end
 
 
 @contextmanager
