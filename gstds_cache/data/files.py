@@ -15,6 +15,7 @@ from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.names import Names
+from gstds_cache.resources import about_us
 
 MAX_BYTES = 1 << 30
 """Largest file that is read to be decoded: more than ``MAX_PIXELS`` of any format, at 16 bits and uncompressed."""
@@ -100,6 +101,7 @@ class FileSource:
 
         Raises:
             UndecodableError: The file cannot be read, has more than ``MAX_BYTES``, or is not an image.
+            OSError: This process may open no more files.
         """
         try:
             with io.FileIO(self.files.path(row)) as file:
@@ -108,6 +110,8 @@ class FileSource:
                     raise UndecodableError(f"too large a file: {size} bytes, at most {MAX_BYTES} are decoded")
                 data = file.readall()
         except OSError as error:
+            if about_us(error):
+                raise
             raise UndecodableError(f"unreadable: {error.strerror or type(error).__name__}") from None
         return decode_image(data)
 

@@ -23,6 +23,7 @@ from gstds_cache.data.names import AT_ONCE, Names, cut, held
 from gstds_cache.data.source import ImageSource
 from gstds_cache.digest import merkle_root
 from gstds_cache.errors import IntegrityError
+from gstds_cache.resources import about_us
 
 UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
@@ -287,5 +288,7 @@ def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
     try:
         # A file can be larger than memory.
         return files.sha256(row) if files is not None else hashlib.sha256(source.payload(row)).digest()
-    except OSError:
+    except OSError as error:
+        if about_us(error):
+            raise
         return UNREADABLE

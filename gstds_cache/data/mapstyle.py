@@ -21,6 +21,7 @@ from gstds_cache.data.decode import UndecodableError, to_rgb
 from gstds_cache.data.files import Files
 from gstds_cache.data.names import AT_ONCE, Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError
+from gstds_cache.resources import about_us
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
@@ -88,6 +89,8 @@ class MapStyleSource:
         try:
             return self._rgb(self._item(row)[0])
         except _READ_ERRORS as error:
+            if about_us(error):
+                raise
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise UndecodableError(f"unreadable: {reason}") from None
 

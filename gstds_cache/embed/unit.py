@@ -22,6 +22,7 @@ from gstds_cache.data.loading import PixelBatch, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError
+from gstds_cache.resources import out_of_memory
 from gstds_cache.store.receipt import Quarantined, Receipt
 from gstds_cache.store.writer import StoreWriter
 
@@ -346,11 +347,3 @@ def _filled_up(pixels: UInt8[torch.Tensor, "n 3 H W"], batch_size: int) -> UInt8
     """
     missing = batch_size - len(pixels)
     return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a device's or the CPU's way to say that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

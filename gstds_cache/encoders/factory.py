@@ -18,7 +18,9 @@ from gstds_cache.encoders.encoder import Encoder, EncoderSpec
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
 from gstds_cache.errors import EncoderError, UsageError, unknown_name
+from gstds_cache.locations import expanded
 from gstds_cache.plugins import load_factory
+from gstds_cache.resources import out_of_memory
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
@@ -46,7 +48,7 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
         EncoderError: The weights are missing or do not fit.
     """  # noqa: DOC501
     name, params = split_query("model", uri)
-    weights = Path(params.pop("weights")).expanduser() if "weights" in params else None
+    weights = expanded(params.pop("weights"), "weights") if "weights" in params else None
     kind, _, rest = name.partition(":")
     if not kind or not rest:
         guesses = [f"timm:{kind}", f"torchvision:{kind}"] if kind and ":" not in name else []
@@ -184,7 +186,7 @@ def _finish(
         with torch.inference_mode():
             features = model(torch.zeros(2, 3, *preprocessing.crop))
     except (RuntimeError, ValueError, AssertionError) as error:
-        if side is None:
+        if side is None or out_of_memory(error):
             raise
         raise EncoderError(
             f"{name} does not take images of {side} x {side} pixels: {error}",

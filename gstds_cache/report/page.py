@@ -9,9 +9,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from gstds_cache.places import temporary_of
 from gstds_cache.report.charts import DROPPED, KEPT
 from gstds_cache.report.run_view import RunView, panels_of
 from gstds_cache.report.selection_view import SelectionView
+from gstds_cache.resources import writing
 
 
 def render(selections: list[SelectionView], runs: list[RunView]) -> str:
@@ -49,9 +51,10 @@ def write_page(file: Path, html: str) -> int:
     Returns:
         Bytes of the file.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporary_of(file)
     try:
-        temporary.write_text(html, encoding="utf-8")
+        with writing(file):
+            temporary.write_text(html, encoding="utf-8")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

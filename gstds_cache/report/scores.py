@@ -14,7 +14,9 @@ from scipy.stats import rankdata
 
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
+from gstds_cache.places import temporary_of
 from gstds_cache.report.recompute import SeenBatch
+from gstds_cache.resources import writing
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.transport import mapped
@@ -114,15 +116,16 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     }
     about = {"gstds.selection_digest": header.selection_digest, "gstds.fingerprint": header.cache_fingerprint}
     table = pa.table(columns).replace_schema_metadata(about)
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporary_of(file)
     try:
-        if file.suffix == ".parquet":
-            pa.parquet.write_table(table, temporary)
-        else:
-            with pa.ipc.new_file(str(temporary), table.schema) as writer:
-                writer.write_table(table)
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        with writing(file):
+            if file.suffix == ".parquet":
+                pa.parquet.write_table(table, temporary)
+            else:
+                with pa.ipc.new_file(str(temporary), table.schema) as writer:
+                    writer.write_table(table)
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

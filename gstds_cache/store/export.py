@@ -12,6 +12,8 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from gstds_cache.errors import UsageError
+from gstds_cache.places import temporary_of
+from gstds_cache.resources import writing
 from gstds_cache.store import layout
 from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
@@ -61,9 +63,9 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
     row = pa.list_(pa.from_numpy_dtype(np.dtype(store.spec.dtype)), store.spec.dim)
     fields = [*items.schema.remove_metadata(), pa.field("valid", pa.uint8()), pa.field("embedding", row)]
     schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporary_of(file)
     try:
-        with _table_writer(file.suffix, temporary, schema) as writer:
+        with writing(file), _table_writer(file.suffix, temporary, schema) as writer:
             for unit, rows in enumerate(units):
                 span = store.spec.rows_of(unit)
                 valid = store.valid[span.start : span.stop]

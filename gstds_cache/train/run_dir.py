@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError, UsageError
+from gstds_cache.resources import writing
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 OWN_NAMES = {name for stem in (CONFIG, METRICS, CHECKPOINT, LEDGER) for name in (stem, f".{stem}.tmp")}
@@ -101,7 +102,7 @@ class RunDir:
         """Append one line to ``metrics.jsonl``."""
         if not self._writes:
             return
-        with (self.path / METRICS).open("a") as file:
+        with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics, sort_keys=True) + "\n")
 
     def write_ledger(self, ledger: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ class RunDir:
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:
         temporary = self.path / f".{name}.tmp"
-        with temporary.open("wb") as file:
+        with writing(self.path / name), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
