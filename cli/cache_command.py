@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -12,9 +13,19 @@ import click
 
 from gstds_cache.costs import store_costs
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
-from gstds_cache.places import beside, cache_root
+from gstds_cache.places import cache_root, derived_places, hashes_folder
 
-from .common import Command, Group, Progress, device_option, json_option, print_json, print_table, workers_option
+from .common import (
+    Command,
+    Group,
+    LocalPath,
+    Progress,
+    device_option,
+    json_option,
+    print_json,
+    print_table,
+    workers_option,
+)
 from .report_command import export, report
 
 if TYPE_CHECKING:
@@ -88,7 +99,7 @@ def main() -> None:
 
 
 @main.command("ls", cls=Command, help=LS_HELP)
-@click.argument("root", type=click.Path(path_type=Path), required=False)
+@click.argument("root", type=LocalPath(), required=False)
 @json_option
 def list_stores(root: Path | None, as_json: bool) -> None:
     """List stores."""
@@ -96,7 +107,7 @@ def list_stores(root: Path | None, as_json: bool) -> None:
 
     if root is not None and not root.is_dir():
         raise UsageError(f"no folder at {root}", hint="gstds-cache ls, without a folder, lists the default place")
-    root = root or cache_root()
+    root = root or cache_root("the folder of the stores")
     summaries: list[StoreSummary] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if (path / "zarr.json").is_file():
@@ -216,7 +227,7 @@ def verify_store(
 
         opened = EmbeddingStore(store, allow_partial=True, access="window")
         source, encoder = _belonging(opened.journal, dataset, model)
-        same_data(opened.journal, source, encoder, HashMemo(cache_root() / "hashes"))
+        same_data(opened.journal, source, encoder, HashMemo(hashes_folder()))
         found = check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
         problems += found.problems
         extra = {"rows": list(found.rows), "cosine_min": found.cosine_min}
@@ -273,7 +284,7 @@ def repair(
             units=units,
             device=device,
             workers=workers,
-            memo=HashMemo(cache_root() / "hashes"),
+            memo=HashMemo(hashes_folder()),
             progress=lambda phase, done, total: progress(phase, done, total, 0.0),
         )
     finally:
@@ -328,7 +339,8 @@ def remove(store: str, yes: bool, as_json: bool) -> None:
     from gstds_cache.store.remove import remove_store
 
     summary = summarise(store)
-    derived = [place for kind in (".selections", ".guidance", ".mirror") if (place := beside(store, kind)).is_dir()]
+    places = [place for kind in (".selections", ".guidance", ".mirror") for place in derived_places(store, kind)]
+    derived = [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - Path's may raise
     click.echo(
         f"{summary.location}: {summary.items:,} rows of {summary.model}, {summary.size / 1e6:,.1f} MB"
         + "".join(f"\n  and {folder}" for folder in derived),
@@ -339,12 +351,26 @@ def remove(store: str, yes: bool, as_json: bool) -> None:
             raise UsageError("rm asks before it removes, and stdin is no terminal", hint="say --yes if it is meant")
         click.confirm("Remove it for good?", abort=True, err=True)
     objects = remove_store(store)
-    for folder in derived:
-        shutil.rmtree(folder)
-    store_costs(store).unlink(missing_ok=True)
+    left = [note for place in (*derived, *store_costs(store)) if (note := _remove_derived(place))]
     click.echo(f"removed {summary.location} ({objects} objects)")
+    for note in left:
+        click.echo(f"note: {note}", err=True)
     if as_json:
         print_json({"store": summary.location, "objects": objects, "also": [str(folder) for folder in derived]})
+
+
+def _remove_derived(place: Path) -> str:
+    """Remove a folder or file derived from a store; returns why it is still there, empty where it is not."""
+    try:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    except OSError as error:
+        # Nothing is at a place that this user cannot even look into.
+        gone = not os.path.lexists(place)
+        return "" if gone else f"not removed: {place}: {error.strerror or error}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,21 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, EXIT_USAGE, GstdsError
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError
+from gstds_cache.locations import local_file, parse_location
+from gstds_cache.resources import explain
 
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource
 
 F = TypeVar("F", bound=Callable[..., Any])
-DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EIO: "the disk reported an error",
-    errno.EFBIG: "the file may not grow that large here",
-}
-PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM, errno.ELOOP}
 
 
 class Command(click.Command):
@@ -43,7 +35,9 @@ class Command(click.Command):
         """Run the command.
 
         Raises:
-            OSError: One that is not about the disk.
+            OSError: One that no lack of disk, files, memory or processes explains; so for the others.
+            MemoryError: Never: it is explained.
+            RuntimeError: One that is not about memory or files.
         """
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names may be in another encoding
@@ -61,15 +55,12 @@ class Command(click.Command):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             click.echo("error: the reader of this command's output went away before the end", err=True)
             ctx.exit(EXIT_INCOMPLETE)
-        except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
-            if error.errno in PATH:
-                click.echo(f"error: {error.strerror}{where}\n  check the path; nothing was changed", err=True)
-                ctx.exit(EXIT_USAGE)
-            if error.errno not in DISK:
+        except (OSError, MemoryError, RuntimeError) as error:
+            told = explain(error)
+            if told is None:
                 raise
-            click.echo(f"error: {DISK[error.errno]}{where}\n  mend that, then run the same command again", err=True)
-            ctx.exit(EXIT_INCOMPLETE)
+            click.echo(f"error: {told}", err=True)
+            ctx.exit(told.exit_code)
 
 
 class Group(click.Group):
@@ -89,6 +80,21 @@ def device_option(function: F) -> F:
     return click.option(
         "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
     )(function)
+
+
+class LocalPath(click.Path):
+    """A path on this machine; ``~`` is a home also in quotes, and ``file:///path`` is that path."""
+
+    def __init__(self, *, dir_okay: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=dir_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the word."""
+        try:
+            path = local_file(value, "path")
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(path, param, ctx)
 
 
 class Workers(click.ParamType[int | None]):
@@ -118,19 +124,20 @@ def workers_option(function: F) -> F:
     )(function)
 
 
-def warn_if_inside(source: ImageSource, path: str | Path, *, what: str, flag: str) -> None:
+def warn_if_inside(source: ImageSource, path: str | Path | None, *, what: str, flag: str) -> None:
     """Warn where what is to be written would lie in the image folder that is read.
 
     Args:
         source: The data set.
-        path: Where it is written; a URL lies nowhere.
+        path: Where it is written; a bucket and None lie nowhere.
         what: What it is, in words.
         flag: How to name another place.
     """
-    if not source.kind.startswith("imagefolder") or source.files is None or "://" in str(path):
+    place = None if path is None else parse_location(path)
+    if not source.kind.startswith("imagefolder") or source.files is None or not isinstance(place, Path):
         return
     folder = Path(source.files.folder)
-    if folder.resolve() in Path(path).resolve().parents:
+    if folder.resolve() in place.resolve().parents:
         click.echo(
             f"warning: {what} {path} lies inside the image folder {folder}; it is not taken for a class, but other "
             f"programs may do so: give {flag} outside of it",

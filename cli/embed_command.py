@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from errno import EACCES, ENOTDIR, EPERM, EROFS
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
-from gstds_cache.costs import Cost, record, store_costs
-from gstds_cache.errors import command_line
+from gstds_cache.costs import Cost, keep_record, store_costs
+from gstds_cache.errors import GstdsError, UsageError, command_line
+from gstds_cache.locations import parse_location
 from gstds_cache.openmp import wait_briefly
 
 from .common import (
@@ -108,6 +110,9 @@ def main(
 ) -> None:
     """Parse, call :func:`gstds_cache.embed.run.embed_dataset`, print."""
     wait_briefly()
+    for flag, place in (("--cache", cache), *(("--reuse", other) for other in reuse)):
+        if place is not None:
+            parse_location(place, flag)  # what cannot be meant is said before a model is loaded
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,
@@ -123,18 +128,19 @@ def main(
     from gstds_cache.embed.run import embed_dataset, estimate_dataset
     from gstds_cache.energy import EnergyMeter
     from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.places import cache_root
+    from gstds_cache.places import cache_root, find_cache_root, hashes_folder
 
     keep_freed_memory()
     if dry_run:
         source = open_source(dataset, memo=HashMemo())
-        warn_if_inside(source, cache or cache_root(), what="the store", flag="--cache")
-        estimate = estimate_dataset(source, config, where=cache, root=cache_root(), say=_say)
+        warn_if_inside(source, cache or find_cache_root(), what="the store", flag="--cache")
+        estimate = estimate_dataset(source, config, where=cache, root=find_cache_root(), say=_say)
         _print_estimate(estimate, cache, reuse)
         if as_json:
             print_json({"dry_run": True, **estimate.to_dict()})
         return
-    memo = HashMemo(cache_root() / "hashes")
+    root = None if cache is not None else cache_root("--cache STORE")
+    memo = HashMemo(hashes_folder())
     progress = Progress("images", "decoded images", check="units")
     meter = EnergyMeter(resolve_device(device))
 
@@ -144,27 +150,37 @@ def main(
 
     try:
         source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
-        warn_if_inside(source, cache or cache_root(), what="the store", flag="--cache")
-        report = embed_dataset(
-            source, config, where=cache, root=cache_root(), reuse=reuse, progress=show, say=_say, memo=memo
-        )
+        warn_if_inside(source, cache or root, what="the store", flag="--cache")
+        report = embed_dataset(source, config, where=cache, root=root, reuse=reuse, progress=show, say=_say, memo=memo)
+    except OSError as error:
+        if root is None or isinstance(error, GstdsError) or error.errno not in {EACCES, EPERM, EROFS, ENOTDIR}:
+            raise
+        raise UsageError(
+            f"the default place for stores cannot be written: {error.filename or root}: {error.strerror}",
+            hint="name the store with --cache STORE, or set GSTDS_CACHE to a folder that can be written",
+        ) from error
     finally:
         progress.end()
     meter.add("embed")
+    notes = memo.notes
     if not report.cache_hit:
-        _record_cost(report, meter.joules, describe_device(resolve_device(device)))
-    _print(report, memo.notes, reuse)
+        notes = (*notes, *_record_cost(report, meter.joules, describe_device(resolve_device(device))))
+    _print(report, notes, reuse)
     if as_json:
         print_json(_as_dict(report))
 
 
-def _record_cost(report: EmbedReport, joules: dict[str, float] | None, device: str) -> None:
-    """Write down beside the store what it cost, for the ledgers of the runs that use it."""
-    path = store_costs(report.location)
-    if not report.committed_before:  # another store of the same fingerprint, that was removed, left it
-        path.unlink(missing_ok=True)
+def _record_cost(report: EmbedReport, joules: dict[str, float] | None, device: str) -> list[str]:
+    """Write down beside the store what it cost, for the ledgers of the runs that use it.
+
+    Returns:
+        A note for the user where it is not written down.
+    """
     spent = None if joules is None else sum(joules.values())
-    record(path, Cost(report.fingerprint, report.embedded, report.reused, report.seconds["total"], spent, device))
+    cost = Cost(report.fingerprint, report.embedded, report.reused, report.seconds["total"], spent, device)
+    # A record that was there before the first row is of another store of the same fingerprint, that was removed.
+    note = keep_record(store_costs(report.location), cost, anew=not report.committed_before)
+    return [note] if note else []
 
 
 def _say(line: str) -> None:

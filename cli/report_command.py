@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from gstds_cache.errors import UsageError
-from gstds_cache.places import cache_root
+from gstds_cache.locations import local_file
+from gstds_cache.places import hashes_folder
 
-from .common import Command, Progress, device_option, json_option, print_json
+from .common import Command, LocalPath, Progress, device_option, json_option, print_json
 
 if TYPE_CHECKING:
     from gstds_cache.report.recompute import MadeWith
@@ -55,7 +56,7 @@ SCHEDULE = click.option(
 
 @click.command("export", cls=Command, help=EXPORT_HELP)
 @click.argument("store")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=LocalPath(dir_okay=False))
 @click.option("--scores", "selection", metavar="SELECTION", help="Write this selection's view of each sample.")
 @click.option(
     "--device", metavar="DEVICE", help="With --scores: where the selection is computed again. [default: auto]"
@@ -79,7 +80,7 @@ def export(
 
     if selection is not None:
         made_with = MadeWith(device=device or "auto", guidance=guidance, schedule=schedule)
-        _export_scores(store, file, Path(selection), made_with, force=force, as_json=as_json)
+        _export_scores(store, file, local_file(selection, "--scores"), made_with, force=force, as_json=as_json)
         return
     if (device, guidance, schedule) != (None, None, None):
         raise UsageError(
@@ -127,8 +128,8 @@ def _export_scores(store: str, file: Path, selection: Path, made_with: MadeWith,
 
 
 @click.command("report", cls=Command, help=REPORT_HELP)
-@click.argument("what", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"), show_default=True)
+@click.argument("what", nargs=-1, required=True, type=LocalPath())
+@click.option("--out", type=LocalPath(dir_okay=False), default=Path("report.html"), show_default=True)
 @click.option("--cache", metavar="STORE", help="The store. [default: where it was when the selection was made]")
 @click.option("--dataset", help="Where the data set is now. [default: where it was when STORE was made]")
 @click.option("--batches", type=click.IntRange(min=3), default=48, show_default=True, help="Batches computed again.")
@@ -164,7 +165,7 @@ def report(
     from gstds_cache.report.run_view import read_run
     from gstds_cache.report.selection_view import view_selection
 
-    memo = HashMemo(cache_root() / "hashes")
+    memo = HashMemo(hashes_folder())
     progress = Progress("batches", "")
     runs = [read_run(path, number) for number, path in enumerate((p for p in what if p.is_dir()), 1)]
     try:

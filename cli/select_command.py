@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from gstds_cache import scratch
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
-from gstds_cache.costs import Cost, record, selection_costs
+from gstds_cache.costs import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError, command_line
+from gstds_cache.locations import local_file
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.guidance import KINDS
 from gstds_cache.selection.rules import RULES
@@ -21,6 +25,7 @@ from gstds_cache.store.access import Kind
 
 from .common import (
     Command,
+    LocalPath,
     Progress,
     device_option,
     json_option,
@@ -88,7 +93,7 @@ stopped.
     default="auto",
     show_default=True,
     help="Difficulty, for rules that look at it: " + "; ".join(f"{kind}: {what}" for kind, what in KINDS.items()) + ". "
-    "probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/.",
+    "probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/, else in $GSTDS_CACHE.",
 )
 @click.option(
     "--min-per-class",
@@ -129,7 +134,8 @@ stopped.
 @click.option(
     "--out",
     metavar="FILE|-",
-    help="A file, or - for stdout. [default: a name made from the settings, in STORE.selections/]",
+    help="A file, or - for stdout. [default: a name made from the settings, in STORE.selections/, else in "
+    "$GSTDS_CACHE]",
 )
 @click.option("--force", is_flag=True, help="Replace a FILE that holds something else.")
 @click.option(
@@ -138,12 +144,10 @@ stopped.
     help="Serve this and the store's other selections to any number of trainers (Arrow Flight), until SIGTERM.",
 )
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="With --serve: Prometheus metrics on loopback.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="With --serve: PEM certificate of the service.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="With --serve: its PEM private key.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="With --serve: the token that clients must show.")
-@click.option(
-    "--client-ca", type=click.Path(path_type=Path), help="With --serve: PEM; clients need certificates of it."
-)
+@click.option("--tls-cert", type=LocalPath(), help="With --serve: PEM certificate of the service.")
+@click.option("--tls-key", type=LocalPath(), help="With --serve: its PEM private key.")
+@click.option("--token-file", type=LocalPath(), help="With --serve: the token that clients must show.")
+@click.option("--client-ca", type=LocalPath(), help="With --serve: PEM; clients need certificates of it.")
 @json_option
 def main(
     store: str,
@@ -203,15 +207,19 @@ def main(
     )
     started = time.perf_counter()
     from gstds_cache.devices import limit_threads
+    from gstds_cache.graph.code_cache import why_not_kept
     from gstds_cache.memory import keep_freed_memory
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.stream.deliver import deliver_kept, kept_path
+    from gstds_cache.stream.deliver import deliver_kept
 
     keep_freed_memory()
     limit_threads(config.threads)
     opened_store = EmbeddingStore(
-        store, memory_budget=memory_budget << 20, access=access, mirror=None if mirror is None else Path(mirror)
+        store,
+        memory_budget=memory_budget << 20,
+        access=access,
+        mirror=None if mirror is None else local_file(mirror, "--mirror"),
     )
     selector = BatchSelector(opened_store, config)
     opened = time.perf_counter()
@@ -224,12 +232,14 @@ def main(
         err=True,
     )
     click.echo(f"rows: {selector.store.access_reason}", err=True)
+    if selector.rule.vectors and (text := why_not_kept()):
+        click.echo(f"note: {text}", err=True)
     if selector.slow_order:
         click.echo(f"warning: {selector.slow_order}", err=True)
     if serve is not None:
-        _serve(selector, serve, kept_path(selector).parent, service)
+        _serve(selector, serve, service)
         return
-    file = None if piped else Path(out) if out else kept_path(selector)
+    file = None if piped else local_file(out, "--out") if out else _default_file(selector)
     target = file or sys.stdout.buffer
     if not deliver_kept(selector, target, replace=force, say=lambda text: click.echo(f"cache hit: {text}", err=True)):
         _compute(selector, target, started)
@@ -267,9 +277,30 @@ def _check_together(serve: str | None, service: dict[str, Any], out: str | None,
             raise UsageError(f"--{name.replace('_', '-')} says how to serve: it needs --serve HOST:PORT")
 
 
-def _serve(selector: BatchSelector, where: str, folder: Path, service: dict[str, Any]) -> None:
+def _default_file(selector: BatchSelector) -> Path:
+    """Where a selection goes that the user gave no place for.
+
+    Raises:
+        UsageError: There is no place for it.
+    """
+    from gstds_cache.stream.deliver import kept_place
+
+    place = kept_place(selector)
+    if place.path is None:
+        raise UsageError(
+            f"there is no place to keep the selection: {place.note}",
+            hint="give --out FILE, or set GSTDS_CACHE to a folder that can be written",
+        )
+    if place.note:
+        click.echo(f"note: kept in {place.path.parent}, as nothing can be written in {place.note}", err=True)
+    return place.path
+
+
+def _serve(selector: BatchSelector, where: str, service: dict[str, Any]) -> None:
+    from gstds_cache.places import first_writable
+    from gstds_cache.stream.deliver import selection_folders
     from gstds_cache.stream.security import Access, parse_address
-    from gstds_cache.stream.serve import serve
+    from gstds_cache.stream.serve import log, serve
 
     host, port = parse_address(where, flag="--serve")
     access = Access.from_files(
@@ -279,21 +310,30 @@ def _serve(selector: BatchSelector, where: str, folder: Path, service: dict[str,
         token=service["token_file"],
         client_ca=service["client_ca"],
     )
-    serve(
-        selector.store,
-        selector.config,
-        host=host,
-        port=port,
-        folder=folder,
-        access=access,
-        metrics_port=service["metrics_port"],
-    )
+    folders = selection_folders(selector)
+    place = first_writable(folders)
+    with ExitStack() as stack:
+        folder = place.path
+        if folder is None:  # readers read what is written, so there has to be a file, if for as long as they read
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gstds-selections-", dir=scratch.folder())))
+        if place.note:
+            log("note", selections=folder, kept=place.path is not None, why=place.note)
+        serve(
+            selector.store,
+            selector.config,
+            host=host,
+            port=port,
+            folder=folder,
+            also=folders,
+            access=access,
+            metrics_port=service["metrics_port"],
+        )
 
 
 def _compute(selector: BatchSelector, out: Path | ByteStream, started: float) -> None:
     """Compute and deliver, with progress; what it took is written down also where it is interrupted."""
     from gstds_cache.energy import EnergyMeter
-    from gstds_cache.stream.deliver import deliver_computed, kept_path
+    from gstds_cache.stream.deliver import deliver_computed, kept_paths
 
     progress, meter = Progress("batches", "embeddings"), EnergyMeter(selector.device)
     try:
@@ -304,21 +344,29 @@ def _compute(selector: BatchSelector, out: Path | ByteStream, started: float) ->
             meter.add("select")
     finally:
         progress.end()
-        for place in dict.fromkeys([*([out] if isinstance(out, Path) else []), kept_path(selector)]):
-            _record_cost(selector, place, time.perf_counter() - started, meter.joules)
+        kept = kept_paths(selector)
+        places = ([[out]] if out in kept else [[out], kept]) if isinstance(out, Path) else [kept]
+        notes = [_record_cost(selector, files, time.perf_counter() - started, meter.joules) for files in places]
+        for text in dict.fromkeys(filter(None, notes)):
+            click.echo(f"note: {text}", err=True)
 
 
-def _record_cost(selector: BatchSelector, file: Path, seconds: float, joules: dict[str, float] | None) -> None:
-    """Write down beside the file what it cost, for the ledgers of the runs that train on it."""
+def _record_cost(selector: BatchSelector, files: list[Path], seconds: float, joules: dict[str, float] | None) -> str:
+    """Write down beside the first of ``files`` that can be what it cost, for the ledgers of the runs that train on it.
+
+    Returns:
+        Why it is not written down, for the user; empty where it is.
+    """
     counts, store = selector.counts, selector.store.location
     if not counts.batches:
-        return
-    path = selection_costs(file)
-    if counts.batches == selector.plan.total_batches:  # nothing is left of an earlier session, or of another file
-        path.unlink(missing_ok=True)
+        return ""
     where = store if "://" in store else str(Path(store).absolute())
     spent = None if joules is None else sum(joules.values())
-    record(path, Cost(selector.digest, counts.rows, 0, seconds, spent, str(selector.device), where))
+    cost = Cost(selector.digest, counts.rows, 0, seconds, spent, str(selector.device), where)
+    # Where all batches were computed now, nothing is left of an earlier session, or of another file.
+    return keep_record(
+        [selection_costs(file) for file in files], cost, anew=counts.batches == selector.plan.total_batches
+    )
 
 
 def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
@@ -345,8 +393,8 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
         ],
         err=to_stderr,
     )
-    if selector.graphs_note:
-        click.echo(f"note: {selector.graphs_note}", err=True)
+    for note in filter(None, (selector.graphs_note, selector.store.fell_back)):
+        click.echo(f"note: {note}", err=True)
     slow = counts.status["max_iterations"]
     if slow > 0.01 * counts.batches:
         click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)

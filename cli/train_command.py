@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.costs import Cost, recall, selection_costs, store_costs
+from gstds_cache.costs import Cost, recall, recall_store, selection_costs
 from gstds_cache.errors import IncompleteError, UsageError, command_line
+from gstds_cache.locations import local_file
 from gstds_cache.openmp import wait_briefly
 
 from .common import (
     Command,
+    LocalPath,
     Progress,
     device_option,
     json_option,
@@ -100,7 +102,7 @@ Examples:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="RUN_DIR",
     help="[default: runs/ARCH-SELECTION-sSEED, and what is not the default, e.g. -lr0.3]",
 )
@@ -146,14 +148,14 @@ def main(
         threads=threads,
         repack=repack,
     )
-    begun = time.perf_counter()
+    begun, selection = time.perf_counter(), _named(selection)
     wait_briefly()
     from gstds_cache.data.manifest import build_manifest
     from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.repeatable import why_items_differ
     from gstds_cache.devices import limit_threads
     from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.places import cache_root
+    from gstds_cache.places import hashes_folder
     from gstds_cache.store.journal import Journal
     from gstds_cache.stream.reader import open_selection, require_dataset, require_store
     from gstds_cache.train.distributed import process_group
@@ -168,7 +170,7 @@ def main(
                 hint="give a file, or the address of gstds-select --serve",
             )
         progress = Progress("steps", "data", hash="items", load="images") if ranks.first else _quiet
-        memo = HashMemo() if plan else HashMemo(cache_root() / "hashes")
+        memo = HashMemo() if plan else HashMemo(hashes_folder())
 
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
@@ -258,6 +260,12 @@ def _opened(
     return source, evaluation
 
 
+def _named(selection: str) -> str:
+    """The selection with a path as it is meant; stdin and services stay."""
+    is_file = selection != "-" and not selection.startswith(("grpc://", "grpc+tls://"))
+    return str(local_file(selection, "--selection")) if is_file else selection
+
+
 def _measured_selection(cache: str, header: Header) -> SelectionCost:
     from gstds_cache.report.recompute import selector_of
     from gstds_cache.selection.pace import samples_per_second
@@ -340,7 +348,7 @@ def _costs(header: Header, selection: str, cache: str | None) -> tuple[Cost | No
     is_file = selection != "-" and "://" not in selection
     select = recall(selection_costs(Path(selection)), header.selection_digest) if is_file else None
     store = cache or (select.store if select else None)
-    return (recall(store_costs(store), header.cache_fingerprint) if store else None), select
+    return (recall_store(store, header.cache_fingerprint) if store else None), select
 
 
 def _ledger(

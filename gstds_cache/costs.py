@@ -1,13 +1,17 @@
-"""What it cost to make a store or a selection, in a small file beside it. Provenance: nothing depends on it."""
+"""What it cost to make a store or a selection, in a small file beside it. Provenance: nothing depends on it.
+
+Where nothing can be written beside a store, it is in the cache (:mod:`gstds_cache.places`), or nowhere.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gstds_cache.places import beside
+from gstds_cache.places import derived_places, keep
+from gstds_cache.replacing import replacing
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class Cost:
     store: str | None = None
 
 
-def store_costs(where: str | Path) -> Path:
-    """Where the cost of the store at ``where`` is written down."""
-    return beside(where, ".cost.json")
+def store_costs(where: str | Path) -> list[Path]:
+    """Where the cost of the store at ``where`` may be written down, in the order to look."""
+    return derived_places(where, ".cost.json")
 
 
 def selection_costs(file: Path) -> Path:
@@ -52,9 +56,24 @@ def recall(path: Path, of: str | None = None) -> Cost | None:
     return cost if of in {None, cost.of} else None
 
 
-def record(path: Path, cost: Cost) -> None:
-    """Add a session's cost to what ``path`` says of the same thing; what it says of another is replaced."""
-    before = recall(path, cost.of)
+def recall_store(where: str | Path, of: str | None = None) -> Cost | None:
+    """The cost of the store at ``where``, or None where none of this fingerprint is written down."""
+    found = (recall(path, of) for path in store_costs(where))
+    return next((cost for cost in found if cost is not None), None)
+
+
+def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
+    """Add a session's cost to what ``path`` says of the same thing; what it says of another is replaced.
+
+    Args:
+        path: The file; its folder is there.
+        cost: What the session cost.
+        anew: Whether the file, which something else of the same digest left, counts for nothing.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    before = None if anew else recall(path, cost.of)
     if before is not None:
         known = before.joules is not None and cost.joules is not None
         fields = asdict(cost) | {
@@ -64,7 +83,20 @@ def record(path: Path, cost: Cost) -> None:
             "joules": (before.joules or 0) + (cost.joules or 0) if known else None,
         }
         cost = Cost(**fields)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(asdict(cost), sort_keys=True) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(asdict(cost), sort_keys=True) + "\n")
+
+
+def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False) -> str:
+    """:func:`record` at the first of ``paths`` that can be written.
+
+    Args:
+        paths: Where the cost may be written down, the best place first.
+        cost: What the session cost.
+        anew: As for :func:`record`.
+
+    Returns:
+        Why it is written down nowhere, for the user; empty where it is.
+    """
+    place = keep(lambda path: record(path, cost, anew=anew), paths)
+    return "" if place.path else f"what it cost is not kept: {place.note}"

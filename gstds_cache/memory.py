@@ -1,10 +1,8 @@
-"""Memory: the C allocator, told to keep what it has; how libraries say that there is none left."""
+"""Memory: the C allocator, told to keep what it has."""
 
 from __future__ import annotations
 
 import ctypes
-
-from gstds_cache.errors import text_of
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -28,12 +26,3 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(*setting) == 1 for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEEP), (_M_TOP_PAD, _PAD)))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a device's or the CPU's way to say that memory ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    # torch.OutOfMemoryError is a RuntimeError as well, and says so in these words.
-    text = text_of(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

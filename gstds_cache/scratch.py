@@ -3,12 +3,15 @@
 The kernel writes such pages to the disk and takes them back when memory is short, which it cannot do with memory of a
 process where there is no swap. Processes that are forked share them.
 
-The files lie in ``$TMPDIR``, else in ``/var/tmp``: ``/tmp`` is memory itself on many systems. They have no name, and
-are gone with the process however it ends.
+The files lie in ``$TMPDIR``, else in ``/var/tmp``: ``/tmp`` is memory itself on many systems. Where there is neither,
+they lie where Python puts temporary files, and without such a place in memory. They have no name, and are gone with the
+process however it ends.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 import mmap
 import os
@@ -38,7 +41,7 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > SMALL:
-        with suppress(OSError), tempfile.TemporaryFile(dir=_folder()) as file:
+        with suppress(OSError), file_of_ours() as file:
             # Blocks are set aside first: a write to a map that the disk has no room for would end the process.
             os.posix_fallocate(file.fileno(), 0, size)
             return np.frombuffer(mmap.mmap(file.fileno(), size), dtype).reshape(shape)
@@ -55,15 +58,25 @@ def written(write: Callable[[IO[bytes]], None]) -> memoryview:
         All of it, read-only, mapped; from memory where it is small.
 
     Raises:
-        OSError: The disk is full.
+        OSError: The disk is full; it names the folder.
     """
-    with tempfile.SpooledTemporaryFile(SMALL, dir=_folder()) as file:
-        write(file)
+    where = folder()
+    if where is None:
+        memory = io.BytesIO()
+        write(memory)
+        return memoryview(memory.getvalue())
+    with tempfile.SpooledTemporaryFile(SMALL, dir=where) as file:
+        try:
+            write(file)
+            file.flush()
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT} and error.filename is None:
+                error.filename = where  # a file without a name says nothing of where it is
+            raise
         size = file.tell()
         if size <= SMALL:
             file.seek(0)
             return memoryview(file.read())
-        file.flush()
         return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
@@ -99,5 +112,27 @@ def let_go(*arrays: np.ndarray | memoryview) -> None:
             base.madvise(mmap.MADV_DONTNEED)
 
 
-def _folder() -> str:
-    return os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
+def file_of_ours() -> IO[bytes]:
+    """A temporary file without a name, unbuffered.
+
+    Returns:
+        The file, open for reading and writing.
+
+    Raises:
+        FileNotFoundError: There is no folder for it.
+    """
+    where = folder()
+    if where is None:
+        raise FileNotFoundError(errno.ENOENT, "no temporary folder can be written")
+    return tempfile.TemporaryFile(dir=where, buffering=0)
+
+
+def folder() -> str | None:
+    """Where temporary files lie: the first of ``$TMPDIR``, ``/var/tmp`` and Python's own places that can be written."""
+    for path in (os.environ.get("TMPDIR"), "/var/tmp"):
+        if path and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):  # noqa: PTH112 - Path's may raise
+            return path
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return None

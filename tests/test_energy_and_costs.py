@@ -92,7 +92,7 @@ COST = Cost(of="a" * 64, samples=10, reused=2, seconds=3.0, joules=7.0, device="
 
 
 def test_costs_of_sessions_add_up_and_of_another_thing_do_not(tmp_path) -> None:
-    path = store_costs(tmp_path / "photos.store")
+    path = store_costs(tmp_path / "photos.store")[0]
     assert path == tmp_path / "photos.store.cost.json"
     assert recall(path) is None
     record(path, COST)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
+from gstds_cache.resources import about_us
 
 __all__ = ["UndecodableError", "decode_image", "to_rgb"]
 
@@ -44,6 +45,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
         UndecodableError: There is no image in ``data``, only a part of one, or one of more than ``max_pixels``.
+        MemoryError: There is not enough memory for it.
     """
     if not data:
         raise UndecodableError("empty file (0 bytes)")
@@ -65,6 +67,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UndecodableError(f"too many pixels: {error}") from None
         except Exception as error:  # Bytes from anywhere can raise anything in a decoder: OSError, SyntaxError, ...
+            if about_us(error):
+                raise
             text = _ADDRESS.sub("", " ".join(str(error).split()))
             raise UndecodableError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from None
 
@@ -155,8 +159,14 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; an EXIF block that cannot be read leaves the image as it is."""
+    """Apply the EXIF orientation; an EXIF block that cannot be read leaves the image as it is.
+
+    Raises:
+        MemoryError: There is not enough memory for another copy.
+    """
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # The pixels are loaded already, so only metadata can be at fault, in as many ways as above.
         return image

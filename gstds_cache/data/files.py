@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -16,7 +15,7 @@ from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.names import Names
-from gstds_cache.errors import IncompleteError
+from gstds_cache.resources import about_us
 
 MAX_BYTES = 1 << 30
 """Largest file that is read to be decoded: more than ``MAX_PIXELS`` of any format, at 16 bits and uncompressed."""
@@ -102,6 +101,7 @@ class FileSource:
 
         Raises:
             UndecodableError: The file cannot be read, has more than ``MAX_BYTES``, or is not an image.
+            OSError: This process may open no more files.
         """
         try:
             with io.FileIO(self.files.path(row)) as file:
@@ -110,27 +110,10 @@ class FileSource:
                     raise UndecodableError(f"too large a file: {size} bytes, at most {MAX_BYTES} are decoded")
                 data = file.readall()
         except OSError as error:
-            require_resources(error)
+            if about_us(error):
+                raise
             raise UndecodableError(f"unreadable: {error.strerror or type(error).__name__}") from None
         return decode_image(data)
-
-
-_RESOURCES = {errno.EMFILE: "open files", errno.ENFILE: "open files of the whole system", errno.ENOMEM: "memory"}
-
-
-def require_resources(error: BaseException) -> None:
-    """Tell a fault of the machine from one of an item, which is an item still.
-
-    Raises:
-        IncompleteError: An item could not be read since open files or memory ran out.
-    """
-    what = _RESOURCES.get(error.errno or 0) if isinstance(error, OSError) else None
-    if what is not None:
-        raise IncompleteError(
-            f"no {what} left to read an item with: {error}",
-            hint="end what else uses them, raise the limit (open files: ulimit -n), or use fewer --workers; then run "
-            "the same command again",
-        ) from error
 
 
 def printable(name: str) -> str:

@@ -20,6 +20,7 @@ from gstds_cache.data.levels import level_notes
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.data.outputs import Listing, holds_outputs
 from gstds_cache.errors import DatasetError, UsageError
+from gstds_cache.locations import local_file
 
 _AT_ONCE = 1 << 16
 _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
@@ -53,7 +54,7 @@ def open_folder(uri: str, path: str) -> FileSource:
 
     Args:
         uri: The data set as the user named it.
-        path: The folder; ``~`` is expanded.
+        path: The folder: a path, which may begin with ``~``, or ``file:///path``.
 
     Returns:
         The source.
@@ -64,7 +65,7 @@ def open_folder(uri: str, path: str) -> FileSource:
     """
     if not path:
         raise UsageError(f"data set {uri!r}: no path given", hint="name the folder: imagefolder:PATH")
-    root = Path(path).expanduser()
+    root = local_file(path, "image folder")
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing there"
         raise DatasetError(

@@ -17,6 +17,7 @@ from PIL import Image
 from gstds_cache.data.decode import UndecodableError, to_rgb
 from gstds_cache.errors import DatasetError, GstdsError, IncompleteError, in_words
 from gstds_cache.plugins import where_in
+from gstds_cache.resources import about_us, out_of_memory
 
 CODE_FAULTS = (NameError, TypeError, AttributeError, ImportError, NotImplementedError, RecursionError)
 """What is raised by code that is wrong, not by data that are damaged. Files, archives and decoders raise all others:
@@ -31,8 +32,8 @@ NOT_PAIR = (
     "wrap it in a dataset of such pairs, and name that as package.module:factory",
 )
 
-# Reading any other item would fail as well: too many open files, no memory, a device that is gone.
-_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENOSPC, errno.ENOTCONN})
+# Reading any other item would fail as well: a device that is gone, a disk that is full.
+_MACHINE = frozenset({errno.ENODEV, errno.ENOSPC, errno.ENOTCONN})
 # Errors whose text is left out of the reason, as it always was: receipts written before stay as they are.
 _BY_NAME = (OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 # Addresses and absolute paths would make the reason another in every run; a file's own name stays.
@@ -149,6 +150,4 @@ def _reason(error: Exception) -> str:
 
 
 def _out_of_resources(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _RESOURCES
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
+    return about_us(error) or out_of_memory(error) or (isinstance(error, OSError) and error.errno in _MACHINE)

@@ -17,12 +17,13 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt8
 
 from gstds_cache import scratch
-from gstds_cache.data.files import Files, require_resources
+from gstds_cache.data.files import Files
 from gstds_cache.data.memo import HashMemo, settled, signatures_of
 from gstds_cache.data.names import AT_ONCE, Names, cut, held
 from gstds_cache.data.source import ImageSource
 from gstds_cache.digest import merkle_root
 from gstds_cache.errors import IntegrityError
+from gstds_cache.resources import about_us
 
 UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
@@ -288,5 +289,6 @@ def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
         # A file can be larger than memory.
         return files.sha256(row) if files is not None else hashlib.sha256(source.payload(row)).digest()
     except OSError as error:
-        require_resources(error)
+        if about_us(error):
+            raise
         return UNREADABLE

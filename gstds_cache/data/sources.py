@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.locations import expanded
 from gstds_cache.uris import split_query
 
 __all__ = ["KINDS", "ImageSource", "open_source"]
@@ -61,7 +61,7 @@ def open_source(
         from gstds_cache.data.factory import open_factory
 
         return open_factory(uri, factory, params)
-    if base and Path(base).expanduser().is_dir():
+    if base and expanded(base, "data set").is_dir():
         raise UsageError(
             f"unknown data set {base!r}: it is a folder, and a folder of images is named imagefolder:PATH",
             hint=f"did you mean 'imagefolder:{base}'?",

@@ -18,7 +18,9 @@ from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
+from gstds_cache.locations import expanded
 from gstds_cache.plugins import own_code
+from gstds_cache.resources import out_of_memory
 
 # Characters and signs: mirrored, they are others or none.
 _MIRROR_UNSAFE = frozenset(
@@ -111,7 +113,7 @@ def _arguments(uri: str, cls: type, params: Mapping[str, str]) -> dict[str, Any]
     if "download" in named:
         arguments["download"] = False  # Some classes download unless told not to.
     if "root" in arguments:
-        arguments["root"] = str(Path(str(arguments["root"])).expanduser())
+        arguments["root"] = str(expanded(str(arguments["root"]), "root"))
     return arguments
 
 
@@ -138,6 +140,8 @@ def _construct(uri: str, cls: type, arguments: Mapping[str, Any]) -> Any:
     try:
         return cls(**arguments)
     except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
+        if out_of_memory(error):
+            raise
         raise DatasetError(
             f"data set {uri!r}: {cls.__name__} found no data under {root or 'its root'}, or damaged data: {error}",
             hint=f"download it first: {_download_command(cls, root)}",

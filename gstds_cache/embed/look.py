@@ -17,7 +17,7 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import EncoderError, IncompleteError, in_words
-from gstds_cache.memory import out_of_memory
+from gstds_cache.resources import out_of_memory
 from gstds_cache.seeding import rng_for
 
 IMAGES = 16

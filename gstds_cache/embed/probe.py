@@ -20,7 +20,7 @@ from gstds_cache.data.loading import default_workers, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
-from gstds_cache.memory import out_of_memory
+from gstds_cache.resources import out_of_memory
 
 IMAGES = 32
 DECODE_SECONDS = 1.0

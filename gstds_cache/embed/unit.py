@@ -22,7 +22,7 @@ from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
-from gstds_cache.memory import out_of_memory
+from gstds_cache.resources import out_of_memory
 from gstds_cache.store.receipt import Quarantined, Receipt
 from gstds_cache.store.writer import StoreWriter
 

@@ -20,6 +20,7 @@ from gstds_cache.encoders.module import bare, make_ready, own_dtype, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
 from gstds_cache.errors import EncoderError, UsageError, in_words, unknown_name
+from gstds_cache.locations import expanded
 from gstds_cache.plugins import call_factory, load_factory, own_code
 from gstds_cache.uris import split_query
 
@@ -48,7 +49,7 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
         EncoderError: The weights are missing or do not fit.
     """  # noqa: DOC501
     name, params = split_query("model", uri)
-    weights = Path(params.pop("weights")).expanduser() if "weights" in params else None
+    weights = expanded(params.pop("weights"), "weights") if "weights" in params else None
     kind, _, rest = name.partition(":")
     if not kind or not rest:
         guesses = [f"timm:{kind}", f"torchvision:{kind}"] if kind and ":" not in name else []

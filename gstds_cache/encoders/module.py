@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gstds_cache.errors import EncoderError, text_of
-from gstds_cache.memory import out_of_memory
+from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
+from gstds_cache.resources import out_of_memory
 
 TAKES = (
     "it has to take normalised float32 [B, 3, H, W] for any B, and give [B, D]. H and W are 224 unless it has an "
@@ -53,7 +53,7 @@ def make_ready(model: nn.Module, name: str) -> None:
             f"{name}: {len(empty)} of its tensors are on the meta device and have no values, first {empty[0]!r}",
             hint="build the model on the CPU and load its weights in the factory",
         )
-    with own_code(f"{name}: putting the model in eval mode, on the CPU,", EncoderError, but=not_its_own):
+    with own_code(f"{name}: putting the model in eval mode, on the CPU,", EncoderError, but=out_of_memory):
         # An exported program has the mode in which it was exported: two looks tell which (embed/look.py).
         with suppress(NotImplementedError):
             model.eval()
@@ -84,7 +84,7 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
     """
     given, count = f"{_word(pixels.dtype)} {list(pixels.shape)}", len(pixels)
     hint = TAKES if bare(model) is model else f"return the module without torch.compile; {TAKES}"
-    with own_code(f"{name}: given {given}, the model", EncoderError, hint, but=not_its_own):
+    with own_code(f"{name}: given {given}, the model", EncoderError, hint, but=out_of_memory):
         features: Any = model(pixels)
     if isinstance(features, torch.Tensor):
         of_each_image = features.ndim == 2 and len(features) == count and features.shape[1] > 0
@@ -94,11 +94,6 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
         f"{name}: got {_kind(features)} for {count} images, expected pooled features [{count}, D]",
         hint=_remedy(features),
     )
-
-
-def not_its_own(error: BaseException) -> bool:
-    """Whether an exception out of a model is not its own: memory ran out, or a decoding process died meanwhile."""
-    return out_of_memory(error) or text_of(error).startswith("DataLoader worker (pid")
 
 
 def _made(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -16,13 +16,17 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt16, UInt32
 from numba import njit, uint64
 
+from gstds_cache.graph.code_cache import code_cache
+
 FAST = frozenset({"reassoc", "contract", "nsz", "arcp"})  # sums in any fixed order, so that they can be vectorised
 LANES = 32
 SQUARES = (1e-25, 1e25)  # a sum of squares in between has neither lost entries nor overflowed, in float32
 
 
 def compiled(*, fast: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function with numba when it is first called, without Python's lock; kept on the disk for the next time.
+    """Compile a function with numba when it is first called, without Python's lock.
+
+    Compiled code is kept for the next time where there is a place for it (:mod:`gstds_cache.graph.code_cache`).
 
     Args:
         fast: Whether sums may be reordered, once and for all, so that they can be vectorised.
@@ -30,8 +34,12 @@ def compiled(*, fast: bool = False) -> Callable[[Callable[..., Any]], Callable[.
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         # Under the tests functions come wrapped in a check of their annotations.
-        made = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FAST) if fast else False)
-        return cast(Callable[..., Any], made(inspect.unwrap(function)))
+        plain = inspect.unwrap(function)
+        made = njit(nogil=True, error_model="numpy", fastmath=set(FAST) if fast else False)(plain)
+        kept = code_cache(plain)
+        if kept is not None and hasattr(made, "_cache"):  # NUMBA_DISABLE_JIT leaves a plain function
+            made._cache = kept
+        return cast(Callable[..., Any], made)
 
     return decorate
 

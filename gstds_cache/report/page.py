@@ -13,6 +13,7 @@ from gstds_cache.replacing import replacing
 from gstds_cache.report.charts import DROPPED, KEPT
 from gstds_cache.report.run_view import RunView, panels_of
 from gstds_cache.report.selection_view import SelectionView
+from gstds_cache.resources import writing
 
 
 def render(selections: list[SelectionView], runs: list[RunView]) -> str:
@@ -50,6 +51,6 @@ def write_page(file: Path, html: str) -> int:
     Returns:
         Bytes of the file.
     """
-    with replacing(file) as temporary:
+    with writing(file), replacing(file) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return file.stat().st_size

@@ -16,6 +16,7 @@ from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
 from gstds_cache.replacing import replacing
 from gstds_cache.report.recompute import SeenBatch
+from gstds_cache.resources import writing
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.transport import mapped
@@ -115,7 +116,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     }
     about = {"gstds.selection_digest": header.selection_digest, "gstds.fingerprint": header.cache_fingerprint}
     table = pa.table(columns).replace_schema_metadata(about)
-    with replacing(file) as temporary:
+    with writing(file), replacing(file) as temporary:
         if file.suffix == ".parquet":
             with temporary.open("wb") as out:  # opened here: Arrow takes names in UTF-8 alone
                 pa.parquet.write_table(table, out)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -29,10 +28,13 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int, Int64
 
+from gstds_cache import scratch
 from gstds_cache.digest import canonical_json, digest_of, sha256_file
-from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.errors import GstdsError, UsageError, unknown_name
 from gstds_cache.given import reading, require_file
-from gstds_cache.places import beside
+from gstds_cache.locations import expanded
+from gstds_cache.places import derived_places, first_writable, keep
+from gstds_cache.replacing import replacing
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.permutation import STORED
 from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
@@ -126,7 +128,7 @@ def parse_guidance(text: str) -> GuidanceSpec:
         UsageError: The kind or a parameter is unknown, or a value out of range.
     """  # noqa: DOC501
     if text.startswith("file:"):
-        return GuidanceSpec("file", path=Path(text.removeprefix("file:")))
+        return GuidanceSpec("file", path=expanded(text.removeprefix("file:"), "--guidance file:"))
     kind, parameters = split_query("--guidance", text)
     if kind not in KINDS or kind == "file:SCORES.npy":
         raise unknown_name("guidance", kind, KINDS)
@@ -232,15 +234,17 @@ def _load_or_try(
     threads: int,
     device: torch.device | None,
 ) -> Trial:
-    record = beside(store.location, ".guidance") / f"{digest[:16]}.trial.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: made again
-        facts = json.loads(record.read_bytes())
-        if facts["digest"] == digest:
-            return Trial(**{f.name: int(facts[f.name]) for f in fields(Trial)})
+    records = [folder / f"{digest[:16]}.trial.json" for folder in derived_places(store.location, ".guidance")]
+    for record in records:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: made again
+            facts = json.loads(record.read_bytes())
+            if facts["digest"] == digest:
+                return Trial(**{f.name: int(facts[f.name]) for f in fields(Trial)})
     assert spec.trial is not None
     made = try_out(store, difficulty, run=spec.trial, settings=spec.settings, threads=threads, device=device)
-    with suppress(OSError):  # a store that cannot be written to is tried on each time
-        _put(record, lambda file: file.write(canonical_json({"digest": digest, **asdict(made)})))
+    # Where it can be kept nowhere, each run tries.
+    text = canonical_json({"digest": digest, **asdict(made)})
+    keep(lambda path: _put(path, lambda file: file.write(text)), records)
     return made
 
 
@@ -272,37 +276,76 @@ def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
 def _load_or_make_columns(
     store: EmbeddingStore, settings: ProbeSettings, threads: int, device: torch.device | None
 ) -> tuple[np.ndarray, float, str]:
-    folder = beside(store.location, ".guidance")
     digest = _probe_digest(store, settings)
-    path, record = folder / f"{digest[:16]}.npy", folder / f"{digest[:16]}.json"
-    found, why = _kept(path, record, digest, len(store))
-    if found is not None:
-        return found, 0.0, f"found in {path}"
+    folders, why = derived_places(store.location, ".guidance"), ""
+    for folder in folders:
+        found, problem = _kept(*_files(folder, digest), digest, len(store))
+        if found is not None:
+            return found, 0.0, f"found in {_files(folder, digest)[0]}"
+        why = why or f"{problem}; " * bool(problem)
     begun = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _put(path, lambda file: _fill(file, store, settings, threads, device))
-    except BaseException:
-        with suppress(OSError):  # others' probes are in it
-            folder.rmdir()
-        raise
+    place = first_writable(folders)
+    columns, problem = None, place.note
+    if place.path is not None:
+        columns, problem = _make_in(place.path, digest, store, settings, threads, device)
+    if columns is None:
+        columns = scratch.zeros((len(store),), COLUMNS)
+        probe_columns(store, settings, threads=threads, device=device, out=columns)
     seconds = time.perf_counter() - begun
-    columns = _mapped(path)
     parts = zip(pieces(columns), pieces(store.labels), strict=True)
     rows, loss, right = np.sum([_tally(part, labels) for part, labels in parts], axis=0).tolist()
     facts = {
         "digest": digest,
-        "sha256": sha256_file(path),
         "settings": asdict(settings),
         "rows": int(rows),
         "loss": loss / rows,
         "accuracy": right / rows,
         "seconds": round(seconds, 3),
     }
-    # The record is what makes the file count, so it comes last.
-    _put(record, lambda file: file.write(canonical_json(facts)))
-    said = f"probe: {facts['accuracy']:.1%} right on held-out rows, mean loss {facts['loss']:.3f}; kept in {path}"
-    return columns, seconds, f"{why}; {said}" if why else said
+    said = f"{why}probe: {facts['accuracy']:.1%} right on held-out rows, mean loss {facts['loss']:.3f}; "
+    if place.path is not None and not problem:
+        path, record = _files(place.path, digest)
+        problem = _write_record(path, record, facts)
+        said += f"kept in {path}" * (not problem)
+    return columns, seconds, f"{said}not kept: {problem}" if problem else said
+
+
+def _files(folder: Path, digest: str) -> tuple[Path, Path]:
+    """Where a probe's columns are, and the record that makes them count."""
+    return folder / f"{digest[:16]}.npy", folder / f"{digest[:16]}.json"
+
+
+def _make_in(
+    folder: Path,
+    digest: str,
+    store: EmbeddingStore,
+    settings: ProbeSettings,
+    threads: int,
+    device: torch.device | None,
+) -> tuple[np.ndarray | None, str]:
+    """A probe's columns, made in a file of ``folder``; or None and why they could not be written."""
+    path, _ = _files(folder, digest)
+    try:
+        _put(path, lambda file: _fill(file, store, settings, threads, device))
+        return _mapped(path), ""
+    except BaseException as error:
+        with suppress(OSError):  # others' probes are in it
+            folder.rmdir()
+        if not isinstance(error, OSError) or isinstance(error, GstdsError):
+            raise
+        return None, f"{path}: {error.strerror or error}"
+
+
+def _write_record(path: Path, record: Path, facts: dict[str, Any]) -> str:
+    """Write the record, which comes last, as it is what makes the file count; or say why that could not be done."""
+    try:
+        text = canonical_json(facts | {"sha256": sha256_file(path)})
+        _put(record, lambda file: file.write(text))
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        return f"{record}: {error.strerror or error}"
+    return ""
 
 
 def _fill(
@@ -328,7 +371,7 @@ def _tally(columns: np.ndarray, labels: Int[np.ndarray, " P"]) -> tuple[int, flo
 
 def _kept(path: Path, record: Path, digest: str, items: int) -> tuple[np.ndarray | None, str]:
     """The kept columns, or None and what is wrong with them; no reason where there are none."""
-    if not record.exists():
+    if not os.path.exists(record):  # noqa: PTH110 - Path's raises where the folder may not be searched
         return None, ""
     try:
         facts = json.loads(record.read_bytes())
@@ -350,15 +393,10 @@ def _mapped(path: Path) -> np.ndarray:
 
 def _put(path: Path, write: Any) -> None:
     """Write a file that appears under its name only when it is whole and on the disk."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with replacing(path) as temporary, temporary.open("w+b") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _own_scores(store: EmbeddingStore, path: Path) -> Float32[np.ndarray, " N"]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int64
 
+from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.order import make_order
@@ -88,10 +89,16 @@ class SelectionPlan:
         Raises:
             UsageError: There are fewer rows than one batch holds, or the schedule does not fit the run.
         """
+        if len(rows) < SMALLEST_BATCH:
+            raise UsageError(
+                f"too few images: {len(rows)} rows have an embedding, a batch has at least {SMALLEST_BATCH}",
+                hint="there is nothing to select from so few: embed more images, or train on all of them",
+            )
         if batch_size > len(rows):
+            fits = max(SMALLEST_BATCH, len(rows) // 4)
             raise UsageError(
                 f"--batch-size: got {batch_size}, but only {len(rows)} rows have an embedding",
-                hint=f"use --batch-size {max(4, len(rows) // 4)} or so",
+                hint=f"use --batch-size {fits} or so" + (f", and --knn {fits - 1} or less" if fits <= 10 else ""),
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
         self.window, self.partitions = window, partitions

@@ -25,6 +25,7 @@ from jaxtyping import Float64, Int64
 from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.given import reading, require_file
+from gstds_cache.locations import expanded
 
 USAGE = {
     "constant": "constant:RATIO",
@@ -192,7 +193,7 @@ def parse_schedule(text: str) -> Schedule:
     if name not in USAGE:
         raise unknown_name("schedule", name, USAGE)
     if name == "file":
-        ratios, identity = _read(Path(rest))
+        ratios, identity = _read(expanded(rest, "--schedule file:"))
         return Schedule(text, identity + (f"+full:{share}" if plus else ""), ratios, full=full)
     arguments = rest.split(":") if rest else []
     wanted = USAGE[name].count(":")

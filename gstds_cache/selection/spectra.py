@@ -11,7 +11,6 @@ decides how long a run takes, never what it selects.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import zlib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 
+from gstds_cache import scratch
 from gstds_cache.config import SelectConfig
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
@@ -198,7 +198,7 @@ class _SpectrumFile:
         self._sums = np.full(plan.partitions * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
         self._file: IO[bytes] | None = None
         try:
-            self._file = tempfile.TemporaryFile(prefix="gstds-spectra-", buffering=0)  # noqa: SIM115 - lives with self
+            self._file = scratch.file_of_ours()
         except OSError as error:
             self._give_up(error)
 
@@ -263,7 +263,7 @@ class _SpectrumFile:
 
     def _give_up(self, error: OSError) -> None:
         self.note = (
-            f"graphs are computed anew in each epoch: cannot keep them in {tempfile.tempdir or 'a temporary file'} "
+            f"graphs are computed anew in each epoch: cannot keep them in {scratch.folder() or 'a temporary file'} "
             f"({error.strerror}); set TMPDIR to a folder with room"
         )
         if self._file is not None:

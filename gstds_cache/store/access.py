@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,16 +143,26 @@ class WindowAccess:
         return self._held[unit]
 
 
-def choose(kind: Kind, *, nbytes: int, memory_budget: int, mirror: Path, complete: bool, free: int) -> tuple[Kind, str]:
+def choose(
+    kind: Kind,
+    *,
+    nbytes: int,
+    memory_budget: int,
+    mirror: Path | None,
+    complete: bool,
+    free: int,
+    why_none: str = "",
+) -> tuple[Kind, str]:
     """Choose a way, and say why.
 
     Args:
         kind: What was asked for; ``auto`` leaves the choice here.
         nbytes: Bytes of all rows.
         memory_budget: Bytes that may be held in memory.
-        mirror: Where a mirror would lie.
+        mirror: Where a mirror would lie; None where there is no place for one.
         complete: Whether the store is whole; a mirror is made of whole stores only.
         free: Bytes that are free on the mirror's disk.
+        why_none: Why there is no place for a mirror.
 
     Returns:
         ``memory``, ``mirror`` or ``window``, and the reason in words.
@@ -160,10 +171,16 @@ def choose(kind: Kind, *, nbytes: int, memory_budget: int, mirror: Path, complet
     if kind == "auto":
         if nbytes <= memory_budget:
             return "memory", f"{size} in memory; the budget is {budget}"
-        if complete and (mirror / "embeddings.npy").exists():
+        if complete and mirror is not None and os.path.isfile(mirror / "embeddings.npy"):  # noqa: PTH113 - never raises
             return "mirror", f"{size} exceed the budget of {budget}; read from the mirror in {mirror}"
-        if complete and free > nbytes * MIRROR_SPARE:
+        if complete and mirror is not None and free > nbytes * MIRROR_SPARE:
             return "mirror", f"{size} exceed the budget of {budget}; copied once to a mirror in {mirror}"
-        why = f"no room for a mirror in {mirror.parent}" if complete else "the store is not complete"
+        why = "the store is not complete"
+        if complete:
+            why = (
+                f"there is no place for a mirror ({why_none})"
+                if mirror is None
+                else f"no room for a mirror in {mirror.parent}"
+            )
         return "window", f"{size} exceed the budget of {budget}, and {why}; random rows are read unit by unit: slow"
     return kind, f"{size}, {kind} was asked for; the budget is {budget}"

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from gstds_cache.errors import UsageError
 from gstds_cache.replacing import replacing
+from gstds_cache.resources import writing
 from gstds_cache.store import layout
 from gstds_cache.store.journal import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
@@ -63,7 +64,7 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
     row = pa.list_(pa.from_numpy_dtype(np.dtype(store.spec.dtype)), store.spec.dim)
     fields = [*items.schema.remove_metadata(), pa.field("valid", pa.uint8()), pa.field("embedding", row)]
     schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
-    with replacing(file) as temporary:
+    with writing(file), replacing(file) as temporary:
         # Opened here: Arrow takes names in UTF-8 alone.
         with temporary.open("wb") as out, _table_writer(file.suffix, out, schema) as writer:
             for unit, rows in enumerate(units):

@@ -19,6 +19,7 @@ from gstds_cache import scratch
 from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
 from gstds_cache.locking import exclusive
+from gstds_cache.resources import writing
 from gstds_cache.store.transport import PIECE, check_key
 
 LOCK = ".lock"
@@ -168,7 +169,7 @@ class LocalTransport:
             _remove_empty(path)
         temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # the lock keeps other threads out
         try:
-            with temporary.open("wb") as file:
+            with writing(path), temporary.open("wb") as file:
                 for piece in scratch.pieces(data):
                     file.write(piece)
                 file.flush()

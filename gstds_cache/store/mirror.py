@@ -20,6 +20,7 @@ from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import IntegrityError
 from gstds_cache.locking import exclusive
 from gstds_cache.replacing import discard_leftovers, replacing
+from gstds_cache.resources import writing
 from gstds_cache.store.receipt import Receipt, receipts_root
 from gstds_cache.store.spec import CacheSpec
 
@@ -47,30 +48,52 @@ def open_mirror(
         ChunkCorruptError: A unit of the store is damaged.
         IncompleteError: Another process is making the mirror.
         IntegrityError: The copy is not what the receipts tell of.
+        OSError: It cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     identity = {"fingerprint": spec.fingerprint, "receipts_sha256": receipts_root(receipts)}
     path = folder / ROWS
     if _recorded(folder) != {**identity, "signature": _signature(path)}:
-        with exclusive(folder / LOCK, of=folder):
+        try:
+            _make(folder, spec, receipts, read, identity)
+        except OSError:
             if not _matches(path, spec, receipts):
-                discard_leftovers(path, alone=True)
-                write_rows(path, spec, (read(unit) for unit in range(spec.units)))
-                if not _matches(path, spec, receipts):
-                    raise IntegrityError(
-                        f"{path} does not hold the rows that were written to it, or the store not those it was made of",
-                        hint="check both with: gstds-cache verify STORE --level full",
-                    )
-            # The record comes last: without it the file is checked again.
-            with replacing(folder / RECORD, alone=True) as temporary:
-                temporary.write_bytes(canonical_json({**identity, "signature": _signature(path)}))
+                raise
+            # A mirror that may only be read, and whose record is of another copy, is checked each time.
     rows: Float[np.ndarray, "N D"] = np.load(path, mmap_mode="r")
     return rows
 
 
+def _make(
+    folder: Path,
+    spec: CacheSpec,
+    receipts: dict[int, Receipt],
+    read: Callable[[int], Float[np.ndarray, "R D"]],
+    identity: dict[str, str],
+) -> None:
+    """Make the mirror, or find that what is there holds the rows, and record which file was checked.
+
+    Raises:
+        IntegrityError: The copy is not what the receipts tell of.
+    """
+    path = folder / ROWS
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / LOCK, of=folder):
+        if not _matches(path, spec, receipts):
+            discard_leftovers(path, alone=True)
+            write_rows(path, spec, (read(unit) for unit in range(spec.units)))
+            if not _matches(path, spec, receipts):
+                raise IntegrityError(
+                    f"{path} does not hold the rows that were written to it, or the store not those it was made of",
+                    hint="check both with: gstds-cache verify STORE --level full",
+                )
+        # The record comes last: without it the file is checked again.
+        with replacing(folder / RECORD, alone=True) as temporary:
+            temporary.write_bytes(canonical_json({**identity, "signature": _signature(path)}))
+
+
 def write_rows(path: Path, spec: CacheSpec, blocks: Iterator[Float[np.ndarray, "R D"]]) -> None:
     """Write ``blocks``, which follow each other from row 0 to row N, as one durable ``.npy`` file."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with writing(path), replacing(path) as temporary, temporary.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)), "fortran_order": False}
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (spec.items, spec.dim)})
         for block in blocks:

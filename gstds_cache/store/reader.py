@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
 from gstds_cache import scratch
-from gstds_cache.errors import IncompleteError, UsageError, command_line
-from gstds_cache.places import beside
+from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
+from gstds_cache.places import Place, derived_places, first_writable
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.journal import Journal, Problem, corrupt, counts_of, valid_in, valid_of, without_embedding
-from gstds_cache.store.mirror import open_mirror
+from gstds_cache.store.mirror import ROWS, open_mirror
 from gstds_cache.store.receipt import Quarantined
 
 
@@ -36,6 +36,7 @@ class EmbeddingStore:
         memory_budget: Bytes of embeddings that may be held in memory.
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
         access_reason: Why, in words.
+        fell_back: Why rows are not got at as was chosen, once they were; empty where they are.
     """
 
     def __init__(
@@ -85,16 +86,35 @@ class EmbeddingStore:
         if problems:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.receipts)
-        self._mirror = mirror or beside(where, ".mirror")
-        self.access_kind, self.access_reason = choose(
+        self._mirror, self.fell_back = mirror, ""
+        self.access_kind, self.access_reason = self._choose_access(where, access, complete=record is not None)
+        self.journal.transport.mark_used()
+
+    def _choose_access(self, where: Path | str, access: Kind, *, complete: bool) -> tuple[Kind, str]:
+        """Choose how to get at rows, and say why; a place for a mirror is looked for where one may be wanted.
+
+        Raises:
+            UsageError: A mirror was asked for, and there is no place for it.
+        """
+        wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
+        if wanted and self._mirror is None:
+            places = derived_places(where, ".mirror")
+            made = [place for place in places if os.path.isfile(place / ROWS)]  # noqa: PTH113 - Path's may raise
+            place = Place(made[0]) if made else first_writable(places)
+            if place.path is None and access == "mirror":
+                raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one with --mirror FOLDER")
+            self._mirror, why = place.path, place.note
+        else:
+            why = ""
+        return choose(
             access,
             nbytes=self.nbytes,
-            memory_budget=memory_budget,
+            memory_budget=self.memory_budget,
             mirror=self._mirror,
-            complete=record is not None,
-            free=_free(self._mirror),
+            complete=complete,
+            free=0 if self._mirror is None else _free(self._mirror),
+            why_none=why,
         )
-        self.journal.transport.mark_used()
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_reopen, self._opening)
@@ -229,8 +249,17 @@ class EmbeddingStore:
 
     @cached_property
     def _access(self) -> RowAccess:
-        if self.access_kind == "mirror":
-            return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.receipts, self.unit))
+        if self.access_kind == "mirror" and self._mirror is not None:
+            try:
+                return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.receipts, self.unit))
+            except OSError as error:
+                if isinstance(error, GstdsError) or self._opening[3] == "mirror":
+                    raise
+                self.access_kind = "window"
+                self.access_reason = self.fell_back = (
+                    f"no mirror could be made in {self._mirror} ({error.strerror or error}): random rows are read unit "
+                    "by unit, which is slow; name a place with --mirror FOLDER"
+                )
         if self.access_kind == "window":
             return WindowAccess(self.spec, self.unit, self.memory_budget)
         rows = np.zeros((len(self), self.spec.dim), self.spec.dtype)
@@ -256,4 +285,5 @@ def _reopen(
 
 def _free(folder: Path) -> int:
     absolute = folder.absolute()
-    return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.is_dir())).free
+    there = (path for path in (absolute, *absolute.parents) if os.path.isdir(path))  # noqa: PTH112 - Path's may raise
+    return shutil.disk_usage(next(there)).free

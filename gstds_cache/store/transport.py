@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol, runtime_checkable
-from urllib.parse import unquote, urlsplit
 
 from gstds_cache import scratch
 from gstds_cache.errors import UsageError
+from gstds_cache.locations import parse_location
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
 PIECE = 1 << 20  # bytes that are read at a time where an object is not to be held whole
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 @runtime_checkable
@@ -117,22 +116,10 @@ def local_path(where: str | Path) -> Path | None:
     """The directory that ``where`` names, or None where it names a bucket.
 
     Raises:
-        UsageError: ``where`` is empty, or a URL of another kind.
+        UsageError: ``where`` names no place for a store (:func:`gstds_cache.locations.parse_location`).
     """
-    if isinstance(where, Path):
-        return where
-    match = SCHEME.match(where)
-    scheme = match[1].lower() if match else ""
-    if scheme == "s3":
-        return None
-    if scheme == "file":
-        parts = urlsplit(where)
-        if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
-            raise UsageError(f"store {where!r}: expected file:///absolute/path, with ? and # as %3F and %23")
-        return Path(unquote(parts.path))
-    if scheme or not where:
-        raise UsageError(f"store {where!r}: expected a path, file:///path or s3://bucket/prefix")
-    return Path(where)
+    place = parse_location(where)
+    return place if isinstance(place, Path) else None
 
 
 def open_transport(where: str | Path) -> Transport:
@@ -145,14 +132,14 @@ def open_transport(where: str | Path) -> Transport:
         UsageError: ``where`` is none of these.
     """
     # Each is imported where it is chosen: obstore is not needed for a directory.
-    path = local_path(where)
-    if path is not None:
+    place = parse_location(where)
+    if isinstance(place, Path):
         from gstds_cache.store.local import LocalTransport
 
-        return LocalTransport(path)
+        return LocalTransport(place)
     from gstds_cache.store.objects import ObjectTransport
 
-    return ObjectTransport(str(where))
+    return ObjectTransport(place)
 
 
 def mapped(transport: Transport, key: str) -> memoryview:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gstds_cache.places import beside
+from gstds_cache.places import Place, derived_places, first_writable
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.pipe import replay, write_pipe
 from gstds_cache.stream.schema import ByteStream
@@ -18,9 +18,28 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def kept_path(selector: BatchSelector) -> Path:
-    """Where a store keeps this selection: a file in ``STORE.selections/``, by its digest."""
-    return beside(selector.store.location, ".selections") / f"{selector.digest[:16]}.arrow"
+def kept_paths(selector: BatchSelector) -> list[Path]:
+    """Where this selection may be kept, by its digest: in ``STORE.selections/``, or in the cache."""
+    return [folder / f"{selector.digest[:16]}.arrow" for folder in selection_folders(selector)]
+
+
+def selection_folders(selector: BatchSelector) -> list[Path]:
+    """The folders in which selections of the selector's store may be kept, in the order to look."""
+    return derived_places(selector.store.location, ".selections")
+
+
+def kept_place(selector: BatchSelector) -> Place:
+    """Where this selection is kept, or is to be kept: its folder is made, and takes files."""
+    paths = kept_paths(selector)
+    stored = _stored_in(selector, paths)
+    if stored is not None:
+        return Place(stored)
+    place = first_writable([path.parent for path in paths])
+    return Place(None if place.path is None else place.path / paths[0].name, place.note)
+
+
+def _stored_in(selector: BatchSelector, paths: list[Path]) -> Path | None:
+    return next((path for path in paths if stored_header(path) == header_of(selector)), None)
 
 
 def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bool, say: Say) -> bool:
@@ -39,17 +58,16 @@ def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bo
         UsageError: The file holds something else, and ``replace`` is off.
         BrokenPipeError: The reader of the pipe went away.
     """
-    kept = kept_path(selector)
-    stored = stored_header(kept) == header_of(selector)
+    kept = _stored_in(selector, kept_paths(selector))
     if not isinstance(out, Path):
-        if stored:
+        if kept is not None:
             say(f"this selection is in {kept} already, nothing is computed")
             replay(kept, out)
-        return stored
+        return kept is not None
     if is_finished(selector, out, replace=replace):
         say(f"this selection is in {out} already, nothing was computed")
         return True
-    if out != kept and stored and is_finished(selector, kept, replace=True):
+    if kept is not None and out != kept and is_finished(selector, kept, replace=True):
         copy_file(kept, out)
         say(f"this selection was in {kept} already, and was copied")
         return True
@@ -57,7 +75,7 @@ def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bo
 
 
 def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, note: Say) -> Iterator[Selection]:
-    """Compute a selection into a file or a pipe, and keep it beside its store; an interrupted run's batches stay.
+    """Compute a selection into a file or a pipe, and keep it for other runs; an interrupted run's batches stay.
 
     Args:
         selector: The run.
@@ -71,13 +89,18 @@ def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, note: S
         IncompleteError: Another process is writing the same file.
         BrokenPipeError: The reader of the pipe went away.
     """
-    kept = kept_path(selector)
+    if isinstance(out, Path) and out in kept_paths(selector):
+        yield from write_file(selector, out)
+        return
+    place = kept_place(selector)
+    if place.path is None:
+        note(f"not kept for other runs: {place.note}")
     if not isinstance(out, Path):
-        yield from write_pipe(selector, out, keep=kept, note=note)
+        yield from write_pipe(selector, out, keep=place.path, note=note)
         return
     yield from write_file(selector, out)
-    if out != kept:
+    if place.path is not None:
         try:
-            copy_file(out, kept)
+            copy_file(out, place.path)
         except OSError as error:
-            note(f"not kept beside the store for other runs: {error}")
+            note(f"not kept for other runs: {error}")

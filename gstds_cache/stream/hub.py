@@ -7,8 +7,9 @@ A computation nobody reads any more is stopped; what it had is kept, and the nex
 from __future__ import annotations
 
 import io
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,28 +149,36 @@ class GrowingFile(io.RawIOBase):
 class Hub:
     """The selections of one store: finished ones on disk, and those being computed."""
 
-    def __init__(self, folder: Path, *, log: Callable[..., None] = lambda _event, **_fields: None) -> None:
+    def __init__(
+        self, folder: Path, *, also: Sequence[Path] = (), log: Callable[..., None] = lambda _event, **_fields: None
+    ) -> None:
         """Nothing is computed yet.
 
         Args:
-            folder: Where finished selections are.
+            folder: Where selections are computed, and finished ones are.
+            also: Other folders in which finished ones are.
             log: Told of events.
         """
         self.folder, self.stopping = folder, False
+        self._folders = list(dict.fromkeys([folder, *also]))
         self._log, self._lock = log, threading.Lock()
         self._running: dict[str, Shared] = {}
         self._turn = threading.Semaphore(1)  # selections are computed one after the other: each uses all threads
 
     def stored(self) -> Iterator[tuple[Path, Header]]:
         """Yields finished selections and their headers."""
-        for path in sorted(self.folder.glob("[0-9a-f]*.arrow")):
-            header = stored_header(path)
-            if header is not None:
-                yield path, header
+        seen: set[str] = set()
+        for folder in self._folders:
+            for path in sorted(folder.glob("[0-9a-f]*.arrow")):
+                header = stored_header(path) if path.name not in seen else None
+                if header is not None:
+                    seen.add(path.name)
+                    yield path, header
 
     def path_of(self, digest: str) -> Path:
         """Where the selection of this digest is, or will be."""
-        return self.folder / f"{digest[:16]}.arrow"
+        paths = [folder / f"{digest[:16]}.arrow" for folder in self._folders]
+        return next((path for path in paths if os.path.isfile(path)), paths[0])  # noqa: PTH113 - Path's may raise
 
     def find(self, prefix: str) -> str:
         """The whole digest of a stored or running selection.

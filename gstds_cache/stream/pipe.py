@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
+from gstds_cache.resources import FULL
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS
-from gstds_cache.stream.schema import ByteStream
+from gstds_cache.stream.schema import ByteStream, Header
 from gstds_cache.stream.writer import Storing, header_of, storing
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def write_pipe(
         selector: The run.
         sink: Where it goes.
         keep: Where to store the selection as well; what an interrupted run left there is not computed again. Where that
-            is impossible (another process is at it, a full or read-only disk), the pipe is served all the same.
+            is impossible (another process is at it, a read-only disk, one that fills up on the way), the pipe is served
+            all the same.
         note: Told why nothing is stored.
 
     Yields:
@@ -111,22 +113,68 @@ def write_pipe(
     """
     header = header_of(selector)
     with ExitStack() as stack:
-        stored: Storing | None = None
-        if keep is not None:
-            try:
-                stored = stack.enter_context(storing(header, keep))
-            except (IncompleteError, OSError) as error:
-                note(f"this selection is not kept for the next time: {error}")
+        kept = stack.enter_context(_Keeping(header, keep, note))
         pipe = stack.enter_context(GroupingWriter(SelectionWriter(sink, header)))
-        before = stored.taken_over if stored else 0
+        before = kept.taken_over
         if keep is not None and before:
             for selection in _first(keep, before):
                 pipe.write(selection)
         for selection in selector.run(start=before):
             pipe.write(selection)
-            if stored is not None:
-                stored.write(selection)
+            kept.write(selection)
             yield selection
+
+
+class _Keeping:
+    """Stores the batches that go to a pipe, for as long as that can be done.
+
+    Attributes:
+        taken_over: Batches that an interrupted run had stored.
+    """
+
+    def __init__(self, header: Header, path: Path | None, note: Callable[[str], None]) -> None:
+        self.taken_over = 0
+        self._header, self._path, self._note = header, path, note
+        self._block: AbstractContextManager[Storing] | None = None
+        self._stored: Storing | None = None
+
+    def __enter__(self) -> _Keeping:
+        if self._path is not None:
+            block = storing(self._header, self._path)
+            try:
+                self._stored = block.__enter__()
+            except (IncompleteError, OSError) as error:
+                self._note(f"this selection is not kept for the next time: {error}")
+            else:
+                self._block, self.taken_over = block, self._stored.taken_over
+        return self
+
+    def write(self, selection: Selection) -> None:
+        """Store a batch; where that fails nothing more is stored."""
+        if self._stored is None or self._block is None:
+            return
+        try:
+            self._stored.write(selection)
+        except OSError as error:
+            block, self._block = self._block, None
+            with suppress(OSError):  # of what was not written yet
+                block.__exit__(type(error), error, error.__traceback__)
+            self._give_up(error)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._block is not None:
+            try:
+                self._block.__exit__(kind, error, traceback)
+            except OSError as failed:  # one that ended the block comes back as False
+                self._give_up(failed)
+
+    def _give_up(self, error: OSError) -> None:
+        self._note(f"this selection is not kept for the next time: {error}")
+        if self._path is not None and error.errno in FULL:
+            with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
+                self._path.with_name(f".{self._path.name}.partial").unlink(missing_ok=True)
 
 
 def replay(path: Path, sink: ByteStream) -> None:

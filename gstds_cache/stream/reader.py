@@ -17,6 +17,7 @@ from gstds_cache.errors import (
     UsageError,
     command_line,
 )
+from gstds_cache.locations import local_file
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.records import NO_RECORD, STATUS, Kind, Rows, next_hash, sha_words
 from gstds_cache.stream.resume import ResumeToken
@@ -255,7 +256,7 @@ def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> S
         return _opened(source, resume)
     if text == "-":
         return SelectionStream(sys.stdin.buffer, resume=resume)
-    path = Path(where)
+    path = local_file(where, "--selection")
     if not path.is_file():
         raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE --out FILE")
     return _opened(path.open("rb"), resume)

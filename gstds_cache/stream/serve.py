@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +37,7 @@ def serve(
     host: str,
     port: int,
     folder: Path,
+    also: Sequence[Path] = (),
     access: Access,
     metrics_port: int | None = None,
 ) -> None:
@@ -50,14 +51,15 @@ def serve(
         config: The selection a ticket without settings means.
         host: Address to listen on.
         port: Port; 0 takes a free one.
-        folder: Where finished selections are.
+        folder: Where selections are computed, and finished ones are.
+        also: Other folders in which finished ones are.
         access: Certificates and token.
         metrics_port: Port on loopback for metrics in Prometheus' text format; None for none.
     """
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
-    hub = Hub(folder, log=log)
+    hub = Hub(folder, also=also, log=log)
     scheme = "grpc+tls" if access.certificate else "grpc"
     service = SelectionService(f"{scheme}://{host}:{port}", store, config, hub, access, log=log)
     where = f"{scheme}://{host}:{service.port}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.locking import exclusive
 from gstds_cache.replacing import replacing
+from gstds_cache.resources import writing
 from gstds_cache.selection.selected import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
@@ -98,21 +99,24 @@ class Storing:
     def __init__(self, file: BinaryIO, partial: Path, header: Header) -> None:
         """Begin the file, or go on with what is at ``partial``."""
         self.header, self._file, self._partial = header, file, partial
-        self._writer, self._ended = SelectionWriter(file, header), False
-        for group in grouped(_left_over(partial, header)):
-            self._writer.write(*group)
+        with writing(partial):
+            self._writer, self._ended = SelectionWriter(file, header), False
+            for group in grouped(_left_over(partial, header)):
+                self._writer.write(*group)
         self.taken_over = self._writer.next_seq
         self.size = file.tell()
 
     def write(self, *selections: Selection) -> None:
         """Write batches."""
-        self._writer.write(*selections)
+        with writing(self._partial):
+            self._writer.write(*selections)
         self.size = self._file.tell()
 
     def end(self) -> None:
         """Write the stream end, once."""
         if not self._ended:
-            self._writer.end()
+            with writing(self._partial):
+                self._writer.end()
             self._ended, self.size = True, self._file.tell()
 
 
@@ -132,20 +136,28 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
     Raises:
         IncompleteError: Another process is writing the same file.
         StreamError: Not all batches were written.
+        OSError: The disk takes no more.
     """
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f".{path.name}.lock"), of=path):
         begun = partial.with_suffix(".tmp")
-        with begun.open("wb") as file:
-            stored = Storing(file, partial, header)
+        # Named once more: closing the file tries to write what is left, and its error takes the place of the first.
+        with writing(partial), begun.open("wb") as file:
+            try:
+                stored = Storing(file, partial, header)
+            except OSError:
+                begun.unlink(missing_ok=True)
+                raise
             begun.replace(partial)
             try:
                 yield stored
                 stored.end()
             finally:
-                os.fsync(file.fileno())
-        _finish(partial, path)
+                with writing(partial):
+                    os.fsync(file.fileno())
+        with writing(path):
+            _finish(partial, path)
 
 
 def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None, None]:
@@ -170,21 +182,29 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None
 def copy_file(source: Path, path: Path) -> None:
     """Copy a finished selection; ``path`` appears when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as copied:
+    with writing(path), replacing(path) as copied:
         shutil.copyfile(source, copied)
         with copied.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _finish(partial: Path, path: Path) -> None:
-    """Write ``partial`` once more, checked and in full groups, and give it its name."""
+    """Write ``partial`` once more, checked and in full groups, and give it its name.
+
+    Raises:
+        OSError: The disk takes no more.
+    """
     whole = partial.with_suffix(".tmp")
-    with whole.open("wb") as file:
-        with open_selection(partial) as stream, SelectionWriter(file, stream.header) as writer:
-            for group in grouped(stream):
-                writer.write(*group)
-        os.fsync(file.fileno())
-    whole.replace(path)
+    try:
+        with whole.open("wb") as file:
+            with open_selection(partial) as stream, SelectionWriter(file, stream.header) as writer:
+                for group in grouped(stream):
+                    writer.write(*group)
+            os.fsync(file.fileno())
+        whole.replace(path)
+    except OSError:
+        whole.unlink(missing_ok=True)  # a full disk needs the room, and the partial file has all of it
+        raise
     partial.unlink()
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

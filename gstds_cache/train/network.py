@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +11,8 @@ from torch import nn
 from gstds_cache.encoders.factory import packaged_weights
 from gstds_cache.encoders.weights import load_into, read_state_dict
 from gstds_cache.errors import EncoderError, UsageError, unknown_name
+from gstds_cache.locations import expanded
+from gstds_cache.resources import out_of_memory
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.uris import split_query
 
@@ -95,7 +96,7 @@ def _start_from(network: nn.Module, timm_name: str, weights: str) -> None:
     Raises:
         EncoderError: There are none, or they do not fit.
     """
-    path = packaged_weights(timm_name) if weights == "reference" else Path(weights).expanduser()
+    path = packaged_weights(timm_name) if weights == "reference" else expanded(weights, "weights")
     if path is None:
         raise EncoderError(
             f"--arch timm:{timm_name}?weights=reference: no installed package brings weights for it",
@@ -123,11 +124,13 @@ def check_network(network: nn.Module, arch: str, side: int, classes: int, device
 
     Raises:
         UsageError: The network does not take such images, or does not return one row of logits per image.
-    """
+    """  # noqa: DOC501 - what says that memory ran out is passed on
     network.eval()
     try:
         logits = network(torch.zeros(2, 3, side, side, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(
             f"--arch {arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
             hint="give an --image-size that it takes, e.g. --image-size 224",

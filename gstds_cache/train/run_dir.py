@@ -17,6 +17,7 @@ import torch
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
 from gstds_cache.locking import exclusive
 from gstds_cache.replacing import replaced_name, replacing
+from gstds_cache.resources import writing
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
@@ -218,7 +219,7 @@ class RunDir:
         """Append one line to ``metrics.jsonl``."""
         if not self._writes:
             return
-        with (self.path / METRICS).open("a") as file:
+        with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics, sort_keys=True) + "\n")
 
     def write_ledger(self, ledger: dict[str, Any]) -> None:
@@ -252,7 +253,8 @@ class RunDir:
         return config
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:
-        with replacing(self.path / name, alone=True) as temporary, temporary.open("wb") as file:
+        path = self.path / name
+        with writing(path), replacing(path, alone=True) as temporary, temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from gstds_cache import scratch
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embed.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
@@ -190,7 +191,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[IO[bytes]]:
     """The temporary files that are made."""
     made: list[IO[bytes]] = []
     make = tempfile.TemporaryFile
-    monkeypatch.setattr(spectra.tempfile, "TemporaryFile", lambda **how: made.append(make(**how)) or made[-1])
+    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **how: made.append(make(**how)) or made[-1])
     return made
 
 
@@ -269,11 +270,12 @@ def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingSto
     def refuse(*_args, **_options):
         raise full
 
+    words = "No space left on device"
     if fails == "open":
-        monkeypatch.setattr(spectra.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(scratch.tempfile, "TemporaryFile", refuse)
     elif fails == "no folder":  # neither TMPDIR nor /tmp nor the current folder can be written to
-        monkeypatch.setattr(spectra.tempfile, "tempdir", None)
-        monkeypatch.setattr(spectra.tempfile, "gettempdir", refuse)
+        monkeypatch.setattr(scratch, "folder", lambda: None)
+        words = "no temporary folder can be written"
     else:
         monkeypatch.setattr(
             spectra.os, "pwrite", refuse if fails == "write" else lambda _file, data, _at: len(data) // 2
@@ -281,7 +283,7 @@ def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingSto
     selector = BatchSelector(store, replace(CONFIG, epochs=3))
     assert [(s.kept.tobytes(), s.score.tobytes()) for s in selector.run()] == expected
     assert selector.counts.reused == 0
-    assert ("No space left on device" in selector.graphs_note) == (fails != "short write")
+    assert (words in selector.graphs_note) == (fails != "short write")
 
 
 def test_a_bad_row_ends_the_run_whatever_the_threads(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:

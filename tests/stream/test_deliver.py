@@ -12,7 +12,7 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_path
+from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_place
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def found(made: BatchSelector, out, *, replace: bool = False) -> list[str]:
 
 def test_what_was_written_once_is_found_for_a_file_and_for_a_pipe(store, tmp_path) -> None:
     made, first, second, pipe = selector(store), tmp_path / "first.arrow", tmp_path / "second.arrow", io.BytesIO()
-    kept = kept_path(made)
+    kept = kept_place(made).path
     assert kept.parent == tmp_path / "store.selections"
     assert found(made, first) == found(made, pipe) == []
     assert not first.exists()
@@ -72,10 +72,24 @@ def test_a_file_that_holds_another_selection_is_replaced_when_told_to(store, tmp
     assert found(selector(store), file)
 
 
-def test_where_nothing_can_be_kept_the_file_is_delivered(store, tmp_path) -> None:
-    made = selector(store)
-    kept_path(made).parent.write_text("a file in the place of the folder")
-    said = compute(made, tmp_path / "one.arrow")
-    assert len(said) == 1
-    assert said[0].startswith("not kept beside the store for other runs: ")
+def test_where_nothing_can_be_written_beside_the_store_it_is_kept_in_the_cache(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "store.selections").write_text("a file in the place of the folder")
+    assert compute(selector(store), tmp_path / "one.arrow") == []
+    (kept,) = (tmp_path / "cache" / "derived").glob("store-*.selections/*.arrow")
+    assert found(selector(store), tmp_path / "two.arrow") == [f"this selection was in {kept} already, and was copied"]
+    pipe = io.BytesIO()
+    assert found(selector(store), pipe) == [f"this selection is in {kept} already, nothing is computed"]
+    assert pipe.getvalue() == kept.read_bytes()
+
+
+def test_where_nothing_can_be_kept_the_file_is_delivered(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "store.selections").write_text("a file in the place of the folder")
+    (tmp_path / "cache").write_text("another")
+    for made, out in ((selector(store), tmp_path / "one.arrow"), (selector(store), io.BytesIO())):
+        (said,) = compute(made, out)
+        assert said.startswith("not kept for other runs: ")
+        assert "store.selections" in said
+        assert "cache" in said
     assert found(selector(store), tmp_path / "one.arrow")
