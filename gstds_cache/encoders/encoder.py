@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import nn
 
-from gstds_cache.encoders.module import TAKES, make_ready, not_its_own, run
+from gstds_cache.encoders.module import TAKES, make_ready, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
+from gstds_cache.resources import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Encoder:
     def to(self, device: torch.device) -> Encoder:
         """Move the model to ``device``; returns self."""
         self._device = device
-        with own_code(f"{self.spec.model}: moving it to {device}", EncoderError, but=not_its_own):
+        with own_code(f"{self.spec.model}: moving it to {device}", EncoderError, but=out_of_memory):
             self._model.to(device)
             self._model.to(memory_format=torch.channels_last)
         mean, std = self.spec.preprocessing.mean, self.spec.preprocessing.std
@@ -125,7 +126,7 @@ class Encoder:
 
     def its_errors(self) -> AbstractContextManager[None]:
         """A context in which what is raised is told as the model's error: kernels fail where they are waited for."""
-        return own_code(f"{self.spec.model}: the model", EncoderError, TAKES, but=not_its_own)
+        return own_code(f"{self.spec.model}: the model", EncoderError, TAKES, but=out_of_memory)
 
     def require_numbers(
         self, rows: Float32[torch.Tensor, "B D"], name: Callable[[int], str] = "image {} of the batch".format
