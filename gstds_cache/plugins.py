@@ -114,12 +114,18 @@ def own_code(
         Nothing; the code runs inside.
 
     Raises:
-        GstdsError: Of class ``kind``. Ours pass through, as do SystemExit and KeyboardInterrupt.
+        GstdsError: Of class ``kind``. Ours pass through, as does KeyboardInterrupt.
     """
     try:
         yield
     except GstdsError:
         raise
+    except SystemExit as error:
+        # A script without "if __name__ == '__main__'" parses our arguments when it is imported, and ends the program.
+        raise kind(
+            f"{what} ended the program: SystemExit({error.code!r}){where_in(error)}",
+            hint="raise an error where something is wrong; what a script runs belongs under if __name__ == '__main__'",
+        ) from error
     except Exception as error:
         if but(error):
             raise

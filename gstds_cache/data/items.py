@@ -19,7 +19,7 @@ from gstds_cache.errors import DatasetError, GstdsError, IncompleteError, in_wor
 from gstds_cache.plugins import where_in
 from gstds_cache.resources import about_us, out_of_memory
 
-CODE_FAULTS = (NameError, TypeError, AttributeError, ImportError, NotImplementedError, RecursionError)
+CODE_FAULTS = (NameError, TypeError, AttributeError, ImportError, NotImplementedError, RecursionError, SystemExit)
 """What is raised by code that is wrong, not by data that are damaged. Files, archives and decoders raise all others:
 OSError, KeyError of an archive's missing member, ValueError and RuntimeError of a decoder, errors of their own."""
 
@@ -72,7 +72,7 @@ def users_code(where: Callable[[], str]) -> Iterator[None]:
         yield
     except (GstdsError, UndecodableError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if _out_of_resources(error):
             raise IncompleteError(
                 f"{where()} could not be read: {in_words(error)}",
@@ -89,7 +89,7 @@ def users_code(where: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def code_fault(what: str, error: Exception) -> DatasetError:
+def code_fault(what: str, error: BaseException) -> DatasetError:
     """The error of a user's code that failed: what it was about, what was raised, and in which line."""
     return DatasetError(
         f"{what}: {in_words(error)}{where_in(error)}",
@@ -142,12 +142,12 @@ def _not_image(got: str) -> ItemError:
     return ItemError(f"not an image: got {got}, {expected}", kind="not an image", hint=hint)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why an item cannot be read, in one line that is the same in every run."""
     if isinstance(error, _BY_NAME):
         return getattr(error, "strerror", None) or type(error).__name__
     return _VARIES.sub("", in_words(error))
 
 
-def _out_of_resources(error: Exception) -> bool:
+def _out_of_resources(error: BaseException) -> bool:
     return about_us(error) or out_of_memory(error) or (isinstance(error, OSError) and error.errno in _MACHINE)

@@ -207,8 +207,20 @@ def test_a_wrong_call_is_told_from_an_error_inside(module: str) -> None:
         assert ("passed to the factory by name" in caught.value.hint) is not bool(query)
     with pytest.raises(EncoderError, match=r"itself a Net, expected a function(.|\n)*return model"):
         open_encoder(f"{module}:model")
-    with pytest.raises(SystemExit):
+    with pytest.raises(EncoderError, match=r"leave\(\) ended the program: SystemExit\(7\) \(.*\.py:\d+\)"):
         open_encoder(f"{module}:leave")
+
+
+def test_a_script_that_parses_arguments_when_it_is_imported(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gstds-embed", "--of-ours"])
+    name = f"script_{tmp_path.name}"
+    Path(f"{name}.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
+    with pytest.raises(
+        UsageError, match=rf"importing {name} ended the program: SystemExit\(2\) \({name}\.py:2\)"
+    ) as caught:
+        open_encoder(f"{name}:build")
+    assert "__main__" in caught.value.hint
 
 
 @pytest.mark.parametrize(
