@@ -41,13 +41,13 @@ def build(**_):
     return Tiny()
 
 class Slow(Tiny):
-    """Slow; and while there is a file "hold", it goes no further than nine batches: a test can take its time."""
+    """Slow; and while there is a file "hold", it goes no further than eleven passes: a test can take its time."""
     calls = 0
 
     def forward(self, x):
         Slow.calls += 1
         time.sleep(0.05)
-        while Slow.calls > 9 and os.path.exists("hold"):
+        while Slow.calls > 11 and os.path.exists("hold"):
             time.sleep(0.01)
         return super().forward(x)
 

@@ -93,7 +93,7 @@ def code_fault(what: str, error: BaseException) -> DatasetError:
     """The error of a user's code that failed: what it was about, what was raised, and in which line."""
     return DatasetError(
         f"{what}: {in_words(error)}{where_in(error)}",
-        hint="the code of the data set failed there: mend it, then run the same command again",
+        hint="the code of the data set failed there: mend it, or its arguments, then run the same command again",
     )
 
 

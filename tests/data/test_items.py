@@ -179,7 +179,7 @@ def test_wrong_code_ends_the_run_and_names_item_and_line(kind: str, tiny_model: 
     line = next(n for n, text in enumerate(MODULE.splitlines(), 1) if text.strip().startswith(f'"{kind}":'))
     assert f"bad_items:Mine?kind={kind}', item 'photo 37' (row 37): {FAULTS[kind]}" in said
     assert f"(bad_items.py:{line})" in said
-    assert "mend it, then run the same command again" in said
+    assert "mend it, or its arguments, then run the same command again" in said
 
 
 def test_wrong_code_that_only_a_worker_runs(tiny_model: str) -> None:
@@ -230,10 +230,11 @@ def test_training_on_such_an_item(tiny_model: str, tmp_path: Path) -> None:
     with open_selection(tmp_path / "w.arrow") as stream:
         row = int(next(iter(stream)).kept[3])
     # In the process that hashes it is fine; in the one that decodes for training it is not.
-    for kind, told in (("code", "NameError: name 'undefined_name' is not defined"), ("value", "cannot be decoded")):
-        said = train(f"bad_items:Mine?kind={kind}&bad={row}&only_in_a_worker=yes", 2, "0")
-        assert f"item 'photo {row}' (row {row})" in said
-        assert told in said
+    for kind, told in (
+        ("code", f"item 'photo {row}' (row {row}): NameError: name 'undefined_name' is not defined"),
+        ("value", f"row {row} (photo {row}) could be read when it was hashed, and cannot now"),
+    ):
+        assert told in train(f"bad_items:Mine?kind={kind}&bad={row}&only_in_a_worker=yes", 2, "0")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_training_on_such_an_item(tiny_model: str, tmp_path: Path) -> None:
             "calls_wrongly",
             r"calls_wrongly\(\) failed: TypeError: object of type 'int' has no len\(\) \(bad_items",
         ),
-        ("never?really=yes", r"the call bad_items:never\(really='yes'\) failed: never\(\) got an unexpected keyword"),
+        ("never?really=yes", r"the call bad_items:never\(really='yes'\) failed: got an unexpected keyword argument"),
     ],
 )
 def test_attributes_lengths_and_factories_that_fail(uri: str, message: str) -> None:

@@ -21,7 +21,7 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store import layout, mirror
 from gstds_cache.store.export import export_rows
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.deliver import kept_path
+from gstds_cache.stream.deliver import kept_paths
 from gstds_cache.stream.writer import write_file
 from gstds_cache.train import run_dir as runs
 from gstds_cache.train.run_dir import RunDir
@@ -61,7 +61,7 @@ def test_a_store_and_what_goes_with_it(root: Path, tiny_model: str, place: str) 
     before = identity(folder(root))
     store = EmbeddingStore(embed(root, root / place, tiny_model).location)
     selector = BatchSelector(store, SelectConfig(batch_size=4, knn=2, epochs=1, rule="random", device="cpu"))
-    list(write_file(selector, kept_path(selector)))
+    list(write_file(selector, kept_paths(selector)[0]))
     list(write_file(selector, root / "selections" / "s.arrow"))
     (root / "tables").mkdir()
     export_rows(store, root / "tables" / "x.parquet")

@@ -341,6 +341,6 @@ def test_no_class_ends_in_a_traceback_whatever_its_arguments(tmp_path: Path) -> 
 
 
 def test_what_an_odd_argument_raises_inside_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"FakeData\(image_size='8x'\) failed: TypeError") as caught:
+    with pytest.raises(DatasetError, match=r"FakeData\?image_size=8x', item .*: TypeError") as caught:
         open_source("torchvision:FakeData?image_size=8x")
-    assert "FakeData" in caught.value.hint
+    assert "or its arguments" in caught.value.hint

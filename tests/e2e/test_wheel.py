@@ -97,7 +97,7 @@ def test_the_licence_is_in_it_and_no_test_or_benchmark(environment) -> None:
 
 def test_its_commands_run_with_what_it_requires(environment, image_folder) -> None:
     work = image_folder.parent
-    model = "--model timm:tf_efficientnet_lite0?size=16"
+    model = "--model timm:tf_efficientnet_lite0?size=32"
     assert "60 in = 58 ok" in run(environment, f"gstds-embed imagefolder:photos {model} --cache s", work)
     run(environment, "gstds-select s --rule random --batch-size 20 --epochs 1 --out s.arrow", work)
     train = "gstds-train imagefolder:photos --selection s.arrow --arch conv3 --image-size 16 --out run"
