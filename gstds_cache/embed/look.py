@@ -24,8 +24,8 @@ IMAGES = 16
 DECODE_SECONDS = 1.0
 TOLERANCE = 1e-4
 """Largest 1 - cosine between a row and the row of the same image from another place of another batch of the same shape.
-On a CPU the default model gave the same bits, in float32 and with weights of bfloat16; no GPU was measured, and the room
-is for kernels that work in half precision. Dropout of a half costs 0.1 and more."""
+On a CPU the default model gave the same bits, in float32 and with weights of bfloat16; no GPU was measured. The room is
+for kernels that work in half precision. Dropout of a half costs 0.1 and more."""
 NOTED = 1e-6
 """From here on it is said: more than rounding, unless the model works in half precision."""
 SAME = 1e-6  # largest difference of a component between two rows that are the same

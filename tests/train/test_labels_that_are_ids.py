@@ -90,7 +90,7 @@ def test_an_evaluation_set_without_labels_is_refused(array_source) -> None:
 
 
 def run(main: object, *words: str, code: int = 0) -> Result:
-    done = CliRunner().invoke(main, list(words))  # type: ignore[arg-type]
+    done = CliRunner().invoke(main, list(words), catch_exceptions=False)  # type: ignore[arg-type]
     assert done.exit_code == code, done.output + str(done.exception)
     return done
 
