@@ -6,13 +6,15 @@ own cache:
 
 - Places are ``$NUMBA_CACHE_DIR``, the package's ``__pycache__``, a folder of the cache, a temporary folder; each only
   if it takes a file. The last two are this user's alone, since code that is found there is run.
-- A file that cannot be read or written, or is damaged, costs compiling and nothing else.
+- A file that cannot be read or written, is damaged, or holds the code of another signature (two processes that save at
+  once can bring that about) costs compiling and nothing else.
 - Code counts as stale when any file it may have been compiled from was edited; numba looks at the function's own alone,
   and takes no notice of what it calls, or of constants that it imports.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import stat
@@ -24,6 +26,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.sigutils import normalize_signature
 
 from gstds_cache import scratch
 from gstds_cache.places import Place, find_cache_root, first_writable
@@ -51,16 +54,22 @@ class CodeCache(FunctionCache):
             super().__init__(function)
         finally:
             settings.CACHE_DIR = before
+        # Named by what it was made from: processes of two versions at once would mix up each other's files.
+        self._file_names = f"{self._impl.filename_base}-"
         self._cache_file = IndexDataCacheFile(
             cache_path=self._cache_path,
-            filename_base=self._impl.filename_base,
+            filename_base=f"{self._file_names}{sources_digest()[:12]}",
             source_stamp=(self._impl.locator.get_source_stamp(), sources_digest()),
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled code of a signature, or None."""
         with suppress(Exception):  # a damaged file can raise anything in a pickle
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
+            # Two processes that save at once, each its first signature, choose one name for both. Code for arrays of
+            # another layout runs, and reads the wrong numbers.
+            if found is not None and tuple(found.signature.args) == tuple(normalize_signature(sig)[0]):
+                return found
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -69,6 +78,14 @@ class CodeCache(FunctionCache):
             if not self._index_reads():
                 self.flush()
             super().save_overload(sig, data)
+            self._discard_older()
+
+    def _discard_older(self) -> None:
+        """Delete what was compiled from other versions of the sources."""
+        ours = f"{self._file_names}{sources_digest()[:12]}."
+        for path in Path(self._cache_path).glob(f"{glob.escape(self._file_names)}*.nb[ci]"):
+            if not path.name.startswith(ours):
+                path.unlink(missing_ok=True)
 
     def _index_reads(self) -> bool:
         try:

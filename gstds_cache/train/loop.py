@@ -147,10 +147,10 @@ def train(
     Raises:
         UsageError: Labels are missing, the evaluation set has other classes, or ``method`` was given several ranks.
         FingerprintMismatchError: The stream is not the one the run was begun with.
-        IncompleteError: Another process or thread writes ``run_dir``.
         DivergedError: The loss is NaN or infinite.
         StreamError: The selection is damaged or truncated; what was trained so far is in the checkpoint.
-        IncompleteError: A process that decodes was killed, or had no memory; likewise.
+        IncompleteError: Another process or thread writes ``run_dir``; or a process that decodes was killed or had no
+            memory, and what was trained so far is in the checkpoint.
         KeyboardInterrupt: ``interruptible`` said so.
     """
     with run_dir:

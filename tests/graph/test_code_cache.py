@@ -83,9 +83,9 @@ def test_code_is_not_run_from_a_folder_that_others_may_have_filled(blocked: Path
     assert place_of_code(blocked).path is None
 
 
-def run(tmp_path: Path, **environment: str) -> str:
+def run(tmp_path: Path, program: str = PROGRAM, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-B", "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-B", "-c", program, str(tmp_path)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -106,6 +106,38 @@ def test_damaged_files_cost_compiling_and_nothing_else(tmp_path: Path) -> None:
         file.write_bytes(b"nonsense")
         assert run(tmp_path, **where).startswith("0 "), file
         assert run(tmp_path, **where).startswith("1 "), file
+
+
+def test_code_of_another_signature_is_not_run(tmp_path: Path) -> None:
+    """Two processes that save their first signatures at once give both one name; here they are given each other's."""
+    (tmp_path / "mine.py").write_text(
+        "def twice(x):\n    out = x.copy()\n    for i in range(len(x)):\n        out[i] += x[i]\n    return out\n"
+    )
+    where = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    both = PROGRAM.replace("made(np.arange(3))", "made(np.array([0, 9, 1, 9, 2, 9])[::2])").replace(
+        "print(", "assert made(np.arange(3)).tolist() == [0, 2, 4]\nprint("
+    )
+    assert run(tmp_path, both, **where).startswith("0 ")
+    assert run(tmp_path, both, **where).startswith("2 ")
+    one, other = sorted((tmp_path / "kept").rglob("*.nbc"))
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+    assert run(tmp_path, both, **where).startswith("0 ")
+    assert run(tmp_path, both, **where).startswith("2 ")  # mended
+
+
+def test_what_older_sources_were_compiled_to_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def twice(x):\n    return x + x\n")
+    where = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    run(tmp_path, **where)
+    files = sorted((tmp_path / "kept").rglob("*.nb?"))
+    for file in files:
+        older = file.with_name(file.name.replace(sources_digest()[:12], "0" * 12))
+        assert older != file
+        file.rename(older)
+    run(tmp_path, **where)
+    assert sorted((tmp_path / "kept").rglob("*.nb?")) == files
 
 
 def test_an_edit_of_what_is_called_makes_code_stale(tmp_path: Path, monkeypatch) -> None:
