@@ -137,7 +137,8 @@ def warn_if_inside(source: ImageSource, path: str | Path | None, *, what: str, f
     if not source.kind.startswith("imagefolder") or source.files is None or not isinstance(place, Path):
         return
     folder = Path(source.files.folder)
-    if folder.resolve() in place.resolve().parents:
+    # os.path, whose realpath ends where a link leads back to itself
+    if Path(os.path.realpath(folder)) in Path(os.path.realpath(place)).parents:
         click.echo(
             f"warning: {what} {path} lies inside the image folder {folder}; it is not taken for a class, but other "
             f"programs may do so: give {flag} outside of it",

@@ -227,7 +227,10 @@ def _print(report: EmbedReport, notes: tuple[str, ...], reuse: tuple[str, ...]) 
         click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
     if bad:
         click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.location)}")
-    click.echo(f"next: {command_line('gstds-select', report.location)}")
+    if report.ok:
+        click.echo(f"next: {command_line('gstds-select', report.location)}")
+    else:
+        click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
 
 
 def _as_dict(report: EmbedReport) -> dict[str, Any]:

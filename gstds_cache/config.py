@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ MOST_EPOCHS = 100_000
 MOST_WORKERS = 1024
 MOST_THREADS = 4096
 LARGEST_SIDE = 4096  # pixels
+LARGEST_RATE = 1e6  # of learning, and of decay
 
 
 def _require_range(what: str, got: int | None, least: int, most: int, also: str = "") -> None:
@@ -173,9 +173,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
         _require_range("--repack", self.repack, 0, MOST_ROWS)
-        _require(math.isfinite(self.lr) and self.lr > 0, "--lr", self.lr, "above 0")
+        _require(0 < self.lr <= LARGEST_RATE, "--lr", self.lr, f"above 0, at most {LARGEST_RATE:g}")
         _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
-        _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.weight_decay <= LARGEST_RATE, "--weight-decay", self.weight_decay, f"0 to {LARGEST_RATE:g}")
         _require_range("--image-size", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
         _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
         _require_range("--workers", self.workers, 0, MOST_WORKERS)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gstds_cache.errors import UsageError
-from gstds_cache.locations import expanded, parse_location
+from gstds_cache.locations import local_file, parse_location
 
 BLOCK = 4096  # bytes that a folder must take to be written to; a full disk often still takes an empty file
 
@@ -37,7 +37,7 @@ def find_cache_root() -> Path | None:
     """Where stores without a path of their own live, or None where neither ``$GSTDS_CACHE`` nor a home says."""
     named = os.environ.get("GSTDS_CACHE")
     if named:
-        return expanded(named, "$GSTDS_CACHE")
+        return local_file(named, "$GSTDS_CACHE")
     try:
         return Path.home() / ".cache" / "gstds-cache"
     except RuntimeError:
@@ -89,7 +89,10 @@ def derived_places(where: str | Path, suffix: str) -> list[Path]:
         return [] if root is None else [root / "remote" / f"{_distinct(name, store)}{suffix}"]
     path = store if store.name not in {"", ".."} else store.resolve()
     found = [path.with_name(path.name + suffix)] if path.name else []  # "/" has nothing beside it
-    # The same store by way of a symbolic link is the same store.
+    # The same store by way of a symbolic link is the same store: what there is lies beside its own name.
+    real = Path(_real(path))
+    if found and path.is_symlink() and real.name:
+        found.insert(0, real.with_name(real.name + suffix))
     return found if root is None else [*found, root / "derived" / f"{_distinct(path.name, _real(path))}{suffix}"]
 
 

@@ -114,7 +114,9 @@ def own_code(
         Nothing; the code runs inside.
 
     Raises:
-        GstdsError: Of class ``kind``. Ours pass through, as does KeyboardInterrupt.
+        GstdsError: Of class ``kind``. Ours pass through.
+        KeyboardInterrupt: It passes through.
+        GeneratorExit: It passes through.
     """
     try:
         yield
@@ -126,7 +128,9 @@ def own_code(
             f"{what} ended the program: SystemExit({error.code!r}){where_in(error)}",
             hint="raise an error where something is wrong; what a script runs belongs under if __name__ == '__main__'",
         ) from error
-    except Exception as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # also what is no Exception: panics of libraries written in Rust
         if but(error):
             raise
         raise kind(f"{what} failed: {in_words(error)}{where_in(error)}", hint=hint) from error

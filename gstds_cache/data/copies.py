@@ -65,8 +65,11 @@ class Copies:
             if again is None:
                 raise NotCopiedError(f"it does not pickle: {str(error) or type(error).__name__}") from error
 
-    def make(self) -> Any:
+    def make(self, check: Callable[[Any], object]) -> Any:
         """The object of this process.
+
+        Args:
+            check: Tries an object out; one for which it raises anything is no copy.
 
         Returns:
             It.
@@ -77,12 +80,16 @@ class Copies:
         failed: Exception | None = None
         if self._pickled is not None:
             try:
-                return self._pickled.load()
+                copy = self._pickled.load()
+                check(copy)
+                return copy
             except Exception as error:
                 failed = error
         try:
             if self._again is not None:
-                return self._again()
+                made = self._again()
+                check(made)
+                return made
         except Exception as error:
             failed = error
         raise NotCopiedError(f"making it again failed: {str(failed) or type(failed).__name__}") from failed
@@ -132,6 +139,10 @@ class _Unpickler(pickle.Unpickler):
         return self._kept[pid]
 
 
+# How a file was found or made: the link in /proc is followed, and nothing is made. (O_TMPFILE holds O_DIRECTORY.)
+_NOT_AGAIN = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW | getattr(os, "O_TMPFILE", 0)
+
+
 @dataclass(frozen=True)
 class _OpenFile:
     number: int
@@ -175,7 +186,7 @@ class OpenFiles:
                 # Between the listing and the fork a descriptor may have been closed, and its number given to another.
                 if _OpenFile.at(file.number) != replace(file, position=0):
                     continue
-                own = os.open(f"/proc/self/fd/{file.number}", file.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC))
+                own = os.open(f"/proc/self/fd/{file.number}", file.flags & ~_NOT_AGAIN)
                 try:
                     os.lseek(own, file.position, os.SEEK_SET)
                     os.dup2(own, file.number, inheritable=os.get_inheritable(file.number))

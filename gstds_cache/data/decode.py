@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
 from gstds_cache.resources import about_us
@@ -55,7 +55,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels)
-                deep = image.mode == "RGB" and any(";16" in str(tile) for tile in image.tile)
+                deep = image.mode in {"RGB", "RGBA", "LA"} and _is_deep(image)
                 image.load()
                 if deep:
                     _require_colours(image)
@@ -137,6 +137,14 @@ def _number(tag: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether a file that was opened holds 16 bits of which Pillow keeps 8."""
+    if image.format == "PPM":  # the largest value is the last of the decoder's arguments
+        largest = [tile[3][-1] for tile in image.tile if isinstance(tile[3], tuple) and tile[3]]
+        return any(isinstance(value, int) and value > 255 for value in largest)
+    return any(";16" in str(tile) for tile in image.tile)
+
+
 def _require_colours(image: Image.Image) -> None:
     """Refuse colour of 16 bits of which Pillow kept the upper byte, where next to nothing was in that.
 
@@ -145,7 +153,8 @@ def _require_colours(image: Image.Image) -> None:
             no black picture.
     """
     pixels = np.asarray(image)
-    if pixels.size and int(pixels.max()) <= 15 and len(np.unique(pixels)) > 8:
+    pixels = pixels if image.mode == "RGB" else pixels[..., :-1]  # without alpha
+    if pixels.size and int(pixels.max()) <= 16 and len(np.unique(pixels)) > 8:
         raise UndecodableError(
             f"all but black: 16-bit colour with nothing above {int(pixels.max()) * 256 + 255} of 65535; scale it to "
             "the full range"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64, Shaped, UInt8
+from jaxtyping import Float64, Int64, Shaped, UInt8
 
 OVERSHOOT = 0.05  # of the range: what resizing with a sharpening filter, or rounding, leaves beyond its ends
 FEW = 0.01  # share of values outside of the range that are clipped: hot pixels
@@ -72,7 +72,7 @@ def eight_bits(values: Shaped[np.ndarray, "H W"], scale: GreyScale) -> UInt8[np.
     told = scale.ends if scale.holds(float(known.min()), float(known.max())) else None
     if values.dtype.kind != "f":
         return _integers(known, told, sixteen=scale.sixteen)
-    top = 1.0 if known.max() <= 1.0 + OVERSHOOT else 255.0
+    top = 1.0 if _up_to_one(known) else 255.0
     margin = OVERSHOOT * top
     outside = float(np.mean((known < -margin) | (known > top + margin))) > FEW
     grey = _scaled(values, (0.0, top))
@@ -81,6 +81,13 @@ def eight_bits(values: Shaped[np.ndarray, "H W"], scale: GreyScale) -> UInt8[np.
     if told is not None:
         return _scaled(values, told)
     raise _no_range(known, "0 to 1 or 0 to 255") if outside else _black(known, grey, top)
+
+
+def _up_to_one(values: Float64[np.ndarray, " n"]) -> bool:
+    """Whether floats are meant to be 0..1: all of them are, or all but a few that are not 0..255 either."""
+    high, most = float(values.max()), 1.0 + OVERSHOOT
+    few = high <= 2.0 or high > 255.0 * most
+    return high <= most or (few and float(np.mean(values > most)) <= FEW)
 
 
 def _integers(

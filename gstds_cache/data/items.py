@@ -72,7 +72,9 @@ def users_code(where: Callable[[], str]) -> Iterator[None]:
         yield
     except (GstdsError, UndecodableError):
         raise
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # also what is no Exception: SystemExit, panics of libraries written in Rust
         if _out_of_resources(error):
             raise IncompleteError(
                 f"{where()} could not be read: {in_words(error)}",
@@ -146,7 +148,8 @@ def _reason(error: BaseException) -> str:
     """Why an item cannot be read, in one line that is the same in every run."""
     if isinstance(error, _BY_NAME):
         return getattr(error, "strerror", None) or type(error).__name__
-    return _VARIES.sub("", in_words(error))
+    # A message may hold a file name in another encoding, which no receipt can.
+    return _VARIES.sub("", in_words(error)).encode(errors="backslashreplace").decode()
 
 
 def _out_of_resources(error: BaseException) -> bool:

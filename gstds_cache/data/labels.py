@@ -56,7 +56,10 @@ def parse_label(value: Any) -> int | str:
     Raises:
         LabelError: It is neither: a fraction, an infinite or complex number, one-hot or scores, a dict, an object.
     """
-    bare = _unwrapped(value)
+    try:
+        bare = _unwrapped(value)
+    except Exception:  # the value's own code; tensors without values
+        raise LabelError(described(value), _NUMBER) from None
     if bare is None or type(bare).__name__ == "NAType":
         return NO_LABEL
     if isinstance(bare, (str, bytes, bytearray)):
@@ -66,12 +69,13 @@ def parse_label(value: Any) -> int | str:
             if math.isnan(bare):
                 return NO_LABEL
             number = int(bare)  # type: ignore[arg-type] # OverflowError: it is infinite
-            if number != bare:
-                raise LabelError(described(value), _NUMBER)
+            whole = number == bare
         else:
-            number = operator.index(bare)
-    except (TypeError, ArithmeticError):
+            number, whole = operator.index(bare), True
+    except Exception:  # TypeError, ArithmeticError, and whatever its own __index__ raises
         raise LabelError(described(value), _NUMBER if isinstance(bare, Number) else _instead(value)) from None
+    if not whole:
+        raise LabelError(described(value), _NUMBER)
     if number > _LARGEST:
         raise LabelError(described(value), "number the classes from 0, e.g. by np.unique(labels, return_inverse=True)")
     return max(NO_LABEL, number)
@@ -79,6 +83,13 @@ def parse_label(value: Any) -> int | str:
 
 def described(value: Any) -> str:
     """A value of any type in a few words, on one line."""
+    try:
+        return _described(value)
+    except Exception:  # its own code
+        return f"a {type(value).__name__}"
+
+
+def _described(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         what = "tensor" if hasattr(value, "detach") else "array"
         first = (value.detach().cpu().numpy() if what == "tensor" else np.asarray(value)).reshape(-1)[:8].tolist()
@@ -94,6 +105,8 @@ def _unwrapped(value: Any) -> Any:
     for _ in range(_WRAPPINGS):
         if type(value) in {int, str, float} or value is None:
             return value
+        if isinstance(value, np.ma.MaskedArray) and value.size == 1 and bool(np.ma.getmaskarray(value).all()):
+            return None
         if isinstance(value, (list, tuple)):
             inner = value[0] if len(value) == 1 else value
         elif hasattr(value, "detach"):  # a tensor, told by its method, so that torch is not imported for arrays
@@ -276,7 +289,12 @@ class LabelColumn:
 
 def may_be_labels(values: Any, rows: int) -> bool:
     """Whether an attribute of a data set has a value for each of ``rows`` items."""
-    return hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)) and len(values) == rows
+    if str(getattr(values, "layout", "torch.strided")) != "torch.strided":  # sparse tensors cannot be gone through
+        return False
+    try:
+        return hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)) and len(values) == rows
+    except Exception:  # arrays without dimensions, and whatever else has no length after all
+        return False
 
 
 def first_and_last(values: Any) -> tuple[Any, Any]:

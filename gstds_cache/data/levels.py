@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ PARTS = (
 )
 WRAPPERS = ("images", "image", "imgs", "img", "photos", "pictures", "data", "dataset", "jpg", "jpeg", "png")
 _DEPTH = 5
+_LAST_TO_TRAIN_ON = PARTS.index("trainset")
 
 
 def level_notes(root: Path, path: str, classes: Sequence[str], direct: Collection[str]) -> Iterator[str]:
@@ -69,9 +71,19 @@ def _meant(root: Path, classes: Sequence[str]) -> Path:
 
 
 def _parts(names: Sequence[str]) -> list[str]:
-    """The names, the one to train on first, where all are such as parts of a data set have; else none."""
-    known = [name for name in names if name.lower() in PARTS]
-    return sorted(known, key=lambda name: (PARTS.index(name.lower()), name)) if len(known) == len(names) else []
+    """Those called like parts of a data set, the one to train on first; none where they may well be classes.
+
+    Parts are all of the names, or several of them of which one is to train on.
+    """
+    known = sorted((place, name) for name in names if (place := _part(name)) is not None)
+    trained = any(place <= _LAST_TO_TRAIN_ON for place, _ in known)
+    return [name for _, name in known] if len(known) == len(names) or (len(known) > 1 and trained) else []
+
+
+def _part(name: str) -> int | None:
+    """The place in ``PARTS`` of a name, or of the first of its words that has one: of seg_train, that of train."""
+    words = [name.lower(), *re.split(r"[\W_\d]+", name.lower())]
+    return next((PARTS.index(word) for word in words if word in PARTS), None)
 
 
 def _folders(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +20,16 @@ from PIL import Image
 from gstds_cache import scratch
 from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.files import Files
+from gstds_cache.data.files import Files, printable
 from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, users_code
-from gstds_cache.data.labels import LabelColumn, LabelError, first_and_last, may_be_labels, parse_label
+from gstds_cache.data.labels import NO_LABEL, LabelColumn, first_and_last, may_be_labels, parse_label
 from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError, in_words
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
+COMPARED = 16
+"""Items whose labels are compared with those of an attribute before it is taken for all."""
 TRIED = 8
 """Items, spread over the data set, that have to fail in the same way for it to be refused."""
 
@@ -83,6 +86,7 @@ class MapStyleSource:
         column = LabelColumn(rows, uri, self.name_of, named, may_exceed=kind.startswith("torchvision:"))
         self.labels = self._read_labels(rows, column)
         self.classes = column.classes
+        self._indices = {name: index for index, name in enumerate(self.classes)}
         self.notes = (*notes, *column.notes)
 
     @property
@@ -104,10 +108,12 @@ class MapStyleSource:
             OSError: The dataset cannot read the item.
         """
         try:
-            image = self._read(row)
+            value, label = self._item(row)
+            image = self._rgb(row, value)
         except UndecodableError as error:
             self._sums[row] = _UNREADABLE
             raise OSError(f"{self.name_of(row)}: {error.reason}") from error
+        self._require_same_label(row, label)
         self._sums[row] = _sum(image)
         return _payload(image)
 
@@ -161,7 +167,7 @@ class MapStyleSource:
 
     def _with_own(self, copies: Copies) -> MapStyleSource:
         with importable(self._folder):
-            dataset = copies.make()
+            dataset = copies.make(self._like_the_original)
         if len(dataset) != len(self):
             raise DatasetError(
                 f"data set {self.uri!r}: made again in another process it has {len(dataset)} items, here {len(self)}",
@@ -170,6 +176,16 @@ class MapStyleSource:
         own = object.__new__(type(self))
         own.__dict__.update(self.__dict__, _dataset=dataset, _lock=threading.Lock())
         return own
+
+    def _like_the_original(self, copy: Any) -> None:
+        """Try a copy out: one that was pickled without its open file may not be able to read.
+
+        Raises:
+            Exception: Whatever its code raises where the original's does not.
+        """
+        len(copy)
+        if int(self._sums[0]) > 0:  # It could be read when it was hashed.
+            copy[0]
 
     def _read(self, row: int) -> Image.Image:
         value, _ = self._item(row)
@@ -199,7 +215,11 @@ class MapStyleSource:
             else:
                 return
         first = failures[0]
-        if len({error.kind if isinstance(error, ItemError) else error.reason for error in failures}) == 1:
+        # Reasons may hold each item's own numbers.
+        kinds = {
+            error.kind if isinstance(error, ItemError) else re.sub(r"\d+", "0", error.reason) for error in failures
+        }
+        if len(kinds) == 1:
             others = f"; so it is with all {len(failures)} items that were tried" if len(failures) > 1 else ""
             raise DatasetError(
                 f"data set {self.uri!r}, {self.name_of(0)}: {first.reason}{others}",
@@ -225,10 +245,40 @@ class MapStyleSource:
         ]
         for name in LABEL_ATTRIBUTES:
             values = attribute(self._dataset, name, self.uri)
-            if may_be_labels(values, rows) and _agree(values, parsed[0], parsed[-1]):
+            if may_be_labels(values, rows) and _agree(values, parsed[0], parsed[-1]) and self._agrees(values, column):
                 return column.read(values)
         found = map(self._label, range(rows))
         return column.read(None if isinstance(label, UndecodableError) else label for label in found)
+
+    def _agrees(self, values: Any, column: LabelColumn) -> bool:
+        """Whether an attribute's values are the labels of some items between the first and the last, too."""
+        if not hasattr(values, "__getitem__"):
+            return True  # Every item's own label is compared when it is hashed.
+        for row in spread(len(self.ids), COMPARED):
+            label = self._label(row)
+            try:
+                parsed = NO_LABEL if isinstance(label, UndecodableError) else column.parse(row, label)
+                if parsed != NO_LABEL and parsed != parse_label(values[row]):  # an item may leave it to the attribute
+                    return False
+            except Exception:  # it is indexed in another way, or its own code fails
+                return False
+        return True
+
+    def _require_same_label(self, row: int, label: Any) -> None:
+        """Compare the label that an item gives with the one that was read before.
+
+        Raises:
+            DatasetError: It is another.
+        """
+        now = LabelColumn(len(self), self.uri, self.name_of).parse(row, label)
+        index = self._indices.get(now, NO_LABEL) if isinstance(now, str) else now
+        if index not in {NO_LABEL, int(self.labels[row])}:
+            raise DatasetError(
+                f"data set {self.uri!r}, {self.name_of(row)}: gives the label {now!r}, and the data set had "
+                f"{int(self.labels[row])} for it before",
+                hint="let an attribute 'targets' or 'labels' hold what the items give, or take it away; a label must "
+                "be the same each time it is read",
+            )
 
     def _label(self, row: int) -> Any:
         """The label of one item as the dataset gives it; the error, if the item cannot be read."""
@@ -287,9 +337,20 @@ def attribute(dataset: Any, name: str, uri: str) -> Any:
 
 
 def class_names(dataset: Any, uri: str) -> tuple[str, ...]:
-    """The dataset's class names, if it has a list of them."""
+    """The dataset's class names, if it has a list of them.
+
+    Raises:
+        DatasetError: One is no text that UTF-8 can express.
+    """
     names = attribute(dataset, "classes", uri)
     names = names.tolist() if isinstance(names, np.ndarray) else names
+    if isinstance(names, (list, tuple)):
+        for name in names:
+            if isinstance(name, str) and printable(name) != name:
+                raise DatasetError(
+                    f"data set {uri!r}: got the class name {printable(name)!r}, expected text that UTF-8 can express",
+                    hint="spell it in another way, e.g. with os.fsencode(name).decode('utf-8', 'backslashreplace')",
+                )
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else ()
 
 
@@ -301,7 +362,7 @@ def _agree(values: Any, *ends: int | str | None) -> bool:
     """Whether an attribute's first and last value are the labels of the first and last item, where these are known."""
     try:
         there = [parse_label(value) for value in first_and_last(values)]
-    except (LabelError, LookupError, TypeError, StopIteration):
+    except Exception:  # no labels, none that can be gone through (sparse tensors), or the attribute's own code
         return False
     return all(label in {None, other} for label, other in zip(ends, there, strict=True))
 

@@ -56,9 +56,9 @@ class Listing:
         own = self.own
         if not own:
             return None
-        if "zarr.json" in own and "gstds" in (_read(folder, "zarr.json", "attributes") or ()):
+        if "zarr.json" in own and "gstds" in _fields(_read(folder, "zarr.json", "attributes")):
             return "a store"
-        if "config.json" in own and "selection_digest" in (_read(folder, "config.json", "config") or ()):
+        if "config.json" in own and "selection_digest" in _fields(_read(folder, "config.json", "config")):
             return "a run"
         if "mirror.json" in own and _read(folder, "mirror.json", "receipts_sha256"):
             return "a mirror"
@@ -91,13 +91,18 @@ def _is_output(path: str) -> bool:
     suffix = os.path.splitext(path)[1]  # noqa: PTH122
     with suppress(OSError):
         if path.endswith(".cost.json"):
-            return "reused" in (_read("", path) or ())
+            return "reused" in _fields(_read("", path))
         if suffix in _MARKS:
             with open(path, "rb") as file:  # noqa: PTH123
                 head = file.read(_END)
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _END))
                 return _MARKS[suffix] in head or _MARKS[suffix] in file.read()
     return False
+
+
+def _fields(said: Any) -> dict[str, Any]:
+    """What a JSON file says, if it is an object: files of that name may be anyone's."""
+    return said if isinstance(said, dict) else {}
 
 
 def _digested(name: str) -> bool:

@@ -36,6 +36,8 @@ AHEAD = 2
 """Batches that each worker has been asked for: one it works on, one that waits."""
 SILENCE = 60.0
 """Seconds without a word from a worker, after which the user is told; it is waited for all the same."""
+PATIENCE = 600.0
+"""Seconds without a word from a worker after which it is given up."""
 _GRACE = 5.0
 
 Fill = Callable[[Sequence[int], UInt8[torch.Tensor, "B ..."]], Any]
@@ -161,9 +163,17 @@ class Pool:
                 raise self._ended(ends[end])  # type: ignore[index]
             silent += SILENCE
             rows = self._asked[0][1]
+            if silent >= PATIENCE:
+                raise IncompleteError(
+                    f"the process {worker.process.pid}, which decodes rows {_span(rows)}, has said nothing for "
+                    f"{silent:.0f} seconds",
+                    hint="a file system that does not answer, or a lock that was held when the process was forked: "
+                    "use --workers 0. Nothing committed is lost: the same command goes on",
+                )
             _log.warning(
                 "warning: the process %d, which decodes rows %s, has said nothing for %.0f seconds (a file system that "
-                "does not answer? a stopped process?); waiting for it, Ctrl-C ends this",
+                "does not answer? a stopped process? a lock that was held when it was forked? --workers 0 shares "
+                "none); waiting for it, Ctrl-C ends this",
                 worker.process.pid,
                 _span(rows),
                 silent,
@@ -277,7 +287,12 @@ def _serve(
     others: Sequence[_Worker],
     files: OpenFiles,
 ) -> None:
-    """What a worker does: fill memory as it is asked to, until its parent says so or has gone."""
+    """What a worker does: fill memory as it is asked to, until its parent says so or has gone.
+
+    Raises:
+        SystemExit: The data set's code ends the process.
+        KeyboardInterrupt: So it does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is its parent's affair.
     torch.set_num_threads(1)  # Also since OpenMP's threads do not survive a fork.
     this.pipe.close()
@@ -293,14 +308,18 @@ def _serve(
                     fill = prepare()
                 size = len(rows) * torch.Size(shape).numel()
                 reply = fill(rows, this.memories[turn].bytes(size).view(len(rows), *shape))
-            except Exception as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # Panics of libraries written in Rust are no Exception.
                 reply = _Failed(_portable(error))
             pipe.send(reply)
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """The error with its trace as a note, or, where it does not pickle, another that says the same."""
     trace = "".join(traceback.format_exception(error))
+    if not isinstance(error, Exception):
+        return RuntimeError(f"in a process that decodes images: {trace}")
     if not isinstance(error, GstdsError):
         error.add_note(f"In a process that decodes images:\n{trace}")
     try:

@@ -63,7 +63,9 @@ def check_sample(
     there = np.flatnonzero(store.valid != layout.MISSING)
     drawn = np.sort(rng_for(seed, "sample").choice(there, min(rows, len(there)), replace=False))
     encoder = encoder.to(resolve_device(device))
-    TwoLooks(source, encoder).compare(store.spec.batch_size)  # else the store is blamed for the model
+    TwoLooks(source, encoder, dtype=store.spec.dtype).compare(
+        store.spec.batch_size
+    )  # else the store is blamed for the model
     problems, cosines = [], [float("nan")]
     for first in range(0, len(drawn), store.spec.batch_size):
         part = drawn[first : first + store.spec.batch_size].tolist()

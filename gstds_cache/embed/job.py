@@ -43,7 +43,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Make what looks at the model's rows before they are relied on."""
-        self.looks = TwoLooks(self.source, self.encoder)
+        self.looks = TwoLooks(self.source, self.encoder, dtype=self.config.dtype)
 
     def fitting(self, batch_size: int, say: Say | None = None) -> int:
         """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is the first look."""

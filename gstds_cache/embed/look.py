@@ -38,8 +38,8 @@ class TwoLooks:
     end of one filled up with noise.
     """
 
-    def __init__(self, source: ImageSource, encoder: Encoder) -> None:
-        self._source, self._encoder = source, encoder
+    def __init__(self, source: ImageSource, encoder: Encoder, *, dtype: str) -> None:
+        self._source, self._encoder, self._stored = source, encoder, np.dtype(dtype)
         self._images: tuple[tuple[int, ...], torch.Tensor] | None = None
         self._first: dict[int, torch.Tensor] = {}
 
@@ -100,7 +100,7 @@ class TwoLooks:
                 f"warning: {model}: {name}, looked at twice beside other images, gave rows that differ by 1 - cosine = "
                 f"{far:.1e}: they depend a little on chance or on the batch, or the model works in half precision"
             )
-        rows = torch.cat([other, alone])
+        rows = torch.from_numpy(torch.cat([other, alone]).numpy().astype(self._stored).astype(np.float32))
         if bool((seen != seen[0]).any()) and float((rows - rows[0]).abs().max()) < SAME:
             said.append(f"warning: {model} gives the same row for different images: selection cannot tell them apart")
         return said

@@ -129,7 +129,7 @@ def repair_store(
             say("embed", images_before + clock.images, sum(len(writer.spec.rows_of(unit)) for unit in redo))
 
         run_on = resolve_device(device)
-        TwoLooks(source, encoder.to(run_on)).compare(writer.spec.batch_size)
+        TwoLooks(source, encoder.to(run_on), dtype=writer.spec.dtype).compare(writer.spec.batch_size)
         workers = workers_for(source, encoder, workers, run_on)
         task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
         made = _make_again(writer, task, redo)

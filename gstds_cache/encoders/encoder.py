@@ -59,8 +59,15 @@ class Encoder:
         notes: What the user should know, e.g. that the weights are not trained.
     """
 
-    def __init__(self, model: nn.Module, spec: EncoderSpec, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: EncoderSpec,
+        notes: tuple[str, ...] = (),
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         self.spec = spec
+        self._layout = layout
         self.notes = notes
         make_ready(model, spec.model)
         # On one device alone the parallel kind needs GPUs to be there, and gives the same.
@@ -79,7 +86,8 @@ class Encoder:
         self._device = device
         with own_code(f"{self.spec.model}: moving it to {device}", EncoderError, but=out_of_memory):
             self._model.to(device)
-            self._model.to(memory_format=torch.channels_last)
+            if self._layout == torch.channels_last:
+                self._model.to(memory_format=torch.channels_last)
         mean, std = self.spec.preprocessing.mean, self.spec.preprocessing.std
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
@@ -114,7 +122,7 @@ class Encoder:
         Raises:
             EncoderError: The model failed, or returned another shape.
         """
-        batch = pixels.to(self._device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)
+        batch = pixels.to(self._device, non_blocking=True).to(dtype=torch.float32, memory_format=self._layout)
         features = run(self._model, self.spec.model, ((batch - self._mean) / self._std).to(self._dtype))
         if features.shape[1] != self.spec.dim:
             raise EncoderError(

@@ -6,11 +6,13 @@ model's); random ones where ``allow_untrained`` is set; what the model's library
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ from gstds_cache.encoders.weights import load_into, read_state_dict, state_diges
 from gstds_cache.errors import EncoderError, UsageError, in_words, unknown_name
 from gstds_cache.locations import expanded
 from gstds_cache.plugins import call_factory, load_factory, own_code
+from gstds_cache.resources import out_of_memory
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
@@ -214,7 +217,7 @@ def _finish(
 ) -> Encoder:
     make_ready(model, name)
     try:
-        dim, dtype = _try_out(name, model, preprocessing.crop)
+        dim, dtype, layout = _try_out(name, model, preprocessing.crop)
     except EncoderError as error:
         if side is None:
             raise
@@ -238,17 +241,34 @@ def _finish(
         notes = (*notes, f"{weights.name if weights else ''}: other names, same shapes; loaded in order")
     if dtype != torch.float32:
         notes = (*notes, f"{name} has weights of {word}: it is run in {word}, which its store's fingerprint tells")
-    return Encoder(model, spec, notes)
+    return Encoder(model, spec, notes, layout)
 
 
-def _try_out(name: str, model: nn.Module, crop: tuple[int, int]) -> tuple[int, torch.dtype]:
-    """The number of a model's features, and the dtype of pixels that it takes: float32, or else that of its weights.
+def _try_out(name: str, model: nn.Module, crop: tuple[int, int]) -> tuple[int, torch.dtype, torch.memory_format]:
+    """The number of a model's features, the dtype of pixels that it takes, and their layout.
+
+    The dtype is float32, or else that of its weights; the layout channels-last, which is quicker, or else contiguous:
+    code that takes a map apart with ``view`` needs that, and layers for volumes know no other.
 
     Raises:
-        EncoderError: It takes neither.
+        EncoderError: It takes no such pixels.
     """
-    pixels, dtype = torch.zeros(2, 3, *crop), own_dtype(model)
     alone = model.module if isinstance(model, nn.DataParallel) else model
+    try:
+        alone.to(memory_format=torch.channels_last)
+        return *_features_and_dtype(name, alone, crop, torch.channels_last), torch.channels_last
+    except Exception as error:  # told below, if it was not the layout
+        if out_of_memory(error):
+            raise
+    with suppress(Exception):  # weights that a lazy module has yet to make have no layout
+        alone.to(memory_format=torch.contiguous_format)
+    return *_features_and_dtype(name, alone, crop, torch.contiguous_format), torch.contiguous_format
+
+
+def _features_and_dtype(
+    name: str, alone: nn.Module, crop: tuple[int, int], layout: torch.memory_format
+) -> tuple[int, torch.dtype]:
+    pixels, dtype = torch.zeros(2, 3, *crop).to(memory_format=layout), own_dtype(alone)
     with torch.inference_mode(), _seeded():  # seeded: some modules make their weights when they are first run
         try:
             return run(alone, name, pixels).shape[1], torch.float32
@@ -264,9 +284,17 @@ def _try_out(name: str, model: nn.Module, crop: tuple[int, int]) -> tuple[int, t
 
 @contextmanager
 def _seeded() -> Iterator[None]:
+    """Random numbers that are the same each time, whichever of the usual sources a factory draws from."""
+    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that others draw from
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        yield
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(numbers)  # noqa: NPY002
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
     hint = TAKES if bare(model) is model else f"return the module without torch.compile; {TAKES}"
     with own_code(f"{name}: given {given}, the model", EncoderError, hint, but=out_of_memory):
         features: Any = model(pixels)
-    if isinstance(features, torch.Tensor):
+    if isinstance(features, torch.Tensor) and not features.is_nested:
         of_each_image = features.ndim == 2 and len(features) == count and features.shape[1] > 0
         if of_each_image and not features.is_complex():
             return features.detach()
@@ -106,6 +106,8 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _kind(features: Any) -> str:
+    if isinstance(features, torch.Tensor) and features.is_nested:
+        return "a nested tensor"
     if isinstance(features, torch.Tensor):
         return f"{_word(features.dtype)} {list(features.shape)}"
     if isinstance(features, Mapping):
@@ -116,7 +118,7 @@ def _kind(features: Any) -> str:
 
 
 def _remedy(features: Any) -> str:
-    if isinstance(features, torch.Tensor):
+    if isinstance(features, torch.Tensor) and not features.is_nested:
         return _AS_FEATURES.get(features.ndim, "return one row of D real numbers for each image, D > 0")
     if isinstance(features, Mapping):
         pooled = next((key for key in features if "pool" in str(key)), "NAME")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,7 +128,13 @@ def state_digest(model: nn.Module, name: str) -> str:
     with own_code(
         f"{name}: hashing its weights", EncoderError, f"give its weights as a file: --model '{name}?weights=FILE'"
     ):
-        for key, tensor in sorted(model.state_dict().items()):
+        for key, value in sorted(model.state_dict().items()):
+            if not isinstance(value, torch.Tensor) or value.is_quantized:
+                saved = io.BytesIO()
+                torch.save(value, saved)
+                digest.update(f"{key}|saved|{len(saved.getbuffer())}|".encode() + saved.getbuffer())
+                continue
+            tensor = value if value.layout == torch.strided else value.to_dense()
             array = tensor.detach().cpu().contiguous()
             digest.update(f"{key}|{array.dtype}|{tuple(array.shape)}|".encode())
             digest.update(array.view(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")

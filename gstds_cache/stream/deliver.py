@@ -58,13 +58,15 @@ def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bo
         UsageError: The file holds something else, and ``replace`` is off.
         BrokenPipeError: The reader of the pipe went away.
     """
-    kept = _stored_in(selector, kept_paths(selector))
+    paths = kept_paths(selector)
+    kept = _stored_in(selector, paths)
     if not isinstance(out, Path):
         if kept is not None:
             say(f"this selection is in {kept} already, nothing is computed")
             replay(kept, out)
         return kept is not None
-    if is_finished(selector, out, replace=replace):
+    # A file that we named, by the digest of what belongs into it, holds nothing else that anyone could want.
+    if is_finished(selector, out, replace=replace or out in paths):
         say(f"this selection is in {out} already, nothing was computed")
         return True
     if kept is not None and out != kept and is_finished(selector, kept, replace=True):

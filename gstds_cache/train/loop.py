@@ -392,6 +392,12 @@ def count_classes(source: ImageSource, evaluation: ImageSource | None) -> int:
         )
     if evaluation is not None and evaluation.labels.max(initial=-1) < 0:
         raise UsageError(f"--eval {evaluation.uri} has no labels; accuracy needs them")
+    if evaluation is not None and evaluation.labels.max() >= outputs:
+        raise UsageError(
+            f"--eval {evaluation.uri} has labels up to {int(evaluation.labels.max()):,}, and the network {outputs:,} "
+            f"outputs, as {source.uri} has so many classes",
+            hint="number the classes of both data sets alike",
+        )
     if evaluation is not None and list(evaluation.classes) != list(source.classes):
         raise UsageError(
             f"--eval {evaluation.uri} has other classes than {source.uri}: {len(evaluation.classes)} and "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gstds_cache.digest import sha256_hex
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
 from gstds_cache.locking import exclusive
 from gstds_cache.replacing import replaced_name, replacing
@@ -37,7 +38,10 @@ def default_name(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
     Returns:
         ``ARCH-SELECTION-sSEED``, and each setting that is not the default.
     """
-    name = f"{identity['arch'].replace(':', '-')}-{identity['selection_digest'][:8]}-s{identity['seed']}"
+    arch, _, query = identity["arch"].partition("?")
+    # A query may hold the path of a weights file.
+    arch = arch.replace(":", "-").replace("/", "-") + (f"-{sha256_hex(query.encode())[:8]}" if query else "")
+    name = f"{arch}-{identity['selection_digest'][:8]}-s{identity['seed']}"
     for field in sorted(identity, key=lambda field: (field != "repack", field)):
         value = identity[field]
         if value != defaults[field]:

@@ -10,8 +10,11 @@ import pytest
 from click.testing import CliRunner
 from gstds_cache.cli.embed_command import main as embed_main
 from gstds_cache.cli.train_command import main as train_main
+from PIL import Image
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.mapstyle import MapStyleSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import DatasetError, IncompleteError
 from gstds_cache.selection.run import BatchSelector
@@ -205,6 +208,32 @@ def test_a_data_set_of_which_every_item_fails_alike_is_refused(kind: str) -> Non
     assert caught.value.hint
     if kind in QUARANTINED:
         assert "so it is with all 8 items that were tried" in caught.value.message
+
+
+class _Panic(BaseException):
+    """As libraries written in Rust raise."""
+
+
+class _Odd:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+        if row == 37:
+            raise self.error
+        return Image.new("L", (8, 8), row), 0
+
+
+@pytest.mark.parametrize("error", [ValueError("cannot read \udcff.png"), _Panic("index out of bounds")])
+def test_names_in_another_encoding_and_what_is_no_exception(error: BaseException) -> None:
+    source = MapStyleSource(_Odd(error), uri="mine", kind="module:mine")
+    with pytest.raises(UndecodableError) as caught:
+        source.image(37)
+    assert caught.value.reason.encode().decode() == caught.value.reason
+    assert type(error).__name__ in caught.value.reason
 
 
 @pytest.mark.parametrize("row", [0, 39])

@@ -137,6 +137,48 @@ def source_of(given: list[Any], **attributes: Any) -> MapStyleSource:
     return MapStyleSource(Items(given, **attributes), uri="mine:set", kind="module:mine:set")
 
 
+def test_an_attribute_that_differs_from_the_items_is_not_taken() -> None:
+    given = [row % 4 for row in range(60)]
+    between = [0, *([1] * 58), 3]  # the first and the last alone are right
+    assert source_of(given, targets=between).labels.tolist() == given
+    rare = [*given[:33], 0, *given[34:]]
+    source = source_of(given, labels=rare)
+    for row in range(33):
+        source.payload(row)
+    with pytest.raises(DatasetError, match=r"\(row 33\): gives the label 1, and the data set had 0 for it before"):
+        source.payload(33)
+
+
+def test_an_attribute_that_is_no_column_of_labels_is_passed_over() -> None:
+    given = [row % 4 for row in range(8)]
+    for odd in (np.array(7), torch.tensor(7), torch.tensor(given).to_sparse(), torch.empty(8, device="meta"), object()):
+        assert source_of(given, targets=odd).labels.tolist() == given
+
+
+def test_a_masked_value_is_no_label() -> None:
+    masked = np.ma.array(np.arange(8) % 4, mask=np.arange(8) % 3 == 0)
+    expected = [-1, 1, 2, -1, 0, 1, -1, 3]
+    assert source_of(list(masked)).labels.tolist() == expected
+    assert source_of(list(masked), targets=masked).labels.tolist() == expected
+
+
+def test_a_label_whose_own_code_fails_is_refused() -> None:
+    class Fails:
+        def __index__(self) -> int:
+            raise RuntimeError("not now")
+
+        __repr__ = __array__ = __index__  # type: ignore[assignment]
+
+    for label in (Fails(), torch.tensor(1, device="meta")):
+        with pytest.raises(LabelError):
+            parse_label(label)
+
+
+def test_class_names_that_utf_8_cannot_express_are_refused() -> None:
+    with pytest.raises(DatasetError, match=r"the class name '\\\\xff', expected text that UTF-8 can express"):
+        source_of([0, 1], classes=["a", "\udcff"])
+
+
 def test_text_makes_classes_and_says_so() -> None:
     source = source_of(["owl", "cat", b"owl", None, "dog"])
     assert source.classes == ("cat", "dog", "owl")

@@ -25,6 +25,10 @@ def plant(root: Path, paths: str) -> None:
         ("photos/train/cat/1.png photos/test/cat/1.png", "photos/train"),
         ("images/cat/1.png images/dog/1.png annotations/x.xml", "images"),
         ("fold0/cat/1.png fold1/cat/1.png", "fold0"),
+        ("Training/Apple/1.jpg Test/Apple/1.jpg test-multiple_fruits/1.jpg", "Training"),
+        ("seg_train/seg_train/sea/1.jpg seg_test/seg_test/sea/1.jpg seg_pred/seg_pred/1.jpg", "seg_train/seg_train"),
+        ("train_images/cat/1.png test_images/cat/1.png", "train_images"),
+        ("train2017/cat/1.png val2017/cat/1.png docs/fig/1.png", "train2017"),
     ],
 )
 def test_what_was_probably_meant(tmp_path: Path, paths: str, meant: str) -> None:
@@ -44,6 +48,7 @@ def test_what_was_probably_meant(tmp_path: Path, paths: str, meant: str) -> None
         "train/1.png car/2.png bus/3.png",  # vehicles
         "train/1.png",
         "Cat/1.png cat/1.png",
+        "drug_test/1.png training_shoes/2.png",
     ],
 )
 def test_classes_as_they_should_be(tmp_path: Path, paths: str) -> None:

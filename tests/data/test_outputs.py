@@ -124,10 +124,18 @@ def test_folders_of_the_users_own_are_classes_whatever_they_are_called_or_hold(r
     shutil.copy(root / "a" / "0.png", root / "emb.store" / "zarr" / "y.png")
     (root / "runs" / "config.json").write_text('{"model": "vit"}')
     (root / "label" / ".lock").write_bytes(b"")
+    for number, odd in enumerate(
+        ("5", "true", '{"config": 5}', '{"config": "selection_digest"}', '{"attributes": "gstds"}')
+    ):
+        names.append(f"odd{number}")
+        (root / names[-1]).mkdir()
+        shutil.copy(root / "a" / "0.png", root / names[-1] / "x.png")
+        for name in ("config.json", "zarr.json"):
+            (root / names[-1] / name).write_text(odd)
     source = folder(root)
     assert source.classes == tuple(sorted([*names, "a", "n", "s"]))
     assert "emb.store/zarr/y.png" in source.ids
-    assert len(source) == 12 + 5
+    assert len(source) == 12 + 5 + 5
     assert not any("passed over" in note for note in source.notes)
 
 

@@ -218,16 +218,16 @@ def test_locks_are_new_and_what_does_not_pickle_is_made_again() -> None:
     lock = threading.Lock()
     lock.acquire()
     held = {"lock": lock, "again": threading.RLock(), "event": threading.Event(), "here": threading.local()}
-    copy = Copies(held, None).make()
+    copy = Copies(held, None).make(bool)
     assert copy["lock"].acquire(blocking=False)
     assert not copy["event"].is_set()
     assert copy["lock"] is not lock
     made = []
-    assert Copies(iter([lambda: 0]), lambda: made.append(1) or "made").make() == "made"
+    assert Copies(iter([lambda: 0]), lambda: made.append(1) or "made").make(bool) == "made"
     with pytest.raises(NotCopiedError, match="does not pickle"):
         Copies(lambda: 0, None)
     with pytest.raises(NotCopiedError, match="making it again failed: no way"):
-        Copies(lambda: 0, no_way).make()
+        Copies(lambda: 0, no_way).make(bool)
 
 
 def test_an_object_that_pickles_and_does_not_unpickle_is_made_again() -> None:
@@ -235,7 +235,7 @@ def test_an_object_that_pickles_and_does_not_unpickle_is_made_again() -> None:
         def __reduce__(self):
             return (int, ("not a number",))
 
-    assert Copies(Half(), lambda: "made").make() == "made"
+    assert Copies(Half(), lambda: "made").make(bool) == "made"
 
 
 def in_a_fork(work: Callable[[], None]) -> None:

@@ -59,6 +59,7 @@ WHAT = {
     "nan for a few": lambda m, x, f, bright: torch.where(bright, float("nan"), f),
     "zeros for a few": lambda m, x, f, bright: torch.where(bright, 0.0, f),
     "constant": lambda m, x, f, bright: torch.ones_like(f),
+    "constant in float16": lambda m, x, f, bright: f + 1e4,
 }
 
 def build(what="fine"):
@@ -142,7 +143,11 @@ def test_a_model_that_changed_meanwhile_is_found_when_a_store_is_gone_on_with(ar
 
 
 def test_a_model_that_is_odd_is_told_of_and_run(array_source, models, tmp_path) -> None:
-    for what, words in (("little noise", "differ by 1 - cosine"), ("constant", "the same row for different images")):
+    for what, words in (
+        ("little noise", "differ by 1 - cosine"),
+        ("constant", "the same row for different images"),
+        ("constant in float16", "the same row for different images"),
+    ):
         said: list[str] = []
         embed_dataset(array_source(30), config_of(models, what), where=tmp_path / what, say=said.append)
         assert [words in line for line in said] == [True], said

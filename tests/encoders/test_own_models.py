@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import EncoderError, UsageError
 
 MODELS = """
+import random
+import numpy
 import torch
 from torch import nn
 from gstds_cache.encoders.preprocessing import Preprocessing
@@ -46,6 +50,35 @@ def with_(**attributes):
     for name, value in attributes.items():
         setattr(net, name, value)
     return net
+
+class View(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16 * 7 * 7, 8)
+    def forward(self, x):
+        maps = self.conv(x)
+        return self.head(maps.view(len(maps), -1))
+
+class Volumes(Net):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(3, 8, (1, 3, 3))
+    def forward(self, x):
+        return self.conv(x.unsqueeze(2)).relu().mean(dim=(2, 3, 4))
+
+class Extra(Net):
+    def get_extra_state(self):
+        return {"scale": (1, 2)}
+    def set_extra_state(self, state):
+        pass
+
+class Drawn(Net):
+    def __init__(self):
+        super().__init__(lambda f, x: f * self.scale)
+        self.scale = torch.from_numpy(numpy.random.rand(16)).float() + random.random()
+
+class Panic(BaseException):
+    pass
 
 class NoEval(Net):
     def eval(self):
@@ -198,6 +231,38 @@ def test_features_that_cannot_be_normalised_are_the_models_error(module: str) ->
     encoder = open_encoder(f"{module}:build?what=sparse")
     with pytest.raises(EncoderError, match="the model failed"):
         encoder.embed(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("what", ["View", "Volumes", "Extra"])
+def test_models_that_take_no_channels_last_pixels_or_keep_more_than_tensors(module: str, what: str) -> None:
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    one, other = (open_encoder(f"{module}:{what}") for _ in range(2))
+    assert torch.equal(one.embed(pixels), other.embed(pixels))
+    assert one.spec == other.spec
+
+
+def test_a_factory_that_draws_gives_the_same_model_each_time(module: str) -> None:
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    one, other = (open_encoder(f"{module}:Drawn") for _ in range(2))
+    assert torch.equal(one.embed(pixels), other.embed(pixels))
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("lambda f, x: torch.nested.nested_tensor(list(f))", "got a nested tensor for 2 images"),
+        ("lambda f, x: (_ for _ in ()).throw(Panic('rust'))", "the model failed: Panic: rust"),
+    ],
+)
+def test_what_is_no_tensor_and_what_is_no_exception(module: str, monkeypatch, what: str, words: str) -> None:
+    models = importlib.import_module(module)
+    monkeypatch.setitem(models.MAKE, "odd", lambda: models.Net(eval(what, vars(models))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of nested tensors
+        with pytest.raises(EncoderError, match=words):
+            open_encoder(f"{module}:build?what=odd")
 
 
 def test_a_wrong_call_is_told_from_an_error_inside(module: str) -> None:

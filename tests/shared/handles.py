@@ -12,10 +12,12 @@ import mmap
 import os
 import signal
 import sqlite3
+import tempfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, ClassVar
 
 import numpy as np
 
@@ -262,7 +264,45 @@ def deadly() -> Items:
     return Deadly()
 
 
+class Temporary(Items):
+    """Files that were made without a name, which a module holds."""
+
+    held: ClassVar[list[IO[bytes]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(Path("items.bin").read_bytes())
+        file.flush()
+        Temporary.held[:] = [file]
+
+    def read(self, row: int) -> bytes:
+        Temporary.held[0].seek(row * SIZE)
+        return Temporary.held[0].read(SIZE)
+
+
+class Dropped(RawFile):
+    """Its file is not pickled, and opened again when an item is read; its length needs the file."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"file": None}
+
+    def __len__(self) -> int:
+        return os.fstat(self.file.fileno()).st_size // SIZE
+
+
 FACTORIES = (
-    *("RawFile", "ReadAndWrite", "Unbuffered", "Zip", "Database", "Mapped", "of_the_class", "of_the_module"),
+    *(
+        "Temporary",
+        "Dropped",
+        "RawFile",
+        "ReadAndWrite",
+        "Unbuffered",
+        "Zip",
+        "Database",
+        "Mapped",
+        "of_the_class",
+        "of_the_module",
+    ),
     *("Threads", "locked", "Sequence", "local", "with_function"),
 )

@@ -55,6 +55,27 @@ def test_what_was_written_once_is_found_for_a_file_and_for_a_pipe(store, tmp_pat
     assert found(selector(store, seed=1), pipe) == []
 
 
+@pytest.mark.parametrize("held", [b"", b"garbage", b"ARROW1"])
+def test_a_kept_selection_that_is_damaged_is_made_again(store, tmp_path, held: bytes) -> None:
+    kept = kept_place(selector(store)).path
+    kept.write_bytes(held)
+    assert found(selector(store), kept) == []
+    compute(selector(store), kept)
+    assert found(selector(store), kept) == [f"this selection is in {kept} already, nothing was computed"]
+    (tmp_path / "own.arrow").write_bytes(held)
+    with pytest.raises(UsageError, match="the file holds no whole selection"):
+        deliver_kept(selector(store, seed=1), tmp_path / "own.arrow", replace=False, say=print)
+
+
+def test_a_store_shares_what_is_derived_from_it_with_links_to_it(store, tmp_path) -> None:
+    compute(selector(store), io.BytesIO())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "store")
+    linked = selector(EmbeddingStore(tmp_path / "elsewhere" / "link"))
+    assert found(linked, tmp_path / "file.arrow")[0].endswith("and was copied")
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["link"]
+
+
 def test_a_pipe_leaves_what_a_file_leaves(store, tmp_path) -> None:
     compute(selector(store), io.BytesIO())
     assert found(selector(store), tmp_path / "file.arrow")[0].endswith("and was copied")

@@ -82,6 +82,13 @@ def test_classes_and_ids_are_told_apart(array_source, labels: np.ndarray, named:
         assert not label_notes(labels, named)
 
 
+def test_an_evaluation_set_with_labels_beyond_the_outputs_is_refused(array_source) -> None:
+    other = array_source(8, uri="other")
+    other.labels = np.arange(8) + 10**9
+    with pytest.raises(UsageError, match=r"--eval other has labels up to 1,000,000,007, and the network 3 outputs"):
+        count_classes(array_source(8), other)
+
+
 def test_an_evaluation_set_without_labels_is_refused(array_source) -> None:
     without = array_source(3, uri="other")
     without.labels = np.full(3, -1)

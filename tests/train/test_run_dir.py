@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def test_every_setting_that_decides_the_outcome_is_in_the_default_name(field: st
     other = replace(config, **{field: OTHER[field]})
     theirs = identity(replace(config, arch=other.arch, seed=other.seed))
     assert default_name(identity(other), theirs) not in {default_name(defaults, defaults), "resnet18-59aa9565-s0"}
+
+
+def test_a_path_in_the_name_of_a_network_makes_no_folders() -> None:
+    defaults = {"arch": "a", "seed": 0, "selection_digest": "59aa9565"}
+    names = {
+        default_name(run, run)
+        for weights in ("../../w.pth", "/w.pth")
+        for run in [defaults | {"arch": f"timm:resnet18?weights={weights}"}]
+    }
+    assert len(names) == 2
+    assert all(re.fullmatch(r"timm-resnet18-[0-9a-f]{8}-59aa9565-s0", name) for name in names)
 
 
 def test_default_names_are_read_by_people() -> None:
