@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.installed lint check-types docs
-	@echo "== tests: about 10 minutes on 2 cores"
+	@echo "== tests: about 14 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
@@ -27,8 +27,8 @@ study-tables: $(VENV)/.installed
 
 # Every kill point, every byte, thousands of orders of events. GSTDS_FAULT_SEED=N draws the same points again.
 faults: $(VENV)/.installed
-	@echo "== faults: about 12 minutes on 2 cores"
-	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
+	@echo "== faults: about half an hour on 2 cores"
+	$(BIN)/python -m pytest tests/faults tests/e2e/test_rubbish.py -m "faults or not faults"
 
 lint: $(VENV)/.installed
 	@echo "== ruff and import-linter: seconds"

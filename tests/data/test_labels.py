@@ -229,7 +229,8 @@ def test_an_attribute_of_text_and_one_that_is_something_else() -> None:
     for other in (["b", "a", "a"], [[1, 2], [3, 4], [5, 6]], np.eye(3), [1], "abc", {"a": 1, "b": 2, "c": 3}, iter([])):
         assert source_of([1, 0, 0], targets=other).labels.tolist() == [1, 0, 0]
     with pytest.raises(DatasetError, match=r"item '0000001' \(row 1\): got the label 0.5"):
-        source_of([1, 0, 0], targets=[1, 0.5, 0])
+        source_of([1, None, 0], targets=[1, 0.5, 0])
+    assert source_of([1, 0, 0], targets=[1, 0.5, 0]).labels.tolist() == [1, 0, 0]
 
 
 def test_labels_beyond_the_class_names_are_refused() -> None:
