@@ -6,6 +6,7 @@ model's); random ones where ``allow_untrained`` is set; what the model's library
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -307,6 +308,8 @@ def _initial_weights(name: str, download: bool) -> Iterator[None]:
     Raises:
         EncoderError: The pretrained weights could not be had.
     """
+    if download:
+        _require_home(name)
     with _seeded():
         try:
             yield
@@ -317,4 +320,21 @@ def _initial_weights(name: str, download: bool) -> Iterator[None]:
             raise EncoderError(
                 f"{name}: no pretrained weights here and none could be fetched ({in_words(error)})",
                 hint=f"--model '{name}?weights=FILE', or --allow-untrained for random weights",
+            ) from error
+
+
+def _require_home(name: str) -> None:
+    """Refuse to download where nobody says where to: torch would make a folder named ``~``, where one happens to be.
+
+    Raises:
+        EncoderError: No home is known, and no other place is named.
+    """
+    try:
+        Path.home()
+    except RuntimeError as error:
+        if not {"TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"} & os.environ.keys():
+            raise EncoderError(
+                f"{name}: no pretrained weights here, and no place to keep any: HOME is not set, and this user id has "
+                "no entry",
+                hint=f"--model '{name}?weights=FILE', or set TORCH_HOME and HF_HOME to a folder that can be written",
             ) from error

@@ -29,6 +29,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.sigutils import normalize_signature
 
 from gstds_cache import scratch
+from gstds_cache.locations import expanded
 from gstds_cache.places import Place, find_cache_root, first_writable
 
 settings: Any = numba.config
@@ -127,7 +128,9 @@ def place_of_code(in_tree: Path) -> Place:
     Returns:
         It, or the place before it that the user named, or one after it; None where none can be written.
     """
-    first = first_writable([*([Path(settings.CACHE_DIR)] if settings.CACHE_DIR else []), in_tree])
+    first = first_writable(
+        [*([expanded(settings.CACHE_DIR, "NUMBA_CACHE_DIR")] if settings.CACHE_DIR else []), in_tree]
+    )
     if first.path is not None:
         return first
     root, temporary = find_cache_root(), scratch.folder()

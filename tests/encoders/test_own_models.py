@@ -241,6 +241,22 @@ def test_models_that_take_no_channels_last_pixels_or_keep_more_than_tensors(modu
     assert one.spec == other.spec
 
 
+@pytest.mark.parametrize("uri", ["torchvision:resnet18", "timm:resnet18"])
+def test_without_a_home_nothing_is_downloaded_to_a_folder_named_so(monkeypatch, tmp_path, uri: str) -> None:
+    def nobody(_path: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.setattr(Path, "home", lambda: nobody(None))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EncoderError, match="HOME is not set") as caught:
+        open_encoder(uri)
+    assert "TORCH_HOME" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_factory_that_draws_gives_the_same_model_each_time(module: str) -> None:
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
