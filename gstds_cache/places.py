@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,13 +150,11 @@ def keep(write: Callable[[Path], None], paths: Sequence[Path]) -> Place:
 def _why_not_writable(folder: Path) -> str:
     """Make ``folder`` and try it with a file; empty where it takes one. A new folder that does not is removed again."""
     new = not os.path.isdir(folder)  # noqa: PTH112 - Path's raises where the way there may not be searched
-    trial = folder / f".trial.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trial.write_bytes(bytes(BLOCK))
-        finally:
-            trial.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:  # has no name that a kill would leave behind
+            trial.write(bytes(BLOCK))
+            trial.flush()
     except OSError as error:
         if new:
             with suppress(OSError):
