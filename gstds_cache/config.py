@@ -17,7 +17,7 @@ MOST_EPOCHS = 100_000
 MOST_WORKERS = 1024
 MOST_THREADS = 4096
 LARGEST_SIDE = 4096  # pixels
-LARGEST_RATE = 1e6  # of learning, and of decay
+LARGEST_RATE = 1e12  # of learning, and of decay
 
 
 def _require_range(what: str, got: int | None, least: int, most: int, also: str = "") -> None:

@@ -23,7 +23,7 @@ from gstds_cache.errors import UsageError
         (lambda: SelectConfig(epochs=1 << 31), ("--epochs", "expected 1 to 100,000")),
         (lambda: SelectConfig(threads=10**20), ("--threads", "expected 0 to")),
         (lambda: TrainConfig(image_size=10**20), ("--image-size", "expected 8 to 4,096, or 0")),
-        (lambda: TrainConfig(lr=1e39), ("--lr", "1e+39", "at most 1e+06")),
+        (lambda: TrainConfig(lr=1e39), ("--lr", "1e+39", "at most 1e+12")),
         (lambda: TrainConfig(weight_decay=float("inf")), ("--weight-decay", "inf")),
         (lambda: TrainConfig(lr=float("nan")), ("--lr", "nan")),
         (lambda: TrainConfig(image_size=4), ("--image-size", "4")),

@@ -120,9 +120,14 @@ def rayleigh_ritz(
         theta: Where the values go, ascending.
 
     Returns:
-        How many independent directions there were; fewer than ``wanted`` leave Y and theta unchanged.
+        How many independent directions there were, 0 where the matrices hold NaN or Inf; fewer than ``wanted`` leave Y
+        and theta unchanged.
     """
     C, U, T = work[0], work[1], work[2]
+    for a in range(size):
+        for b in range(a + 1):
+            if not (np.isfinite(M[a, b]) and np.isfinite(H[a, b])):
+                return 0  # the basis has broken down: this graph has no answer here, and LAPACK would end the run
     scale = np.empty(size)
     for a in range(size):
         scale[a] = 1 / np.sqrt(M[a, a]) if M[a, a] > 1e-300 else 0.0

@@ -182,3 +182,16 @@ def test_strong_edges_are_those_near_their_ends_heaviest():
     graph = SparseGraph.from_edges(torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4]), w, (1, 5))
     # 0.4 < 0.5 sqrt(1.0 * 0.4) is false: 0.316. 0.01 < 0.5 sqrt(0.3 * 0.01) = 0.027 is true.
     assert strong_part(graph).degree.tolist() == [[1.0, 1.4, 0.7, 0.3, 0.0]]
+
+
+def test_a_basis_that_has_broken_down_is_told_and_not_raised() -> None:
+    from gstds_cache.spectral.small import rayleigh_ritz
+
+    for bad in (np.nan, np.inf):
+        for where in (0, 1):
+            M, H = np.eye(24), np.eye(24)
+            (M, H)[where][13, 5] = bad
+            theta, Y = np.full(8, 7.0), np.full((24, 8), 7.0)
+            assert rayleigh_ritz(M, H, 24, 8, np.zeros((3, 24, 24)), Y, theta) == 0
+            assert (theta == 7).all()
+            assert (Y == 7).all()
