@@ -30,7 +30,7 @@ from gstds_cache.selection.schedule import parse_schedule
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (OSError(errno.ENOSPC, "full", "/tmp/x/y"), 4, ["the disk is full: /tmp/x/y (the file system at /", "MB free"]),
+        (OSError(errno.ENOSPC, "full", "/none/x"), 4, ["the disk is full: /none/x (the file system at /", "MB free"]),
         (OSError(errno.EDQUOT, "quota", "/x"), 4, ["quota is used up: /x"]),
         (OSError(errno.EROFS, "ro", "/x"), 4, ["read-only: /x", "name a place that can be written"]),
         (OSError(errno.EPERM, "no", "/x"), 4, ["does not permit it: /x"]),
