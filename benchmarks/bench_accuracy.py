@@ -20,12 +20,12 @@ from batches import batches_of
 from harness import parser, report
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.devices import cores, limit_threads
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.selection.rule import RuleBatch, settle_ties
+from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral import fiedler
 from gstds_cache.spectral.lobpcg import lobpcg
@@ -45,7 +45,7 @@ def shared(rule: str, one: RuleBatch, other: RuleBatch) -> float:
 
 def seen(values: np.ndarray, basis: np.ndarray, keep: int) -> RuleBatch:
     """What a rule sees of eigenpairs: ``values`` [Q], ``basis`` [B, Q]."""
-    basis = settle_ties(basis)
+    basis = round_ties(basis)
     return RuleBatch(basis[:, 0].copy(), keep, basis=basis, values=values)
 
 
@@ -63,7 +63,7 @@ def greedy_overlap(graph: SparseGraph, operator: Laplacian, keep: int, tolerance
 
 def compare(x: np.ndarray, knn: int, tolerance: float) -> dict[str, object]:
     """One batch size: ours and scipy's, batch by batch."""
-    rows = unit_rows(torch.from_numpy(x))
+    rows = normalized_rows(torch.from_numpy(x))
     graph, _ = bridge_components(symmetrise(nearest(rows, knn)), rows)
     result = fiedler.fiedler_of_graph(graph, tolerance=tolerance)
     operator, keep = Laplacian(graph), max(1, x.shape[1] // 4)

@@ -6,7 +6,7 @@ On few cores decode and forward share them, so the limit is 1 / (1/forward + 1/d
 pass in it is the faster of two: with OpenMP threads that soon sleep while they wait, as gstds-embed sets them, and with
 threads that spin, OpenMP's default. Also measured: the forward pass in a process that left the C allocator at its
 defaults, which is why the commands call keep_freed_memory(); and which share of the embedding time was decoding, the
-model, waiting for images, and committing. The default number of images fills one unit of 4 MB of the default model.
+model, waiting for images, and committing. The default number of images fills one shard of 4 MB of the default model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gstds_cache.openmp import wait_briefly
+from gstds_cache.runtime.openmp import wait_briefly
 
 if "--default-threads" in sys.argv:
     os.environ.pop("GOMP_SPINCOUNT", None)
@@ -35,11 +35,11 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.split import Subset
-from gstds_cache.embed.job import BATCH_SIZE
-from gstds_cache.embed.run import EmbedReport, embed_dataset
+from gstds_cache.embedding.job import BATCH_SIZE
+from gstds_cache.embedding.run import EmbedReport, embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.runtime.allocator import keep_freed_memory
 
 SHARES = ("decode", "forward", "commit", "waiting")
 
@@ -80,10 +80,10 @@ def some_of(uri: str, images: int) -> Subset:
     return Subset(base=whole, uri=uri, rows=rows, ids=tuple(whole.ids[row] for row in rows), labels=whole.labels[rows])
 
 
-def embed(source: ImageSource, model: str, workers: int | None, unit_rows: int | None) -> EmbedReport:
+def embed(source: ImageSource, model: str, workers: int | None, shard_rows: int | None) -> EmbedReport:
     """One run into a new store."""
     with tempfile.TemporaryDirectory() as folder:
-        config = EmbedConfig(model=model, workers=workers, unit_rows=unit_rows, allow_untrained=True, device="cpu")
+        config = EmbedConfig(model=model, workers=workers, shard_rows=shard_rows, allow_untrained=True, device="cpu")
         return embed_dataset(source, config, where=Path(folder) / "store")
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     made.add_argument("--model", default=DEFAULT_MODEL)
     made.add_argument("--images", type=int, default=1648)
     made.add_argument("--workers", type=int, help="[default: as gstds-embed chooses]")
-    made.add_argument("--unit-rows", type=int, help="[default: 4 MB]")
+    made.add_argument("--shard-rows", type=int, help="[default: 4 MB]")
     made.add_argument("--bare-forward", type=int, metavar="BATCHES", help="only print the bare images/s")
     made.add_argument("--default-allocator", action="store_true", help="for --bare-forward")
     made.add_argument("--default-threads", action="store_true", help="for --bare-forward")
@@ -113,7 +113,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {}
     runs: list[EmbedReport] = []
     for _ in range(arguments.trials):
-        runs.append(embed(source, model, arguments.workers, arguments.unit_rows))
+        runs.append(embed(source, model, arguments.workers, arguments.shard_rows))
         for name, rate in {
             "decode": decode_rate(source, encoder),
             "forward": forward_rate(model, batch_size, batches),
@@ -133,7 +133,7 @@ def main() -> None:
             "images": len(source),
             "batch_size": batch_size,
             "workers": runs[-1].workers,
-            "units": runs[-1].units,
+            "shards": runs[-1].shards,
             "images_per_second": {name: spread(values) for name, values in rates.items()},
             "limit_images_per_second": spread(limits),
             "embed_over_limit": spread([a / b for a, b in zip(rates["embed"], limits, strict=True)]),

@@ -29,12 +29,12 @@ import torch
 from batches import batches_of
 from harness import parser, report, spread
 
-from gstds_cache.devices import cores, limit_threads
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.runtime.threads import cores, limit_threads
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 
 SECONDS_OF_A_TRIAL = 0.4
@@ -200,7 +200,9 @@ def main() -> None:
     )  # scipy's and scikit-learn's lobpcg tell of tolerances they missed: see the residuals
     races: dict[str, dict[str, object]] = {}
     for size in arguments.batch_sizes:
-        rows = unit_rows(torch.from_numpy(batches_of(arguments.stores, min(arguments.graphs, 65536 // size), size)))
+        rows = normalized_rows(
+            torch.from_numpy(batches_of(arguments.stores, min(arguments.graphs, 65536 // size), size))
+        )
         graph, _ = bridge_components(symmetrise(nearest(rows, arguments.knn)), rows)
         for q, tolerance in ((1, 1e-3), (1, 1e-6), (8, 1e-3)):
             if q > 1 and size != arguments.batch_sizes[min(1, len(arguments.batch_sizes) - 1)]:

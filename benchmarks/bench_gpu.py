@@ -26,15 +26,16 @@ from harness import interleaved, parser, report, spread
 
 from gstds_cache.config import DEFAULT_MODEL, DEFAULT_RULE, EmbedConfig, SelectConfig
 from gstds_cache.data.source import ImageSource
-from gstds_cache.devices import cores, limit_threads, resolve_device
-from gstds_cache.embed.job import BATCH_SIZE
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.job import BATCH_SIZE
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import symmetrise
-from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.threads import cores, limit_threads
 from gstds_cache.selection import run as selection_run
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.fiedler import fiedler_of_graph
@@ -99,7 +100,7 @@ def embedding(source: ImageSource, model: str, device: torch.device, store: Path
 
 def solver(store: Path, device: torch.device, size: int, graphs: int, knn: int, trials: int) -> dict[str, object]:
     """Milliseconds per graph of the solver on the device and on the CPU, for 1 and 8 vectors."""
-    rows = unit_rows(torch.from_numpy(batches_of([store], graphs, size)))
+    rows = normalized_rows(torch.from_numpy(batches_of([store], graphs, size)))
     on_cpu = bridge_components(symmetrise(nearest(rows, knn)), rows)[0]
     there = rows.to(device)
     on_device = bridge_components(symmetrise(nearest(there, knn)), there)[0]

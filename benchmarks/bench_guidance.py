@@ -25,9 +25,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.devices import cores, limit_threads
-from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.selection.linear_probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.writer import open_writer
@@ -47,12 +47,12 @@ def write(path: Path, rows: np.ndarray, labels: np.ndarray) -> None:
     count, dim = rows.shape
     items = DatasetManifest("benchmark", tuple(map(str, range(count))), np.zeros((count, 32), np.uint8), labels)
     spec = CacheSpec(
-        items=count, items_root=items.root, encoder={}, dim=dim, dtype="float16", batch_size=1, unit_rows=BLOCK
+        items=count, items_root=items.root, encoder={}, dim=dim, dtype="float16", batch_size=1, shard_rows=BLOCK
     )
     with open_writer(path, spec, labels=labels, items=items.to_arrow(), attributes={}) as writer:
-        for unit in range(spec.units):
-            span = spec.rows_of(unit)
-            writer.commit(unit, rows[span.start : span.stop])
+        for shard in range(spec.shards):
+            span = spec.rows_of(shard)
+            writer.commit(shard, rows[span.start : span.stop])
         writer.finish()
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     def peer(name: str, make: Any) -> None:
         x = rows.astype(np.float32)
         x = (x - x.mean(0)) / x.std(0)
-        fold = deal_folds(labels, RowsTakingPart(len(labels), np.zeros(0, np.int64)), 2, seed=0)
+        fold = deal_folds(labels, EligibleRows(len(labels), np.zeros(0, np.int64)), 2, seed=0)
         hits = [
             (make().fit(x[fold != f], labels[fold != f]).predict(x[fold == f]) == labels[fold == f]) for f in (0, 1)
         ]

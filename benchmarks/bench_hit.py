@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from harness import interleaved, parser, report, spread
 
+from gstds_cache.data.hash_cache import RACY_NS, HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest, hash_items
-from gstds_cache.data.memo import RACY_NS, HashMemo
 from gstds_cache.data.sources import open_source
 
 ENCODER = """
@@ -111,7 +111,7 @@ def main() -> None:
 
         uri, place = f"imagefolder:{work / 'photos'}", work / "cache" / "hashes"
         source = open_source(uri)
-        digests = hash_items(source, memo=HashMemo(place))
+        digests = hash_items(source, hash_cache=HashCache(place))
 
         def root() -> str:
             return DatasetManifest("imagefolder", source.ids, digests, source.labels).root
@@ -119,7 +119,7 @@ def main() -> None:
         seconds = interleaved(
             arguments.trials,
             scan=lambda: open_source(uri),
-            signatures=lambda: hash_items(source, memo=HashMemo(place)),
+            signatures=lambda: hash_items(source, hash_cache=HashCache(place)),
             merkle_root=root,
             read_and_hash_all=lambda: hash_items(source),
         )

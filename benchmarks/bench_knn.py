@@ -19,10 +19,10 @@ import torch
 from batches import batches_of
 from harness import interleaved, parser, report
 
-from gstds_cache.devices import cores, limit_threads
 from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch
-from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.runtime.threads import cores, limit_threads
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
     for size in arguments.batch_sizes:
         count = max(1, min(16, 4096 // size))
-        rows = unit_rows(torch.from_numpy(batches_of(arguments.stores, count, size))).to(device)
+        rows = normalized_rows(torch.from_numpy(batches_of(arguments.stores, count, size))).to(device)
         out = torch.empty(count, size, size, device=device)
 
         def limit(rows: torch.Tensor = rows, out: torch.Tensor = out) -> None:

@@ -30,10 +30,10 @@ from PIL import Image
 from torch import nn
 
 from gstds_cache.config import EmbedConfig
-from gstds_cache.data.memo import RACY_NS, HashMemo
+from gstds_cache.data.hash_cache import RACY_NS, HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -123,12 +123,12 @@ def child(job: str, rows: int, store: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     begun, start, watch = time.perf_counter(), status("VmRSS"), Watch()
     if job in {"embed", "folder"}:
-        memo = None
+        hash_cache = None
         if source is None:
-            memo = HashMemo(Path(store).with_suffix(".hashes"))
-            source = open_source(f"imagefolder:{Path(store).with_suffix('.images')}", memo=memo)
+            hash_cache = HashCache(Path(store).with_suffix(".hashes"))
+            source = open_source(f"imagefolder:{Path(store).with_suffix('.images')}", hash_cache=hash_cache)
         config = EmbedConfig(model="bench_memory:build", batch_size=256, workers=0, device="cpu")
-        embed_dataset(source, config, where=store, memo=memo)
+        embed_dataset(source, config, where=store, hash_cache=hash_cache)
     else:
         opened, seen = EmbeddingStore(store, access=job, memory_budget=BUDGET), 0
         for names, batch in opened.shuffled(512, seed=0, epoch=0):

@@ -40,10 +40,10 @@ from bench_store import Ours
 from harness import interleaved, parser, report, spread
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
-from gstds_cache.devices import cores, in_threads, limit_threads
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.runtime.threads import cores, in_threads, limit_threads
 from gstds_cache.selection.plan import BatchPlan
-from gstds_cache.selection.rule import RuleBatch, settle_ties
+from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.fiedler import fiedler_vectors
@@ -86,7 +86,7 @@ class Composition:
 
     def select(self, batch: BatchPlan, search: str) -> np.ndarray:
         vector = self.vector(batch.indices, search)
-        return batch.indices[coverage(RuleBatch(settle_ties(vector), batch.keep))]
+        return batch.indices[coverage(RuleBatch(round_ties(vector), batch.keep))]
 
 
 _composition: Composition | None = None

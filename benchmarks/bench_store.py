@@ -35,7 +35,7 @@ from gstds_cache.store.writer import open_writer
 
 BATCH = 512
 BLOCK = 4096
-WINDOW_UNITS = 8
+WINDOW_SHARDS = 8
 
 
 def make_rows(count: int, dim: int) -> np.ndarray:
@@ -59,17 +59,17 @@ class Ours:
         labels = np.zeros(count, np.int64) if labels is None else labels
         manifest = DatasetManifest("benchmark", tuple(map(str, range(count))), np.zeros((count, 32), np.uint8), labels)
         spec = CacheSpec(
-            items=count, items_root=manifest.root, encoder={}, dim=dim, dtype="float16", batch_size=1, unit_rows=BLOCK
+            items=count, items_root=manifest.root, encoder={}, dim=dim, dtype="float16", batch_size=1, shard_rows=BLOCK
         )
         with open_writer(path, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes={}) as writer:
-            for unit, block in enumerate(blocks(rows, stop)):
-                writer.commit(unit, block)
+            for shard, block in enumerate(blocks(rows, stop)):
+                writer.commit(shard, block)
             writer.finish()
 
     def read(self, path: Path) -> Iterator[np.ndarray]:
         store = EmbeddingStore(path, access="window", memory_budget=0)
-        for unit in range(store.spec.units):
-            yield store.unit(unit)
+        for shard in range(store.spec.shards):
+            yield store.shard(shard)
 
     def gather(self, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         return EmbeddingStore(path, access="mirror").gather
@@ -257,7 +257,7 @@ def against_files(path: Path, trials: int) -> dict[str, Any]:
     """Ours against plain file operations on the same bytes."""
     ours = FORMATS["gstds-cache"]
     store = EmbeddingStore(path, access="window", memory_budget=0)
-    files = [path / layout.object_key(unit) for unit in range(store.spec.units)]
+    files = [path / layout.object_key(shard) for shard in range(store.spec.shards)]
 
     def plain_read() -> None:
         for file in files:
@@ -270,12 +270,12 @@ def against_files(path: Path, trials: int) -> dict[str, Any]:
 
     def zarr_read() -> None:
         array = zarr.open_group(path, mode="r")["embeddings"]
-        for unit in range(store.spec.units):
-            array[unit * BLOCK : (unit + 1) * BLOCK]
+        for shard in range(store.spec.shards):
+            array[shard * BLOCK : (shard + 1) * BLOCK]
 
     return interleaved(
         trials,
-        read=lambda: consume(store.unit(unit) for unit in range(store.spec.units)),
+        read=lambda: consume(store.shard(shard) for shard in range(store.spec.shards)),
         open_and_read=lambda: consume(ours.read(path)),
         plain_read_and_crc32c=plain_read,
         read_by_zarr=zarr_read,
@@ -286,7 +286,7 @@ def against_files(path: Path, trials: int) -> dict[str, Any]:
 
 def against_memmap(path: Path, rows: np.ndarray, folder: Path, trials: int) -> dict[str, Any]:
     """An epoch of 512-row float32 batches: by window, by mirror, and gathered from a memmap."""
-    window = EmbeddingStore(path, access="window", memory_budget=WINDOW_UNITS * BLOCK * rows.shape[1] * 2)
+    window = EmbeddingStore(path, access="window", memory_budget=WINDOW_SHARDS * BLOCK * rows.shape[1] * 2)
     mirror = EmbeddingStore(path, access="mirror")
     np.save(folder / "peer.npy", rows)
     memmap = np.load(folder / "peer.npy", mmap_mode="r")

@@ -29,7 +29,7 @@ from harness import parser, report, spread
 from stream_shared import one_stalled
 from stream_waits import COMMANDS, first_record, trainers_wait
 
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.flight_client import FlightSource
 from gstds_cache.stream.reader import SelectionStream
@@ -59,7 +59,7 @@ import json, sys, time
 begun = time.perf_counter()
 import torch
 torch_took = time.perf_counter() - begun
-import gstds_cache.train.sampler, gstds_cache.train.loop
+import gstds_cache.training.sampler, gstds_cache.training.loop
 took = time.perf_counter() - begun
 print(json.dumps({"seconds": took, "of_which_torch": torch_took,
                   "loaded": [name for name in ("faiss", "zarr", "ray", "timm") if name in sys.modules]}))

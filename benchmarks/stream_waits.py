@@ -16,7 +16,8 @@ from gstds_cache.stream.reader import SelectionStream
 
 COMMANDS = Path(sys.executable).parent
 IMPORTS = """
-import gstds_cache.cli.select_command, gstds_cache.devices, gstds_cache.energy, gstds_cache.memory
+import gstds_cache.cli.select_command, gstds_cache.runtime.threads, gstds_cache.costs.energy
+import gstds_cache.runtime.allocator
 import gstds_cache.selection.run, gstds_cache.store.reader, gstds_cache.stream.pipe, gstds_cache.stream.writer
 print(flush=True)
 """

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from gstds_cache.costs import store_costs
+from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
-from gstds_cache.places import cache_root, derived_places, hashes_folder
+from gstds_cache.files.derived import cache_root, derived_paths, hashes_folder
 
 from .common import (
     Command,
@@ -31,7 +31,7 @@ from .report_command import export, report
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource
     from gstds_cache.encoders.encoder import Encoder
-    from gstds_cache.store.journal import Journal
+    from gstds_cache.store.metadata import StoreMetadata
     from gstds_cache.store.verify import VerifyReport
 
 GROUP_HELP = """Look at embedding stores, check and mend them, hand them on, remove them.
@@ -62,11 +62,11 @@ Example:
   gstds-cache info photos.store
 """
 
-VERIFY_HELP = """Check STORE against its receipts; exit code 3 if anything is wrong, 4 if it is not complete.
+VERIFY_HELP = """Check STORE against its commit records; exit code 3 if anything is wrong, 4 if it is not complete.
 
 \b
 Levels:
-  quick   sizes against receipts, and the small objects
+  quick   sizes against commit records, and the small objects
   full    hash every byte
   sample  embed some rows again and compare; needs the data set and the model
 
@@ -123,7 +123,7 @@ def list_stores(root: Path | None, as_json: bool) -> None:
         return
     rows = [("name", "rows", "MB", "state", "model", "data set", "last used")]
     for s in summaries:
-        state = "complete" if s.complete else f"{s.committed}/{s.units} units"
+        state = "complete" if s.complete else f"{s.committed}/{s.shards} shards"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last_used)) if s.last_used else "-"
         dataset = str(s.provenance.get("dataset", s.kind))
         name = Path(s.location).name
@@ -149,7 +149,7 @@ def show_store(store: str, as_json: bool) -> None:
         [
             ("store", summary.location),
             ("fingerprint", summary.fingerprint),
-            ("state", f"{summary.committed:,} of {summary.units:,} units committed, {done}"),
+            ("state", f"{summary.committed:,} of {summary.shards:,} shards committed, {done}"),
             ("items", f"{summary.items:,}, of which {len(summary.quarantined):,} quarantined so far"),
             ("embeddings", f"[{summary.items}, {summary.dim}] {summary.dtype}, {summary.size / 1e6:,.1f} MB on disk"),
             ("data set", f"{summary.kind}, {summary.classes:,} classes, root {summary.items_root[:12]}"),
@@ -163,7 +163,7 @@ def show_store(store: str, as_json: bool) -> None:
         click.echo(f"... and {len(summary.quarantined) - 20} more; see --json")
 
 
-def _belonging(store: Journal, dataset: str | None, model: str | None) -> tuple[ImageSource, Encoder]:
+def _belonging(store: StoreMetadata, dataset: str | None, model: str | None) -> tuple[ImageSource, Encoder]:
     """The data set and the model a store was made with, from where they were then, or where they are said to be."""
     from gstds_cache.data.sources import open_source
     from gstds_cache.encoders.factory import open_encoder
@@ -204,10 +204,10 @@ def verify_store(
     as_json: bool,
 ) -> None:
     """Check one store."""
-    from gstds_cache.store.journal import corrupt
+    from gstds_cache.store.metadata import corrupt
     from gstds_cache.store.verify import verify
 
-    progress = Progress("units", "")
+    progress = Progress("shards", "")
     try:
         report = verify(
             store,
@@ -218,16 +218,16 @@ def verify_store(
         progress.end()
     problems, extra = list(report.problems), {}
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
-    click.echo(f"{store}: {level} check of {report.committed:,} of {report.units:,} units{hashed}")
+    click.echo(f"{store}: {level} check of {report.committed:,} of {report.shards:,} shards{hashed}")
     if level == "sample" and not problems:
-        from gstds_cache.data.memo import HashMemo
-        from gstds_cache.embed.check import check_sample
-        from gstds_cache.embed.repair import same_data
+        from gstds_cache.data.hash_cache import HashCache
+        from gstds_cache.embedding.check import check_sample
+        from gstds_cache.embedding.repair import same_data
         from gstds_cache.store.reader import EmbeddingStore
 
         opened = EmbeddingStore(store, allow_partial=True, access="window")
-        source, encoder = _belonging(opened.journal, dataset, model)
-        same_data(opened.journal, source, encoder, HashMemo(hashes_folder()))
+        source, encoder = _belonging(opened.metadata, dataset, model)
+        same_data(opened.metadata, source, encoder, HashCache(hashes_folder()))
         found = check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
         problems += found.problems
         extra = {"rows": list(found.rows), "cosine_min": found.cosine_min}
@@ -238,8 +238,8 @@ def verify_store(
         click.echo(f"error: {corrupt(store, problems)}", err=True)
         if level == "sample" and not report.problems:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
-            units = sorted({problem.unit for problem in problems if problem.unit is not None})
-            words = [word for unit in units for word in ("--unit", unit)]
+            shards = sorted({problem.shard for problem in problems if problem.shard is not None})
+            words = [word for shard in shards for word in ("--shard", shard)]
             click.echo(f"  (their hashes are right: {command_line('gstds-cache', 'repair', store, *words)})", err=True)
         ctx.exit(EXIT_INTEGRITY)
     if not report.complete:
@@ -252,7 +252,7 @@ def verify_store(
 @click.argument("store")
 @DATASET
 @MODEL
-@click.option("--unit", "units", type=int, multiple=True, help="Make this unit again as well, whatever its hash.")
+@click.option("--shard", "shards", type=int, multiple=True, help="Make this shard again as well, whatever its hash.")
 @device_option
 @workers_option
 @json_option
@@ -262,43 +262,43 @@ def repair(
     store: str,
     dataset: str | None,
     model: str | None,
-    units: tuple[int, ...],
+    shards: tuple[int, ...],
     device: str,
     workers: int | None,
     as_json: bool,
 ) -> None:
     """Mend one store."""
-    from gstds_cache.data.memo import HashMemo
-    from gstds_cache.embed.repair import repair_store
-    from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.store.journal import Journal
+    from gstds_cache.data.hash_cache import HashCache
+    from gstds_cache.embedding.repair import repair_store
+    from gstds_cache.runtime.allocator import keep_freed_memory
+    from gstds_cache.store.metadata import StoreMetadata
 
     keep_freed_memory()
-    source, encoder = _belonging(Journal(store), dataset, model)
-    progress = Progress("images", "decoded images", check="units")
+    source, encoder = _belonging(StoreMetadata(store), dataset, model)
+    progress = Progress("images", "decoded images", check="shards")
     try:
         report = repair_store(
             store,
             source,
             encoder,
-            units=units,
+            shards=shards,
             device=device,
             workers=workers,
-            memo=HashMemo(hashes_folder()),
+            hash_cache=HashCache(hashes_folder()),
             progress=lambda phase, done, total: progress(phase, done, total, 0.0),
         )
     finally:
         progress.end()
     for problem in report.before.problems[:20]:
         click.echo(f"was wrong: {problem}")
-    for unit in report.changed:
-        click.echo(f"note: unit {unit} has other bits now than before: another machine, or other library versions")
+    for shard in report.changed:
+        click.echo(f"note: shard {shard} has other bits now than before: another machine, or other library versions")
     done = "complete" if report.after.complete else "not complete: run the same gstds-embed command again"
     print_table(
         [
             ("store", store),
-            ("checked", f"{report.before.committed:,} of {report.before.units:,} units, all bytes"),
-            ("made again", f"{len(report.units):,} units, {report.images:,} images embedded"),
+            ("checked", f"{report.before.committed:,} of {report.before.shards:,} shards, all bytes"),
+            ("made again", f"{len(report.shards):,} shards, {report.images:,} images embedded"),
             ("now", f"{len(report.after.problems)} problems, {done}"),
         ]
     )
@@ -310,7 +310,7 @@ def repair(
                 "problems": after,
                 "was_wrong": before,
                 "images": report.images,
-                "units_made_again": list(report.units),
+                "shards_made_again": list(report.shards),
                 "changed": list(report.changed),
             }
         )
@@ -339,7 +339,7 @@ def remove(store: str, yes: bool, as_json: bool) -> None:
     from gstds_cache.store.remove import remove_store
 
     summary = summarise(store)
-    places = [place for kind in (".selections", ".guidance", ".mirror") for place in derived_places(store, kind)]
+    places = [place for kind in (".selections", ".guidance", ".mirror") for place in derived_paths(store, kind)]
     derived = [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - Path's may raise
     click.echo(
         f"{summary.location}: {summary.items:,} rows of {summary.model}, {summary.size / 1e6:,.1f} MB"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError
-from gstds_cache.locations import local_file, parse_location
-from gstds_cache.resources import explain
+from gstds_cache.files.location import local_file, parse_location
+from gstds_cache.runtime.resources import explain
 
 if TYPE_CHECKING:
     from gstds_cache.data.source import ImageSource

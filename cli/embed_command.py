@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
-from gstds_cache.costs import Cost, keep_record, store_costs
+from gstds_cache.costs.records import Cost, keep_record, store_costs
 from gstds_cache.errors import GstdsError, UsageError, command_line
-from gstds_cache.locations import parse_location
-from gstds_cache.openmp import wait_briefly
+from gstds_cache.files.location import parse_location
+from gstds_cache.runtime.openmp import wait_briefly
 
 from .common import (
     Command,
@@ -29,8 +29,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from gstds_cache.embed.probe import Estimate
-    from gstds_cache.embed.run import EmbedReport
+    from gstds_cache.embedding.estimate import Estimate
+    from gstds_cache.embedding.run import EmbedReport
 
 PHASES = ("hash", "model", "probe", "embed", "finish", "total")
 
@@ -78,7 +78,7 @@ pixels instead of the model's own size, in a fraction of the time.
     "CUDA 256]",
 )
 @click.option(
-    "--unit-rows",
+    "--shard-rows",
     type=int,
     help="Rows committed at once, rounded up to whole batches. [default: the store's own, or about 4 MB]",
 )
@@ -100,7 +100,7 @@ def main(
     cache: str | None,
     device: str,
     batch_size: int | None,
-    unit_rows: int | None,
+    shard_rows: int | None,
     workers: int | None,
     dtype: Literal["float16", "float32"],
     reuse: tuple[str, ...],
@@ -108,7 +108,7 @@ def main(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Parse, call :func:`gstds_cache.embed.run.embed_dataset`, print."""
+    """Parse, call :func:`gstds_cache.embedding.run.embed_dataset`, print."""
     wait_briefly()
     for flag, place in (("--cache", cache), *(("--reuse", other) for other in reuse)):
         if place is not None:
@@ -116,23 +116,23 @@ def main(
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,
-        unit_rows=unit_rows,
+        shard_rows=shard_rows,
         workers=workers,
         device=device,
         dtype=dtype,
         allow_untrained=allow_untrained,
     )
-    from gstds_cache.data.memo import HashMemo
+    from gstds_cache.costs.energy import EnergyMeter
+    from gstds_cache.data.hash_cache import HashCache
     from gstds_cache.data.sources import open_source
-    from gstds_cache.devices import describe_device, resolve_device
-    from gstds_cache.embed.run import embed_dataset, estimate_dataset
-    from gstds_cache.energy import EnergyMeter
-    from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.places import cache_root, find_cache_root, hashes_folder
+    from gstds_cache.embedding.run import embed_dataset, estimate_dataset
+    from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
+    from gstds_cache.runtime.allocator import keep_freed_memory
+    from gstds_cache.runtime.devices import describe_device, resolve_device
 
     keep_freed_memory()
     if dry_run:
-        source = open_source(dataset, memo=HashMemo())
+        source = open_source(dataset, hash_cache=HashCache())
         warn_if_inside(source, cache or find_cache_root(), what="the store", flag="--cache")
         estimate = estimate_dataset(source, config, where=cache, root=find_cache_root(), say=_say)
         _print_estimate(estimate, cache, reuse)
@@ -140,8 +140,8 @@ def main(
             print_json({"dry_run": True, **estimate.to_dict()})
         return
     root = None if cache is not None else cache_root("--cache STORE")
-    memo = HashMemo(hashes_folder())
-    progress = Progress("images", "decoded images", check="units")
+    hash_cache = HashCache(hashes_folder())
+    progress = Progress("images", "decoded images", check="shards")
     meter = EnergyMeter(resolve_device(device))
 
     def show(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
@@ -149,9 +149,13 @@ def main(
         progress(phase, done, total, shares)
 
     try:
-        source = open_source(dataset, memo=memo, progress=lambda done, total: progress("hash", done, total, {}))
+        source = open_source(
+            dataset, hash_cache=hash_cache, progress=lambda done, total: progress("hash", done, total, {})
+        )
         warn_if_inside(source, cache or root, what="the store", flag="--cache")
-        report = embed_dataset(source, config, where=cache, root=root, reuse=reuse, progress=show, say=_say, memo=memo)
+        report = embed_dataset(
+            source, config, where=cache, root=root, reuse=reuse, progress=show, say=_say, hash_cache=hash_cache
+        )
     except OSError as error:
         if root is None or isinstance(error, GstdsError) or error.errno not in {EACCES, EPERM, EROFS, ENOTDIR}:
             raise
@@ -162,7 +166,7 @@ def main(
     finally:
         progress.end()
     meter.add("embed")
-    notes = memo.notes
+    notes = hash_cache.notes
     if not report.cache_hit:
         notes = (*notes, *_record_cost(report, meter.joules, describe_device(resolve_device(device))))
     _print(report, notes, reuse)

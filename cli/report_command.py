@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from gstds_cache.errors import UsageError
-from gstds_cache.locations import local_file
-from gstds_cache.places import hashes_folder
+from gstds_cache.files.derived import hashes_folder
+from gstds_cache.files.location import local_file
 
 from .common import Command, LocalPath, Progress, device_option, json_option, print_json
 
 if TYPE_CHECKING:
-    from gstds_cache.report.recompute import MadeWith
+    from gstds_cache.report.recompute import RecomputeSettings
 
 EXPORT_HELP = """Write the rows of STORE to FILE for other tools: .npy, .parquet or .arrow.
 
@@ -76,11 +76,11 @@ def export(
     as_json: bool,
 ) -> None:
     """Write one store's rows for other tools."""
-    from gstds_cache.report.recompute import MadeWith
+    from gstds_cache.report.recompute import RecomputeSettings
 
     if selection is not None:
-        made_with = MadeWith(device=device or "auto", guidance=guidance, schedule=schedule)
-        _export_scores(store, file, local_file(selection, "--scores"), made_with, force=force, as_json=as_json)
+        recompute_settings = RecomputeSettings(device=device or "auto", guidance=guidance, schedule=schedule)
+        _export_scores(store, file, local_file(selection, "--scores"), recompute_settings, force=force, as_json=as_json)
         return
     if (device, guidance, schedule) != (None, None, None):
         raise UsageError(
@@ -99,7 +99,9 @@ def export(
         print_json({"file": str(file), "rows": len(opened), "undecodable": bad, "bytes": size})
 
 
-def _export_scores(store: str, file: Path, selection: Path, made_with: MadeWith, *, force: bool, as_json: bool) -> None:
+def _export_scores(
+    store: str, file: Path, selection: Path, recompute_settings: RecomputeSettings, *, force: bool, as_json: bool
+) -> None:
     from gstds_cache.report.recompute import selector_of, watch_again
     from gstds_cache.report.scores import SampleScores, check_target, write_scores
     from gstds_cache.store.reader import EmbeddingStore
@@ -110,7 +112,7 @@ def _export_scores(store: str, file: Path, selection: Path, made_with: MadeWith,
     progress = Progress("batches", "")
     scores = SampleScores(len(opened))
     with open_selection(selection) as stream:
-        selector = selector_of(opened, stream.header, made_with)
+        selector = selector_of(opened, stream.header, recompute_settings)
         try:
             for batch in watch_again(selector, stream):
                 scores.add(batch)
@@ -159,13 +161,13 @@ def report(
         raise UsageError(
             f"the report needs {error.name}, which is not installed", hint="pip install 'gstds-cache[report]'"
         ) from error
-    from gstds_cache.data.memo import HashMemo
+    from gstds_cache.data.hash_cache import HashCache
     from gstds_cache.data.sources import open_source
-    from gstds_cache.report.recompute import MadeWith
+    from gstds_cache.report.recompute import RecomputeSettings
     from gstds_cache.report.run_view import read_run
     from gstds_cache.report.selection_view import view_selection
 
-    memo = HashMemo(hashes_folder())
+    hash_cache = HashCache(hashes_folder())
     progress = Progress("batches", "")
     runs = [read_run(path, number) for number, path in enumerate((p for p in what if p.is_dir()), 1)]
     try:
@@ -174,9 +176,9 @@ def report(
                 path,
                 key=f"s{number}",
                 cache=cache,
-                dataset=lambda uri: open_source(uri, memo=memo),
+                dataset=lambda uri: open_source(uri, hash_cache=hash_cache),
                 dataset_uri=dataset,
-                made_with=MadeWith(device=device, guidance=guidance, schedule=schedule),
+                recompute_settings=RecomputeSettings(device=device, guidance=guidance, schedule=schedule),
                 most=batches,
                 progress=lambda done, total: progress("compute", done, total, 0.0),
             )

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from gstds_cache import scratch
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
-from gstds_cache.costs import Cost, keep_record, selection_costs
+from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError, command_line
-from gstds_cache.locations import local_file
+from gstds_cache.files import mapped
+from gstds_cache.files.location import local_file
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.guidance import KINDS
 from gstds_cache.selection.rules import RULES
@@ -73,7 +73,7 @@ stopped.
     "--order",
     default="permutation",
     show_default=True,
-    help="Order of an epoch: permutation, or window:ROWS, which reads each unit of a store larger than memory once.",
+    help="Order of an epoch: permutation, or window:ROWS, which reads each shard of a store larger than memory once.",
 )
 @click.option(
     "--partitions",
@@ -122,7 +122,7 @@ stopped.
     type=click.Choice(ACCESS_KINDS),
     default="auto",
     show_default=True,
-    help="How to get at rows: all in memory; from a mirror, a local .npy copy made once; or a window of units. auto: "
+    help="How to get at rows: all in memory; from a mirror, a local .npy copy made once; or a window of shards. auto: "
     "memory where the rows fit --memory-budget, else a mirror where the disk has room, else a window, which is slow.",
 )
 @click.option("--mirror", metavar="FOLDER", help="Where a mirror lies. [default: STORE.mirror]")
@@ -206,9 +206,9 @@ def main(
         threads=int(piped or serve is not None) if threads is None else threads,
     )
     started = time.perf_counter()
-    from gstds_cache.devices import limit_threads
-    from gstds_cache.graph.code_cache import why_not_kept
-    from gstds_cache.memory import keep_freed_memory
+    from gstds_cache.runtime.allocator import keep_freed_memory
+    from gstds_cache.runtime.jit import why_not_kept
+    from gstds_cache.runtime.threads import limit_threads
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.deliver import deliver_kept
@@ -253,7 +253,7 @@ def main(
 def _dropped(selector: BatchSelector) -> str:
     """Shares dropped of the classes that lost least and most, in words."""
     shares = sorted(
-        (1 - kept / seen, class_name(label, selector.store.journal.classes))
+        (1 - kept / seen, class_name(label, selector.store.metadata.classes))
         for label, (seen, kept) in selector.counts.classes.items()
         if label >= 0
     )
@@ -297,7 +297,7 @@ def _default_file(selector: BatchSelector) -> Path:
 
 
 def _serve(selector: BatchSelector, where: str, service: dict[str, Any]) -> None:
-    from gstds_cache.places import first_writable
+    from gstds_cache.files.derived import first_writable
     from gstds_cache.stream.deliver import selection_folders
     from gstds_cache.stream.security import Access, parse_address
     from gstds_cache.stream.serve import log, serve
@@ -315,7 +315,7 @@ def _serve(selector: BatchSelector, where: str, service: dict[str, Any]) -> None
     with ExitStack() as stack:
         folder = place.path
         if folder is None:  # readers read what is written, so there has to be a file, if for as long as they read
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gstds-selections-", dir=scratch.folder())))
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gstds-selections-", dir=mapped.folder())))
         if place.note:
             log("note", selections=folder, kept=place.path is not None, why=place.note)
         serve(
@@ -332,7 +332,7 @@ def _serve(selector: BatchSelector, where: str, service: dict[str, Any]) -> None
 
 def _compute(selector: BatchSelector, out: Path | ByteStream, started: float) -> None:
     """Compute and deliver, with progress; what it took is written down also where it is interrupted."""
-    from gstds_cache.energy import EnergyMeter
+    from gstds_cache.costs.energy import EnergyMeter
     from gstds_cache.stream.deliver import deliver_computed, kept_paths
 
     progress, meter = Progress("batches", "embeddings"), EnergyMeter(selector.device)
@@ -375,7 +375,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
     work = sum(counts.seconds.values())
     shares = {phase: spent / work for phase, spent in counts.seconds.items()} if work else {}
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
-    classes = selector.store.journal.classes
+    classes = selector.store.metadata.classes
     to_stderr = file is None
     print_table(
         [
@@ -400,7 +400,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
         click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)
     if file is not None:
         click.echo(f"wrote: {file}")
-        dataset = selector.store.journal.provenance.get("dataset", "DATASET")
+        dataset = selector.store.metadata.provenance.get("dataset", "DATASET")
         click.echo(f"next: {command_line('gstds-train', dataset, '--selection', file)}")
     if as_json:
         result: dict[str, Any] = {

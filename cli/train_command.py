@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.costs import Cost, recall, recall_store, selection_costs
+from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
 from gstds_cache.errors import IncompleteError, UsageError, command_line
-from gstds_cache.locations import local_file
-from gstds_cache.openmp import wait_briefly
+from gstds_cache.files.location import local_file
+from gstds_cache.runtime.openmp import wait_briefly
 
 from .common import (
     Command,
@@ -35,15 +35,15 @@ from .common import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gstds_cache.data.memo import HashMemo
+    from gstds_cache.data.hash_cache import HashCache
     from gstds_cache.data.source import ImageSource
     from gstds_cache.stream.reader import SelectionStream
     from gstds_cache.stream.schema import Header
-    from gstds_cache.train.distributed import Ranks
-    from gstds_cache.train.ledger import Ledger
-    from gstds_cache.train.loop import TrainReport
-    from gstds_cache.train.planning import SelectionCost
-    from gstds_cache.train.run_dir import RunDir
+    from gstds_cache.training.distributed import Ranks
+    from gstds_cache.training.ledger import Ledger
+    from gstds_cache.training.loop import TrainReport
+    from gstds_cache.training.planning import SelectionCost
+    from gstds_cache.training.run_dir import RunDir
 
 HELP = """Train a network on a selection of DATASET, each batch of kept rows one step.
 
@@ -133,7 +133,7 @@ def main(
     plan: bool,
     as_json: bool,
 ) -> None:
-    """Parse, call :func:`gstds_cache.train.loop.train`, print."""
+    """Parse, call :func:`gstds_cache.training.loop.train`, print."""
     config = TrainConfig(
         arch=arch,
         seed=seed,
@@ -150,16 +150,16 @@ def main(
     )
     begun, selection = time.perf_counter(), _named(selection)
     wait_briefly()
+    from gstds_cache.data.hash_cache import HashCache
     from gstds_cache.data.manifest import build_manifest
-    from gstds_cache.data.memo import HashMemo
     from gstds_cache.data.repeatable import why_items_differ
-    from gstds_cache.devices import limit_threads
-    from gstds_cache.memory import keep_freed_memory
-    from gstds_cache.places import hashes_folder
-    from gstds_cache.store.journal import Journal
+    from gstds_cache.files.derived import hashes_folder
+    from gstds_cache.runtime.allocator import keep_freed_memory
+    from gstds_cache.runtime.threads import limit_threads
+    from gstds_cache.store.metadata import StoreMetadata
     from gstds_cache.stream.reader import open_selection, require_dataset, require_store
-    from gstds_cache.train.distributed import process_group
-    from gstds_cache.train.loop import train
+    from gstds_cache.training.distributed import process_group
+    from gstds_cache.training.loop import train
 
     keep_freed_memory()
     limit_threads(threads)
@@ -170,16 +170,16 @@ def main(
                 hint="give a file, or the address of gstds-select --serve",
             )
         progress = Progress("steps", "data", hash="items", load="images") if ranks.first else _quiet
-        memo = HashMemo() if plan else HashMemo(hashes_folder())
+        hash_cache = HashCache() if plan else HashCache(hashes_folder())
 
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
 
-        source, evaluation = _opened(dataset, eval_dataset, memo, hashed_items)
+        source, evaluation = _opened(dataset, eval_dataset, hash_cache, hashed_items)
         with open_selection(selection) as stream:
             header = stream.header
             if cache is not None:
-                require_store(header, fingerprint=Journal(cache).spec.fingerprint, where=cache)
+                require_store(header, fingerprint=StoreMetadata(cache).spec.fingerprint, where=cache)
             embed_cost, select_cost = _costs(header, selection, cache)
             config = _settled(config, source)
             flops = _choose_threads(config, source, header, ranks)
@@ -187,7 +187,7 @@ def main(
                 if ranks.first:
                     _print_plan(source, evaluation, stream, config, cache, (embed_cost, select_cost), as_json)
                 return
-            manifest = build_manifest(source, memo=memo, progress=hashed_items)
+            manifest = build_manifest(source, hash_cache=hash_cache, progress=hashed_items)
             require_dataset(
                 header,
                 items=len(manifest),
@@ -195,10 +195,10 @@ def main(
                 uri=source.uri,
                 why=why_items_differ(source),
             )
-            eval_root = build_manifest(evaluation, memo=memo).root if evaluation else None
+            eval_root = build_manifest(evaluation, hash_cache=hash_cache).root if evaluation else None
             run_dir = _hold_run_dir(out, config, source, stream, eval_root, ranks, resume)
             opened = time.perf_counter() - begun  # libraries loaded, items hashed
-            for note in memo.notes if ranks.first else ():
+            for note in hash_cache.notes if ranks.first else ():
                 click.echo(f"note: {note}", err=True)
             try:
                 with _saying_how_to_go_on(run_dir.path):
@@ -248,14 +248,14 @@ def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
 
 
 def _opened(
-    dataset: str, eval_dataset: str | None, memo: HashMemo, progress: Callable[[int, int], None]
+    dataset: str, eval_dataset: str | None, hash_cache: HashCache, progress: Callable[[int, int], None]
 ) -> tuple[ImageSource, ImageSource | None]:
     """Both data sets; refused where their labels are none that can be trained on, before every image is hashed."""
     from gstds_cache.data.sources import open_source
-    from gstds_cache.train.loop import count_classes
+    from gstds_cache.training.loop import count_classes
 
-    source = open_source(dataset, memo=memo, progress=progress)
-    evaluation = open_source(eval_dataset, memo=memo, progress=progress) if eval_dataset else None
+    source = open_source(dataset, hash_cache=hash_cache, progress=progress)
+    evaluation = open_source(eval_dataset, hash_cache=hash_cache, progress=progress) if eval_dataset else None
     count_classes(source, evaluation)
     return source, evaluation
 
@@ -268,9 +268,9 @@ def _named(selection: str) -> str:
 
 def _measured_selection(cache: str, header: Header) -> SelectionCost:
     from gstds_cache.report.recompute import selector_of
-    from gstds_cache.selection.pace import samples_per_second
+    from gstds_cache.selection.throughput import samples_per_second
     from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.train.planning import SelectionCost
+    from gstds_cache.training.planning import SelectionCost
 
     rate = samples_per_second(selector_of(EmbeddingStore(cache), header))
     return SelectionCost(None, rate, f"at {rate:,.0f} samples/s, as a few batches took")
@@ -278,7 +278,7 @@ def _measured_selection(cache: str, header: Header) -> SelectionCost:
 
 def _settled(config: TrainConfig, source: ImageSource) -> TrainConfig:
     """The configuration with nothing left to the data set."""
-    from gstds_cache.train.images import default_side
+    from gstds_cache.training.images import default_side
 
     return replace(
         config,
@@ -302,9 +302,9 @@ def _hold_run_dir(
     resume: bool,
 ) -> RunDir:
     """The run's directory, held until the command ends, its ledger included."""
-    from gstds_cache.devices import describe_device
-    from gstds_cache.train.loop import run_config
-    from gstds_cache.train.run_dir import RunDir, default_name
+    from gstds_cache.runtime.devices import describe_device
+    from gstds_cache.training.loop import run_config
+    from gstds_cache.training.run_dir import RunDir, default_name
 
     identity = run_config(config, stream, eval_root)
     path = out or Path("runs") / default_name(identity, run_config(_default(config, source), stream, None))
@@ -332,9 +332,9 @@ def _hold_run_dir(
 
 def _choose_threads(config: TrainConfig, source: ImageSource, header: Header, ranks: Ranks) -> float | None:
     """Where the user gave no number of threads, take what a step on a CPU is worth; returns FLOPs per sample."""
-    from gstds_cache.devices import limit_threads
-    from gstds_cache.train.flops import flops_per_sample, step_threads
-    from gstds_cache.train.loop import count_classes
+    from gstds_cache.runtime.threads import limit_threads
+    from gstds_cache.training.flops import flops_per_sample, step_threads
+    from gstds_cache.training.loop import count_classes
 
     flops = flops_per_sample(config.arch, classes=count_classes(source, None), side=config.image_size)
     if not config.threads and ranks.device.type == "cpu":
@@ -354,7 +354,7 @@ def _costs(header: Header, selection: str, cache: str | None) -> tuple[Cost | No
 def _ledger(
     report: TrainReport, selection: str, embed: Cost | None, select: Cost | None, flops: float | None
 ) -> Ledger:
-    from gstds_cache.train.ledger import Ledger
+    from gstds_cache.training.ledger import Ledger
 
     seconds, source = None, "no record of its cost was found beside the selection"
     if select is not None:
@@ -393,7 +393,7 @@ def _print_plan(
     as_json: bool,
 ) -> None:
     """Measure a few steps, say what the run will take, and whether selection pays; nothing is trained or written."""
-    from gstds_cache.train.planning import plan_run, recorded
+    from gstds_cache.training.planning import plan_run, recorded
 
     taken = recorded(costs[1])
     if costs[1] is None and cache is not None:

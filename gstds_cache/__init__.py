@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
     from gstds_cache.data.sources import open_source
-    from gstds_cache.embed.run import embed_dataset
+    from gstds_cache.embedding.run import embed_dataset
     from gstds_cache.errors import GstdsError
     from gstds_cache.graph.knn import knn_graph
     from gstds_cache.selection.run import BatchSelector
     from gstds_cache.spectral.fiedler import fiedler_vectors
     from gstds_cache.store.reader import EmbeddingStore
     from gstds_cache.stream.reader import SelectionStream, open_selection
-    from gstds_cache.train.sampler import SelectedBatchSampler
-    from gstds_cache.train.selected_dataset import SelectedDataset
+    from gstds_cache.training.sampler import SelectedBatchSampler
+    from gstds_cache.training.selected_dataset import SelectedDataset
 
 _HOME = {
     "BatchSelector": "selection.run",

@@ -12,7 +12,7 @@ DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
-MOST_ROWS = 1 << 24  # of a unit, a batch, a training step
+MOST_ROWS = 1 << 24  # of a shard, a batch, a training step
 MOST_EPOCHS = 100_000
 MOST_WORKERS = 1024
 MOST_THREADS = 4096
@@ -46,8 +46,8 @@ class EmbedConfig:
     Attributes:
         model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, with ``?weights=FILE``, ``?size=PIXELS``.
         batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
-        unit_rows: Rows per unit, rounded up to a multiple of ``batch_size``; None takes the store's
-            own, or about 4 MB a unit.
+        shard_rows: Rows per shard, rounded up to a multiple of ``batch_size``; None takes the store's
+            own, or about 4 MB a shard.
         workers: Processes that decode images; 0 decodes in this process, None fits the machine and the data set.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: How embeddings are stored.
@@ -56,7 +56,7 @@ class EmbedConfig:
 
     model: str = DEFAULT_MODEL
     batch_size: int | None = None
-    unit_rows: int | None = None
+    shard_rows: int | None = None
     workers: int | None = None
     device: str = "auto"
     dtype: Literal["float16", "float32"] = "float16"
@@ -64,7 +64,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         _require_range("--batch-size", self.batch_size, 1, MOST_IMAGES)
-        _require_range("--unit-rows", self.unit_rows, 1, MOST_ROWS)
+        _require_range("--shard-rows", self.shard_rows, 1, MOST_ROWS)
         _require_range("--workers", self.workers, 0, MOST_WORKERS, ", or auto")
         _one_of("--dtype", self.dtype, ("float16", "float32"))
 
@@ -152,7 +152,7 @@ class TrainConfig:
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
         threads: CPU threads training may use; 0 leaves the library's default to :func:`train`, and lets gstds-train
-            take one where a step is small (train/flops.py), else all.
+            take one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
     """

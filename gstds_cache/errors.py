@@ -77,7 +77,7 @@ class FingerprintMismatchError(IntegrityError):
 
 
 class NondeterminismError(IntegrityError):
-    """The same unit was computed twice with different results."""
+    """The same shard was computed twice with different results."""
 
 
 class StreamError(IntegrityError):

@@ -30,9 +30,9 @@ from benchmarks.study.methods import find_method
 from benchmarks.study.runs import Task, one_run
 from benchmarks.study.scores import Scores
 from benchmarks.study.settings import load_setting, names
-from gstds_cache.devices import limit_threads
 from gstds_cache.errors import GstdsError
-from gstds_cache.memory import keep_freed_memory
+from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.runtime.threads import limit_threads
 
 Job = tuple[Task, multiprocessing.process.BaseProcess]
 

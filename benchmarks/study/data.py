@@ -14,15 +14,15 @@ from torch import nn
 
 from benchmarks.study.settings import Setting, load_setting, resolved
 from gstds_cache.config import EmbedConfig
-from gstds_cache.data.memo import HashMemo
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import EmbedReport, embed_dataset
-from gstds_cache.graph.neighbors import unit_rows
-from gstds_cache.places import cache_root
+from gstds_cache.embedding.run import EmbedReport, embed_dataset
+from gstds_cache.files.derived import cache_root
+from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.train.augment import to_input
-from gstds_cache.train.images import ImageFeed
+from gstds_cache.training.augment import to_input
+from gstds_cache.training.images import ImageFeed
 
 TEST_BATCH = 512
 CURVE_ITEMS = 4096  # test images of the accuracy after each epoch
@@ -42,11 +42,11 @@ class StudyData:
 
     @cached_property
     def train(self) -> ImageSource:
-        return open_source(resolved(self.setting.train), memo=HashMemo(cache_root() / "hashes"))
+        return open_source(resolved(self.setting.train), hash_cache=HashCache(cache_root() / "hashes"))
 
     @cached_property
     def test(self) -> ImageSource:
-        return open_source(resolved(self.setting.test), memo=HashMemo(cache_root() / "hashes"))
+        return open_source(resolved(self.setting.test), hash_cache=HashCache(cache_root() / "hashes"))
 
     @cached_property
     def train_feed(self) -> ImageFeed:
@@ -73,12 +73,12 @@ class StudyData:
         config = EmbedConfig(model=self.setting.model)
         return embed_dataset(self.train, config, where=self.location, reuse=reuse)
 
-    def unit_embeddings(self) -> Float32[np.ndarray, "N D"]:
+    def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:
         """All embeddings as unit rows."""
         store = self.store
         rows = np.empty((len(store), store.spec.dim), store.spec.dtype)
         store.gather(np.arange(len(rows)), rows)
-        return unit_rows(torch.from_numpy(rows)[None])[0].numpy()
+        return normalized_rows(torch.from_numpy(rows)[None])[0].numpy()
 
     def decode(self) -> float:
         """Decode all images now; returns the seconds it took for the training set."""

@@ -24,7 +24,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from gstds_cache.errors import DatasetError
-from gstds_cache.places import cache_root
+from gstds_cache.files.derived import cache_root
 from gstds_cache.seeding import rng_for
 
 SIDE, INNER = 28, 22  # pixels of an image, and of the square its letter is fitted into

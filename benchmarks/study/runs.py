@@ -22,20 +22,20 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import header_of, write_file
-from gstds_cache.train.baselines.batch_method import BatchMethod, kept_of
-from gstds_cache.train.baselines.ccs import ccs
-from gstds_cache.train.baselines.el2n import el2n, hardest
-from gstds_cache.train.baselines.fixed import write_fixed
-from gstds_cache.train.baselines.infobatch import InfoBatch
-from gstds_cache.train.baselines.jest import Jest
-from gstds_cache.train.baselines.k_centre import k_centre
-from gstds_cache.train.baselines.prototypicality import prototypicality
-from gstds_cache.train.baselines.proxy_mask import ProxyMask
-from gstds_cache.train.baselines.rho_loss import RhoLoss
-from gstds_cache.train.baselines.rs2 import rs2
-from gstds_cache.train.baselines.selective_backprop import SelectiveBackprop
-from gstds_cache.train.loop import run_config, train
-from gstds_cache.train.run_dir import RunDir
+from gstds_cache.training.baselines.batch_method import BatchMethod, kept_of
+from gstds_cache.training.baselines.ccs import ccs
+from gstds_cache.training.baselines.el2n import el2n, hardest
+from gstds_cache.training.baselines.fixed import write_fixed
+from gstds_cache.training.baselines.infobatch import InfoBatch
+from gstds_cache.training.baselines.jest import Jest
+from gstds_cache.training.baselines.k_centre import k_centre
+from gstds_cache.training.baselines.prototypicality import prototypicality
+from gstds_cache.training.baselines.proxy_mask import ProxyMask
+from gstds_cache.training.baselines.rho_loss import RhoLoss
+from gstds_cache.training.baselines.rs2 import rs2
+from gstds_cache.training.baselines.selective_backprop import SelectiveBackprop
+from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.run_dir import RunDir
 
 K_CENTRE_DIMS = 64
 CURVES = ("full", "random", "default")  # methods tested after each epoch too, outside of the clock
@@ -187,7 +187,7 @@ def _subset(task: Task, keep: int, data: StudyData, scores: Scores) -> np.ndarra
         return ccs(el2n(scores.early(), labels), keep, rng_for(task.seed, "ccs"))
     if task.method == "forgetting":
         return hardest(scores.forgetting(), keep)
-    embeddings = data.unit_embeddings()
+    embeddings = data.normalized_embeddings()
     if task.method == "prototypicality":
         return hardest(prototypicality(embeddings, len(data.train.classes), task.seed), keep)
     assert task.method == "k-centre", task.method

@@ -23,10 +23,10 @@ from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
-from gstds_cache.train.baselines.batch_method import BatchMethod
-from gstds_cache.train.baselines.forgetting import ForgettingCounter
-from gstds_cache.train.loop import run_config, train
-from gstds_cache.train.run_dir import RunDir
+from gstds_cache.training.baselines.batch_method import BatchMethod
+from gstds_cache.training.baselines.forgetting import ForgettingCounter
+from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.run_dir import RunDir
 
 EARLY_NETWORKS, EARLY_EPOCHS = 3, 1
 

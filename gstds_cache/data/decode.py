@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
-from gstds_cache.resources import about_us
+from gstds_cache.runtime.resources import about_us
 
 __all__ = ["UndecodableError", "decode_image", "to_rgb"]
 

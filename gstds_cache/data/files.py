@@ -15,7 +15,7 @@ from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.names import Names
-from gstds_cache.resources import about_us
+from gstds_cache.runtime.resources import about_us
 
 MAX_BYTES = 1 << 30
 """Largest file that is read to be decoded: more than ``MAX_PIXELS`` of any format, at 16 bits and uncompressed."""

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from gstds_cache import scratch
 from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
 from gstds_cache.data.levels import level_notes
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.data.outputs import Listing, holds_outputs
 from gstds_cache.errors import DatasetError, UsageError
-from gstds_cache.locations import local_file
+from gstds_cache.files import mapped
+from gstds_cache.files.location import local_file
 
 _AT_ONCE = 1 << 16
 _LAYOUT = "expected a folder with one folder per class, PATH/CLASS/IMAGE"
@@ -150,7 +150,7 @@ def _in_order(classes: list[str]) -> list[int]:
 
 
 def _labels(classes: list[str], scan: _Scan) -> Int64[np.ndarray, " N"]:
-    labels, done = scratch.zeros((scan.images.total(),), np.int64), 0
+    labels, done = mapped.zeros((scan.images.total(),), np.int64), 0
     for label in _in_order(classes):
         labels[done : done + scan.images[label]] = label
         done += scan.images[label]

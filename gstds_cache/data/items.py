@@ -17,7 +17,7 @@ from PIL import Image
 from gstds_cache.data.decode import UndecodableError, to_rgb
 from gstds_cache.errors import DatasetError, GstdsError, IncompleteError, in_words
 from gstds_cache.plugins import where_in
-from gstds_cache.resources import about_us, out_of_memory
+from gstds_cache.runtime.resources import about_us, out_of_memory
 
 CODE_FAULTS = (NameError, TypeError, AttributeError, ImportError, NotImplementedError, RecursionError, SystemExit)
 """What is raised by code that is wrong, not by data that are damaged. Files, archives and decoders raise all others:
@@ -34,7 +34,7 @@ NOT_PAIR = (
 
 # Reading any other item would fail as well: a device that is gone, a disk that is full.
 _MACHINE = frozenset({errno.ENODEV, errno.ENOSPC, errno.ENOTCONN})
-# Errors whose text is left out of the reason, as it always was: receipts written before stay as they are.
+# Errors whose text is left out of the reason, as it always was: commit records written before stay as they are.
 _BY_NAME = (OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 # Addresses and absolute paths would make the reason another in every run; a file's own name stays.
 _VARIES = re.compile(r" at 0x[0-9a-fA-F]+|(?<![\w./])/(?:[^\s/'\":]+/)+")
@@ -148,7 +148,7 @@ def _reason(error: BaseException) -> str:
     """Why an item cannot be read, in one line that is the same in every run."""
     if isinstance(error, _BY_NAME):
         return getattr(error, "strerror", None) or type(error).__name__
-    # A message may hold a file name in another encoding, which no receipt can.
+    # A message may hold a file name in another encoding, which no commit record can.
     return _VARIES.sub("", in_words(error)).encode(errors="backslashreplace").decode()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from gstds_cache import scratch
+from gstds_cache.files import mapped
 
 UNUSED = 10
 """Outputs for each class that items have, up to which labels are class indices: of ImageNet, a tenth is fine."""
@@ -40,7 +40,7 @@ class LabelCounts:
             part = labels[start : start + _PIECE]
             part = part[part >= 0]
             labelled, seen = labelled + len(part), np.union1d(seen, part)
-            scratch.let_go(labels)
+            mapped.release(labels)
         return cls(labelled, len(seen), int(seen.max(initial=-1)))
 
     @property

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from gstds_cache import scratch
 from gstds_cache.data.names import AT_ONCE
 from gstds_cache.errors import DatasetError
+from gstds_cache.files import mapped
 
 NO_LABEL = -1
 WITHOUT = "or None for an item without a label"
@@ -201,7 +201,7 @@ class LabelColumn:
         Raises:
             DatasetError: One is no label, is not among the class names, or is text beside numbers.
         """
-        labels, left = scratch.zeros((self._rows,), np.int64), _plain(values)
+        labels, left = mapped.zeros((self._rows,), np.int64), _plain(values)
         for start in range(0, self._rows, AT_ONCE):
             some = list(islice(left, min(AT_ONCE, self._rows - start)))
             labels[start : start + len(some)] = self._coded(start, some)
@@ -212,7 +212,7 @@ class LabelColumn:
                 )
         if self._text is not None:
             self._name_classes(labels)
-        scratch.let_go(labels)
+        mapped.release(labels)
         return labels
 
     def _coded(self, start: int, values: list[Any]) -> Int64[np.ndarray, " n"]:

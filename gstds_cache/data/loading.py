@@ -21,7 +21,7 @@ from gstds_cache.data.copies import NotCopiedError
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Pool
-from gstds_cache.devices import cores
+from gstds_cache.runtime.threads import cores
 
 _log = logging.getLogger(__name__)
 PixelTransform = Callable[[Image.Image], torch.Tensor]

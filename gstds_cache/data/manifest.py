@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt8
 
-from gstds_cache import scratch
 from gstds_cache.data.files import Files
-from gstds_cache.data.memo import HashMemo, settled, signatures_of
+from gstds_cache.data.hash_cache import HashCache, settled, signatures_of
 from gstds_cache.data.names import AT_ONCE, Names, cut, held
 from gstds_cache.data.source import ImageSource
-from gstds_cache.digest import merkle_root
 from gstds_cache.errors import IntegrityError
-from gstds_cache.resources import about_us
+from gstds_cache.files import mapped
+from gstds_cache.files.digest import merkle_root
+from gstds_cache.runtime.resources import about_us
 
 UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
@@ -90,7 +90,7 @@ class DatasetManifest:
                     + digests[32 * row : 32 * row + 32]
                     + labels[8 * row : 8 * row + 8]
                 )
-            scratch.let_go(self.sha256, self.labels)
+            mapped.release(self.sha256, self.labels)
 
     def to_arrow(self) -> memoryview:
         """Serialise to an Arrow IPC file: columns ``id``, ``sha256``, ``label``; kind and classes in the metadata.
@@ -114,9 +114,9 @@ class DatasetManifest:
                         pa.array(self.labels[part]),
                     ]
                     writer.write_batch(pa.record_batch(columns, schema=schema))
-                    scratch.let_go(self.sha256, self.labels)
+                    mapped.release(self.sha256, self.labels)
 
-        return scratch.written(write)
+        return mapped.written(write)
 
     @classmethod
     def from_arrow(cls, data: bytes | memoryview) -> DatasetManifest:
@@ -136,7 +136,7 @@ class DatasetManifest:
             table.validate(full=True)
             table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
             metadata, batches = table.schema.metadata, table.to_batches(AT_ONCE)
-            sha256, labels, done = scratch.zeros((len(table), 32), np.uint8), scratch.zeros((len(table),), np.int64), 0
+            sha256, labels, done = mapped.zeros((len(table), 32), np.uint8), mapped.zeros((len(table),), np.int64), 0
             for batch in batches:
                 part = slice(done, done + len(batch))
                 sha256[part] = np.frombuffer(b"".join(batch["sha256"].to_pylist()), np.uint8).reshape(-1, 32)
@@ -159,7 +159,7 @@ class DatasetManifest:
 def build_manifest(
     source: ImageSource,
     *,
-    memo: HashMemo | None = None,
+    hash_cache: HashCache | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 4,
 ) -> DatasetManifest:
@@ -167,7 +167,7 @@ def build_manifest(
 
     Args:
         source: The data set.
-        memo: Digests of files remembered from before: a file that has not changed since is not opened.
+        hash_cache: Digests of files remembered from before: a file that has not changed since is not opened.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash; hashing and file reads leave Python's lock.
 
@@ -177,7 +177,7 @@ def build_manifest(
     return DatasetManifest(
         kind=source.kind,
         ids=held(source.ids),
-        sha256=hash_items(source, memo=memo, progress=progress, threads=threads),
+        sha256=hash_items(source, hash_cache=hash_cache, progress=progress, threads=threads),
         labels=source.labels,
         classes=tuple(source.classes),
     )
@@ -186,7 +186,7 @@ def build_manifest(
 def hash_items(
     source: ImageSource,
     *,
-    memo: HashMemo | None = None,
+    hash_cache: HashCache | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 4,
 ) -> UInt8[np.ndarray, "N 32"]:
@@ -194,7 +194,7 @@ def hash_items(
 
     Args:
         source: The data set.
-        memo: Digests of files remembered from before; those found now are added, also if this is interrupted.
+        hash_cache: Digests of files remembered from before; those found now are added, also if this is interrupted.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash.
 
@@ -202,11 +202,11 @@ def hash_items(
         [N, 32] digests, writable.
     """
     files = source.files
-    if memo is None or files is None:
-        digests = scratch.zeros((len(source), 32), np.uint8)
+    if hash_cache is None or files is None:
+        digests = mapped.zeros((len(source), 32), np.uint8)
         _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
         return digests
-    signatures, digests = memo.recall(files)
+    signatures, digests = hash_cache.recall(files)
     touched = [signatures, digests, *(files.names.parts() if isinstance(files.names, Names) else [])]
     changes: list[range] = []
 
@@ -218,7 +218,7 @@ def hash_items(
         _in_blocks(work, len(source), progress, threads, *touched)
     finally:
         if changes:
-            memo.record(files, signatures, digests)
+            hash_cache.record(files, signatures, digests)
     return digests
 
 
@@ -242,7 +242,7 @@ def _in_blocks(
             for stop in pool.map(work_from, range(first, min(first + _WAVE, rows), _BLOCK)):
                 if progress is not None:
                     progress(stop, rows)
-            scratch.let_go(*touched)
+            mapped.release(*touched)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from gstds_cache import scratch
 from gstds_cache.data.copies import Copies
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files, printable
@@ -25,6 +24,7 @@ from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, use
 from gstds_cache.data.labels import NO_LABEL, LabelColumn, first_and_last, may_be_labels, parse_label
 from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.errors import DatasetError, in_words
+from gstds_cache.files import mapped
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
@@ -78,7 +78,7 @@ class MapStyleSource:
         self._again = again
         self._lock = threading.Lock()
         rows = _length(dataset, uri)
-        self._sums = scratch.zeros((rows,), np.int64)  # Of each item when it was hashed; 0 until then.
+        self._sums = mapped.zeros((rows,), np.int64)  # Of each item when it was hashed; 0 until then.
         self.ids = _ids(dataset, uri, rows)
         self._require_an_image(rows)
         # torchvision names those classes alone that a split has.

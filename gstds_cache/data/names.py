@@ -10,7 +10,7 @@ from typing import IO, Any, overload
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from gstds_cache import scratch
+from gstds_cache.files import mapped
 
 AT_ONCE = 1 << 14
 """Names that are in memory at a time."""
@@ -97,9 +97,9 @@ class Names(_Lazy):
 
             nonlocal text
             ends.write(bytes(8))
-            text = scratch.written(write_text)
+            text = mapped.written(write_text)
 
-        ends = scratch.written(write_ends)
+        ends = mapped.written(write_ends)
         return cls(text, np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class Names(_Lazy):
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), AT_ONCE):
             yield from self[start : start + AT_ONCE]
-            self.let_go()
+            self.release()
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Names):
@@ -145,9 +145,9 @@ class Names(_Lazy):
         """The ends, and the text as bytes."""
         return self.ends, np.frombuffer(self.text, np.uint8)
 
-    def let_go(self) -> None:
-        """Take the mapped pages out of this process (:func:`gstds_cache.scratch.let_go`)."""
-        scratch.let_go(*self.parts())
+    def release(self) -> None:
+        """Take the mapped pages out of this process (:func:`gstds_cache.files.map_object.release`)."""
+        mapped.release(*self.parts())
 
 
 def cut(names: Sequence[str], start: int, stop: int) -> tuple[bytes, Int64[np.ndarray, " n1"]]:
@@ -158,7 +158,7 @@ def cut(names: Sequence[str], start: int, stop: int) -> tuple[bytes, Int64[np.nd
     """
     if isinstance(names, Names):
         found = names.cut(start, stop)
-        names.let_go()
+        names.release()
         return found
     some = [name.encode() for name in names[start:stop]]
     return b"".join(some), np.cumsum([0, *map(len, some)], dtype=np.int64)
@@ -172,7 +172,7 @@ def held(names: Sequence[str]) -> Sequence[str]:
 def numbers_of(names: Names, start: int, stop: int) -> UInt64[np.ndarray, " n"]:
     """A number of 64 bits for each name from ``start`` to ``stop``; the same names have the same, in this process."""
     numbers = np.fromiter(map(hash, names.encoded(start, stop)), np.int64).view(np.uint64)
-    names.let_go()
+    names.release()
     return numbers
 
 
@@ -189,13 +189,13 @@ def find(names: Names, wanted: Names) -> Int64[np.ndarray, " M"]:
     Returns:
         [M] rows of ``names``, -1 for what is not there.
     """
-    rows = scratch.zeros((len(wanted),), np.int64)
+    rows = mapped.zeros((len(wanted),), np.int64)
     rows[:] = -1
     if not len(names):
         return rows
     # One number holds hash and row, so that sorting in place is all, and takes no memory.
     low = np.uint64((1 << max(1, (len(names) - 1).bit_length())) - 1)
-    table = scratch.zeros((len(names),), np.uint64)
+    table = mapped.zeros((len(names),), np.uint64)
     for start in range(0, len(names), AT_ONCE):
         hashes = numbers_of(names, start, start + AT_ONCE)
         table[start : start + AT_ONCE] = (hashes & ~low) | np.arange(start, start + len(hashes), dtype=np.uint64)
@@ -209,7 +209,7 @@ def find(names: Names, wanted: Names) -> Int64[np.ndarray, " M"]:
 
 def duplicate(names: Names) -> str | None:
     """A name that is there more than once, or None."""
-    table = scratch.zeros((len(names),), np.uint64)
+    table = mapped.zeros((len(names),), np.uint64)
     for start in range(0, len(names), AT_ONCE):
         table[start : start + AT_ONCE] = numbers_of(names, start, start + AT_ONCE)
     table.sort()
@@ -231,7 +231,7 @@ def _pieces(names: Names) -> Iterator[np.ndarray]:
     for whole in names.parts():
         for start in range(0, len(whole), 1 << 20):
             yield whole[start : start + (1 << 20)]
-        scratch.let_go(whole)
+        mapped.release(whole)
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STORE = frozenset(
-    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "receipts", "COMPLETE.json", "repair.json"}
+    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "COMPLETE.json", "repair.json"}
 )
 RUN = frozenset({"config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"})
 MIRROR = frozenset({"embeddings.npy", "mirror.json"})
@@ -60,7 +60,7 @@ class Listing:
             return "a store"
         if "config.json" in own and "selection_digest" in _fields(_read(folder, "config.json", "config")):
             return "a run"
-        if "mirror.json" in own and _read(folder, "mirror.json", "receipts_sha256"):
+        if "mirror.json" in own and _read(folder, "mirror.json", "commits_sha256"):
             return "a mirror"
         return None if self.strange else self._unfinished()
 

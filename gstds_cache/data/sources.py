@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gstds_cache.data.memo import HashMemo
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError, unknown_name
-from gstds_cache.locations import expanded
+from gstds_cache.files.location import expanded
 from gstds_cache.uris import split_query
 
 __all__ = ["KINDS", "ImageSource", "open_source"]
@@ -19,7 +19,7 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def open_source(
-    uri: str, *, memo: HashMemo | None = None, progress: Callable[[int, int], None] | None = None
+    uri: str, *, hash_cache: HashCache | None = None, progress: Callable[[int, int], None] | None = None
 ) -> ImageSource:
     """Open a data set by name.
 
@@ -28,7 +28,7 @@ def open_source(
 
     Args:
         uri: One of ``KINDS``.
-        memo: Digests of files remembered from before, for ``split``, which needs the digest of every item. Give
+        hash_cache: Digests of files remembered from before, for ``split``, which needs the digest of every item. Give
             :func:`gstds_cache.data.manifest.build_manifest` the same one, and no file is read twice to be hashed.
         progress: Called with (items hashed, items in all) while a split is decided.
 
@@ -46,12 +46,14 @@ def open_source(
         from gstds_cache.data.arrays import open_digits
         from gstds_cache.data.split import open_split
 
-        return open_split(uri, params, open_digits, memo=memo, progress=progress)
+        return open_split(uri, params, open_digits, hash_cache=hash_cache, progress=progress)
     if kind == "imagefolder":
         from gstds_cache.data.folder import open_folder
         from gstds_cache.data.split import open_split
 
-        return open_split(uri, params, lambda whole: open_folder(whole, target), memo=memo, progress=progress)
+        return open_split(
+            uri, params, lambda whole: open_folder(whole, target), hash_cache=hash_cache, progress=progress
+        )
     if kind == "torchvision":
         from gstds_cache.data.vision import open_torchvision
 

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.files import Files
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import UNREADABLE, hash_items
-from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
@@ -80,7 +80,7 @@ def open_split(
     params: dict[str, str],
     open_whole: Callable[[str], ImageSource],
     *,
-    memo: HashMemo | None = None,
+    hash_cache: HashCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSource:
     """Open a source, or the part of it that ``split`` and ``holdout`` ask for.
@@ -89,7 +89,7 @@ def open_split(
         uri: The data set as the user named it.
         params: Its query; ``split`` is ``train`` or ``test``, ``holdout`` the fraction held out for testing.
         open_whole: Opens the whole, given the uri.
-        memo: Digests remembered from before; a split is decided by the digest of every item.
+        hash_cache: Digests remembered from before; a split is decided by the digest of every item.
         progress: Called with (items hashed, items in all) where there is a split to decide.
 
     Returns:
@@ -117,7 +117,7 @@ def open_split(
         holdout = -1.0
     if not 0 < holdout < 1:
         raise UsageError(f"data set {uri!r}: got holdout={given}, expected a fraction between 0 and 1, e.g. 0.2")
-    return split_by_content(open_whole(uri), split, holdout, memo=memo, progress=progress)
+    return split_by_content(open_whole(uri), split, holdout, hash_cache=hash_cache, progress=progress)
 
 
 def split_by_content(
@@ -125,7 +125,7 @@ def split_by_content(
     split: str,
     holdout: float,
     *,
-    memo: HashMemo | None = None,
+    hash_cache: HashCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Subset:
     """Take the training or the test part of a source.
@@ -134,13 +134,13 @@ def split_by_content(
     position decides, because web-crawled data sets are full of exact duplicates, and one on each side would let a test
     reward memory; because adding or renaming items then moves no other item across; and because it needs no file that
     records the split. The held-out share is close to ``holdout`` and not exactly it. Every item is read once, or not at
-    all where ``memo`` knows it.
+    all where ``hash_cache`` knows it.
 
     Args:
         source: The whole.
         split: ``train`` or ``test``.
         holdout: The fraction held out, between 0 and 1.
-        memo: Digests remembered from before.
+        hash_cache: Digests remembered from before.
         progress: Called with (items hashed, items in all).
 
     Returns:
@@ -149,7 +149,7 @@ def split_by_content(
     Raises:
         DatasetError: The part would be empty.
     """
-    held_out = _held_out(source, hash_items(source, memo=memo, progress=progress), holdout)
+    held_out = _held_out(source, hash_items(source, hash_cache=hash_cache, progress=progress), holdout)
     rows = np.flatnonzero(held_out if split == "test" else ~held_out).astype(np.int64)
     if not rows.size:
         raise DatasetError(

@@ -18,9 +18,9 @@ from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
-from gstds_cache.locations import expanded
+from gstds_cache.files.location import expanded
 from gstds_cache.plugins import own_code
-from gstds_cache.resources import out_of_memory
+from gstds_cache.runtime.resources import out_of_memory
 
 # Characters and signs: mirrored, they are others or none.
 _MIRROR_UNSAFE = frozenset(

@@ -15,7 +15,7 @@ from gstds_cache.encoders.module import TAKES, make_ready, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
-from gstds_cache.resources import out_of_memory
+from gstds_cache.runtime.resources import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Encoder:
                 f"expected [{len(pixels)}, {self.spec.dim}] (pooled features)"
             )
         with self.its_errors():
-            return unit_rows(features)
+            return normalized_rows(features)
 
     def its_errors(self) -> AbstractContextManager[None]:
         """A context in which what is raised is told as the model's error: kernels fail where they are waited for."""
@@ -165,7 +165,7 @@ class Encoder:
         return torch.nonzero(lengths == 0).flatten().tolist()
 
 
-def unit_rows(features: torch.Tensor) -> Float32[torch.Tensor, "B D"]:
+def normalized_rows(features: torch.Tensor) -> Float32[torch.Tensor, "B D"]:
     """Rows divided by their lengths, whatever their size.
 
     The sum of squares of a row of 1e30 is infinite in float32, that of 1e-30 is zero: such rows are first divided by
@@ -179,8 +179,8 @@ def unit_rows(features: torch.Tensor) -> Float32[torch.Tensor, "B D"]:
     """
     single = features.float()
     rows = torch.nn.functional.normalize(single, dim=1)
-    is_unit = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) - 1).abs() < 1e-3
+    is_shard = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) - 1).abs() < 1e-3
     exact = features if features.dtype == torch.float64 else single
     largest = exact.abs().amax(dim=1, keepdim=True)
     scaled = (exact / torch.where(largest > 0, largest, 1)).float()
-    return torch.where(is_unit, rows, torch.nn.functional.normalize(scaled, dim=1))
+    return torch.where(is_shard, rows, torch.nn.functional.normalize(scaled, dim=1))

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from gstds_cache.digest import sha256_file
 from gstds_cache.encoders.encoder import Encoder, EncoderSpec
 from gstds_cache.encoders.module import bare, make_ready, own_dtype, run
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
 from gstds_cache.errors import EncoderError, UsageError, in_words, unknown_name
-from gstds_cache.locations import expanded
+from gstds_cache.files.digest import sha256_file
+from gstds_cache.files.location import expanded
 from gstds_cache.plugins import call_factory, load_factory, own_code
-from gstds_cache.resources import out_of_memory
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")

@@ -12,7 +12,7 @@ from torch import nn
 
 from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
-from gstds_cache.resources import out_of_memory
+from gstds_cache.runtime.resources import out_of_memory
 
 TAKES = (
     "it has to take normalised float32 [B, 3, H, W] for any B, and give [B, D]. H and W are 224 unless it has an "
@@ -54,7 +54,7 @@ def make_ready(model: nn.Module, name: str) -> None:
             hint="build the model on the CPU and load its weights in the factory",
         )
     with own_code(f"{name}: putting the model in eval mode, on the CPU,", EncoderError, but=out_of_memory):
-        # An exported program has the mode in which it was exported: two looks tell which (embed/look.py).
+        # An exported program has the mode in which it was exported: two looks tell which (embedding/look.py).
         with suppress(NotImplementedError):
             model.eval()
         for parameter in _made(model.parameters()):  # compiled modules have no requires_grad_ of their own

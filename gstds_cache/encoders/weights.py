@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gstds_cache.errors import EncoderError
-from gstds_cache.given import reading, require_file
+from gstds_cache.files.given import reading, require_file
 from gstds_cache.plugins import own_code
 
 SAVE_AGAIN = "save it again with safetensors.torch.save_file(model.state_dict(), FILE)"

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt16, UInt32
 from numba import njit, uint64
 
-from gstds_cache.graph.code_cache import code_cache
+from gstds_cache.runtime.jit import code_cache
 
 FAST = frozenset({"reassoc", "contract", "nsz", "arcp"})  # sums in any fixed order, so that they can be vectorised
 LANES = 32
@@ -26,7 +26,7 @@ SQUARES = (1e-25, 1e25)  # a sum of squares in between has neither lost entries 
 def compiled(*, fast: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function with numba when it is first called, without Python's lock.
 
-    Compiled code is kept for the next time where there is a place for it (:mod:`gstds_cache.graph.code_cache`).
+    Compiled code is kept for the next time where there is a place for it (:mod:`gstds_cache.runtime.jit`).
 
     Args:
         fast: Whether sums may be reordered, once and for all, so that they can be vectorised.
@@ -45,7 +45,7 @@ def compiled(*, fast: bool = False) -> Callable[[Callable[..., Any]], Callable[.
 
 
 @compiled(fast=True)
-def unit_rows_into(x: Float32[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"]) -> int:
+def normalize_rows_into(x: Float32[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"]) -> int:
     """Scale rows to unit length; zero rows stay zero.
 
     Args:
@@ -78,10 +78,10 @@ def unit_rows_into(x: Float32[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"
 
 
 @compiled(fast=True)
-def unit_half_rows_into(
+def normalize_half_rows_into(
     x: UInt16[np.ndarray, "B D"], out: Float32[np.ndarray, "B D"], bits: UInt32[np.ndarray, "B D"]
 ) -> int:
-    """:func:`unit_rows_into` of float16 rows, converted on the way: in one pass over memory instead of three.
+    """:func:`normalize_rows_into` of float16 rows, converted on the way: in one pass over memory instead of three.
 
     A float16's exponent and fraction, moved to their places in a float32, are the number times 2^-112.
 

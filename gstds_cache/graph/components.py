@@ -78,7 +78,8 @@ def bridge_components(graph: SparseGraph, rows: Float32[Tensor, "G B D"]) -> tup
 
     Args:
         graph: G graphs of B nodes.
-        rows: The unit rows they were made from, ``[G, B, D]`` float32, as :func:`~.neighbors.unit_rows` makes them.
+        rows: The unit rows they were made from, ``[G, B, D]`` float32, as :func:`~.neighbors.normalized_rows` makes
+        them.
 
     Returns:
         The connected graphs (the argument itself where all were), and how many components each had, ``[G]`` int64.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.graph.compiled import nearest_in_rows
-from gstds_cache.graph.neighbors import KnnGraph, as_stack, unit_rows
+from gstds_cache.graph.neighbors import KnnGraph, as_stack, normalized_rows
 
 Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
@@ -232,7 +232,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
 
 
 def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
-    """:func:`knn_graph` of rows that have unit length already, as :func:`~.neighbors.unit_rows` makes them.
+    """:func:`knn_graph` of rows that have unit length already, as :func:`~.neighbors.normalized_rows` makes them.
 
     Raises:
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
@@ -268,4 +268,4 @@ def knn_graph(
         UsageError: If ``k`` < 1, ``x`` is empty, or the backend is unknown or cannot run here.
         SolverError: If a row holds NaN or Inf.
     """
-    return nearest(unit_rows(as_stack(x, device)), k, backend=backend)
+    return nearest(normalized_rows(as_stack(x, device)), k, backend=backend)

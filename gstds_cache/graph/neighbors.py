@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from gstds_cache.devices import resolve_device
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.graph.compiled import unit_half_rows_into, unit_rows_into
+from gstds_cache.graph.compiled import normalize_half_rows_into, normalize_rows_into
+from gstds_cache.runtime.devices import resolve_device
 
 ROWS_NAMED = 10
 
@@ -59,7 +59,9 @@ def _require_finite(x: Float[Tensor, "G B D"]) -> None:
     )
 
 
-def unit_rows(x: Float[Tensor, "G B D"], *, out: Float32[Tensor, "G B D"] | None = None) -> Float32[Tensor, "G B D"]:
+def normalized_rows(
+    x: Float[Tensor, "G B D"], *, out: Float32[Tensor, "G B D"] | None = None
+) -> Float32[Tensor, "G B D"]:
     """Scale rows to unit length in float32; zero rows stay zero.
 
     No finite row overflows or vanishes when it is squared: where that could be, its largest entry is divided out first.
@@ -82,9 +84,9 @@ def unit_rows(x: Float[Tensor, "G B D"], *, out: Float32[Tensor, "G B D"] | None
         out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
         to = out.view(flat.shape).numpy()
         if x.dtype == torch.float16:
-            bad = unit_half_rows_into(flat.contiguous().numpy().view(np.uint16), to, to.view(np.uint32))
+            bad = normalize_half_rows_into(flat.contiguous().numpy().view(np.uint16), to, to.view(np.uint32))
         else:
-            bad = unit_rows_into(flat.to(torch.float32).contiguous().numpy(), to)
+            bad = normalize_rows_into(flat.to(torch.float32).contiguous().numpy(), to)
         if bad >= 0:
             _require_finite(x)
         return out

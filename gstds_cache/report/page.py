@@ -9,11 +9,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gstds_cache.replacing import replacing
+from gstds_cache.files.atomic import replacing
 from gstds_cache.report.charts import DROPPED, KEPT
 from gstds_cache.report.run_view import RunView, panels_of
 from gstds_cache.report.selection_view import SelectionView
-from gstds_cache.resources import writing
+from gstds_cache.runtime.resources import writing
 
 
 def render(selections: list[SelectionView], runs: list[RunView]) -> str:

@@ -18,7 +18,7 @@ from gstds_cache.errors import FingerprintMismatchError, UsageError, command_lin
 from gstds_cache.selection.guidance import guidance_digest, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
 from gstds_cache.stream.schema import Header
@@ -44,7 +44,7 @@ class SeenBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeWith:
+class RecomputeSettings:
     """What a selection was made with and does not name itself.
 
     Attributes:
@@ -59,16 +59,18 @@ class MadeWith:
     schedule: str | None = None
 
 
-AS_IT_SAYS = MadeWith()
+AS_RECORDED = RecomputeSettings()
 
 
-def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_IT_SAYS) -> BatchSelector:
+def selector_of(
+    store: EmbeddingStore, header: Header, recompute_settings: RecomputeSettings = AS_RECORDED
+) -> BatchSelector:
     """The selector that makes a selection again.
 
     Args:
         store: The store it was made from.
         header: The selection's header.
-        made_with: What the header does not say.
+        recompute_settings: What the header does not say.
 
     Returns:
         The selector, on all cores.
@@ -81,14 +83,14 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     settings = dict(header.settings)
     guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):
-        if made_with.schedule is None:
+        if recompute_settings.schedule is None:
             raise UsageError(
                 f"the selection's schedule was a file, of which it knows the digest alone ({settings['schedule']})",
                 hint="give the --schedule file:PATH that it was made with",
             )
-        settings["schedule"] = made_with.schedule
+        settings["schedule"] = recompute_settings.schedule
     try:
-        config = SelectConfig(**settings, device=made_with.device, threads=0)
+        config = SelectConfig(**settings, device=recompute_settings.device, threads=0)
     except TypeError as error:
         raise UsageError(
             f"the selection has settings that this version does not know: {error}",
@@ -97,7 +99,9 @@ def selector_of(store: EmbeddingStore, header: Header, made_with: MadeWith = AS_
     selector = BatchSelector(store, config)
     same_schedule = selector.plan.schedule.identity == header.settings.get("schedule")
     if same_schedule and guidance not in {None, selector.guidance_digest}:
-        selector = BatchSelector(store, replace(config, guidance=_guidance_of(store, guidance, made_with.guidance)))
+        selector = BatchSelector(
+            store, replace(config, guidance=_guidance_of(store, guidance, recompute_settings.guidance))
+        )
     if selector.digest != header.selection_digest:
         raise FingerprintMismatchError(
             f"the same settings now give selection {selector.digest[:12]}, the file holds "

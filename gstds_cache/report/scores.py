@@ -14,12 +14,12 @@ from scipy.stats import rankdata
 
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
-from gstds_cache.replacing import replacing
+from gstds_cache.files.atomic import replacing
 from gstds_cache.report.recompute import SeenBatch
-from gstds_cache.resources import writing
+from gstds_cache.runtime.resources import writing
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import mapped
+from gstds_cache.store.transport import map_object
 from gstds_cache.stream.schema import Header
 
 FORMATS = (".parquet", ".arrow")
@@ -107,7 +107,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     Returns:
         Bytes of the file.
     """
-    manifest = DatasetManifest.from_arrow(mapped(store.journal.transport, layout.ITEMS))
+    manifest = DatasetManifest.from_arrow(map_object(store.metadata.transport, layout.ITEMS))
     columns = {
         "row": pa.array(np.arange(len(store))),
         "id": pa.array(manifest.ids, pa.utf8()),

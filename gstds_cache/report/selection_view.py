@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from gstds_cache.costs import recall, selection_costs
+from gstds_cache.costs.records import recall, selection_costs
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
 from gstds_cache.report import charts
-from gstds_cache.report.recompute import AS_IT_SAYS, MadeWith, SeenBatch, selector_of, spans, watch_again
+from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -83,7 +83,7 @@ def view_selection(
     cache: str | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
-    made_with: MadeWith = AS_IT_SAYS,
+    recompute_settings: RecomputeSettings = AS_RECORDED,
     most: int = 48,
     per_sheet: int = 40,
     progress: Progress = lambda _done, _total: None,
@@ -96,7 +96,7 @@ def view_selection(
         cache: Its store; by default where gstds-select wrote down that it was.
         dataset: Opens a data set by its URI.
         dataset_uri: Its data set; by default where gstds-embed wrote down that it was.
-        made_with: What the selection does not say of how it was made.
+        recompute_settings: What the selection does not say of how it was made.
         most: Batches computed again, for their dropped rows.
         per_sheet: Images of a contact sheet, kept and dropped each.
         progress: Called with batches computed again and batches in all.
@@ -119,8 +119,8 @@ def view_selection(
             view.panels.append(Panel(title, "", missing=why))
         view.sheets_missing = why
         return view
-    selector = selector_of(store, header, made_with)
-    view.facts.insert(0, ("data set", str(store.journal.provenance.get("dataset", store.journal.kind))))
+    selector = selector_of(store, header, recompute_settings)
+    view.facts.insert(0, ("data set", str(store.metadata.provenance.get("dataset", store.metadata.kind))))
     chosen = spans(batches, most=most)
     seen: list[list[SeenBatch]] = []
     for span in chosen:
@@ -266,7 +266,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
 
 def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
     store = selector.store
-    labels, classes = store.labels, list(store.journal.classes)
+    labels, classes = store.labels, list(store.metadata.classes)
     rows = selector.plan.rows.all()
     title = "Keep rates by class"
     if not len(labels) or labels.max(initial=-1) < 0:
@@ -302,7 +302,7 @@ def _sheets(
     uri: str | None,
     per_sheet: int,
 ) -> None:
-    where = uri or store.journal.provenance.get("dataset")
+    where = uri or store.metadata.provenance.get("dataset")
     if where is None:
         view.sheets_missing = "Needs the images, and the store does not say where they are: give --dataset DATASET."
         return

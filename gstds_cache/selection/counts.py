@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 
 PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")

@@ -1,6 +1,7 @@
 """Guidance: a difficulty for every sample, without another forward pass; kept beside the store.
 
-- ``probe``: held-out cross-entropy of a linear probe on the cached embeddings (:mod:`gstds_cache.selection.probe`).
+- ``probe``: held-out cross-entropy of a linear probe on the cached embeddings
+(:mod:`gstds_cache.selection.linear_probe`).
 - ``uncertainty``: entropy of the same probe's held-out prediction, which its own wrong label cannot raise.
 - ``disagreement``: share of a row's neighbours in its batch's graph that have another label; nothing is trained.
 - ``file:SCORES.npy``: numbers of one's own, one for each row of the store.
@@ -28,16 +29,16 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int, Int64
 
-from gstds_cache import scratch
-from gstds_cache.digest import canonical_json, digest_of, sha256_file
 from gstds_cache.errors import GstdsError, UsageError, unknown_name
-from gstds_cache.given import reading, require_file
-from gstds_cache.locations import expanded
-from gstds_cache.places import derived_places, first_writable, keep
-from gstds_cache.replacing import replacing
+from gstds_cache.files import mapped
+from gstds_cache.files.atomic import replacing
+from gstds_cache.files.derived import derived_paths, first_writable, keep
+from gstds_cache.files.digest import canonical_json, digest_of, sha256_file
+from gstds_cache.files.given import reading, require_file
+from gstds_cache.files.location import expanded
 from gstds_cache.selection.difficulty import Difficulty, pieces
+from gstds_cache.selection.linear_probe import COLUMNS, ProbeSettings, probe_columns
 from gstds_cache.selection.permutation import STORED
-from gstds_cache.selection.probe import COLUMNS, ProbeSettings, probe_columns
 from gstds_cache.selection.trial import Trial, TrialSettings, try_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
@@ -86,8 +87,8 @@ class Guidance:
         digest: Identity: the kind, every setting, the store's fingerprint and its labels (or the file's content).
         of_rows: Of every row, >= 0, rows without a label at the median; None where it is found batch by batch
             (``disagreement``) or all rows are alike (``none``, or a trial said that it does not help).
-        columns: What the probe found, [N] of :data:`~gstds_cache.selection.probe.COLUMNS`, mapped from its file; its
-            ``loss`` is the reference loss of RHO-LOSS and JEST. None for other kinds.
+        columns: What the probe found, [N] of :data:`~gstds_cache.selection.linear_probe.COLUMNS`, mapped from its file;
+            its ``loss`` is the reference loss of RHO-LOSS and JEST. None for other kinds.
         seconds: What making it took; 0 where it was found.
         note: A sentence on where it came from.
     """
@@ -234,7 +235,7 @@ def _load_or_try(
     threads: int,
     device: torch.device | None,
 ) -> Trial:
-    records = [folder / f"{digest[:16]}.trial.json" for folder in derived_places(store.location, ".guidance")]
+    records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, ".guidance")]
     for record in records:
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole: made again
             facts = json.loads(record.read_bytes())
@@ -266,7 +267,7 @@ def _probe_digest(store: EmbeddingStore, settings: ProbeSettings) -> str:
             "settings": asdict(settings),
             "cache": store.fingerprint,
             "labels": _labels_digest(store),
-            "valid": _sha256_of(map(store.valid_in, range(store.spec.units))),
+            "valid": _sha256_of(map(store.valid_in, range(store.spec.shards))),
             # Folds of more rows are dealt by another permutation than they were.
             **({"folds": "computed"} if len(store) > STORED else {}),
         }
@@ -277,7 +278,7 @@ def _load_or_make_columns(
     store: EmbeddingStore, settings: ProbeSettings, threads: int, device: torch.device | None
 ) -> tuple[np.ndarray, float, str]:
     digest = _probe_digest(store, settings)
-    folders, why = derived_places(store.location, ".guidance"), ""
+    folders, why = derived_paths(store.location, ".guidance"), ""
     for folder in folders:
         found, problem = _kept(*_files(folder, digest), digest, len(store))
         if found is not None:
@@ -289,7 +290,7 @@ def _load_or_make_columns(
     if place.path is not None:
         columns, problem = _make_in(place.path, digest, store, settings, threads, device)
     if columns is None:
-        columns = scratch.zeros((len(store),), COLUMNS)
+        columns = mapped.zeros((len(store),), COLUMNS)
         probe_columns(store, settings, threads=threads, device=device, out=columns)
     seconds = time.perf_counter() - begun
     parts = zip(pieces(columns), pieces(store.labels), strict=True)

@@ -2,8 +2,8 @@
 
 - ``permutation``: any order of up to 65,536 rows is as likely as any other; of more rows it is computed, not stored
   (:mod:`gstds_cache.selection.permutation`).
-- ``window:ROWS``: units of the store in random order, so many of them at a time as hold ROWS rows, and these rows in
-  random order. A store that is read in windows (:mod:`gstds_cache.store.access`) then reads every unit once an epoch.
+- ``window:ROWS``: shards of the store in random order, so many of them at a time as hold ROWS rows, and these rows in
+  random order. A store that is read in windows (:mod:`gstds_cache.store.access`) then reads every shard once an epoch.
 
 Memory is that of a window, or of 65,536 rows, for each of the last two epochs: it does not grow with the rows.
 
@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.permutation import Permutation
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.rows import EligibleRows
 
 DEFAULT_WINDOW = 65536
 Order = Callable[[int, int, int], Int64[np.ndarray, " B"]]  # from an epoch, a first place and one past the last to rows
@@ -44,29 +44,29 @@ def parse_order(text: str) -> int | None:
     return int(rows) if rows else DEFAULT_WINDOW
 
 
-def units_at_once(window: int, unit_rows: int) -> int:
-    """Units of a window: as many as hold no more than its rows, at least one."""
-    return max(1, window // unit_rows)
+def shards_at_once(window: int, shard_rows: int) -> int:
+    """Shards of a window: as many as hold no more than its rows, at least one."""
+    return max(1, window // shard_rows)
 
 
-def make_order(rows: RowsTakingPart, *, seed: int, window: int | None, unit_rows: int) -> Order:
+def make_order(rows: EligibleRows, *, seed: int, window: int | None, shard_rows: int) -> Order:
     """The order of an epoch's rows.
 
     Args:
         rows: Rows that take part.
         seed: Key of the order.
         window: Rows of a window, or None for a permutation of all.
-        unit_rows: Rows of a unit of the store.
+        shard_rows: Rows of a shard of the store.
 
     Returns:
         A function from an epoch and two places in its order to the rows from the one to the other.
     """
     if window is None:
         return _permuted(rows, seed)
-    return _in_windows(rows, seed, units_at_once(min(window, rows.items), unit_rows), unit_rows)
+    return _in_windows(rows, seed, shards_at_once(min(window, rows.items), shard_rows), shard_rows)
 
 
-def _permuted(rows: RowsTakingPart, seed: int) -> Order:
+def _permuted(rows: EligibleRows, seed: int) -> Order:
     @lru_cache(maxsize=2)
     def of_epoch(epoch: int) -> Permutation:
         return Permutation(len(rows), rng_for(seed, "plan", epoch))
@@ -74,21 +74,21 @@ def _permuted(rows: RowsTakingPart, seed: int) -> Order:
     return lambda epoch, start, stop: rows.at(of_epoch(epoch).at(start, stop))
 
 
-def _in_windows(rows: RowsTakingPart, seed: int, at_once: int, unit_rows: int) -> Order:
-    bounds = rows.below(np.minimum(np.arange(-(-rows.items // unit_rows) + 1) * unit_rows, rows.items))
-    units = np.flatnonzero(np.diff(bounds))  # those with a row that takes part
+def _in_windows(rows: EligibleRows, seed: int, at_once: int, shard_rows: int) -> Order:
+    bounds = rows.below(np.minimum(np.arange(-(-rows.items // shard_rows) + 1) * shard_rows, rows.items))
+    shards = np.flatnonzero(np.diff(bounds))  # those with a row that takes part
 
     @lru_cache(maxsize=2)
     def of_epoch(epoch: int) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " W1"]]:
-        """The units in order, and where each window begins and the last one ends."""
-        shuffled = units[rng_for(seed, "plan-windows", epoch).permutation(len(units))]
+        """The shards in order, and where each window begins and the last one ends."""
+        shuffled = shards[rng_for(seed, "plan-windows", epoch).permutation(len(shards))]
         counts = bounds[shuffled + 1] - bounds[shuffled]
-        return shuffled, np.append(0, np.cumsum(np.add.reduceat(counts, np.arange(0, len(units), at_once))))
+        return shuffled, np.append(0, np.cumsum(np.add.reduceat(counts, np.arange(0, len(shards), at_once))))
 
     @lru_cache(maxsize=2)
     def of_window(epoch: int, window: int) -> Int64[np.ndarray, " w"]:
         here = of_epoch(epoch)[0][window * at_once : (window + 1) * at_once].tolist()
-        numbers = np.concatenate([np.arange(bounds[unit], bounds[unit + 1]) for unit in here])
+        numbers = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in here])
         return rows.at(rng_for(seed, "plan-window", epoch, window).permutation(numbers))
 
     def order(epoch: int, start: int, stop: int) -> Int64[np.ndarray, " B"]:

@@ -22,7 +22,7 @@ from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.order import make_order
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
 
@@ -64,14 +64,14 @@ class SelectionPlan:
 
     def __init__(
         self,
-        rows: RowsTakingPart,
+        rows: EligibleRows,
         *,
         batch_size: int,
         epochs: int,
         schedule: Schedule,
         seed: int,
         window: int | None = None,
-        unit_rows: int = 1,
+        shard_rows: int = 1,
         partitions: int = 0,
     ) -> None:
         """Lay out the run.
@@ -83,7 +83,7 @@ class SelectionPlan:
             schedule: Filter ratio over the run.
             seed: Key of the permutations.
             window: Rows of a window of the order (:mod:`gstds_cache.selection.order`); None permutes all rows.
-            unit_rows: Rows of a unit of the store; matters with a window.
+            shard_rows: Rows of a shard of the store; matters with a window.
             partitions: Ways to deal the rows out to batches, which epochs go round; 0 deals anew in every epoch.
 
         Raises:
@@ -110,7 +110,7 @@ class SelectionPlan:
         self.total_rows, self.total_kept = len(rows) * epochs, laid_out.total_kept
         self._piece = lru_cache(maxsize=2)(lambda n: laid_out.piece(n * PIECE, (n + 1) * PIECE))
         self._groups = lru_cache(maxsize=2)(self._deal_groups)
-        self._order = make_order(rows, seed=seed, window=window, unit_rows=unit_rows)
+        self._order = make_order(rows, seed=seed, window=window, shard_rows=shard_rows)
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""
@@ -141,8 +141,8 @@ class SelectionPlan:
     def _group(self, epoch: int, batch_id: int) -> int:
         """The group that comes at ``batch_id`` of an epoch.
 
-        A partition is gone through in its own order first, as it is with windows, which keep reading unit by unit that
-        way; the group of another size stays last.
+        A partition is gone through in its own order first, as it is with windows, which keep reading shard by shard
+        that way; the group of another size stays last.
         """
         if epoch < self.partitions or not self.partitions or self.window is not None:
             return batch_id

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 
 @dataclass(frozen=True, eq=False)
-class RowsTakingPart:
+class EligibleRows:
     """All rows but some, numbered from 0 in ascending order; memory is that of the rows left out.
 
     Attributes:

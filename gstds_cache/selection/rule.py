@@ -13,7 +13,7 @@ from gstds_cache.seeding import rng_for
 TIE = 1e-6  # of the largest magnitude
 
 
-def settle_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B ..."]:
+def round_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B ..."]:
     """Round eigenvectors to multiples of 1e-6 of their largest magnitude, so that equals are equal.
 
     Duplicate images have the same neighbours and so the same coordinate, but for rounding errors. Left as they are,

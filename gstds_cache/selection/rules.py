@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.files.digest import sha256_file
 from gstds_cache.plugins import load_factory, own_code
-from gstds_cache.resources import out_of_memory
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.selection.rule import Choose, Rule, RuleBatch
 from gstds_cache.selection.spread import SPREAD, spread, spread_guided
 from gstds_cache.selection.strata import cells, cells_squared, guided, strata

@@ -16,10 +16,11 @@ from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.data.label_counts import LabelCounts
-from gstds_cache.devices import cores, in_threads, resolve_device
-from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError
+from gstds_cache.files.digest import digest_of
 from gstds_cache.graph.knn import resolve_backend
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.floors import check_floor, hold_floor
@@ -31,13 +32,13 @@ from gstds_cache.selection.guidance import (
     load_or_make_guidance,
     parse_guidance,
 )
-from gstds_cache.selection.order import parse_order, units_at_once
+from gstds_cache.selection.order import parse_order, shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.rule import Rule, RuleBatch, read_only
 from gstds_cache.selection.rules import RULES, find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.selection.trial import TrialSettings
 from gstds_cache.spectral.status import Status
@@ -73,17 +74,17 @@ class BatchSelector:
         self.store, self.config = store, config
         self.rule = find_rule(config.rule)
         self.plan = SelectionPlan(
-            RowsTakingPart(len(store), store.without_embedding),
+            EligibleRows(len(store), store.without_embedding),
             batch_size=config.batch_size,
             epochs=config.epochs,
             schedule=parse_schedule(config.schedule),
             seed=config.seed,
             window=parse_order(config.order),
-            unit_rows=store.spec.unit_rows,
+            shard_rows=store.spec.shard_rows,
             partitions=_partitions(config, self.rule),
         )
         if config.min_per_class:
-            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.journal.classes)
+            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.metadata.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
@@ -159,20 +160,20 @@ class BatchSelector:
 
     @property
     def slow_order(self) -> str:
-        """Why this order reads units of the store again and again, and what to do; empty where it does not."""
+        """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
         store, window = self.store, self.plan.window
         if store.access_kind != "window":
             return ""
         if window is None:
-            return "rows are read unit by unit, in random order: use --order window, or a larger --memory-budget"
-        unit_bytes = store.spec.unit_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
+            return "rows are read shard by shard, in random order: use --order window, or a larger --memory-budget"
+        shard_bytes = store.spec.shard_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
         # Two windows: a batch may begin in one and end in the next.
-        needed = min(2 * units_at_once(window, store.spec.unit_rows), store.spec.units) * unit_bytes
+        needed = min(2 * shards_at_once(window, store.spec.shard_rows), store.spec.shards) * shard_bytes
         if store.memory_budget >= needed:
             return ""
         return (
             f"two windows of rows take {needed / (1 << 20):,.0f} MiB and --memory-budget is "
-            f"{store.memory_budget >> 20:,}: units are read more than once an epoch; raise it, or lower the rows of "
+            f"{store.memory_budget >> 20:,}: shards are read more than once an epoch; raise it, or lower the rows of "
             "--order window:ROWS"
         )
 
@@ -251,7 +252,7 @@ class BatchSelector:
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
             where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-            classes = self.store.journal.classes
+            classes = self.store.metadata.classes
             labels = self._labels_of(batch.indices)
             positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
         selection = Selection(

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from gstds_cache.digest import digest_of
 from gstds_cache.errors import UsageError, unknown_name
-from gstds_cache.given import reading, require_file
-from gstds_cache.locations import expanded
+from gstds_cache.files.digest import digest_of
+from gstds_cache.files.given import reading, require_file
+from gstds_cache.files.location import expanded
 
 USAGE = {
     "constant": "constant:RATIO",

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 
-from gstds_cache import scratch
 from gstds_cache.config import SelectConfig
+from gstds_cache.files import mapped
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import symmetrise
-from gstds_cache.graph.neighbors import KnnGraph, unit_rows
+from gstds_cache.graph.neighbors import KnnGraph, normalized_rows
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rule import settle_ties
+from gstds_cache.selection.rule import round_ties
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 from gstds_cache.spectral.result import FiedlerResult
 from gstds_cache.spectral.status import Status
@@ -152,7 +152,7 @@ class Spectra:
         counts.solved(found.iterations.tolist())
         return [
             Spectrum(
-                basis=settle_ties(found.basis[graph].numpy()),
+                basis=round_ties(found.basis[graph].numpy()),
                 values=found.values[graph].numpy(),
                 residual=float(found.residual[graph, 0]),
                 status=Status(int(found.status[graph])),
@@ -170,7 +170,7 @@ class Spectra:
         for graph, batch in enumerate(batches):
             with self._reading:
                 self._store.gather(batch.indices, stored[0].numpy())
-            unit_rows(stored, out=rows[graph : graph + 1])
+            normalized_rows(stored, out=rows[graph : graph + 1])
         return rows
 
     def _buffer(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -198,7 +198,7 @@ class _SpectrumFile:
         self._sums = np.full(plan.partitions * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
         self._file: IO[bytes] | None = None
         try:
-            self._file = scratch.file_of_ours()
+            self._file = mapped.temporary_file()
         except OSError as error:
             self._give_up(error)
 
@@ -263,7 +263,7 @@ class _SpectrumFile:
 
     def _give_up(self, error: OSError) -> None:
         self.note = (
-            f"graphs are computed anew in each epoch: cannot keep them in {scratch.folder() or 'a temporary file'} "
+            f"graphs are computed anew in each epoch: cannot keep them in {mapped.folder() or 'a temporary file'} "
             f"({error.strerror}); set TMPDIR to a folder with room"
         )
         if self._file is not None:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 
-from gstds_cache.devices import in_threads
+from gstds_cache.runtime.threads import in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
+from gstds_cache.selection.linear_probe import Features, FoldProbe, ProbeSettings, Window, rows_to_learn
 from gstds_cache.selection.permutation import Permutation
-from gstds_cache.selection.probe import Features, FoldProbe, ProbeSettings, Window, rows_to_learn
 from gstds_cache.selection.spread import FLOOR
 from gstds_cache.store.reader import EmbeddingStore
 

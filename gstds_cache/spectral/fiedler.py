@@ -14,7 +14,7 @@ from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components, label_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import as_stack, unit_rows
+from gstds_cache.graph.neighbors import as_stack, normalized_rows
 from gstds_cache.spectral.compiled import block_size, lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
@@ -207,7 +207,7 @@ def fiedler_vectors(
         SolverError: If a row holds NaN or Inf.
     """
     return fiedler_of_rows(
-        unit_rows(as_stack(x, device)),
+        normalized_rows(as_stack(x, device)),
         k=k,
         q=q,
         laplacian=laplacian,
@@ -220,6 +220,6 @@ def fiedler_vectors(
 
 
 def fiedler_of_rows(rows: Float32[Tensor, "G B D"], *, k: int, backend: str = "auto", **options: Any) -> FiedlerResult:
-    """:func:`fiedler_vectors` of rows that have unit length already, as ``unit_rows`` makes them."""
+    """:func:`fiedler_vectors` of rows that have unit length already, as ``normalized_rows`` makes them."""
     graph, _ = bridge_components(symmetrise(nearest(rows, k, backend=backend)), rows)
     return fiedler_of_graph(graph, **options)

@@ -1,9 +1,9 @@
 """Three ways to get at a store's rows behind one interface; a stated memory budget chooses.
 
-- ``memory``: all rows in memory. Exact random order; every unit is read once.
+- ``memory``: all rows in memory. Exact random order; every shard is read once.
 - ``mirror``: a verified ``.npy`` copy on the local disk, memory-mapped. Exact random order.
-- ``window``: a few units in memory at a time. Random rows are found unit by unit, which is slow; in the order of
-  :meth:`RowAccess.shuffled` every unit is read once an epoch.
+- ``window``: a few shards in memory at a time. Random rows are found shard by shard, which is slow; in the order of
+  :meth:`RowAccess.shuffled` every shard is read once an epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from gstds_cache import scratch
+from gstds_cache.files import mapped
 from gstds_cache.store.spec import CacheSpec
 
 Kind = Literal["auto", "memory", "mirror", "window"]
@@ -26,7 +26,7 @@ KINDS: tuple[Kind, ...] = ("auto", "memory", "mirror", "window")
 MIRROR_SPARE = 1.1  # of the disk that is free, for what else needs it
 
 Rows = Float[np.ndarray, "R D"]
-ReadUnit = Callable[[int], Rows]
+ReadShard = Callable[[int], Rows]
 
 
 @runtime_checkable
@@ -87,60 +87,60 @@ class WholeAccess:
         Yields:
             The permuted rows, the array of all rows, and the permuted rows.
         """
-        order = scratch.zeros(rows.shape, rows.dtype)
+        order = mapped.zeros(rows.shape, rows.dtype)
         order[:] = rows
         rng.shuffle(order)
         yield order, self._rows, order
 
 
 class WindowAccess:
-    """As many units as the budget allows, the least recently used one given up for the next."""
+    """As many shards as the budget allows, the least recently used one given up for the next."""
 
     kind: Kind = "window"
 
-    def __init__(self, spec: CacheSpec, read: ReadUnit, memory_budget: int) -> None:
+    def __init__(self, spec: CacheSpec, read: ReadShard, memory_budget: int) -> None:
         self._spec, self._read = spec, read
-        unit_bytes = spec.unit_rows * spec.dim * np.dtype(spec.dtype).itemsize
-        self.capacity = max(1, memory_budget // unit_bytes)
+        shard_bytes = spec.shard_rows * spec.dim * np.dtype(spec.dtype).itemsize
+        self.capacity = max(1, memory_budget // shard_bytes)
         self._held: OrderedDict[int, Rows] = OrderedDict()
 
     def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
-        """Fill ``out`` with ``rows``; reads every unit they lie in that is not held."""
-        units = rows // self._spec.unit_rows
-        for unit in np.unique(units).tolist():
-            here = units == unit
-            out[here] = self._unit(unit)[rows[here] - unit * self._spec.unit_rows]
+        """Fill ``out`` with ``rows``; reads every shard they lie in that is not held."""
+        shards = rows // self._spec.shard_rows
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            out[here] = self._shard(shard)[rows[here] - shard * self._spec.shard_rows]
 
     def windows(
         self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator
     ) -> Iterator[tuple[Int64[np.ndarray, " W"], Rows, Int64[np.ndarray, " W"]]]:
-        """Shuffle the units, then the rows inside each window of ``capacity`` units.
+        """Shuffle the shards, then the rows inside each window of ``capacity`` shards.
 
         Yields:
             The rows of a window in their order, the window's rows, and where in it each is.
         """
         self._held.clear()
-        unit_rows = self._spec.unit_rows
-        units = rng.permutation(np.unique(rows // unit_rows))
-        block = np.empty((min(self.capacity, len(units)) * unit_rows, self._spec.dim), self._spec.dtype)
-        for first in range(0, len(units), self.capacity):
+        shard_rows = self._spec.shard_rows
+        shards = rng.permutation(np.unique(rows // shard_rows))
+        block = np.empty((min(self.capacity, len(shards)) * shard_rows, self._spec.dim), self._spec.dtype)
+        for first in range(0, len(shards), self.capacity):
             names, places = [], []
-            for slot, unit in enumerate(units[first : first + self.capacity].tolist()):
-                read = self._read(unit)
-                block[slot * unit_rows : slot * unit_rows + len(read)] = read
-                low, high = np.searchsorted(rows, (unit * unit_rows, (unit + 1) * unit_rows))
+            for slot, shard in enumerate(shards[first : first + self.capacity].tolist()):
+                read = self._read(shard)
+                block[slot * shard_rows : slot * shard_rows + len(read)] = read
+                low, high = np.searchsorted(rows, (shard * shard_rows, (shard + 1) * shard_rows))
                 names.append(rows[low:high])
-                places.append(rows[low:high] - unit * unit_rows + slot * unit_rows)
+                places.append(rows[low:high] - shard * shard_rows + slot * shard_rows)
             order = rng.permutation(sum(map(len, names)))
             yield np.concatenate(names)[order], block, np.concatenate(places)[order]
 
-    def _unit(self, unit: int) -> Rows:
-        if unit not in self._held:
+    def _shard(self, shard: int) -> Rows:
+        if shard not in self._held:
             while len(self._held) >= self.capacity:
                 self._held.popitem(last=False)
-            self._held[unit] = self._read(unit)
-        self._held.move_to_end(unit)
-        return self._held[unit]
+            self._held[shard] = self._read(shard)
+        self._held.move_to_end(shard)
+        return self._held[shard]
 
 
 def choose(
@@ -182,5 +182,5 @@ def choose(
                 if mirror is None
                 else f"no room for a mirror in {mirror.parent}"
             )
-        return "window", f"{size} exceed the budget of {budget}, and {why}; random rows are read unit by unit: slow"
+        return "window", f"{size} exceed the budget of {budget}, and {why}; random rows are read shard by shard: slow"
     return kind, f"{size}, {kind} was asked for; the budget is {budget}"

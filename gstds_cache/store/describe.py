@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gstds_cache.store.journal import Journal
-from gstds_cache.store.receipt import Quarantined
+from gstds_cache.store.commit_record import Quarantined
+from gstds_cache.store.metadata import StoreMetadata
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class StoreSummary:
     Attributes:
         location: The store as a user names it.
         fingerprint: SHA-256 of its specification.
-        complete: Whether all units are committed and checked.
-        units: Units in all.
-        committed: Units committed.
+        complete: Whether all shards are committed and checked.
+        shards: Shards in all.
+        committed: Shards committed.
         items: Rows (N).
         dim: Length of an embedding (D).
         dtype: How an embedding is stored.
@@ -31,13 +31,13 @@ class StoreSummary:
         encoder: Everything that identifies its features.
         provenance: Versions and device; no identity.
         last_used: Seconds since 1970, or None where the place does not tell.
-        quarantined: Items that could not be decoded, of the committed units.
+        quarantined: Items that could not be decoded, of the committed shards.
     """
 
     location: str
     fingerprint: str
     complete: bool
-    units: int
+    shards: int
     committed: int
     items: int
     dim: int
@@ -62,26 +62,26 @@ def summarise(where: str | Path) -> StoreSummary:
 
     Raises:
         StoreNotFoundError: There is none.
-        IntegrityError: Its specification or a receipt is damaged.
+        IntegrityError: Its specification or a commit record is damaged.
     """
-    journal = Journal(where)
-    receipts = journal.receipts()
+    metadata = StoreMetadata(where)
+    commits = metadata.commits()
     return StoreSummary(
-        location=journal.location,
-        fingerprint=journal.spec.fingerprint,
-        complete=journal.complete() is not None,
-        units=journal.spec.units,
-        committed=len(receipts),
-        items=journal.spec.items,
-        dim=journal.spec.dim,
-        dtype=journal.spec.dtype,
-        size=sum(journal.transport.sizes().values()),
-        kind=journal.kind,
-        classes=len(journal.classes),
-        items_root=journal.spec.items_root,
-        model=str(journal.spec.encoder.get("model")),
-        encoder=journal.spec.encoder,
-        provenance=journal.provenance,
-        last_used=journal.transport.last_used(),
-        quarantined=tuple(item for unit in sorted(receipts) for item in receipts[unit].quarantined),
+        location=metadata.location,
+        fingerprint=metadata.spec.fingerprint,
+        complete=metadata.complete() is not None,
+        shards=metadata.spec.shards,
+        committed=len(commits),
+        items=metadata.spec.items,
+        dim=metadata.spec.dim,
+        dtype=metadata.spec.dtype,
+        size=sum(metadata.transport.sizes().values()),
+        kind=metadata.kind,
+        classes=len(metadata.classes),
+        items_root=metadata.spec.items_root,
+        model=str(metadata.spec.encoder.get("model")),
+        encoder=metadata.spec.encoder,
+        provenance=metadata.provenance,
+        last_used=metadata.transport.last_used(),
+        quarantined=tuple(item for shard in sorted(commits) for item in commits[shard].quarantined),
     )

@@ -13,23 +13,23 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from gstds_cache.errors import UsageError
-from gstds_cache.replacing import replacing
-from gstds_cache.resources import writing
+from gstds_cache.files.atomic import replacing
+from gstds_cache.runtime.resources import writing
 from gstds_cache.store import layout
-from gstds_cache.store.journal import Problem, corrupt
+from gstds_cache.store.metadata import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import mapped
+from gstds_cache.store.transport import map_object
 
 FORMATS = (".npy", ".parquet", ".arrow")
 
 
 def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> int:
-    """Write all rows of a whole store, row i at place i, one unit in memory at a time.
+    """Write all rows of a whole store, row i at place i, one shard in memory at a time.
 
     ``.npy`` holds [N, D] in the store's dtype, and zeros where an item could not be decoded. ``.parquet`` and
     ``.arrow`` (an Arrow IPC file) hold columns ``id``, ``sha256``, ``label``, ``valid`` and ``embedding``, a fixed-size
-    list of D that is null where an item could not be decoded; a unit is a row group, or a record batch.
+    list of D that is null where an item could not be decoded; a shard is a row group, or a record batch.
 
     Args:
         store: A whole store.
@@ -41,23 +41,23 @@ def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> 
 
     Raises:
         UsageError: The ending is none of ``FORMATS``, or ``file`` exists.
-        ChunkCorruptError: A unit is damaged.
+        ChunkCorruptError: A shard is damaged.
     """
     if file.suffix not in FORMATS:
         raise UsageError(f"export to {file}: got the ending {file.suffix!r}, expected one of {', '.join(FORMATS)}")
     if file.exists() and not replace:
         raise UsageError(f"export to {file}: the file is there already", hint="give another name, or --force")
-    units = (store.unit(unit) for unit in range(store.spec.units))
+    shards = (store.shard(shard) for shard in range(store.spec.shards))
     if file.suffix == ".npy":
-        write_rows(file, store.spec, units)
+        write_rows(file, store.spec, shards)
     else:
-        _write_table(store, file, units)
+        _write_table(store, file, shards)
     return file.stat().st_size
 
 
-def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.ndarray, "R D"]]) -> None:
+def _write_table(store: EmbeddingStore, file: Path, shards: Iterator[Float[np.ndarray, "R D"]]) -> None:
     try:
-        items = pa.ipc.open_file(pa.BufferReader(mapped(store.journal.transport, layout.ITEMS))).read_all()
+        items = pa.ipc.open_file(pa.BufferReader(map_object(store.metadata.transport, layout.ITEMS))).read_all()
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = Problem(layout.ITEMS, f"{layout.ITEMS} does not decode ({error})")
         raise corrupt(store.location, [problem]) from error
@@ -67,8 +67,8 @@ def _write_table(store: EmbeddingStore, file: Path, units: Iterator[Float[np.nda
     with writing(file), replacing(file) as temporary:
         # Opened here: Arrow takes names in UTF-8 alone.
         with temporary.open("wb") as out, _table_writer(file.suffix, out, schema) as writer:
-            for unit, rows in enumerate(units):
-                span = store.spec.rows_of(unit)
+            for shard, rows in enumerate(shards):
+                span = store.spec.rows_of(shard)
                 valid = store.valid[span.start : span.stop]
                 values = pa.array(np.ascontiguousarray(rows).reshape(-1))
                 missing = pa.array(valid != layout.OK)

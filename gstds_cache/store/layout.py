@@ -3,17 +3,17 @@
 ::
 
     STORE/zarr.json          group; its attributes carry the specification
-    STORE/embeddings/        [N, D] float16 or float32, one chunk (unit_rows, D) per unit, bytes + crc32c
+    STORE/embeddings/        [N, D] float16 or float32, one chunk (shard_rows, D) per shard, bytes + crc32c
     STORE/label/             [N] int64, -1 where there is none
     STORE/valid/             [N] uint8: 0 missing, 1 ok, 2 undecodable
     STORE/items.arrow        ordered item ids, SHA-256 of each item's bytes, labels
-    STORE/receipts/U.json    one per committed unit
+    STORE/commits/U.json    one per committed shard
     STORE/COMPLETE.json      written last
-    STORE/repair.json        only while a repair is under way: the units that it discarded
+    STORE/repair.json        only while a repair is under way: the shards that it discarded
 
 Bytes are made by zarr on an in-memory store, then written by :mod:`gstds_cache.store.transport`: the format is zarr's
-own, the durability ours. Units are read back without zarr, which takes a missing object for fill values and needs three
-times as long (benchmarks/bench_store.py): one chunk with the codecs bytes and crc32c is the rows and four bytes.
+own, the durability ours. Shards are read back without zarr, which takes a missing object for fill values and needs
+three times as long (benchmarks/bench_store.py): one chunk with the codecs bytes and crc32c is the rows and four bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from gstds_cache import scratch
+from gstds_cache.files import mapped
 from gstds_cache.store.spec import CacheSpec
 
 GROUP = "zarr.json"
@@ -39,7 +39,7 @@ COMPLETE = "COMPLETE.json"
 REPAIR = "repair.json"
 LABEL = "label/c/0"
 VALID = "valid/c/0"
-OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "receipts", COMPLETE, REPAIR})
+OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "commits", COMPLETE, REPAIR})
 
 MISSING, OK, UNDECODABLE = 0, 1, 2
 
@@ -48,40 +48,40 @@ RESIDUE = 0x48674BC7  # the CRC-32C of any bytes followed by their CRC-32C, the 
 _ROWS = 1 << 16
 
 
-def object_key(unit: int) -> str:
-    """Key of a unit's one object."""
-    return f"embeddings/c/{unit}/0"
+def object_key(shard: int) -> str:
+    """Key of a shard's one object."""
+    return f"embeddings/c/{shard}/0"
 
 
-def receipt_key(unit: int) -> str:
-    """Key of a unit's receipt."""
-    return f"receipts/{unit}.json"
+def commit_key(shard: int) -> str:
+    """Key of a shard's commit record."""
+    return f"commits/{shard}.json"
 
 
 def metadata_objects(
     spec: CacheSpec, attributes: dict[str, Any], labels: Int64[np.ndarray, " N"]
 ) -> dict[str, bytes | memoryview]:
-    """Objects of a store with no unit yet: the ``zarr.json`` files and the labels; the group's comes last."""
+    """Objects of a store with no shard yet: the ``zarr.json`` files and the labels; the group's comes last."""
     objects, _ = _in_memory(spec, attributes)
     made: dict[str, bytes | memoryview] = {key: data.to_bytes() for key, data in objects.items()}
     made[LABEL] = _vector(labels.astype("<i8", copy=False))
     return {key: made[key] for key in sorted(made, key=lambda key: (key == GROUP, key))}
 
 
-def unit_object(spec: CacheSpec, unit: int, rows: Float[np.ndarray, "R D"]) -> bytes:
-    """A unit's object: the rows as one chunk, the last unit filled up with NaN."""
+def shard_object(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) -> bytes:
+    """A shard's object: the rows as one chunk, the last shard filled up with NaN."""
     objects, arrays = _in_memory(spec, {})
-    span = spec.rows_of(unit)
+    span = spec.rows_of(shard)
     arrays["embeddings"][span.start : span.stop] = rows
-    return objects[object_key(unit)].to_bytes()
+    return objects[object_key(shard)].to_bytes()
 
 
-def unit_rows(spec: CacheSpec, unit: int, data: bytes) -> Float[np.ndarray, "R D"]:
-    """The rows of a unit's object, without a copy of more than its bytes; read-only.
+def normalized_rows(spec: CacheSpec, shard: int, data: bytes) -> Float[np.ndarray, "R D"]:
+    """The rows of a shard's object, without a copy of more than its bytes; read-only.
 
     Args:
         spec: What the store holds.
-        unit: The unit.
+        shard: The shard.
         data: Its object.
 
     Returns:
@@ -90,14 +90,14 @@ def unit_rows(spec: CacheSpec, unit: int, data: bytes) -> Float[np.ndarray, "R D
     Raises:
         ValueError: The object has another length, or its CRC-32C is wrong.
     """
-    expected = spec.unit_rows * spec.dim * np.dtype(spec.dtype).itemsize
+    expected = spec.shard_rows * spec.dim * np.dtype(spec.dtype).itemsize
     if len(data) != expected + 4:
         raise ValueError(f"{len(data)} bytes, expected {expected + 4}")
     if google_crc32c.value(data) != RESIDUE:  # a slice without the last four bytes would be a copy of all others
         stored, computed = int.from_bytes(data[-4:], "little"), google_crc32c.value(data[:-4])
         raise ValueError(f"stored CRC-32C {stored:08x}, computed {computed:08x}")
     rows = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"), count=expected // np.dtype(spec.dtype).itemsize)
-    return rows.reshape(spec.unit_rows, spec.dim)[: len(spec.rows_of(unit))].astype(spec.dtype, copy=False)
+    return rows.reshape(spec.shard_rows, spec.dim)[: len(spec.rows_of(shard))].astype(spec.dtype, copy=False)
 
 
 def label_values(spec: CacheSpec, pieces: Iterable[bytes], classes: int) -> Int[np.ndarray, " N"]:
@@ -149,8 +149,8 @@ def _vector(values: np.ndarray) -> memoryview:
             file.write(part)
         file.write(checksum.to_bytes(4, "little"))
 
-    made = scratch.written(write)
-    scratch.let_go(values)
+    made = mapped.written(write)
+    mapped.release(values)
     return made
 
 
@@ -167,7 +167,7 @@ def _in_memory(spec: CacheSpec, attributes: dict[str, Any]) -> tuple[dict[str, B
         "embeddings": group.create_array(
             "embeddings",
             shape=(spec.items, spec.dim),
-            chunks=(spec.unit_rows, spec.dim),
+            chunks=(spec.shard_rows, spec.dim),
             dtype=spec.dtype,
             fill_value=math.nan,
             **shared,

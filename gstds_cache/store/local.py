@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from gstds_cache import scratch
-from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
-from gstds_cache.locking import exclusive
-from gstds_cache.resources import writing
+from gstds_cache.files import mapped
+from gstds_cache.files.digest import sha256_file
+from gstds_cache.files.lock import exclusive
+from gstds_cache.runtime.resources import writing
 from gstds_cache.store.transport import PIECE, check_key
 
 LOCK = ".lock"
@@ -141,7 +141,7 @@ class LocalTransport:
         return count
 
     def lock(self) -> AbstractContextManager[None]:
-        """The store's writer lock (:func:`gstds_cache.locking.exclusive`)."""
+        """The store's writer lock (:func:`gstds_cache.files.lock.exclusive`)."""
         _make_folder(self.root)
         return exclusive(self.root / LOCK, of=self.root)
 
@@ -170,7 +170,7 @@ class LocalTransport:
         temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # the lock keeps other threads out
         try:
             with writing(path), temporary.open("wb") as file:
-                for piece in scratch.pieces(data):
+                for piece in mapped.pieces(data):
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())

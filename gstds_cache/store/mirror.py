@@ -1,8 +1,8 @@
 """A local ``.npy`` copy of a store's rows, for exact random order over more rows than memory holds.
 
-The rows are compared with the content hashes in the receipts after the copy is made, and again whenever the file is not
-the one that was checked: another size, time or inode than noted beside it. A mirror that does not match is made
-anew. It is derived: deleting it loses nothing.
+The rows are compared with the content hashes in the commit records after the copy is made, and again whenever the
+file is not the one that was checked: another size, time or inode than noted beside it. A mirror that does not match is
+made anew. It is derived: deleting it loses nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import IntegrityError
-from gstds_cache.locking import exclusive
-from gstds_cache.replacing import discard_leftovers, replacing
-from gstds_cache.resources import writing
-from gstds_cache.store.receipt import Receipt, receipts_root
+from gstds_cache.files.atomic import discard_leftovers, replacing
+from gstds_cache.files.digest import canonical_json, sha256_hex
+from gstds_cache.files.lock import exclusive
+from gstds_cache.runtime.resources import writing
+from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.spec import CacheSpec
 
 ROWS, RECORD, LOCK = "embeddings.npy", "mirror.json", ".lock"
@@ -30,7 +30,7 @@ ROWS, RECORD, LOCK = "embeddings.npy", "mirror.json", ".lock"
 def open_mirror(
     folder: Path,
     spec: CacheSpec,
-    receipts: dict[int, Receipt],
+    commits: dict[int, CommitRecord],
     read: Callable[[int], Float[np.ndarray, "R D"]],
 ) -> Float[np.ndarray, "N D"]:
     """Map the mirror in ``folder``, making or renewing it if need be.
@@ -38,25 +38,25 @@ def open_mirror(
     Args:
         folder: Where it lies.
         spec: What the store holds.
-        receipts: All receipts of a whole store.
-        read: Reads the rows of a unit from the store, checked.
+        commits: All commit records of a whole store.
+        read: Reads the rows of a shard from the store, checked.
 
     Returns:
         [N, D] in the store's dtype, memory-mapped and read-only.
 
     Raises:
-        ChunkCorruptError: A unit of the store is damaged.
+        ChunkCorruptError: A shard of the store is damaged.
         IncompleteError: Another process is making the mirror.
-        IntegrityError: The copy is not what the receipts tell of.
+        IntegrityError: The copy is not what the commit records tell of.
         OSError: It cannot be written.
     """
-    identity = {"fingerprint": spec.fingerprint, "receipts_sha256": receipts_root(receipts)}
+    identity = {"fingerprint": spec.fingerprint, "commits_sha256": commits_root(commits)}
     path = folder / ROWS
     if _recorded(folder) != {**identity, "signature": _signature(path)}:
         try:
-            _make(folder, spec, receipts, read, identity)
+            _make(folder, spec, commits, read, identity)
         except OSError:
-            if not _matches(path, spec, receipts):
+            if not _matches(path, spec, commits):
                 raise
             # A mirror that may only be read, and whose record is of another copy, is checked each time.
     rows: Float[np.ndarray, "N D"] = np.load(path, mmap_mode="r")
@@ -66,22 +66,22 @@ def open_mirror(
 def _make(
     folder: Path,
     spec: CacheSpec,
-    receipts: dict[int, Receipt],
+    commits: dict[int, CommitRecord],
     read: Callable[[int], Float[np.ndarray, "R D"]],
     identity: dict[str, str],
 ) -> None:
     """Make the mirror, or find that what is there holds the rows, and record which file was checked.
 
     Raises:
-        IntegrityError: The copy is not what the receipts tell of.
+        IntegrityError: The copy is not what the commit records tell of.
     """
     path = folder / ROWS
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / LOCK, of=folder):
-        if not _matches(path, spec, receipts):
+        if not _matches(path, spec, commits):
             discard_leftovers(path, alone=True)
-            write_rows(path, spec, (read(unit) for unit in range(spec.units)))
-            if not _matches(path, spec, receipts):
+            write_rows(path, spec, (read(shard) for shard in range(spec.shards)))
+            if not _matches(path, spec, commits):
                 raise IntegrityError(
                     f"{path} does not hold the rows that were written to it, or the store not those it was made of",
                     hint="check both with: gstds-cache verify STORE --level full",
@@ -102,8 +102,8 @@ def write_rows(path: Path, spec: CacheSpec, blocks: Iterator[Float[np.ndarray, "
         os.fsync(file.fileno())
 
 
-def _matches(path: Path, spec: CacheSpec, receipts: dict[int, Receipt]) -> bool:
-    """Whether the file holds exactly the rows that the receipts tell of."""
+def _matches(path: Path, spec: CacheSpec, commits: dict[int, CommitRecord]) -> bool:
+    """Whether the file holds exactly the rows that the commit records tell of."""
     try:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -111,8 +111,8 @@ def _matches(path: Path, spec: CacheSpec, receipts: dict[int, Receipt]) -> bool:
     if rows.shape != (spec.items, spec.dim) or rows.dtype != np.dtype(spec.dtype):
         return False
     return all(
-        sha256_hex(np.ascontiguousarray(rows[slice(*receipt.rows)]).data) == receipt.content_sha256
-        for receipt in receipts.values()
+        sha256_hex(np.ascontiguousarray(rows[slice(*commit.rows)]).data) == commit.content_sha256
+        for commit in commits.values()
     )
 
 

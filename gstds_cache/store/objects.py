@@ -202,7 +202,8 @@ class ObjectTransport:
     def lock(self) -> Iterator[None]:
         """The right to write.
 
-        Where conditional writes work, every writer has it: receipts are written with a condition, and decide. Where
+        Where conditional writes work, every writer has it: commit records are written with a condition, and decide.
+        Where
         they are ignored, :attr:`exclusive` becomes true, and one writer at a time has it: the one that the object
         ``.writer.json`` names. No such lock is perfect without conditions; this one is settled by waiting twice as long
         as writing the record took, and at least :data:`SETTLE_SECONDS`.

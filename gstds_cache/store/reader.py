@@ -1,4 +1,4 @@
-"""Reading embeddings, receipts first: zarr itself reads a missing chunk as fill values without a word."""
+"""Reading embeddings, commit records first: zarr itself reads a missing chunk as fill values without a word."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
-from gstds_cache import scratch
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
-from gstds_cache.places import Place, derived_places, first_writable
+from gstds_cache.files import mapped
+from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
-from gstds_cache.store.journal import Journal, Problem, corrupt, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.commit_record import Quarantined
+from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt, counts_of, valid_in, valid_of, without_embedding
 from gstds_cache.store.mirror import ROWS, open_mirror
-from gstds_cache.store.receipt import Quarantined
 
 
 class EmbeddingStore:
@@ -48,7 +48,7 @@ class EmbeddingStore:
         access: Kind = "auto",
         mirror: Path | None = None,
     ) -> None:
-        """Open a store and check its receipts against what is there (sizes, not hashes).
+        """Open a store and check its commit records against what is there (sizes, not hashes).
 
         Args:
             where: The store: a directory, or a URL.
@@ -66,29 +66,29 @@ class EmbeddingStore:
         self._opening = (where, allow_partial, memory_budget, access, mirror)
         self._process = os.getpid()
         self.memory_budget = memory_budget
-        self.journal = Journal(where)
-        self.location = self.journal.location
-        self.spec = self.journal.spec
+        self.metadata = StoreMetadata(where)
+        self.location = self.metadata.location
+        self.spec = self.metadata.spec
         self.fingerprint = self.spec.fingerprint
-        self.receipts = self.journal.receipts()
-        record = self.journal.complete()
+        self.commits = self.metadata.commits()
+        record = self.metadata.complete()
         if record is None and not allow_partial:
-            command = self.journal.provenance.get("command", ["gstds-embed", "DATASET"])
+            command = self.metadata.provenance.get("command", ["gstds-embed", "DATASET"])
             raise IncompleteError(
-                f"{self.location} is not complete: {len(self.receipts)} of {self.spec.units} units are committed",
+                f"{self.location} is not complete: {len(self.commits)} of {self.spec.shards} shards are committed",
                 hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
-        problems = self.journal.check_sizes(self.receipts)
+        problems = self.metadata.check_sizes(self.commits)
         if record is not None:
-            problems += self.journal.check_complete(record, self.receipts)
+            problems += self.metadata.check_complete(record, self.commits)
         if problems:
             raise corrupt(self.location, problems)
-        self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.receipts)
+        self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back = mirror, ""
         self.access_kind, self.access_reason = self._choose_access(where, access, complete=record is not None)
-        self.journal.transport.mark_used()
+        self.metadata.transport.mark_used()
 
     def _choose_access(self, where: Path | str, access: Kind, *, complete: bool) -> tuple[Kind, str]:
         """Choose how to get at rows, and say why; a place for a mirror is looked for where one may be wanted.
@@ -98,9 +98,9 @@ class EmbeddingStore:
         """
         wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
         if wanted and self._mirror is None:
-            places = derived_places(where, ".mirror")
+            places = derived_paths(where, ".mirror")
             made = [place for place in places if os.path.isfile(place / ROWS)]  # noqa: PTH113 - Path's may raise
-            place = Place(made[0]) if made else first_writable(places)
+            place = WritablePath(made[0]) if made else first_writable(places)
             if place.path is None and access == "mirror":
                 raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one with --mirror FOLDER")
             self._mirror, why = place.path, place.note
@@ -125,16 +125,16 @@ class EmbeddingStore:
     @property
     def quarantined(self) -> list[Quarantined]:
         """Items that could not be decoded, in row order."""
-        return [item for unit in sorted(self.receipts) for item in self.receipts[unit].quarantined]
+        return [item for shard in sorted(self.commits) for item in self.commits[shard].quarantined]
 
     @cached_property
     def valid(self) -> UInt8[np.ndarray, " N"]:
         """What there is of each row: 0 missing, 1 ok, 2 undecodable; made when first asked for."""
-        return valid_of(self.spec, self.receipts)
+        return valid_of(self.spec, self.commits)
 
-    def valid_in(self, unit: int) -> UInt8[np.ndarray, " R"]:
-        """A unit's part of :attr:`valid`."""
-        return valid_in(self.spec, self.receipts, unit)
+    def valid_in(self, shard: int) -> UInt8[np.ndarray, " R"]:
+        """A shard's part of :attr:`valid`."""
+        return valid_in(self.spec, self.commits, shard)
 
     @cached_property
     def labels(self) -> Int[np.ndarray, " N"]:
@@ -144,8 +144,8 @@ class EmbeddingStore:
             ChunkCorruptError: The object of the labels is damaged.
         """  # noqa: DOC501
         try:
-            pieces = self.journal.transport.pieces(layout.LABEL)
-            return layout.label_values(self.spec, pieces, len(self.journal.classes))
+            pieces = self.metadata.transport.pieces(layout.LABEL)
+            return layout.label_values(self.spec, pieces, len(self.metadata.classes))
         except (FileNotFoundError, ValueError) as error:
             problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
             raise corrupt(self.location, [problem]) from error
@@ -155,24 +155,24 @@ class EmbeddingStore:
         """Bytes of all embeddings in memory."""
         return self.spec.items * self.spec.dim * np.dtype(self.spec.dtype).itemsize
 
-    def unit(self, unit: int) -> Float[np.ndarray, "R D"]:
-        """All rows of one committed unit, in the store's dtype; read-only.
+    def shard(self, shard: int) -> Float[np.ndarray, "R D"]:
+        """All rows of one committed shard, in the store's dtype; read-only.
 
         Raises:
-            IncompleteError: The unit is not committed.
+            IncompleteError: The shard is not committed.
             ChunkCorruptError: Its object is missing or does not decode.
             UsageError: This process was forked after the store was opened.
         """  # noqa: DOC501
         self._refuse_fork()
-        if unit not in self.receipts:
-            raise IncompleteError(f"{self.location}: unit {unit} is not committed")
-        key = layout.object_key(unit)
+        if shard not in self.commits:
+            raise IncompleteError(f"{self.location}: shard {shard} is not committed")
+        key = layout.object_key(shard)
         try:
-            return layout.unit_rows(self.spec, unit, self.journal.transport.get(key))
+            return layout.normalized_rows(self.spec, shard, self.metadata.transport.get(key))
         except FileNotFoundError as error:
-            raise corrupt(self.location, [Problem(key, f"{key} is missing", unit)]) from error
+            raise corrupt(self.location, [Problem(key, f"{key} is missing", shard)]) from error
         except ValueError as error:
-            raise corrupt(self.location, [Problem(key, f"{key} does not decode ({error})", unit)]) from error
+            raise corrupt(self.location, [Problem(key, f"{key} does not decode ({error})", shard)]) from error
 
     def gather(
         self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"] | None = None
@@ -188,7 +188,7 @@ class EmbeddingStore:
 
         Raises:
             UsageError: A row is out of range, or has no embedding; or this process was forked after opening.
-            ChunkCorruptError: A unit that is read is damaged.
+            ChunkCorruptError: A shard that is read is damaged.
         """
         self._refuse_fork()
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
@@ -206,8 +206,8 @@ class EmbeddingStore:
     ) -> Iterator[tuple[Int64[np.ndarray, " B"], Float[np.ndarray, "B D"]]]:
         """Every row that has an embedding, exactly once, in an order keyed by (seed, epoch).
 
-        In memory and on a mirror the order is a permutation of all rows. Else units are shuffled, and then the rows
-        inside each window of as many units as the budget holds: every unit is read once.
+        In memory and on a mirror the order is a permutation of all rows. Else shards are shuffled, and then the rows
+        inside each window of as many shards as the budget holds: every shard is read once.
 
         Args:
             batch_size: Rows of a batch (B); the last may be shorter.
@@ -218,7 +218,7 @@ class EmbeddingStore:
             Row numbers, and their embeddings as float32 in an array that the next batch overwrites.
 
         Raises:
-            ChunkCorruptError: A unit that is read is damaged.
+            ChunkCorruptError: A shard that is read is damaged.
         """
         self._refuse_fork()
         rng = rng_for(seed, "shuffled", epoch)
@@ -240,9 +240,9 @@ class EmbeddingStore:
             yield names[:filled].copy(), batch[:filled]
 
     def _rows_with_embedding(self) -> Int64[np.ndarray, " M"]:
-        rows, done = scratch.zeros((counts_of(self.spec, self.receipts)[0],), np.int64), 0
-        for unit in sorted(self.receipts):
-            found = np.flatnonzero(self.valid_in(unit) == layout.OK) + self.spec.rows_of(unit).start
+        rows, done = mapped.zeros((counts_of(self.spec, self.commits)[0],), np.int64), 0
+        for shard in sorted(self.commits):
+            found = np.flatnonzero(self.valid_in(shard) == layout.OK) + self.spec.rows_of(shard).start
             rows[done : done + len(found)] = found
             done += len(found)
         return rows
@@ -251,21 +251,21 @@ class EmbeddingStore:
     def _access(self) -> RowAccess:
         if self.access_kind == "mirror" and self._mirror is not None:
             try:
-                return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.receipts, self.unit))
+                return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.commits, self.shard))
             except OSError as error:
                 if isinstance(error, GstdsError) or self._opening[3] == "mirror":
                     raise
                 self.access_kind = "window"
                 self.access_reason = self.fell_back = (
-                    f"no mirror could be made in {self._mirror} ({error.strerror or error}): random rows are read unit "
-                    "by unit, which is slow; name a place with --mirror FOLDER"
+                    f"no mirror could be made in {self._mirror} ({error.strerror or error}): random rows are read "
+                    "shard by shard, which is slow; name a place with --mirror FOLDER"
                 )
         if self.access_kind == "window":
-            return WindowAccess(self.spec, self.unit, self.memory_budget)
+            return WindowAccess(self.spec, self.shard, self.memory_budget)
         rows = np.zeros((len(self), self.spec.dim), self.spec.dtype)
-        for unit in self.receipts:
-            span = self.spec.rows_of(unit)
-            rows[span.start : span.stop] = self.unit(unit)
+        for shard in self.commits:
+            span = self.spec.rows_of(shard)
+            rows[span.start : span.stop] = self.shard(shard)
         return WholeAccess("memory", rows)
 
     def _refuse_fork(self) -> None:

@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from gstds_cache.store import layout
-from gstds_cache.store.journal import Journal
 from gstds_cache.store.local import LOCK
+from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.transport import local_path
 
 
@@ -24,7 +24,7 @@ def remove_store(where: str | Path) -> int:
         StoreNotFoundError: There is no store; nothing is touched.
         IncompleteError: Another process is writing it.
     """
-    transport = Journal(where).transport
+    transport = StoreMetadata(where).transport
     with transport.lock():
         transport.collect_temporaries()
         own = [key for key in transport.sizes() if key.partition("/")[0] in layout.OWN_NAMES]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from gstds_cache.digest import digest_of
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError
+from gstds_cache.files.digest import digest_of
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CacheSpec:
         dim: Length of an embedding (D).
         dtype: How an embedding is stored.
         batch_size: Images per forward pass; float32 results differ with it.
-        unit_rows: Rows per unit, a multiple of ``batch_size``.
+        shard_rows: Rows per shard, a multiple of ``batch_size``.
         format: Version of the layout.
     """
 
@@ -33,14 +33,14 @@ class CacheSpec:
     dim: int
     dtype: Literal["float16", "float32"]
     batch_size: int
-    unit_rows: int
+    shard_rows: int
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.items < 1 or self.dim < 1 or self.batch_size < 1 or self.unit_rows % self.batch_size:
+        if self.items < 1 or self.dim < 1 or self.batch_size < 1 or self.shard_rows % self.batch_size:
             raise ValueError(
-                f"items, dim and batch_size must be >= 1 and unit_rows a multiple of batch_size, got {self.items}, "
-                f"{self.dim}, {self.batch_size}, {self.unit_rows}"
+                f"items, dim and batch_size must be >= 1 and shard_rows a multiple of batch_size, got {self.items}, "
+                f"{self.dim}, {self.batch_size}, {self.shard_rows}"
             )
 
     @property
@@ -49,13 +49,13 @@ class CacheSpec:
         return digest_of(self.to_dict())
 
     @property
-    def units(self) -> int:
-        """Number of units."""
-        return -(-self.items // self.unit_rows)
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.items // self.shard_rows)
 
-    def rows_of(self, unit: int) -> range:
-        """Rows of one unit; the last may be shorter."""
-        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.items))
+    def rows_of(self, shard: int) -> range:
+        """Rows of one shard; the last may be shorter."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.items))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -96,7 +96,7 @@ def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: str) -> None:
         FingerprintMismatchError: If any field differs.
     """
     lines = differences(stored, wanted)
-    sizes = {"batch_size": "--batch-size", "unit_rows": "--unit-rows"}
+    sizes = {"batch_size": "--batch-size", "shard_rows": "--shard-rows"}
     if lines:
         given = [flag for name, flag in sizes.items() if any(line.startswith(f"{name}:") for line in lines)]
         hint = f"leave out {' and '.join(given)} to take the store's own" if len(given) == len(lines) else ""

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol, runtime_checkable
 
-from gstds_cache import scratch
 from gstds_cache.errors import UsageError
-from gstds_cache.locations import parse_location
+from gstds_cache.files import mapped
+from gstds_cache.files.location import parse_location
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
 PIECE = 1 << 20  # bytes that are read at a time where an object is not to be held whole
@@ -36,7 +36,7 @@ class Transport(Protocol):
 
     @property
     def exclusive(self) -> bool:
-        """Whether :meth:`lock` keeps every other writer out; where not, several may write the same units at once."""
+        """Whether :meth:`lock` keeps every other writer out; where not, several may write the same shards at once."""
         ...
 
     def exists(self, key: str) -> bool:
@@ -116,7 +116,7 @@ def local_path(where: str | Path) -> Path | None:
     """The directory that ``where`` names, or None where it names a bucket.
 
     Raises:
-        UsageError: ``where`` names no place for a store (:func:`gstds_cache.locations.parse_location`).
+        UsageError: ``where`` names no place for a store (:func:`gstds_cache.files.location.parse_location`).
     """
     place = parse_location(where)
     return place if isinstance(place, Path) else None
@@ -142,7 +142,7 @@ def open_transport(where: str | Path) -> Transport:
     return ObjectTransport(place)
 
 
-def mapped(transport: Transport, key: str) -> memoryview:
+def map_object(transport: Transport, key: str) -> memoryview:
     """All bytes of an object, in a temporary copy that is mapped: large ones take no memory of the process.
 
     Args:
@@ -160,4 +160,4 @@ def mapped(transport: Transport, key: str) -> memoryview:
         for piece in transport.pieces(key):
             file.write(piece)
 
-    return scratch.written(write)
+    return mapped.written(write)

@@ -1,4 +1,4 @@
-"""Checking a store without the model: sizes against receipts, or every byte."""
+"""Checking a store without the model: sizes against commit records, or every byte."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.store import layout
-from gstds_cache.store.journal import Journal, Problem, Progress
+from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
 
 Level = Literal["quick", "full"]
 
@@ -20,25 +20,25 @@ class VerifyReport:
     Attributes:
         location: The store.
         level: How deep it looked.
-        units: Units in all.
-        committed: Units with a receipt that can be read.
+        shards: Shards in all.
+        committed: Shards with a commit record that can be read.
         complete: Whether COMPLETE is there.
-        bytes_hashed: Bytes of unit objects that were hashed.
+        bytes_hashed: Bytes of shard objects that were hashed.
         problems: Empty where all is well.
     """
 
     location: str
     level: Level
-    units: int
+    shards: int
     committed: int
     complete: bool
     bytes_hashed: int
     problems: tuple[Problem, ...]
 
     @property
-    def bad_units(self) -> list[int]:
-        """Units that have to be done again."""
-        return sorted({problem.unit for problem in self.problems if problem.unit is not None})
+    def bad_shards(self) -> list[int]:
+        """Shards that have to be done again."""
+        return sorted({problem.shard for problem in self.problems if problem.shard is not None})
 
 
 def verify(where: Path | str, level: Level = "quick", *, progress: Progress | None = None) -> VerifyReport:
@@ -46,8 +46,8 @@ def verify(where: Path | str, level: Level = "quick", *, progress: Progress | No
 
     Args:
         where: The store: a directory, or a URL.
-        level: ``quick`` compares sizes with receipts and hashes the small objects; ``full`` hashes every object.
-        progress: Called with units hashed and units in all.
+        level: ``quick`` compares sizes with commit records and hashes the small objects; ``full`` hashes every object.
+        progress: Called with shards hashed and shards in all.
 
     Returns:
         The report.
@@ -56,23 +56,23 @@ def verify(where: Path | str, level: Level = "quick", *, progress: Progress | No
         StoreNotFoundError: There is no store at ``where``.
         IntegrityError: The specification cannot be read at all.
     """
-    journal = Journal(where)
-    receipts, problems = journal.scan_receipts()
-    problems += journal.check_hashes(receipts, progress) if level == "full" else journal.check_sizes(receipts)
+    metadata = StoreMetadata(where)
+    commits, problems = metadata.scan_commits()
+    problems += metadata.check_hashes(commits, progress) if level == "full" else metadata.check_sizes(commits)
     try:
-        record = journal.complete()
+        record = metadata.complete()
     except ChunkCorruptError as error:
         record = None
         problems.append(Problem(layout.COMPLETE, error.message))
-    named = {problem.unit for problem in problems}
+    named = {problem.shard for problem in problems}
     if record is not None:
-        problems += [p for p in journal.check_complete(record, receipts) if p.unit is None or p.unit not in named]
+        problems += [p for p in metadata.check_complete(record, commits) if p.shard is None or p.shard not in named]
     return VerifyReport(
-        location=journal.location,
+        location=metadata.location,
         level=level,
-        units=journal.spec.units,
-        committed=len(receipts),
+        shards=metadata.spec.shards,
+        committed=len(commits),
         complete=record is not None,
-        bytes_hashed=sum(receipt.size for receipt in receipts.values()) if level == "full" else 0,
+        bytes_hashed=sum(commit.size for commit in commits.values()) if level == "full" else 0,
         problems=tuple(problems),
     )

@@ -1,4 +1,4 @@
-"""Making and filling a store. A unit is committed object first, then receipt; COMPLETE comes last of all."""
+"""Making and filling a store. A shard is committed object first, then commit record; COMPLETE comes last of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from gstds_cache.digest import canonical_json, sha256_hex
 from gstds_cache.errors import (
     ChunkCorruptError,
     IncompleteError,
@@ -19,93 +18,99 @@ from gstds_cache.errors import (
     UsageError,
     command_line,
 )
+from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.store import layout
-from gstds_cache.store.journal import METADATA_KEYS, Complete, Journal, Progress, corrupt, counts_of, valid_of
-from gstds_cache.store.receipt import Quarantined, Receipt, receipts_root
+from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root
+from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt, counts_of, valid_of
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport, local_path, open_transport
 
 
 class StoreWriter:
-    """Commits units to one store, under its writer lock. Made by :func:`open_writer`."""
+    """Commits shards to one store, under its writer lock. Made by :func:`open_writer`."""
 
-    def __init__(self, journal: Journal) -> None:
-        self.location = journal.location
-        self.spec = journal.spec
-        self._journal = journal
-        self._transport = journal.transport
+    def __init__(self, metadata: StoreMetadata) -> None:
+        self.location = metadata.location
+        self.spec = metadata.spec
+        self._metadata = metadata
+        self._transport = metadata.transport
 
-    def recover(self) -> dict[int, Receipt]:
+    def recover(self) -> dict[int, CommitRecord]:
         """Clear away what an interrupted run left, and return what is committed.
 
-        Temporary files are deleted, and objects without a receipt as well, unless the store has other writers: theirs
-        may be just about to get one. (What is left there is overwritten when its unit is committed.) A committed
+        Temporary files are deleted, and objects without a commit record as well, unless the store has other writers:
+        theirs
+        may be just about to get one. (What is left there is overwritten when its shard is committed.) A committed
         object that is missing or of another size is not passed over.
 
         Returns:
-            The receipts by unit.
+            The commit records by shard.
 
         Raises:
-            ChunkCorruptError: A committed object is missing or of another size, or a receipt is damaged.
+            ChunkCorruptError: A committed object is missing or of another size, or a commit record is damaged.
         """  # noqa: DOC501
         self._transport.collect_temporaries()
-        receipts = self._journal.receipts()
+        commits = self._metadata.commits()
         if self._transport.exclusive:
-            committed = {layout.object_key(unit) for unit in receipts}
+            committed = {layout.object_key(shard) for shard in commits}
             for key in self._transport.sizes("embeddings/c/"):
                 if key not in committed:
                     self._transport.delete(key)
-        problems = self._journal.check_sizes(receipts)
+        problems = self._metadata.check_sizes(commits)
         if problems:
             raise corrupt(self.location, problems)
-        return receipts
+        return commits
 
-    def committed(self, unit: int) -> bool:
-        """Whether the unit has a receipt by now; another writer may have given it one."""
-        return self._transport.exists(layout.receipt_key(unit))
+    def committed(self, shard: int) -> bool:
+        """Whether the shard has a commit record by now; another writer may have given it one."""
+        return self._transport.exists(layout.commit_key(shard))
 
-    def discard(self, units: Sequence[int]) -> None:
-        """Undo the commit of ``units``: COMPLETE goes first, then each receipt, then its object.
+    def discard(self, shards: Sequence[int]) -> None:
+        """Undo the commit of ``shards``: COMPLETE goes first, then each commit record, then its object.
 
-        A note of the units stays until :meth:`end_repair` or :meth:`finish`. It tells a repair that was killed from a
+        A note of the shards stays until :meth:`end_repair` or :meth:`finish`. It tells a repair that was killed from a
         run of embedding that did not come so far.
         """
-        self._transport.put(layout.REPAIR, canonical_json({"units": sorted({*units, *self._journal.discarded()})}))
+        self._transport.put(layout.REPAIR, canonical_json({"shards": sorted({*shards, *self._metadata.discarded()})}))
         self._transport.delete(layout.COMPLETE)
-        for unit in units:
-            self._transport.delete(layout.receipt_key(unit))
-            self._transport.delete(layout.object_key(unit))
+        for shard in shards:
+            self._transport.delete(layout.commit_key(shard))
+            self._transport.delete(layout.object_key(shard))
 
     def end_repair(self) -> None:
-        """Forget which units were discarded: they are committed again."""
+        """Forget which shards were discarded: they are committed again."""
         if self._transport.exists(layout.REPAIR):
             self._transport.delete(layout.REPAIR)
 
-    def commit(self, unit: int, rows: Float[np.ndarray, "R D"], quarantined: Sequence[Quarantined] = ()) -> Receipt:
-        """Commit one unit: write the object, read it back, then write the receipt.
+    def commit(
+        self, shard: int, rows: Float[np.ndarray, "R D"], quarantined: Sequence[Quarantined] = ()
+    ) -> CommitRecord:
+        """Commit one shard: write the object, read it back, then write the commit record.
 
         Args:
-            unit: The unit.
+            shard: The shard.
             rows: Its rows in the store's dtype, [R, D].
             quarantined: Its items that could not be decoded; their rows are zero.
 
         Returns:
-            The receipt, which may be one that was there already with the same content.
+            The commit record, which may be one that was there already with the same content.
 
         Raises:
             UsageError: ``rows`` has another shape or dtype, or holds NaN or Inf.
             IntegrityError: The object read back is not the one written.
-            NondeterminismError: The unit is committed already with other content.
+            NondeterminismError: The shard is committed already with other content.
         """
-        span = self.spec.rows_of(unit)
+        span = self.spec.rows_of(shard)
         if rows.shape != (len(span), self.spec.dim) or rows.dtype != np.dtype(self.spec.dtype):
             expected = (len(span), self.spec.dim)
-            raise UsageError(f"unit {unit}: got rows {rows.shape} {rows.dtype}, expected {expected} {self.spec.dtype}")
+            raise UsageError(
+                f"shard {shard}: got rows {rows.shape} {rows.dtype}, expected {expected} {self.spec.dtype}"
+            )
         if not np.isfinite(rows).all():
-            raise UsageError(f"unit {unit}: rows hold NaN or Inf")
-        data = layout.unit_object(self.spec, unit, rows)
-        receipt = Receipt(
-            unit=unit,
+            raise UsageError(f"shard {shard}: rows hold NaN or Inf")
+        data = layout.shard_object(self.spec, shard, rows)
+        commit = CommitRecord(
+            shard=shard,
             rows=(span.start, span.stop),
             object_sha256=sha256_hex(data),
             content_sha256=sha256_hex(np.ascontiguousarray(rows).astype(rows.dtype.newbyteorder("<")).tobytes()),
@@ -113,72 +118,72 @@ class StoreWriter:
             fingerprint=self.spec.fingerprint,
             quarantined=tuple(quarantined),
         )
-        if self.committed(unit):
-            return self._same_or_refuse(receipt)
+        if self.committed(shard):
+            return self._same_or_refuse(commit)
         # Where several write, an object with these bytes is as good as ours, and is not replaced under a reader.
-        if self._transport.exclusive or not self._transport.put_if_absent(layout.object_key(unit), data):
-            self._transport.put(layout.object_key(unit), data)
-        if self._transport.sha256(layout.object_key(unit)) != receipt.object_sha256:
+        if self._transport.exclusive or not self._transport.put_if_absent(layout.object_key(shard), data):
+            self._transport.put(layout.object_key(shard), data)
+        if self._transport.sha256(layout.object_key(shard)) != commit.object_sha256:
             raise IntegrityError(
-                f"{self.location}: unit {unit} read back differs from what was written; check the disk"
+                f"{self.location}: shard {shard} read back differs from what was written; check the disk"
             )
-        if not self._transport.put_if_absent(layout.receipt_key(unit), receipt.to_bytes()):
-            return self._same_or_refuse(receipt)
-        return receipt
+        if not self._transport.put_if_absent(layout.commit_key(shard), commit.to_bytes()):
+            return self._same_or_refuse(commit)
+        return commit
 
     def finish(self, progress: Progress | None = None) -> Complete:
         """Check every object once more, write ``valid`` and COMPLETE.
 
         Args:
-            progress: Called with units checked and units in all.
+            progress: Called with shards checked and shards in all.
 
         Returns:
             The completeness record.
 
         Raises:
-            IncompleteError: Units are not committed yet.
-            ChunkCorruptError: A committed object is not what its receipt says (a late write, say).
+            IncompleteError: Shards are not committed yet.
+            ChunkCorruptError: A committed object is not what its commit record says (a late write, say).
         """  # noqa: DOC501
-        receipts = self._journal.receipts()
-        missing = [unit for unit in range(self.spec.units) if unit not in receipts]
+        commits = self._metadata.commits()
+        missing = [shard for shard in range(self.spec.shards) if shard not in commits]
         if missing:
             raise IncompleteError(
-                f"{self.location}: {len(missing)} of {self.spec.units} units are not committed, first {missing[:5]}",
+                f"{self.location}: {len(missing)} of {self.spec.shards} shards are not committed, first {missing[:5]}",
                 hint="run the same gstds-embed command again",
             )
-        problems = self._journal.check_hashes(receipts, progress)
+        problems = self._metadata.check_hashes(commits, progress)
         if problems:
             raise corrupt(self.location, problems)
-        self._transport.put(layout.VALID, layout.valid_object(self.spec, valid_of(self.spec, receipts)))
-        ok, quarantined = counts_of(self.spec, receipts)
+        self._transport.put(layout.VALID, layout.valid_object(self.spec, valid_of(self.spec, commits)))
+        ok, quarantined = counts_of(self.spec, commits)
         record = Complete(
             fingerprint=self.spec.fingerprint,
             items=self.spec.items,
             ok=ok,
             quarantined=quarantined,
-            units=self.spec.units,
-            receipts_sha256=receipts_root(receipts),
+            shards=self.spec.shards,
+            commits_sha256=commits_root(commits),
             objects={key: self._transport.sha256(key) for key in METADATA_KEYS},
         )
         self.end_repair()
         self._transport.put(layout.COMPLETE, record.to_bytes())
         return record
 
-    def _same_or_refuse(self, receipt: Receipt) -> Receipt:
-        data = self._transport.get(layout.receipt_key(receipt.unit))
-        there = Receipt.from_bytes(data, unit=receipt.unit, fingerprint=self.spec.fingerprint)
-        if there == receipt:
+    def _same_or_refuse(self, commit: CommitRecord) -> CommitRecord:
+        data = self._transport.get(layout.commit_key(commit.shard))
+        there = CommitRecord.from_bytes(data, shard=commit.shard, fingerprint=self.spec.fingerprint)
+        if there == commit:
             return there
         hint = "the committed one was kept; embed on one kind of machine with one set of library versions"
-        key = layout.object_key(receipt.unit)
+        key = layout.object_key(commit.shard)
         if self._transport.sha256(key) != there.object_sha256:
-            # Another writer's receipt came between our object and our receipt. A missing object is found by every
-            # reader, one with other rows by none.
+            # Another writer's commit record came between our object and our commit record. A missing object is found by
+            # every reader, one with other rows by none.
             self._transport.delete(key)
-            hint = f"neither was kept; make the unit anew with: {command_line('gstds-cache', 'repair', self.location)}"
+            hint = f"neither was kept; make the shard anew with: {command_line('gstds-cache', 'repair', self.location)}"
         raise NondeterminismError(
-            f"{self.location}: unit {receipt.unit} was embedded twice with different results (content "
-            f"{there.content_sha256[:12]} is committed, {receipt.content_sha256[:12]} came now)",
+            f"{self.location}: shard {commit.shard} was embedded twice with different results (content "
+            f"{there.content_sha256[:12]} is committed, {commit.content_sha256[:12]} came now)",
             hint=hint,
         )
 
@@ -216,17 +221,17 @@ def open_writer(
         described = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), **attributes}
         objects = layout.metadata_objects(spec, {"gstds": described}, labels) | {layout.ITEMS: items}
         _make(transport, objects)
-        journal = Journal(where)
-        require_same(journal.spec, spec, where=journal.location)
-        if attributes.get("provenance", {}) != journal.provenance:  # begun by another run
-            described["provenance"] = journal.provenance
+        metadata = StoreMetadata(where)
+        require_same(metadata.spec, spec, where=metadata.location)
+        if attributes.get("provenance", {}) != metadata.provenance:  # begun by another run
+            described["provenance"] = metadata.provenance
             objects |= layout.metadata_objects(spec, {"gstds": described}, labels)
         # What an interrupted run left has no hashes yet, and COMPLETE would vouch for whatever it has become.
         _write_anew(transport, objects)
         del items, objects  # Mapped, and no longer needed.
         # The lock of this transport is the one that is held.
-        journal.transport = transport
-        yield StoreWriter(journal)
+        metadata.transport = transport
+        yield StoreWriter(metadata)
 
 
 @contextmanager
@@ -254,22 +259,22 @@ def reopen_writer(
         IntegrityError: Its specification is damaged, and no one can say what the store holds.
         IncompleteError: Another process is writing the store.
     """
-    journal = Journal(where)
-    with journal.transport.lock():
+    metadata = StoreMetadata(where)
+    with metadata.transport.lock():
         described = {
-            "fingerprint": journal.spec.fingerprint,
-            "spec": journal.spec.to_dict(),
-            **(attributes or {"kind": journal.kind, "classes": list(journal.classes)}),
-            "provenance": journal.provenance,
+            "fingerprint": metadata.spec.fingerprint,
+            "spec": metadata.spec.to_dict(),
+            **(attributes or {"kind": metadata.kind, "classes": list(metadata.classes)}),
+            "provenance": metadata.provenance,
         }
-        objects = layout.metadata_objects(journal.spec, {"gstds": described}, labels) | {layout.ITEMS: items}
+        objects = layout.metadata_objects(metadata.spec, {"gstds": described}, labels) | {layout.ITEMS: items}
         with suppress(ChunkCorruptError):
-            record, group = journal.complete(), journal.transport.get(layout.GROUP)
+            record, group = metadata.complete(), metadata.transport.get(layout.GROUP)
             if record is not None and record.objects.get(layout.GROUP) == sha256_hex(group):
                 objects[layout.GROUP] = group
-        _write_anew(journal.transport, objects)
+        _write_anew(metadata.transport, objects)
         del items, objects
-        yield StoreWriter(journal)
+        yield StoreWriter(metadata)
 
 
 def _make(transport: Transport, objects: dict[str, bytes | memoryview]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gstds_cache.places import Place, derived_places, first_writable
-from gstds_cache.selection.selected import Selection
+from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.stream.pipe import replay, write_pipe
 from gstds_cache.stream.schema import ByteStream
 from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_header, write_file
@@ -25,17 +25,17 @@ def kept_paths(selector: BatchSelector) -> list[Path]:
 
 def selection_folders(selector: BatchSelector) -> list[Path]:
     """The folders in which selections of the selector's store may be kept, in the order to look."""
-    return derived_places(selector.store.location, ".selections")
+    return derived_paths(selector.store.location, ".selections")
 
 
-def kept_place(selector: BatchSelector) -> Place:
+def kept_place(selector: BatchSelector) -> WritablePath:
     """Where this selection is kept, or is to be kept: its folder is made, and takes files."""
     paths = kept_paths(selector)
     stored = _stored_in(selector, paths)
     if stored is not None:
-        return Place(stored)
+        return WritablePath(stored)
     place = first_writable([path.parent for path in paths])
-    return Place(None if place.path is None else place.path / paths[0].name, place.note)
+    return WritablePath(None if place.path is None else place.path / paths[0].name, place.note)
 
 
 def _stored_in(selector: BatchSelector, paths: list[Path]) -> Path | None:

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.resources import FULL
-from gstds_cache.selection.selected import Selection
+from gstds_cache.runtime.resources import FULL
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS

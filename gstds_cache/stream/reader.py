@@ -17,8 +17,8 @@ from gstds_cache.errors import (
     UsageError,
     command_line,
 )
-from gstds_cache.locations import local_file
-from gstds_cache.selection.selected import Selection
+from gstds_cache.files.location import local_file
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.stream.records import NO_RECORD, STATUS, Kind, Rows, next_hash, sha_words
 from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import ByteStream, Header

@@ -8,7 +8,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.stream.records import (
     GROUP_RECORDS,
     GROUP_ROWS,

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 
 Remainder = Literal["carry", "drop"]
 REMAINDERS: tuple[Remainder, ...] = ("carry", "drop")

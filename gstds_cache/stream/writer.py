@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.locking import exclusive
-from gstds_cache.replacing import replacing
-from gstds_cache.resources import writing
-from gstds_cache.selection.selected import Selection
+from gstds_cache.files.atomic import replacing
+from gstds_cache.files.lock import exclusive
+from gstds_cache.runtime.resources import writing
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
 from gstds_cache.stream.schema import Header

@@ -10,7 +10,7 @@ import torch
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.spectral.compiled import lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
@@ -61,7 +61,7 @@ def embeddings(g, b, d=24, classes=5, noise=1.0, seed=0):
 
 
 def connected(x, k=8):
-    return bridge_components(symmetrise(knn_graph(x, k)), unit_rows(x))[0]
+    return bridge_components(symmetrise(knn_graph(x, k)), normalized_rows(x))[0]
 
 
 def assert_solved(graph, ritz, q, kind="combinatorial", *, every=True):

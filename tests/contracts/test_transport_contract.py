@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from s3_api import S3Server
 
-from gstds_cache import scratch
 from gstds_cache.errors import UsageError
-from gstds_cache.store.transport import Transport, mapped, open_transport
+from gstds_cache.files import mapped
+from gstds_cache.store.transport import Transport, map_object, open_transport
 
 BAD_KEYS = ("", "/a", "a/", "a//b", "..", "../a", "a/../b", ".hidden", "a/.b", "a b", "a\n", "\u00fc", "a\\b", "x" * 65)
 
@@ -85,16 +85,16 @@ def test_pieces_are_the_whole(transport: Transport) -> None:
 
 def test_mapped_bytes_are_put_and_got(transport: Transport) -> None:
     data = bytes(range(256)) * 20_001
-    there = scratch.written(lambda file: file.write(data))
+    there = mapped.written(lambda file: file.write(data))
     transport.put("large", there)
     assert transport.put_if_absent("another", there)
     assert not transport.put_if_absent("another", data[1:])
     assert transport.get("large") == transport.get("another") == data
-    copy = mapped(transport, "large")
+    copy = map_object(transport, "large")
     transport.put("large", b"other")
     assert copy == data
     with pytest.raises(FileNotFoundError, match="small"):
-        mapped(transport, "small")
+        map_object(transport, "small")
 
 
 def test_put_replaces(transport: Transport) -> None:
@@ -105,12 +105,12 @@ def test_put_replaces(transport: Transport) -> None:
 
 
 def test_put_if_absent(transport: Transport) -> None:
-    assert transport.put_if_absent("receipts/1.json", b"one") is True
-    assert transport.put_if_absent("receipts/1.json", b"another") is False
-    assert transport.get("receipts/1.json") == b"one"
+    assert transport.put_if_absent("commits/1.json", b"one") is True
+    assert transport.put_if_absent("commits/1.json", b"another") is False
+    assert transport.get("commits/1.json") == b"one"
     # Whether the same bytes are "this call's" is left open: a service may not know whose they are.
-    assert transport.put_if_absent("receipts/1.json", b"one") in {True, False}
-    assert transport.get("receipts/1.json") == b"one"
+    assert transport.put_if_absent("commits/1.json", b"one") in {True, False}
+    assert transport.get("commits/1.json") == b"one"
 
 
 def test_put_if_absent_after_delete(transport: Transport) -> None:
@@ -127,15 +127,15 @@ def test_put_replaces_what_was_put_if_absent(transport: Transport) -> None:
 
 
 def test_get_many_keeps_the_order(transport: Transport) -> None:
-    keys = [f"receipts/{unit}.json" for unit in range(25)]
+    keys = [f"commits/{unit}.json" for unit in range(25)]
     for key in keys:
         transport.put(key, key.encode() * 3)
     wanted = [*reversed(keys), keys[0], keys[0]]
     assert transport.get_many(wanted) == [key.encode() * 3 for key in wanted]
     assert transport.get_many([]) == []
     assert transport.get_many(keys[:1]) == [keys[0].encode() * 3]
-    with pytest.raises(FileNotFoundError, match="receipts/99"):
-        transport.get_many([*keys, "receipts/99.json", *keys])
+    with pytest.raises(FileNotFoundError, match="commits/99"):
+        transport.get_many([*keys, "commits/99.json", *keys])
 
 
 def test_sizes_are_of_one_folder(transport: Transport) -> None:

@@ -118,9 +118,9 @@ def test_wide_integers_are_read_as_sixteen_bit() -> None:
 
 
 def test_float_grey_in_either_convention() -> None:
-    unit = np.array([[0.0, 0.5, 1.0, np.nan, -1.0, np.inf] + 200 * [0.5]], np.float32)
+    shard = np.array([[0.0, 0.5, 1.0, np.nan, -1.0, np.inf] + 200 * [0.5]], np.float32)
     byte = np.array([[0.0, 127.6, 255.0, 300.0, np.inf] + 200 * [127.6]], np.float32)
-    assert pixels(decode_image(encode(Image.fromarray(unit), "TIFF")))[0, :6, 0].tolist() == [0, 128, 255, 0, 0, 255]
+    assert pixels(decode_image(encode(Image.fromarray(shard), "TIFF")))[0, :6, 0].tolist() == [0, 128, 255, 0, 0, 255]
     assert pixels(to_rgb(Image.fromarray(byte)))[0, :5, 0].tolist() == [0, 128, 255, 255, 255]
 
 

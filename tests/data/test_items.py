@@ -125,7 +125,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def embed(tiny_model: str, dataset: str, code: int, workers: int = 0, store: str = "store") -> str:
     words = [dataset, "--model", tiny_model, "--cache", store, "--device", "cpu", "--batch-size", "8"]
-    done = CliRunner().invoke(embed_main, [*words, "--unit-rows", "16", "--workers", str(workers)])
+    done = CliRunner().invoke(embed_main, [*words, "--shard-rows", "16", "--workers", str(workers)])
     assert done.exit_code == code, done.output
     assert "Traceback" not in done.output
     return done.output

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gstds_cache import scratch
 from gstds_cache.data import folder as folder_module
+from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data import manifest as manifest_module
-from gstds_cache.data import memo as memo_module
 from gstds_cache.data import names as names_module
 from gstds_cache.data.files import Files
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.data.memo import HashMemo
 from gstds_cache.data.names import AT_ONCE, Names, Numbers, cut, duplicate, find, held
 from gstds_cache.data.sources import open_source
+from gstds_cache.files import mapped
 from gstds_cache.store import layout
 from gstds_cache.store.spec import CacheSpec
 
@@ -119,13 +119,13 @@ def test_a_folder_is_sorted_in_parts_as_it_is_whole(tmp_path: Path, monkeypatch:
 def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most that Python and NumPy hold at once, from the names to the objects of the store."""
     # What is in memory at a time is made small, or this would need a million items.
-    monkeypatch.setattr(scratch, "SMALL", 1)
+    monkeypatch.setattr(mapped, "SMALL", 1)
     for module, name in (
         (names_module, "AT_ONCE"),
         (manifest_module, "AT_ONCE"),
         (manifest_module, "_RECORDS"),
-        (memo_module, "_ROWS"),
-        (memo_module, "_PIECE"),
+        (hash_cache_module, "_ROWS"),
+        (hash_cache_module, "_PIECE"),
         (layout, "_ROWS"),
     ):
         monkeypatch.setattr(module, name, 256)
@@ -134,15 +134,15 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest
         tracemalloc.start()
         names = Names.of(names_of(rows))
         files = Files("/nowhere/", names)
-        memo = HashMemo(tmp_path / str(rows))
-        signatures, digests = memo.recall(files)
-        memo.record(files, signatures, digests)
+        hash_cache = HashCache(tmp_path / str(rows))
+        signatures, digests = hash_cache.recall(files)
+        hash_cache.record(files, signatures, digests)
         part = Files("/nowhere/", Names.of(names[row] for row in range(0, rows, 2)))
-        assert HashMemo(tmp_path / str(rows)).recall(part)[0].shape == (rows // 2, 4)
+        assert HashCache(tmp_path / str(rows)).recall(part)[0].shape == (rows // 2, 4)
         labels = np.broadcast_to(np.int64(3), (rows,))
         manifest = DatasetManifest("imagefolder", names, digests, labels)
         spec = CacheSpec(
-            items=rows, items_root=manifest.root, encoder={}, dim=1, dtype="float16", batch_size=1, unit_rows=1
+            items=rows, items_root=manifest.root, encoder={}, dim=1, dtype="float16", batch_size=1, shard_rows=1
         )
         layout.metadata_objects(spec, {}, labels)
         assert DatasetManifest.from_arrow(manifest.to_arrow()).root == manifest.root

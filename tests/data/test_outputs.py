@@ -11,20 +11,20 @@ import zarr
 from PIL import Image
 
 from gstds_cache.config import EmbedConfig, SelectConfig
-from gstds_cache.data import memo, outputs
+from gstds_cache.data import hash_cache, outputs
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import embed_dataset
-from gstds_cache.places import beside
+from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.files.derived import derived_path
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store import layout, mirror
 from gstds_cache.store.export import export_rows
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import kept_paths
 from gstds_cache.stream.writer import write_file
-from gstds_cache.train import run_dir as runs
-from gstds_cache.train.run_dir import RunDir
+from gstds_cache.training import run_dir as runs
+from gstds_cache.training.run_dir import RunDir
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def folder(root: Path) -> ImageSource:
 
 
 def embed(root: Path, where: Path, model: str):
-    config = EmbedConfig(model=model, batch_size=4, unit_rows=4, workers=0, device="cpu")
+    config = EmbedConfig(model=model, batch_size=4, shard_rows=4, workers=0, device="cpu")
     return embed_dataset(folder(root), config, where=where)
 
 
@@ -65,13 +65,13 @@ def test_a_store_and_what_goes_with_it(root: Path, tiny_model: str, place: str) 
     list(write_file(selector, root / "selections" / "s.arrow"))
     (root / "tables").mkdir()
     export_rows(store, root / "tables" / "x.parquet")
-    beside(store.location, ".guidance").mkdir()
+    derived_path(store.location, ".guidance").mkdir()
     after = folder(root)
     assert identity(after) == before
     assert any("passed over" in note and f"{place} (a store)" in note for note in after.notes)
     assert embed(root, root / place, tiny_model).cache_hit
     shutil.move(root / place, root / "renamed")
-    shutil.rmtree(beside(store.location, ".guidance"))  # empty, and no longer beside its store
+    shutil.rmtree(derived_path(store.location, ".guidance"))  # empty, and no longer beside its store
     assert identity(folder(root)) == before
 
 
@@ -105,10 +105,10 @@ def test_a_run(root: Path, where: str, state: str) -> None:
 def test_hashes_a_mirror_and_a_report(root: Path) -> None:
     before = identity(folder(root))
     (root / "b-cache" / "hashes").mkdir(parents=True)
-    (root / "b-cache" / "hashes" / memo._file_name(str(root))).write_bytes(memo._FORMAT)
+    (root / "b-cache" / "hashes" / hash_cache._file_name(str(root))).write_bytes(hash_cache._FORMAT)
     (root / "m").mkdir()
     (root / "m" / "embeddings.npy").write_bytes(b"")
-    (root / "m" / "mirror.json").write_text(json.dumps({"receipts_sha256": "x"}))
+    (root / "m" / "mirror.json").write_text(json.dumps({"commits_sha256": "x"}))
     (root / "page").mkdir()
     (root / "page" / "report.html").write_text("<!doctype html><head><title>gstds-cache report</title>")
     assert identity(folder(root)) == before

@@ -19,7 +19,7 @@ from torchvision import datasets
 from gstds_cache.data.mapstyle import MapStyleSource
 from gstds_cache.data.repeatable import ITEMS, READS, require_repeatable, why_items_differ
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.check import check_sample
+from gstds_cache.embedding.check import check_sample
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import DatasetError
 from gstds_cache.store.reader import EmbeddingStore

@@ -21,7 +21,7 @@ from gstds_cache.store.reader import EmbeddingStore
 def embed_words(image_folder: Path, tiny_model: str) -> list[str]:
     # photos/ lies in the folder the commands run in
     return ["gstds-embed", "imagefolder:photos", "--model", tiny_model, "--cache", "photos.store", "--batch-size", "4",
-            "--unit-rows", "8", "--json"]  # fmt: skip
+            "--shard-rows", "8", "--json"]  # fmt: skip
 
 
 SELECT = ["gstds-select", "photos.store", "--batch-size", "20", "--epochs", "3", "--knn", "5", "--json"]
@@ -179,9 +179,9 @@ def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of,
         stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
-    receipts = tmp_path / "photos.store" / "receipts"
+    commits = tmp_path / "photos.store" / "commits"
     deadline = time.monotonic() + 120
-    while not (receipts.is_dir() and len(list(receipts.glob("*.json"))) >= 3):
+    while not (commits.is_dir() and len(list(commits.glob("*.json"))) >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -193,15 +193,15 @@ def test_a_stopped_embedding_is_finished_by_the_same_command(command, result_of,
         assert b"Traceback" not in errors
     else:
         assert process.returncode == -signal.SIGKILL
-    before = {p.name: p.stat().st_mtime_ns for p in receipts.glob("*.json")}
+    before = {p.name: p.stat().st_mtime_ns for p in commits.glob("*.json")}
     assert 3 <= len(before) < 8
-    assert "units are committed" in command("gstds-select", "photos.store", code=4).stderr
+    assert "shards are committed" in command("gstds-select", "photos.store", code=4).stderr
     assert "not complete" in command("gstds-cache", "verify", "photos.store", code=4).stderr
     (tmp_path / "hold").unlink()
     rest = result_of(command(*slow, "--json"))
     assert rest["committed_before"] == 8 * len(before)
     assert rest["embedded"] == 60 - 8 * len(before)
-    assert {name: (receipts / name).stat().st_mtime_ns for name in before} == before
+    assert {name: (commits / name).stat().st_mtime_ns for name in before} == before
     assert _files(tmp_path / "photos.store") == _files(tmp_path / "slow.store")
     assert reference.returncode == 0
     assert len(EmbeddingStore(tmp_path / "photos.store")) == 60
@@ -300,7 +300,7 @@ def test_another_model_names_the_field_that_differs(command, embed_words, tiny_m
 def test_a_disk_that_takes_no_more_is_a_clean_error(command, embed_words, tmp_path) -> None:
     # A limit on the size of a file makes the write fail half way, as a full disk would.
     executable = Path(sys.executable).with_name("gstds-embed")
-    words = " ".join([str(executable), *embed_words[1:-1], "--dtype", "float32", "--unit-rows", "60"])
+    words = " ".join([str(executable), *embed_words[1:-1], "--dtype", "float32", "--shard-rows", "60"])
     limited = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; ulimit -f 8; exec {words}"],
         cwd=tmp_path,
@@ -313,5 +313,5 @@ def test_a_disk_that_takes_no_more_is_a_clean_error(command, embed_words, tmp_pa
     )
     assert limited.returncode == 4, limited.stderr
     assert "Traceback" not in limited.stderr
-    command(*embed_words[:-1], "--dtype", "float32", "--unit-rows", "60")
+    command(*embed_words[:-1], "--dtype", "float32", "--shard-rows", "60")
     assert len(EmbeddingStore(tmp_path / "photos.store")) == 60

@@ -17,8 +17,8 @@ import torch
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.repair import repair_store
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import IncompleteError
 from gstds_cache.selection.run import BatchSelector
@@ -26,10 +26,10 @@ from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import write_file
 from gstds_cache.stream.reader import open_selection
-from gstds_cache.train.evaluate import evaluate
-from gstds_cache.train.images import ImageFeed
-from gstds_cache.train.loop import run_config, train
-from gstds_cache.train.run_dir import RunDir
+from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.run_dir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
@@ -45,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def embed(uri: str, model: str, where: str, workers: int):
-    config = EmbedConfig(model=model, batch_size=16, unit_rows=96, workers=workers, device="cpu")
+    config = EmbedConfig(model=model, batch_size=16, shard_rows=96, workers=workers, device="cpu")
     return embed_dataset(open_source(uri), config, where=Path(where))
 
 
@@ -55,7 +55,7 @@ def select(store: str) -> Path:
     return Path("s.arrow")
 
 
-def units(store: str) -> dict[str, bytes]:
+def shards(store: str) -> dict[str, bytes]:
     return {
         str(path.relative_to(store)): path.read_bytes()
         for path in sorted(Path(store).rglob("*"))
@@ -67,8 +67,8 @@ def units(store: str) -> dict[str, bytes]:
 def test_a_store_does_not_depend_on_the_number_of_processes(tiny_model: str, factory: str) -> None:
     reports = [embed(f"handles:{factory}", tiny_model, f"s{workers}", workers) for workers in (0, 1, 4)]
     assert [report.workers for report in reports] == [0, 1, 4]
-    assert units("s0") == units("s1") == units("s4")
-    assert len(units("s0")) > 3
+    assert shards("s0") == shards("s1") == shards("s4")
+    assert len(shards("s0")) > 3
 
 
 def test_a_report_says_how_many_processes_decoded(tiny_model: str) -> None:
@@ -76,8 +76,8 @@ def test_a_report_says_how_many_processes_decoded(tiny_model: str) -> None:
 
 
 def test_training_and_accuracy_do_not_depend_on_the_number_of_processes(tiny_model: str, monkeypatch) -> None:
-    monkeypatch.setattr("gstds_cache.train.evaluate.worth_workers", lambda _source, _side, workers: workers)
-    monkeypatch.setattr("gstds_cache.train.images.worth_workers", lambda _source, _side, workers: workers)
+    monkeypatch.setattr("gstds_cache.training.evaluate.worth_workers", lambda _source, _side, workers: workers)
+    monkeypatch.setattr("gstds_cache.training.images.worth_workers", lambda _source, _side, workers: workers)
     embed("handles:RawFile", tiny_model, "s", 0)
     selection, found = select("s"), []
     for number, (workers, budget) in enumerate([(0, 0), (4, 0), (2, 1 << 30)]):
@@ -95,8 +95,8 @@ def test_training_and_accuracy_do_not_depend_on_the_number_of_processes(tiny_mod
 
 def test_a_killed_worker_ends_every_kind_of_work(tiny_model: str, monkeypatch) -> None:
     """Embedding, repair, training, filling memory, and accuracy; each goes on with the same call."""
-    monkeypatch.setattr("gstds_cache.train.evaluate.worth_workers", lambda _source, _side, workers: workers)
-    monkeypatch.setattr("gstds_cache.train.images.worth_workers", lambda _source, _side, workers: workers)
+    monkeypatch.setattr("gstds_cache.training.evaluate.worth_workers", lambda _source, _side, workers: workers)
+    monkeypatch.setattr("gstds_cache.training.images.worth_workers", lambda _source, _side, workers: workers)
     Path("deadly").touch()
 
     def killed(work) -> None:
@@ -104,7 +104,7 @@ def test_a_killed_worker_ends_every_kind_of_work(tiny_model: str, monkeypatch) -
             work()
 
     killed(lambda: embed("handles:deadly", tiny_model, "s", 2))
-    assert sorted(EmbeddingStore("s", allow_partial=True).receipts) in ([0], [0, 1])
+    assert sorted(EmbeddingStore("s", allow_partial=True).commits) in ([0], [0, 1])
     Path("deadly").unlink()
     assert embed("handles:deadly", tiny_model, "s", 2).committed_before > 0
     Path("deadly").touch()

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import gstds_cache
 from gstds_cache.config import EmbedConfig, SelectConfig
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.writer import write_file
@@ -28,7 +28,7 @@ def python_block(document: str) -> str:
 
 @pytest.fixture
 def workplace(array_source, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    embed = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=32, workers=0, device="cpu")
+    embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=32, workers=0, device="cpu")
     embed_dataset(array_source(60), embed, where=tmp_path / "photos.store")
     selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), SelectConfig(batch_size=20, epochs=2, knn=5))
     list(write_file(selector, tmp_path / "selection.arrow"))

@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (inputs / "loop").symlink_to("loop")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GSTDS_CACHE": str(root / "stores")}
     for words in (
-        "gstds-embed imagefolder:photos --model m:build --cache s --batch-size 4 --unit-rows 8 --workers 0",
+        "gstds-embed imagefolder:photos --model m:build --cache s --batch-size 4 --shard-rows 8 --workers 0",
         "gstds-select s --batch-size 8 --knn 3 --epochs 1 --out s.arrow",
         "gstds-train imagefolder:photos --selection s.arrow --arch conv3 --image-size 16 --out run",
     ):

@@ -23,7 +23,7 @@ KILLS = 2
 @pytest.fixture
 def words(image_folder: Path, tiny_model: str, s3_prefix: str) -> list[str]:
     return ["gstds-embed", "imagefolder:photos", "--model", tiny_model, "--cache", s3_prefix, "--batch-size", "4",
-            "--unit-rows", "8", "--json"]  # fmt: skip
+            "--shard-rows", "8", "--json"]  # fmt: skip
 
 
 def local(words: list[str], location: str) -> list[str]:
@@ -67,10 +67,10 @@ def test_the_main_job_on_a_bucket(command, result_of, words, s3_server, s3_prefi
     damaged[9] ^= 1
     open_transport(s3_prefix).put(layout.object_key(1), bytes(damaged))
     bad = command("gstds-cache", "verify", s3_prefix, "--level", "full", code=3)
-    assert "unit 1: embeddings/c/1/0 hashes to" in bad.stderr
+    assert "shard 1: embeddings/c/1/0 hashes to" in bad.stderr
     assert f"gstds-cache repair {s3_prefix}" in bad.stderr
     mended = result_of(command("gstds-cache", "repair", s3_prefix, "--json"))
-    assert (mended["units_made_again"], mended["images"], mended["problems"]) == ([1], 8, [])
+    assert (mended["shards_made_again"], mended["images"], mended["problems"]) == ([1], 8, [])
     assert objects(s3_prefix) == objects(tmp_path / "photos.store")
     command("gstds-cache", "verify", s3_prefix, "--level", "sample")
 
@@ -78,7 +78,7 @@ def test_the_main_job_on_a_bucket(command, result_of, words, s3_server, s3_prefi
     assert np.load(tmp_path / "rows.npy").shape == (60, 48)
     assert command("gstds-cache", "rm", s3_prefix, code=2).stderr.count("--yes") == 1
     removed = result_of(command("gstds-cache", "rm", s3_prefix, "--yes", "--json"))
-    assert removed["objects"] == 8 + 8 + 7 + 1  # units, receipts, small objects, COMPLETE
+    assert removed["objects"] == 8 + 8 + 7 + 1  # shards, commit records, small objects, COMPLETE
     assert stored(s3_server, s3_prefix, "zarr.json") is None
     assert not list((tmp_path / "stores" / "remote").iterdir())
 
@@ -105,14 +105,14 @@ def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
     (tmp_path / "hold").touch()
     for kill in range(KILLS):
         running = begin(slow, tmp_path)
-        while stored(s3_server, s3_prefix, layout.receipt_key(2 * kill)) is None:
+        while stored(s3_server, s3_prefix, layout.commit_key(2 * kill)) is None:
             assert running.poll() is None, running.communicate()
             time.sleep(0.02)
         running.kill()
         assert running.wait() == -signal.SIGKILL
         running.communicate()
     committed = objects(s3_prefix)
-    before = [key for key in committed if key.startswith("receipts/")]
+    before = [key for key in committed if key.startswith("commits/")]
     assert KILLS < len(before) < 8
     (tmp_path / "hold").unlink()
     done = result_of(command(*slow))
@@ -138,7 +138,7 @@ def test_a_bad_network_costs_nothing_but_time(command, result_of, words, faulty_
     faults = [
         proxy.inject("slow_down", method="PUT", times=4),
         proxy.inject("reset", method="GET", times=3, after=2),
-        proxy.inject("lose", method="PUT", key="/receipts/", times=3, after=1),
+        proxy.inject("lose", method="PUT", key="/commits/", times=3, after=1),
         proxy.inject("lose", method="PUT", key="/embeddings/c/", times=2, after=2),
         proxy.inject("lose", method="PUT", key="/COMPLETE.json"),
     ]

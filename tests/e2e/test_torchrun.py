@@ -16,7 +16,7 @@ from gstds_cache.cli.train_command import main
 
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter

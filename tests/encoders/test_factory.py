@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from gstds_cache.digest import sha256_file
 from gstds_cache.encoders.factory import UNTRAINED, open_encoder, packaged_weights
 from gstds_cache.errors import EncoderError, UsageError
+from gstds_cache.files.digest import sha256_file
 
 
 @pytest.fixture(scope="module")

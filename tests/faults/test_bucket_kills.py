@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kill_driver import Driver
-from real_store import BAD, ITEMS, UNITS, objects_of
+from real_store import BAD, ITEMS, SHARDS, objects_of
 
 from gstds_cache.errors import GstdsError
 from gstds_cache.store import layout
@@ -33,7 +33,7 @@ def objects(where: str) -> dict[str, bytes]:
 
 
 def committed(there: dict[str, bytes]) -> list[int]:
-    return [unit for unit in range(UNITS) if layout.receipt_key(unit) in there]
+    return [shard for shard in range(SHARDS) if layout.commit_key(shard) in there]
 
 
 def never_wrong(where: str, reference: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_kill_at_any_request_of_a_run_costs_only_what_was_not_committed(
     whole = objects_of(reference)
     steps = bucket_driver.run("embed", f"{s3_prefix}-counted").steps
     assert objects(f"{s3_prefix}-counted") == whole
-    assert {"before put .probe/UUID", "after put receipts/2.json", "before put COMPLETE.json"} < set(steps)
+    assert {"before put .probe/UUID", "after put commits/2.json", "before put COMPLETE.json"} < set(steps)
     states = set()
     for point, step in enumerate(steps):
         where = f"{s3_prefix}-{point}"
@@ -62,9 +62,9 @@ def test_a_kill_at_any_request_of_a_run_costs_only_what_was_not_committed(
         before = objects(where)
         states.add(tuple(before))
         never_wrong(where, reference)
-        missing = [unit for unit in range(UNITS) if unit not in committed(before)]
+        missing = [shard for shard in range(SHARDS) if shard not in committed(before)]
         again = bucket_driver.run("embed", where)
-        assert (again.code, again.result.get("units")) == (0, missing), (step, again.result)
+        assert (again.code, again.result.get("shards")) == (0, missing), (step, again.result)
         after = objects(where)
         assert after == whole, step
         assert {key: after[key] for key in before} == before, f"{step}: an object changed that was there"
@@ -91,5 +91,5 @@ def test_a_kill_at_any_request_of_a_repair_is_finished_by_repair(bucket_driver, 
         tally.kills += 1
         never_wrong(where, reference)
         mended = bucket_driver.run("repair", where)
-        assert set(mended.result.get("units", [9])) <= {0, 1}, (step, mended.result)
+        assert set(mended.result.get("shards", [9])) <= {0, 1}, (step, mended.result)
         assert objects(where) == whole, step

@@ -19,27 +19,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kill_driver import Driver, kinds
-from real_store import BAD, ITEMS, UNIT, UNITS, committed_units, files_of, leftovers, objects_of, stamps
+from real_store import BAD, ITEMS, SHARD, SHARDS, committed_shards, files_of, leftovers, objects_of, stamps
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import GstdsError
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 
-ROWS = {unit: len(range(unit * UNIT, min((unit + 1) * UNIT, ITEMS))) for unit in range(UNITS)}
+ROWS = {shard: len(range(shard * SHARD, min((shard + 1) * SHARD, ITEMS))) for shard in range(SHARDS)}
 GOOD = np.array([row for row in range(ITEMS) if row != BAD])
 LONG = pytest.param("all", marks=pytest.mark.faults)
 
 
 def finish_and_compare(driver: Driver, store: Path, reference: Path) -> None:
     """The same run again: it does what is missing and no more, and nobody sees that there was a kill."""
-    before, there = stamps(store), committed_units(store)
-    missing = [unit for unit in range(UNITS) if unit not in there]
+    before, there = stamps(store), committed_shards(store)
+    missing = [shard for shard in range(SHARDS) if shard not in there]
     again = driver.run("embed", store)
     assert again.code == 0
-    assert again.result == {"images": sum(ROWS[unit] for unit in missing), "units": missing}
+    assert again.result == {"images": sum(ROWS[shard] for shard in missing), "shards": missing}
     assert objects_of(store) == objects_of(reference)
     assert leftovers(store) == []
     assert stamps(store, there) == before
@@ -58,7 +58,7 @@ def never_wrong(store: Path, reference: Path) -> None:
 
 
 def points(steps: tuple[str, ...], how_many: str, rng, some: int = 5) -> list[int]:
-    """All steps; or some of the making of the store, of the units and of the end."""
+    """All steps; or some of the making of the store, of the shards and of the end."""
     if how_many == "all":
         return list(range(len(steps)))
     cuts = [0, steps.index("after rename zarr.json"), steps.index("before open valid/c/.0.PID.tmp"), len(steps)]
@@ -127,13 +127,13 @@ def test_a_kill_of_a_repair_is_finished_by_repair(driver, reference, fresh_copy,
         untouched = stamps(store, [2])
         assert driver.run("repair", store, point).killed, steps[point]
         tally.kills += 1
-        committed.add(tuple(committed_units(store)))
+        committed.add(tuple(committed_shards(store)))
         never_wrong(store, reference)
         mended = driver.run("repair", store)
-        assert set(mended.result.get("units", [9])) <= {0, 1}
+        assert set(mended.result.get("shards", [9])) <= {0, 1}
         assert objects_of(store) == objects_of(reference), steps[point]
         assert leftovers(store) == []
-        assert driver.run("embed", store).result == {"images": 0, "units": []}
+        assert driver.run("embed", store).result == {"images": 0, "shards": []}
         assert stamps(store, [2]) == untouched
         shutil.rmtree(store)
     assert len(committed) > 1
@@ -190,7 +190,7 @@ def test_a_disk_that_is_really_full(driver, reference, tmp_path, tally) -> None:
         tally.faults += 1
         assert full.result.get("error") == "OSError"
         assert "No space left on device" in full.result["message"]
-        assert committed_units(disk / "store") != []
+        assert committed_shards(disk / "store") != []
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
         finish_and_compare(driver, disk / "store", reference)
     finally:
@@ -200,8 +200,8 @@ def test_a_disk_that_is_really_full(driver, reference, tmp_path, tally) -> None:
 def test_every_object_is_on_the_disk_before_anything_counts_on_it(steps) -> None:
     """What a crash of the whole machine would take: contents and names that were not flushed when they were relied on.
 
-    Flushing a file makes its bytes durable, flushing a directory the names in it. When a receipt, the group or COMPLETE
-    gets its name, all files and names that were made before must be.
+    Flushing a file makes its bytes durable, flushing a directory the names in it. When a commit record, the group or
+    COMPLETE gets its name, all files and names that were made before must be.
     """
     waiting: set[str] = set()  # contents as "=path", names as "path"
     promises = 0
@@ -210,7 +210,7 @@ def test_every_object_is_on_the_disk_before_anything_counts_on_it(steps) -> None
         name = path.replace("/.", "/").removeprefix(".").removesuffix(".PID.tmp") if path.endswith(".tmp") else path
         if when == "before" and operation in {"rename", "link"} and not path.endswith(".tmp"):
             assert f"={path}" not in waiting, f"{path} gets its name before its bytes are flushed"
-            if path.startswith("receipts/") or path in {layout.GROUP, layout.COMPLETE}:
+            if path.startswith("commits/") or path in {layout.GROUP, layout.COMPLETE}:
                 promises += 1
                 assert waiting == set(), f"{step}, and not durable are {waiting}"
         elif when == "after" and operation == "write":
@@ -220,16 +220,16 @@ def test_every_object_is_on_the_disk_before_anything_counts_on_it(steps) -> None
             waiting -= {made for made in waiting if made[0] != "=" and str(Path(made).parent) == (path or ".")}
         elif when == "after" and operation in {"rename", "link", "mkdir"} and path:
             waiting.add(path)
-    assert promises == UNITS + 2
+    assert promises == SHARDS + 2
     assert waiting == set()
 
 
 # ---- the real command, killed by the clock
 
 
-WORDS = ["imagefolder:photos", "--cache", "photos.store", "--batch-size", "4", "--unit-rows", "8", "--workers", "1",
+WORDS = ["imagefolder:photos", "--cache", "photos.store", "--batch-size", "4", "--shard-rows", "8", "--workers", "1",
          "--device", "cpu", "--json"]  # fmt: skip
-UNITS_OF_PHOTOS = 8
+SHARDS_OF_PHOTOS = 8
 
 
 @dataclass
@@ -266,10 +266,10 @@ class Command:
         return process
 
     def in_use(self, process: subprocess.Popen[str], committed: int = 0) -> None:
-        """Wait until the run has a store, and so many units in it, or has ended."""
+        """Wait until the run has a store, and so many shards in it, or has ended."""
         deadline = time.monotonic() + 120
         while process.poll() is None and not (
-            (self.store / layout.GROUP).exists() and len(committed_units(self.store)) >= committed
+            (self.store / layout.GROUP).exists() and len(committed_shards(self.store)) >= committed
         ):
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -294,7 +294,7 @@ class Command:
         return True
 
     def finish_and_compare(self, expected: dict[str, bytes]) -> None:
-        before, committed = stamps(self.store), min(8 * len(committed_units(self.store)), 60)
+        before, committed = stamps(self.store), min(8 * len(committed_shards(self.store)), 60)
         process = self.start()
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -310,7 +310,7 @@ def embedding(image_folder, tiny_model, tmp_path, monkeypatch) -> Iterator[tuple
     """The command, and what it makes where nothing disturbs it."""
     model = tiny_model.replace(":build", ":build_slow")
     monkeypatch.chdir(tmp_path)
-    config = EmbedConfig(model=model, batch_size=4, unit_rows=8, workers=0, device="cpu")
+    config = EmbedConfig(model=model, batch_size=4, shard_rows=8, workers=0, device="cpu")
     embed_dataset(open_source("imagefolder:photos"), config, where="reference")
     running = Command(tmp_path, model)
     yield running, objects_of(tmp_path / "reference")
@@ -354,15 +354,15 @@ def test_the_command_stopped_at_random_moments_goes_on_where_it_was(embedding, t
             [interrupt, kill, kill] if chains == 1 else rng.choices([kill, interrupt], [3, 1], k=rng.randrange(1, 5))
         )
         for planned in stops:
-            units = len(committed_units(command.store))
+            shards = len(committed_shards(command.store))
             # Ctrl-C comes when there is work to interrupt: while Python starts or ends, the answer is Python's own.
-            stop = kill if units > 4 else planned
+            stop = kill if shards > 4 else planned
             process = command.start()
             if stop is kill and chains > 1 and rng.random() < 0.2:
                 time.sleep(rng.uniform(0, 4))  # it may not have come to its work
             else:
                 more = 1 if chains == 1 or stop is interrupt else rng.randrange(3)
-                command.in_use(process, min(units + more, UNITS_OF_PHOTOS - 1))
+                command.in_use(process, min(shards + more, SHARDS_OF_PHOTOS - 1))
                 time.sleep(rng.uniform(0, 0.05 if stop is interrupt else 0.1))
             stopped = stop(process) if stop is kill else stop(process, command)
             if not stopped:

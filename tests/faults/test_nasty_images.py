@@ -27,7 +27,7 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import printable
 from gstds_cache.data.manifest import UNREADABLE, build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.store.reader import EmbeddingStore
 
 PICTURE = np.kron(NOISE, np.ones((8, 8, 1), np.uint8))  # [72, 104, 3], large enough to survive JPEG
@@ -273,7 +273,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def embedded(folder: Path, model: str, store: Path, workers: int):
-    config = EmbedConfig(model=model, batch_size=7, unit_rows=14, workers=workers, device="cpu", dtype="float32")
+    config = EmbedConfig(model=model, batch_size=7, shard_rows=14, workers=workers, device="cpu", dtype="float32")
     source = open_source(f"imagefolder:{folder}")
     return source, embed_dataset(source, config, where=store)
 

@@ -18,7 +18,7 @@ import pytest
 import real_store
 import zarr
 from click.testing import CliRunner
-from real_store import BAD, ITEMS, UNIT, UNITS, Images, files_of, leftovers, objects_of, repair, stamps
+from real_store import BAD, ITEMS, SHARD, SHARDS, Images, files_of, leftovers, objects_of, repair, stamps
 
 from gstds_cache.errors import ChunkCorruptError, GstdsError, IncompleteError, IntegrityError, StoreNotFoundError
 from gstds_cache.store import layout
@@ -47,25 +47,25 @@ def read(store: Path, access: Kind = "memory") -> np.ndarray:
 
 
 def plainly(store: Path, rows: slice = slice(None)) -> np.ndarray:
-    """What somebody sees who knows zarr and nothing of receipts."""
+    """What somebody sees who knows zarr and nothing of commit records."""
     return zarr.open_group(store, mode="r")["embeddings"][rows]
 
 
-def mended_to(store: Path, reference: Path, units: list[int], before: dict[str, tuple[int, int]]) -> None:
-    """``repair`` makes ``units`` anew and no other; the store is then the one it was, ``before`` being its stamps."""
+def mended_to(store: Path, reference: Path, shards: list[int], before: dict[str, tuple[int, int]]) -> None:
+    """``repair`` makes ``shards`` anew and no other; the store is then the one it was, ``before`` being its stamps."""
     report = repair(store)
     assert report.before.problems
-    assert list(report.units) == units
-    assert report.images == sum(len(range(unit * UNIT, min((unit + 1) * UNIT, ITEMS))) for unit in units)
+    assert list(report.shards) == shards
+    assert report.images == sum(len(range(shard * SHARD, min((shard + 1) * SHARD, ITEMS))) for shard in shards)
     assert (report.changed, report.after.problems, report.after.complete) == ((), (), True)
     assert objects_of(store) == objects_of(reference)
     assert leftovers(store) == []
-    sound = [unit for unit in range(UNITS) if unit not in units]
-    keys = {key(unit) for unit in sound for key in (layout.object_key, layout.receipt_key)}
+    sound = [shard for shard in range(SHARDS) if shard not in shards]
+    keys = {key(shard) for shard in sound for key in (layout.object_key, layout.commit_key)}
     assert stamps(store, sound) == {key: stamp for key, stamp in before.items() if key in keys}
 
 
-# ---- one unit's object
+# ---- one shard's object
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
-def test_a_damaged_object_is_an_error_that_names_unit_and_command_and_is_mended(
+def test_a_damaged_object_is_an_error_that_names_shard_and_command_and_is_mended(
     whole: Path, reference: Path, harm: Harm, tally
 ) -> None:
     before = stamps(whole)
@@ -103,13 +103,13 @@ def test_a_damaged_object_is_an_error_that_names_unit_and_command_and_is_mended(
         with pytest.raises(ValueError, match="checksum do not match"):
             plainly(whole, slice(8, 16))
     for access in KINDS:
-        with pytest.raises(ChunkCorruptError, match="unit 1") as caught:
+        with pytest.raises(ChunkCorruptError, match="shard 1") as caught:
             read(whole, access)
         assert f"gstds-cache repair {whole}" in caught.value.hint
-    assert verify(whole, "quick").bad_units == ([1] if harm.at_opening else [])
-    assert verify(whole, "full").bad_units == [1]
+    assert verify(whole, "quick").bad_shards == ([1] if harm.at_opening else [])
+    assert verify(whole, "full").bad_shards == [1]
     if harm.at_opening:
-        with pytest.raises(ChunkCorruptError, match="unit 1"):
+        with pytest.raises(ChunkCorruptError, match="shard 1"):
             EmbeddingStore(whole)
     else:
         np.testing.assert_array_equal(EmbeddingStore(whole, access="window").gather(GOOD[:7]), read(reference)[:7])
@@ -121,20 +121,22 @@ def test_other_rows_with_a_right_checksum_are_found_by_a_full_verify_alone(
     whole: Path, reference: Path, tmp_path: Path, harm: str, tally
 ) -> None:
     """The checksum in an object says that its bytes are whole, not whose they are: a read of it sees nothing."""
-    other, unit = whole, 1
+    other, shard = whole, 1
     if harm == "older":
-        other, unit = tmp_path / "older", 2
+        other, shard = tmp_path / "older", 2
         real_store.embed(other, Images(seed=1))
     before = stamps(whole)
-    shutil.copyfile(other / layout.object_key(unit), whole / layout.object_key(2))
+    shutil.copyfile(other / layout.object_key(shard), whole / layout.object_key(2))
     tally.faults += 1
-    wrong = plainly(other, slice(unit * UNIT, unit * UNIT + 6))
+    wrong = plainly(other, slice(shard * SHARD, shard * SHARD + 6))
     assert not (wrong == plainly(reference, slice(16, 22))).any(axis=1).any()
     np.testing.assert_array_equal(plainly(whole, slice(16, 22)), wrong)
     np.testing.assert_array_equal(EmbeddingStore(whole, access="window").gather(np.arange(16, 22)), wrong)
     assert verify(whole, "quick").problems == ()
-    assert verify(whole, "full").bad_units == [2]
-    with pytest.raises(IntegrityError, match="verify STORE --level full"):  # a mirror is compared with the receipts
+    assert verify(whole, "full").bad_shards == [2]
+    with pytest.raises(
+        IntegrityError, match="verify STORE --level full"
+    ):  # a mirror is compared with the commit records
         read(whole, "mirror")
     mended_to(whole, reference, [2], before)
 
@@ -143,14 +145,14 @@ def test_an_object_deleted_after_opening_is_an_error_too(whole: Path, tally) -> 
     reader = EmbeddingStore(whole, access="window")
     (whole / layout.object_key(1)).unlink()
     tally.faults += 1
-    with pytest.raises(ChunkCorruptError, match="unit 1"):
+    with pytest.raises(ChunkCorruptError, match="shard 1"):
         reader.gather(np.array([9]))
 
 
-# ---- receipts, COMPLETE and the small objects
+# ---- commit records, COMPLETE and the small objects
 
 
-def of_another_unit(path: Path) -> None:
+def of_another_shard(path: Path) -> None:
     shutil.copyfile(path.with_name("0.json"), path)
 
 
@@ -165,7 +167,7 @@ RECEIPT: dict[str, Damage] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
     "no JSON": lambda path: flip(path, 0),
     "not as written": lambda path: path.write_bytes(path.read_bytes() + b" "),
-    "of another unit": of_another_unit,
+    "of another shard": of_another_shard,
     "of another store": of_another_store,
     "other hash": lambda path: path.write_bytes(path.read_bytes().replace(b'object_sha256":"', b'object_sha256":"0')),
     "other size": lambda path: path.write_bytes(path.read_bytes().replace(b'"size":', b'"size":1')),
@@ -173,11 +175,11 @@ RECEIPT: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("harm", RECEIPT.values(), ids=RECEIPT)
-def test_a_damaged_receipt_is_found_when_the_store_is_opened_and_its_unit_is_made_anew(
+def test_a_damaged_commit_is_found_when_the_store_is_opened_and_its_shard_is_made_anew(
     whole: Path, reference: Path, harm: Damage, tally
 ) -> None:
     before = stamps(whole)
-    harm(whole / layout.receipt_key(1))
+    harm(whole / layout.commit_key(1))
     tally.faults += 1
     np.testing.assert_array_equal(plainly(whole), plainly(reference))  # the rows are all there
     with pytest.raises(ChunkCorruptError) as caught:
@@ -191,11 +193,11 @@ def test_a_damaged_receipt_is_found_when_the_store_is_opened_and_its_unit_is_mad
     [(b"made to fail", b"made to fall"), (b'"row":3', b'"row":2'), (b'"rows":[0,8]', b'"rows":[0,9]')],
     ids=["reason", "quarantined row", "rows"],
 )
-def test_a_receipt_that_tells_something_else_is_found_and_never_confirmed(
+def test_a_commit_that_tells_something_else_is_found_and_never_confirmed(
     whole: Path, reference: Path, old: bytes, new: bytes, tally
 ) -> None:
-    """Nobody can say which of the receipts was altered: all units are made again."""
-    path = whole / layout.receipt_key(0)
+    """Nobody can say which of the commit records was altered: all shards are made again."""
+    path = whole / layout.commit_key(0)
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
     tally.faults += 1
@@ -322,7 +324,9 @@ def test_one_altered_byte_anywhere_is_noticed(whole: Path, reference: Path, tall
     rng = tally.rng("bytes")
     assert not noticed(whole)
     unseen, objects = [], objects_of(reference)
-    assert len(objects) == 4 + UNITS + 2 + UNITS + 2  # zarr.json, units, label and valid, receipts, items and COMPLETE
+    assert (
+        len(objects) == 4 + SHARDS + 2 + SHARDS + 2
+    )  # zarr.json, shards, label and valid, commit records, items and COMPLETE
     for key, data in objects.items():
         places = {0, len(data) // 2, len(data) - 1, rng.randrange(len(data))}
         for place in range(len(data)) if how_many == "all" else places:
@@ -333,9 +337,9 @@ def test_one_altered_byte_anywhere_is_noticed(whole: Path, reference: Path, tall
     assert unseen == []
 
 
-def test_an_altered_receipt_of_a_store_that_is_not_complete_is_noticed(whole: Path) -> None:
+def test_an_altered_commit_of_a_store_that_is_not_complete_is_noticed(whole: Path) -> None:
     (whole / layout.COMPLETE).unlink()
-    path = whole / layout.receipt_key(0)
+    path = whole / layout.commit_key(0)
     path.write_bytes(path.read_bytes().replace(b'"row":3', b'"row":2'))
     with pytest.raises(IntegrityError):
         EmbeddingStore(whole, allow_partial=True).gather(np.array([BAD]))
@@ -376,7 +380,7 @@ def mode(path: Path, bits: int) -> Iterator[None]:
         path.chmod(before)
 
 
-@pytest.mark.parametrize("key", [layout.object_key(1), layout.receipt_key(1), layout.LABEL, layout.COMPLETE])
+@pytest.mark.parametrize("key", [layout.object_key(1), layout.commit_key(1), layout.LABEL, layout.COMPLETE])
 def test_an_unreadable_file_is_an_error_that_names_it_and_no_damage(
     whole: Path, reference: Path, key: str, tally
 ) -> None:
@@ -409,7 +413,7 @@ def test_a_folder_that_may_only_be_read_is_read_and_not_written(
     assert objects_of(whole) == objects_of(reference)
 
 
-@pytest.mark.parametrize("key", [layout.object_key(1), layout.receipt_key(1), layout.GROUP, layout.COMPLETE])
+@pytest.mark.parametrize("key", [layout.object_key(1), layout.commit_key(1), layout.GROUP, layout.COMPLETE])
 def test_a_disk_that_cannot_be_read_is_no_damage_to_the_store(
     whole: Path, monkeypatch: pytest.MonkeyPatch, key: str, tally
 ) -> None:
@@ -437,12 +441,12 @@ def test_the_command_says_what_the_disk_said(
     from gstds_cache.cli.embed_command import main
 
     monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "stores"))
-    command = [f"imagefolder:{image_folder}", "--model", tiny_model, "--cache", str(tmp_path / "s"), "--unit-rows", "8",
-               "--batch-size", "4", "--workers", "0", "--device", "cpu", "--json"]  # fmt: skip
-    receipts, fsync = tmp_path / "s" / "receipts", os.fsync
+    command = [f"imagefolder:{image_folder}", "--model", tiny_model, "--cache", str(tmp_path / "s"), "--shard-rows",
+               "8", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--json"]  # fmt: skip
+    commits, fsync = tmp_path / "s" / "commits", os.fsync
 
     def broken(descriptor: int) -> None:
-        if receipts.is_dir() and len(list(receipts.iterdir())) >= 3:
+        if commits.is_dir() and len(list(commits.iterdir())) >= 3:
             raise OSError(code, os.strerror(code))
         fsync(descriptor)
 
@@ -461,7 +465,7 @@ def test_the_command_says_what_the_disk_said(
 
 
 def test_files_with_other_names_are_nobodys_business(whole: Path, reference: Path) -> None:
-    for key in ("notes.txt", "receipts/notes.txt", ".hidden"):
+    for key in ("notes.txt", "commits/notes.txt", ".hidden"):
         (whole / key).write_text("mine")
     np.testing.assert_array_equal(read(whole), read(reference))
     assert verify(whole, "full").problems == ()

@@ -31,12 +31,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from kill_driver import Steps, Stopped
-from real_store import BAD, BATCH, ITEMS, UNIT, UNITS, Images, leftovers, objects_of
+from real_store import BAD, BATCH, ITEMS, SHARD, SHARDS, Images, leftovers, objects_of
 
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
-from gstds_cache.embed.repair import repair_store
-from gstds_cache.embed.reuse import KnownRows
-from gstds_cache.embed.unit import EmbedTask
+from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import (
     ChunkCorruptError,
@@ -56,11 +56,11 @@ from gstds_cache.store.writer import open_writer
 
 GROWN = Images(ITEMS + 5)
 CPU = torch.device("cpu")
-RECEIPTS = [layout.receipt_key(unit) for unit in range(UNITS)]
-OBJECTS = [layout.object_key(unit) for unit in range(UNITS)]
+RECEIPTS = [layout.commit_key(shard) for shard in range(SHARDS)]
+OBJECTS = [layout.object_key(shard) for shard in range(SHARDS)]
 SMALL = [layout.GROUP, layout.ITEMS, layout.LABEL, "embeddings/zarr.json", "label/zarr.json", "valid/zarr.json"]
 KEYS = [*SMALL, layout.VALID, layout.COMPLETE, *OBJECTS, *RECEIPTS]
-units_of = st.sets(st.integers(0, UNITS - 1), min_size=1).map(sorted)
+shards_of = st.sets(st.integers(0, SHARDS - 1), min_size=1).map(sorted)
 
 
 @cache
@@ -73,8 +73,8 @@ def manifest_of(count: int) -> DatasetManifest:
     return build_manifest(Images(count))
 
 
-def embed(where: Path, source: Images, units: list[int], known: KnownRows | None = None) -> int:
-    """What the command does, for those of ``units`` that are missing, and the end of it if none is left.
+def embed(where: Path, source: Images, shards: list[int], known: KnownRows | None = None) -> int:
+    """What the command does, for those of ``shards`` that are missing, and the end of it if none is left.
 
     Returns:
         How many images went through the model.
@@ -82,14 +82,14 @@ def embed(where: Path, source: Images, units: list[int], known: KnownRows | None
     manifest = manifest_of(len(source))
     spec = CacheSpec(
         items=len(source), items_root=manifest.root, encoder=encoder().spec.to_dict(), dim=encoder().spec.dim,
-        dtype="float16", batch_size=BATCH, unit_rows=UNIT,
+        dtype="float16", batch_size=BATCH, shard_rows=SHARD,
     )  # fmt: skip
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes), "provenance": {}}
     with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
         there = set(writer.recover())
         task = EmbedTask(source, encoder(), writer, device=CPU, workers=0, known=known)
-        there |= {receipt.unit for receipt in task([unit for unit in units if unit not in there])}
-        if len(there) == spec.units:
+        there |= {commit.shard for commit in task([shard for shard in shards if shard not in there])}
+        if len(there) == spec.shards:
             writer.finish()
     return task.clock.images
 
@@ -139,11 +139,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.reader: EmbeddingStore | None = None
         self.committed: set[int] = set()
 
-    @initialize(units=st.sampled_from([[], [0], [0, 2], [1, 2], [0, 1, 2], "all"]))
-    def begin(self, units: list[int] | str) -> None:
+    @initialize(shards=st.sampled_from([[], [0], [0, 2], [1, 2], [0, 1, 2], "all"]))
+    def begin(self, shards: list[int] | str) -> None:
         """Begin at some point of a run; to get there by embedding would take most of the time."""
-        done = [0, 1, 2] if units == "all" else units
-        keys = KEYS if units == "all" else [*SMALL, *(key for unit in done for key in (OBJECTS[unit], RECEIPTS[unit]))]
+        done = [0, 1, 2] if shards == "all" else shards
+        keys = (
+            KEYS if shards == "all" else [*SMALL, *(key for shard in done for key in (OBJECTS[shard], RECEIPTS[shard]))]
+        )
         for key in keys:
             (self.store / key).parent.mkdir(parents=True, exist_ok=True)
             (self.store / key).write_bytes(self.model.objects[key])
@@ -156,16 +158,16 @@ class StoreMachine(RuleBasedStateMachine):
     # ---- the model
 
     def look(self) -> tuple[set[int], set[str]]:
-        """Units with a right receipt, and objects that are not what they must be, seen without the package."""
+        """Shards with a right commit record, and objects that are not what they must be, seen without the package."""
         there = objects_of(self.store)
         right = {key for key, data in there.items() if data == self.model.objects.get(key)}
-        units = {unit for unit in range(UNITS) if RECEIPTS[unit] in right}
-        needed = {*SMALL, *(OBJECTS[unit] for unit in range(UNITS) if RECEIPTS[unit] in there)}
+        shards = {shard for shard in range(SHARDS) if RECEIPTS[shard] in right}
+        needed = {*SMALL, *(OBJECTS[shard] for shard in range(SHARDS) if RECEIPTS[shard] in there)}
         if layout.COMPLETE in there:
             needed = set(KEYS)
-        # What has no receipt is no part of the store, and VALID none before COMPLETE.
-        receipts = {key for key in RECEIPTS if key in there}
-        return units, (needed | receipts) - right
+        # What has no commit record is no part of the store, and VALID none before COMPLETE.
+        commits = {key for key in RECEIPTS if key in there}
+        return shards, (needed | commits) - right
 
     @property
     def whole(self) -> bool:
@@ -178,50 +180,50 @@ class StoreMachine(RuleBasedStateMachine):
     def read_all(self, kind: Kind, *, partial: bool) -> None:
         reader = EmbeddingStore(self.store, allow_partial=partial, access=kind, memory_budget=0)
         rows = np.flatnonzero(reader.valid == layout.OK)
-        assert rows.tolist() == [row for row in range(ITEMS) if row // UNIT in self.look()[0] and row != BAD]
+        assert rows.tolist() == [row for row in range(ITEMS) if row // SHARD in self.look()[0] and row != BAD]
         self.require_right(rows, reader.gather(rows))
 
     @invariant()
-    def the_committed_units_are_those_that_were_committed(self) -> None:
-        units, harmed = self.look()
-        assert units == self.committed
+    def the_committed_shards_are_those_that_were_committed(self) -> None:
+        shards, harmed = self.look()
+        assert shards == self.committed
         if not harmed:
             summary = summarise(self.store)
-            assert (summary.committed, summary.complete) == (len(units), self.whole)
+            assert (summary.committed, summary.complete) == (len(shards), self.whole)
 
     # ---- what a user does
 
-    def _embed(self, units: list[int]) -> None:
+    def _embed(self, shards: list[int]) -> None:
         try:
             EmbeddingStore(self.store)
         except (IncompleteError, StoreNotFoundError):
-            embed(self.store, Images(), units)
+            embed(self.store, Images(), shards)
 
     def _repair(self) -> None:
         self.report = repair_store(self.store, Images(), encoder(), device="cpu", workers=0)
 
-    @rule(units=units_of)
-    def embed(self, units: list[int]) -> None:
+    @rule(shards=shards_of)
+    def embed(self, shards: list[int]) -> None:
         before, harmed = self.look()
         # A store without its group is one whose making was killed, whatever else is there.
         hit = self.whole and (self.store / layout.GROUP).exists()
         try:
-            self._embed(units)
+            self._embed(shards)
         except IntegrityError:
             assert harmed, "a sound store is refused"
-            # A flipped byte shows at the end, when the missing units are there.
+            # A flipped byte shows at the end, when the missing shards are there.
             self.committed = self.look()[0]
-            assert before <= self.committed <= before | set(units)
+            assert before <= self.committed <= before | set(shards)
             return
         except UsageError:
             assert layout.GROUP in harmed
             assert layout.ITEMS in harmed, "begun anew where the first object of all is there"
             self._restore()
             return
-        self.committed |= set() if hit else set(units)
+        self.committed |= set() if hit else set(shards)
         if not hit:
             assert leftovers(self.store) == []
-            if len(self.committed) == UNITS:
+            if len(self.committed) == SHARDS:
                 event("finished")
                 assert objects_of(self.store) == self.model.objects
 
@@ -239,7 +241,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.committed, left = self.look()
         assert self.committed >= before
         assert self.report.after.problems == ()
-        assert not left - set(SMALL), "a unit is not mended"
+        assert not left - set(SMALL), "a shard is not mended"
         if whole and layout.COMPLETE not in harmed:
             event("repaired" if harmed else "nothing to repair")
             assert self.report.after.complete
@@ -277,8 +279,8 @@ class StoreMachine(RuleBasedStateMachine):
         except UsageError:
             assert self.reader.valid[row] != layout.OK
         except ChunkCorruptError:
-            unit = row // UNIT
-            assert objects_of(self.store).get(OBJECTS[unit]) != self.model.objects[OBJECTS[unit]]
+            shard = row // SHARD
+            assert objects_of(self.store).get(OBJECTS[shard]) != self.model.objects[OBJECTS[shard]]
 
     @rule()
     def restart(self) -> None:
@@ -286,7 +288,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(level=st.sampled_from(["quick", "full"]))
     def verify(self, level: Level) -> None:
-        units, harmed = self.look()
+        shards, harmed = self.look()
         try:
             report = verify(self.store, level)
         except (IntegrityError, StoreNotFoundError):
@@ -295,7 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert harmed or not report.problems, "a sound store is said to be harmed"
         if level == "full" and not report.problems:
             event("verified")
-            assert report.committed == len(units)
+            assert report.committed == len(shards)
             assert not harmed or not self.whole
             self.read_all("memory", partial=True)
 
@@ -319,14 +321,14 @@ class StoreMachine(RuleBasedStateMachine):
     # ---- what happens to a user
 
     @precondition(lambda self: not self.whole)
-    @rule(units=units_of, step=st.integers(0, 50))
-    def kill_embed(self, units: list[int], step: int) -> None:
-        self.kill("embed", lambda: self._embed(units), step, may_add=set(units))
+    @rule(shards=shards_of, step=st.integers(0, 50))
+    def kill_embed(self, shards: list[int], step: int) -> None:
+        self.kill("embed", lambda: self._embed(shards), step, may_add=set(shards))
 
     @precondition(lambda self: self.look()[1] or (self.store / layout.REPAIR).exists())
     @rule(step=st.integers(0, 50))
     def kill_repair(self, step: int) -> None:
-        self.kill("repair", self._repair, step, may_add=set(range(UNITS)))
+        self.kill("repair", self._repair, step, may_add=set(range(SHARDS)))
 
     @precondition(lambda self: self.whole)
     @rule(step=st.integers(0, 35))
@@ -350,7 +352,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.committed <= before | may_add
         if what == "repair":
             # It undoes only what it makes anew.
-            before = {unit for unit in before if OBJECTS[unit] not in harmed}
+            before = {shard for shard in before if OBJECTS[shard] not in harmed}
         assert self.committed >= before
 
     @rule(key=st.sampled_from([*SMALL, layout.VALID, layout.COMPLETE, layout.REPAIR, *OBJECTS, *OBJECTS, *RECEIPTS]),
@@ -371,7 +373,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.committed = self.look()[0]
 
     @rule(key=st.sampled_from(RECEIPTS), keep=st.integers(0, 100))
-    def cut_off_a_receipt(self, key: str, keep: int) -> None:
+    def cut_off_a_commit(self, key: str, keep: int) -> None:
         if (self.store / key).exists():
             (self.store / key).write_bytes((self.store / key).read_bytes()[:keep])
             self.count.harmed += 1

@@ -10,7 +10,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.graph.components import BRIDGE_FLOOR, bridge_components, label_components, spanning_bridges
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import normalized_rows
 
 
 def edges(*pairs, shape):
@@ -88,7 +88,7 @@ def test_a_later_component_with_a_lower_node_wins_a_tie():
 def test_bridging_connects_by_the_strongest_pair():
     x = torch.cat([clusters(4, 8), clusters(1, 32, seed=1)])
     graph = symmetrise(knn_graph(x, 4))
-    bridged, components = bridge_components(graph, unit_rows(x))
+    bridged, components = bridge_components(graph, normalized_rows(x))
     assert components.tolist() == [4, 1]
     assert label_components(bridged)[0].tolist() == [1, 1]
     assert len(bridged.weight) == len(graph.weight) + 2 * 3
@@ -104,7 +104,7 @@ def test_bridging_connects_by_the_strongest_pair():
 
 def test_opposite_clusters_are_joined_by_the_floor():
     x = torch.cat([torch.ones(1, 5, 3), -torch.ones(1, 5, 3)], dim=1)
-    bridged, components = bridge_components(symmetrise(knn_graph(x, 3)), unit_rows(x))
+    bridged, components = bridge_components(symmetrise(knn_graph(x, 3)), normalized_rows(x))
     assert components.tolist() == [2]
     assert bridged.weight.min() == BRIDGE_FLOOR
     assert (bridged.weight == BRIDGE_FLOOR).sum() == 2
@@ -112,7 +112,7 @@ def test_opposite_clusters_are_joined_by_the_floor():
 
 def test_zero_rows_are_joined_by_the_floor():
     x = torch.zeros(2, 7, 3)
-    bridged, components = bridge_components(symmetrise(knn_graph(x, 3)), unit_rows(x))
+    bridged, components = bridge_components(symmetrise(knn_graph(x, 3)), normalized_rows(x))
     assert components.tolist() == [7, 7]
     assert label_components(bridged)[0].tolist() == [1, 1]
     assert (bridged.weight == BRIDGE_FLOOR).all()
@@ -121,15 +121,15 @@ def test_zero_rows_are_joined_by_the_floor():
 def test_connected_graphs_are_returned_as_they_are():
     x = clusters(1, 20)
     graph = symmetrise(knn_graph(x, 5))
-    bridged, components = bridge_components(graph, unit_rows(x))
+    bridged, components = bridge_components(graph, normalized_rows(x))
     assert bridged is graph
     assert components.tolist() == [1]
 
 
 def test_bridging_a_graph_does_not_depend_on_its_stack():
     x = torch.cat([clusters(5, 6, seed=s) for s in range(4)])
-    whole, _ = bridge_components(symmetrise(knn_graph(x, 3)), unit_rows(x))
-    alone, _ = bridge_components(symmetrise(knn_graph(x[2:3], 3)), unit_rows(x[2:3]))
+    whole, _ = bridge_components(symmetrise(knn_graph(x, 3)), normalized_rows(x))
+    alone, _ = bridge_components(symmetrise(knn_graph(x[2:3], 3)), normalized_rows(x[2:3]))
     part = whole.subset([2])
     assert torch.equal(part.weight, alone.weight)
     assert torch.equal(part.col, alone.col)
@@ -139,4 +139,4 @@ def test_bridging_a_graph_does_not_depend_on_its_stack():
 def test_wrong_embeddings_are_refused():
     graph = symmetrise(knn_graph(clusters(2, 5), 3))
     with pytest.raises(UsageError, match=r"got \[1, 9, 16\], expected \[1, 10, D\]"):
-        bridge_components(graph, unit_rows(clusters(1, 9)))
+        bridge_components(graph, normalized_rows(clusters(1, 9)))

@@ -6,7 +6,7 @@ import torch
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph import knn
 from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, settle
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import normalized_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -45,7 +45,7 @@ def test_gpu_search_but_for_the_call_itself(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(knn, "_gpu_resources", lambda device: f"resources {device}")
-    rows = unit_rows(torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)))
+    rows = normalized_rows(torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)))
     pytest.importorskip("faiss.contrib.torch_utils")
     monkeypatch.setattr(knn.faiss, "knn_gpu", knn_gpu)
     similarity, index = knn.search_faiss_gpu(rows.as_subclass(OnGpu), 6)
@@ -63,11 +63,11 @@ def test_more_candidates_than_a_search_can_find_are_found_by_torch():
         return search_torch(rows, candidates)
 
     x = torch.cat([torch.ones(1, 50, 3), torch.randn(1, 50, 3, generator=torch.Generator().manual_seed(0))])
-    graph = by_candidates(search, unit_rows(x), 5, largest=20)
+    graph = by_candidates(search, normalized_rows(x), 5, largest=20)
     assert asked == [7, 14]  # 28 are more than it can find, and 14 enough for the other graph
     assert graph.neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(graph.neighbors, knn_graph(x, 5).neighbors)
-    assert knn.BACKENDS["faiss-cpu"](unit_rows(x), 5).neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
+    assert knn.BACKENDS["faiss-cpu"](normalized_rows(x), 5).neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_settle_takes_the_row_out_by_index_wherever_it_stands():
@@ -89,18 +89,18 @@ def test_settle_clips_rounding_before_it_orders_ties():
 
 def test_blocks_of_rows_and_graphs_change_nothing(monkeypatch):
     x = torch.randn(5, 40, 8, generator=torch.Generator().manual_seed(2))
-    whole, searched = knn_graph(x, 6, backend="torch"), search_torch(unit_rows(x), 8)
+    whole, searched = knn_graph(x, 6, backend="torch"), search_torch(normalized_rows(x), 8)
     for limit in (4 * 40 * 7, 4 * 40 * 40 * 2):  # 7 rows at once; 2 graphs
         monkeypatch.setattr(knn, "BLOCK_BYTES", limit)
         again = knn_graph(x, 6, backend="torch")
         assert torch.equal(again.neighbors, whole.neighbors)
         torch.testing.assert_close(again.similarities, whole.similarities, atol=1e-6, rtol=0)
-        assert torch.equal(search_torch(unit_rows(x), 8)[1], searched[1])
+        assert torch.equal(search_torch(normalized_rows(x), 8)[1], searched[1])
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1.0, 1e38])
 def test_unit_rows_of_any_finite_length(scale):
-    rows = unit_rows(torch.tensor([[[3.0, -3.0, 0.0], [0.0, 0.0, 0.0]]]) * scale)[0]
+    rows = normalized_rows(torch.tensor([[[3.0, -3.0, 0.0], [0.0, 0.0, 0.0]]]) * scale)[0]
     expected = torch.tensor([[0.5**0.5, -(0.5**0.5), 0], [0, 0, 0]])
     torch.testing.assert_close(rows, expected)
 
@@ -108,7 +108,7 @@ def test_unit_rows_of_any_finite_length(scale):
 def test_unit_rows_of_float16_are_computed_in_float32():
     x = torch.randn(1, 20, 50, generator=torch.Generator().manual_seed(1)).half()
     expected = torch.nn.functional.normalize(x.float(), dim=2)
-    torch.testing.assert_close(unit_rows(x), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalized_rows(x), expected, atol=1e-6, rtol=0)
 
 
 def test_one_batch_and_numpy_arrays_are_taken_as_well():
@@ -126,13 +126,13 @@ def test_every_float16_is_converted_exactly():
     every = every[every.isfinite()]
     rows = torch.stack([every, torch.ones_like(every)], dim=1)[None]
     expected = torch.nn.functional.normalize(rows.double(), dim=2).float()
-    torch.testing.assert_close(unit_rows(rows), expected, rtol=3e-7, atol=1e-45)
-    assert unit_rows(torch.zeros(1, 2, 3).half()).tolist() == [[[0.0] * 3] * 2]
+    torch.testing.assert_close(normalized_rows(rows), expected, rtol=3e-7, atol=1e-45)
+    assert normalized_rows(torch.zeros(1, 2, 3).half()).tolist() == [[[0.0] * 3] * 2]
     for bad in (torch.inf, -torch.inf, torch.nan):
         with pytest.raises(SolverError, match=r"rows \[1\] of graph 0"):
-            unit_rows(torch.tensor([[[1.0], [bad]]]).half())
+            normalized_rows(torch.tensor([[[1.0], [bad]]]).half())
 
 
 def test_many_bad_rows_are_counted():
     with pytest.raises(SolverError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and 15 more of graph 0"):
-        unit_rows(torch.full((1, 25, 2), torch.nan))
+        normalized_rows(torch.full((1, 25, 2), torch.nan))

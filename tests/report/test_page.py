@@ -16,9 +16,9 @@ from PIL import Image
 from real_store import MODEL
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
-from gstds_cache.costs import Cost, record, selection_costs
+from gstds_cache.costs.records import Cost, record, selection_costs
 from gstds_cache.data.sources import open_source
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError, UsageError
 from gstds_cache.report.page import render, write_page
 from gstds_cache.report.run_view import panels_of, read_run
@@ -28,8 +28,8 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
-from gstds_cache.train.loop import run_config, train
-from gstds_cache.train.run_dir import RunDir
+from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.run_dir import RunDir
 
 EVIL = "<script>alert(1)<!-- & $x_$ \"'"
 CLASSES = (EVIL, "plain", "日本 $")
@@ -60,7 +60,7 @@ def work(tmp_path_factory) -> Work:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name / f"{number:02d}{EVIL}.png")
     uri = f"imagefolder:{folder / 'images'}"
     source = open_source(uri)
-    embed = EmbedConfig(model=MODEL, batch_size=8, unit_rows=32, workers=0, device="cpu")
+    embed = EmbedConfig(model=MODEL, batch_size=8, shard_rows=32, workers=0, device="cpu")
     store = EmbeddingStore(embed_dataset(source, embed, where=folder / "store").location)
     config = SelectConfig(batch_size=14, epochs=2, knn=3, schedule="linear:0.25:0.75", device="cpu")
     selector = BatchSelector(store, config)

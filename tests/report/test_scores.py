@@ -14,7 +14,7 @@ from real_store import BAD, ITEMS, Images, embed
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError
-from gstds_cache.report.recompute import MadeWith, selector_of, spans, watch_again
+from gstds_cache.report.recompute import RecomputeSettings, selector_of, spans, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, percentile, spacing, write_scores
 from gstds_cache.selection.rules import RULES
 from gstds_cache.selection.run import BatchSelector
@@ -107,7 +107,7 @@ def test_guidance_is_found_by_its_digest_or_has_to_be_named(store, tmp_path) -> 
     with open_selection(file) as stream:
         with pytest.raises(FingerprintMismatchError, match="give the --guidance"):
             selector_of(store, stream.header)
-        selector = selector_of(store, stream.header, MadeWith(guidance=f"file:{own}"))
+        selector = selector_of(store, stream.header, RecomputeSettings(guidance=f"file:{own}"))
         for batch in watch_again(selector, stream):
             assert batch.seen.guidance.tolist() == batch.indices.tolist()
 
@@ -121,12 +121,14 @@ def test_a_schedule_of_a_file_has_to_be_named(store, tmp_path) -> None:
             selector_of(store, stream.header)
         kept = [
             len(batch.selection.kept)
-            for batch in watch_again(selector_of(store, stream.header, MadeWith(schedule=f"file:{path}")), stream)
+            for batch in watch_again(
+                selector_of(store, stream.header, RecomputeSettings(schedule=f"file:{path}")), stream
+            )
         ]
         assert sum(kept) == stream.header.total_kept
     path.write_text("0.25\n0.5\n")
     with open_selection(file) as stream, pytest.raises(FingerprintMismatchError, match="same settings now give"):
-        selector_of(store, stream.header, MadeWith(schedule=f"file:{path}"))
+        selector_of(store, stream.header, RecomputeSettings(schedule=f"file:{path}"))
 
 
 def test_places_and_spacing_of_equals() -> None:

@@ -17,20 +17,20 @@ from small_store import make_spec
 from gstds_cache.config import SelectConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
-from gstds_cache.places import beside
+from gstds_cache.files.derived import derived_path
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
-from gstds_cache.selection.probe import ProbeSettings, deal_folds, probe_columns
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.linear_probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.trial import Trial, TrialSettings, try_out
+from gstds_cache.store.commit_record import Quarantined
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.receipt import Quarantined
 from gstds_cache.store.writer import open_writer
 
-N, D, C, UNIT = 400, 12, 4, 64
+N, D, C, SHARD = 400, 12, 4, 64
 SETTINGS, RUN = ProbeSettings(), TrialSettings(power=2.0, share=0.25, epochs=8)
 QUICK = "probe?steps=40&batch_size=32"
 CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu", rule="strata", guidance=QUICK)
@@ -39,13 +39,13 @@ CONFIG = SelectConfig(batch_size=64, epochs=2, knn=6, device="cpu", rule="strata
 def write_store(where: Path, labels: np.ndarray, rows: np.ndarray) -> None:
     sha256 = np.random.default_rng(0).integers(0, 256, (N, 32), dtype=np.uint8)
     items = DatasetManifest("test", tuple(f"item/{row}" for row in range(N)), sha256, labels, ("a",))
-    spec = make_spec(items=N, items_root=items.root, dim=D, unit_rows=UNIT, batch_size=UNIT)
+    spec = make_spec(items=N, items_root=items.root, dim=D, shard_rows=SHARD, batch_size=SHARD)
     attributes = {"kind": "test", "classes": ["a"], "provenance": {}}
     with open_writer(where, spec, labels=labels, items=items.to_arrow(), attributes=attributes) as writer:
-        for unit in range(spec.units):
-            span = spec.rows_of(unit)
-            bad = [Quarantined(7, "item/7", "broken")] if unit == 0 else []
-            writer.commit(unit, rows[span.start : span.stop].astype(spec.dtype), bad)
+        for shard in range(spec.shards):
+            span = spec.rows_of(shard)
+            bad = [Quarantined(7, "item/7", "broken")] if shard == 0 else []
+            writer.commit(shard, rows[span.start : span.stop].astype(spec.dtype), bad)
         writer.finish()
 
 
@@ -73,7 +73,7 @@ def settings_of(text: str) -> ProbeSettings:
 
 def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
     labels, _ = clusters
-    rows = RowsTakingPart(N, np.array([7]))
+    rows = EligibleRows(N, np.array([7]))
     for folds in (2, 5):
         fold = deal_folds(labels, rows, folds, seed=0)
         assert fold[7] == -1
@@ -84,7 +84,7 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
         shuffled = rng_for(0, "probe-folds").permutation(rows.all())
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
         assert fold[by_class].tolist() == (np.arange(N - 1) % folds).tolist()
-        monkeypatch.setattr("gstds_cache.selection.probe.PIECE", 33)
+        monkeypatch.setattr("gstds_cache.selection.linear_probe.PIECE", 33)
         assert deal_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
     assert (deal_folds(labels, rows, 2, seed=0) != deal_folds(labels, rows, 2, seed=1)).any()
 
@@ -105,7 +105,7 @@ def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_en
     x = store.gather(there).astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = (x - x.mean(0)) / x.std(0)
-    fold = deal_folds(labels, RowsTakingPart(N, np.array([7])), 2, seed=0)[there]
+    fold = deal_folds(labels, EligibleRows(N, np.array([7])), 2, seed=0)[there]
     expected = np.zeros(len(there))
     for f in (0, 1):
         other = LogisticRegression(C=1.0, max_iter=1000).fit(x[fold != f], labels[there][fold != f])
@@ -124,10 +124,10 @@ def test_a_row_is_judged_by_a_probe_that_never_saw_its_label(store, clusters, tm
     labels, rows = clusters
     settings = settings_of(QUICK)
     before = probe_columns(store, settings)
-    fold = deal_folds(labels, RowsTakingPart(N, store.without_embedding), 2, seed=0)
+    fold = deal_folds(labels, EligibleRows(N, store.without_embedding), 2, seed=0)
     changed = np.where((fold == 0) & (np.arange(N) % 2 == 0), (labels + 1) % C, labels)  # half of fold 0's labels
     write_store(tmp_path / "changed.store", changed, rows)
-    monkeypatch.setattr("gstds_cache.selection.probe.deal_folds", lambda *_: fold)
+    monkeypatch.setattr("gstds_cache.selection.linear_probe.deal_folds", lambda *_: fold)
     after = probe_columns(EmbeddingStore(tmp_path / "changed.store"), settings)
     assert (after["predicted"][fold == 0] == before["predicted"][fold == 0]).all()
     assert (after["entropy"][fold == 0] == before["entropy"][fold == 0]).all()
@@ -139,7 +139,7 @@ def test_the_same_bytes_whatever_the_threads_and_the_access(store, tmp_path) -> 
     settings = settings_of(QUICK)
     first = probe_columns(store, settings, threads=1).tobytes()
     assert probe_columns(store, settings, threads=2).tobytes() == first
-    windows = EmbeddingStore(tmp_path / "s.store", access="window", memory_budget=2 * UNIT * D * 2)
+    windows = EmbeddingStore(tmp_path / "s.store", access="window", memory_budget=2 * SHARD * D * 2)
     assert probe_columns(windows, settings).tobytes() == first
     assert probe_columns(store, replace(settings, seed=1)).tobytes() != first
 
@@ -166,7 +166,7 @@ def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatc
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "record", "foreign"])
 def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
     made = load_or_make_guidance(store, QUICK).of_rows.all()
-    folder = beside(store.location, ".guidance")
+    folder = derived_path(store.location, ".guidance")
     (rows,), (record,) = folder.glob("*.npy"), folder.glob("*.json")
     content = bytearray(rows.read_bytes())
     if damage == "flip":
@@ -387,7 +387,7 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
             selector.guidance.note
         )
         # Found again, without another trial; a record that is damaged is made again.
-        record = next(beside(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
+        record = next(derived_path(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
         monkeypatch.setattr("gstds_cache.selection.guidance.try_out", None)
         assert BatchSelector(store, selector.config).guidance.note.startswith("guidance is")
         record.write_bytes(record.read_bytes()[:-9])
@@ -409,4 +409,4 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     first, second = (BatchSelector(store, replace(CONFIG, guidance="auto")).guidance.note for _ in range(2))
     assert first == second
     assert first.startswith("guidance is")
-    assert not list(beside(store.location, ".guidance").glob("*.trial.json"))
+    assert not list(derived_path(store.location, ".guidance").glob("*.trial.json"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gstds_cache.selection import permutation
 from gstds_cache.selection.permutation import STORED, Permutation
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.rows import EligibleRows
 
 N = 250_000
 
@@ -120,7 +120,7 @@ def test_a_number_lands_anywhere_with_any_key() -> None:
 @given(items=st.integers(1, 200), data=st.data())
 def test_rows_taking_part_are_numbered_in_their_order(items: int, data: st.DataObject) -> None:
     left_out = data.draw(st.sets(st.integers(0, items - 1), max_size=items - 1))
-    rows = RowsTakingPart(items, np.array(sorted(left_out), np.int64))
+    rows = EligibleRows(items, np.array(sorted(left_out), np.int64))
     expected = [row for row in range(items) if row not in left_out]
     assert len(rows) == len(expected)
     assert rows.all().tolist() == expected

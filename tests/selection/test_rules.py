@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gstds_cache.digest import sha256_file
 from gstds_cache.errors import UsageError
+from gstds_cache.files.digest import sha256_file
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.rule import TIE, RuleBatch, settle_ties
+from gstds_cache.selection.rule import TIE, RuleBatch, round_ties
 from gstds_cache.selection.rules import RULES, find_rule
 
 STEADY = [rng_for(seed, "steady") for seed in range(20)]
@@ -237,14 +237,14 @@ def test_settled_ties_do_not_depend_on_the_noise_of_a_solver(steps, seed) -> Non
     noise = np.random.default_rng(seed).normal(size=len(vector)) * 1e-12
     noise[:2] = 0
     for name in ("coverage", "gap", "extremes", "boundary"):
-        kept = [RULES[name].choose(RuleBatch(settle_ties(v), 20)).tolist() for v in (vector, vector + noise)]
+        kept = [RULES[name].choose(RuleBatch(round_ties(v), 20)).tolist() for v in (vector, vector + noise)]
         assert kept[0] == kept[1], name
 
 
 def test_settling_changes_no_coordinate_by_more_than_half_a_step() -> None:
     vector = np.random.default_rng(0).normal(size=100)
-    assert np.abs(settle_ties(vector) - vector).max() <= 0.5 * TIE * np.abs(vector).max() * (1 + 1e-9)
-    assert settle_ties(np.zeros(3)).tolist() == [0, 0, 0]
+    assert np.abs(round_ties(vector) - vector).max() <= 0.5 * TIE * np.abs(vector).max() * (1 + 1e-9)
+    assert round_ties(np.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_an_unknown_rule_lists_what_there_is() -> None:

@@ -12,16 +12,16 @@ import pytest
 import scipy.linalg
 import torch
 
-from gstds_cache import scratch
 from gstds_cache.config import EmbedConfig, SelectConfig
-from gstds_cache.embed.run import embed_dataset
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.files import mapped
 from gstds_cache.selection import run as run_module
 from gstds_cache.selection import spectra
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -40,7 +40,7 @@ ends = Rule("ends", "far end of the third eigenvector", far_end, vectors=3)
 
 @pytest.fixture
 def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
-    config = EmbedConfig(model=tiny_model, batch_size=16, unit_rows=64, workers=0, device="cpu", dtype="float32")
+    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu", dtype="float32")
     return EmbeddingStore(
         embed_dataset(array_source(200, bad=frozenset({5, 150})), config, where=tmp_path / "store").location
     )
@@ -191,7 +191,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[IO[bytes]]:
     """The temporary files that are made."""
     made: list[IO[bytes]] = []
     make = tempfile.TemporaryFile
-    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **how: made.append(make(**how)) or made[-1])
+    monkeypatch.setattr(mapped.tempfile, "TemporaryFile", lambda **how: made.append(make(**how)) or made[-1])
     return made
 
 
@@ -272,9 +272,9 @@ def test_a_full_disk_makes_selection_slower_and_nothing_else(store: EmbeddingSto
 
     words = "No space left on device"
     if fails == "open":
-        monkeypatch.setattr(scratch.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(mapped.tempfile, "TemporaryFile", refuse)
     elif fails == "no folder":  # neither TMPDIR nor /tmp nor the current folder can be written to
-        monkeypatch.setattr(scratch, "folder", lambda: None)
+        monkeypatch.setattr(mapped, "folder", lambda: None)
         words = "no temporary folder can be written"
     else:
         monkeypatch.setattr(
@@ -390,17 +390,17 @@ def test_floors_and_the_report_of_what_was_dropped_by_class(store: EmbeddingStor
         BatchSelector(store, replace(CONFIG, min_per_class=70))
 
 
-def test_a_store_read_in_windows_is_selected_unit_by_unit(store: EmbeddingStore, tmp_path, monkeypatch) -> None:
-    nbytes = store.spec.unit_rows * store.spec.dim * 4
+def test_a_store_read_in_windows_is_selected_shard_by_shard(store: EmbeddingStore, tmp_path, monkeypatch) -> None:
+    nbytes = store.spec.shard_rows * store.spec.dim * 4
     windows = EmbeddingStore(tmp_path / "store", access="window", memory_budget=2 * nbytes)
     reads: list[int] = []
-    unit = windows.unit
-    monkeypatch.setattr(windows, "unit", lambda number: reads.append(number) or unit(number))
+    shard = windows.shard
+    monkeypatch.setattr(windows, "shard", lambda number: reads.append(number) or shard(number))
     config = replace(CONFIG, order="window:64")
     selector = BatchSelector(windows, config)
     assert selector.slow_order == ""
     kept = [s.kept.tolist() for s in selector.run()]
-    # Four units; an epoch begins with the last one of the epoch before, if at all.
+    # Four shards; an epoch begins with the last one of the epoch before, if at all.
     assert len(reads) <= 2 * 4
     assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
     assert "use --order window" in BatchSelector(windows, CONFIG).slow_order

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.order import DEFAULT_WINDOW, parse_order
 from gstds_cache.selection.plan import SelectionPlan
-from gstds_cache.selection.rows import RowsTakingPart
+from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule
 
 
 def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=0, **order) -> SelectionPlan:
     return SelectionPlan(
-        RowsTakingPart(2 * rows, np.arange(rows, dtype=np.int64) * 2 + 1),
+        EligibleRows(2 * rows, np.arange(rows, dtype=np.int64) * 2 + 1),
         batch_size=batch_size,
         epochs=epochs,
         schedule=parse_schedule(schedule),
@@ -195,15 +195,15 @@ def test_any_batch_can_be_made_without_the_ones_before_it() -> None:
     batch_size=st.integers(4, 100),
     epochs=st.integers(1, 3),
     window=st.none() | st.integers(1, 400),
-    unit_rows=st.integers(1, 90),
+    shard_rows=st.integers(1, 90),
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
 def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
-    rows, batch_size, epochs, window, unit_rows, seed, data
+    rows, batch_size, epochs, window, shard_rows, seed, data
 ) -> None:
     def plan() -> SelectionPlan:
-        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, window=window, unit_rows=unit_rows)
+        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, window=window, shard_rows=shard_rows)
 
     whole = plan()
     batches = [whole.batch(seq) for seq in range(whole.total_batches)]
@@ -211,11 +211,11 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
         seen = np.concatenate([b.indices for b in batches if b.epoch == epoch])
         assert sorted(seen) == list(range(0, 2 * rows, 2))
         if window is not None:
-            # Each window's units appear together: a unit is never left and come back to outside its window.
-            first_seen = {unit: i for i, unit in reversed(list(enumerate((seen // unit_rows).tolist())))}
-            at_once = max(1, window // unit_rows)
+            # Each window's shards appear together: a shard is never left and come back to outside its window.
+            first_seen = {shard: i for i, shard in reversed(list(enumerate((seen // shard_rows).tolist())))}
+            at_once = max(1, window // shard_rows)
             order = sorted(first_seen, key=first_seen.__getitem__)
-            of_window = [order.index(unit) // at_once for unit in (seen // unit_rows).tolist()]
+            of_window = [order.index(shard) // at_once for shard in (seen // shard_rows).tolist()]
             assert of_window == sorted(of_window)
     seq = data.draw(st.integers(0, whole.total_batches - 1))
     alone = plan().batch(seq)

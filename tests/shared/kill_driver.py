@@ -165,10 +165,10 @@ def _act(action: str, store: Path | str) -> dict[str, Any]:
     if action == "mirror":
         rows = [row for row in range(real_store.ITEMS) if row != real_store.BAD]
         return {"rows": EmbeddingStore(store, access="mirror").gather(np.array(rows)).tolist()}
-    with real_store.units_written() as units:
+    with real_store.shards_written() as shards:
         report: Any = (real_store.embed if action == "embed" else real_store.repair)(store)
     images = report.images if action == "repair" else report.embedded
-    return {"images": images, "units": units}
+    return {"images": images, "shards": shards}
 
 
 def _child(job: dict[str, Any], answer: int) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from gstds_cache.cli.train_command import main
 
-from gstds_cache.train.distributed import Ranks, process_group
-from gstds_cache.train.sampler import SelectedBatchSampler
+from gstds_cache.training.distributed import Ranks, process_group
+from gstds_cache.training.sampler import SelectedBatchSampler
 
 
 def write_rows(ranks: Ranks, where: Path, selection: str) -> None:

@@ -1,4 +1,4 @@
-"""A store that a real run of embedding makes in a tenth of a second: 22 images, three units of eight, row 3 broken."""
+"""A store that a real run of embedding makes in a tenth of a second: 22 images, three shards of eight, row 3 broken."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.embed import probe
-from gstds_cache.embed.repair import RepairReport, repair_store
-from gstds_cache.embed.run import EmbedReport, embed_dataset
+from gstds_cache.embedding import probe
+from gstds_cache.embedding.repair import RepairReport, repair_store
+from gstds_cache.embedding.run import EmbedReport, embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store import layout
 from gstds_cache.store.writer import StoreWriter
 
-ITEMS, BATCH, UNIT = 22, 4, 8
-UNITS = 3
+ITEMS, BATCH, SHARD = 22, 4, 8
+SHARDS = 3
 BAD = 3
 MODEL = "real_store:build"
 
@@ -75,7 +75,7 @@ def encoder() -> Encoder:
 
 
 def embed(where: Path | str, source: Images | None = None) -> EmbedReport:
-    config = EmbedConfig(model=MODEL, batch_size=BATCH, unit_rows=UNIT, workers=0, device="cpu")
+    config = EmbedConfig(model=MODEL, batch_size=BATCH, shard_rows=SHARD, workers=0, device="cpu")
     return embed_dataset(source or Images(), config, where=where)
 
 
@@ -84,14 +84,14 @@ def repair(where: Path | str, source: Images | None = None) -> RepairReport:
 
 
 @contextmanager
-def units_written() -> Iterator[list[int]]:
-    """The units that the block computes and commits, seen where they reach the store."""
+def shards_written() -> Iterator[list[int]]:
+    """The shards that the block computes and commits, seen where they reach the store."""
     seen: list[int] = []
     commit = StoreWriter.commit
 
-    def watched(self, unit, rows, quarantined=()):
-        seen.append(unit)
-        return commit(self, unit, rows, quarantined)
+    def watched(self, shard, rows, quarantined=()):
+        seen.append(shard)
+        return commit(self, shard, rows, quarantined)
 
     StoreWriter.commit = watched
     try:
@@ -110,9 +110,9 @@ def files_of(store: Path) -> dict[str, Path]:
 
 
 def leftovers(store: Path) -> list[str]:
-    """Temporary files, and units' objects without a receipt."""
+    """Temporary files, and shards' objects without a commit record."""
     files = files_of(store)
-    committed = {layout.object_key(unit) for unit in committed_units(store)}
+    committed = {layout.object_key(shard) for shard in committed_shards(store)}
     return [
         key
         for key in files
@@ -120,12 +120,12 @@ def leftovers(store: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def committed_units(store: Path) -> list[int]:
-    return sorted(int(path.stem) for path in (store / "receipts").glob("[0-9]*.json"))
+def committed_shards(store: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (store / "commits").glob("[0-9]*.json"))
 
 
-def stamps(store: Path, units: list[int] | None = None) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of the receipts and objects of ``units`` (default: of all that are committed)."""
-    keys = [key(unit) for unit in committed_units(store) if units is None or unit in units
-            for key in (layout.receipt_key, layout.object_key)]  # fmt: skip
+def stamps(store: Path, shards: list[int] | None = None) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of the commit records and objects of ``shards`` (default: of all that are committed)."""
+    keys = [key(shard) for shard in committed_shards(store) if shards is None or shard in shards
+            for key in (layout.commit_key, layout.object_key)]  # fmt: skip
     return {key: ((store / key).stat().st_ino, (store / key).stat().st_mtime_ns) for key in keys}

@@ -33,7 +33,7 @@ def main(folder: Path, cases: Path, outcomes: Path) -> None:
 def load() -> dict[str, object]:
     """The commands by name; with what they load where it is used, which would else be loaded anew by every case."""
     for name in ("matplotlib.pyplot", "timm", "torchvision.datasets", "torchvision.models", "gstds_cache.report.page",
-                 "gstds_cache.selection.run", "gstds_cache.stream.deliver", "gstds_cache.train.loop"):  # fmt: skip
+                 "gstds_cache.selection.run", "gstds_cache.stream.deliver", "gstds_cache.training.loop"):  # fmt: skip
         importlib.import_module(name)
     names = ("embed", "select", "train", "cache")
     return {f"gstds-{name}": importlib.import_module(f"gstds_cache.cli.{name}_command").main for name in names}

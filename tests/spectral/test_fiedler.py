@@ -15,7 +15,7 @@ from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.spectral import fiedler
 from gstds_cache.spectral.fiedler import fiedler_of_graph, fiedler_vectors
 from gstds_cache.spectral.status import Status
@@ -141,14 +141,14 @@ def test_a_path_of_4096_nodes():
 
 
 def test_threads_change_nothing():
-    graph = bridge_components(symmetrise(knn_graph(rand(5, 90, 8), 4)), unit_rows(rand(5, 90, 8)))[0]
+    graph = bridge_components(symmetrise(knn_graph(rand(5, 90, 8), 4)), normalized_rows(rand(5, 90, 8)))[0]
     one, more = fiedler_of_graph(graph, threads=1), fiedler_of_graph(graph, threads=3)
     assert all(torch.equal(value, getattr(one, name)) for name, value in vars(more).items())
 
 
 @pytest.mark.parametrize("q", [1, 3])
 def test_a_known_vector_to_start_from_saves_iterations(q):
-    graph = bridge_components(symmetrise(knn_graph(rand(3, 200, 8), 6)), unit_rows(rand(3, 200, 8)))[0]
+    graph = bridge_components(symmetrise(knn_graph(rand(3, 200, 8), 6)), normalized_rows(rand(3, 200, 8)))[0]
     cold = fiedler_of_graph(graph, q=q)
     noise = 1e-4 * rand(3, 200, q, seed=5).double()
     warm = fiedler_of_graph(graph, q=q, start=cold.basis + noise)
@@ -326,7 +326,7 @@ def random_embedding_graph(rng, b, classes, k, noise):
     """Neighbour graphs of every tightness, bridged where they need it."""
     centres = rng.normal(size=(classes, 6))
     x = torch.from_numpy(centres[rng.integers(classes, size=b)] + noise * rng.normal(size=(b, 6)))[None]
-    return bridge_components(symmetrise(knn_graph(x, k)), unit_rows(x))[0]
+    return bridge_components(symmetrise(knn_graph(x, k)), normalized_rows(x))[0]
 
 
 def random_tree_graph(rng, b, reach, extra, decades):

@@ -7,7 +7,7 @@ import torch
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
-from gstds_cache.graph.neighbors import unit_rows
+from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.spectral import lobpcg as module
 from gstds_cache.spectral.lobpcg import combine, gram, lobpcg, ordered_sum, orthonormalise, pairwise_sum
 from gstds_cache.spectral.preconditioner import Preconditioner, coarse_factor, strong_part
@@ -25,7 +25,7 @@ def batch(g=3, b=120, noise=0.5, seed=0, k=8):
     centres = rand(6, 16, seed=seed)
     label = torch.randint(6, (g, b), generator=torch.Generator().manual_seed(seed))
     x = centres[label] + noise * rand(g, b, 16, seed=seed + 1)
-    return bridge_components(symmetrise(knn_graph(x, k)), unit_rows(x))[0]
+    return bridge_components(symmetrise(knn_graph(x, k)), normalized_rows(x))[0]
 
 
 def path(b):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_store import UNIT, D, N, fill, make_rows
+from small_store import SHARD, D, N, fill, make_rows
 
 from gstds_cache.errors import IntegrityError, UsageError
 from gstds_cache.store import layout
@@ -40,7 +40,7 @@ def test_all_ways_give_the_same_rows_in_either_dtype(store: Path, kind, dtype) -
     assert reader.gather(picked).dtype == np.float16
 
 
-@pytest.mark.parametrize("budget", [0, 2 * UNIT * ROW_BYTES, 10**9])
+@pytest.mark.parametrize("budget", [0, 2 * SHARD * ROW_BYTES, 10**9])
 @pytest.mark.parametrize("kind", ["memory", "mirror", "window"])
 @pytest.mark.parametrize("batch_size", [1, 4, 21, 50])
 def test_a_shuffled_epoch_has_every_row_with_an_embedding_once(store: Path, kind, budget, batch_size) -> None:
@@ -59,10 +59,10 @@ def test_a_shuffled_epoch_has_every_row_with_an_embedding_once(store: Path, kind
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_a_window_epoch_reads_every_unit_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = EmbeddingStore(store, access="window", memory_budget=2 * UNIT * ROW_BYTES)
+def test_a_window_epoch_reads_every_shard_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = EmbeddingStore(store, access="window", memory_budget=2 * SHARD * ROW_BYTES)
     read: list[int] = []
-    monkeypatch.setattr(reader, "unit", lambda unit: read.append(unit) or EmbeddingStore.unit(reader, unit))
+    monkeypatch.setattr(reader, "shard", lambda shard: read.append(shard) or EmbeddingStore.shard(reader, shard))
     for _ in reader.shuffled(4, seed=0, epoch=0):
         pass
     assert sorted(read) == [0, 1, 2]
@@ -70,26 +70,26 @@ def test_a_window_epoch_reads_every_unit_once(store: Path, monkeypatch: pytest.M
 
 @given(
     items=st.integers(1, 60),
-    unit=st.integers(1, 9),
+    shard=st.integers(1, 9),
     capacity=st.integers(1, 5),
     drop=st.sets(st.integers(0, 59)),
     seed=st.integers(0, 9),
 )
-def test_windows_cover_any_rows_exactly_once(items: int, unit: int, capacity: int, drop: set[int], seed: int) -> None:
-    spec = CacheSpec(items=items, items_root="", encoder={}, dim=1, dtype="float32", batch_size=1, unit_rows=unit)
+def test_windows_cover_any_rows_exactly_once(items: int, shard: int, capacity: int, drop: set[int], seed: int) -> None:
+    spec = CacheSpec(items=items, items_root="", encoder={}, dim=1, dtype="float32", batch_size=1, shard_rows=shard)
     everything = np.arange(items, dtype=np.float32)[:, None]
-    access = WindowAccess(spec, lambda u: everything[list(spec.rows_of(u))], memory_budget=capacity * unit * 4)
+    access = WindowAccess(spec, lambda u: everything[list(spec.rows_of(u))], memory_budget=capacity * shard * 4)
     rows = np.array(sorted(set(range(items)) - drop), np.int64)
     seen = []
     for names, block, places in access.windows(rows, np.random.default_rng(seed)):
-        assert len(block) <= max(capacity, 1) * unit
+        assert len(block) <= max(capacity, 1) * shard
         assert block[places][:, 0].tolist() == names.tolist()
         seen += names.tolist()
     assert sorted(seen) == rows.tolist()
 
 
-def test_window_access_holds_no_more_units_than_its_budget(store: Path) -> None:
-    reader = EmbeddingStore(store, access="window", memory_budget=UNIT * ROW_BYTES)
+def test_window_access_holds_no_more_shards_than_its_budget(store: Path) -> None:
+    reader = EmbeddingStore(store, access="window", memory_budget=SHARD * ROW_BYTES)
     reader.gather(np.array([0, 9, 20]))
     assert (reader._access.capacity, len(reader._access._held)) == (1, 1)
 
@@ -151,11 +151,11 @@ def test_a_mirror_of_a_touched_file_is_checked_and_kept(store: Path) -> None:
     assert file.stat().st_ino == inode
 
 
-def test_a_unit_that_is_not_its_receipts_makes_no_mirror(store: Path) -> None:
+def test_a_shard_that_is_not_its_commits_makes_no_mirror(store: Path) -> None:
     # Whole, with a right CRC, and of another content: what a late writer leaves.
     from small_store import make_spec
 
-    (store / layout.object_key(1)).write_bytes(layout.unit_object(make_spec(), 1, np.ones((UNIT, D), np.float16)))
+    (store / layout.object_key(1)).write_bytes(layout.shard_object(make_spec(), 1, np.ones((SHARD, D), np.float16)))
     with pytest.raises(IntegrityError, match="verify STORE --level full"):
         EmbeddingStore(store, access="mirror").gather(np.array([1]))
     with pytest.raises(IntegrityError):
@@ -163,7 +163,7 @@ def test_a_unit_that_is_not_its_receipts_makes_no_mirror(store: Path) -> None:
 
 
 def test_a_mirror_of_a_store_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    fill(tmp_path / "s", units=(0,), finish=False)
+    fill(tmp_path / "s", shards=(0,), finish=False)
     with pytest.raises(UsageError, match="not complete"):
         EmbeddingStore(tmp_path / "s", allow_partial=True, access="mirror")
 
@@ -198,12 +198,12 @@ def test_pickling_keeps_how_the_store_was_opened(store: Path) -> None:
     assert (again.access_kind, again.memory_budget) == ("window", 0)
 
 
-def test_units_are_read_as_zarr_reads_them(store: Path) -> None:
+def test_shards_are_read_as_zarr_reads_them(store: Path) -> None:
     import zarr
 
     reader = EmbeddingStore(store)
     rows = zarr.open_group(store, mode="r")["embeddings"]
-    for unit in range(3):
-        span = reader.spec.rows_of(unit)
-        np.testing.assert_array_equal(reader.unit(unit), rows[span.start : span.stop])
-        assert not reader.unit(unit).flags.writeable
+    for shard in range(3):
+        span = reader.spec.rows_of(shard)
+        np.testing.assert_array_equal(reader.shard(shard), rows[span.start : span.stop])
+        assert not reader.shard(shard).flags.writeable

@@ -84,12 +84,12 @@ def test_what_cannot_be_written_is_said_before_anything_is(store, tmp_path, name
     assert (tmp_path / "there.npy").read_bytes() == b"mine"
 
 
-def test_a_damaged_unit_is_not_exported_and_the_file_that_was_there_stays(store: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_not_exported_and_the_file_that_was_there_stays(store: Path, tmp_path: Path) -> None:
     path = store / layout.object_key(1)
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     for name in ("rows.npy", "rows.parquet"):
         (tmp_path / name).write_bytes(b"before")
-        with pytest.raises(ChunkCorruptError, match="unit 1"):
+        with pytest.raises(ChunkCorruptError, match="shard 1"):
             export_rows(EmbeddingStore(store), tmp_path / name, replace=True)
         assert (tmp_path / name).read_bytes() == b"before"
     assert not list(tmp_path.glob(".*"))

@@ -125,46 +125,46 @@ def test_the_api_of_these_tests_honours_conditions(s3_server: S3Server) -> None:
 def test_a_lost_response_is_no_conflict(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("lose", method="PUT")
-    assert ObjectTransport(where).put_if_absent("receipt", b"ours") is True
+    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == 1
     # It was tried again and refused, on account of itself; then it was read.
-    assert (proxy.count("PUT", "receipt"), proxy.count("GET", "receipt")) == (2, 1)
-    assert stored(s3_server, where, "receipt") == b"ours"
+    assert (proxy.count("PUT", "commit"), proxy.count("GET", "commit")) == (2, 1)
+    assert stored(s3_server, where, "commit") == b"ours"
 
 
 def test_every_response_is_lost(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("lose", method="PUT", times=math.inf)
-    assert ObjectTransport(where).put_if_absent("receipt", b"ours") is True
+    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == proxy.count("PUT") == 7
-    assert stored(s3_server, where, "receipt") == b"ours"
+    assert stored(s3_server, where, "commit") == b"ours"
 
 
 def test_a_lost_response_hides_no_conflict(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
-    ObjectTransport(where).put("receipt", b"theirs")
+    ObjectTransport(where).put("commit", b"theirs")
     fault = proxy.inject("lose", method="PUT", times=2)
-    assert ObjectTransport(where).put_if_absent("receipt", b"ours") is False
+    assert ObjectTransport(where).put_if_absent("commit", b"ours") is False
     assert fault.hits == 2
-    assert stored(s3_server, where, "receipt") == b"theirs"
+    assert stored(s3_server, where, "commit") == b"theirs"
 
 
 def test_every_request_is_lost(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("reset", method="PUT", times=math.inf)
     with pytest.raises(StoreUnavailableError):
-        ObjectTransport(where).put_if_absent("receipt", b"ours")
+        ObjectTransport(where).put_if_absent("commit", b"ours")
     assert fault.hits == 7
-    assert proxy.count("GET", "receipt") == 1
-    assert stored(s3_server, where, "receipt") is None
+    assert proxy.count("GET", "commit") == 1
+    assert stored(s3_server, where, "commit") is None
 
 
 def test_another_conditional_write_is_under_way(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("conflict", method="PUT", times=2)  # 409: nothing is there yet, and the write must be repeated
-    assert ObjectTransport(where).put_if_absent("receipt", b"ours") is True
+    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == 2
-    assert stored(s3_server, where, "receipt") == b"ours"
+    assert stored(s3_server, where, "commit") == b"ours"
 
 
 def test_there_is_always_another_under_way(faulty_s3: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_there_is_always_another_under_way(faulty_s3: Faulty, monkeypatch: pytes
     monkeypatch.setattr(objects, "CREATE_TRIES", 3)
     fault = proxy.inject("conflict", method="PUT", times=math.inf)
     with pytest.raises(StoreUnavailableError, match="3 times"):
-        ObjectTransport(where).put_if_absent("receipt", b"ours")
+        ObjectTransport(where).put_if_absent("commit", b"ours")
     assert fault.hits == 3
 
 
@@ -181,9 +181,9 @@ def test_one_of_many_writers_gets_the_name(faulty_s3: Faulty, s3_server: S3Serve
     fault = proxy.inject("lose", method="PUT", times=4)
     contents = [str(number).encode() for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda data: ObjectTransport(where).put_if_absent("receipt", data), contents))
+        results = list(pool.map(lambda data: ObjectTransport(where).put_if_absent("commit", data), contents))
     assert sum(results) == 1
-    assert stored(s3_server, where, "receipt") == contents[results.index(True)]
+    assert stored(s3_server, where, "commit") == contents[results.index(True)]
     assert fault.hits == 4
 
 

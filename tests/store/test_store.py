@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from small_store import LABELS, MANIFEST, UNIT, D, N, fill, make_rows, make_spec, opened
+from small_store import LABELS, MANIFEST, SHARD, D, N, fill, make_rows, make_spec, opened
 
-from gstds_cache.digest import sha256_hex
 from gstds_cache.errors import (
     ChunkCorruptError,
     FingerprintMismatchError,
@@ -21,10 +20,11 @@ from gstds_cache.errors import (
     StoreNotFoundError,
     UsageError,
 )
+from gstds_cache.files.digest import sha256_hex
 from gstds_cache.store import layout
+from gstds_cache.store.commit_record import Quarantined
 from gstds_cache.store.describe import summarise
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.receipt import Quarantined
 from gstds_cache.store.verify import verify
 
 
@@ -45,10 +45,10 @@ def test_any_zarr_reader_opens_it(store: Path) -> None:
     assert group.attrs["gstds"]["spec"] == make_spec().to_dict()
 
 
-def test_an_all_zero_unit_exists_as_an_object(tmp_path: Path) -> None:
+def test_an_all_zero_shard_exists_as_an_object(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as writer:
-        receipt = writer.commit(0, np.zeros((UNIT, D), np.float16))
-    assert (tmp_path / "s" / layout.object_key(0)).stat().st_size == receipt.size == UNIT * D * 2 + 4
+        commit = writer.commit(0, np.zeros((SHARD, D), np.float16))
+    assert (tmp_path / "s" / layout.object_key(0)).stat().st_size == commit.size == SHARD * D * 2 + 4
 
 
 def test_reading_gives_back_what_was_written(store: Path) -> None:
@@ -106,29 +106,31 @@ def test_a_row_without_an_embedding_is_an_error_and_never_zeros(store: Path, row
         EmbeddingStore(store).gather(np.array([row]))
 
 
-def test_receipts_say_what_is_on_the_disk(store: Path) -> None:
-    for unit in range(3):
-        receipt = json.loads((store / layout.receipt_key(unit)).read_text())
-        data = (store / layout.object_key(unit)).read_bytes()
-        assert (receipt["object_sha256"], receipt["size"]) == (sha256_hex(data), len(data))
-        start, stop = receipt["rows"]
-        assert receipt["content_sha256"] == sha256_hex(make_rows()[start:stop].tobytes())
+def test_commits_say_what_is_on_the_disk(store: Path) -> None:
+    for shard in range(3):
+        commit = json.loads((store / layout.commit_key(shard)).read_text())
+        data = (store / layout.object_key(shard)).read_bytes()
+        assert (commit["object_sha256"], commit["size"]) == (sha256_hex(data), len(data))
+        start, stop = commit["rows"]
+        assert commit["content_sha256"] == sha256_hex(make_rows()[start:stop].tobytes())
     complete = json.loads((store / layout.COMPLETE).read_text())
     assert (complete["items"], complete["ok"], complete["quarantined"]) == (22, 21, 1)
 
 
 def test_the_same_rows_give_the_same_bytes_in_every_file(store: Path, tmp_path: Path) -> None:
-    fill(tmp_path / "t", units=(2, 0, 1))
+    fill(tmp_path / "t", shards=(2, 0, 1))
     files = sorted(p.relative_to(store) for p in store.rglob("*") if p.is_file())
-    assert len(files) == 4 + 3 + 2 + 3 + 2 + 1  # zarr.json, units, label and valid, receipts, items + COMPLETE, .lock
+    assert (
+        len(files) == 4 + 3 + 2 + 3 + 2 + 1
+    )  # zarr.json, shards, label and valid, commit records, items + COMPLETE, .lock
     assert files == sorted(p.relative_to(tmp_path / "t") for p in (tmp_path / "t").rglob("*") if p.is_file())
     for name in files:
         assert (store / name).read_bytes() == (tmp_path / "t" / name).read_bytes(), name
 
 
 def test_an_incomplete_store_is_refused_and_says_how_to_finish_it(tmp_path: Path) -> None:
-    fill(tmp_path / "s", units=(0, 2), finish=False)
-    with pytest.raises(IncompleteError, match="2 of 3 units") as caught:
+    fill(tmp_path / "s", shards=(0, 2), finish=False)
+    with pytest.raises(IncompleteError, match="2 of 3 shards") as caught:
         EmbeddingStore(tmp_path / "s")
     assert "gstds-embed 'imagefolder:my photos' --cache" in caught.value.hint
     partial = EmbeddingStore(tmp_path / "s", allow_partial=True)
@@ -139,10 +141,10 @@ def test_an_incomplete_store_is_refused_and_says_how_to_finish_it(tmp_path: Path
         writer.finish()
 
 
-def test_recovery_drops_objects_without_receipt_and_dead_temporaries_only(tmp_path: Path) -> None:
+def test_recovery_drops_objects_without_commit_and_dead_temporaries_only(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    fill(path, units=(0, 1), finish=False)
-    (path / layout.receipt_key(1)).unlink()
+    fill(path, shards=(0, 1), finish=False)
+    (path / layout.commit_key(1)).unlink()
     dead = path / "embeddings/c/1/.0.4194303.tmp"
     dead.write_bytes(b"half")
     with opened(path) as writer:
@@ -153,19 +155,19 @@ def test_recovery_drops_objects_without_receipt_and_dead_temporaries_only(tmp_pa
 
 
 def test_a_second_commit_of_the_same_rows_succeeds_and_of_others_is_loud(tmp_path: Path) -> None:
-    rows = make_rows()[:UNIT]
+    rows = make_rows()[:SHARD]
     with opened(tmp_path / "s") as writer:
         first = writer.commit(0, rows)
         assert writer.commit(0, rows) == first
         before = (tmp_path / "s" / layout.object_key(0)).read_bytes()
-        with pytest.raises(NondeterminismError, match="unit 0"):
+        with pytest.raises(NondeterminismError, match="shard 0"):
             writer.commit(0, rows + 1)
     assert (tmp_path / "s" / layout.object_key(0)).read_bytes() == before
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_is_never_committed(tmp_path: Path, bad: float) -> None:
-    rows = make_rows()[:UNIT]
+    rows = make_rows()[:SHARD]
     rows[2, 1] = bad
     with opened(tmp_path / "s") as writer, pytest.raises(UsageError, match="NaN or Inf"):
         writer.commit(0, rows)
@@ -174,9 +176,9 @@ def test_nan_is_never_committed(tmp_path: Path, bad: float) -> None:
 def test_a_late_write_is_caught_before_complete(tmp_path: Path) -> None:
     path = tmp_path / "s"
     fill(path, finish=False)
-    other = layout.unit_object(make_spec(), 1, np.ones((UNIT, D), np.float16))
+    other = layout.shard_object(make_spec(), 1, np.ones((SHARD, D), np.float16))
     (path / layout.object_key(1)).write_bytes(other)
-    with opened(path) as writer, pytest.raises(ChunkCorruptError, match="unit 1"):
+    with opened(path) as writer, pytest.raises(ChunkCorruptError, match="shard 1"):
         writer.finish()
     assert not (path / layout.COMPLETE).exists()
 
@@ -229,8 +231,8 @@ def test_an_altered_specification_is_noticed(store: Path) -> None:
 
 def test_a_store_of_another_format_is_refused(store: Path) -> None:
     text = (store / "zarr.json").read_text()
-    (store / "zarr.json").write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(IntegrityError, match="format 2"):
+    (store / "zarr.json").write_text(text.replace('"format": 2', '"format": 3'))
+    with pytest.raises(IntegrityError, match="format 3"):
         EmbeddingStore(store)
 
 

@@ -21,7 +21,6 @@ import pyarrow.flight as fl
 import pytest
 from small_store import fill
 
-from gstds_cache import scratch
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import (
     FingerprintMismatchError,
@@ -30,6 +29,7 @@ from gstds_cache.errors import (
     TruncatedStreamError,
     UsageError,
 )
+from gstds_cache.files import mapped
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.flight_client import FlightSource
@@ -199,8 +199,8 @@ def test_a_failed_computation_is_an_error_to_every_reader(running: Running, monk
 
 
 def test_a_slow_reader_holds_no_selector(store, reference, tmp_path: Path, monkeypatch) -> None:
-    files, make = [], scratch.tempfile.TemporaryFile
-    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **how: files.append(make(**how)) or files[-1])
+    files, make = [], mapped.tempfile.TemporaryFile
+    monkeypatch.setattr(mapped.tempfile, "TemporaryFile", lambda **how: files.append(make(**how)) or files[-1])
     hub, selectors = Hub(tmp_path / "s"), [BatchSelector(store, CONFIG)]
     held, digest = weakref.ref(selectors[0]), selectors[0].digest
     _, batches = hub.batches(digest, selectors.pop, 0, lambda: True)

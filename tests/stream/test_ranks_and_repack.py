@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.ranks import rank_slice, real_rows, require_rank
 from gstds_cache.stream.repack import packed_per_epoch, repack, require_repack

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped

@@ -27,7 +27,7 @@ from gstds_cache.errors import (
     UsageError,
 )
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected import Selection
+from gstds_cache.selection.selected_batch import Selection
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -324,7 +324,7 @@ def test_a_killed_file_goes_on_from_its_last_whole_record(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("header_of")
 def test_two_processes_never_write_one_selection(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from gstds_cache.locking import exclusive\n"
+        "import sys; from pathlib import Path; from gstds_cache.files.lock import exclusive\n"
         "with exclusive(Path(sys.argv[1]), of=Path('s')): print('held', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", program, str(tmp_path / ".s.arrow.lock")]

@@ -1,0 +1,1 @@
+"""What a command does, as one call: embed, select, train, and the care of stores."""

@@ -1,0 +1,1 @@
+"""What a run cost: seconds and joules."""

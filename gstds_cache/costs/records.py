@@ -1,0 +1,102 @@
+"""What it cost to make a store or a selection, in a small file beside it. Provenance: nothing depends on it.
+
+Where nothing can be written beside a store, it is in the cache (:mod:`gstds_cache.files.derived`), or nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gstds_cache.files.atomic import replacing
+from gstds_cache.files.derived import derived_paths, keep
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making something cost, over all sessions that came to their end.
+
+    Attributes:
+        of: Digest of what was made.
+        samples: Samples computed: embedded, or looked at by selection.
+        reused: Samples taken over from elsewhere.
+        seconds: Wall-clock seconds.
+        joules: Joules, None where any session had no counter.
+        device: Where it was computed last.
+        store: The store a selection was made from.
+    """
+
+    of: str
+    samples: int
+    reused: int
+    seconds: float
+    joules: float | None
+    device: str
+    store: str | None = None
+
+
+def store_costs(where: str | Path) -> list[Path]:
+    """Where the cost of the store at ``where`` may be written down, in the order to look."""
+    return derived_paths(where, ".cost.json")
+
+
+def selection_costs(file: Path) -> Path:
+    """Where the cost of a selection file is written down."""
+    return file.with_name(f".{file.name}.cost.json")
+
+
+def recall(path: Path, of: str | None = None) -> Cost | None:
+    """The cost in ``path``, or None where there is none, or one of something else than ``of``."""
+    try:
+        cost = Cost(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return cost if of in {None, cost.of} else None
+
+
+def recall_store(where: str | Path, of: str | None = None) -> Cost | None:
+    """The cost of the store at ``where``, or None where none of this fingerprint is written down."""
+    found = (recall(path, of) for path in store_costs(where))
+    return next((cost for cost in found if cost is not None), None)
+
+
+def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
+    """Add a session's cost to what ``path`` says of the same thing; what it says of another is replaced.
+
+    Args:
+        path: The file; its folder is there.
+        cost: What the session cost.
+        anew: Whether the file, which something else of the same digest left, counts for nothing.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    before = None if anew else recall(path, cost.of)
+    if before is not None:
+        known = before.joules is not None and cost.joules is not None
+        fields = asdict(cost) | {
+            "samples": before.samples + cost.samples,
+            "reused": before.reused + cost.reused,
+            "seconds": before.seconds + cost.seconds,
+            "joules": (before.joules or 0) + (cost.joules or 0) if known else None,
+        }
+        cost = Cost(**fields)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(asdict(cost), sort_keys=True) + "\n")
+
+
+def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False) -> str:
+    """:func:`record` at the first of ``paths`` that can be written.
+
+    Args:
+        paths: Where the cost may be written down, the best place first.
+        cost: What the session cost.
+        anew: As for :func:`record`.
+
+    Returns:
+        Why it is written down nowhere, for the user; empty where it is.
+    """
+    place = keep(lambda path: record(path, cost, anew=anew), paths)
+    return "" if place.path else f"what it cost is not kept: {place.note}"

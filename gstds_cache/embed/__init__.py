@@ -1,1 +1,0 @@
-"""Images to committed units: plan, skip what is committed, run."""

@@ -1,0 +1,1 @@
+"""Images to committed shards: plan, skip what is committed, run."""

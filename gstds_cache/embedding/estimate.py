@@ -1,0 +1,323 @@
+"""What a run will need, measured on a few of its images before hours are spent: time, disk, memory, batch size."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.loading import default_workers, worth_workers
+from gstds_cache.data.source import ImageSource
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.runtime.resources import out_of_memory
+
+IMAGES = 32
+DECODE_SECONDS = 1.0
+FORWARD_SECONDS = 1.0
+RECEIPT_BYTES = 600
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What embedding the rest of a data set will need.
+
+    Attributes:
+        items: Items of the data set.
+        committed: Rows that the store has already.
+        images: Images that are left.
+        batch_size: Images per forward pass; it fits the device.
+        workers: Processes that decode.
+        device: Kind of device.
+        decode_per_second: Images one process reads and decodes in a second.
+        forward_per_second: Images the model takes in a second, by itself.
+        images_per_second: What both make together.
+        seconds: Time for the images that are left.
+        disk_bytes: What will be written.
+        disk_free: Bytes free where it will be written, or None where nobody knows.
+        ram_bytes: Memory of the main process with all it holds at once.
+        ram_free: Memory it can have, or None where nobody knows.
+        vram_bytes: Memory on the GPU, or None without one.
+        vram_free: Memory it can have there.
+    """
+
+    items: int
+    committed: int
+    images: int
+    batch_size: int
+    workers: int
+    device: str
+    decode_per_second: float
+    forward_per_second: float
+    images_per_second: float
+    seconds: float
+    disk_bytes: int
+    disk_free: int | None
+    ram_bytes: int
+    ram_free: int | None
+    vram_bytes: int | None
+    vram_free: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+    def lines(self) -> list[str]:
+        """The estimate for people, in two lines or three."""
+        minutes, seconds = divmod(round(self.seconds), 60)
+        done = f" ({self.committed:,} of {self.items:,} are committed)" if self.committed else ""
+        needs = [("disk", self.disk_bytes, self.disk_free), ("memory", self.ram_bytes, self.ram_free)]
+        if self.vram_bytes is not None:
+            needs.append(("GPU memory", self.vram_bytes, self.vram_free))
+        texts = [
+            f"{name} {_size(need)}" + (f" of {_size(free)} free" if free is not None else "")
+            for name, need, free in needs
+        ]
+        short = [name for name, need, free in needs if free is not None and need > free]
+        return [
+            f"estimate: {self.images:,} images{done} at about {self.images_per_second:,.0f}/s take "
+            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} (decoding {self.decode_per_second:,.0f}/s in each of "
+            f"{max(self.workers, 1)}, the model {self.forward_per_second:,.0f}/s at batch size {self.batch_size})",
+            f"needs: {', '.join(texts)}",
+            *([f"warning: not enough {' and '.join(short)}"] if short else []),
+        ]
+
+
+def probe(
+    source: ImageSource,
+    encoder: Encoder,
+    config: EmbedConfig,
+    device: torch.device,
+    remaining_rows: int,
+    *,
+    batch_size: int,
+    shard_rows: int,
+    known_rows: int = 0,
+    disk_free: int | None = None,
+) -> Estimate:
+    """Measure decoding and the model on a few evenly spaced images, for some two seconds after the model's warm-up.
+
+    On a CPU decoding and the model share the cores, so the images per second are ``1 / (1/forward + 1/(workers x
+    decode))``; beside a GPU they are the smaller of the two.
+
+    Args:
+        source: The data set.
+        encoder: The reference model; it is moved to ``device``.
+        config: How the data set is embedded.
+        device: Where.
+        remaining_rows: Rows that are left.
+        batch_size: Images per forward pass.
+        shard_rows: Rows per shard.
+        known_rows: How many of those that are left need not be embedded, since another store has them.
+        disk_free: Bytes free where the store is, if known.
+
+    Returns:
+        What the rest of the data set needs.
+    """
+    workers = workers_for(source, encoder, config.workers, device)
+    decode, pixels = _decode_rate(source, encoder)
+    images = pixels[torch.arange(batch_size) % len(pixels)]
+    with _peak_memory(device) as vram:
+        forward = _forward_rate(encoder.to(device), images)
+    together = max(workers, 1) * decode
+    overlap = device.type == "cuda" and workers > 0
+    rate = min(forward, together) if overlap else 1 / (1 / forward + 1 / together)
+    shard_bytes = shard_rows * row_bytes(encoder, config)
+    # Two blocks (one filling, one being committed), what is written of it and read back; batches decoded ahead.
+    beside = 4 * shard_bytes + (2 * workers + 2) * images.numel()
+    return Estimate(
+        items=len(source),
+        committed=len(source) - remaining_rows,
+        images=remaining_rows - known_rows,
+        batch_size=batch_size,
+        workers=workers,
+        device=device.type,
+        decode_per_second=decode,
+        forward_per_second=forward,
+        images_per_second=rate,
+        seconds=(remaining_rows - known_rows) / rate,
+        disk_bytes=disk_bytes(source, remaining_rows, shard_rows, row_bytes(encoder, config)),
+        disk_free=disk_free,
+        ram_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        + beside,
+        ram_free=_free_memory(),
+        vram_bytes=vram.get("used"),
+        vram_free=vram.get("free"),
+    )
+
+
+def row_bytes(encoder: Encoder, config: EmbedConfig) -> int:
+    """Bytes of one embedding in the store."""
+    return encoder.spec.dim * np.dtype(config.dtype).itemsize
+
+
+def workers_for(source: ImageSource, encoder: Encoder, asked: int | None, device: torch.device) -> int:
+    """The processes that decode: as ``asked``, or as fits the machine; none for a few small images."""
+    if asked is not None:
+        return asked
+    return worth_workers(source, max(encoder.input_shape[1:]), default_workers(device))
+
+
+def disk_bytes(source: ImageSource, remaining_rows: int, shard_rows: int, of_a_row: int) -> int:
+    """What is still to be written: whole shards with their commit records and, for a new store, the list of items."""
+    shards = -(-remaining_rows // shard_rows)
+    size = shards * (shard_rows * of_a_row + RECEIPT_BYTES)
+    if remaining_rows == len(source):
+        some = [source.ids[row] for row in np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int).tolist()]
+        name = sum(len(item.encode()) for item in some) / len(some)
+        # items.arrow: an offset, the name, 32 bytes of hash and the label; then label and valid once more as arrays
+        size += 4096 + round(len(source) * (4 + name + 32 + 8 + 8 + 1))
+    return size
+
+
+def require_disk(need: int, free: int | None, *, location: str) -> None:
+    """Refuse a run whose rows cannot fit.
+
+    Raises:
+        IncompleteError: ``free`` is known, and below ``need``.
+    """
+    if free is not None and free < need:
+        raise IncompleteError(
+            f"{location}: got {_size(free)} of free disk, expected at least {_size(need)} for the rows that are left",
+            hint="nothing was embedded. Make room and run the same command again, or give a --cache on another disk",
+        )
+
+
+def fitting_batch_size(
+    encoder: Encoder,
+    device: torch.device,
+    batch_size: int,
+    say: Callable[[str], None] | None = None,
+    attempt: Callable[[int], object] | None = None,
+) -> int:
+    """The largest of ``batch_size``, a half of it, a quarter, ... that the device has memory for.
+
+    Where the system promises memory that it does not have (Linux, for the CPU), a batch may seem to fit that does not.
+
+    Args:
+        encoder: The reference model; it is moved to ``device``.
+        device: Where it runs.
+        batch_size: Images per forward pass to begin with.
+        say: Called with one line for every half.
+        attempt: Runs the model with so many images; black ones by default.
+
+    Returns:
+        A batch size, 1 at least.
+
+    Raises:
+        UsageError: The model does not fit, or not with one image.
+    """
+    attempt = attempt or (
+        lambda size: encoder.queue(torch.zeros((size, *encoder.input_shape), dtype=torch.uint8)).cpu()
+    )
+    while not _fits(encoder, device, batch_size, attempt):
+        if batch_size == 1:
+            raise UsageError(
+                f"out of memory: {encoder.spec.model} does not fit on {device} with a single image",
+                hint="end what else uses that memory, or give a smaller --model, or --device cpu",
+            )
+        if say is not None:
+            say(f"batch size {batch_size} does not fit the memory of {device}: trying {batch_size // 2}")
+        batch_size //= 2
+    return batch_size
+
+
+def _fits(encoder: Encoder, device: torch.device, batch_size: int, attempt: Callable[[int], object]) -> bool:
+    try:
+        encoder.to(device)
+        attempt(batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    else:
+        fits = True
+    if not fits and device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _decode_rate(source: ImageSource, encoder: Encoder) -> tuple[float, torch.Tensor]:
+    """Images per second of reading and decoding in this process, and the pixels of those that decode."""
+    rows = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist()
+    # The middle before the quarters before the eighths: wherever time is up, what was measured lies evenly.
+    order = [rows[place] for place in sorted(range(len(rows)), key=lambda place: f"{place:06b}"[::-1])]
+    pixels, done, begun, spent = [torch.zeros(encoder.input_shape, dtype=torch.uint8)], 0, time.perf_counter(), 0.0
+    for number, row in enumerate([order[0], *order]):
+        with suppress(UndecodableError):
+            pixels.append(encoder.spec.preprocessing.pixels(source.image(row)))
+        if number == 0:
+            begun = time.perf_counter()  # the first image loads codecs, and does not count
+            continue
+        done, spent = done + 1, time.perf_counter() - begun
+        if spent > DECODE_SECONDS:
+            break
+    return done / max(spent, 1e-9), torch.stack(pixels[1:] or pixels)
+
+
+def _forward_rate(encoder: Encoder, images: torch.Tensor) -> float:
+    """Images per second of the model alone; its first pass counts only where it takes so long that it has to do."""
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        encoder.embed(images).cpu()
+        return time.perf_counter() - begun
+
+    passes = [seconds()]
+    if passes[0] < FORWARD_SECONDS:
+        passes = []
+        while sum(passes) < FORWARD_SECONDS and len(passes) < 100:
+            passes.append(seconds())
+    return len(passes) * len(images) / sum(passes)
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Measure GPU memory.
+
+    Yields:
+        What is filled in at the end: the most that was ``used``, and how much is ``free`` for this process.
+    """
+    found: dict[str, int] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    if device.type == "cuda":
+        found["used"] = torch.cuda.max_memory_allocated(device)
+        found["free"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _free_memory() -> int | None:
+    """Memory this process has and can still get, within what its container may use; None where nobody says."""
+    limits = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    if not limits:
+        return None
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return max(0, min(limits)) + resident
+
+
+def _size(count: int) -> str:
+    size, shards = float(count), ["kB", "MB", "GB", "TB"]
+    if count < 1000:
+        return f"{count} B"
+    for shard in shards:
+        size /= 1000
+        if size < 1000 or shard == shards[-1]:
+            break
+    return f"{size:.0f} {shard}" if size >= 100 else f"{size:.1f} {shard}"

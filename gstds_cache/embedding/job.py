@@ -1,0 +1,165 @@
+"""One run of embedding: what it works on, and the specification of the store that it fills."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.estimate import fitting_batch_size, row_bytes
+from gstds_cache.embedding.look import TwoLooks
+from gstds_cache.embedding.mismatch import explained
+from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.spec import CacheSpec, require_same
+
+BATCH_SIZE = {"cpu": 16, "cuda": 256}
+SHARD_BYTES = 4 << 20
+Say = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """One call: what it works on, and the time it took so far."""
+
+    source: ImageSource
+    config: EmbedConfig
+    device: torch.device
+    encoder: Encoder
+    say: Say
+    known: KnownRows | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    looks: TwoLooks = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make what looks at the model's rows before they are relied on."""
+        self.looks = TwoLooks(self.source, self.encoder, dtype=self.config.dtype)
+
+    def fitting(self, batch_size: int, say: Say | None = None) -> int:
+        """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is the first look."""
+        return fitting_batch_size(self.encoder, self.device, batch_size, say, self.looks.first)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size asked for, or that of the store whose rows are taken over: then they are what we'd compute."""
+        return self.config.batch_size or (self.known.batch_size if self.known else None)
+
+    def row_bytes(self) -> int:
+        """Bytes of one row of the store."""
+        return row_bytes(self.encoder, self.config)
+
+
+def settle(
+    job: Job, where: str | Path, stored: StoreMetadata | None, manifest: DatasetManifest
+) -> tuple[CacheSpec, EmbeddingStore | None]:
+    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing.
+
+    Raises:
+        FingerprintMismatchError: The store holds something else.
+    """
+    begun = time.perf_counter()
+    spec = specify(job, len(manifest), manifest.root, stored)
+    if stored is not None:
+        with explained(stored, manifest, job.source):
+            require_same(stored.spec, spec, where=stored.location)
+        with suppress(StoreNotFoundError, IncompleteError):
+            return spec, EmbeddingStore(where)
+        require_fit(job, stored)
+    if stored is None or stored.spec == spec:  # else open_writer says in what they differ
+        look_twice(job, spec)
+    job.seconds["fit"] = time.perf_counter() - begun
+    return spec, None
+
+
+def look_twice(job: Job, spec: CacheSpec) -> None:
+    """Refuse a model whose rows do not depend on their images alone; say what else is odd about them."""
+    for line in job.looks.compare(spec.batch_size):
+        job.say(line)
+
+
+def require_fit(job: Job, stored: StoreMetadata) -> None:
+    """Refuse a store that was begun with a batch size that does not fit.
+
+    Raises:
+        UsageError: It does not.
+    """
+    batch_size = stored.spec.batch_size
+    fits = job.fitting(batch_size)
+    if fits < batch_size:
+        new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
+        raise UsageError(
+            f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
+            f"of {job.device}; all rows of a store are made with one batch size",
+            hint="nothing committed is lost: end what else uses that memory and run the same command again, or begin a "
+            f"new store: {command_line(*embed_command(job.source.uri, job.config), *new)}",
+        )
+
+
+def specify(job: Job, items: int, items_root: str, stored: StoreMetadata | None) -> CacheSpec:
+    """The specification this run asks for; sizes that were not given are the store's own where there is one.
+
+    The batch size of a new store is one that fits the device. It is part of the store's identity: hence before all
+    else.
+    """
+    batch_size, shard_rows = job.batch_size, job.config.shard_rows
+    if stored is not None:
+        shard_rows = shard_rows or stored.spec.shard_rows
+        batch_size = _stored_batch_size(job, stored.spec.batch_size)
+    else:
+        wanted = batch_size or BATCH_SIZE[job.device.type]
+        batch_size = job.fitting(wanted, job.say)
+        if batch_size < wanted:
+            job.say(f"the new store's batch size is {batch_size}")
+    shard_rows = shard_rows or max(1, SHARD_BYTES // job.row_bytes())
+    return CacheSpec(
+        items=items,
+        items_root=items_root,
+        encoder=job.encoder.spec.to_dict(),
+        dim=job.encoder.spec.dim,
+        dtype=job.config.dtype,
+        batch_size=batch_size,
+        shard_rows=-(-shard_rows // batch_size) * batch_size,
+    )
+
+
+def _stored_batch_size(job: Job, stored: int) -> int:
+    """The store's own batch size, unless another was given.
+
+    The given one may be what the store's was halved from, since it did not fit: then the same command goes on.
+    """
+    given = job.config.batch_size
+    if given is None or given == stored:
+        return stored
+    halves, size = set(), given
+    while size > 1:
+        size //= 2
+        halves.add(size)
+    if stored in halves and job.fitting(given, job.say) == stored:
+        return stored
+    return given
+
+
+def stored_at(where: str | Path) -> StoreMetadata | None:
+    """The store at ``where``, or None if there is none."""
+    try:
+        return StoreMetadata(where)
+    except StoreNotFoundError:
+        return None
+
+
+def embed_command(dataset: str, config: EmbedConfig) -> list[str]:
+    """The command that embeds this in this way, without where and with what sizes."""
+    command = ["gstds-embed", dataset]
+    for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
+        command += [flag, value] if value != default else []
+    return command + (["--allow-untrained"] if config.allow_untrained else [])

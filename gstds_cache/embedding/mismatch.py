@@ -1,0 +1,52 @@
+"""Why a store is not this data set's: which items differ, where only their bytes do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.data.repeatable import why_items_differ
+from gstds_cache.data.source import ImageSource
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError
+from gstds_cache.store import layout
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.transport import map_object
+
+
+@contextmanager
+def explained(stored: StoreMetadata, manifest: DatasetManifest, source: ImageSource) -> Iterator[None]:
+    """Add to a mismatch in the block what is known of the items.
+
+    Args:
+        stored: The store's journal.
+        manifest: The data set's items, as they are now.
+        source: The data set.
+
+    Yields:
+        Once.
+
+    Raises:
+        FingerprintMismatchError: It was raised in the block.
+    """
+    try:
+        yield
+    except FingerprintMismatchError as error:
+        lines = _what_differs(stored, manifest, source)
+        raise FingerprintMismatchError("\n    ".join([error.message, *lines]), hint=error.hint) from error
+
+
+def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: ImageSource) -> list[str]:
+    if stored.spec.items_root == manifest.root or stored.spec.items != len(manifest):
+        return []
+    try:
+        before = DatasetManifest.from_arrow(map_object(stored.transport, layout.ITEMS))
+    except (IntegrityError, FileNotFoundError):  # a damaged list of items is verify's to tell
+        return []
+    if before.ids != manifest.ids:
+        return ["the items have other ids, or another order"]
+    differ = int((before.sha256 != manifest.sha256).any(axis=1).sum())
+    labels = int((before.labels != manifest.labels).sum())
+    lines = [f"of {len(manifest):,} items {differ:,} have other bytes, {labels:,} another label; the ids are the same"]
+    why = why_items_differ(source)
+    return [*lines, why] if why and differ else lines

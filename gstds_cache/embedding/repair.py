@@ -1,0 +1,165 @@
+"""Mending a store: what is damaged is made again from the data set and the model, and nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.manifest import DatasetManifest, build_manifest
+from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.estimate import workers_for
+from gstds_cache.embedding.look import TwoLooks
+from gstds_cache.embedding.mismatch import explained
+from gstds_cache.embedding.shard import Clock, EmbedTask
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import ChunkCorruptError, UsageError
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.store.commit_record import CommitRecord, commits_root
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.spec import require_same
+from gstds_cache.store.verify import VerifyReport, verify
+from gstds_cache.store.writer import StoreWriter, reopen_writer
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was mended.
+
+    Attributes:
+        before: What was wrong.
+        shards: Shards that were embedded again.
+        images: Images put through the model for it.
+        changed: Shards whose rows are not, to the last bit, the ones their commit records told of.
+        after: What a full check finds now.
+    """
+
+    before: VerifyReport
+    shards: tuple[int, ...]
+    images: int
+    changed: tuple[int, ...]
+    after: VerifyReport
+
+
+def same_data(
+    metadata: StoreMetadata, source: ImageSource, encoder: Encoder, hash_cache: HashCache | None = None
+) -> DatasetManifest:
+    """The manifest of ``source``, if store, data set and model belong together.
+
+    Args:
+        metadata: The store's.
+        source: The data set.
+        encoder: The model.
+        hash_cache: Hashes that are known already.
+
+    Raises:
+        FingerprintMismatchError: They do not; the fields that differ are named.
+    """
+    manifest = build_manifest(source, hash_cache=hash_cache)
+    wanted = replace(
+        metadata.spec,
+        items=len(manifest),
+        items_root=manifest.root,
+        encoder=encoder.spec.to_dict(),
+        dim=encoder.spec.dim,
+    )
+    with explained(metadata, manifest, source):
+        require_same(metadata.spec, wanted, where=metadata.location)
+    return manifest
+
+
+def repair_store(
+    where: str | Path,
+    source: ImageSource,
+    encoder: Encoder,
+    *,
+    shards: Sequence[int] = (),
+    device: str = "auto",
+    workers: int | None = None,
+    hash_cache: HashCache | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RepairReport:
+    """Hash every object of the store at ``where``, and make again what is missing or damaged.
+
+    Shards without a commit record that were never committed are left to ``gstds-embed``; those that a repair discarded
+    before it was killed are not. A store that ends up with all its shards is complete again.
+
+    Args:
+        where: The store.
+        source: The data set it was made of.
+        encoder: The model it was made with.
+        shards: Shards to make again whatever their hashes.
+        device: Where the model runs.
+        workers: Processes that decode images; None fits the machine and the data set.
+        hash_cache: Hashes of the data set that are known already.
+        progress: Called with phase, shards or images done, and how many in all.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: A shard does not exist, or there cannot be so many workers.
+        EncoderError: The model's rows mean nothing.
+        FingerprintMismatchError: The data set or the model is not the store's.
+        IncompleteError: Another process is writing the store, or a process that decodes was killed.
+        IntegrityError: The specification itself is damaged.
+    """
+    metadata = StoreMetadata(where)
+    beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
+    if beyond:
+        raise UsageError(f"--shard {beyond[0]}: {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers: got {workers}, expected 0 or more, or auto")
+    say = progress or (lambda _phase, _done, _total: None)
+    before = verify(where, "full", progress=partial(say, "check"))
+    old, _ = metadata.scan_commits()
+    redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
+    vouched = _vouched(metadata)
+    if len(old) < metadata.spec.shards or commits_root(old) == vouched:
+        vouched = None  # all commit records are the ones that COMPLETE vouches for, or the others cannot be judged
+    if not redo and not before.problems and (before.complete or before.committed < before.shards):
+        return RepairReport(before, (), 0, (), before)
+    manifest = same_data(metadata, source, encoder, hash_cache)
+    attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
+    with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+        images_before = 0
+
+        def on_batch(clock: Clock) -> None:
+            say("embed", images_before + clock.images, sum(len(writer.spec.rows_of(shard)) for shard in redo))
+
+        run_on = resolve_device(device)
+        TwoLooks(source, encoder.to(run_on), dtype=writer.spec.dtype).compare(writer.spec.batch_size)
+        workers = workers_for(source, encoder, workers, run_on)
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
+        made = _make_again(writer, task, redo)
+        images = task.clock.images
+        committed = {shard: commit for shard, commit in writer.recover().items() if shard not in made}
+        if vouched is not None and commits_root(committed | made) != vouched:
+            # A commit record was altered so that nothing else shows it, and nobody can say which.
+            images_before, redo = images, sorted({*redo, *committed})
+            made |= _make_again(writer, task, sorted(committed))
+            images += task.clock.images
+            committed = {}
+        if len(committed) + len(made) == writer.spec.shards:
+            writer.finish(partial(say, "check"))
+        else:
+            writer.end_repair()
+    changed = [shard for shard, new in made.items() if shard in old and old[shard].content_sha256 != new.content_sha256]
+    return RepairReport(before, tuple(redo), images, tuple(changed), verify(where, "full"))
+
+
+def _make_again(writer: StoreWriter, task: EmbedTask, shards: Sequence[int]) -> dict[int, CommitRecord]:
+    writer.discard(shards)
+    writer.recover()
+    return {commit.shard: commit for commit in task(shards)}
+
+
+def _vouched(metadata: StoreMetadata) -> str | None:
+    """The root over all commit records that COMPLETE holds, or None where it does not say."""
+    with suppress(ChunkCorruptError):
+        record = metadata.complete()
+        return record.commits_sha256 if record is not None else None
+    return None

@@ -1,0 +1,323 @@
+"""Embedding a data set once: plan, skip what is committed, embed the rest, finish."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.label_counts import label_notes
+from gstds_cache.data.manifest import DatasetManifest, build_manifest
+from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.estimate import (
+    Estimate,
+    disk_bytes,
+    probe,
+    require_disk,
+    workers_for,
+)
+from gstds_cache.embedding.job import Job, Say, embed_command, look_twice, require_fit, settle, specify, stored_at
+from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.embedding.shard import Clock, EmbedTask
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.files.digest import digest_of
+from gstds_cache.runtime.devices import describe_device, resolve_device
+from gstds_cache.runtime.executor import Executor, LocalExecutor
+from gstds_cache.store.commit_record import Quarantined
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.store.spec import CacheSpec, require_same
+from gstds_cache.store.transport import open_transport
+from gstds_cache.store.writer import StoreWriter, open_writer
+
+PROBE_FROM = 1000
+"""Images from which on a run is estimated before it begins."""
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a run of embedding did.
+
+    Attributes:
+        location: The store, as a user names it.
+        fingerprint: Its fingerprint.
+        model: The reference model.
+        items: Items in the data set; ``items == ok + len(quarantined)``.
+        ok: Rows with an embedding.
+        quarantined: Items that could not be decoded, with the reasons.
+        embedded: Images put through the model by this run.
+        reused: Rows taken over from other stores.
+        committed_before: Rows that were committed already when this run began.
+        shards: Shards of the store.
+        batch_size: Images of every forward pass.
+        workers: Processes that decoded.
+        seconds: Time by phase, one after the other: hash, model, probe (a batch that fits, the estimate), embed,
+            finish, and total. Inside embed: waiting (for decoded images), forward and commit_wait in the main thread;
+            beside them decode, summed over the workers, and commit, in a thread of its own.
+        shares: Of the time of embed, the share of decode (of all workers' time), forward, commit and waiting.
+        notes: What the user should know.
+        estimate: What was expected of this run, where it was long enough to ask.
+    """
+
+    location: str
+    fingerprint: str
+    model: str
+    items: int
+    ok: int
+    quarantined: tuple[Quarantined, ...]
+    embedded: int
+    reused: int
+    committed_before: int
+    shards: int
+    batch_size: int
+    workers: int
+    seconds: dict[str, float]
+    shares: dict[str, float]
+    notes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
+
+    @property
+    def cache_hit(self) -> bool:
+        """Whether everything was there already."""
+        return self.committed_before == self.items
+
+    @property
+    def images_per_second(self) -> float:
+        """Images embedded over the time from the start of the decoders to the last commit record; 0 for a cache hit."""
+        return self.embedded / self.seconds["embed"] if self.embedded else 0.0
+
+
+def embed_dataset(
+    source: ImageSource,
+    config: EmbedConfig,
+    *,
+    where: str | Path | None = None,
+    root: Path | None = None,
+    reuse: Sequence[str | Path] = (),
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    hash_cache: HashCache | None = None,
+) -> EmbedReport:
+    """Embed ``source`` into a store, or find that this was done already.
+
+    Args:
+        source: The data set.
+        config: How to embed it.
+        where: The store: a directory, or a URL; None makes a name from data set, model and fingerprint under ``root``.
+        root: Where stores without a place of their own live; needed where ``where`` is None.
+        reuse: Other stores, complete or not; rows of the same bytes by the same encoder are taken over.
+        executor: Where shards run; in this process by default.
+        progress: Called with phase, images done, images in all, and shares of the time (:meth:`Clock.shares`; empty
+            while hashing).
+        say: Called with lines for the user before the work begins: an estimate, a batch size that did not fit.
+        hash_cache: Hashes of files remembered from earlier runs.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: Neither ``where`` nor ``root`` is given.
+        UsageError: ``where`` is no place for a store, or the model does not fit the device.
+        EncoderError: The model cannot be built, or its rows mean nothing.
+        FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
+        ChunkCorruptError: A store is damaged.
+        IncompleteError: The disk is too small, or memory ran out on the way, or a process that decodes was killed.
+        DatasetError: An item of a user's own data set is another than when it was hashed.
+    """
+    if where is None and root is None:
+        raise ValueError("where or root is needed")
+    begun = time.perf_counter()
+    progress = progress or (lambda _phase, _done, _total, _shares: None)
+    device = resolve_device(config.device)
+    manifest = build_manifest(
+        source, hash_cache=hash_cache, progress=lambda done, total: progress("hash", done, total, {})
+    )
+    hashed = time.perf_counter()
+    encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
+    job = Job(source, config, device, encoder, say or (lambda _line: None))
+    job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
+    if where is None:
+        assert root is not None
+        where = root / _default_name(source, encoder, manifest, config)
+    stored = stored_at(where)
+    if reuse and (stored is None or stored.complete() is None):
+        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
+    spec, hit = settle(job, where, stored, manifest)
+    if hit is not None:
+        job.seconds["total"] = time.perf_counter() - begun
+        return _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
+    probing = time.perf_counter()
+    estimate = _look_ahead(job, where, stored, spec)
+    job.seconds["probe"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - probing
+    attributes = {
+        "kind": manifest.kind,
+        "classes": list(manifest.classes),
+        "provenance": _provenance(source.uri, config, device),
+    }
+    with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+        task, before = _fill(job, writer, executor or LocalExecutor(), progress)
+        finishing = time.perf_counter()
+        writer.finish(lambda done, total: progress("check", done, total, {}))
+    store = EmbeddingStore(where)
+    ended = time.perf_counter()
+    job.seconds |= {"finish": ended - finishing, "total": ended - begun}
+    return _report(job, store, before=before, clock=task.clock, estimate=estimate)
+
+
+def estimate_dataset(
+    source: ImageSource,
+    config: EmbedConfig,
+    *,
+    where: str | Path | None = None,
+    root: Path | None = None,
+    say: Say | None = None,
+) -> Estimate:
+    """What :func:`embed_dataset` would need. Hashes nothing and writes nothing.
+
+    Args:
+        source: The data set.
+        config: How to embed it.
+        where: The store. None, which is named by the data set's hashes, is taken for a store that is not there yet.
+        root: Where stores without a place of their own live.
+        say: Called with lines for the user.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UsageError: The model does not fit the device.
+        EncoderError: The model cannot be built, or its rows mean nothing.
+        FingerprintMismatchError: The store at ``where`` holds something else, as far as can be seen without hashing.
+    """
+    device = resolve_device(config.device)
+    encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
+    job = Job(source, config, device, encoder, say or (lambda _line: None))
+    stored = None if where is None else stored_at(where)
+    spec = specify(job, len(source), "" if stored is None else stored.spec.items_root, stored)
+    if stored is not None:
+        require_same(stored.spec, spec, where=stored.location)
+        require_fit(job, stored)
+    look_twice(job, spec)
+    return _probe(job, spec, where if where is not None else root, _committed(stored))
+
+
+def _look_ahead(job: Job, where: str | Path, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
+    """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
+    committed = _committed(stored)
+    left = spec.items - committed
+    known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
+    transport = open_transport(where)
+    need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
+    require_disk(need, transport.free_bytes(), location=transport.location)
+    if left - known <= PROBE_FROM:
+        return None
+    estimate = _probe(job, spec, where, committed, known)
+    for line in estimate.lines():
+        job.say(line)
+    return estimate
+
+
+def _probe(job: Job, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
+    return probe(
+        job.source,
+        job.encoder,
+        job.config,
+        job.device,
+        spec.items - committed,
+        batch_size=spec.batch_size,
+        shard_rows=spec.shard_rows,
+        known_rows=known,
+        disk_free=None if where is None else open_transport(where).free_bytes(),
+    )
+
+
+def _missing(stored: StoreMetadata | None, spec: CacheSpec) -> list[range]:
+    """Rows of each shard that is not committed."""
+    committed = {} if stored is None else stored.commits()
+    return [spec.rows_of(shard) for shard in range(spec.shards) if shard not in committed]
+
+
+def _committed(stored: StoreMetadata | None) -> int:
+    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.commits())
+
+
+def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
+    worked = clock.ended > 0
+    beside = ("decode", "forward", "commit", "commit_wait", "waiting")
+    parts = {name: getattr(clock, name) for name in beside} | {"embed": clock.elapsed() if worked else 0.0}
+    order = ("hash", "model", "probe", "embed", "finish", "total", *beside)
+    times = dict.fromkeys(order, 0.0) | job.seconds | parts
+    return EmbedReport(
+        location=store.location,
+        fingerprint=store.fingerprint,
+        model=job.encoder.spec.model,
+        items=store.spec.items,
+        ok=store.spec.items - len(store.quarantined),
+        quarantined=tuple(store.quarantined),
+        embedded=clock.images,
+        reused=clock.reused,
+        committed_before=before,
+        shards=store.spec.shards,
+        batch_size=store.spec.batch_size,
+        workers=clock.workers,
+        seconds={phase: round(times[phase], 3) for phase in order},
+        shares={name: round(share, 4) if worked else 0.0 for name, share in clock.shares().items()},
+        notes=(*job.source.notes, *label_notes(job.source.labels, len(job.source.classes)), *job.encoder.notes),
+        estimate=estimate,
+    )
+
+
+def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
+    """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
+    spec = writer.spec
+    committed = writer.recover()
+    before = sum(len(spec.rows_of(shard)) for shard in committed)
+
+    def on_batch(clock: Clock) -> None:
+        progress("embed", before + clock.images + clock.reused, spec.items, clock.shares())
+
+    task = EmbedTask(
+        job.source,
+        job.encoder,
+        writer,
+        device=job.device,
+        workers=workers_for(job.source, job.encoder, job.config.workers, job.device),
+        known=job.known,
+        on_batch=on_batch,
+    )
+    for _commit in executor.run(task, [shard for shard in range(spec.shards) if shard not in committed]):
+        pass
+    return task, before
+
+
+def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManifest, config: EmbedConfig) -> str:
+    # Batch size and shard size are left out, so that the same command finds its store on a CPU and on a GPU.
+    identity = digest_of([manifest.root, encoder.spec.to_dict(), config.dtype])[:12]
+    words = [
+        re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-") for word in (source.kind, encoder.spec.model.split(":")[-1])
+    ]
+    return f"{words[0][:20]}-{words[1][:28]}-{identity}"
+
+
+def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
+    return {
+        "dataset": dataset,
+        "model": config.model,
+        "command": embed_command(dataset, config),
+        "device": describe_device(device),
+        "python": platform.python_version(),
+        **versions,
+    }

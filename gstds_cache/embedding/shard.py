@@ -1,0 +1,353 @@
+"""The work of embedding: shards in, commit records out. It knows a source, a model and a store, and no cluster.
+
+Three things go on at once: worker processes decode the batches to come, this thread runs the model, and one thread
+commits the shard before. On a GPU the model's kernels run behind this thread as well: it queues a batch, and only then
+waits for the rows of the batch before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, UInt8
+
+from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
+from gstds_cache.data.source import ImageSource
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import GstdsError, IncompleteError
+from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.store.commit_record import CommitRecord, Quarantined
+from gstds_cache.store.writer import StoreWriter
+
+Known = Callable[[range], tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]]
+NO_FEATURES = "no features: the model gives zeros alone for this image"
+IN_FLIGHT = 1
+"""Batches whose rows are not waited for while the next is queued."""
+
+
+@dataclass
+class Clock:
+    """Seconds of each part of embedding, and images done.
+
+    ``waiting``, ``forward`` and ``commit_wait`` follow each other in the main thread and make up nearly all of its
+    time. ``decode`` and ``commit`` go on beside it.
+
+    Attributes:
+        waiting: The main thread waited for decoded images (without workers: decoded them).
+        forward: The main thread ran the model, or waited for it.
+        commit_wait: The main thread waited for the commit of the shard before.
+        decode: Reading and decoding, summed over the workers.
+        commit: The commit thread was busy.
+        workers: Decoding processes.
+        images: Images put through the model.
+        reused: Rows of the shards done so far that were known already.
+        started: When embedding began (``time.perf_counter``).
+        ended: When it ended; 0 while it goes on.
+    """
+
+    waiting: float = 0.0
+    forward: float = 0.0
+    commit_wait: float = 0.0
+    decode: float = 0.0
+    commit: float = 0.0
+    workers: int = 0
+    images: int = 0
+    reused: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    ended: float = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds from the start to the end, or to now."""
+        return (self.ended or time.perf_counter()) - self.started
+
+    def shares(self) -> dict[str, float]:
+        """What share of the time was spent how: of the workers' time for decode, of the wall clock for the others."""
+        whole = max(self.elapsed(), 1e-9)
+        return {
+            "decode": self.decode / whole / max(self.workers, 1),
+            "forward": self.forward / whole,
+            "commit": self.commit / whole,
+            "waiting": self.waiting / whole,
+        }
+
+
+@dataclass
+class ShardWork:
+    """One shard on its way: the rows it will be, and what is left to embed of it.
+
+    Attributes:
+        shard: The shard.
+        span: Its rows.
+        block: [R, D] the rows, known ones filled in.
+        batches: Rows of each forward pass; no row that is known, and none of another shard.
+        quarantined: Items found so far that do not decode, or for which the model gives no features.
+    """
+
+    shard: int
+    span: range
+    block: Float[np.ndarray, "R D"]
+    batches: list[Sequence[int]]
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch whose forward pass was queued; ``last`` ends its shard. Without one, the shard had nothing to embed."""
+
+    work: ShardWork
+    last: bool
+    batch: PixelBatch | None = None
+    features: Float32[torch.Tensor, "B D"] | None = None
+    copied: torch.cuda.Event | None = None
+
+
+class EmbedTask:
+    """Embeds shards of one store: an :class:`gstds_cache.runtime.executor.Executor` task."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        encoder: Encoder,
+        writer: StoreWriter,
+        *,
+        device: torch.device,
+        workers: int,
+        known: Known | None = None,
+        on_batch: Callable[[Clock], None] | None = None,
+    ) -> None:
+        """Take what shards are made from.
+
+        Args:
+            source: The data set.
+            encoder: The reference model, which is moved to ``device``.
+            writer: The store.
+            device: Where the model runs.
+            workers: Processes that decode.
+            known: For a range of rows, which of them [R] are known already, and those rows' embeddings [K, D] in order;
+                they are neither decoded nor embedded. Asked once for each shard, and twice for one that is known whole.
+            on_batch: Called after every batch.
+        """
+        self.source, self.encoder, self.writer = source, encoder.to(device), writer
+        self.device, self.workers, self.known, self.on_batch = device, workers, known, on_batch
+        self.clock = Clock()
+
+    def __call__(self, shards: Sequence[int]) -> Iterator[CommitRecord]:
+        """Embed and commit ``shards`` one after the other.
+
+        Args:
+            shards: Shards to embed.
+
+        Yields:
+            The commit record of each shard, once it is durable, in order.
+
+        Raises:
+            EncoderError: The model failed, or gave a row that holds NaN or Inf.
+            IncompleteError: Memory ran out, or a decoding process was killed.
+            DatasetError: An item is another than the one that was hashed.
+        """  # noqa: DOC501
+        self.clock = Clock(workers=self.workers)
+        try:
+            yield from self._run(shards)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, GstdsError) and out_of_memory(error):
+                raise IncompleteError(
+                    f"out of memory after {self.clock.images:,} images of this run, at batch size "
+                    f"{self.writer.spec.batch_size}: {str(error).partition(chr(10))[0][:200]}",
+                    hint="nothing committed is lost: end what else uses that memory, then run the same command again; "
+                    "or embed with a smaller --batch-size into a new --cache",
+                ) from error
+            raise
+        finally:
+            self.clock.ended = time.perf_counter()
+
+    def _run(self, shards: Sequence[int]) -> Iterator[CommitRecord]:
+        plan = _Plan(self.writer, self.known)
+        batches = pixel_batches(
+            self.source,
+            self.encoder.spec.preprocessing.pixels,
+            self.encoder.input_shape,
+            (rows for shard in shards for rows in plan.look_ahead(shard)),
+            workers=self.workers,
+            pin=self.device.type == "cuda",
+        )
+        in_flight: deque[_Flight] = deque()
+        # Whatever ends this block (an error, Ctrl-C, a caller who has enough) ends the thread and the workers too. A
+        # commit that has begun is finished: it is a whole shard.
+        with closing(batches), CommitThread(self.writer, self.clock) as commits:
+            for shard in shards:
+                work = plan.take(shard)
+                for flight in self._launch(work, batches):
+                    in_flight.append(flight)
+                    while len(in_flight) > IN_FLIGHT:
+                        yield from self._land(in_flight.popleft(), commits)
+                plan.forget(shard)
+            while in_flight:
+                yield from self._land(in_flight.popleft(), commits)
+            yield from commits.collect()
+
+    def _launch(self, work: ShardWork, batches: PixelBatches) -> Iterator[_Flight]:
+        """Queue one shard's forward passes, each as it is asked for.
+
+        Yields:
+            One for each batch.
+        """
+        if not work.batches:
+            yield _Flight(work, last=True)
+        for rows in work.batches:
+            begun = time.perf_counter()
+            batch = next(batches)
+            loaded = time.perf_counter()
+            self.clock.waiting += loaded - begun
+            self.clock.decode += batch.seconds
+            self.clock.workers = batches.workers
+            features = self.encoder.queue(_filled_up(batch.pixels, self.writer.spec.batch_size))
+            # For a GPU: into page-locked memory, or the copy would wait for the forward pass.
+            here = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.device.type == "cuda")
+            here.copy_(features, non_blocking=True)
+            copied = torch.cuda.current_stream(features.device).record_event() if features.is_cuda else None
+            self.clock.forward += time.perf_counter() - loaded
+            yield _Flight(work, rows is work.batches[-1], batch, here, copied)
+
+    def _land(self, flight: _Flight, commits: CommitThread) -> Iterator[CommitRecord]:
+        """Put a batch's rows in their shard's block.
+
+        Yields:
+            The commit record of the shard before, if it is there by now.
+        """
+        work, batch = flight.work, flight.batch
+        if batch is not None and flight.features is not None:
+            begun = time.perf_counter()
+            if flight.copied is not None:
+                with self.encoder.its_errors():
+                    flight.copied.synchronize()
+            self._fill_in(work, batch, flight.features[: len(batch.rows)])
+            self.clock.forward += time.perf_counter() - begun
+            self.clock.images += len(batch.rows)
+        if flight.last:
+            self.clock.reused += len(work.span) - sum(map(len, work.batches))
+            yield from commits.collect()
+            commits.begin(work)
+        elif commits.done:
+            yield from commits.collect()
+        if self.on_batch:
+            self.on_batch(self.clock)
+
+    def _fill_in(self, work: ShardWork, batch: PixelBatch, features: Float32[torch.Tensor, "n D"]) -> None:
+        """Put a batch's features in its shard's block; rows without any are zero, and quarantined."""
+        failures = dict(batch.failures)
+        for row in failures:
+            features[batch.rows.index(row)] = 0  # of a black image: whatever they are, they are not looked at
+
+        def name(place: int) -> str:
+            return f"row {batch.rows[place]} ({self.source.ids[batch.rows[place]]})"
+
+        for place in self.encoder.require_numbers(features, name):
+            failures.setdefault(batch.rows[place], NO_FEATURES)
+        work.block[np.asarray(batch.rows) - work.span.start] = features.numpy()
+        work.quarantined += [Quarantined(row, self.source.ids[row], failures[row]) for row in sorted(failures)]
+
+
+class _Plan:
+    """Shards' work, made by whoever needs it first: the loader, which looks for rows to decode, or the main loop.
+
+    Both are the same thread.
+    """
+
+    def __init__(self, writer: StoreWriter, known: Known | None) -> None:
+        self._spec, self._known = writer.spec, known
+        self._made: dict[int, ShardWork] = {}
+        self._nothing_to_do: set[int] = set()
+
+    def look_ahead(self, shard: int) -> list[Sequence[int]]:
+        """Rows of each of the shard's forward passes."""
+        return [] if shard in self._nothing_to_do else self.take(shard).batches
+
+    def take(self, shard: int) -> ShardWork:
+        """The shard's work."""
+        work = self._made.get(shard) or self._make(shard)
+        if work.batches:
+            self._made[shard] = work
+        else:
+            # Not kept: in a data set that is known whole, the loader would fill memory with every shard's rows.
+            self._nothing_to_do.add(shard)
+        return work
+
+    def forget(self, shard: int) -> None:
+        """Let go of a shard whose batches have all been loaded."""
+        self._made.pop(shard, None)
+
+    def _make(self, shard: int) -> ShardWork:
+        span, size = self._spec.rows_of(shard), self._spec.batch_size
+        block = np.zeros((len(span), self._spec.dim), self._spec.dtype)
+        rows: Sequence[int] = span
+        if self._known is not None:
+            known, values = self._known(span)
+            block[known] = values
+            rows = (np.flatnonzero(~known) + span.start).tolist()
+        return ShardWork(shard, span, block, [rows[start : start + size] for start in range(0, len(rows), size)])
+
+
+class CommitThread:
+    """Commits shards in a thread of its own, one at a time, so that embedding goes on meanwhile.
+
+    At most one shard is under way. An error of its commit is raised by the next :meth:`collect`. Leaving the block
+    waits for what is under way and ends the thread.
+    """
+
+    def __init__(self, writer: StoreWriter, clock: Clock) -> None:
+        self._writer, self._clock = writer, clock
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gstds-commit")
+        self._pending: Future[CommitRecord] | None = None
+
+    def __enter__(self) -> CommitThread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def done(self) -> bool:
+        """Whether a commit has ended that was not collected."""
+        return self._pending is not None and self._pending.done()
+
+    def begin(self, work: ShardWork) -> None:
+        """Commit a shard in the background. Its block is the thread's from now on."""
+        assert self._pending is None, "the commit before was not collected"
+        self._pending = self._pool.submit(self._commit, work)
+
+    def collect(self) -> Iterator[CommitRecord]:
+        """Wait for the commit under way, if there is one.
+
+        Yields:
+            Its commit record.
+        """
+        if self._pending is not None:
+            begun = time.perf_counter()
+            pending, self._pending = self._pending, None
+            commit = pending.result()
+            self._clock.commit_wait += time.perf_counter() - begun
+            yield commit
+
+    def _commit(self, work: ShardWork) -> CommitRecord:
+        begun = time.perf_counter()
+        try:
+            return self._writer.commit(work.shard, work.block, work.quarantined)
+        finally:
+            self._clock.commit += time.perf_counter() - begun
+
+
+def _filled_up(pixels: UInt8[torch.Tensor, "n 3 H W"], batch_size: int) -> UInt8[torch.Tensor, "B 3 H W"]:
+    """``pixels``, with black images after the last up to ``batch_size``.
+
+    Libraries choose other kernels for other shapes, and float32 sums differ with the kernel: with one shape alone, a
+    row's bytes do not depend on how many images its batch happens to have. Costs one copy, once a shard at most.
+    """
+    missing = batch_size - len(pixels)
+    return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels

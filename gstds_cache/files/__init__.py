@@ -1,0 +1,1 @@
+"""Locations, atomic writes, locks, digests and memory-mapped arrays."""

@@ -1,0 +1,1 @@
+"""Devices, threads, memory and compiled code of this process."""

@@ -1,0 +1,297 @@
+"""What a store says of itself: specification, commit records, completeness. Readers and the writer share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
+from gstds_cache.files import mapped
+from gstds_cache.files.digest import canonical_json
+from gstds_cache.store import layout
+from gstds_cache.store.commit_record import CommitRecord, commits_root
+from gstds_cache.store.spec import CacheSpec
+from gstds_cache.store.transport import open_transport
+
+Progress = Callable[[int, int], None]
+
+METADATA_KEYS = (
+    layout.GROUP,
+    "embeddings/zarr.json",
+    "label/zarr.json",
+    "valid/zarr.json",
+    layout.LABEL,
+    layout.VALID,
+    layout.ITEMS,
+)
+
+
+@dataclass(frozen=True)
+class Complete:
+    """The record that a store is whole.
+
+    Attributes:
+        fingerprint: The store's.
+        items: Rows in all; ``items == ok + quarantined``.
+        ok: Rows with an embedding.
+        quarantined: Rows whose item could not be decoded.
+        shards: Number of shards.
+        commits_sha256: Merkle root over all commit records.
+        objects: SHA-256 of every object that is not a shard.
+    """
+
+    fingerprint: str
+    items: int
+    ok: int
+    quarantined: int
+    shards: int
+    commits_sha256: str
+    objects: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON and a line end."""
+        return canonical_json(vars(self)) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Complete:
+        """Parse what :meth:`to_bytes` gave.
+
+        Raises:
+            ValueError: ``data`` is something else.
+            TypeError: It lacks fields, or has others.
+        """
+        record = cls(**json.loads(data))
+        if record.to_bytes() != data:
+            raise ValueError("it is not as it was written")
+        return record
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a store.
+
+    Attributes:
+        key: The object it shows in.
+        text: What is wrong, for people.
+        shard: The shard that has to be done again, or None where the fault is in an object that belongs to no shard.
+    """
+
+    key: str
+    text: str
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.shard is None else f"shard {self.shard}: {self.text}"
+
+
+class StoreMetadata:
+    """Reads the specification and commit records of one store.
+
+    Attributes:
+        location: The store as a user names it.
+        transport: Its objects.
+        spec: What it holds.
+        kind: Kind of data set.
+        classes: Class names by label.
+        provenance: How it was made; no identity.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        """Read the specification of the store at ``where``.
+
+        Raises:
+            StoreNotFoundError: There is no store.
+            IntegrityError: The specification is damaged.
+        """
+        self.transport = open_transport(where)
+        self.location = self.transport.location
+        try:
+            data = self.transport.get(layout.GROUP)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreNotFoundError(
+                f"no store at {self.location}",
+                hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
+            ) from error
+        try:
+            attributes: dict[str, Any] = json.loads(data)["attributes"]["gstds"]
+            fields: dict[str, Any] = dict(attributes["spec"])
+            self.provenance: dict[str, Any] = dict(attributes.get("provenance", {}))
+            self.classes: tuple[str, ...] = tuple(attributes.get("classes", ()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(
+                f"{self.location}/{layout.GROUP} is damaged or not of gstds-cache: {error!r}",
+                hint="this one object says what the store holds, and cannot be made again from the others: restore it "
+                "from a copy, or embed into a new --cache with --reuse of another store",
+            ) from error
+        self.spec = CacheSpec.from_dict(fields)
+        self.kind = str(attributes.get("kind", ""))
+        if attributes.get("fingerprint") != self.spec.fingerprint:
+            raise IntegrityError(
+                f"{self.location}: the specification was altered: its fingerprint is {self.spec.fingerprint[:12]}, "
+                f"recorded is {str(attributes.get('fingerprint'))[:12]}",
+                hint=f"restore {self.location}/{layout.GROUP} from a copy, or embed into a new --cache",
+            )
+
+    def scan_commits(self) -> tuple[dict[int, CommitRecord], list[Problem]]:
+        """All commit records that can be read, by shard, and a problem for each that cannot."""
+        listed = self.transport.sizes("commits/")
+        shards = [shard for shard in range(self.spec.shards) if layout.commit_key(shard) in listed]
+        found: dict[int, CommitRecord] = {}
+        problems = []
+        for shard, data in zip(shards, self.transport.get_many([layout.commit_key(u) for u in shards]), strict=True):
+            try:
+                found[shard] = self._parse(shard, data)
+            except IntegrityError as error:
+                problems.append(Problem(layout.commit_key(shard), error.message, shard))
+        return found, problems
+
+    def _parse(self, shard: int, data: bytes) -> CommitRecord:
+        commit = CommitRecord.from_bytes(data, shard=shard, fingerprint=self.spec.fingerprint)
+        if commit.to_bytes() != data or range(*commit.rows) != self.spec.rows_of(shard):
+            raise IntegrityError(f"commit record of shard {shard} is not as it was written")
+        return commit
+
+    def commits(self) -> dict[int, CommitRecord]:
+        """All commit records by shard.
+
+        Raises:
+            ChunkCorruptError: One is damaged or belongs elsewhere.
+        """  # noqa: DOC501
+        found, problems = self.scan_commits()
+        if problems:
+            raise corrupt(self.location, problems)
+        return found
+
+    def complete(self) -> Complete | None:
+        """The completeness record, or None.
+
+        Raises:
+            ChunkCorruptError: It is damaged or belongs to another store.
+        """  # noqa: DOC501
+        try:
+            record = Complete.from_bytes(self.transport.get(layout.COMPLETE))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            problem = Problem(layout.COMPLETE, f"{layout.COMPLETE} is damaged: {error}")
+            raise corrupt(self.location, [problem]) from error
+        if record.fingerprint != self.spec.fingerprint:
+            text = f"{layout.COMPLETE} belongs to store {record.fingerprint[:12]}, not {self.spec.fingerprint[:12]}"
+            raise corrupt(self.location, [Problem(layout.COMPLETE, text)])
+        return record
+
+    def discarded(self) -> set[int]:
+        """Shards that a repair has discarded and not yet committed again; of a damaged note, all shards."""
+        try:
+            named = json.loads(self.transport.get(layout.REPAIR))["shards"]
+            return {shard for shard in range(self.spec.shards) if shard in named}
+        except FileNotFoundError:
+            return set()
+        except (ValueError, KeyError, TypeError):
+            return set(range(self.spec.shards))
+
+    def check_sizes(self, commits: dict[int, CommitRecord]) -> list[Problem]:
+        """Problems visible without reading shards: missing ones, and ones of another size."""
+        sizes = self.transport.sizes("embeddings/")
+        problems = []
+        for shard, commit in commits.items():
+            key = layout.object_key(shard)
+            if key not in sizes:
+                problems.append(Problem(key, f"{key} is missing", shard))
+            elif sizes[key] != commit.size:
+                problems.append(
+                    Problem(key, f"{key} has {sizes[key]} bytes, its commit record says {commit.size}", shard)
+                )
+        return problems
+
+    def check_hashes(self, commits: dict[int, CommitRecord], progress: Progress | None = None) -> list[Problem]:
+        """Problems found by hashing every committed shard.
+
+        Args:
+            commits: Commit records of the shards to hash.
+            progress: Called with shards done and shards in all.
+
+        Returns:
+            What is wrong.
+        """
+        problems = self.check_sizes(commits)
+        named = {problem.shard for problem in problems}
+        for done, (shard, commit) in enumerate(commits.items()):
+            if progress is not None:
+                progress(done, len(commits))
+            if shard not in named:
+                key = layout.object_key(shard)
+                got = self.transport.sha256(key)
+                if got != commit.object_sha256:
+                    text = f"{key} hashes to {got[:12]}, its commit record says {commit.object_sha256[:12]}"
+                    problems.append(Problem(key, text, shard))
+        return problems
+
+    def check_complete(self, record: Complete, commits: dict[int, CommitRecord]) -> list[Problem]:
+        """Problems between the completeness record, the commit records and the objects that are no shards."""
+        problems = [
+            Problem(layout.commit_key(shard), "no commit record", shard)
+            for shard in range(self.spec.shards)
+            if shard not in commits
+        ]
+        if not problems and commits_root(commits) != record.commits_sha256:
+            text = f"{layout.COMPLETE}: the commit records are not the ones that were there when it was written"
+            problems.append(Problem(layout.COMPLETE, text))
+        counts = (self.spec.items, *counts_of(self.spec, commits))
+        if not problems and (record.items, record.ok, record.quarantined, record.shards) != (*counts, self.spec.shards):
+            problems.append(Problem(layout.COMPLETE, f"{layout.COMPLETE} counts other rows than the commit records"))
+        for key in METADATA_KEYS:
+            if not self.transport.exists(key):
+                problems.append(Problem(key, f"{key} is missing"))
+            elif self.transport.sha256(key) != record.objects.get(key):
+                problems.append(Problem(key, f"{key} was altered"))
+        return problems
+
+
+def valid_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
+    """The ``valid`` array [N] uint8 that the commit records amount to."""
+    valid = mapped.zeros((spec.items,), np.uint8)
+    for shard in range(spec.shards):
+        span = spec.rows_of(shard)
+        valid[span.start : span.stop] = valid_in(spec, commits, shard)
+    return valid
+
+
+def counts_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> tuple[int, int]:
+    """How many rows have an embedding, and how many could not be decoded."""
+    quarantined = sum(len({item.row for item in commit.quarantined}) for commit in commits.values())
+    return sum(len(spec.rows_of(shard)) for shard in commits) - quarantined, quarantined
+
+
+def valid_in(spec: CacheSpec, commits: dict[int, CommitRecord], shard: int) -> np.ndarray:
+    """A shard's part [R] of the ``valid`` array."""
+    span = spec.rows_of(shard)
+    valid = np.full(len(span), layout.OK if shard in commits else layout.MISSING, np.uint8)
+    for item in commits[shard].quarantined if shard in commits else ():
+        valid[item.row - span.start] = layout.UNDECODABLE
+    return valid
+
+
+def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
+    """The rows [A] int64, ascending, whose ``valid`` is not 1."""
+    parts = [
+        np.unique([item.row for item in commits[shard].quarantined] if shard in commits else spec.rows_of(shard))
+        for shard in range(spec.shards)
+        if shard not in commits or commits[shard].quarantined
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def corrupt(location: str, problems: Iterable[Problem]) -> ChunkCorruptError:
+    """The error for a store with ``problems``, naming each and the command that mends it."""
+    lines = [str(problem) for problem in problems]
+    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return ChunkCorruptError(
+        f"{location} is damaged:\n    " + "\n    ".join([*lines[:20], *more]),
+        hint=f"mend it with: {command_line('gstds-cache', 'repair', location)}",
+    )

@@ -1,0 +1,76 @@
+"""Accuracy of a network on a data set it was not trained on."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gstds_cache.data.loading import pixel_batches, worth_workers
+from gstds_cache.data.source import ImageSource
+from gstds_cache.training.augment import to_input
+from gstds_cache.training.distributed import Ranks
+from gstds_cache.training.images import SquarePixels
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy with what it was measured on.
+
+    Attributes:
+        value: Share classified rightly, 0 to 1.
+        items: Items it was measured on.
+        undecodable: Items left out because they could not be decoded.
+    """
+
+    value: float
+    items: int
+    undecodable: int
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    source: ImageSource,
+    device: torch.device,
+    *,
+    side: int,
+    workers: int,
+    ranks: Ranks | None = None,
+) -> Accuracy:
+    """Classify every item of ``source``.
+
+    Args:
+        network: The network; left in eval mode.
+        source: The data set.
+        device: Where the network is.
+        side: Side of the square images in pixels.
+        workers: Processes that decode.
+        ranks: Share the items out over these ranks; all of them have to call this.
+
+    Returns:
+        The accuracy, the same on every rank.
+    """
+    ranks = ranks or Ranks(device)
+    ranks.same_buffers(network)
+    network.eval()
+    labels = torch.from_numpy(source.labels)
+    spans = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
+    spans = spans[ranks.rank :: ranks.world_size]
+    right, items, undecodable = 0, 0, 0
+    shape = (3, side, side)
+    workers = worth_workers(source, side, workers)
+    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False)
+    with closing(decoded) as batches:
+        for batch in batches:
+            failed = {row for row, _ in batch.failures}
+            fine = torch.tensor([row not in failed for row in batch.rows])
+            predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
+            right += int((predicted == labels[list(batch.rows)][fine]).sum())
+            items, undecodable = items + int(fine.sum()), undecodable + len(failed)
+    right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
+    return Accuracy(right / max(items, 1), items, undecodable)

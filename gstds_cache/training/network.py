@@ -1,0 +1,155 @@
+"""Networks to train, by name, and what training has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gstds_cache.encoders.factory import packaged_weights
+from gstds_cache.encoders.weights import load_into, read_state_dict
+from gstds_cache.errors import EncoderError, UsageError, unknown_name
+from gstds_cache.files.location import expanded
+from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.seeding import torch_seed_for
+from gstds_cache.uris import split_query
+
+SMALL_IMAGE = 64  # pixels; up to here a ResNet gets the small-image stem
+
+
+def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module:
+    """Build an untrained network.
+
+    Args:
+        arch: Any architecture torchvision or timm knows by that name; ``torchvision:NAME`` or ``timm:NAME`` says which
+            of the two where both know it. ``timm:NAME?weights=FILE`` starts from trained weights (all but the
+            classifier), and ``?weights=reference`` from those of the default reference model. ``conv3`` is a small
+            network for small images (:func:`conv3`).
+        classes: Number of classes.
+        side: Side of the training images in pixels. For ``resnet*`` of torchvision and images up to 64 pixels, the
+            7x7 stride-2 convolution and the max-pool become one 3x3 convolution (He et al. 2016, section 4.2).
+        seed: Key of the initial weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        UsageError: Neither library knows the name, or the architecture takes no images of that size.
+        EncoderError: The weights are missing or do not fit.
+    """  # noqa: DOC501
+    import timm
+    import torch
+    from torchvision import models
+
+    arch, params = split_query("architecture", arch)
+    library, _, name = arch.rpartition(":")
+    vision = models.list_models(module=models)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed_for(seed, "network"))
+        if params and (library != "timm" or params.keys() != {"weights"}):
+            raise UsageError(
+                f"--arch {arch}?...: got {sorted(params)}, expected weights alone, for timm:NAME",
+                hint="e.g. --arch 'timm:tf_efficientnet_lite0?weights=reference'",
+            )
+        if arch == "conv3":
+            return conv3(classes)
+        if library in {"", "torchvision"} and name in vision:
+            options = {"image_size": side} if name.startswith("vit_") else {}
+            options |= {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
+            options |= {"init_weights": True} if options.get("aux_logits") is False else {}
+            try:
+                network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+            except AssertionError as error:  # torchvision's way to say that a size does not divide into patches
+                raise UsageError(
+                    f"--arch {arch} does not take images of {side} x {side}: {error}",
+                    hint="give an --image-size that it takes, e.g. --image-size 224",
+                ) from error
+            if name.startswith("resnet") and side <= SMALL_IMAGE:
+                network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[union-attr, arg-type]
+                network.maxpool = nn.Identity()
+            return network
+        if library in {"", "timm"} and timm.is_model(name):
+            made: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes)
+            if params:
+                _start_from(made, name, params["weights"])
+            return made
+    raise unknown_name("architecture", arch, ["conv3", *vision, *(f"timm:{n}" for n in timm.list_models())])
+
+
+def conv3(classes: int, width: int = 16) -> nn.Sequential:
+    """Three 3x3 convolutions of ``width``, 2 and 4 times as many channels (25,000 parameters at 16).
+
+    For studies of many runs on small images: thousands of gradient samples of 28 x 28 a second on one core.
+    """
+    layers: list[nn.Module] = []
+    for before, after, stride in ((3, width, 2), (width, 2 * width, 1), (2 * width, 4 * width, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if stride == 1 and after < 4 * width else []
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
+
+
+def _start_from(network: nn.Module, timm_name: str, weights: str) -> None:
+    """Load trained weights into ``network``, all but its classifier.
+
+    Raises:
+        EncoderError: There are none, or they do not fit.
+    """
+    path = packaged_weights(timm_name) if weights == "reference" else expanded(weights, "weights")
+    if path is None:
+        raise EncoderError(
+            f"--arch timm:{timm_name}?weights=reference: no installed package brings weights for it",
+            hint="give a file: ?weights=FILE",
+        )
+    head = str(network.pretrained_cfg.get("classifier") or "")  # type: ignore[union-attr, operator]
+    state = dict(read_state_dict(path))
+    own = network.state_dict()
+    if not own.keys() & state.keys() and len(own) == len(state):  # another port: other names, the same order
+        state = dict(zip(own, state.values(), strict=True))
+    body = {name: value for name, value in state.items() if not name.startswith(head + ".")}
+    load_into(network, body, head=head, origin=f"{path} (for timm:{timm_name})")
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, arch: str, side: int, classes: int, device: torch.device) -> None:
+    """One forward pass before anything is written: some architectures take one image size alone.
+
+    Args:
+        network: The network, on ``device``; left in eval mode.
+        arch: Its name.
+        side: Side of the square images in pixels.
+        classes: Outputs it should have.
+        device: Where it is.
+
+    Raises:
+        UsageError: The network does not take such images, or does not return one row of logits per image.
+    """  # noqa: DOC501 - what says that memory ran out is passed on
+    network.eval()
+    try:
+        logits = network(torch.zeros(2, 3, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        raise UsageError(
+            f"--arch {arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
+            hint="give an --image-size that it takes, e.g. --image-size 224",
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"--arch {arch} returned {got} for two images, expected logits (2, {classes})")
+
+
+@contextmanager
+def norms_frozen(network: nn.Module, *, when: bool) -> Iterator[None]:
+    """Batch statistics of a single sample are all zero or undefined: such a step uses the running ones.
+
+    Yields:
+        Once, with the norms frozen ``when`` so.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if when else []
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()

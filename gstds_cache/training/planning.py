@@ -1,0 +1,188 @@
+"""The ledger of a run before it is run: from a few decoded images and a few steps, of which nothing is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from gstds_cache.config import TrainConfig
+from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.records import Cost
+from gstds_cache.data.loading import pixel_batches
+from gstds_cache.data.source import ImageSource
+from gstds_cache.errors import FingerprintMismatchError, UsageError
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.stream.reader import SelectionStream
+from gstds_cache.training.augment import augment, to_input
+from gstds_cache.training.flops import flops_per_sample
+from gstds_cache.training.images import SquarePixels
+from gstds_cache.training.ledger import Ledger
+from gstds_cache.training.loop import count_classes
+from gstds_cache.training.network import build_network
+
+IMAGES = 64  # decoded to learn how long one takes
+SECONDS = 2.0  # for which steps are repeated; at least two are taken after the first, which warms up
+
+
+@dataclass(frozen=True)
+class SelectionCost:
+    """What selection takes.
+
+    Attributes:
+        seconds: In all; None where only the rate is known.
+        per_second: Samples looked at per second; None where only the total is known.
+        source: How that is known, in words.
+    """
+
+    seconds: float | None
+    per_second: float | None
+    source: str
+
+    def of(self, samples: int) -> float | None:
+        """Seconds for that many samples."""
+        return self.seconds if self.per_second is None else samples / self.per_second
+
+
+UNKNOWN = SelectionCost(None, None, "no record of its cost was found; name the store with --cache to have it measured")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per sample: decoding in one process, one training step, classifying."""
+
+    decode: float
+    step: float
+    classify: float
+
+
+def plan_run(
+    source: ImageSource,
+    evaluation: ImageSource | None,
+    stream: SelectionStream,
+    config: TrainConfig,
+    *,
+    embed: Cost | None,
+    select: Cost | None,
+    selection: SelectionCost,
+) -> Ledger:
+    """Measure, and work out what the run will take.
+
+    Args:
+        source: The data set; its images are not hashed, only counted.
+        evaluation: The data set accuracy will be measured on.
+        stream: The selection; only its header is looked at.
+        config: How to train, settled.
+        embed: What the store cost, where that is known.
+        select: What the selection cost, where that is known.
+        selection: What selection takes.
+
+    Returns:
+        The ledger. ``all_samples`` counts images that cannot be decoded as well; they are known once training is done.
+
+    Raises:
+        FingerprintMismatchError: The data set has another number of items than the selection was made from.
+    """
+    header = stream.header
+    if header.items != len(source):
+        raise FingerprintMismatchError(
+            f"the selection was made from a data set of {header.items} items, {source.uri} has {len(source)}",
+            hint="name the data set that was embedded",
+        )
+    classes, side = count_classes(source, evaluation), config.image_size
+    rates = measure(source, config, classes, per_step=max(1, header.total_kept // header.total_batches))
+    every = header.items * header.epochs
+    held = len(source) * 3 * side * side <= config.memory_budget
+    decoders = max(1, config.workers)
+    seconds = {
+        "load": len(source) * rates.decode / decoders if held else 0.0,
+        "images": 0.0 if held else header.total_kept * rates.decode / decoders,
+        "step": header.total_kept * rates.step,
+        "eval": len(evaluation) * (rates.decode / decoders + rates.classify) if evaluation is not None else 0.0,
+    }
+    return Ledger(
+        planned=True,
+        embed=embed,
+        select=select,
+        select_seconds=selection.of(every),
+        select_source=selection.source,
+        gradient_samples=header.total_kept,
+        all_samples=every,
+        seconds=seconds | {"total": sum(seconds.values())},
+        joules=None,
+        joules_from=f"measured during a run ({EnergyMeter(resolve_device(config.device)).source})",
+        flops_per_sample=flops_per_sample(config.arch, classes=classes, side=side),
+        step_seconds_per_sample=rates.step,
+    )
+
+
+def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step: int) -> Rates:
+    """Time decoding, steps of ``per_step`` samples, and classifying as many, on a network that is thrown away.
+
+    Args:
+        source: Where the images are from.
+        config: How to train, settled.
+        classes: Number of classes.
+        per_step: Samples of a step.
+
+    Returns:
+        Seconds per sample.
+
+    Raises:
+        UsageError: None of the images that were tried can be decoded.
+    """
+    device, side = resolve_device(config.device), config.image_size
+    rows = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(np.int64)).tolist()
+    begun = time.perf_counter()
+    decoded = next(pixel_batches(source, SquarePixels(side), (3, side, side), [rows], workers=0, pin=False))
+    decode = (time.perf_counter() - begun) / len(rows)
+    bad = {row for row, _ in decoded.failures}
+    fine = torch.tensor([row not in bad for row in rows])
+    if not bool(fine.any()):
+        raise UsageError(f"{source.uri}: none of {len(rows)} images can be decoded: {decoded.failures[0][1]}")
+    pixels = decoded.pixels[fine]
+    pixels = pixels[torch.arange(per_step) % len(pixels)]
+    target = torch.arange(per_step, device=device) % classes
+    network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    shift = 0 if config.augment == "none" else max(1, side // 8)
+    network.train(per_step > 1)  # batch statistics of one sample are undefined
+
+    def step() -> None:
+        moved = augment(pixels.to(device), shift=shift, mirror=config.augment == "crop+flip", seed=0, step=0)
+        with autocast:
+            loss = nn.functional.cross_entropy(network(to_input(moved)).float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        float(loss.detach())
+
+    @torch.inference_mode()
+    def classify() -> None:
+        network.eval()
+        network(to_input(pixels.to(device))).argmax(1).cpu()
+
+    return Rates(decode, _seconds(step) / per_step, _seconds(classify) / per_step)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """Seconds that ``work`` takes once warm: the median of what fits into ``SECONDS``, of two at least."""
+    work()
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < SECONDS and len(times) < 20):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times))
+
+
+def recorded(cost: Cost | None) -> SelectionCost:
+    """What gstds-select wrote down."""
+    return UNKNOWN if cost is None else SelectionCost(cost.seconds, None, "by gstds-select, as it wrote down")

@@ -1,0 +1,273 @@
+"""A run's directory: configuration, metrics, checkpoint. Everything a resumed run needs, and nothing pickled."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
+from gstds_cache.files.atomic import replaced_name, replacing
+from gstds_cache.files.digest import sha256_hex
+from gstds_cache.files.lock import exclusive
+from gstds_cache.runtime.resources import writing
+
+CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
+LOCK = ".lock"
+FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
+
+# How a run's default name spells the settings that are not the default ones; a setting that is not here is spelled out.
+SPELLED = {"lr": "lr", "momentum": "m", "weight_decay": "wd", "image_size": "px", "augment": "", "repack": "b"}
+
+
+def default_name(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """The name of a run that was given none: all that decides its outcome, so that other settings are another run.
+
+    Args:
+        identity: What decides the outcome, from :func:`gstds_cache.training.loop.run_config`.
+        defaults: The same of a run of the same network, seed, data set and selection, with no other setting given.
+
+    Returns:
+        ``ARCH-SELECTION-sSEED``, and each setting that is not the default.
+    """
+    arch, _, query = identity["arch"].partition("?")
+    # A query may hold the path of a weights file.
+    arch = arch.replace(":", "-").replace("/", "-") + (f"-{sha256_hex(query.encode())[:8]}" if query else "")
+    name = f"{arch}-{identity['selection_digest'][:8]}-s{identity['seed']}"
+    for field in sorted(identity, key=lambda field: (field != "repack", field)):
+        value = identity[field]
+        if value != defaults[field]:
+            text = str(value)[:8] if field == "eval_root" else f"{value}"
+            name += f"-{SPELLED.get(field, field.removesuffix('_root'))}{text.replace('/', '-')}"
+    return name
+
+
+class RunDir:
+    """Reads and writes one run's files. Only one of all processes and threads can hold it, ``with run_dir:``.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], *, provenance: dict[str, Any], resume: bool, writes: bool = True
+    ) -> None:
+        """Check a new run's directory, or that of a run to be resumed; nothing is written before :meth:`begin`.
+
+        It is checked again whenever it is entered: only then does nobody else write it.
+
+        Args:
+            path: The directory.
+            config: What decides the run's outcome; a run is resumed only with the same.
+            provenance: What else to record.
+            resume: Continue the run that is there; a directory without one starts a new run.
+            writes: Whether this process writes; of several ranks the first does, and all read the checkpoint.
+
+        Raises:
+            UsageError: A run is there and ``resume`` is not set, or ``path`` is a file.
+            FingerprintMismatchError: The run there has another configuration.
+            IncompleteError: Another process or thread writes it.
+        """
+        self.path, self._writes, self._config, self._resume = path, writes, config, resume
+        self._text = json.dumps({"config": config, "provenance": provenance}, indent=2, sort_keys=True) + "\n"
+        self._entered, self._depth, self._holding = threading.RLock(), 0, ExitStack()
+        self._check_strange()
+        if path.is_dir():
+            with self:
+                pass
+
+    def __enter__(self) -> RunDir:
+        """Hold the directory: nobody else writes it until the block ends. The holder may enter again.
+
+        Raises:
+            UsageError: A run is there that is not to be resumed, or something else is.
+            FingerprintMismatchError: The run there has another configuration.
+            IncompleteError: Another process or thread writes it.
+        """
+        if not self._entered.acquire(blocking=False):
+            raise IncompleteError(
+                f"{self.path} is being written by another thread of this process",
+                hint="give each its own directory, with a RunDir of its own",
+            )
+        try:
+            if self._depth == 0:
+                self._hold()
+            self._depth += 1
+        except BaseException:
+            self._entered.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let it go. A directory made for the block goes as well where nothing was written to it."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._holding.close()
+        self._entered.release()
+
+    def _hold(self) -> None:
+        self._check_strange()
+        with ExitStack() as holding:
+            if self._writes:
+                made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+                self._lock(holding)
+                holding.callback(self._remove_unused, made)
+            self._check()
+            self._holding = holding.pop_all()
+
+    def _lock(self, holding: ExitStack) -> None:
+        for last in (False, False, True):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                holding.enter_context(exclusive(self.path / LOCK, of=self.path))
+            except (
+                FileNotFoundError
+            ):  # another process ended in between, without having written, and removed the folder
+                if last:
+                    raise
+            else:
+                return
+
+    def _remove_unused(self, made: list[Path]) -> None:
+        """Remove the folders that were made, unless something was written to them; while the lock is held."""
+        with suppress(OSError):
+            if made and {entry.name for entry in self.path.iterdir()} == {LOCK}:
+                (self.path / LOCK).unlink()
+                for folder in made:  # until one is not empty
+                    folder.rmdir()
+
+    def _check_strange(self) -> None:
+        """Refuse what is no run's directory, before even the lock is put into it.
+
+        Raises:
+            UsageError: It is a file, or holds something else.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--out {path}: a file is in the way, expected a directory or nothing")
+        strange = {entry.name for entry in path.iterdir() if not _own(entry.name)} if path.is_dir() else set()
+        if strange and self._stored_config() is None:
+            raise UsageError(
+                f"--out {path}: the directory is not empty and holds no run (but {min(strange)!r})",
+                hint="nothing was changed. Give the path of a new directory",
+            )
+
+    def _check(self) -> None:
+        """Refuse a run that is there and is not to be resumed.
+
+        Raises:
+            UsageError: It was not said that it is to be resumed.
+            FingerprintMismatchError: It has another configuration.
+        """
+        path, stored, config = self.path, self._stored_config(), self._config
+        if stored is not None and not self._resume:
+            raise UsageError(
+                f"--out {path}: there is a run in it", hint="add --resume to continue it, or give another --out"
+            )
+        if stored is not None and stored != config:
+            names = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
+            raise FingerprintMismatchError(
+                f"{path} is a run of another configuration:\n    "
+                + "\n    ".join(f"{k}: the run has {stored.get(k)!r}, now {config.get(k)!r}" for k in names),
+                hint="resume with the settings it was started with, or give another --out",
+            )
+
+    def begin(self) -> None:
+        """Begin a new run in the directory; that of a run to be resumed stays as it is. Within ``with run_dir:``."""
+        if not self._writes:
+            return
+        for entry in self.path.iterdir():
+            if _temporary(entry.name):
+                entry.unlink(missing_ok=True)
+        if self._stored_config() is None:
+            self._replace(CONFIG, self._text.encode())
+            (self.path / METRICS).unlink(missing_ok=True)
+        self._resume = True  # what is there from now on is this run
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint of the run that is resumed, or None; tensors and numbers only.
+
+        Raises:
+            IntegrityError: It cannot be read.
+        """
+        path = self.path / CHECKPOINT
+        if self._stored_config() is None:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            raise IntegrityError(
+                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another --out"
+            ) from error
+        return state
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; a killed write leaves the old one."""
+        if not self._writes:
+            return
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._replace(CHECKPOINT, buffer.getbuffer())
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        if not self._writes:
+            return
+        with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(metrics, sort_keys=True) + "\n")
+
+    def write_ledger(self, ledger: dict[str, Any]) -> None:
+        """Replace ``ledger.json``."""
+        with self:
+            self._replace(LEDGER, (json.dumps(ledger, indent=2, sort_keys=True) + "\n").encode())
+
+    def drop_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""
+        path = self.path / METRICS
+        if self._writes and path.exists():
+            # A line without its end was being written when the run was killed.
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            parsed = [(line, json.loads(line)) for line in whole]
+            lines = [line for line, fields in parsed if fields["step"] < step and not fields.get("final")]
+            self._replace(METRICS, "".join(lines).encode())
+
+    def _stored_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is there. One without a checkpoint holds nothing to continue or lose.
+
+        Raises:
+            UsageError: The file is there and is something else.
+        """
+        path = self.path / CONFIG
+        if not path.exists() or not (self.path / CHECKPOINT).exists():
+            return None
+        try:
+            config: dict[str, Any] = dict(json.loads(path.read_text())["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no configuration of a run", hint="give another --out") from error
+        return config
+
+    def _replace(self, name: str, data: bytes | memoryview) -> None:
+        path = self.path / name
+        with writing(path), replacing(path, alone=True) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _own(name: str) -> bool:
+    return name in {*FILES, LOCK} or _temporary(name)
+
+
+def _temporary(name: str) -> bool:
+    """Whether a killed process left it; a run of before had no process's number in the name."""
+    return name in {f".{file}.tmp" for file in FILES} or replaced_name(name) in FILES

@@ -1,0 +1,273 @@
+"""The steps of a selection, one after the other, from any position: what the sampler and the data set are built on."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.stream.repack import PackedBatch, Remainder, packed_per_epoch, repack
+
+REMEMBERED = 4096  # positions kept for state_dict(step): more than any DataLoader prefetches
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a reader is: the next step, and what was read up to it.
+
+    Attributes:
+        step: The next step of the run, from 0.
+        epoch: Its epoch.
+        batch: Its position in the epoch.
+        next_seq: The record of the selection that is read next.
+        sha256: Running hash over the records read.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    next_seq: int
+    sha256: str
+
+
+class StepReader:
+    """Gives the global batch of each step of a run.
+
+    A selection that was given as a path or an address is opened again whenever an earlier position is asked for, and in
+    a process this object was pickled to. One that was given as an open stream (a pipe) goes forward only.
+
+    Attributes:
+        header: What the selection says of itself.
+        per_epoch: Steps of each epoch.
+        total: Steps of the whole run.
+        batch_size: Rows of every batch where they are re-packed, else None.
+        position: Where it is.
+    """
+
+    position: Position
+    _passed: deque[Position]
+    _batches: Iterator[Selection | PackedBatch]
+
+    def __init__(
+        self, selection: str | Path | SelectionStream, *, batch_size: int | None = None, remainder: Remainder = "carry"
+    ) -> None:
+        """Open a selection and read its header.
+
+        Args:
+            selection: A file, an address, or a stream that is open already.
+            batch_size: Re-pack into batches of this many rows; None leaves the selection's own.
+            remainder: What happens to the rows left at an epoch's end when re-packing.
+
+        Raises:
+            UsageError: There is no such selection, or not one batch of that size would be full.
+            StreamError: It is no selection.
+        """
+        self._where = None if isinstance(selection, SelectionStream) else selection
+        self._stream: SelectionStream | None = selection if isinstance(selection, SelectionStream) else None
+        if self._stream is not None and self._stream.next_seq:
+            raise UsageError(
+                f"the stream was read up to record {self._stream.next_seq} already",
+                hint="give a stream that was just opened, or the selection's path",
+            )
+        self.batch_size, self.remainder = batch_size, remainder
+        self.header = self._open().header
+        if batch_size is None:
+            self.per_epoch = [self.header.batches_per_epoch] * self.header.epochs
+        else:
+            self.per_epoch = packed_per_epoch(self.header.kept_per_epoch, batch_size, remainder)
+        self.total = sum(self.per_epoch)
+        self._start()
+
+    @property
+    def reopens(self) -> bool:
+        """Whether the selection can be opened again, by anyone who knows where it is."""
+        return self._where is not None and str(self._where) != "-"
+
+    def __iter__(self) -> Iterator[Selection | PackedBatch]:
+        return self
+
+    def __next__(self) -> Selection | PackedBatch:
+        """The global batch of the next step.
+
+        With the last one the selection has been read to its end, so that a truncated one is never used up.
+
+        Raises:
+            StopIteration: All steps were given.
+            StreamError: The selection is damaged or truncated.
+        """
+        if self.position.step == self.total:
+            raise StopIteration
+        if self._stream is None or self._owner != os.getpid():
+            # Closed, pickled or forked: a forked copy would share the file's place with its parent.
+            self._reopen(self.position.step)
+        batch = next(self._batches)
+        step = self.position.step + 1
+        epoch, place = batch.epoch, batch.batch_id + 1
+        while epoch < len(self.per_epoch) and place >= self.per_epoch[epoch]:
+            epoch, place = epoch + 1, 0
+        if step == self.total:
+            self._read_out()
+        assert self._stream is not None
+        self.position = Position(step, epoch, place, self._stream.next_seq, self._stream.running_sha256)
+        self._passed.append(self.position)
+        if step == self.total:
+            self.close()
+        return batch
+
+    def close(self) -> None:
+        """Close the selection; where it can be opened again, reading on does that."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __del__(self) -> None:
+        """A file this object opened is closed with it; a stream it was given is its giver's."""
+        if getattr(self, "_stream", None) is not None and self.reopens:
+            self.close()
+
+    def seek(self, step: int, sha256: str = "") -> None:
+        """Go to a step, so that it is the next.
+
+        Args:
+            step: The step, from 0 to ``total``.
+            sha256: Running hash the selection must have there; empty for any.
+
+        Raises:
+            UsageError: There is no such step, or it lies behind in a stream that cannot be opened again.
+            FingerprintMismatchError: The batches before it are not those whose hash was given.
+        """
+        if not 0 <= step <= self.total:
+            raise UsageError(f"the selection has {self.total} steps, there is no step {step}")
+        if step < self.position.step:
+            self._reopen(step)
+        while self.position.step < step:
+            next(self)
+        if sha256 and self.position.sha256 != sha256:
+            raise FingerprintMismatchError(
+                f"the selection's first {step} batches are not those that were trained on before",
+                hint="resume with the same selection",
+            )
+
+    def step_of(self, epoch: int, batch: int = 0) -> int:
+        """The step that is batch ``batch`` of ``epoch``.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if not (0 <= epoch < len(self.per_epoch) and 0 <= batch <= self.per_epoch[epoch]):
+            steps = self.per_epoch[epoch] if 0 <= epoch < len(self.per_epoch) else 0
+            raise UsageError(
+                f"there is no batch {batch} of epoch {epoch}: the selection has {len(self.per_epoch)} epochs, and "
+                f"{steps} batches in this one"
+            )
+        return sum(self.per_epoch[:epoch]) + batch
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Where to go on, JSON-able.
+
+        Args:
+            step: Steps that were trained, where more were read ahead; None for all that were read.
+
+        Raises:
+            UsageError: That step was not read, or too long ago.
+        """
+        found = [p for p in self._passed if p.step == step] if step is not None else [self.position]
+        if not found:
+            raise UsageError(
+                f"state after step {step}: steps {self._passed[0].step} to {self.position.step} can be saved"
+            )
+        at = found[-1]
+        return {
+            "format": STATE_FORMAT,
+            "selection_digest": self.header.selection_digest,
+            "cache_fingerprint": self.header.cache_fingerprint,
+            "batch_size": self.batch_size,
+            "remainder": self.remainder,
+            **asdict(at),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            StreamError: This is no such state.
+            FingerprintMismatchError: It is of another selection, or of other batches.
+        """
+        mine = self.state_dict()
+        if state.keys() != mine.keys() or state["format"] != STATE_FORMAT:
+            raise StreamError(f"this is no sampler's state: got the keys {sorted(state)}, expected {sorted(mine)}")
+        for name in ("selection_digest", "cache_fingerprint", "batch_size", "remainder"):
+            if state[name] != mine[name]:
+                raise FingerprintMismatchError(
+                    f"the state was saved with another {name}: it has {state[name]!r}, this sampler {mine[name]!r}",
+                    hint="load it with the selection and the batch size it was saved with",
+                )
+        self.seek(state["step"], state["sha256"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """An open file stays behind: whoever gets the copy opens the selection anew.
+
+        Raises:
+            UsageError: The selection cannot be opened anew.
+        """
+        if not self.reopens:
+            raise UsageError(
+                "a selection that comes through a stream belongs to the process that opened it",
+                hint="give the selection's path or address in place of an open stream, or load data with num_workers=0",
+            )
+        return self.__dict__ | {"_stream": None, "_batches": None}
+
+    def _open(self) -> SelectionStream:
+        if self._stream is None:
+            assert self._where is not None
+            self._stream = open_selection(self._where)
+        self._owner = os.getpid()
+        return self._stream
+
+    def _reopen(self, step: int) -> None:
+        if not self.reopens:
+            raise UsageError(
+                f"the selection comes through a stream that process {self._owner} read to step {self.position.step}: "
+                f"no other process can read it, and it cannot go back to step {step}",
+                hint="give the selection's path or address in place of a stream, or use num_workers=0",
+            )
+        self.close()
+        self._open()
+        self._start()
+        while self.position.step < step:
+            next(self)
+
+    def _start(self) -> None:
+        assert self._stream is not None
+        if self.batch_size is None:
+            self._batches = iter(self._stream)
+        else:
+            self._batches = repack(self._stream, self.batch_size, self.remainder)
+        first = next((epoch for epoch, steps in enumerate(self.per_epoch) if steps), 0)
+        self.position = Position(0, first, 0, 0, self._stream.running_sha256)
+        self._passed = deque([self.position], maxlen=REMEMBERED)
+
+    def _read_out(self) -> None:
+        if next(self._batches, None) is not None:
+            raise StreamError("the selection goes on after its last epoch")
+
+
+def require_items(expected: int, count: int) -> None:
+    """Refuse a data set with another number of items than the selection's.
+
+    Raises:
+        FingerprintMismatchError: It has another number.
+    """
+    if count != expected:
+        raise FingerprintMismatchError(
+            f"the selection was made from a data set of {expected} items, this one has {count}: row i would be "
+            "another item",
+            hint="give the data set that was embedded, in the same order and with every item",
+        )

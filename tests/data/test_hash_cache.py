@@ -1,0 +1,592 @@
+"""Remembered digests: never another digest than reading would give, and no file opened that has not changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gstds_cache.data import files as files_module
+from gstds_cache.data import hash_cache as hash_cache_module
+from gstds_cache.data.files import Files
+from gstds_cache.data.hash_cache import RACY_NS, HashCache, settled, signatures_of
+from gstds_cache.data.manifest import UNREADABLE, build_manifest, hash_items
+from gstds_cache.data.sources import open_source
+from gstds_cache.data.split import Subset
+
+TICK = 0.02
+"""Longer than a tick of the clock that file times are taken from (a hundredth of a second at most)."""
+
+
+def plant(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"content of {name}".encode())
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return plant(tmp_path / "photos", *(f"{label}/{n}.png" for label in ("cats", "dogs") for n in range(4)))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "hashes"
+
+
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust a signature at once; tests that change a file then wait for the next tick themselves."""
+    monkeypatch.setattr(hash_cache_module, "RACY_NS", 0)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the files whose bytes were hashed."""
+    names: list[str] = []
+    sha256 = Files.sha256
+
+    def counted(self: Files, row: int) -> bytes:
+        names.append(self.names[row])
+        return sha256(self, row)
+
+    monkeypatch.setattr(Files, "sha256", counted)
+    return names
+
+
+def root_of(photos: Path, hash_cache: HashCache | None) -> str:
+    return build_manifest(open_source(f"imagefolder:{photos}", hash_cache=hash_cache), hash_cache=hash_cache).root
+
+
+COUNT_OPENS = """
+import json, os, sys
+folder, place, query = sys.argv[1:]
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], (str, bytes))
+                 and opened.append(os.path.abspath(os.fsdecode(args[0]))))
+from pathlib import Path
+from gstds_cache.data.manifest import build_manifest
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.sources import open_source
+hash_cache = HashCache(Path(place))
+source = open_source(f"imagefolder:{folder}{query}", hash_cache=hash_cache)
+manifest = build_manifest(source, hash_cache=hash_cache)
+inside = [path for path in opened if path.startswith(os.path.abspath(folder) + "/") and path.endswith(".png")]
+print(json.dumps([manifest.root, len(inside), len(set(inside)), hash_cache.notes]))
+"""
+
+
+def test_an_unchanged_folder_is_not_opened_by_the_next_process(photos: Path, place: Path) -> None:
+    def run(query: str = "") -> list[object]:
+        words = [sys.executable, "-c", COUNT_OPENS, str(photos), str(place), query]
+        result: list[object] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        return result
+
+    time.sleep(RACY_NS / 1e9 + 0.1)
+    # A split is decided by the digests of all files, and then has a manifest of its own: each is opened once all the
+    # same.
+    root, *opens = run("?split=train&holdout=0.5")
+    assert opens == [8, 8, []]
+    assert run("?split=train&holdout=0.5") == [root, 0, 0, []]
+    assert run() == [root_of(photos, None), 0, 0, []]
+
+
+@pytest.mark.usefixtures("_no_waiting")
+class TestChanges:
+    """One file of eight is changed; it and no other is read again."""
+
+    @pytest.fixture
+    def again(self, photos: Path, place: Path, read: list[str]) -> Callable[[], list[str]]:
+        """Hash once; each call hashes in what could be a new process, compares, and says what was read."""
+        root_of(photos, HashCache(place))
+        time.sleep(TICK)
+
+        def run() -> list[str]:
+            plain = root_of(photos, None)
+            read.clear()
+            hash_cache = HashCache(place)
+            assert root_of(photos, hash_cache) == plain
+            assert not hash_cache.notes
+            return sorted(read)
+
+        return run
+
+    def test_nothing(self, again) -> None:
+        assert again() == []
+
+    def test_touched(self, again, photos) -> None:
+        before = root_of(photos, None)
+        os.utime(photos / "cats/2.png")
+        assert again() == ["cats/2.png"]
+        assert root_of(photos, None) == before
+        time.sleep(TICK)
+        assert again() == []
+
+    @pytest.mark.parametrize("date", [0, -5_000_000_000, 1_000_000_000])
+    def test_dated_back(self, again, photos, date) -> None:
+        os.utime(photos / "cats/2.png", ns=(date, date))
+        assert again() == ["cats/2.png"]
+        assert again() == []
+
+    def test_dated_in_the_future_is_read_every_time(self, again, photos) -> None:
+        for year in (2100, 2400):
+            os.utime(photos / "cats/2.png", (0, (year - 1970) * 31_556_952))
+            assert again() == ["cats/2.png"]
+            assert again() == ["cats/2.png"]
+
+    def test_changed(self, again, photos) -> None:
+        (photos / "dogs/0.png").write_bytes(b"other")
+        assert again() == ["dogs/0.png"]
+        assert again() == []
+
+    def test_same_size_and_mtime(self, again, photos) -> None:
+        path, before = photos / "dogs/0.png", root_of(photos, None)
+        stat = path.stat()
+        path.write_bytes(path.read_bytes().swapcase())
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        assert again() == ["dogs/0.png"]
+        assert root_of(photos, None) != before
+
+    def test_replaced_by_another_file_of_the_same_size_and_mtime(self, again, photos) -> None:
+        path = photos / "dogs/0.png"
+        stat, other = path.stat(), photos / "dogs" / "new"
+        other.write_bytes(path.read_bytes().swapcase())
+        os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        other.replace(path)
+        assert again() == ["dogs/0.png"]
+
+    def test_two_swapped(self, again, photos) -> None:
+        one, two = photos / "dogs/0.png", photos / "dogs/1.png"
+        one.rename(photos / "dogs" / "held")
+        two.rename(one)
+        (photos / "dogs" / "held").rename(two)
+        assert again() == ["dogs/0.png", "dogs/1.png"]
+
+    def test_two_linked_files_swapped(self, again, photos) -> None:
+        for name in ("a", "b"):
+            (photos / f"cats/{name}.png").symlink_to(photos / f"dogs/{'01'[name == 'b']}.png")
+        assert again() == ["cats/a.png", "cats/b.png"]
+        for name in ("a", "b"):
+            (photos / f"cats/{name}.png").unlink()
+            (photos / f"cats/{name}.png").symlink_to(photos / f"dogs/{'10'[name == 'b']}.png")
+        assert again() == ["cats/a.png", "cats/b.png"]
+
+    def test_added_and_deleted(self, again, photos, place) -> None:
+        plant(photos, "cats/10.png", "birds/0.png")
+        (photos / "cats/3.png").unlink()
+        assert again() == ["birds/0.png", "cats/10.png"]
+        assert b"cats/10.png" in next(place.iterdir()).read_bytes()
+        assert b"cats/3.png" not in next(place.iterdir()).read_bytes()
+        assert again() == []
+
+    def test_deleted_and_made_again(self, again, photos) -> None:
+        (photos / "cats/3.png").unlink()
+        assert again() == []
+        plant(photos, "cats/3.png")
+        assert again() == ["cats/3.png"]
+
+    def test_unreadable_then_readable(self, again, photos) -> None:
+        (photos / "cats/3.png").rename(photos / "held")
+        (photos / "cats/3.png").symlink_to(photos / "gone.png")
+        assert again() == ["cats/3.png"]
+        assert again() == ["cats/3.png"]
+        (photos / "held").rename(photos / "gone.png")
+        assert again() == ["cats/3.png"]
+        time.sleep(TICK)
+        assert again() == []
+        (photos / "gone.png").unlink()
+        assert again() == ["cats/3.png"]
+
+    def test_a_disk_error_is_not_remembered(self, again, photos, place, read, monkeypatch) -> None:
+        counted = Files.sha256
+
+        def fail(self: Files, row: int) -> bytes:
+            if self.names[row] == "cats/3.png":
+                raise OSError(5, "Input/output error")
+            return counted(self, row)
+
+        os.utime(photos / "cats/3.png")
+        time.sleep(TICK)
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "sha256", fail)
+            failed = build_manifest(open_source(f"imagefolder:{photos}"), hash_cache=HashCache(place))
+        assert bytes(failed.sha256[3]) == UNREADABLE
+        assert again() == ["cats/3.png"]
+        assert again() == []
+
+    def test_moved(self, again, photos, place, read) -> None:
+        before = root_of(photos, None)
+        moved = photos.rename(photos.with_name("moved"))
+        read.clear()
+        assert root_of(moved, HashCache(place)) == before
+        assert len(read) == 8
+        read.clear()
+        assert root_of(moved, HashCache(place)) == before
+        assert not read
+
+    def test_by_another_path_to_the_same_folder(self, again, photos, place, read, monkeypatch) -> None:
+        monkeypatch.chdir(photos.parent)
+        read.clear()
+        for name in ("photos", "./photos/", "cache/../photos"):
+            open_folder = open_source(f"imagefolder:{name}")
+            hash_items(open_folder, hash_cache=HashCache(place))
+        assert not read
+
+    def test_many_random_edits(self, photos, place, read) -> None:
+        rng = random.Random(11)
+        names = [f"{label}/{n}.png" for label in ("cats", "dogs") for n in range(6)]
+
+        def edit(path: Path) -> None:
+            stat = path.stat() if path.exists() else None
+            kind = rng.choice(["write", "same size", "touch", "delete", "swap", "link", "append"])
+            if kind == "delete" or (path.is_symlink() and kind != "link"):
+                path.unlink(missing_ok=True)
+            elif kind == "swap":
+                other = photos / rng.choice(names)
+                if stat and other.exists() and other != path:
+                    path.rename(photos / "held")
+                    other.rename(path)
+                    (photos / "held").rename(other)
+            elif kind == "link":
+                path.unlink(missing_ok=True)
+                path.symlink_to(photos / rng.choice(names))
+            elif kind == "append" and stat:
+                with path.open("ab") as file:
+                    file.write(b"+")
+            elif kind == "touch" and stat:
+                os.utime(path, ns=(0, rng.randrange(10**18)))
+            elif kind == "same size" and stat:
+                path.write_bytes(rng.randbytes(stat.st_size))
+                os.utime(path, ns=(0, stat.st_mtime_ns))
+            else:
+                path.write_bytes(rng.randbytes(9))
+
+        kept = HashCache(place)
+        total = 0
+        for _ in range(60):
+            for name in rng.sample(names, rng.randrange(3)):
+                edit(photos / name)
+            time.sleep(TICK)
+            source = open_source(f"imagefolder:{photos}")
+            plain = hash_items(source)
+            read.clear()
+            hash_cache = kept if rng.random() < 0.5 else HashCache(place)
+            assert np.array_equal(hash_items(source, hash_cache=hash_cache), plain)
+            total += len(read)
+            kept = hash_cache
+        assert total < 60 * 12 / 2
+
+
+class TestRacyFiles:
+    def test_a_file_written_just_now_is_read_again(self, photos, place, read, monkeypatch) -> None:
+        monkeypatch.setattr(hash_cache_module, "RACY_NS", 3600 * 10**9)  # However slow the machine, it was just now.
+        hash_cache = HashCache(place)
+        for _ in range(2):
+            root_of(photos, hash_cache)
+        assert len(read) == 16
+        assert not place.exists()
+
+    def test_a_change_within_one_tick_is_seen(self, photos, place, monkeypatch) -> None:
+        """A file system whose clock stands still: only the rule about recent files can help."""
+        monkeypatch.setattr(hash_cache_module, "RACY_NS", 3600 * 10**9)
+        true = hash_cache_module._signature
+        now = time.time_ns()
+        monkeypatch.setattr(hash_cache_module, "_signature", lambda path: (true(path)[0], now, now, true(path)[3]))
+        before = root_of(photos, HashCache(place))
+        (photos / "cats/0.png").write_bytes(b"CONTENT OF cats/0.png")
+        assert root_of(photos, HashCache(place)) == root_of(photos, None) != before
+
+    @pytest.mark.usefixtures("_no_waiting")
+    def test_a_file_that_is_another_while_it_is_read_is_not_remembered(self, photos, place, monkeypatch) -> None:
+        one, other, link = photos / "dogs/0.png", photos / "dogs/1.png", photos / "cats/link.png"
+        link.symlink_to(one)
+        time.sleep(TICK)
+        sha256 = Files.sha256
+
+        def pointed_elsewhere(self: Files, row: int) -> bytes:
+            if self.names[row] == "cats/link.png":
+                link.unlink()
+                link.symlink_to(other)
+            return sha256(self, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "sha256", pointed_elsewhere)
+            root_of(photos, HashCache(place))
+        link.unlink()
+        link.symlink_to(one)
+        assert root_of(photos, HashCache(place)) == root_of(photos, None)
+
+    @pytest.mark.usefixtures("_no_waiting")
+    def test_what_is_read_but_not_settled_replaces_what_was_known(self, photos, place) -> None:
+        one, other, link = photos / "dogs/0.png", photos / "dogs/1.png", photos / "cats/link.png"
+        link.symlink_to(one)
+        time.sleep(TICK)
+        root_of(photos, HashCache(place))
+        os.utime(other, (0, time.time() + 10**6))  # Not to be settled for days.
+        link.unlink()
+        link.symlink_to(other)
+        plant(photos, "cats/new.png")
+        time.sleep(TICK)
+        root_of(photos, HashCache(place))
+        link.unlink()
+        link.symlink_to(one)
+        assert root_of(photos, HashCache(place)) == root_of(photos, None)
+
+    def test_settled(self) -> None:
+        now = 10**18
+        old, new = now - RACY_NS - 1, now - RACY_NS
+        rows = [(1, old, old, 1), (1, new, old, 1), (1, old, new, 1), (1, old, now + 5, 1), (-1, -1, -1, -1)]
+        assert settled(np.array(rows), now).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.usefixtures("_no_waiting")
+class TestOneProcess:
+    def test_without_a_place_each_file_is_read_once(self, photos, read) -> None:
+        hash_cache = HashCache()
+        parts = [
+            open_source(f"imagefolder:{photos}?split={s}&holdout=0.5", hash_cache=hash_cache) for s in ("train", "test")
+        ]
+        roots = [build_manifest(part, hash_cache=hash_cache).root for part in parts]
+        assert sorted(read) == sorted(open_source(f"imagefolder:{photos}").ids)
+        assert roots == [build_manifest(part).root for part in parts]
+
+    def test_a_part_that_lies_deeper_is_found(self, photos, place, read) -> None:
+        whole = open_source(f"imagefolder:{photos}")
+        hash_items(whole, hash_cache=HashCache(place))
+        read.clear()
+        rows = np.array([3, 1])
+        part = Subset(base=whole, uri="part", rows=rows, ids=("x", "y"), labels=whole.labels[rows])
+        assert part.files.names == ("cats/3.png", "cats/1.png")
+        assert np.array_equal(hash_items(part, hash_cache=HashCache(place)), hash_items(whole)[rows])
+
+    def test_what_is_known_of_other_files_stays_while_they_exist(self, photos, place, read) -> None:
+        whole = open_source(f"imagefolder:{photos}")
+        hash_items(whole, hash_cache=HashCache(place))
+        time.sleep(TICK)
+        (photos / "cats/0.png").write_bytes(b"other")
+        (photos / "cats/1.png").unlink()
+        rows = np.array([0])
+        part = Subset(base=whole, uri="part", rows=rows, ids=("x",), labels=whole.labels[rows])
+        time.sleep(TICK)
+        hash_items(part, hash_cache=HashCache(place))
+        read.clear()
+        root_of(photos, HashCache(place))
+        assert not read
+        assert b"cats/1.png" not in next(place.iterdir()).read_bytes()
+
+    def test_interrupted(self, tmp_path, place, read, monkeypatch) -> None:
+        photos = plant(tmp_path / "many", *(f"a/{n:04d}.png" for n in range(1500)))
+        source = open_source(f"imagefolder:{photos}")
+        time.sleep(TICK)
+        stopped, counted = threading.Event(), Files.sha256
+
+        def waiting(self: Files, row: int) -> bytes:
+            if row >= 1000:  # Else a quick machine, or one that lets the main thread wait, would be done by then.
+                stopped.wait()
+                time.sleep(0.002)
+            return counted(self, row)
+
+        def progress(done: int, _total: int) -> None:
+            if done >= 300:
+                stopped.set()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Files, "sha256", waiting)
+
+        with pytest.raises(KeyboardInterrupt):
+            hash_items(source, hash_cache=HashCache(place), progress=progress)
+        done = len(read)
+        assert 300 <= done < 1500
+        monkeypatch.setattr(Files, "sha256", counted)
+        assert np.array_equal(hash_items(source, hash_cache=HashCache(place)), hash_items(source))
+        assert len(read) == 1500 + 1500
+        assert len(set(read[:1500])) == 1500
+
+    def test_progress_counts_remembered_items(self, photos, place) -> None:
+        calls: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            calls.append((done, total))
+
+        for _ in range(2):
+            calls.clear()
+            hash_cache = HashCache(place)
+            source = open_source(
+                f"imagefolder:{photos}?split=train&holdout=0.5", hash_cache=hash_cache, progress=progress
+            )
+            build_manifest(source, hash_cache=hash_cache, progress=progress)
+            assert calls == [(8, 8), (len(source), len(source))]
+
+    @pytest.mark.parametrize("name", [b"caf\xe9.png", "caf\u00e9 \U0001f600.png".encode(), b"a\nb'\"\\x.png"])
+    def test_odd_names(self, photos, place, read, name) -> None:
+        Path(os.fsdecode(os.fsencode(photos / "cats") + b"/" + name)).write_bytes(b"odd")
+        folder = photos.rename(Path(os.fsdecode(os.fsencode(photos.parent) + b"/\xff odd")))
+        hash_cache = HashCache(place)
+        root_of(folder, hash_cache)
+        read.clear()
+        assert root_of(folder, HashCache(place)) == root_of(folder, hash_cache)
+        assert not read
+        assert not hash_cache.notes
+
+    def test_sources_without_files_are_hashed_each_time(self, array_source, place) -> None:
+        digits = open_source("digits", hash_cache=HashCache(place))
+        assert digits.files is None
+        assert open_source("digits?split=test", hash_cache=HashCache(place)).files is None
+        hash_cache = HashCache(place)
+        for _ in range(2):
+            assert np.array_equal(hash_items(array_source(30), hash_cache=hash_cache), hash_items(array_source(30)))
+        assert not place.exists()
+
+
+@pytest.mark.usefixtures("_no_waiting")
+class TestDamage:
+    @pytest.fixture
+    def stored(self, photos: Path, place: Path) -> Path:
+        root_of(photos, HashCache(place))
+        (path,) = place.iterdir()
+        assert path.name.startswith("photos-")
+        return path
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda _data: b"",
+            lambda data: data[:10],
+            lambda data: data[:-1],
+            lambda data: data + b"x",
+            lambda data: b"gstds-cache hashes 1\n" + data[21:],
+            lambda data: b"gstds-cache hashes 3\n" + data[21:],
+            lambda _data: b"not a hash cache at all",
+            *(lambda data, at=at: data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :] for at in range(0, 700, 43)),
+        ],
+    )
+    def test_is_noted_and_mended(self, photos, place, stored, read, damage) -> None:
+        right = root_of(photos, None)
+        stored.write_bytes(damage(stored.read_bytes()))
+        read.clear()
+        hash_cache = HashCache(place)
+        assert root_of(photos, hash_cache) == right
+        assert hash_cache.notes == (f"every file is hashed again: {stored} is damaged, or of another version",)
+        assert len(read) == 8
+        mended = HashCache(place)
+        assert root_of(photos, mended) == right
+        assert not mended.notes
+        assert len(read) == 8
+
+    def test_of_another_folder_with_the_same_name(self, photos, place, stored, tmp_path) -> None:
+        other = plant(tmp_path / "other", "cats/0.png")
+        (other / "cats/0.png").write_bytes(b"not what the other folder has")
+        # Same signature too, which takes more than a chance collision of names.
+        stored.rename(place / hash_cache_module._file_name(str(other)))
+        assert root_of(other, HashCache(place)) == root_of(other, None)
+
+    def test_that_cannot_be_read(self, photos, place, stored) -> None:
+        stored.unlink()
+        stored.mkdir()
+        hash_cache = HashCache(place)
+        assert root_of(photos, hash_cache) == root_of(photos, None)
+        assert [note.partition(":")[0] for note in hash_cache.notes] == [
+            "every file is hashed again",
+            "the next run hashes every file again",
+        ]
+        assert list(place.iterdir()) == [stored]
+
+    def test_place_that_is_a_file(self, photos, tmp_path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        hash_cache = HashCache(tmp_path / "file" / "hashes")
+        assert root_of(photos, hash_cache) == root_of(photos, None)
+        assert "Not a directory" in hash_cache.notes[-1]
+
+    def test_read_only_place(self, photos, place, stored, read, monkeypatch) -> None:
+        """What was remembered is used; what is new is not kept, and that is said once."""
+        opened = Path.open
+
+        def refuse(self: Path, mode: str = "r", *more: object) -> object:
+            if "w" in mode and self.parent == place:
+                raise OSError(30, "Read-only file system", str(self))
+            return opened(self, mode, *more)
+
+        monkeypatch.setattr(Path, "open", refuse)  # Tests may run as root, whom no permission stops.
+        plant(photos, "cats/new.png")
+        hash_cache = HashCache(place)
+        read.clear()
+        assert root_of(photos, hash_cache) == root_of(photos, None)
+        assert read[0] == "cats/new.png"
+        root_of(photos, hash_cache)
+        assert hash_cache.notes == (
+            f"the next run hashes every file again: cannot write {stored}: Read-only file system",
+        )
+
+    def test_full_disk_leaves_no_part(self, photos, place, stored, monkeypatch) -> None:
+        def fail(_self: Path, _to: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        before = stored.read_bytes()
+        plant(photos, "cats/new.png")
+        monkeypatch.setattr(Path, "replace", fail)
+        root_of(photos, HashCache(place))
+        assert [path.read_bytes() for path in place.iterdir()] == [before]
+
+
+@given(st.lists(st.text(st.sampled_from("a/b."), max_size=6), max_size=5))
+def test_files_at_paths(paths: list[str]) -> None:
+    files = Files.at(paths)
+    assert [files.path(row) for row in range(len(files))] == paths
+    assert files.folder == "" or files.folder.endswith("/")
+    assert all(path.startswith(files.folder) for path in paths)
+    assert [files.part([row]).path(0) for row in range(len(files))] == paths
+    assert pickle.loads(pickle.dumps(files)) == files
+
+
+def test_a_large_file_is_hashed_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(5).randbytes(1 << 20)
+    (tmp_path / "large").write_bytes(data)
+    monkeypatch.setattr(files_module, "_AT_ONCE", 1000)
+    assert Files.at([str(tmp_path / "large")]).sha256(0) == hashlib.sha256(data).digest()
+
+
+def test_signatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"four")
+    (row, missing, impossible) = signatures_of([str(tmp_path / "a"), str(tmp_path / "b"), "a\0b"]).tolist()
+    stat = (tmp_path / "a").stat()
+    assert row == [4, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    assert missing == impossible == [-1] * 4
+    assert signatures_of([]).shape == (0, 4)
+    monkeypatch.setattr(hash_cache_module, "_signature", lambda _path: (1, 2, -(2**70), 2**64 - 1))
+    assert signatures_of(["x"]).tolist() == [[1, 2, -(2**63), 2**63 - 1]]
+
+
+def test_recall_of_unknown_files() -> None:
+    signatures, digests = HashCache().recall(Files("nowhere/", ("a", "b")))
+    assert signatures.tolist() == [[-1] * 4] * 2
+    assert not digests.any()
+    assert bytes(digests[0]) == UNREADABLE
+    assert HashCache().recall(Files("", ()))[0].shape == (0, 4)
+
+
+def test_record_then_recall_in_another_order(tmp_path: Path) -> None:
+    names = tuple(f"{n}" for n in range(50))
+    signatures = np.arange(200).reshape(50, 4)
+    digests = np.array([list(hashlib.sha256(name.encode()).digest()) for name in names], np.uint8)
+    HashCache(tmp_path).record(Files("/data/", names), signatures, digests)
+    order = random.Random(3).sample(range(50), 20)
+    got = HashCache(tmp_path).recall(Files("/data/", (*(names[row] for row in order), "unknown")))
+    assert got[0][:-1].tolist() == signatures[order].tolist()
+    assert got[1][:-1].tolist() == digests[order].tolist()
+    assert got[0][-1].tolist() == [-1] * 4

@@ -1,0 +1,120 @@
+"""A place's name, parsed once: nothing that is typed makes a folder named `~`, `s3:` or `file:`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gstds_cache.errors import UsageError
+from gstds_cache.files.derived import cache_root, derived_paths, find_cache_root, first_writable, hashes_folder, keep
+from gstds_cache.files.location import expanded, local_file, parse_location
+
+
+def test_paths_and_urls_are_what_they_say(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, place in (
+        ("a/b", Path("a/b")),
+        ("./s3:/a", Path("s3:/a")),
+        ("a:/b", Path("a:/b")),
+        ("photos:v2/x", Path("photos:v2/x")),
+        ("~", Path("/home/me")),
+        ("~/x", Path("/home/me/x")),
+        ("./~/x", Path("~/x")),
+        ("x~", Path("x~")),
+        ("file:///a%20b", Path("/a b")),
+        ("FILE:///a", Path("/a")),
+        ("file:/a", Path("/a")),
+        ("s3://bucket/p", "s3://bucket/p"),
+        ("S3://bucket/p", "s3://bucket/p"),
+        (Path("a"), Path("a")),
+    ):
+        assert parse_location(text) == place, text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("s3:/bucket/p", "did you mean 's3://bucket/p'?"),
+        ("S3:/bucket", "did you mean 's3://bucket'?"),
+        (Path("s3://bucket/p"), "did you mean 's3://bucket/p'?"),
+        ("gs://bucket", "expected a path, file:///path or s3://bucket/prefix"),
+        ("http:/host/x", "did you mean 'http://host/x'?"),
+        ("file://host/x", "expected file:///absolute/path"),
+        ("file://", "expected file:///absolute/path"),
+        ("", "expected a path"),
+        ("~nobodyatall/x", "no user 'nobodyatall' is known here"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(text, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_location(text)
+    assert words in str(caught.value)
+
+
+def test_where_a_file_is_expected_a_bucket_is_refused() -> None:
+    for text in ("s3://bucket/x.arrow", "S3://b/x", "s3:/b/x", "grpc:/host:1"):
+        with pytest.raises(UsageError, match=r"--out .* expected a path on this machine"):
+            local_file(text, "--out")
+    assert local_file("file:///tmp/x", "--out") == Path("/tmp/x")
+
+
+def test_without_a_home_only_what_needs_one_says_so(monkeypatch, tmp_path) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GSTDS_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert find_cache_root() is None
+    assert hashes_folder() is None
+    assert derived_paths(tmp_path / "s", ".mirror") == [tmp_path / "s.mirror"]
+    assert derived_paths("s3://bucket/s", ".mirror") == []
+    with pytest.raises(UsageError, match="GSTDS_CACHE and HOME are not set") as caught:
+        cache_root("--cache STORE")
+    assert "give --cache STORE, or set GSTDS_CACHE" in str(caught.value)
+    assert first_writable([]).note == keep(lambda _path: None, []).note == "GSTDS_CACHE and HOME are not set"
+    monkeypatch.setattr(Path, "expanduser", lambda _self: nobody())
+    with pytest.raises(UsageError, match="HOME is not set"):
+        expanded("~/x")
+
+
+def test_derived_folders_of_one_store_have_one_place_however_it_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "c"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "link").symlink_to("s")
+    last = {
+        derived_paths(name, ".m")[-1].name.split("-")[-1] for name in ("s", "./s", tmp_path / "s", "link", "x/../s")
+    }
+    assert len(last) == 1
+    assert derived_paths("t", ".m")[-1] != derived_paths("u/t", ".m")[-1]
+    assert derived_paths("s3://b/s/", ".m") == derived_paths("S3://b/s", ".m")
+
+
+WORDS = {
+    "gstds-embed": [["digits", "--cache", "{}"], ["digits", "--cache", "a", "--reuse", "{}"], ["imagefolder:{}"],
+                    ["torchvision:CIFAR10?root={}"], ["digits", "--model", "timm:resnet18?weights={}", "--cache", "a"]],
+    "gstds-select": [["{}"], ["a", "--out", "{}"], ["a", "--mirror", "{}"], ["a", "--guidance", "file:{}"],
+                     ["a", "--schedule", "file:{}"], ["a", "--serve", "localhost:0", "--token-file", "{}"]],
+    "gstds-train": [["digits", "--selection", "{}"], ["digits", "--selection", "a", "--out", "{}"],
+                    ["digits", "--selection", "a", "--cache", "{}"], ["{}", "--selection", "a"]],
+    "gstds-cache": [["ls", "{}"], ["info", "{}"], ["rm", "{}", "--yes"], ["export", "{}", "x.npy"],
+                    ["export", "a", "{}"], ["export", "a", "x.arrow", "--scores", "{}"], ["report", "{}"],
+                    ["report", "a", "--out", "{}"], ["report", "a", "--cache", "{}"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_no_command_makes_a_folder_of_such_a_name(name: str, tmp_path: Path, monkeypatch) -> None:
+    from importlib.metadata import entry_points
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    (point,) = entry_points(group="console_scripts", name=name)
+    for place in ("~nobodyatall/x", "s3:/bucket/x", "gs://bucket/x"):
+        for words in WORDS[name]:
+            done = CliRunner().invoke(point.load(), [word.format(place) for word in words])
+            assert done.exit_code == 2, (place, words, done.output, done.exception)
+            assert isinstance(done.exception, SystemExit), (place, words, done.exception)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}

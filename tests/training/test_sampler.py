@@ -1,0 +1,249 @@
+"""The sampler and the iterable data set: which rows come when, on which rank, after which resume."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from itertools import chain
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from gstds_cache.errors import FingerprintMismatchError, StreamError, TruncatedStreamError, UsageError
+from gstds_cache.stream.reader import open_selection
+from gstds_cache.training.sampler import SelectedBatchSampler
+from gstds_cache.training.selected_dataset import SelectedDataset
+
+
+class Rows(Dataset):
+    """Item i is i."""
+
+    def __len__(self) -> int:
+        return 72
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def epochs_of(sampler: SelectedBatchSampler) -> list[list[int]]:
+    return [rows for _ in range(sampler.epoch, sampler.epochs) for rows in sampler]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_rank_takes_equal_slices_of_the_same_batches(uneven, world) -> None:
+    path, expected = uneven
+    padded = [epochs_of(SelectedBatchSampler(path, rank=r, world_size=world, tail="pad")) for r in range(world)]
+    for step, rows in enumerate(expected):
+        slices = [rank[step] for rank in padded]
+        assert len({len(part) for part in slices}) == 1
+        assert list(chain(*slices)) == np.resize(rows, len(slices[0]) * world).tolist()
+    if world <= 3:  # the smallest batch holds three rows
+        dropped = [epochs_of(SelectedBatchSampler(path, rank=r, world_size=world)) for r in range(world)]
+        for step, rows in enumerate(expected):
+            assert list(chain(*(rank[step] for rank in dropped))) == rows[: len(rows) // world * world]
+    else:
+        with pytest.raises(UsageError, match="3 kept rows cannot be sliced over 4"):
+            epochs_of(SelectedBatchSampler(path, rank=0, world_size=world))
+
+
+def test_repacked_batches_are_constant_and_their_number_known(uneven) -> None:
+    path, expected = uneven
+    flat = list(chain(*expected))
+    sampler = SelectedBatchSampler(path, batch_size=8)
+    lengths, batches = [], []
+    for _ in range(sampler.epochs):
+        lengths.append(len(sampler))
+        epoch = list(sampler)
+        assert len(epoch) == lengths[-1]
+        batches += epoch
+    assert lengths == [25 // 8, 47 // 8 - 25 // 8, 74 // 8 - 47 // 8]
+    assert sampler.total_steps == sum(lengths) == len(batches)
+    assert list(chain(*batches)) == flat[: 74 // 8 * 8]
+    assert [len(b) for b in epochs_of(SelectedBatchSampler(path, batch_size=24, remainder="drop"))] == [24, 24]
+    one = SelectedBatchSampler(path, batch_size=23, remainder="drop")  # the second epoch keeps 22: no full batch
+    assert [len(list(one)) for _ in range(one.epochs)] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_state_resumes_at_every_step_and_with_another_world_size(uneven, batch_size) -> None:
+    path, _ = uneven
+    whole = epochs_of(SelectedBatchSampler(path, batch_size=batch_size, tail="pad"))
+    for step in range(len(whole) + 1):
+        sampler = SelectedBatchSampler(path, batch_size=batch_size, rank=1, world_size=3, tail="pad")
+        taken = 0
+        while taken < step:
+            for _rows in sampler:
+                taken += 1
+                if taken == step:
+                    break
+        state = json.loads(json.dumps(sampler.state_dict()))
+        ranks = [SelectedBatchSampler(path, batch_size=batch_size, rank=r, world_size=2, tail="pad") for r in range(2)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+            rank.load_state_dict(state)  # twice is once
+            rank.set_epoch(0)  # what frameworks call with counters of their own undoes nothing
+            assert rank.step == step
+        rest = [list(chain(*parts)) for parts in zip(*map(epochs_of, ranks), strict=True)]
+        assert [sorted(set(rows)) for rows in rest] == [sorted(set(rows)) for rows in whole[step:]]
+
+
+def test_what_a_state_refuses(uneven, write, tmp_path) -> None:
+    path, _ = uneven
+    sampler = SelectedBatchSampler(path)
+    list(sampler)
+    state = sampler.state_dict()
+    write(tmp_path / "other.arrow", digest="e" * 64)
+    with pytest.raises(FingerprintMismatchError, match="selection_digest"):
+        SelectedBatchSampler(tmp_path / "other.arrow").load_state_dict(state)
+    write(tmp_path / "altered.arrow", seed=1)
+    with pytest.raises(FingerprintMismatchError, match="first 4 batches are not those"):
+        SelectedBatchSampler(tmp_path / "altered.arrow").load_state_dict(state)
+    with pytest.raises(FingerprintMismatchError, match="batch_size"):
+        SelectedBatchSampler(path, batch_size=8).load_state_dict(state)
+    with pytest.raises(StreamError, match="no sampler's state"):
+        SelectedBatchSampler(path).load_state_dict({"epoch": 1})
+    with pytest.raises(UsageError, match="steps 0 to 4 can be saved"):
+        sampler.state_dict(step=9)
+
+
+def test_a_selection_of_another_data_set_is_refused(uneven, array_source) -> None:
+    path, _ = uneven
+    SelectedBatchSampler(path, dataset=range(72))
+    with pytest.raises(FingerprintMismatchError, match="72 items, this one has 71"):
+        SelectedBatchSampler(path, dataset=range(71))
+    with pytest.raises(FingerprintMismatchError, match=r"another data set(.|\n)*gstds-embed"):
+        SelectedBatchSampler(path, dataset=array_source(72))
+    with pytest.raises(FingerprintMismatchError, match="72 items, this one has 50"):
+        SelectedDataset(range(50), path)
+
+
+def test_a_file_can_be_gone_through_again_and_a_stream_cannot(uneven) -> None:
+    path, expected = uneven
+    sampler = SelectedBatchSampler(path)
+    assert epochs_of(sampler) == expected
+    with pytest.raises(StreamError, match=r"all were used.*\n.*seek\(0\)"):
+        list(sampler)
+    sampler.seek(1, 2)
+    assert epochs_of(sampler) == expected[6:]
+    sampler.seek(0)
+    assert epochs_of(sampler) == expected
+    with pytest.raises(UsageError, match="no batch 5 of epoch 1: the selection has 3 epochs, and 4 batches"):
+        sampler.seek(1, 5)
+    with open_selection(path) as stream:
+        piped = SelectedBatchSampler(stream)
+        assert list(piped) == expected[:4]
+        with pytest.raises(UsageError, match="cannot go back"):
+            piped.seek(0)
+        with pytest.raises(UsageError, match="path or address"):
+            pickle.dumps(piped)
+        assert epochs_of(piped) == expected[4:]
+
+
+def test_a_sampler_goes_to_another_process_where_it_is(uneven) -> None:
+    path, expected = uneven
+    sampler = SelectedBatchSampler(path)
+    list(sampler)
+    assert epochs_of(pickle.loads(pickle.dumps(sampler))) == expected[4:]
+    assert epochs_of(sampler) == expected[4:]
+
+
+def test_ranks_come_from_the_environment_as_torchrun_sets_it(uneven, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    sampler = SelectedBatchSampler(uneven[0])
+    assert (sampler.rank, sampler.world_size) == (1, 3)
+    with pytest.raises(UsageError, match="both or neither"):
+        SelectedBatchSampler(uneven[0], rank=0)
+
+
+def test_whatever_would_slice_slices_again_is_told(uneven) -> None:
+    path, _ = uneven
+    with pytest.raises(UsageError, match=r"use_distributed_sampler=False"):
+        getattr(SelectedBatchSampler(path, rank=0, world_size=2), "batch_size", None)
+    assert getattr(SelectedBatchSampler(path), "batch_size", None) is None
+    assert SelectedBatchSampler(path, batch_size=6).batch_size == 6
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 6])
+def test_torchdata_resumes_in_the_middle_of_an_epoch(uneven, stop) -> None:
+    path, expected = uneven
+    loader = StatefulDataLoader(Rows(), batch_sampler=SelectedBatchSampler(path))
+    seen, iterator = [], iter(loader)
+    for _ in range(stop):
+        try:
+            seen.append(next(iterator).tolist())
+        except StopIteration:
+            iterator = iter(loader)
+            seen.append(next(iterator).tolist())
+    state = loader.state_dict()
+    sampler = SelectedBatchSampler(path)
+    resumed = StatefulDataLoader(Rows(), batch_sampler=sampler)
+    resumed.load_state_dict(state)
+    while sampler.step < sampler.total_steps:
+        seen += [rows.tolist() for rows in resumed]
+    assert seen == expected
+
+
+def test_the_iterable_data_set_is_the_stream(uneven) -> None:
+    path, expected = uneven
+    dataset = SelectedDataset(Rows(), path)
+    loader = DataLoader(dataset, batch_size=None)
+    assert [rows.tolist() for rows in loader] == expected
+    assert [rows.tolist() for rows in loader] == expected
+    assert len(loader) == 12
+    with open_selection(path) as stream:
+        live = DataLoader(SelectedDataset(Rows(), stream, batch_size=5, rank=1, world_size=2), batch_size=None)
+        flat = list(chain(*expected))
+        assert [rows.tolist() for rows in live] == [flat[i + 2 : i + 4] for i in range(0, 70, 5)]
+        with pytest.raises(UsageError, match="cannot go back"):
+            next(iter(live))
+
+
+def test_workers_share_a_selection_out_and_torchdata_resumes_them(uneven) -> None:
+    path, expected = uneven
+    spawned = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "spawn", "prefetch_factor": 2}
+    loader = StatefulDataLoader(SelectedDataset(Rows(), path), **spawned)
+    iterator = iter(loader)
+    seen = [next(iterator).tolist() for _ in range(5)]
+    state = loader.state_dict()
+    del iterator
+    resumed = StatefulDataLoader(SelectedDataset(Rows(), path), **spawned)
+    resumed.load_state_dict(state)
+    assert seen + [rows.tolist() for rows in resumed] == expected
+
+
+def test_workers_may_not_share_a_pipe(uneven, monkeypatch) -> None:
+    path, _ = uneven
+    with open_selection(path) as stream:
+        dataset = SelectedDataset(Rows(), stream)
+        with pytest.raises(UsageError, match="path or address"):
+            pickle.dumps(dataset)  # what starting a worker by spawn does
+        # Forked workers inherit the open stream: refused as well.
+        info = type("Info", (), {"id": 0, "num_workers": 2})
+        monkeypatch.setattr("gstds_cache.training.selected_dataset.get_worker_info", lambda: info)
+        with pytest.raises(UsageError, match="2 DataLoader workers cannot share one open stream"):
+            iter(dataset)
+
+
+def test_a_truncated_selection_is_never_used_up(uneven, tmp_path) -> None:
+    whole = uneven[0].read_bytes()
+    cut = tmp_path / "cut.arrow"
+    cut.write_bytes(whole[: len(whole) * 9 // 10])
+    for batch_size in (None, 5, 74):
+        with pytest.raises(TruncatedStreamError):
+            epochs_of(SelectedBatchSampler(cut, batch_size=batch_size))
+        with pytest.raises(TruncatedStreamError):
+            list(SelectedDataset(Rows(), cut, batch_size=batch_size))
+
+
+def test_training_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, gstds_cache.training.sampler, gstds_cache.training.selected_dataset, gstds_cache.training.loop\n"
+        "print(sorted({'faiss', 'zarr', 'ray', 'timm'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
