@@ -114,7 +114,7 @@ def test_a_repair_that_the_version_before_began_is_finished(old: Path) -> None:
 
 
 def test_what_is_selected_from_it_is_what_is_selected_from_a_new_store(old: Path, tmp_path: Path) -> None:
-    config = SelectConfig(batch_size=10, epochs=2, knn=3, device="cpu")
+    config = SelectConfig(batch_size=10, epochs=2, knn=3, guidance="none", device="cpu")
     new = EmbeddingStore(real_store.embed(tmp_path / "new.store").location)
     kept = [
         [batch.kept.tolist() for batch in BatchSelector(store, config).run()] for store in (EmbeddingStore(old), new)

@@ -72,7 +72,9 @@ def test_each_commit_record_is_read_once(reads: Reads) -> None:
 
     def select() -> None:
         store = EmbeddingStore(where, access="memory")
-        for _ in BatchSelector(store, SelectConfig(batch_size=10, epochs=2, knn=3, device="cpu", threads=2)).run():
+        for _ in BatchSelector(
+            store, SelectConfig(batch_size=10, epochs=2, knn=3, guidance="none", device="cpu", threads=2)
+        ).run():
             pass
 
     assert reads(select) == ONCE
