@@ -16,6 +16,7 @@ import zarr
 from real_store import BAD, ITEMS, Images, objects_of, shards_written
 
 from gstds_cache.config import EmbedConfig, SelectConfig
+from gstds_cache.data.outputs import Listing
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError
 from gstds_cache.selection.run import BatchSelector
@@ -131,6 +132,24 @@ def test_its_rows_are_taken_over(old: Path, tmp_path: Path) -> None:
 def test_it_is_removed_whole(old: Path) -> None:
     assert remove_store(old) == len(objects_of(FIXTURE))
     assert not old.exists()
+
+
+@pytest.mark.parametrize("missing", [(), ("zarr.json", layout.COMPLETE)], ids=["whole", "unfinished"])
+def test_in_an_image_folder_it_is_no_class(old: Path, missing: tuple[str, ...]) -> None:
+    for key in missing:
+        (old / key).unlink()
+    listing = Listing()
+    for path in old.iterdir():
+        listing.add(path.name)
+    assert (listing.kind(str(old)), listing.strange) == ("a store", False)
+
+
+def test_a_mirror_that_the_version_before_made_is_taken_and_is_no_class(old: Path) -> None:
+    EmbeddingStore(old, access="mirror").gather(GOOD)
+    folder = old.with_name("old.store.mirror")
+    assert set(json.loads((folder / "mirror.json").read_text())) == {"fingerprint", "receipts_sha256", "signature"}
+    listing = Listing(own={path.name for path in folder.iterdir()})
+    assert listing.kind(str(folder)) == "a mirror"
 
 
 def test_the_names_of_a_format_are_translated_there_and_back() -> None:
