@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+# Commit records are in `receipts` in format 1.
 STORE = frozenset(
-    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "COMPLETE.json", "repair.json"}
+    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "receipts", "COMPLETE.json", "repair.json"}
 )
 RUN = frozenset({"config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"})
 MIRROR = frozenset({"embeddings.npy", "mirror.json"})
@@ -60,7 +61,7 @@ class Listing:
             return "a store"
         if "config.json" in own and "selection_digest" in _fields(_read(folder, "config.json", "config")):
             return "a run"
-        if "mirror.json" in own and _read(folder, "mirror.json", "commits_sha256"):
+        if "mirror.json" in own and {"fingerprint", "signature"} <= _fields(_read(folder, "mirror.json")).keys():
             return "a mirror"
         return None if self.strange else self._unfinished()
 
