@@ -78,7 +78,7 @@ class SelectConfig:
         epochs: Passes over the data set.
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
         order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).
-        partitions: Ways the rows are dealt out to batches, which epochs go round (selection/plan.py): only the first so
+        batch_assignments: Ways the rows are dealt out to batches, which epochs go round (selection/plan.py): only the first so
             many epochs make graphs. 0 deals anew in every epoch; None is 1 for rules that look at a graph, else 0.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
@@ -101,7 +101,7 @@ class SelectConfig:
     epochs: int = 8
     schedule: str = "constant:0.75"
     order: str = "permutation"
-    partitions: int | None = None
+    batch_assignments: int | None = None
     knn: int = 10
     rule: str = DEFAULT_RULE
     guidance: str = "auto"
@@ -125,7 +125,7 @@ class SelectConfig:
             f"from 1 to batch size - 1 = {self.batch_size - 1}",
             hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
         )
-        _require_range("--partitions", self.partitions, 0, MOST_EPOCHS)
+        _require_range("--batch_assignments", self.batch_assignments, 0, MOST_EPOCHS)
         _require(self.min_per_class >= 0, "--min-per-class", self.min_per_class, "0 or more")
         _require(self.seed >= 0, "--seed", self.seed, "0 or more")
         _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))

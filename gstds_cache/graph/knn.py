@@ -29,7 +29,7 @@ BLOCK_BYTES = 256 << 20
 """Of similarities at once, in the torch backend."""
 
 
-def settle(
+def top_k(
     similarity: Float32[Tensor, "G B c"], index: Int64[Tensor, "G B c"], k: int
 ) -> tuple[KnnGraph, Bool[Tensor, " G"]]:
     """Take the k nearest out of more candidates: order them by (largest similarity, lowest index), drop the row itself.
@@ -82,7 +82,7 @@ def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, larges
     while len(left):
         if largest is not None and candidates > largest:
             search, largest = search_torch, None
-        taken, open_end = settle(*search(rows[left], candidates), k)
+        taken, open_end = top_k(*search(rows[left], candidates), k)
         neighbors[left], similarities[left] = taken.neighbors, taken.similarities
         left = left[open_end] if candidates < nodes else left[:0]
         candidates = min(2 * candidates, nodes)

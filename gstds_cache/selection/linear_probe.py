@@ -83,7 +83,7 @@ def count_classes(
     return names.astype(np.int64), counts
 
 
-def deal_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, seed: int) -> np.ndarray:
+def assign_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, seed: int) -> np.ndarray:
     """Deal ``rows`` out to folds, class by class in random order, so that folds differ by at most one row a class.
 
     Rows are gone through in random order, and each class counts its own: the next class begins with the fold after the
@@ -268,7 +268,7 @@ def probe_columns(
             "nothing from classes of one row",
             hint="use --guidance none, or embed with labels that are classes",
         )
-    fold = deal_folds(store.labels, rows, settings.folds, settings.seed)
+    fold = assign_folds(store.labels, rows, settings.folds, settings.seed)
     others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]
     epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
     probes = [

@@ -41,8 +41,8 @@ class RuleBatch:
         vector: The Fiedler coordinate of each row, ties settled, float64 [B]; zeros where no vectors were asked for.
         keep: How many rows stay (M), from 1 to B.
         rng: Random numbers of this batch's own: the same in every run of the same settings.
-        visit: How many times a batch of these rows has come before (with ``--partitions``).
-        steady_rng: Random numbers of these rows' own: the same each time that they come as a batch.
+        repeat: How many times a batch of these rows has come before (with ``--partitions``).
+        per_batch_rng: Random numbers of these rows' own: the same each time that they come as a batch.
         basis: The first Q eigenvectors above the trivial one, ties settled, float64 [B, Q]; the first is ``vector``.
         values: Their eigenvalues, ascending, float64 [Q]; +inf where a small graph has fewer.
         neighbors: Positions of each row's nearest neighbours, nearest first, int64 [B, K], of which there are B - 1 at
@@ -63,8 +63,8 @@ class RuleBatch:
     labels: Int64[np.ndarray, " B"] | None = None
     guidance: Float64[np.ndarray, " B"] | None = None
     ratio: float = 0.0
-    visit: int = 0
-    steady_rng: np.random.Generator = field(default_factory=lambda: rng_for(0))
+    repeat: int = 0
+    per_batch_rng: np.random.Generator = field(default_factory=lambda: rng_for(0))
 
     def __len__(self) -> int:
         return len(self.vector)

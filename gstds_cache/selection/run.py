@@ -81,7 +81,7 @@ class BatchSelector:
             seed=config.seed,
             window=parse_order(config.order),
             shard_rows=store.spec.shard_rows,
-            partitions=_partitions(config, self.rule),
+            batch_assignments=_batch_assignments(config, self.rule),
         )
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.metadata.classes)
@@ -206,7 +206,7 @@ class BatchSelector:
             if stack and (
                 len(stack) == STACK[self.solver.type]
                 or len(batch.indices) != len(stack[0].indices)
-                or (self.plan.partitions and batch.epoch != stack[0].epoch)
+                or (self.plan.batch_assignments and batch.epoch != stack[0].epoch)
             ):
                 yield stack
                 stack = []
@@ -230,8 +230,8 @@ class BatchSelector:
             rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
             labels=self._labels_of(batch.indices),
             ratio=self.plan.ratio(batch.seq),
-            visit=self.plan.visit(batch.epoch),
-            steady_rng=rng_for(self.config.seed, "steady", batch.partition, batch.group),
+            repeat=self.plan.repeat(batch.epoch),
+            per_batch_rng=rng_for(self.config.seed, "steady", batch.assignment, batch.group),
         )
         if spectrum is not None:
             seen = replace(
@@ -303,9 +303,9 @@ def _solver(config: SelectConfig, device: torch.device) -> torch.device:
     return device
 
 
-def _partitions(config: SelectConfig, rule: Rule) -> int:
+def _batch_assignments(config: SelectConfig, rule: Rule) -> int:
     """Ways the rows are dealt out to batches. A rule that makes no graph has nothing to gain from dealing them once."""
-    return config.partitions if config.partitions is not None else int(rule.vectors > 0)
+    return config.batch_assignments if config.batch_assignments is not None else int(rule.vectors > 0)
 
 
 def identity(
@@ -313,7 +313,7 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values."""
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    settings |= {"schedule": schedule.identity, "guidance": guidance, "partitions": _partitions(config, rule)}
+    settings |= {"schedule": schedule.identity, "guidance": guidance, "batch_assignments": _batch_assignments(config, rule)}
     window = parse_order(config.order)
     if window is not None:
         settings["order"] = f"window:{window}"

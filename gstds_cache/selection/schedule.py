@@ -65,7 +65,7 @@ class Schedule:
     budget: int | None = None
     full: float = 0.0
 
-    def lay_out(self, sizes: Int64[np.ndarray, " E"], epochs: int) -> LaidOut:
+    def over(self, sizes: Int64[np.ndarray, " E"], epochs: int) -> RunSchedule:
         """The filter ratio of every batch of a run, and how many of its rows stay.
 
         Args:
@@ -80,7 +80,7 @@ class Schedule:
         """
         full = self.full_epochs(epochs)
         spend = None if self.budget is None else self.budget - full * int(sizes.sum())
-        made = LaidOut(self, sizes, epochs, (epochs - full) * len(sizes), spend)
+        made = RunSchedule(self, sizes, epochs, (epochs - full) * len(sizes), spend)
         if spend is not None:
             made.check_budget(spend)
         return made
@@ -99,7 +99,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, eq=False)
-class LaidOut:
+class RunSchedule:
     """A schedule over the batches of a run; made piece by piece, in memory that is that of one epoch's batch sizes.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Graphs and eigenvectors of batches: computed once, and found again when the same batch comes again.
 
-A plan of P partitions deals the rows out to batches in P ways and goes round them (:mod:`gstds_cache.selection.plan`).
+A plan of P batch_assignments deals the rows out to batches in P ways and goes round them (:mod:`gstds_cache.selection.plan`).
 What a rule draws from a batch differs from epoch to epoch; its graph does not, and the graph is what takes time. So the
 spectra of the first P epochs are put down in a file, some 150 bytes a row, and read back from then on. It is a
 temporary file without a name (in ``TMPDIR``): it takes no memory of the process, and is gone with the run. What is not
@@ -95,7 +95,7 @@ class Spectra:
         self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
         self._reading = reading
-        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
+        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.batch_assignments < plan.epochs else None
 
     @property
     def note(self) -> str:
@@ -184,7 +184,7 @@ class Spectra:
 
 
 class _SpectrumFile:
-    """A slot for each batch of each partition, in a temporary file; any number of threads may read and write.
+    """A slot for each batch of each assignment, in a temporary file; any number of threads may read and write.
 
     When something fails it is left alone from then on, and emptied. It stays open, since other threads may be at it: to
     them a file that was opened just then could have its number.
@@ -195,7 +195,7 @@ class _SpectrumFile:
         self._plan, self._vectors, self._knn = plan, vectors, knn
         largest = max(plan.rows_in(0), plan.rows_in(plan.batches_per_epoch - 1))
         self._slot_bytes = self._record(largest).itemsize
-        self._sums = np.full(plan.partitions * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
+        self._sums = np.full(plan.batch_assignments * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
         self._file: IO[bytes] | None = None
         try:
             self._file = mapped.temporary_file()
@@ -231,7 +231,7 @@ class _SpectrumFile:
 
     def put(self, batch: BatchPlan, spectrum: Spectrum) -> None:
         """Put down what a later epoch will ask for."""
-        if self._file is None or self.note or batch.epoch + self._plan.partitions >= self._plan.epochs:
+        if self._file is None or self.note or batch.epoch + self._plan.batch_assignments >= self._plan.epochs:
             return
         held = np.empty(1, self._record(len(batch.indices)))
         for field in fields(spectrum):
@@ -259,7 +259,7 @@ class _SpectrumFile:
         )
 
     def _slot(self, batch: BatchPlan) -> int:
-        return batch.partition * self._plan.batches_per_epoch + batch.group
+        return batch.assignment * self._plan.batches_per_epoch + batch.group
 
     def _give_up(self, error: OSError) -> None:
         self.note = (

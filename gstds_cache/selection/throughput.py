@@ -34,7 +34,7 @@ def samples_per_second(selector: BatchSelector) -> float:
     batches.close()  # type: ignore[attr-defined]
     if not samples:
         return first.n_in / max(counts.elapsed, 1e-9)
-    made = min(1.0, plan.partitions / plan.epochs) if plan.partitions else 1.0
+    made = min(1.0, plan.batch_assignments / plan.epochs) if plan.batch_assignments else 1.0
     threads = (selector.config.threads or cores()) if selector.device.type == "cpu" else 1
     again = min(now, (counts.seconds["rule"] - choosing) / threads)
     return samples / (made * now + (1 - made) * again)

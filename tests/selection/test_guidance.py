@@ -21,7 +21,7 @@ from gstds_cache.files.derived import derived_path
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
-from gstds_cache.selection.linear_probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.linear_probe import ProbeSettings, assign_folds, probe_columns
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.trial import Trial, TrialSettings, try_out
@@ -75,7 +75,7 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
     labels, _ = clusters
     rows = EligibleRows(N, np.array([7]))
     for folds in (2, 5):
-        fold = deal_folds(labels, rows, folds, seed=0)
+        fold = assign_folds(labels, rows, folds, seed=0)
         assert fold[7] == -1
         counts = np.array([[((fold == f) & (labels == c)).sum() for c in range(C)] for f in range(folds)])
         assert counts.sum() == N - 1
@@ -85,8 +85,8 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
         assert fold[by_class].tolist() == (np.arange(N - 1) % folds).tolist()
         monkeypatch.setattr("gstds_cache.selection.linear_probe.PIECE", 33)
-        assert deal_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
-    assert (deal_folds(labels, rows, 2, seed=0) != deal_folds(labels, rows, 2, seed=1)).any()
+        assert assign_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
+    assert (assign_folds(labels, rows, 2, seed=0) != assign_folds(labels, rows, 2, seed=1)).any()
 
 
 def test_nothing_is_left_of_a_probe_that_cannot_be_trained(clusters, tmp_path) -> None:
@@ -105,7 +105,7 @@ def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_en
     x = store.gather(there).astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = (x - x.mean(0)) / x.std(0)
-    fold = deal_folds(labels, EligibleRows(N, np.array([7])), 2, seed=0)[there]
+    fold = assign_folds(labels, EligibleRows(N, np.array([7])), 2, seed=0)[there]
     expected = np.zeros(len(there))
     for f in (0, 1):
         other = LogisticRegression(C=1.0, max_iter=1000).fit(x[fold != f], labels[there][fold != f])
@@ -124,10 +124,10 @@ def test_a_row_is_judged_by_a_probe_that_never_saw_its_label(store, clusters, tm
     labels, rows = clusters
     settings = settings_of(QUICK)
     before = probe_columns(store, settings)
-    fold = deal_folds(labels, EligibleRows(N, store.without_embedding), 2, seed=0)
+    fold = assign_folds(labels, EligibleRows(N, store.without_embedding), 2, seed=0)
     changed = np.where((fold == 0) & (np.arange(N) % 2 == 0), (labels + 1) % C, labels)  # half of fold 0's labels
     write_store(tmp_path / "changed.store", changed, rows)
-    monkeypatch.setattr("gstds_cache.selection.linear_probe.deal_folds", lambda *_: fold)
+    monkeypatch.setattr("gstds_cache.selection.linear_probe.assign_folds", lambda *_: fold)
     after = probe_columns(EmbeddingStore(tmp_path / "changed.store"), settings)
     assert (after["predicted"][fold == 0] == before["predicted"][fold == 0]).all()
     assert (after["entropy"][fold == 0] == before["entropy"][fold == 0]).all()

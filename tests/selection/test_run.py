@@ -116,7 +116,7 @@ def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: 
     computed: list[int] = []
     nearest = spectra.nearest
     monkeypatch.setattr(spectra, "nearest", lambda rows, *a, **k: computed.append(len(rows)) or nearest(rows, *a, **k))
-    config = replace(CONFIG, epochs=5, rule="cells-squared", partitions=2)
+    config = replace(CONFIG, epochs=5, rule="cells-squared", batch_assignments=2)
     selector = BatchSelector(store, config)
     found = list(selector.run())
     assert sum(computed) == sum(selector.counts.iterations.values()) == 2 * 3
@@ -127,10 +127,10 @@ def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: 
     for selection in found:
         batch = plan.batch(selection.seq)
         assert np.isin(selection.kept, batch.indices).all()
-        of_group.setdefault((batch.partition, batch.group), []).append(selection)
+        of_group.setdefault((batch.assignment, batch.group), []).append(selection)
     assert sorted(map(len, of_group.values())) == [2] * 3 + [3] * 3
-    for (partition, group), selections in of_group.items():
-        first = plan.batch(partition * 3 + group).indices
+    for (assignment, group), selections in of_group.items():
+        first = plan.batch(assignment * 3 + group).indices
         for selection in selections:
             assert plan.batch(selection.seq).indices.tolist() == first.tolist()
             assert (selection.value, selection.residual) == (selections[0].value, selections[0].residual)
@@ -212,12 +212,12 @@ def test_a_runs_file_is_gone_with_the_run_however_it_ends(store: EmbeddingStore,
 def test_nothing_is_put_down_that_does_not_come_again(store: EmbeddingStore, monkeypatch, files) -> None:
     pwrite, written = os.pwrite, []
     monkeypatch.setattr(spectra.os, "pwrite", lambda *to: written.append(pwrite(*to)) or written[-1])
-    selector = BatchSelector(store, replace(CONFIG, epochs=5, partitions=3))
+    selector = BatchSelector(store, replace(CONFIG, epochs=5, batch_assignments=3))
     list(selector.run())
-    assert (len(written), selector.counts.reused) == (2 * 3, 2 * 3)  # the third partition comes once
+    assert (len(written), selector.counts.reused) == (2 * 3, 2 * 3)  # the third assignment comes once
     list(selector.run(3 * 3))
     assert len(written) == 2 * 3
-    list(BatchSelector(store, replace(CONFIG, rule="random", partitions=1)).run())
+    list(BatchSelector(store, replace(CONFIG, rule="random", batch_assignments=1)).run())
     assert len(files) == 2  # none for a rule that makes no graph
 
 
@@ -226,7 +226,7 @@ def test_batches_of_several_epochs_are_not_worked_on_at_once(store: EmbeddingSto
     selector = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, threads=1))
     assert len(list(selector.run())) == 16
     assert selector.counts.reused == 14
-    assert list(map(len, BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, partitions=0))._stacks(0))) == [
+    assert list(map(len, BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0))) == [
         16
     ]
 
@@ -243,23 +243,23 @@ def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
 
 def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingStore) -> None:
     orders = {}
-    for partitions in (0, 1, 2):
-        plan = BatchSelector(store, replace(CONFIG, epochs=4, partitions=partitions, batch_size=16)).plan
-        orders[partitions] = [
+    for batch_assignments in (0, 1, 2):
+        plan = BatchSelector(store, replace(CONFIG, epochs=4, batch_assignments=batch_assignments, batch_size=16)).plan
+        orders[batch_assignments] = [
             np.concatenate([plan.batch(12 * epoch + i).indices for i in range(12)]).tolist() for epoch in range(4)
         ]
-        assert all(sorted(order) == plan.rows.all().tolist() for order in orders[partitions])
-        assert len({tuple(order) for order in orders[partitions]}) == 4  # batches come in another order, at least
+        assert all(sorted(order) == plan.rows.all().tolist() for order in orders[batch_assignments])
+        assert len({tuple(order) for order in orders[batch_assignments]}) == 4  # batches come in another order, at least
         assert [len(plan.batch(12 * epoch + 11).indices) for epoch in range(4)] == [22] * 4
     assert orders[0][:2] == orders[2][:2] == [orders[1][0], orders[0][1]]
 
 
 def test_rules_that_make_no_graph_deal_anew_in_every_epoch(store: EmbeddingStore) -> None:
-    assert BatchSelector(store, CONFIG).plan.partitions == 1
-    assert BatchSelector(store, replace(CONFIG, rule="random")).plan.partitions == 0
-    assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, partitions=1)).digest
-    with pytest.raises(UsageError, match="--partitions: got -1, expected 0 to"):
-        replace(CONFIG, partitions=-1)
+    assert BatchSelector(store, CONFIG).plan.batch_assignments == 1
+    assert BatchSelector(store, replace(CONFIG, rule="random")).plan.batch_assignments == 0
+    assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, batch_assignments=1)).digest
+    with pytest.raises(UsageError, match="--batch_assignments: got -1, expected 0 to"):
+        replace(CONFIG, batch_assignments=-1)
 
 
 @pytest.mark.parametrize("fails", ["write", "short write", "open", "no folder"])
@@ -313,7 +313,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
         return BatchSelector(store, replace(CONFIG, **changes)).digest
 
     others = {"batch_size": 32, "epochs": 3, "schedule": "constant:0.5", "knn": 5, "rule": "gap", "seed": 1,
-              "order": "window:64", "min_per_class": 1, "partitions": 2,
+              "order": "window:64", "min_per_class": 1, "batch_assignments": 2,
               "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
     digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
     assert len(digests) == 1 + len(others)

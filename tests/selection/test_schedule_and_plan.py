@@ -27,9 +27,9 @@ def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=
 
 
 def ratios(text: str, total: int, per_epoch: int = 1) -> list[float]:
-    laid_out = parse_schedule(text).lay_out(np.full(per_epoch, 10), total // per_epoch)
-    whole, _ = laid_out.piece(0, total)
-    assert [laid_out.piece(at, at + 1)[0].item() for at in range(total)] == whole.tolist()
+    run_schedule = parse_schedule(text).over(np.full(per_epoch, 10), total // per_epoch)
+    whole, _ = run_schedule.piece(0, total)
+    assert [run_schedule.piece(at, at + 1)[0].item() for at in range(total)] == whole.tolist()
     return whole.tolist()
 
 
@@ -90,11 +90,11 @@ def test_a_budget_is_spent_to_the_last_sample_and_evenly(sizes, epochs, share, f
     least, most = len(head) + whole.sum() - head.sum(), whole.sum()
     budget = int(least + share * (most - least))
     text = f"budget:{budget}" + ("+full:0.01" if full else "")
-    laid_out = parse_schedule(text).lay_out(np.array(sizes, np.int64), epochs)
-    ratios, keeps = laid_out.piece(0, len(whole))
-    assert keeps.sum() == budget == laid_out.total_kept
+    run_schedule = parse_schedule(text).over(np.array(sizes, np.int64), epochs)
+    ratios, keeps = run_schedule.piece(0, len(whole))
+    assert keeps.sum() == budget == run_schedule.total_kept
     middle = len(whole) // 2
-    assert [*laid_out.piece(0, middle)[1], *laid_out.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
+    assert [*run_schedule.piece(0, middle)[1], *run_schedule.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
     assert ((keeps >= 1) & (keeps <= whole)).all()
     assert (keeps[len(head) :] == whole[len(head) :]).all()
     assert ((ratios >= 0) & (ratios < 1)).all()
