@@ -15,10 +15,11 @@ from jaxtyping import Bool, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
-from gstds_cache.selection.guidance import guidance_digest, parse_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
 from gstds_cache.stream.schema import Header
@@ -80,7 +81,7 @@ def selector_of(
         FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
     """
     require_store(header, fingerprint=store.fingerprint, where=store.location)
-    settings = dict(header.settings)
+    settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):
         if recompute_settings.schedule is None:
@@ -118,7 +119,7 @@ def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
         FingerprintMismatchError: It is none of those that are known here.
     """
     for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
-        if guidance_digest(store, parse_guidance(text)) == digest:
+        if key_of(store, parse_guidance(text)).digest == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "

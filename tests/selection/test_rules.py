@@ -189,7 +189,8 @@ def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion(repeats: int) -
     for turn in range(40):
         seed, repeat = divmod(turn, repeats)
         steady = rng_for(seed, "steady")
-        drawn[RULES["strata"].choose(RuleBatch(vector, 500, guidance=guidance, per_batch_rng=steady, repeat=repeat))] += 1
+        batch = RuleBatch(vector, 500, guidance=guidance, per_batch_rng=steady, repeat=repeat)
+        drawn[RULES["strata"].choose(batch)] += 1
     assert (drawn.reshape(500, 2).sum(axis=1) == 40).all()
     expected = (3 + 0.1) / (4 + 0.2)
     assert abs(drawn[1::2].sum() / 20_000 - expected) < 5 * math.sqrt(expected * (1 - expected) / 20_000)
@@ -291,7 +292,7 @@ def test_a_function_of_ones_own_is_a_rule_and_its_file_is_its_identity(own: str,
 
 
 def test_what_a_rule_of_ones_own_returns_is_checked(own: str) -> None:
-    with pytest.raises(UsageError, match=r"--rule own_rules_\d+:twice: got int64 .* expected 4 different positions"):
+    with pytest.raises(UsageError, match=r"`rule='own_rules_\d+:twice'`: got int64 .* expected 4 different positions"):
         find_rule(f"{own}:twice").choose(RuleBatch(np.zeros(9), 4))
     with pytest.raises(UsageError, match="unknown rule in module"):
         find_rule(f"{own}:frist")
@@ -303,7 +304,7 @@ def test_what_a_rule_of_ones_own_raises_is_told_with_its_place(tmp_path, monkeyp
     name = f"raising_rules_{abs(hash(tmp_path)) % 10**9}"
     (tmp_path / f"{name}.py").write_text("def mine(batch):\n    return {}['x']\n\ndef scalar(batch):\n    return 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=rf"--rule {name}:mine failed: KeyError: 'x' \(.*{name}\.py:2\)"):
+    with pytest.raises(UsageError, match=rf"`rule='{name}:mine'` failed: KeyError: 'x' \(.*{name}\.py:2\)"):
         find_rule(f"{name}:mine").choose(RuleBatch(np.zeros(9), 4))
     with pytest.raises(UsageError, match="expected 4 different positions"):
         find_rule(f"{name}:scalar").choose(RuleBatch(np.zeros(9), 4))

@@ -226,9 +226,8 @@ def test_batches_of_several_epochs_are_not_worked_on_at_once(store: EmbeddingSto
     selector = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, threads=1))
     assert len(list(selector.run())) == 16
     assert selector.counts.reused == 14
-    assert list(map(len, BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0))) == [
-        16
-    ]
+    stacks = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0)
+    assert list(map(len, stacks)) == [16]
 
 
 def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
@@ -249,7 +248,9 @@ def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingSto
             np.concatenate([plan.batch(12 * epoch + i).indices for i in range(12)]).tolist() for epoch in range(4)
         ]
         assert all(sorted(order) == plan.rows.all().tolist() for order in orders[batch_assignments])
-        assert len({tuple(order) for order in orders[batch_assignments]}) == 4  # batches come in another order, at least
+        assert (
+            len({tuple(order) for order in orders[batch_assignments]}) == 4
+        )  # another sequence, at least
         assert [len(plan.batch(12 * epoch + 11).indices) for epoch in range(4)] == [22] * 4
     assert orders[0][:2] == orders[2][:2] == [orders[1][0], orders[0][1]]
 
@@ -258,7 +259,7 @@ def test_rules_that_make_no_graph_deal_anew_in_every_epoch(store: EmbeddingStore
     assert BatchSelector(store, CONFIG).plan.batch_assignments == 1
     assert BatchSelector(store, replace(CONFIG, rule="random")).plan.batch_assignments == 0
     assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, batch_assignments=1)).digest
-    with pytest.raises(UsageError, match="--batch_assignments: got -1, expected 0 to"):
+    with pytest.raises(UsageError, match="`batch_assignments`: got -1, expected 0 to"):
         replace(CONFIG, batch_assignments=-1)
 
 
@@ -321,7 +322,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
 
 
 def test_solving_on_a_gpu_needs_one(store: EmbeddingStore) -> None:
-    with pytest.raises(UsageError, match="--solver cuda: --device cpu is cpu here"):
+    with pytest.raises(UsageError, match="`solver='cuda'`: `device='cpu'` is cpu here"):
         BatchSelector(store, replace(CONFIG, device="cpu", solver="cuda"))
 
 
@@ -403,7 +404,7 @@ def test_a_store_read_in_windows_is_selected_shard_by_shard(store: EmbeddingStor
     # Four shards; an epoch begins with the last one of the epoch before, if at all.
     assert len(reads) <= 2 * 4
     assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
-    assert "use --order window" in BatchSelector(windows, CONFIG).slow_order
+    assert "use `order='window'`" in BatchSelector(windows, CONFIG).slow_order
     assert "two windows of rows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
     assert BatchSelector(store, CONFIG).slow_order == ""
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.order import DEFAULT_WINDOW, parse_order
+from gstds_cache.selection.order import DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule
@@ -92,7 +92,7 @@ def test_a_budget_is_spent_to_the_last_sample_and_evenly(sizes, epochs, share, f
     text = f"budget:{budget}" + ("+full:0.01" if full else "")
     run_schedule = parse_schedule(text).over(np.array(sizes, np.int64), epochs)
     ratios, keeps = run_schedule.piece(0, len(whole))
-    assert keeps.sum() == budget == run_schedule.total_kept
+    assert keeps.sum() == budget == run_schedule.kept_per_epoch.sum()
     middle = len(whole) // 2
     assert [*run_schedule.piece(0, middle)[1], *run_schedule.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
     assert ((keeps >= 1) & (keeps <= whole)).all()
@@ -144,7 +144,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str, words: str) ->
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="--schedule file not found"):
+    with pytest.raises(UsageError, match="`schedule` file not found"):
         parse_schedule("file:nowhere.txt")
 
 
@@ -203,7 +203,7 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
     rows, batch_size, epochs, window, shard_rows, seed, data
 ) -> None:
     def plan() -> SelectionPlan:
-        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, window=window, shard_rows=shard_rows)
+        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, order=Order(window), shard_rows=shard_rows)
 
     whole = plan()
     batches = [whole.batch(seq) for seq in range(whole.total_batches)]
@@ -224,11 +224,11 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
 
 
 def test_orders_by_name() -> None:
-    assert parse_order("permutation") is None
-    assert parse_order("window") == DEFAULT_WINDOW
-    assert parse_order("window:100") == 100
+    assert parse_order("permutation") == Order()
+    assert parse_order("window") == Order(DEFAULT_WINDOW)
+    assert parse_order("window:100") == Order(100)
     for text in ("windows", "window:", "window:0", "window:-1", "window:many", "permutation:1", ""):
-        with pytest.raises(UsageError, match="--order"):
+        with pytest.raises(UsageError, match="`order`"):
             parse_order(text)
 
 
