@@ -146,6 +146,61 @@ class GrowingFile(io.RawIOBase):
                 raise ProducerFailedError(f"the selection failed: {type(shared.error).__name__}: {shared.error}")
 
 
+class SharedReader:
+    """One reader's record batches. Its part in a computation ends with the last batch, or when it is closed or dropped.
+
+    A generator would not do: one that is dropped before its first batch runs nothing, not even its ``finally``.
+    """
+
+    def __init__(
+        self,
+        reader: pa.RecordBatchReader,
+        file: io.BufferedIOBase,
+        start: int,
+        wanted: Callable[[], bool],
+        leave: Callable[[], None],
+    ) -> None:
+        """Begin with batch ``start``; ``leave`` is called once, at the end."""
+        self._reader, self._file, self._start, self._wanted = reader, file, start, wanted
+        self._leave: Callable[[], None] | None = leave
+
+    def __iter__(self) -> SharedReader:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        """The next record batch.
+
+        Raises:
+            StopIteration: There is none.
+            Stopped: Nobody wants it any more.
+            ProducerFailedError: The computation failed.
+        """
+        try:
+            return self._next()
+        except BaseException:
+            self.close()
+            raise
+
+    def _next(self) -> pa.RecordBatch:
+        while True:
+            batch = self._reader.read_next_batch()
+            if not self._wanted():
+                raise Stopped
+            seq = batch.column(0).to_numpy()
+            if seq[-1] >= self._start:  # the epoch end before batch `start` has its number, and comes along
+                return batch.slice(int(np.searchsorted(seq, self._start)))
+
+    def close(self) -> None:
+        """Leave; what was computed stays."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            self._file.close()
+            leave()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Hub:
     """The selections of one store: finished ones on disk, and those being computed."""
 
@@ -196,7 +251,7 @@ class Hub:
 
     def batches(
         self, digest: str, make: Selector | None, start: int, wanted: Callable[[], bool]
-    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    ) -> tuple[pa.Schema, SharedReader]:
         """Record batches of a selection, from a batch on; computed if need be, together with whoever else wants it.
 
         Args:
@@ -206,7 +261,7 @@ class Hub:
             wanted: Asked from time to time whether the reader is still there.
 
         Returns:
-            The schema, and the record batches; closing the iterator ends the reader's part in a computation.
+            The schema, and the record batches.
 
         Raises:
             UsageError: It is not stored, and ``make`` is None.
@@ -232,7 +287,7 @@ class Hub:
         except BaseException:
             self._leave(digest, shared)
             raise
-        return reader.schema, self._read(reader, file, start, digest, shared, wanted)
+        return reader.schema, SharedReader(reader, file, start, wanted, lambda: self._leave(digest, shared))
 
     def stop(self) -> None:
         """Stop computing after the batch in hand; what was computed is kept."""
@@ -243,26 +298,6 @@ class Hub:
             shared.stopping = True
         for shared in running:
             shared.thread.join(timeout=30)
-
-    def _read(
-        self,
-        reader: pa.RecordBatchReader,
-        file: io.BufferedIOBase,
-        start: int,
-        digest: str,
-        shared: Shared | None,
-        wanted: Callable[[], bool],
-    ) -> Iterator[pa.RecordBatch]:
-        try:
-            with file:
-                for batch in reader:
-                    if not wanted():
-                        raise Stopped
-                    seq = batch.column(0).to_numpy()
-                    if seq[-1] >= start:  # the epoch end before batch `start` has its number, and comes along
-                        yield batch.slice(int(np.searchsorted(seq, start)))
-        finally:
-            self._leave(digest, shared)
 
     def _leave(self, digest: str, shared: Shared | None) -> None:
         if shared is None:

@@ -256,9 +256,9 @@ def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> S
         return _opened(source, resume)
     if text == "-":
         return SelectionStream(sys.stdin.buffer, resume=resume)
-    path = local_file(where, "--selection")
+    path = local_file(where, "`selection`")
     if not path.is_file():
-        raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE --out FILE")
+        raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE")
     return _opened(path.open("rb"), resume)
 
 

@@ -5,7 +5,7 @@ stays as busy as it was, and shapes are constant, which compilers and CUDA graph
 stored selection stays one record per graph; re-packing is the consumer's, and a generator that reads no further ahead
 than one batch needs.
 
-The rows left at the end of an epoch, fewer than a batch, are settled by ``remainder``:
+The rows left at the end of an epoch, fewer than a batch, are subject to ``remainder``:
 
 - ``carry`` puts them at the head of the next epoch's first batch. Only the last ``total_kept % size`` rows of the run
   are left out. A batch across an epoch's border can hold a row twice, once of each epoch.

@@ -248,9 +248,7 @@ def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingSto
             np.concatenate([plan.batch(12 * epoch + i).indices for i in range(12)]).tolist() for epoch in range(4)
         ]
         assert all(sorted(order) == plan.rows.all().tolist() for order in orders[batch_assignments])
-        assert (
-            len({tuple(order) for order in orders[batch_assignments]}) == 4
-        )  # another sequence, at least
+        assert len({tuple(order) for order in orders[batch_assignments]}) == 4  # another sequence, at least
         assert [len(plan.batch(12 * epoch + 11).indices) for epoch in range(4)] == [22] * 4
     assert orders[0][:2] == orders[2][:2] == [orders[1][0], orders[0][1]]
 
