@@ -173,7 +173,7 @@ def main(
         summary = select(opened, keep=keep, out=out, force=force, notify=notify, **settings).summary
     spent = summary.seconds
     spent = spent | {name: round(spent[name] + opening, 3) for name in ("open", "total")}
-    dataset = opened.metadata.provenance.get("dataset", "DATASET")
+    dataset = opened.dataset_uri or "DATASET"
     _print(replace(summary, seconds=spent), dataset, as_json)
 
 

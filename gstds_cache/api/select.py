@@ -194,7 +194,6 @@ class _Run:
         selector, counts = self.selector, self.selector.counts
         if not counts.batches:
             return
-        store = selector.store.location
         cost = Cost(
             of=selector.digest,
             samples=counts.rows,
@@ -202,7 +201,7 @@ class _Run:
             seconds=time.perf_counter() - self.begun,
             joules=None if joules is None else sum(joules.values()),
             device=str(selector.device),
-            store=store if "://" in store else str(Path(store).absolute()),
+            store=str(selector.store.location.absolute()),
         )
         kept = kept_paths(selector)
         copies = [[target], kept] if isinstance(target, Path) else [kept]  # the kept one is in one of several folders
@@ -219,7 +218,7 @@ class _Run:
         selector, counts, plan = self.selector, self.selector.counts, self.selector.plan
         total, spent = time.perf_counter() - self.begun, self.opened - self.begun + counts.elapsed
         work = sum(counts.seconds.values())
-        names = selector.store.metadata.classes
+        names = selector.store.classes
         return SelectionSummary(
             out=out,
             selection_digest=selector.digest,

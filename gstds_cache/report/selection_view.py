@@ -20,7 +20,7 @@ from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBat
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -120,7 +120,7 @@ def view_selection(
         view.sheets_missing = why
         return view
     selector = selector_of(store, header, recompute_settings)
-    view.facts.insert(0, ("data set", str(store.metadata.provenance.get("dataset", store.metadata.kind))))
+    view.facts.insert(0, ("data set", store.dataset_uri or store.kind))
     chosen = spans(batches, most=most)
     seen: list[list[SeenBatch]] = []
     for span in chosen:
@@ -157,7 +157,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Selection]) -> None:
+def _from_stream(view: SelectionView, key: str, header: Header, batches: list[SelectedBatch]) -> None:
     n_in = np.array([batch.n_in for batch in batches], dtype=np.int64)
     kept = np.array([len(batch.kept) for batch in batches], dtype=np.int64)
     saved = 1 - kept.sum() / n_in.sum()
@@ -264,9 +264,9 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
     )
 
 
-def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
+def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[SelectedBatch]) -> None:
     store = selector.store
-    labels, classes = store.labels, list(store.metadata.classes)
+    labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()
     title = "Keep rates by class"
     if not len(labels) or labels.max(initial=-1) < 0:
@@ -302,7 +302,7 @@ def _sheets(
     uri: str | None,
     per_sheet: int,
 ) -> None:
-    where = uri or store.metadata.provenance.get("dataset")
+    where = uri or store.dataset_uri
     if where is None:
         view.sheets_missing = "Needs the images, and the store does not say where they are: give --dataset DATASET."
         return

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 
 PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
@@ -70,7 +70,9 @@ class SelectionCounts:
         with self._lock:
             self.reused += batches
 
-    def add(self, selection: Selection, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
+    def add(
+        self, selection: SelectedBatch, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]
+    ) -> None:
         """Count one batch."""
         kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
         for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):

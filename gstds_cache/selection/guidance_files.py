@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from gstds_cache.errors import GstdsError
 from gstds_cache.files import mapped
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import derived_paths, first_writable, keep
 from gstds_cache.files.digest import canonical_json, sha256_file
 from gstds_cache.selection.difficulty import Difficulty, pieces
@@ -172,7 +172,5 @@ def _mapped(path: Path) -> np.ndarray:
 
 def _put(path: Path, write: Any) -> None:
     """Write a file that appears under its name only when it is whole and on the disk."""
-    with replacing(path) as temporary, temporary.open("w+b") as file:
+    with atomic_write(path, durable=True) as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())

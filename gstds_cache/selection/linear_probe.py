@@ -14,7 +14,6 @@ has no label or no embedding); what was found may go to a file.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -108,9 +107,7 @@ def assign_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, 
     return fold
 
 
-def sweep(
-    store: EmbeddingStore, seed: int, turn: int, lock: threading.Lock
-) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
+def sweep(store: EmbeddingStore, seed: int, turn: int) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
     """All rows that have an embedding, once: shards in random order, a window of them at a time.
 
     Yields:
@@ -126,8 +123,7 @@ def sweep(
             span = spec.rows_of(shard)
             rows = np.arange(span.start, span.stop, dtype=np.int64)
             rows = rows[store.valid_in(shard) == OK]
-            with lock:  # a store that is read in windows keeps the last shards
-                store.gather(rows, buffer[filled : filled + len(rows)])
+            store.gather(rows, buffer[filled : filled + len(rows)])
             names.append(rows)
             filled += len(rows)
         yield np.concatenate(names), torch.from_numpy(buffer[:filled])
@@ -279,12 +275,11 @@ def probe_columns(
     ]
     columns = np.zeros(len(store), COLUMNS) if out is None else out
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
-    lock = threading.Lock()
 
     def work(probe: FoldProbe) -> None:
         features: Features | None = None
         for turn in range(epochs + 1):
-            for number, (here, stored) in enumerate(sweep(store, settings.seed, turn, lock)):
+            for number, (here, stored) in enumerate(sweep(store, settings.seed, turn)):
                 features = features or Features.of(stored, device)
                 window = Window(here, stored, fold[here], np.searchsorted(names, store.labels[here]), features)
                 if turn < epochs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -29,7 +28,7 @@ from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.rule import RuleBatch, read_only
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import SelectionSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.status import Status
@@ -73,7 +72,7 @@ class BatchSelector:
             batch_assignments=settings.batch_assignments,
         )
         if config.min_per_class:
-            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.metadata.classes)
+            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
@@ -85,7 +84,7 @@ class BatchSelector:
         self.identity = identity(store.fingerprint, config, settings, self.guidance_digest)
         self.digest = digest_of(self.identity)
         self.counts, self.graphs_note = SelectionCounts(), ""
-        self._labels, self._reading = store.labels, threading.Lock()
+        self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
 
     @property
@@ -97,7 +96,7 @@ class BatchSelector:
     def _cpu_threads(self) -> int:
         return self.config.threads or cores()
 
-    def run(self, start: int = 0) -> Iterator[Selection]:
+    def run(self, start: int = 0) -> Iterator[SelectedBatch]:
         """Select batch after batch, from batch ``start`` of the run.
 
         Where graphs are solved on a CPU each thread works on batches of its own, alone: what is selected does not
@@ -116,7 +115,7 @@ class BatchSelector:
         for selection, _seen in self.watch(start):
             yield selection
 
-    def watch(self, start: int = 0) -> Iterator[tuple[Selection, RuleBatch]]:
+    def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
 
         Args:
@@ -156,7 +155,6 @@ class BatchSelector:
             device=self.device,
             solver=self.solver,
             backend=self.knn_backend,
-            reading=self._reading,
         )
 
     @property
@@ -214,7 +212,7 @@ class BatchSelector:
         if stack:
             yield stack
 
-    def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
+    def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[SelectedBatch, RuleBatch]]:
         solved = [None] * len(batches) if spectra is None else spectra.of(batches)
         with self.counts.timed("rule", self.device):
             return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, solved, strict=True)]
@@ -247,15 +245,15 @@ class BatchSelector:
             seen = replace(seen, guidance=hard)
         return read_only(seen)
 
-    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[Selection, RuleBatch]:
+    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[SelectedBatch, RuleBatch]:
         seen = self._see(batch, spectrum)
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
             where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-            classes = self.store.metadata.classes
+            classes = self.store.classes
             labels = self._labels_of(batch.indices)
             positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
-        selection = Selection(
+        selection = SelectedBatch(
             seq=batch.seq,
             epoch=batch.epoch,
             batch_id=batch.batch_id,

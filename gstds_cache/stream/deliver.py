@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.pipe import replay, write_pipe
 from gstds_cache.stream.schema import ByteStream
 from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_header, write_file
@@ -76,7 +76,7 @@ def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bo
     return False
 
 
-def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, notify: Notify) -> Iterator[Selection]:
+def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, notify: Notify) -> Iterator[SelectedBatch]:
     """Compute a selection into a file or a pipe, and keep it for other runs; an interrupted run's batches stay.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
 from gstds_cache.runtime.resources import FULL
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS
@@ -35,12 +35,12 @@ class GroupingWriter:
 
     def __init__(self, writer: SelectionWriter, *, ahead: int = AHEAD) -> None:
         self._writer, self._ahead = writer, ahead
-        self._ready: deque[Selection] = deque()
+        self._ready: deque[SelectedBatch] = deque()
         self._changed = threading.Condition()
         self._closed, self._error = False, None  # type: bool, BaseException | None
         self._thread = threading.Thread(target=self._run, name="stream-writer", daemon=True)
 
-    def write(self, selection: Selection) -> None:
+    def write(self, selection: SelectedBatch) -> None:
         """Queue a batch.
 
         Raises:
@@ -97,7 +97,7 @@ def write_pipe(
     *,
     keep: Path | None = None,
     notify: Callable[[str], None] = lambda _text: None,
-) -> Generator[Selection, None, None]:
+) -> Generator[SelectedBatch, None, None]:
     """Write a selection to a pipe as it is made. A reader that goes away raises BrokenPipeError.
 
     Args:
@@ -149,7 +149,7 @@ class _Keeping:
                 self._block, self.taken_over = block, self._stored.taken_over
         return self
 
-    def write(self, selection: Selection) -> None:
+    def write(self, selection: SelectedBatch) -> None:
         """Store a batch; where that fails nothing more is stored."""
         if self._stored is None or self._block is None:
             return
@@ -189,7 +189,7 @@ def replay(path: Path, sink: ByteStream) -> None:
     sink.flush()
 
 
-def _first(keep: Path, count: int) -> Iterator[Selection]:
+def _first(keep: Path, count: int) -> Iterator[SelectedBatch]:
     with open_selection(keep.with_name(f".{keep.name}.partial")) as stream:
         while stream.next_seq < count:
             yield next(iter(stream))

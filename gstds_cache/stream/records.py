@@ -18,7 +18,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import FIELDS
 
@@ -66,7 +66,7 @@ class Record:
     residual: float
 
     @classmethod
-    def data(cls, selection: Selection) -> Record:
+    def data(cls, selection: SelectedBatch) -> Record:
         """The record of a selected batch."""
         return cls(
             selection.seq,

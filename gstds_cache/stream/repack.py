@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 
 Remainder = Literal["carry", "drop"]
 REMAINDERS: tuple[Remainder, ...] = ("carry", "drop")
@@ -46,7 +46,7 @@ class PackedBatch:
     kept: Int64[np.ndarray, " size"]
 
 
-def repack(batches: Iterable[Selection], size: int, remainder: Remainder = "carry") -> Iterator[PackedBatch]:
+def repack(batches: Iterable[SelectedBatch], size: int, remainder: Remainder = "carry") -> Iterator[PackedBatch]:
     """Cut the kept rows of a selection into batches of ``size``.
 
     A batch is yielded as soon as it is full, before anything else is read; after the last one the selection is read to

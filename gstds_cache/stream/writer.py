@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.resources import writing
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
 from gstds_cache.stream.schema import Header
@@ -107,7 +107,7 @@ class Storing:
         self.taken_over = self._writer.next_seq
         self.size = file.tell()
 
-    def write(self, *selections: Selection) -> None:
+    def write(self, *selections: SelectedBatch) -> None:
         """Write batches."""
         with writing(self._partial):
             self._writer.write(*selections)
@@ -157,11 +157,10 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
             finally:
                 with writing(partial):
                     os.fsync(file.fileno())
-        with writing(path):
-            _finish(partial, path)
+        _finish(partial, path)
 
 
-def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None, None]:
+def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, None, None]:
     """Write a selection to ``path``, continuing what an interrupted run left.
 
     Args:
@@ -183,10 +182,8 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None
 def copy_file(source: Path, path: Path) -> None:
     """Copy a finished selection; ``path`` appears when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), replacing(path) as copied:
-        shutil.copyfile(source, copied)
-        with copied.open("rb") as file:
-            os.fsync(file.fileno())
+    with source.open("rb") as original, atomic_write(path, durable=True) as file:
+        shutil.copyfileobj(original, file)
 
 
 def _finish(partial: Path, path: Path) -> None:
@@ -195,26 +192,18 @@ def _finish(partial: Path, path: Path) -> None:
     Raises:
         OSError: The disk takes no more.
     """
-    whole = partial.with_suffix(".tmp")
-    try:
-        with whole.open("wb") as file:
-            with open_selection(partial) as stream, SelectionWriter(file, stream.header) as writer:
-                for group in grouped(stream):
-                    writer.write(*group)
-            os.fsync(file.fileno())
-        whole.replace(path)
-    except OSError:
-        whole.unlink(missing_ok=True)  # a full disk needs the room, and the partial file has all of it
-        raise
+    # The lock keeps other writers out. Where the disk is full, the partial file still has all of it.
+    with (
+        atomic_write(path, durable=True, leftovers="all") as file,
+        open_selection(partial) as stream,
+        SelectionWriter(file, stream.header) as writer,
+    ):
+        for group in grouped(stream):
+            writer.write(*group)
     partial.unlink()
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
-def _left_over(partial: Path, header: Header) -> Iterator[Selection]:
+def _left_over(partial: Path, header: Header) -> Iterator[SelectedBatch]:
     if not partial.exists():
         return
     with partial.open("rb") as file:

@@ -21,7 +21,7 @@ from gstds_cache.selection import spectra
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -46,7 +46,7 @@ def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
     )
 
 
-def run(store: EmbeddingStore, start: int = 0, **changes) -> list[Selection]:
+def run(store: EmbeddingStore, start: int = 0, **changes) -> list[SelectedBatch]:
     return list(BatchSelector(store, replace(CONFIG, **changes)).run(start))
 
 
@@ -123,7 +123,7 @@ def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: 
     assert selector.counts.reused == 3 * 3
     assert selector.graphs_note == ""
     plan = selector.plan
-    of_group: dict[tuple[int, int], list[Selection]] = {}
+    of_group: dict[tuple[int, int], list[SelectedBatch]] = {}
     for selection in found:
         batch = plan.batch(selection.seq)
         assert np.isin(selection.kept, batch.indices).all()
