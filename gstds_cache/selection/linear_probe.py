@@ -78,8 +78,8 @@ def count_classes(
     names, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in range(0, len(rows), PIECE):
         part = labels[rows.at(np.arange(first, min(first + PIECE, len(rows))))]
-        found, new = np.unique(part, return_counts=True)
-        names, place = np.unique(np.concatenate([names, found]), return_inverse=True)
+        classes, new = np.unique(part, return_counts=True)
+        names, place = np.unique(np.concatenate([names, classes]), return_inverse=True)
         counts = np.bincount(place, np.concatenate([counts, new])).astype(np.int64)  # exact up to 2^53
     return names.astype(np.int64), counts
 

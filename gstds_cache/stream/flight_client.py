@@ -137,14 +137,14 @@ def _tls() -> dict[str, bytes]:
         UsageError: A file cannot be read.
     """
     names = {"tls_root_certs": CA, "cert_chain": CERTIFICATE, "private_key": KEY}
-    found = {}
+    certificates = {}
     for argument, variable in names.items():
         if os.environ.get(variable):
             try:
-                found[argument] = Path(os.environ[variable]).read_bytes()
+                certificates[argument] = Path(os.environ[variable]).read_bytes()
             except OSError as error:
                 raise UsageError(f"{variable}={os.environ[variable]}: {error.strerror}") from error
-    return found
+    return certificates
 
 
 def _plain(error: Exception) -> str:

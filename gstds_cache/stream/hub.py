@@ -242,12 +242,12 @@ class Hub:
             UsageError: None, or several, begin so.
         """
         known = {header.selection_digest for _, header in self.stored()} | set(self._running)
-        found = [digest for digest in sorted(known) if digest.startswith(prefix)]
-        if len(found) != 1:
+        matching = [digest for digest in sorted(known) if digest.startswith(prefix)]
+        if len(matching) != 1:
             raise UsageError(
-                f"{len(found)} selections of this store begin with {prefix}", hint="list them, or give more"
+                f"{len(matching)} selections of this store begin with {prefix}", hint="list them, or give more"
             )
-        return found[0]
+        return matching[0]
 
     def batches(
         self, digest: str, make: Selector | None, start: int, wanted: Callable[[], bool]

@@ -177,7 +177,7 @@ class Rows:
         packed = [b"".join(parts) for parts in zip(heads, kept_parts, scores, strict=True)]  # type: ignore[arg-type]
         self.columns = zip(*plain, packed, kept_parts, score_parts, strict=True)
         crcs = zip(map(google_crc32c.value, packed), column["crc"].to_numpy().tolist(), strict=True)
-        self.damaged = next((row for row, (got, said) in enumerate(crcs) if got != said), None)
+        self.damaged = next((row for row, (got, recorded) in enumerate(crcs) if got != recorded), None)
 
     def outside(self, items: int) -> frozenset[int]:
         """Rows of the batch that name an item below 0 or from ``items`` on."""

@@ -126,9 +126,9 @@ def _metrics(service: SelectionService, hub: Hub, port: int | None) -> Iterator[
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer ``/metrics``."""
-            found = self.path == "/metrics"
-            body = metrics_text(service, hub).encode() if found else b"there is: /metrics\n"
-            self.send_response(200 if found else 404)
+            known = self.path == "/metrics"
+            body = metrics_text(service, hub).encode() if known else b"there is: /metrics\n"
+            self.send_response(200 if known else 404)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

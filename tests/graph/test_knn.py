@@ -24,7 +24,7 @@ def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
     monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 0)
     with pytest.raises(UsageError, match="faiss sees no GPU") as error:
         knn_graph(torch.ones(1, 3, 2), 1, backend="faiss-gpu")
-    assert "--knn-backend" in error.value.hint
+    assert "auto, torch or faiss-cpu" in error.value.hint
 
 
 def test_unknown_backend_lists_the_known_ones():

@@ -411,3 +411,23 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     assert first == second
     assert first.startswith("guidance is")
     assert not list(derived_path(store.location, ".guidance").glob("*.trial.json"))
+
+
+def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch) -> None:
+    write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
+    store = EmbeddingStore(tmp_path / "s.store")
+    config = replace(CONFIG, guidance="auto", rule="cells")
+    made = BatchSelector(store, config)
+    note = made.guidance.note.partition(";")[0]
+    (record,) = derived_path(store.location, ".guidance").glob("*.trial.json")
+    facts = json.loads(record.read_bytes())
+    facts["alike"], facts["differ"] = facts.pop("uniform"), facts.pop("discordant")
+    record.write_text(json.dumps(facts))
+    monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
+    assert BatchSelector(store, config).guidance.note.partition(";")[0] == note
+
+
+def test_a_parameter_of_the_probe_that_was_renamed_works_and_says_so() -> None:
+    with pytest.warns(FutureWarning, match="pace is now called lr_scale"):
+        spec = parse_guidance("probe?pace=2.0")
+    assert spec == parse_guidance("probe?lr_scale=2.0")

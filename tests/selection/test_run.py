@@ -5,6 +5,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import numpy as np
@@ -17,7 +18,7 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.files import mapped
 from gstds_cache.selection import run as run_module
-from gstds_cache.selection import spectra
+from gstds_cache.selection import spectra, throughput
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
@@ -427,3 +428,26 @@ def test_a_schedule_file_is_known_by_its_content(store: EmbeddingStore, tmp_path
     before = selector("a.txt").digest
     (tmp_path / "a.txt").write_text("0.5\n0.5\n")
     assert selector("a.txt").digest != before
+
+
+class Clocked(BatchSelector):
+    """Its rule takes 0.4 s of one thread's time a batch."""
+
+    def run(self, start: int = 0):
+        for batch in super().run(start):
+            self.counts.seconds["rule"] = 0.4 * (batch.seq + 1)
+            yield batch
+
+
+def test_the_rate_of_a_run_counts_the_threads_where_graphs_are_solved(store: EmbeddingStore, monkeypatch) -> None:
+    """Beside a GPU graphs are solved, and rows are chosen, by the CPU's threads."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    config = replace(CONFIG, rule="random", batch_assignments=1, epochs=1000, threads=4)
+    for device in ("cpu", "cuda"):
+        selector, seconds = Clocked(store, config), iter(range(10))
+        selector.device = torch.device(device)  # a rule without graphs computes nothing on it
+        monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda seconds=seconds: next(seconds)))
+        rows = sum(selector.plan.rows_in(group) for group in (1, 2))
+        # Of 1000 epochs one takes 2 s for these rows, the others 0.8 s / 4 threads.
+        expected = rows / (0.001 * 2 + 0.999 * 0.2)
+        assert throughput.samples_per_second(selector) == pytest.approx(expected, rel=0.05)

@@ -213,6 +213,35 @@ def test_a_slow_reader_holds_no_selector(store, reference, tmp_path: Path, monke
     hub.stop()
 
 
+def wait_until_idle(hub: Hub) -> None:
+    deadline = time.monotonic() + 20
+    while hub.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert hub.running == 0
+
+
+@pytest.mark.parametrize("end", [lambda reader: reader.close(), lambda _reader: None], ids=["closed", "dropped"])
+def test_a_reader_that_leaves_before_its_first_batch_ends_its_computation(store, tmp_path, monkeypatch, end) -> None:
+    monkeypatch.setattr(Slow, "delay", 0.1)  # 90 batches would take 9 s
+    hub, selector = Hub(tmp_path / "s"), Slow(store, CONFIG)
+    _, reader = hub.batches(selector.digest, lambda: selector, 0, lambda: True)
+    assert hub.running == 1
+    end(reader)
+    del reader
+    wait_until_idle(hub)
+    assert len(Slow.computed) < 80
+
+
+def test_a_stream_that_is_cancelled_before_its_first_batch_ends_its_computation(running: Running, monkeypatch) -> None:
+    monkeypatch.setattr(Slow, "delay", 0.1)
+    with fl.FlightClient(running.where) as client:
+        reader = client.do_get(fl.Ticket(b"{}"))
+        assert running.hub.running == 1
+        reader.cancel()
+    wait_until_idle(running.hub)
+    assert len(Slow.computed) < 80
+
+
 def test_a_service_that_stops_says_so_and_keeps_what_it_has(store, tmp_path, reference, monkeypatch) -> None:
     monkeypatch.setattr(Slow, "delay", 0.05)
     with closing(Running(store, tmp_path / "s")) as first:
