@@ -19,8 +19,9 @@ from gstds_cache.selection.rules import RULES
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.hub import Hub, SharedReader, Stopped
+from gstds_cache.stream.hub import Hub
 from gstds_cache.stream.security import Access
+from gstds_cache.stream.shared_reader import SharedReader, Stopped
 from gstds_cache.stream.tickets import Ticket
 from gstds_cache.stream.writer import header_of
 
