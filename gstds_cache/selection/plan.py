@@ -75,7 +75,7 @@ class SelectionPlan:
         shard_rows: int = 1,
         batch_assignments: int = 0,
     ) -> None:
-        """Lay out the run.
+        """Plan the run.
 
         Args:
             rows: Rows that take part; those without an embedding are left out.

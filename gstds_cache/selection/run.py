@@ -29,7 +29,7 @@ from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.rule import RuleBatch, read_only
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.selection.settings import SelectionSettings, identity
+from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -59,7 +59,7 @@ class BatchSelector:
         Raises:
             UsageError: The rule or schedule is unknown, or the batch size exceeds the rows that have an embedding.
         """
-        self.store, self.config, settings = store, config, SelectionSettings.parse(config)
+        self.store, self.config, settings = store, config, ParsedSettings.parse(config)
         self.rule = settings.rule
         self.plan = SelectionPlan(
             EligibleRows(len(store), store.without_embedding),
@@ -107,7 +107,7 @@ class BatchSelector:
             start: First ``seq``; the batches before it are not computed.
 
         Yields:
-            The selections in order.
+            The batches in order.
 
         Raises:
             SolverError: A row's embedding holds NaN or Inf.

@@ -20,7 +20,7 @@ RECORDED_AS = {"batch_assignments": "partitions"}
 
 
 @dataclass(frozen=True)
-class SelectionSettings:
+class ParsedSettings:
     """The settings of a configuration that are text, parsed.
 
     Attributes:
@@ -38,7 +38,7 @@ class SelectionSettings:
     batch_assignments: int
 
     @classmethod
-    def parse(cls, config: SelectConfig) -> SelectionSettings:
+    def parse(cls, config: SelectConfig) -> ParsedSettings:
         """Parse a configuration.
 
         Raises:
@@ -54,7 +54,7 @@ class SelectionSettings:
         )
 
 
-def identity(fingerprint: str, config: SelectConfig, settings: SelectionSettings, guidance: str) -> dict[str, Any]:
+def identity(fingerprint: str, config: SelectConfig, settings: ParsedSettings, guidance: str) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values.
 
     Args:
