@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import pytest
 import torch
 from forked import Forked, Forks
 from hypothesis import settings
-from images import TINY_ENCODER, make_images
-from PIL import Image
+from images import TINY_ENCODER, ArraySource, make_images
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
 
 # CI judges a change by the same examples every time; a run by hand looks for new ones.
@@ -28,44 +25,6 @@ settings.load_profile("gstds")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # two would fight over two busy cores: seven times slower, measured
-
-
-@dataclass
-class ArraySource:
-    """An in-memory data set: random 20 x 20 images, or undecodable ones."""
-
-    count: int = 50
-    bad: frozenset[int] = frozenset()
-    seed: int = 0
-    uri: str = "memory"
-    kind: str = "memory"
-    classes: tuple[str, ...] = ("a", "b", "c")
-    mirror_safe: bool = True
-    notes: tuple[str, ...] = ()
-    files: None = None
-    ids: list[str] = field(init=False)
-    labels: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ids = [f"item/{row:04d}" for row in range(self.count)]
-        self.labels = np.arange(self.count, dtype=np.int64) % 3
-
-    def __len__(self) -> int:
-        return self.count
-
-    def _pixels(self, row: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, row])
-        return rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-
-    def payload(self, row: int) -> bytes:
-        return self._pixels(row).tobytes()
-
-    def image(self, row: int) -> Image.Image:
-        from gstds_cache.data.decode import UndecodableError
-
-        if row in self.bad:
-            raise UndecodableError("made to fail")
-        return Image.fromarray(self._pixels(row))
 
 
 @pytest.fixture

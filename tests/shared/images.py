@@ -1,11 +1,14 @@
-"""A folder of small real images, and a small real encoder in a module of the user's own."""
+"""Small images, as files and in memory, and a small real encoder in a module of the user's own."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from gstds_cache.data.decode import UndecodableError
 
 TINY_ENCODER = '''
 import os
@@ -53,3 +56,39 @@ def make_images(root: Path) -> Path:
     (root / "cats" / "07.png").write_bytes(b"")
     (root / "owls" / "03.png").write_bytes((root / "owls" / "04.png").read_bytes()[:80])
     return root
+
+
+@dataclass
+class ArraySource:
+    """An in-memory data set: random 20 x 20 images, or undecodable ones."""
+
+    count: int = 50
+    bad: frozenset[int] = frozenset()
+    seed: int = 0
+    uri: str = "memory"
+    kind: str = "memory"
+    classes: tuple[str, ...] = ("a", "b", "c")
+    mirror_safe: bool = True
+    notes: tuple[str, ...] = ()
+    files: None = None
+    ids: list[str] = field(init=False)
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = [f"item/{row:04d}" for row in range(self.count)]
+        self.labels = np.arange(self.count, dtype=np.int64) % 3
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _pixels(self, row: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, row])
+        return rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+
+    def payload(self, row: int) -> bytes:
+        return self._pixels(row).tobytes()
+
+    def image(self, row: int) -> Image.Image:
+        if row in self.bad:
+            raise UndecodableError("made to fail")
+        return Image.fromarray(self._pixels(row))
