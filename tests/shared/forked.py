@@ -28,6 +28,7 @@ import numpy as np
 
 LIBRARIES = ("faiss", "obstore", "pyarrow.parquet", "sklearn.linear_model", "timm", "torchvision.datasets", "zarr")
 READ_AT_START = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON")  # variables that a child would read too late
+ALWAYS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MESSAGE = 1 << 18
 
 
@@ -95,7 +96,7 @@ class Forks:
         words = [str(word) for word in words]
         if "/" not in words[0]:
             words[0] = str(Path(sys.executable).with_name(words[0]))
-        env = {**env, "OMP_NUM_THREADS": "1"}
+        env = {**env, **ALWAYS}
         late = {name for name in env.keys() | self._environment if env.get(name) != self._environment.get(name)}
         late = {name for name in late if name.startswith(READ_AT_START) and name != "PYTHONPATH"}
         assert not late, f"{late} are read when Python or a library starts"
@@ -110,7 +111,7 @@ class Forks:
 
     def _begin(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._environment = os.environ | ALWAYS
         words = [sys.executable, __file__, str(theirs.fileno())]
         self._server = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=self._environment)
         theirs.close()
