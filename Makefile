@@ -10,7 +10,8 @@ EXTRAS := test
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "== installing into $(VENV) with $$($(PYTHON) --version): about 2 minutes, 7 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would use one core; some packages hold files for others
 	@touch $@
 
 demo: $(VENV)/.installed
