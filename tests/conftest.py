@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from forked import Forked, Forks
+from forked import FORKS, Forked, Forks
 from hypothesis import settings
 from images import TINY_ENCODER, ArraySource, make_images
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
@@ -53,9 +53,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Starts commands in processes of their own without loading torch anew for each."""
-    started = Forks()
-    yield started
-    started.close()
+    yield FORKS
+    FORKS.close()
 
 
 @pytest.fixture

@@ -122,6 +122,9 @@ class Forks:
             self._server.wait(30)
 
 
+FORKS = Forks()  # of the session
+
+
 def serve(requests: socket.socket) -> dict[str, Any]:
     """Fork a child for each message. Returns in a child, with the message; ends the process when the socket closes."""
     for name in ("gstds_cache", "gstds_cache.cli"):
@@ -168,6 +171,7 @@ def become(job: dict[str, Any]) -> None:
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115 - of the program
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    tempfile.tempdir = None  # found anew, by the program's environment
     np.random.seed()  # noqa: NPY002 - the one of all processes, which a fork would share
     runpy.run_path(words[0], run_name="__main__")
 
