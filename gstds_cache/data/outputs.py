@@ -17,11 +17,11 @@ RUN = frozenset({"config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"}
 MIRROR = frozenset({"embeddings.npy", "mirror.json"})
 LOCK = ".lock"
 
-# Folders in which each name begins with a digest; hidden ones are locks, costs and what an interrupted run left.
+# Folders in which each name is one of ours; hidden ones are locks, costs and what an interrupted run left.
 DIGESTED = {
     "kept selections": re.compile(r"\.?[0-9a-f]{16}\.arrow(\..+)?"),
     "guidance": re.compile(r"\.?[0-9a-f]{16}\.(npy|json|trial\.json)(\..+)?"),
-    "hashes of files": re.compile(r"\.?[\w-]+-[0-9a-f]{16}\.hashes(\..+)?"),
+    "hashes of files": re.compile(r"hashes\.sqlite(-\w+)?|\.?[\w-]+-[0-9a-f]{16}\.hashes(\..+)?"),
 }
 _MARKS = {".arrow": b"gstds.", ".parquet": b"gstds.fingerprint", ".html": b"<title>gstds-cache report</title>"}
 _END = 1 << 16
