@@ -26,6 +26,7 @@ class Cost:
         joules: Joules, None where any session had no counter.
         device: Where it was computed last.
         store: The store a selection was made from.
+        joules_from: What is counted in ``joules``, and what was in use and is not, in words.
     """
 
     of: str
@@ -35,6 +36,7 @@ class Cost:
     joules: float | None
     device: str
     store: str | None = None
+    joules_from: str = ""
 
 
 def store_costs(where: str | Path) -> list[Path]:
