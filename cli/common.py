@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
 from gstds_cache.files.location import local_file, parse_location
 from gstds_cache.runtime.resources import explain
 
@@ -44,7 +46,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except GstdsError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {with_flags(str(error), flags_of(ctx.command))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
             go_on = error.args[0] if error.args else "run the same command again to go on"
@@ -59,8 +61,41 @@ class Command(click.Command):
             told = explain(error)
             if told is None:
                 raise
-            click.echo(f"error: {told}", err=True)
+            click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
             ctx.exit(told.exit_code)
+
+
+def flags_of(command: click.Command) -> dict[str, str]:
+    """What ``command`` calls each of its parameters: a flag, or the word of an argument."""
+    return {
+        parameter.name: max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.name.upper()
+        for parameter in command.params
+        if parameter.name
+    }
+
+
+def setting_option(config: type, name: str, **attributes: Any) -> Callable[[F], F]:
+    """Adds the option of one field of a configuration, whose type and default it has.
+
+    Args:
+        config: The configuration, a dataclass.
+        name: The field.
+        attributes: What click's option takes besides; ``flags`` for names other than the field's.
+
+    Returns:
+        A decorator.
+    """
+    field = next(field for field in fields(config) if field.name == name)
+    kind = get_type_hints(config)[name]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kinds: list[Any] = [part for part in (get_args(kind) or (kind,)) if part is not NoneType]
+    flags = attributes.pop("flags", ("--" + name.replace("_", "-"),))
+    attributes.setdefault("type", click.Choice(choices) if choices else kinds[0])
+    if kind is bool:
+        attributes = {"is_flag": True} | {key: value for key, value in attributes.items() if key != "type"}
+    if field.default is not None:
+        attributes.setdefault("show_default", kind is not bool)
+    return click.option(*flags, name, default=field.default, **attributes)
 
 
 class Group(click.Group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from gstds_cache.errors import UsageError
 
@@ -181,3 +181,54 @@ class TrainConfig:
         _require_range("--workers", self.workers, 0, MOST_WORKERS)
         _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")
         _require_range("--threads", self.threads, 0, MOST_THREADS)
+
+
+class EmbedSettings(TypedDict, total=False):
+    """The fields of :class:`EmbedConfig` as keyword arguments."""
+
+    model: str
+    batch_size: int | None
+    shard_rows: int | None
+    workers: int | None
+    device: str
+    dtype: Literal["float16", "float32"]
+    allow_untrained: bool
+
+
+class SelectSettings(TypedDict, total=False):
+    """The fields of :class:`SelectConfig` as keyword arguments."""
+
+    batch_size: int
+    epochs: int
+    schedule: str
+    order: str
+    partitions: int | None
+    knn: int
+    rule: str
+    guidance: str
+    min_per_class: int
+    seed: int
+    laplacian: Literal["combinatorial", "normalized"]
+    tolerance: float
+    max_iterations: int
+    device: str
+    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"]
+    solver: Literal["auto", "cpu", "cuda"]
+    threads: int
+
+
+class TrainSettings(TypedDict, total=False):
+    """The fields of :class:`TrainConfig` as keyword arguments."""
+
+    arch: str
+    seed: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    image_size: int
+    augment: Literal["auto", "none", "crop", "crop+flip"]
+    device: str
+    workers: int
+    memory_budget: int
+    threads: int
+    repack: int

@@ -2,13 +2,17 @@
 
 Every error carries the exit code of the command that ends with it, and a hint. All survive pickling, so that they can
 cross a process border, and each subclasses the builtin a library user would expect to catch.
+
+Messages name arguments, in backticks: ```knn`: got 0``, ``pass `knn=10` ``. A command writes its flags instead
+(:func:`with_flags`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 EXIT_USAGE = 2
@@ -115,6 +119,33 @@ class DivergedError(SolverError):
 def command_line(*words: object) -> str:
     """A command that can be pasted into a shell as it stands."""
     return shlex.join(str(word) for word in words)
+
+
+_ARGUMENT = re.compile(r"`([a-z]\w*)(?:=([^`]+))?`")
+
+
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """An error's text for the command line: `` `knn` `` becomes ``--knn``, `` `knn=10` `` becomes ``--knn 10``.
+
+    Args:
+        text: Text that names arguments in backticks.
+        flags: What the command calls each of its parameters, by argument.
+
+    Returns:
+        The text; arguments that the command does not have stay as they are.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in flags:
+            return match[0]
+        if value is None or value == "True":
+            return flags[name]
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        return f"{flags[name]} {shlex.quote(value)}"
+
+    return _ARGUMENT.sub(flag, text)
 
 
 def text_of(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import pytest
 
-from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
+from gstds_cache.config import EmbedConfig, EmbedSettings, SelectConfig, SelectSettings, TrainConfig, TrainSettings
 from gstds_cache.errors import UsageError
 
 
@@ -34,3 +36,11 @@ def test_a_bad_value_never_makes_a_configuration(make, names) -> None:
         make()
     for name in names:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(EmbedConfig, EmbedSettings), (SelectConfig, SelectSettings), (TrainConfig, TrainSettings)],
+)
+def test_keyword_arguments_are_the_fields_of_the_configuration(config: type, settings: type) -> None:
+    assert get_type_hints(settings) == get_type_hints(config)

@@ -42,3 +42,18 @@ def test_an_unknown_name_lists_the_nearest_first() -> None:
     error = errors.unknown_name("rule", "coverge", ["random", "gap", "coverage"])
     assert error.message.startswith("unknown rule 'coverge'; there are: coverage, ")
     assert error.hint == "did you mean 'coverage'?"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("`knn`: got 0, expected 1 to 39", "--knn: got 0, expected 1 to 39"),
+        ("pass `knn=10`", "pass --knn 10"),
+        ("pass `order='window:4 096'`", "pass --order 'window:4 096'"),
+        ("pass `order='window:ROWS'` or `allow_untrained=True`", "pass --order window:ROWS or --allow-untrained"),
+        ("`x` has a NaN in `metrics.jsonl`", "`x` has a NaN in `metrics.jsonl`"),
+    ],
+)
+def test_a_command_names_flags_where_the_library_names_arguments(text: str, expected: str) -> None:
+    flags = {"knn": "--knn", "order": "--order", "allow_untrained": "--allow-untrained"}
+    assert errors.with_flags(text, flags) == expected

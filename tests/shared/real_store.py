@@ -12,7 +12,7 @@ from torch import nn
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.embedding import probe
+from gstds_cache.embedding import estimate
 from gstds_cache.embedding.repair import RepairReport, repair_store
 from gstds_cache.embedding.run import EmbedReport, embed_dataset
 from gstds_cache.encoders.encoder import Encoder
@@ -27,8 +27,8 @@ BAD = 3
 MODEL = "real_store:build"
 
 # The run's own measurement of its speed would take longer than the run.
-probe.FORWARD_SECONDS = 1e-4
-probe.IMAGES = 2
+estimate.FORWARD_SECONDS = 1e-4
+estimate.IMAGES = 2
 
 
 class Images:
