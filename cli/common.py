@@ -33,6 +33,26 @@ class Command(click.Command):
     Anything unexpected keeps its traceback.
     """
 
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **attributes: Any) -> None:
+        """Take what click's command takes.
+
+        Args:
+            args: As click's.
+            renamed: Flags that still work under their old name, and what they are called now.
+            attributes: As click's.
+        """
+        super().__init__(*args, **attributes)
+        self.renamed = renamed or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line, old flags under their new names."""
+        for place, word in enumerate(args):
+            flag, equals, value = word.partition("=")
+            if flag in self.renamed:
+                args[place] = self.renamed[flag] + equals + value
+                click.echo(f"note: {flag} is called {self.renamed[flag]} now; the old name still works", err=True)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command.
 
@@ -63,6 +83,11 @@ class Command(click.Command):
                 raise
             click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
             ctx.exit(told.exit_code)
+
+
+def notify(line: str) -> None:
+    """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
+    click.echo(with_flags(line, flags_of(click.get_current_context().command)), err=True)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:

@@ -20,6 +20,7 @@ from gstds_cache.data.loading import default_workers, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.resources import out_of_memory
 
 IMAGES = 32
@@ -197,7 +198,7 @@ def fitting_batch_size(
     encoder: Encoder,
     device: torch.device,
     batch_size: int,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
     attempt: Callable[[int], object] | None = None,
 ) -> int:
     """The largest of ``batch_size``, a half of it, a quarter, ... that the device has memory for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,13 @@ from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}
 SHARD_BYTES = 4 << 20
-Notify = Callable[[str], None]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import workers_for
 from gstds_cache.embedding.mismatch import explained
-from gstds_cache.embedding.shard import Clock, EmbedTask
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.runtime.devices import resolve_device
@@ -121,7 +121,7 @@ def repair(
     metadata = StoreMetadata(where)
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
-        raise UsageError(f"`shard`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
+        raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
     show = progress or (lambda _phase, _done, _total: None)
@@ -138,9 +138,7 @@ def repair(
     with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
         run_on = resolve_device(device)
         DeterminismCheck(source, encoder.to(run_on), dtype=writer.spec.dtype).run(writer.spec.batch_size)
-        task = EmbedTask(
-            source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on)
-        )
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
         new, kept, images = _replace_shards(writer, task, redo, expected, show)
         if len(kept) + len(new) == writer.spec.shards:
             writer.finish(partial(show, "check"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.estimate import Estimate, disk_bytes, estimate_run, require_disk, workers_for
 from gstds_cache.embedding.job import (
     EmbedJob,
-    Notify,
     check_determinism,
     embed_command,
     find_store,
@@ -36,6 +35,8 @@ from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.files.digest import digest_of
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.executor import Executor, LocalExecutor
+from gstds_cache.runtime.notify import Notify
+from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
@@ -44,7 +45,6 @@ from gstds_cache.store.writer import StoreWriter, open_writer
 
 ESTIMATE_FROM = 1000
 """Images from which on a run is estimated before it begins."""
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 def embed_dataset(
@@ -205,7 +205,9 @@ def _committed(stored: StoreMetadata | None) -> int:
     return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.commits())
 
 
-def _report(job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
+def _report(
+    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None
+) -> EmbedReport:
     worked = clock.ended > 0
     inside = ("decode", "forward", "commit", "commit_wait", "waiting")
     parts = {name: getattr(clock, name) for name in inside} | {"embed": clock.elapsed() if worked else 0.0}

@@ -171,7 +171,8 @@ def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow
     pretrained, preprocessing = _attributes(model, name)
     if not pretrained and weights is None and not allow_untrained:
         raise EncoderError(
-            f"{name} says it has no pretrained weights", hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True`"
+            f"{name} says it has no pretrained weights",
+            hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True`",
         )
     matched = _load(bare(model), weights, head="", origin=name)
     return _finish(name, model, preprocessing, weights, matched, pretrained, "model")
@@ -336,5 +337,6 @@ def _require_home(name: str) -> None:
             raise EncoderError(
                 f"{name}: no pretrained weights here, and no place to keep any: HOME is not set, and this user id has "
                 "no entry",
-                hint=f"pass `model='{name}?weights=FILE'`, or set TORCH_HOME and HF_HOME to a folder that can be written",
+                hint=f"pass `model='{name}?weights=FILE'`, or set TORCH_HOME and HF_HOME to a folder that can be "
+                "written",
             ) from error

@@ -61,7 +61,7 @@ def read_run(path: Path, number: int) -> RunView:
         ledger = json.loads((path / "ledger.json").read_text()) if (path / "ledger.json").exists() else {}
         final = next((line for line in reversed(lines) if line.get("final")), None)
         if final is None:
-            raise UsageError(f"{path}: the run is not finished", hint="finish it: the same run again with `resume=True`")
+            raise UsageError(f"{path}: the run is not finished", hint="finish it: the same again with `resume=True`")
         return _view(path, number, described, final, ledger)
     except FileNotFoundError as error:
         raise UsageError(f"{path} is no run of gstds-train: {error.filename} is missing") from error

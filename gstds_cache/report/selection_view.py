@@ -80,7 +80,7 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: str | None = None,
+    cache: str | Path | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
@@ -202,7 +202,7 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: str | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(file: Path, header: Header, cache: str | Path | None) -> tuple[EmbeddingStore | None, str]:
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:

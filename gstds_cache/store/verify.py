@@ -49,7 +49,9 @@ class VerifyReport:
         return sorted({problem.shard for problem in self.problems if problem.shard is not None})
 
 
-def verify(where: Path | str, level: Literal["quick", "full"] = "quick", *, progress: Progress | None = None) -> VerifyReport:
+def verify(
+    where: Path | str, level: Literal["quick", "full"] = "quick", *, progress: Progress | None = None
+) -> VerifyReport:
     """Check a store.
 
     Args:
