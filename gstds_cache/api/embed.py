@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from errno import EACCES, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -152,7 +152,7 @@ def _default_place(root: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        denied = error.errno in {EACCES, EPERM, EROFS, ENOTDIR} and not isinstance(error, GstdsError)
+        denied = error.errno in {EACCES, EEXIST, ENOTDIR, EPERM, EROFS} and not isinstance(error, GstdsError)
         file = Path(error.filename or root or "")  # making the folder may fail at one above it
         if root is None or not denied or not (file.is_relative_to(root) or root.is_relative_to(file)):
             raise

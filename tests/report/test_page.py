@@ -104,9 +104,9 @@ def test_without_store_or_images_the_page_says_what_is_missing(work, tmp_path) -
     shutil.copy(work.selection, alone)
     bare = view(work, alone)
     assert [panel.title for panel in bare.panels if not panel.missing] == TITLES[:2]
-    assert all("--cache STORE" in panel.missing for panel in bare.panels if panel.missing)
-    assert "--cache STORE" in bare.sheets_missing
-    assert "give --cache STORE" in render([bare], [])
+    assert all("pass `cache=STORE`" in panel.missing for panel in bare.panels if panel.missing)
+    assert "pass `cache=STORE`" in bare.sheets_missing
+    assert "pass `cache=STORE`" in render([bare], [])
 
     images, gone, store = work.folder / "images", work.folder / "elsewhere", work.store.location
     images.rename(gone)
