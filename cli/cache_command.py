@@ -175,6 +175,7 @@ def verify_command(
 ) -> None:
     """Call :func:`gstds_cache.verify_store`, print."""
     from gstds_cache.api.cache import verify_store
+    from gstds_cache.files.location import Location
     from gstds_cache.store.metadata import corrupt
 
     report = verify_store(store, level=level, rows=rows, seed=seed, dataset=dataset, model=model, device=device)
@@ -185,7 +186,7 @@ def verify_command(
     if as_json:
         print_json(report.to_dict())
     if report.problems:
-        click.echo(f"error: {corrupt(store, report.problems)}", err=True)
+        click.echo(f"error: {corrupt(Location.parse(store), report.problems)}", err=True)
         if report.cosine_min is not None:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
             words = [word for shard in report.bad_shards for word in ("--shard", shard)]
@@ -253,12 +254,12 @@ main.add_command(report)
 @json_option
 def remove_command(store: str, yes: bool, as_json: bool) -> None:
     """Call :func:`gstds_cache.remove_store` after a question, print."""
-    from gstds_cache.api.cache import derived_folders, describe_store, remove_store
+    from gstds_cache.api.cache import describe_store, list_derived, remove_store
 
     summary = describe_store(store)
     click.echo(
         f"{summary.location}: {summary.items:,} rows of {summary.model}, {summary.size / 1e6:,.1f} MB"
-        + "".join(f"\n  and {folder}" for folder in derived_folders(store)),
+        + "".join(f"\n  and {path}" for path in list_derived(store)),
         err=True,
     )
     if not yes:

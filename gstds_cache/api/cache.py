@@ -11,18 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import GstdsError, UsageError
-from gstds_cache.files.derived import cache_root, derived_paths
-from gstds_cache.files.location import local_file
+from gstds_cache.files.derived import cache_root, existing_derived
+from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.describe import StoreSummary, summarise
-from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store as remove_objects
 from gstds_cache.store.verify import VerifyReport, verify
-
-DERIVED = (".selections", ".guidance", ".mirror")
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class RemoveReport:
     Attributes:
         store: Where the store was.
         objects: How many objects it had.
-        derived: Folders beside it that were removed with it: selections, guidance, a mirror.
+        derived: What was derived from it, and removed with it: selections, guidance, a mirror, the record of its cost.
         remaining: Why what could not be removed is still there, one sentence each.
     """
 
@@ -120,11 +116,11 @@ def list_stores(folder: str | Path | None = None) -> StoreList:
     return StoreList(path, tuple(stores), damaged)
 
 
-def describe_store(store: str | Path) -> StoreSummary:
+def describe_store(store: LocationLike) -> StoreSummary:
     """What a store holds and how it was made, complete or not, without reading embeddings.
 
     Args:
-        store: A directory, or a URL.
+        store: Its location: a directory, or ``s3://BUCKET/PREFIX``.
 
     Returns:
         The summary.
@@ -136,21 +132,20 @@ def describe_store(store: str | Path) -> StoreSummary:
     return summarise(store)
 
 
-def derived_folders(store: str | Path) -> list[Path]:
-    """The folders that were derived from a store and that :func:`remove_store` removes with it, as far as they exist.
+def list_derived(store: LocationLike) -> list[Path]:
+    """What was derived from a store: selections, guidance, a mirror, the record of its cost, as far as it exists.
 
     Args:
-        store: A directory, or a URL.
+        store: Its location.
 
     Returns:
-        Folders of selections, of guidance, and of a mirror.
+        Folders and files, which :func:`remove_store` removes.
     """
-    paths = [path for kind in DERIVED for path in derived_paths(store, kind)]
-    return [path for path in paths if os.path.isdir(path)]  # noqa: PTH112 - Path's may raise
+    return existing_derived(Location.parse(store, "`store`"))
 
 
 def verify_store(
-    store: str | Path,
+    store: LocationLike,
     *,
     level: Literal["quick", "full", "sample"] = "quick",
     rows: int = 64,
@@ -163,7 +158,7 @@ def verify_store(
     """Check a store.
 
     Args:
-        store: A directory, or a URL.
+        store: Its location: a directory, or ``s3://BUCKET/PREFIX``.
         level: ``quick`` compares sizes with the commit records and hashes the small objects; ``full`` hashes every
             byte; ``sample`` is ``quick``, and embeds some rows again and compares them, where nothing else is wrong.
         rows: Rows that ``sample`` compares.
@@ -196,7 +191,7 @@ def verify_store(
     return replace(report, level=level, problems=sample.problems, sampled=sample.rows, cosine_min=sample.cosine_min)
 
 
-def export_store(store: str | Path | EmbeddingStore, file: str | Path, *, replace: bool = False) -> ExportReport:
+def export_store(store: LocationLike | EmbeddingStore, file: str | Path, *, replace: bool = False) -> ExportReport:
     """Write the embeddings of a whole store for other tools, row i at place i.
 
     Args:
@@ -220,13 +215,13 @@ def export_store(store: str | Path | EmbeddingStore, file: str | Path, *, replac
     return ExportReport(path, len(opened), opened.spec.dim, opened.spec.dtype, len(opened.without_embedding), size)
 
 
-def remove_store(store: str | Path) -> RemoveReport:
+def remove_store(store: LocationLike) -> RemoveReport:
     """Remove a store and what was derived from it: selections, guidance, its mirror, the record of its cost.
 
     Files in its directory that are not its own stay.
 
     Args:
-        store: A directory, or a URL.
+        store: Its location: a directory, or ``s3://BUCKET/PREFIX``.
 
     Returns:
         What was removed, and what could not be.
@@ -235,10 +230,11 @@ def remove_store(store: str | Path) -> RemoveReport:
         StoreNotFoundError: There is no store; nothing was removed.
         IncompleteError: Another process is writing it.
     """
-    location, derived = StoreMetadata(store).location, derived_folders(store)
-    objects = remove_objects(store)
-    remaining = [why for path in (*derived, *store_costs(store)) if (why := _remove(path))]
-    return RemoveReport(location, objects, tuple(derived), tuple(remaining))
+    location = Location.parse(store, "`store`")
+    derived = existing_derived(location)
+    objects = remove_objects(location)
+    remaining = [why for path in derived if (why := _remove(path))]
+    return RemoveReport(str(location), objects, tuple(derived), tuple(remaining))
 
 
 def _remove(path: Path) -> str:

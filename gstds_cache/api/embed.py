@@ -20,7 +20,7 @@ from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
-from gstds_cache.files.location import parse_location
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
@@ -29,9 +29,9 @@ from gstds_cache.store.reader import EmbeddingStore
 
 def embed(
     dataset: Any,
-    cache: str | Path | None = None,
+    cache: LocationLike | None = None,
     *,
-    reuse: Sequence[str | Path] = (),
+    reuse: Sequence[LocationLike] = (),
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[EmbedSettings],
@@ -43,8 +43,8 @@ def embed(
 
     Args:
         dataset: A data set's URI, such as ``imagefolder:PATH``, or any map-style data set object.
-        cache: The store: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model and their
-            contents, in ``$GSTDS_CACHE`` or ``~/.cache/gstds-cache``.
+        cache: The store's location: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model
+            and their contents, in ``$GSTDS_CACHE`` or ``~/.cache/gstds-cache``.
         reuse: Other stores, complete or not. Rows of the same images by the same model are taken over from them.
         progress: True shows a bar on stderr, False nothing; or a function that is called with phase, images done,
             images in all, and shares of the time.
@@ -62,7 +62,7 @@ def embed(
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
     """
-    others = (reuse,) if isinstance(reuse, str | Path) else tuple(reuse)
+    others = (reuse,) if isinstance(reuse, LocationLike) else tuple(reuse)
     config, notify = EmbedConfig(**settings), notify or log
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
@@ -100,7 +100,7 @@ def embed(
 
 
 def estimate_embedding(
-    dataset: Any, cache: str | Path | None = None, *, notify: Notify | None = None, **settings: Unpack[EmbedSettings]
+    dataset: Any, cache: LocationLike | None = None, *, notify: Notify | None = None, **settings: Unpack[EmbedSettings]
 ) -> Estimate:
     """What :func:`embed` would take, from a few images. Hashes, embeds and writes nothing.
 
@@ -126,14 +126,14 @@ def estimate_embedding(
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)
 
 
-def _require_locations(cache: str | Path | None, reuse: Sequence[str | Path] = ()) -> None:
+def _require_locations(cache: LocationLike | None, reuse: Sequence[LocationLike] = ()) -> None:
     """Refuse locations that cannot be meant, before a model is loaded."""
     for argument, location in (("`cache`", cache), *(("`reuse`", other) for other in reuse)):
         if location is not None:
-            parse_location(location, argument)
+            Location.parse(location, argument)
 
 
-def _warn_if_inside(source: ImageSource, path: str | Path | None, notify: Notify) -> None:
+def _warn_if_inside(source: ImageSource, path: LocationLike | None, notify: Notify) -> None:
     if warning := inside_warning(source, path, what="the store", argument="cache"):
         notify(warning)
 

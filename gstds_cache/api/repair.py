@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gstds_cache.data.hash_cache import HashCache
@@ -15,13 +14,14 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
+from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 
 
 def repair_store(
-    store: str | Path,
+    store: LocationLike,
     *,
     shards: Sequence[int] = (),
     dataset: Any = None,
@@ -33,7 +33,7 @@ def repair_store(
     """Hash every object of a store, and make again what is missing or damaged, and nothing else.
 
     Args:
-        store: A directory, or a URL.
+        store: Its location: a directory, or ``s3://BUCKET/PREFIX``.
         shards: Shards to make again as well, whatever their hashes.
         dataset: Where the data set is now; None is where it was when the store was made.
         model: Where the model is now; None is where it was when the store was made.
@@ -67,7 +67,7 @@ def repair_store(
 
 
 def compare_sample(
-    store: str | Path, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
+    store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
 ) -> SampleReport:
     """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
     opened = EmbeddingStore(store, allow_partial=True, access="window")
@@ -82,8 +82,8 @@ def _source_and_encoder(store: StoreMetadata, dataset: Any, model: str | None) -
     Raises:
         UsageError: Nobody says where one of them is.
     """
-    dataset = store.provenance.get("dataset") if dataset is None else dataset
-    model = model or store.provenance.get("model")
+    dataset = store.dataset_uri if dataset is None else dataset
+    model = model or store.model_uri
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
         raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")

@@ -10,7 +10,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
-from gstds_cache.files.location import local_file
+from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
 from gstds_cache.runtime.progress import Progress, showing
@@ -67,7 +67,7 @@ class PageReport:
 
 
 def export_scores(
-    store: str | Path | EmbeddingStore,
+    store: LocationLike | EmbeddingStore,
     selection: str | Path,
     file: str | Path,
     *,
@@ -118,7 +118,7 @@ def export_scores(
 def write_report(
     *what: str | Path,
     out: str | Path = "report.html",
-    cache: str | Path | None = None,
+    cache: LocationLike | None = None,
     dataset: Any = None,
     batches: int = 48,
     device: str = "auto",

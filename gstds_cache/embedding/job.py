@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,9 @@ from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
+from gstds_cache.files.location import Location
 from gstds_cache.runtime.notify import Notify
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
@@ -59,7 +60,7 @@ class EmbedJob:
 
 
 def resolve_store(
-    job: EmbedJob, where: str | Path, stored: StoreMetadata | None, manifest: DatasetManifest
+    job: EmbedJob, stored: StoreMetadata | None, manifest: DatasetManifest
 ) -> tuple[CacheSpec, EmbeddingStore | None]:
     """What the store will hold; and the store if it is complete and holds this: a hit takes no lock and writes nothing.
 
@@ -72,7 +73,7 @@ def resolve_store(
         with explained(stored, manifest, job.source):
             require_same(stored.spec, spec, where=stored.location)
         with suppress(StoreNotFoundError, IncompleteError):
-            return spec, EmbeddingStore(where)
+            return spec, EmbeddingStore(stored)
         require_fit(job, stored)
     if stored is None or stored.spec == spec:  # else open_writer says in what they differ
         check_determinism(job, spec)
@@ -128,6 +129,7 @@ def resolve_spec(job: EmbedJob, items: int, items_root: str, stored: StoreMetada
         dtype=job.config.dtype,
         batch_size=batch_size,
         shard_rows=-(-shard_rows // batch_size) * batch_size,
+        format=CURRENT.version if stored is None else stored.spec.format,
     )
 
 
@@ -148,10 +150,10 @@ def _stored_batch_size(job: EmbedJob, stored: int) -> int:
     return given
 
 
-def find_store(where: str | Path) -> StoreMetadata | None:
-    """What the store at ``where`` says of itself, or None where there is no store."""
+def find_store(location: Location) -> StoreMetadata | None:
+    """What the store at ``location`` says of itself, or None where there is no store."""
     try:
-        return StoreMetadata(where)
+        return StoreMetadata(location)
     except StoreNotFoundError:
         return None
 

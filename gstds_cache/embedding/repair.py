@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gstds_cache.data.hash_cache import HashCache
@@ -18,6 +17,7 @@ from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.metadata import StoreMetadata
@@ -82,7 +82,7 @@ def require_same_data(
 
 
 def repair(
-    where: str | Path,
+    where: LocationLike,
     source: ImageSource,
     encoder: Encoder,
     *,
@@ -119,17 +119,18 @@ def repair(
         IntegrityError: The specification itself is damaged.
     """
     metadata = StoreMetadata(where)
+    names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
         raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
     show = progress or (lambda _phase, _done, _total: None)
-    before = verify(where, "full", progress=partial(show, "check"))
-    old, _ = metadata.scan_commits()
+    before = verify(metadata, "full", progress=partial(show, "check"))
+    old, _ = metadata.scan_commits()  # known from the check
     redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
     expected = _expected_root(metadata)
-    if len(old) < metadata.spec.shards or commits_root(old) == expected:
+    if len(old) < metadata.spec.shards or commits_root(old, names) == expected:
         expected = None  # all commit records are those that COMPLETE vouches for, or the others cannot be judged
     if not redo and not before.problems and (before.complete or before.committed < before.shards):
         return RepairReport(before, (), 0, (), before)
@@ -170,7 +171,7 @@ def _replace_shards(
         new |= {commit.shard: commit for commit in task(shards)}
         images += task.clock.images
         kept = {shard: commit for shard, commit in writer.recover().items() if shard not in new}
-        if expected is None or not kept or commits_root(kept | new) == expected:
+        if expected is None or not kept or commits_root(kept | new, writer.spec.names) == expected:
             return new, kept, images
         # A commit record was altered so that nothing else shows it, and nobody can say which.
         shards = sorted(kept)

@@ -33,14 +33,15 @@ from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.files.digest import digest_of
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
+from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
-from gstds_cache.store.transport import open_transport
 from gstds_cache.store.writer import StoreWriter, open_writer
 
 ESTIMATE_FROM = 1000
@@ -51,9 +52,9 @@ def embed_dataset(
     source: ImageSource,
     config: EmbedConfig,
     *,
-    where: str | Path | None = None,
+    where: LocationLike | None = None,
     root: Path | None = None,
-    reuse: Sequence[str | Path] = (),
+    reuse: Sequence[LocationLike] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -101,27 +102,30 @@ def embed_dataset(
     if where is None:
         assert root is not None
         where = root / _default_name(source, encoder, manifest, config)
-    stored = find_store(where)
+    location = Location.parse(where)
+    stored = find_store(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    spec, hit = resolve_store(job, where, stored, manifest)
+    spec, hit = resolve_store(job, stored, manifest)
     if hit is not None:
         job.seconds["total"] = time.perf_counter() - begun
         hit.report = _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
         return hit
     estimating = time.perf_counter()
-    estimate = _estimate_rest(job, where, stored, spec)
+    estimate = _estimate_rest(job, location, stored, spec)
     job.seconds["estimate"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - estimating
     attributes = {
         "kind": manifest.kind,
         "classes": list(manifest.classes),
         "provenance": _provenance(source.uri, config, device),
     }
-    with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+    items = manifest.to_arrow()
+    with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
+        del items
         task, before = _fill(job, writer, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
         writer.finish(lambda done, total: progress("check", done, total, {}))
-    store = EmbeddingStore(where)
+    store = EmbeddingStore(writer.metadata)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
     store.report = _report(job, store, before=before, clock=task.clock, estimate=estimate)
@@ -132,7 +136,7 @@ def estimate_dataset(
     source: ImageSource,
     config: EmbedConfig,
     *,
-    where: str | Path | None = None,
+    where: LocationLike | None = None,
     root: Path | None = None,
     notify: Notify | None = None,
 ) -> Estimate:
@@ -156,32 +160,34 @@ def estimate_dataset(
     device = resolve_device(config.device)
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
-    stored = None if where is None else find_store(where)
+    location = None if where is None else Location.parse(where)
+    stored = None if location is None else find_store(location)
     spec = resolve_spec(job, len(source), "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)
     check_determinism(job, spec)
-    return _estimate(job, spec, where if where is not None else root, _committed(stored))
+    folder = location or (None if root is None else Location(root))
+    return _estimate(job, spec, folder, _committed_rows(stored))
 
 
-def _estimate_rest(job: EmbedJob, where: str | Path, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
+def _estimate_rest(job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
-    committed = _committed(stored)
+    committed = _committed_rows(stored)
     left = spec.items - committed
     known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
-    transport = open_transport(where)
+    transport = open_transport(location)
     need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
-    require_disk(need, transport.free_bytes(), location=transport.location)
+    require_disk(need, transport.free_bytes(), location=str(location))
     if left - known <= ESTIMATE_FROM:
         return None
-    estimate = _estimate(job, spec, where, committed, known)
+    estimate = _estimate(job, spec, location, committed, known)
     for line in estimate.lines():
         job.notify(line)
     return estimate
 
 
-def _estimate(job: EmbedJob, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
+def _estimate(job: EmbedJob, spec: CacheSpec, location: Location | None, committed: int, known: int = 0) -> Estimate:
     return estimate_run(
         job.source,
         job.encoder,
@@ -191,18 +197,18 @@ def _estimate(job: EmbedJob, spec: CacheSpec, where: str | Path | None, committe
         batch_size=spec.batch_size,
         shard_rows=spec.shard_rows,
         known_rows=known,
-        disk_free=None if where is None else open_transport(where).free_bytes(),
+        disk_free=None if location is None else open_transport(location).free_bytes(),
     )
 
 
 def _missing(stored: StoreMetadata | None, spec: CacheSpec) -> list[range]:
     """Rows of each shard that is not committed."""
-    committed = {} if stored is None else stored.commits()
+    committed = set() if stored is None else set(stored.committed())
     return [spec.rows_of(shard) for shard in range(spec.shards) if shard not in committed]
 
 
-def _committed(stored: StoreMetadata | None) -> int:
-    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.commits())
+def _committed_rows(stored: StoreMetadata | None) -> int:
+    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.committed())
 
 
 def _report(
@@ -214,7 +220,7 @@ def _report(
     order = ("hash", "model", "estimate", "embed", "finish", "total", *inside)
     times = dict.fromkeys(order, 0.0) | job.seconds | parts
     return EmbedReport(
-        location=store.location,
+        location=str(store.location),
         fingerprint=store.fingerprint,
         model=job.encoder.spec.model,
         items=store.spec.items,

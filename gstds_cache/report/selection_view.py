@@ -15,6 +15,7 @@ from jaxtyping import Float64
 from gstds_cache.costs.records import recall, selection_costs
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.report import charts
 from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
@@ -80,7 +81,7 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: str | Path | None = None,
+    cache: LocationLike | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
@@ -120,7 +121,7 @@ def view_selection(
         view.sheets_missing = why
         return view
     selector = selector_of(store, header, recompute_settings)
-    view.facts.insert(0, ("data set", str(store.metadata.provenance.get("dataset", store.metadata.kind))))
+    view.facts.insert(0, ("data set", store.dataset_uri or store.kind))
     chosen = spans(batches, most=most)
     seen: list[list[SeenBatch]] = []
     for span in chosen:
@@ -202,7 +203,7 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: str | Path | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(file: Path, header: Header, cache: LocationLike | None) -> tuple[EmbeddingStore | None, str]:
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:
@@ -266,7 +267,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
 
 def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
     store = selector.store
-    labels, classes = store.labels, list(store.metadata.classes)
+    labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()
     title = "Keep rates by class"
     if not len(labels) or labels.max(initial=-1) < 0:
@@ -302,7 +303,7 @@ def _sheets(
     uri: str | None,
     per_sheet: int,
 ) -> None:
-    where = uri or store.metadata.provenance.get("dataset")
+    where = uri or store.dataset_uri
     if where is None:
         view.sheets_missing = "Needs the images, and the store does not say where they are: pass `dataset=DATASET`."
         return

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from gstds_cache.errors import ChunkCorruptError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
 
@@ -50,12 +50,15 @@ class VerifyReport:
 
 
 def verify(
-    where: Path | str, level: Literal["quick", "full"] = "quick", *, progress: Progress | None = None
+    where: LocationLike | StoreMetadata,
+    level: Literal["quick", "full"] = "quick",
+    *,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a store.
 
     Args:
-        where: The store: a directory, or a URL.
+        where: The store; or its metadata, which reads each commit record once.
         level: ``quick`` compares sizes with commit records and hashes the small objects; ``full`` hashes every object.
         progress: Called with shards hashed and shards in all.
 
@@ -66,7 +69,7 @@ def verify(
         StoreNotFoundError: There is no store at ``where``.
         IntegrityError: The specification cannot be read at all.
     """
-    metadata = StoreMetadata(where)
+    metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
     commits, problems = metadata.scan_commits()
     problems += metadata.check_hashes(commits, progress) if level == "full" else metadata.check_sizes(commits)
     try:
@@ -78,7 +81,7 @@ def verify(
     if record is not None:
         problems += [p for p in metadata.check_complete(record, commits) if p.shard is None or p.shard not in named]
     return VerifyReport(
-        location=metadata.location,
+        location=str(metadata.location),
         level=level,
         shards=metadata.spec.shards,
         committed=len(commits),

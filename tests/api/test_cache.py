@@ -12,9 +12,9 @@ from real_store import MODEL, Images
 from real_store import embed as embed_images
 
 from gstds_cache.api.cache import (
-    derived_folders,
     describe_store,
     export_store,
+    list_derived,
     list_stores,
     remove_store,
     verify_store,
@@ -106,10 +106,9 @@ def test_removing_takes_what_was_derived_along(store: Path) -> None:
     folders = [store.with_name(f"photos.store{kind}") for kind in (".selections", ".guidance")]
     for folder in folders:
         folder.mkdir()
-    assert derived_folders(store) == folders
-    assert store_costs(store)[0].exists()
+    assert list_derived(store) == [*folders, store_costs(store)[0]]
     removed = remove_store(store)
-    assert (removed.store, removed.derived, removed.remaining) == (str(store), tuple(folders), ())
+    assert (removed.store, removed.derived, removed.remaining) == (str(store), (*folders, store_costs(store)[0]), ())
     assert not any(path.name.startswith("photos.store") for path in store.parent.iterdir())
     with pytest.raises(StoreNotFoundError):
         remove_store(store)

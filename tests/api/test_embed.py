@@ -72,8 +72,8 @@ def test_errors_name_arguments(image_folder: Path, tmp_path: Path, monkeypatch: 
     uri = f"imagefolder:{image_folder}"
     for message, call in (
         ("`batch_size`: got 0", lambda: embed(uri, **SMALL | {"batch_size": 0})),
-        ("`cache` 'http://x'", lambda: embed(uri, "http://x", **SMALL)),
-        ("`reuse` 'http://x'", lambda: embed(uri, "s", reuse=["http://x"], **SMALL)),
+        ("`cache`: got 'http://x'", lambda: embed(uri, "http://x", **SMALL)),
+        ("`reuse`: got 'http://x'", lambda: embed(uri, "s", reuse=["http://x"], **SMALL)),
     ):
         with pytest.raises(UsageError, match=message):
             call()

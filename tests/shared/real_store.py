@@ -21,6 +21,7 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store import layout
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.writer import StoreWriter
 
 ITEMS, BATCH, SHARD = 22, 4, 8
@@ -129,5 +130,5 @@ def committed_shards(store: Path) -> list[int]:
 def stamps(store: Path, shards: list[int] | None = None) -> dict[str, tuple[int, int]]:
     """Inode and time of change of the commit records and objects of ``shards`` (default: of all that are committed)."""
     keys = [key(shard) for shard in committed_shards(store) if shards is None or shard in shards
-            for key in (layout.commit_key, layout.object_key)]  # fmt: skip
+            for key in (CURRENT.commit_key, layout.object_key)]  # fmt: skip
     return {key: ((store / key).stat().st_ino, (store / key).stat().st_mtime_ns) for key in keys}

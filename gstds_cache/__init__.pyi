@@ -1,0 +1,30 @@
+from .api.cache import describe_store as describe_store
+from .api.cache import export_store as export_store
+from .api.cache import list_derived as list_derived
+from .api.cache import list_stores as list_stores
+from .api.cache import remove_store as remove_store
+from .api.cache import verify_store as verify_store
+from .api.embed import embed as embed
+from .api.embed import estimate_embedding as estimate_embedding
+from .api.repair import repair_store as repair_store
+from .api.report import export_scores as export_scores
+from .api.report import write_report as write_report
+from .config import EmbedConfig as EmbedConfig
+from .config import SelectConfig as SelectConfig
+from .config import TrainConfig as TrainConfig
+from .data.sources import open_source as open_source
+from .embedding.report import EmbedReport as EmbedReport
+from .errors import GstdsError as GstdsError
+from .errors import UsageError as UsageError
+from .graph.knn import knn_graph as knn_graph
+from .selection.rule import Rule as Rule
+from .selection.rule import RuleBatch as RuleBatch
+from .spectral.fiedler import fiedler_vectors as fiedler_vectors
+from .spectral.status import Status as Status
+from .store.reader import EmbeddingStore as EmbeddingStore
+from .stream.reader import SelectionStream as SelectionStream
+from .stream.reader import open_selection as open_selection
+from .training.sampler import SelectedBatchSampler as SelectedBatchSampler
+from .training.selected_dataset import SelectedDataset as SelectedDataset
+
+__version__: str
