@@ -10,6 +10,7 @@ import click
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.errors import command_line
 from gstds_cache.runtime.openmp import wait_briefly
+from gstds_cache.runtime.progress import shares_text
 
 from .common import (
     Command,
@@ -20,7 +21,6 @@ from .common import (
     print_table,
     seconds_line,
     setting_option,
-    shares_line,
     workers_option,
 )
 
@@ -142,7 +142,7 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
                 + (f", took {report.reused:,} over (--reuse)" if reuse else ""),
             ),
             ("time", seconds_line({phase: report.seconds[phase] for phase in PHASES})),
-            *([] if report.cache_hit else [("of embed", shares_line(report.shares))]),
+            *([] if report.cache_hit else [("of embed", shares_text(report.shares))]),
         ]
     )
     # What stands before the colon is the kind of failure; after it come the particulars of one image.

@@ -158,7 +158,7 @@ def write_report(
     if batches < 3:
         raise UsageError(f"`batches`: got {batches}, expected 3 or more")
     if file.exists() and not replace:
-        raise UsageError(f"`out` {file}: the file is there already", hint="give another name, or `replace=True`")
+        raise UsageError(f"`out` {file}: the file exists", hint="give another name, or `replace=True`")
     try:
         from gstds_cache.report.page import render, write_page
     except ModuleNotFoundError as error:

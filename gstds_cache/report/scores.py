@@ -129,7 +129,7 @@ def check_target(file: Path, *, replace: bool) -> None:
     if file.suffix not in FORMATS:
         raise UsageError(f"export to {file}: got the ending {file.suffix!r}, expected one of {', '.join(FORMATS)}")
     if file.exists() and not replace:
-        raise UsageError(f"export to {file}: the file is there already", hint="give another name, or `replace=True`")
+        raise UsageError(f"export to {file}: the file exists", hint="give another name, or `replace=True`")
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> pa.Array:

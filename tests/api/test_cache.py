@@ -97,7 +97,7 @@ def test_an_export_says_what_is_in_it(store: Path, tmp_path: Path) -> None:
     done = export_store(store, tmp_path / "rows.npy")
     assert (done.rows, done.undecodable, done.bytes) == (60, 2, (tmp_path / "rows.npy").stat().st_size)
     assert np.load(tmp_path / "rows.npy").shape == (done.rows, done.dim)
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="the file exists"):
         export_store(store, tmp_path / "rows.npy")
     assert export_store(store, tmp_path / "rows.npy", replace=True) == done
 
