@@ -81,7 +81,7 @@ def export(
         raise UsageError(
             "--device, --guidance and --schedule belong to --scores; an export of embeddings computes nothing"
         )
-    from gstds_cache.api.cache import export_store
+    from gstds_cache.api.export import export_store
 
     done = export_store(store, file, replace=replace)
     click.echo(f"wrote {file}: {done.rows:,} rows of {done.dim} {done.dtype}, {done.bytes / 1e6:,.1f} MB")
@@ -103,7 +103,7 @@ def _export_scores(
     replace: bool,
     as_json: bool,
 ) -> None:
-    from gstds_cache.api.report import export_scores
+    from gstds_cache.api.export import export_scores
 
     done = export_scores(store, selection, file, device=device, guidance=guidance, schedule=schedule, replace=replace)
     click.echo(f"wrote {file}: {done.rows:,} samples in {done.epochs} epochs, {done.bytes / 1e6:,.1f} MB")

@@ -1,13 +1,13 @@
 from .api.cache import describe_store as describe_store
-from .api.cache import export_store as export_store
 from .api.cache import list_derived as list_derived
 from .api.cache import list_stores as list_stores
 from .api.cache import remove_store as remove_store
 from .api.cache import verify_store as verify_store
 from .api.embed import embed as embed
 from .api.embed import estimate_embedding as estimate_embedding
+from .api.export import export_scores as export_scores
+from .api.export import export_store as export_store
 from .api.repair import repair_store as repair_store
-from .api.report import export_scores as export_scores
 from .api.report import write_report as write_report
 from .config import EmbedConfig as EmbedConfig
 from .config import SelectConfig as SelectConfig

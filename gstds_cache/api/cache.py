@@ -1,4 +1,4 @@
-"""Functions for stores as a whole: list, describe, verify, export and remove them. Repair is in :mod:`.repair`.
+"""Functions for stores as a whole: list, describe, verify and remove them.
 
 Nothing here loads torch but ``verify_store(level="sample")``: ``gstds-cache ls`` has to answer at once.
 """
@@ -16,7 +16,6 @@ from gstds_cache.files.derived import cache_root, existing_derived
 from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.describe import StoreSummary, summarise
-from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store as remove_objects
 from gstds_cache.store.verify import VerifyReport, verify
 
@@ -42,31 +41,6 @@ class StoreList:
             "stores": [store.to_dict() for store in self.stores],
             "damaged": self.damaged,
         }
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported.
-
-    Attributes:
-        file: Where it is.
-        rows: Rows in it.
-        dim: Length of an embedding.
-        dtype: How an embedding is stored.
-        undecodable: How many of the rows have no embedding, as their image could not be decoded.
-        bytes: Size of the file.
-    """
-
-    file: Path
-    rows: int
-    dim: int
-    dtype: str
-    undecodable: int
-    bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values."""
-        return vars(self) | {"file": str(self.file)}
 
 
 @dataclass(frozen=True)
@@ -189,30 +163,6 @@ def verify_store(
 
     sample = compare_sample(store, rows=rows, seed=seed, dataset=dataset, model=model, device=device)
     return replace(report, level=level, problems=sample.problems, sampled=sample.rows, cosine_min=sample.cosine_min)
-
-
-def export_store(store: LocationLike | EmbeddingStore, file: str | Path, *, replace: bool = False) -> ExportReport:
-    """Write the embeddings of a whole store for other tools, row i at place i.
-
-    Args:
-        store: The store, or its location.
-        file: ``.npy``, ``.parquet`` or ``.arrow``; :func:`gstds_cache.store.export.export_rows` says what is in each.
-        replace: Whether ``file`` may exist.
-
-    Returns:
-        What was written.
-
-    Raises:
-        UsageError: The ending is another, or ``file`` exists.
-        ChunkCorruptError: A shard is damaged.
-        IncompleteError: The store is not complete.
-    """
-    from gstds_cache.store.export import export_rows  # needs pyarrow
-
-    opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-    path = local_file(file, "`file`")
-    size = export_rows(opened, path, replace=replace)
-    return ExportReport(path, len(opened), opened.spec.dim, opened.spec.dtype, len(opened.without_embedding), size)
 
 
 def remove_store(store: LocationLike) -> RemoveReport:

@@ -23,7 +23,7 @@ from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
 from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.notify import Notify, log
-from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.runtime.progress import Progress, ProgressBar, showing
 from gstds_cache.store.reader import EmbeddingStore
 
 
@@ -74,10 +74,15 @@ def embed(
             meter.add("embed")
             show(phase, done, total, shares)
 
+        def tell(line: str) -> None:
+            if isinstance(show, ProgressBar):
+                show.end()
+            notify(line)
+
         source = open_source(
             dataset, hash_cache=hash_cache, progress=lambda done, total: report_progress("hash", done, total, {})
         )
-        _warn_if_inside(source, cache or root, notify)
+        _warn_if_inside(source, cache or root, tell)
         store = embed_dataset(
             source,
             config,
@@ -85,7 +90,7 @@ def embed(
             root=root,
             reuse=others,
             progress=report_progress,
-            notify=notify,
+            notify=tell,
             hash_cache=hash_cache,
         )
     meter.add("embed")

@@ -1,4 +1,4 @@
-"""A selection's view of each sample as a table, and the HTML page of selections and runs."""
+"""``gstds_cache.write_report``: an HTML page of selections and training runs."""
 
 from __future__ import annotations
 
@@ -11,36 +11,9 @@ from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike, local_file
-from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
-from gstds_cache.report.scores import SampleScores, check_target, write_scores
+from gstds_cache.report.recompute import RecomputeSettings
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import open_selection
-
-
-@dataclass(frozen=True)
-class ScoresReport:
-    """What :func:`export_scores` wrote.
-
-    Attributes:
-        file: The table.
-        rows: Samples in it.
-        epochs: Epochs of the selection.
-        never_kept: Samples that were in a batch and never stayed.
-        unseen: Samples that were never in a batch, as they have no embedding.
-        bytes: Size of the file.
-    """
-
-    file: Path
-    rows: int
-    epochs: int
-    never_kept: int
-    unseen: int
-    bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values."""
-        return vars(self) | {"file": str(self.file)}
 
 
 @dataclass(frozen=True)
@@ -66,59 +39,10 @@ class PageReport:
         return vars(self) | {"out": str(self.out)}
 
 
-def export_scores(
-    store: LocationLike | EmbeddingStore,
-    selection: str | Path,
-    file: str | Path,
-    *,
-    device: str = "auto",
-    guidance: str | None = None,
-    schedule: str | None = None,
-    replace: bool = False,
-    progress: Progress | bool | None = True,
-) -> ScoresReport:
-    """Compute a selection again and write how it sees each sample: one row a sample.
-
-    The columns are those of :func:`gstds_cache.report.scores.write_scores`.
-
-    Args:
-        store: The store the selection was made from, or its location.
-        selection: The selection.
-        file: ``.parquet`` or ``.arrow``.
-        device: Where the selection is computed again.
-        guidance: The selection's guidance, where it was a file or had parameters; None finds it out.
-        schedule: The selection's schedule, where it was ``file:PATH``: a selection names no paths.
-        replace: Whether ``file`` may exist.
-        progress: As for :func:`gstds_cache.embed`; counts batches.
-
-    Returns:
-        What was written.
-
-    Raises:
-        UsageError: ``file`` cannot be written, or this version does not know the selection's settings.
-        StreamError: The selection is damaged.
-        FingerprintMismatchError: The store is not the selection's, or gives other rows here.
-    """
-    path = local_file(file, "`file`")
-    check_target(path, replace=replace)
-    opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-    settings = RecomputeSettings(device=device, guidance=guidance, schedule=schedule)
-    scores = SampleScores(len(opened))
-    with open_selection(selection) as stream, showing(progress, "batches") as show:
-        header = stream.header
-        for batch in watch_again(selector_of(opened, header, settings), stream):
-            scores.add(batch)
-            show("score", batch.selection.seq + 1, header.total_batches, {})
-    size = write_scores(scores, opened, header, path)
-    unseen = int((scores.seen == 0).sum())
-    never = int((scores.kept == 0).sum()) - unseen
-    return ScoresReport(path, len(opened), header.epochs, never, unseen, size)
-
-
 def write_report(
     *what: str | Path,
     out: str | Path = "report.html",
-    cache: LocationLike | None = None,
+    cache: LocationLike | EmbeddingStore | None = None,
     dataset: Any = None,
     batches: int = 48,
     device: str = "auto",
@@ -134,12 +58,12 @@ def write_report(
     Args:
         what: Selections, and run directories of :func:`gstds_cache.train`; several are shown side by side.
         out: The page.
-        cache: The selections' store; None is where it was when they were made.
+        cache: The selections' store, or its location; None is where it was when they were made.
         dataset: Where the data set is now; None is where it was when the store was made.
         batches: Batches computed again to see their dropped rows, 3 or more.
         device: Where they are computed.
-        guidance: As for :func:`export_scores`.
-        schedule: As for :func:`export_scores`.
+        guidance: As for :func:`gstds_cache.export_scores`.
+        schedule: As for :func:`gstds_cache.export_scores`.
         replace: Whether ``out`` may exist.
         progress: As for :func:`gstds_cache.embed`; counts batches.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -81,9 +82,9 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: LocationLike | None = None,
-    dataset: Callable[[str], ImageSource],
-    dataset_uri: str | None = None,
+    cache: LocationLike | EmbeddingStore | None = None,
+    dataset: Callable[[Any], ImageSource],
+    dataset_uri: Any = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
     most: int = 48,
     per_sheet: int = 40,
@@ -203,7 +204,11 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: LocationLike | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(
+    file: Path, header: Header, cache: LocationLike | EmbeddingStore | None
+) -> tuple[EmbeddingStore | None, str]:
+    if isinstance(cache, EmbeddingStore):
+        return cache, ""
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:
@@ -299,18 +304,18 @@ def _sheets(
     view: SelectionView,
     store: EmbeddingStore,
     batches: list[SeenBatch],
-    open_dataset: Callable[[str], ImageSource],
-    uri: str | None,
+    open_dataset: Callable[[Any], ImageSource],
+    uri: Any,
     per_sheet: int,
 ) -> None:
-    where = uri or store.dataset_uri
+    where = store.dataset_uri if uri is None else uri
     if where is None:
         view.sheets_missing = "Needs the images, and the store does not say where they are: pass `dataset=DATASET`."
         return
     try:
         source = open_dataset(where)
         if len(source) != len(store):
-            view.sheets_missing = f"{where} has {len(source):,} items, the store has {len(store):,}: another data set."
+            view.sheets_missing = f"{source.uri} has {len(source):,} items, the store has {len(store):,}: another data set."
             return
     except GstdsError as error:
         if uri is not None:

@@ -13,13 +13,13 @@ from real_store import embed as embed_images
 
 from gstds_cache.api.cache import (
     describe_store,
-    export_store,
     list_derived,
     list_stores,
     remove_store,
     verify_store,
 )
 from gstds_cache.api.embed import embed
+from gstds_cache.api.export import export_store
 from gstds_cache.api.repair import repair_store
 from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import FingerprintMismatchError, StoreNotFoundError, UsageError

@@ -7,12 +7,15 @@ import logging
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from real_store import MODEL
 
 from gstds_cache.api.embed import embed, estimate_embedding
+from gstds_cache.api.repair import repair_store
 from gstds_cache.config import EmbedSettings
 from gstds_cache.costs.records import recall_store
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.writer import StoreWriter
 
@@ -59,6 +62,17 @@ def test_rows_of_one_store_are_taken_over_and_the_default_bar_and_log_are_quiet_
     assert f"lies inside the image folder {image_folder}" in caplog.text
     assert "give a `cache` outside of it" in caplog.text
     assert capsys.readouterr().out == ""
+
+
+def test_a_data_set_may_be_an_object(tmp_path: Path) -> None:
+    pairs = [(Image.new("RGB", (20, 20), (row * 9, 80, 200 - row * 5)), row % 2) for row in range(20)]
+    store = embed(pairs, "pairs.store", progress=False, notify=lambda _line: None, **SMALL)
+    assert (len(store), store.labels.tolist()) == (20, [0, 1] * 10)
+    assert embed(pairs, "pairs.store", progress=False, notify=lambda _line: None, **SMALL).report.cache_hit
+    (tmp_path / "pairs.store" / layout.object_key(1)).unlink()
+    with pytest.raises(UsageError, match="object in a Python program"):
+        repair_store("pairs.store", progress=False)
+    assert repair_store("pairs.store", dataset=pairs, workers=0, progress=False).shards == (1,)
 
 
 def test_an_estimate_writes_nothing(image_folder: Path, tmp_path: Path) -> None:
