@@ -41,6 +41,9 @@ def embed(
     The same call again finds the store and embeds nothing; after an interrupt it goes on where it stopped. The store
     can be used at once: :func:`gstds_cache.select` takes it.
 
+    On a CPU, :func:`gstds_cache.runtime.allocator.keep_freed_memory` before the first call can halve the model's time.
+    It is a setting of the whole process, so only the commands make it by themselves.
+
     Args:
         dataset: A data set's URI, such as ``imagefolder:PATH``, or any map-style data set object.
         cache: The store's location: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model
