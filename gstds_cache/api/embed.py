@@ -129,7 +129,7 @@ def estimate_embedding(
     """
     config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
     _require_locations(cache)
-    source = open_source(dataset, hash_cache=HashCache())
+    source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
     _warn_if_inside(source, cache or root, notify)
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)
 

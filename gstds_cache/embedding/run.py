@@ -162,7 +162,9 @@ def estimate_dataset(
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     location = None if where is None else Location.parse(where)
     stored = None if location is None else find_store(location)
-    spec = resolve_spec(job, len(source), "" if stored is None else stored.spec.items_root, stored)
+    # The part of a data set whose files are not hashed has about as many items.
+    items = stored.spec.items if stored is not None and getattr(source, "estimated", False) else len(source)
+    spec = resolve_spec(job, items, "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)

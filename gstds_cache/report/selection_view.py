@@ -315,7 +315,9 @@ def _sheets(
     try:
         source = open_dataset(where)
         if len(source) != len(store):
-            view.sheets_missing = f"{source.uri} has {len(source):,} items, the store has {len(store):,}: another data set."
+            view.sheets_missing = (
+                f"{source.uri} has {len(source):,} items, the store has {len(store):,}: another data set."
+            )
             return
     except GstdsError as error:
         if uri is not None:

@@ -123,7 +123,8 @@ class StoreMetadata:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
                 f"no store at {self.location}",
-                hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
+                hint=f"make one with: {command_line('gstds-embed', 'DATASET', '--cache', self.location)}; list with: "
+                "gstds-cache ls",
             ) from error
         try:
             attributes: dict[str, Any] = json.loads(data)["attributes"]["gstds"]

@@ -105,10 +105,11 @@ def test_a_run(root: Path, where: str, state: str) -> None:
 def test_hashes_a_mirror_and_a_report(root: Path) -> None:
     before = identity(folder(root))
     (root / "b-cache" / "hashes").mkdir(parents=True)
-    (root / "b-cache" / "hashes" / hash_cache._file_name(str(root))).write_bytes(hash_cache._FORMAT)
+    for name in (hash_cache.FILE, f"{hash_cache.FILE}-journal", "photos-0123456789abcdef.hashes"):
+        (root / "b-cache" / "hashes" / name).write_bytes(b"")
     (root / "m").mkdir()
     (root / "m" / "embeddings.npy").write_bytes(b"")
-    (root / "m" / "mirror.json").write_text(json.dumps({"commits_sha256": "x"}))
+    (root / "m" / "mirror.json").write_text(json.dumps({"fingerprint": "x", "signature": []}))
     (root / "page").mkdir()
     (root / "page" / "report.html").write_text("<!doctype html><head><title>gstds-cache report</title>")
     assert identity(folder(root)) == before

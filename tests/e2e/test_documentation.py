@@ -96,3 +96,11 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_files_named_in_the_documentation_exist() -> None:
+    pages = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "CONTRIBUTING.md"]
+    named = {(page.name, path) for page in pages for path in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text())}
+    assert len(named) >= 80
+    folders = (ROOT, ROOT / "gstds_cache", ROOT / "benchmarks")
+    assert [name for name in sorted(named) if not any((folder / name[1]).exists() for folder in folders)] == []
