@@ -87,6 +87,11 @@ class Command(click.Command):
             ctx.exit(told.exit_code)
 
 
+def notify(line: str) -> None:
+    """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
+    click.echo(with_flags(line, flags_of(click.get_current_context().command)), err=True)
+
+
 def flags_of(command: click.Command) -> dict[str, str]:
     """What ``command`` calls each of its parameters: a flag, or the word of an argument."""
     return {

@@ -63,10 +63,10 @@ class EmbedConfig:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
-        _require_range("--batch-size", self.batch_size, 1, MOST_IMAGES)
-        _require_range("--shard-rows", self.shard_rows, 1, MOST_ROWS)
-        _require_range("--workers", self.workers, 0, MOST_WORKERS, ", or auto")
-        _one_of("--dtype", self.dtype, ("float16", "float32"))
+        _require_range("`batch_size`", self.batch_size, 1, MOST_IMAGES)
+        _require_range("`shard_rows`", self.shard_rows, 1, MOST_ROWS)
+        _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
+        _one_of("`dtype`", self.dtype, ("float16", "float32"))
 
 
 @dataclass(frozen=True, kw_only=True)
