@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
+from gstds_cache.config import TrainConfig
 from gstds_cache.seeding import torch_rng_for
 
 
@@ -44,6 +45,11 @@ def augment(
     padded = torch.nn.functional.pad(pixels.half(), (shift,) * 4, mode="reflect").to(torch.uint8) if shift else pixels
     image = torch.arange(count, device=pixels.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def largest_shift(config: TrainConfig) -> int:
+    """By how many pixels at most a run shifts its images: an eighth of their side."""
+    return 0 if config.augment == "none" else max(1, config.image_size // 8)
 
 
 def to_input(pixels: UInt8[torch.Tensor, "M 3 S S"]) -> Float32[torch.Tensor, "M 3 S S"]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
+from gstds_cache.data.loading import pixel_batches
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import (
     DivergedError,
@@ -29,11 +30,15 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.writer import write_file
-from gstds_cache.training import loop
+from gstds_cache.training import evaluate as evaluating
+from gstds_cache.training import images, loop
 from gstds_cache.training.augment import augment, to_input
+from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed, default_side
-from gstds_cache.training.loop import one_cycle, run_config, train
+from gstds_cache.training.loop import train
 from gstds_cache.training.network import build_network
+from gstds_cache.training.optimizer import one_cycle
 from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.sampler import SelectedBatchSampler
 
@@ -66,7 +71,7 @@ def cut_short(selection: Path, cut: Path) -> Path:
 
 def run(source, selection: Path, out: Path, config: TrainConfig = CONFIG, **options):
     with open_selection(selection) as stream:
-        run_dir = RunDir(out, run_config(config, stream, None), provenance={}, resume=True)
+        run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=True)
         return train(source, stream, config, run_dir, **options)
 
 
@@ -102,7 +107,7 @@ def test_a_run_spends_what_the_selection_says_and_writes_it_down(source, selecti
     assert metrics[-1]["test_accuracy"] == report.accuracy.value
 
 
-def test_the_pace_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
+def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
     source, selection, tmp_path, monkeypatch
 ) -> None:
     to_input, calls = loop.to_input, []
@@ -191,15 +196,15 @@ def test_a_stream_that_ctrl_c_ended_is_an_interrupt_and_no_damage(source, select
 def test_a_run_is_never_overwritten_nor_mixed(source, selection, tmp_path) -> None:
     run(source, selection, tmp_path / "run")
     with open_selection(selection) as stream:
-        with pytest.raises(UsageError, match="--resume"):
-            RunDir(tmp_path / "run", run_config(CONFIG, stream, None), provenance={}, resume=False)
-        other = run_config(replace(CONFIG, lr=0.5), stream, None)
+        with pytest.raises(UsageError, match="resume=True"):
+            RunDir(tmp_path / "run", run_config(CONFIG, stream.header, None), provenance={}, resume=False)
+        other = run_config(replace(CONFIG, lr=0.5), stream.header, None)
     with pytest.raises(FingerprintMismatchError, match=r"lr: the run has 0\.02, now 0\.5"):
         RunDir(tmp_path / "run", other, provenance={}, resume=True)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(source, selection, tmp_path) -> None:
-    with pytest.raises(DivergedError, match="lower --lr"):
+    with pytest.raises(DivergedError, match="lower `lr`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, lr=1e9))
 
 
@@ -220,9 +225,42 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
     assert (report.accuracy.items, report.accuracy.undecodable) == (28, 2)
 
 
+@pytest.mark.parametrize("bad", [frozenset(), frozenset(range(15, 30))])
+def test_test_images_without_a_label_are_left_out_and_counted(source, selection, tmp_path, array_source, bad) -> None:
+    half = array_source(30, bad=bad)
+    half.labels[:15] = -1
+    alike = array_source(30)
+    accuracy = run(source, selection, tmp_path / "run", evaluation=half).accuracy
+    assert (accuracy.items, accuracy.unlabelled, accuracy.undecodable) == (15 - len(bad), 15, len(bad))
+    assert accuracy.value is None if bad else accuracy.value >= 0
+    if not bad:
+        alike.labels[:15] = (alike.labels[:15] + 1) % 3  # wrong labels, which count
+        network = build_network(CONFIG.arch, classes=3, side=16, seed=0)
+        network.load_state_dict(weights(tmp_path / "run"))
+        rows = evaluate(network, alike, torch.device("cpu"), side=16, workers=0)
+        assert (rows.items, rows.unlabelled) == (30, 0)
+        assert 0 <= round(rows.value * 30) - round(accuracy.value * 15) <= 15
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_nothing_is_page_locked_for_a_cpu_beside_a_gpu(source, selection, tmp_path, monkeypatch, budget) -> None:
+    asked: list[bool] = []
+
+    def spy(*arguments, pin, **options):
+        asked.append(pin)
+        return pixel_batches(*arguments, pin=pin, **options)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for module in (images, evaluating):
+        monkeypatch.setattr(module, "pixel_batches", spy)
+    run(source, selection, tmp_path / "run", replace(CONFIG, memory_budget=budget), evaluation=source)
+    assert asked
+    assert not any(asked)
+
+
 @pytest.mark.parametrize(("arch", "side"), [("vit_b_16", 20), ("alexnet", 16)], ids=str)
 def test_an_architecture_that_takes_no_such_images_writes_nothing(source, selection, tmp_path, arch, side) -> None:
-    with pytest.raises(UsageError, match="--image-size"):
+    with pytest.raises(UsageError, match="`image_size`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, arch=arch, image_size=side))
     assert not (tmp_path / "run").exists()
 
