@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, GstdsError, UsageError, command_line
-from gstds_cache.files.derived import cache_root, derived_paths, hashes_folder
+from gstds_cache.files.derived import cache_root, existing_derived, hashes_folder
+from gstds_cache.files.location import Location
 
 from .common import (
     Command,
@@ -168,8 +168,7 @@ def _belonging(store: StoreMetadata, dataset: str | None, model: str | None) -> 
     from gstds_cache.data.sources import open_source
     from gstds_cache.encoders.factory import open_encoder
 
-    made = store.provenance
-    dataset, model = dataset or made.get("dataset"), model or made.get("model")
+    dataset, model = dataset or store.dataset_uri, model or store.model_uri
     if not dataset or not model:
         raise UsageError(
             f"{store.location} does not say where its {'data set' if not dataset else 'model'} is",
@@ -235,7 +234,7 @@ def verify_store(
     if as_json:
         print_json(_as_dict(report) | {"level": level, "problems": [str(problem) for problem in problems]} | extra)
     if problems:
-        click.echo(f"error: {corrupt(store, problems)}", err=True)
+        click.echo(f"error: {corrupt(Location.parse(store), problems)}", err=True)
         if level == "sample" and not report.problems:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
             shards = sorted({problem.shard for problem in problems if problem.shard is not None})
@@ -339,8 +338,7 @@ def remove(store: str, yes: bool, as_json: bool) -> None:
     from gstds_cache.store.remove import remove_store
 
     summary = summarise(store)
-    places = [place for kind in (".selections", ".guidance", ".mirror") for place in derived_paths(store, kind)]
-    derived = [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - Path's may raise
+    derived = existing_derived(Location.parse(store))
     click.echo(
         f"{summary.location}: {summary.items:,} rows of {summary.model}, {summary.size / 1e6:,.1f} MB"
         + "".join(f"\n  and {folder}" for folder in derived),
@@ -351,7 +349,7 @@ def remove(store: str, yes: bool, as_json: bool) -> None:
             raise UsageError("rm asks before it removes, and stdin is no terminal", hint="say --yes if it is meant")
         click.confirm("Remove it for good?", abort=True, err=True)
     objects = remove_store(store)
-    left = [note for place in (*derived, *store_costs(store)) if (note := _remove_derived(place))]
+    left = [note for place in derived if (note := _remove_derived(place))]
     click.echo(f"removed {summary.location} ({objects} objects)")
     for note in left:
         click.echo(f"note: {note}", err=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 import click
 
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
-from gstds_cache.files.location import local_file, parse_location
+from gstds_cache.files.location import Location, local_file
 from gstds_cache.runtime.resources import explain
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ def warn_if_inside(source: ImageSource, path: str | Path | None, *, what: str, f
         what: What it is, in words.
         flag: How to name another place.
     """
-    place = None if path is None else parse_location(path)
-    if not source.kind.startswith("imagefolder") or source.files is None or not isinstance(place, Path):
+    place = None if path is None else Location.parse(path).path
+    if not source.kind.startswith("imagefolder") or source.files is None or place is None:
         return
     folder = Path(source.files.folder)
     # os.path, whose realpath ends where a link leads back to itself

@@ -12,7 +12,7 @@ import click
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.costs.records import Cost, keep_record, store_costs
 from gstds_cache.errors import GstdsError, UsageError, command_line
-from gstds_cache.files.location import parse_location
+from gstds_cache.files.location import Location
 from gstds_cache.runtime.openmp import wait_briefly
 
 from .common import (
@@ -112,7 +112,7 @@ def main(
     wait_briefly()
     for flag, place in (("--cache", cache), *(("--reuse", other) for other in reuse)):
         if place is not None:
-            parse_location(place, flag)  # what cannot be meant is said before a model is loaded
+            Location.parse(place, flag)  # what cannot be meant is said before a model is loaded
     config = EmbedConfig(
         model=model,
         batch_size=batch_size,

@@ -253,7 +253,7 @@ def main(
 def _dropped(selector: BatchSelector) -> str:
     """Shares dropped of the classes that lost least and most, in words."""
     shares = sorted(
-        (1 - kept / seen, class_name(label, selector.store.metadata.classes))
+        (1 - kept / seen, class_name(label, selector.store.classes))
         for label, (seen, kept) in selector.counts.classes.items()
         if label >= 0
     )
@@ -360,7 +360,7 @@ def _record_cost(selector: BatchSelector, files: list[Path], seconds: float, jou
     counts, store = selector.counts, selector.store.location
     if not counts.batches:
         return ""
-    where = store if "://" in store else str(Path(store).absolute())
+    where = str(store.absolute())
     spent = None if joules is None else sum(joules.values())
     cost = Cost(selector.digest, counts.rows, 0, seconds, spent, str(selector.device), where)
     # Where all batches were computed now, nothing is left of an earlier session, or of another file.
@@ -375,7 +375,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
     work = sum(counts.seconds.values())
     shares = {phase: spent / work for phase, spent in counts.seconds.items()} if work else {}
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
-    classes = selector.store.metadata.classes
+    classes = selector.store.classes
     to_stderr = file is None
     print_table(
         [
@@ -400,7 +400,7 @@ def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None
         click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)
     if file is not None:
         click.echo(f"wrote: {file}")
-        dataset = selector.store.metadata.provenance.get("dataset", "DATASET")
+        dataset = selector.store.dataset_uri or "DATASET"
         click.echo(f"next: {command_line('gstds-train', dataset, '--selection', file)}")
     if as_json:
         result: dict[str, Any] = {

@@ -15,7 +15,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
-from gstds_cache.files.location import local_file
+from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
@@ -64,8 +64,9 @@ class OpenedRun:
 def open_run(
     dataset: Any,
     selection: Any,
+    *,
     evaluation: Any,
-    cache: EmbeddingStore | str | Path | None,
+    cache: EmbeddingStore | LocationLike | None,
     settings: TrainSettings,
     hash_cache: HashCache,
     progress: Progress | bool | None,
@@ -94,18 +95,30 @@ def open_run(
         other = None if evaluation is None else open_source(evaluation, hash_cache=hash_cache, progress=hashing)
         classes = count_classes(source, other)
         stream = held.enter_context(open_selection(where))
-        header = stream.header
-        store = None if cache is None else str(getattr(cache, "location", cache))
-        if store is not None:
-            require_store(header, fingerprint=StoreMetadata(store).spec.fingerprint, where=store)
+        store = _checked_store(cache, stream.header)
         config = resolve_auto(config, source)
         flops = flops_per_sample(config.arch, classes=classes, side=config.image_size)
-        if not config.threads and ranks.device.type == "cpu":
-            samples = (config.repack or header.total_kept / max(header.total_batches, 1)) / ranks.world_size
-            held.enter_context(limited_threads(step_threads(flops, samples)))
-        embed_cost, select_cost = _costs(header, where, store)
+        held.enter_context(limited_threads(_step_threads(config, ranks, stream.header, flops)))
+        costs = _costs(stream.header, where, store)
         tell = (notify or log) if ranks.first else _tell_nobody
-        yield OpenedRun(source, other, stream, where, config, ranks, flops, embed_cost, select_cost, show, tell)
+        yield OpenedRun(source, other, stream, where, config, ranks, flops, *costs, show, tell)
+
+
+def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) -> str | None:
+    """Where the store is, which the selection has to be from."""
+    if cache is None:
+        return None
+    metadata = cache.metadata if isinstance(cache, EmbeddingStore) else StoreMetadata(cache)
+    require_store(header, fingerprint=metadata.spec.fingerprint, where=str(metadata.location))
+    return str(metadata.location)
+
+
+def _step_threads(config: TrainConfig, ranks: Ranks, header: Header, flops: float | None) -> int:
+    """The threads that were asked for; where none were, what a step on a CPU is worth. 0 leaves what there is."""
+    if config.threads or ranks.device.type != "cpu":
+        return config.threads
+    samples = (config.repack or header.total_kept / max(header.total_batches, 1)) / ranks.world_size
+    return step_threads(flops, samples)
 
 
 def _location_of(selection: Any) -> str:

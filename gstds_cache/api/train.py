@@ -20,7 +20,7 @@ from gstds_cache.data.outputs import inside_warning
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.errors import IncompleteError
 from gstds_cache.files.derived import hashes_folder
-from gstds_cache.files.location import local_file
+from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.runtime.devices import describe_device
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
@@ -43,7 +43,7 @@ def train(
     selection: Any,
     *,
     evaluation: Any = None,
-    cache: EmbeddingStore | str | Path | None = None,
+    cache: EmbeddingStore | LocationLike | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | bool | None = True,
@@ -86,10 +86,17 @@ def train(
         KeyboardInterrupt: It was interrupted; the same call with ``resume=True`` goes on.
     """
     begun, hash_cache = time.perf_counter(), HashCache(hashes_folder())
-    with (
-        open_run(dataset, selection, evaluation, cache, settings, hash_cache, progress, notify) as run,
-        ExitStack() as held,
-    ):
+    opening = open_run(
+        dataset,
+        selection,
+        evaluation=evaluation,
+        cache=cache,
+        settings=settings,
+        hash_cache=hash_cache,
+        progress=progress,
+        notify=notify,
+    )
+    with opening as run, ExitStack() as held:
         run_dir = _hold_run_dir(run, out, resume, hash_cache, held)
         opened = time.perf_counter() - begun  # libraries loaded, items hashed
         for note in hash_cache.notes:
@@ -117,7 +124,7 @@ def estimate_training(
     selection: Any,
     *,
     evaluation: Any = None,
-    cache: EmbeddingStore | str | Path | None = None,
+    cache: EmbeddingStore | LocationLike | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[TrainSettings],
@@ -142,7 +149,17 @@ def estimate_training(
         FingerprintMismatchError: The selection was made from another data set or store.
         StreamError: It is no selection.
     """
-    with open_run(dataset, selection, evaluation, cache, settings, HashCache(), progress, notify) as run:
+    opening = open_run(
+        dataset,
+        selection,
+        evaluation=evaluation,
+        cache=cache,
+        settings=settings,
+        hash_cache=HashCache(),
+        progress=progress,
+        notify=notify,
+    )
+    with opening as run:
         seconds, source = _recorded_cost(run.select_cost)
         if seconds is None and cache is not None:
             seconds, source = _measured_cost(cache, run.stream.header)
@@ -165,7 +182,7 @@ def _recorded_cost(cost: Cost | None) -> tuple[float | None, str]:
     return cost.seconds, "by gstds-select, as it wrote down"
 
 
-def _measured_cost(cache: EmbeddingStore | str | Path, header: Header) -> tuple[float, str]:
+def _measured_cost(cache: EmbeddingStore | LocationLike, header: Header) -> tuple[float, str]:
     """Seconds of a selection by what a few of its batches take, and that they are known so."""
     from gstds_cache.report.recompute import selector_of
     from gstds_cache.selection.throughput import samples_per_second

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gstds_cache.files.atomic import replacing
-from gstds_cache.files.derived import derived_paths, keep
+from gstds_cache.files.atomic import atomic_write
+from gstds_cache.files.derived import COST, derived_paths, keep
+from gstds_cache.files.location import Location, LocationLike
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Cost:
     store: str | None = None
 
 
-def store_costs(where: str | Path) -> list[Path]:
+def store_costs(where: LocationLike) -> list[Path]:
     """Where the cost of the store at ``where`` may be written down, in the order to look."""
-    return derived_paths(where, ".cost.json")
+    return derived_paths(Location.parse(where), COST)
 
 
 def selection_costs(file: Path) -> Path:
@@ -56,7 +57,7 @@ def recall(path: Path, of: str | None = None) -> Cost | None:
     return cost if of in {None, cost.of} else None
 
 
-def recall_store(where: str | Path, of: str | None = None) -> Cost | None:
+def recall_store(where: LocationLike, of: str | None = None) -> Cost | None:
     """The cost of the store at ``where``, or None where none of this fingerprint is written down."""
     found = (recall(path, of) for path in store_costs(where))
     return next((cost for cost in found if cost is not None), None)
@@ -83,8 +84,8 @@ def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
             "joules": (before.joules or 0) + (cost.joules or 0) if known else None,
         }
         cost = Cost(**fields)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(asdict(cost), sort_keys=True) + "\n")
+    with atomic_write(path, durable=False) as file:
+        file.write(json.dumps(asdict(cost), sort_keys=True).encode() + b"\n")
 
 
 def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from gstds_cache.data.mapstyle import MapStyleSource, attribute, importable
+from gstds_cache.data.mapstyle import MapStyleSource, importable, mirror_safe
 from gstds_cache.data.repeatable import require_repeatable
-from gstds_cache.data.sources import KINDS
+from gstds_cache.data.source import KINDS
 from gstds_cache.errors import DatasetError, GstdsError
 from gstds_cache.plugins import call_factory, load_factory
 
@@ -47,13 +46,8 @@ def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSour
             uri=uri,
             kind=f"module:{name}",
             folder=folder,
-            mirror_safe=_mirror_safe(dataset, uri),
+            mirror_safe=mirror_safe(dataset, uri),
             again=partial(factory, **params),
         )
         require_repeatable(source)
     return source
-
-
-def _mirror_safe(dataset: Any, uri: str) -> bool:
-    given = attribute(dataset, "mirror_safe", uri)
-    return True if given is None else bool(given)

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Int64, UInt8
 from gstds_cache.data.files import Files
 from gstds_cache.data.names import Names, find
 from gstds_cache.files import mapped
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 
 RACY_NS = 2_000_000_000
 """The coarsest clock of a file system in use (FAT) ticks every two seconds."""
@@ -163,7 +163,7 @@ class HashCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed to the disk: what a power cut leaves does not match its digest.
-            with replacing(path) as temporary, temporary.open("wb") as file:
+            with atomic_write(path, durable=False) as file:
                 _serialise(file, os.fsencode(folder), shelf)
         except OSError as error:
             self._note(f"the next run hashes every file again: cannot write {path}: {error.strerror}")

@@ -28,6 +28,13 @@ from gstds_cache.files import mapped
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
+MIRROR_UNSAFE = frozenset(
+    (
+        *("EMNIST", "GTSRB", "KMNIST", "MNIST", "MovingMNIST", "Omniglot"),
+        *("QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS"),
+    )
+)
+"""torchvision's data sets of characters and signs: mirrored, they are others or none."""
 COMPARED = 16
 """Items whose labels are compared with those of an attribute before it is taken for all."""
 TRIED = 8
@@ -82,8 +89,8 @@ class MapStyleSource:
         self.ids = _ids(dataset, uri, rows)
         self._require_an_image(rows)
         # torchvision names those classes alone that a split has.
-        named = class_names(dataset, uri)
-        column = LabelColumn(rows, uri, self.name_of, named, may_exceed=kind.startswith("torchvision:"))
+        may_exceed = kind.startswith(("torchvision:", "python:torchvision."))
+        column = LabelColumn(rows, uri, self.name_of, class_names(dataset, uri), may_exceed=may_exceed)
         self.labels = self._read_labels(rows, column)
         self.classes = column.classes
         self._indices = {name: index for index, name in enumerate(self.classes)}
@@ -154,7 +161,7 @@ class MapStyleSource:
             f"data set {self.uri!r}: row {row} ({self.ids[row]}) {what}; expected the same each time, in every process",
             hint="take random transforms out of the dataset: augmentation comes after the cache. Where nothing is "
             "random, its items may depend on the process that reads them (a connection or random state that processes "
-            "share): try --workers 0",
+            "share): pass `workers=0`",
         )
 
     def for_workers(self) -> Callable[[], MapStyleSource]:
@@ -294,7 +301,7 @@ class MapStyleSource:
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise DatasetError(
                 f"data set {self.uri!r}: cannot be sent to worker processes: {error}, expected an object that pickles",
-                hint="decode in this process: --workers 0",
+                hint="decode in this process: pass `workers=0`",
             ) from error
         return state
 
@@ -334,6 +341,19 @@ def attribute(dataset: Any, name: str, uri: str) -> Any:
         return getattr(dataset, name, None)
     except Exception as error:
         raise code_fault(f"data set {uri!r}, its attribute {name!r}", error) from error
+
+
+def mirror_safe(dataset: Any, uri: str) -> bool:
+    """Whether an image keeps its label when it is mirrored, as the dataset's attribute says; else by its class.
+
+    Raises:
+        DatasetError: The attribute is a property, and fails.
+    """
+    given = attribute(dataset, "mirror_safe", uri)
+    while type(dataset).__name__ == "Subset" and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    known = type(dataset).__module__.startswith("torchvision.") and type(dataset).__name__ in MIRROR_UNSAFE
+    return not known if given is None else bool(given)
 
 
 def class_names(dataset: Any, uri: str) -> tuple[str, ...]:

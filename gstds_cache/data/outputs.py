@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.data.source import ImageSource
-from gstds_cache.files.location import parse_location
+from gstds_cache.files.location import Location, LocationLike
 
 STORE = frozenset(
     {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "COMPLETE.json", "repair.json"}
@@ -86,7 +86,7 @@ def holds_outputs(folder: str) -> bool:
     return any(_is_output(path) for path in _files(folder))
 
 
-def inside_warning(source: ImageSource, path: str | Path | None, *, what: str, argument: str) -> str:
+def inside_warning(source: ImageSource, path: LocationLike | None, *, what: str, argument: str) -> str:
     """A warning for the user where what is to be written would lie in the image folder that is read.
 
     Args:
@@ -98,8 +98,8 @@ def inside_warning(source: ImageSource, path: str | Path | None, *, what: str, a
     Returns:
         The warning; empty where it lies elsewhere.
     """
-    target = None if path is None else parse_location(path)
-    if not source.kind.startswith("imagefolder") or source.files is None or not isinstance(target, Path):
+    target = None if path is None else Location.parse(path).path
+    if not source.kind.startswith("imagefolder") or source.files is None or target is None:
         return ""
     folder = Path(source.files.folder)
     # os.path, whose realpath ends where a link leads back to itself

@@ -11,6 +11,9 @@ from PIL import Image
 
 from gstds_cache.data.files import Files
 
+KINDS = ("digits", "imagefolder:PATH", "torchvision:CLASS?root=PATH", "module:factory")
+"""How the kinds of data sets are named."""
+
 
 @runtime_checkable
 class ImageSource(Protocol):

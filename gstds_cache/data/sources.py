@@ -1,4 +1,4 @@
-"""How a data set's name on the command line is understood."""
+"""Data sets by name, or as an object that a Python program has."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import re
 from collections.abc import Callable
 
 from gstds_cache.data.hash_cache import HashCache
-from gstds_cache.data.source import ImageSource
+from gstds_cache.data.source import KINDS, ImageSource
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.files.location import expanded
 from gstds_cache.uris import split_query
 
 __all__ = ["KINDS", "ImageSource", "open_source"]
 
-KINDS = ("digits", "imagefolder:PATH", "torchvision:CLASS?root=PATH", "module:factory")
-
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def open_source(
-    uri: str, *, hash_cache: HashCache | None = None, progress: Callable[[int, int], None] | None = None
+    dataset: object, *, hash_cache: HashCache | None = None, progress: Callable[[int, int], None] | None = None
 ) -> ImageSource:
-    """Open a data set by name.
+    """Open a data set.
 
-    ``digits`` and ``imagefolder:PATH`` take ``?split=train|test&holdout=0.2``; ``torchvision:CLASS`` passes its query
-    to the class and ``module:factory`` to the factory. A path may hold ``:`` but not ``?``.
+    Of names, ``digits`` and ``imagefolder:PATH`` take ``?split=train|test&holdout=0.2``; ``torchvision:CLASS`` passes
+    its query to the class and ``module:factory`` to the factory. A path may hold ``:`` but not ``?``.
 
     Args:
-        uri: One of ``KINDS``.
+        dataset: A name, one of ``KINDS``; or any object with ``__len__`` and ``__getitem__`` that gives (image, label)
+            (:func:`gstds_cache.data.python_object.open_object`).
         hash_cache: Digests of files remembered from before, for ``split``, which needs the digest of every item. Give
             :func:`gstds_cache.data.manifest.build_manifest` the same one, and no file is read twice to be hashed.
         progress: Called with (items hashed, items in all) while a split is decided.
@@ -37,7 +36,20 @@ def open_source(
 
     Raises:
         UsageError: The name is of no known kind, or has a query parameter that its kind does not take.
-        DatasetError: What is named is not there, or is no data set.
+        DatasetError: What is named does not exist, or is no data set.
+    """
+    if not isinstance(dataset, str):
+        from gstds_cache.data.python_object import open_object
+
+        return open_object(dataset)
+    return _open_name(dataset, hash_cache, progress)
+
+
+def _open_name(uri: str, hash_cache: HashCache | None, progress: Callable[[int, int], None] | None) -> ImageSource:
+    """Open a data set by name.
+
+    Raises:
+        UsageError: The name is of no known kind.
     """  # noqa: DOC501
     # Adapters are imported where they are chosen: each brings a heavy library.
     base, params = split_query("data set", uri)
@@ -58,6 +70,12 @@ def open_source(
         from gstds_cache.data.vision import open_torchvision
 
         return open_torchvision(uri, target, params)
+    if kind == "python":
+        raise UsageError(
+            f"data set {uri!r}: got the class of an object in a Python program, which has no name to open it by",
+            hint="pass the object itself from Python, or a name: a function of yours that returns it is "
+            "package.module:function",
+        )
     factory = target if kind == "module" and ":" in target else base
     if _FACTORY.fullmatch(factory):
         from gstds_cache.data.factory import open_factory

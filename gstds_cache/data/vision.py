@@ -13,7 +13,7 @@ import numpy as np
 from gstds_cache.data.arrays import ArraySource
 from gstds_cache.data.files import Files, FileSource, has_image_extension, printable
 from gstds_cache.data.labels import LabelColumn, may_be_labels
-from gstds_cache.data.mapstyle import MapStyleSource, class_names
+from gstds_cache.data.mapstyle import MIRROR_UNSAFE, MapStyleSource, class_names
 from gstds_cache.data.names import Names, Numbers, duplicate
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
@@ -22,13 +22,6 @@ from gstds_cache.files.location import expanded
 from gstds_cache.plugins import own_code
 from gstds_cache.runtime.resources import out_of_memory
 
-# Characters and signs: mirrored, they are others or none.
-_MIRROR_UNSAFE = frozenset(
-    (
-        *("EMNIST", "GTSRB", "KMNIST", "MNIST", "MovingMNIST", "Omniglot"),
-        *("QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS"),
-    )
-)
 # Code that would run inside the cache, and the network.
 _NOT_PARAMETERS = frozenset(
     ("self", "transform", "target_transform", "transforms", "loader", "is_valid_file", "download")
@@ -157,7 +150,7 @@ def _download_command(cls: type, root: str) -> str:
 
 
 def _adapt(uri: str, name: str, dataset: Any, root: str, again: Callable[[], Any]) -> ImageSource:
-    kind, mirror_safe = f"torchvision:{name}", name not in _MIRROR_UNSAFE
+    kind, mirror_safe = f"torchvision:{name}", name not in MIRROR_UNSAFE
     if name in {"CIFAR10", "CIFAR100"}:
         return ArraySource(
             uri=uri,

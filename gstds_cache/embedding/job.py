@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,8 @@ from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
+from gstds_cache.files.location import Location
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
@@ -60,7 +61,7 @@ class Job:
 
 
 def settle(
-    job: Job, where: str | Path, stored: StoreMetadata | None, manifest: DatasetManifest
+    job: Job, stored: StoreMetadata | None, manifest: DatasetManifest
 ) -> tuple[CacheSpec, EmbeddingStore | None]:
     """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing.
 
@@ -73,7 +74,7 @@ def settle(
         with explained(stored, manifest, job.source):
             require_same(stored.spec, spec, where=stored.location)
         with suppress(StoreNotFoundError, IncompleteError):
-            return spec, EmbeddingStore(where)
+            return spec, EmbeddingStore(stored)
         require_fit(job, stored)
     if stored is None or stored.spec == spec:  # else open_writer says in what they differ
         look_twice(job, spec)
@@ -129,6 +130,7 @@ def specify(job: Job, items: int, items_root: str, stored: StoreMetadata | None)
         dtype=job.config.dtype,
         batch_size=batch_size,
         shard_rows=-(-shard_rows // batch_size) * batch_size,
+        format=CURRENT.version if stored is None else stored.spec.format,
     )
 
 
@@ -149,10 +151,10 @@ def _stored_batch_size(job: Job, stored: int) -> int:
     return given
 
 
-def stored_at(where: str | Path) -> StoreMetadata | None:
-    """The store at ``where``, or None if there is none."""
+def stored_at(location: Location) -> StoreMetadata | None:
+    """The store at ``location``, or None if there is none."""
     try:
-        return StoreMetadata(where)
+        return StoreMetadata(location)
     except StoreNotFoundError:
         return None
 

@@ -9,9 +9,7 @@ from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError
-from gstds_cache.store import layout
 from gstds_cache.store.metadata import StoreMetadata
-from gstds_cache.store.transport import map_object
 
 
 @contextmanager
@@ -40,8 +38,8 @@ def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: Imag
     if stored.spec.items_root == manifest.root or stored.spec.items != len(manifest):
         return []
     try:
-        before = DatasetManifest.from_arrow(map_object(stored.transport, layout.ITEMS))
-    except (IntegrityError, FileNotFoundError):  # a damaged list of items is verify's to tell
+        before = stored.manifest()
+    except IntegrityError:  # a damaged list of items is verify's to tell
         return []
     if before.ids != manifest.ids:
         return ["the items have other ids, or another order"]

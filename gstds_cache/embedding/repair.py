@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
@@ -17,6 +16,7 @@ from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.metadata import StoreMetadata
@@ -72,7 +72,7 @@ def same_data(
 
 
 def repair_store(
-    where: str | Path,
+    where: LocationLike,
     source: ImageSource,
     encoder: Encoder,
     *,
@@ -108,17 +108,18 @@ def repair_store(
         IntegrityError: The specification itself is damaged.
     """
     metadata = StoreMetadata(where)
+    names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
         raise UsageError(f"--shard {beyond[0]}: {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"--workers: got {workers}, expected 0 or more, or auto")
     say = progress or (lambda _phase, _done, _total: None)
-    before = verify(where, "full", progress=partial(say, "check"))
-    old, _ = metadata.scan_commits()
+    before = verify(metadata, "full", progress=partial(say, "check"))
+    old, _ = metadata.scan_commits()  # known from the check
     redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
     vouched = _vouched(metadata)
-    if len(old) < metadata.spec.shards or commits_root(old) == vouched:
+    if len(old) < metadata.spec.shards or commits_root(old, names) == vouched:
         vouched = None  # all commit records are the ones that COMPLETE vouches for, or the others cannot be judged
     if not redo and not before.problems and (before.complete or before.committed < before.shards):
         return RepairReport(before, (), 0, (), before)
@@ -137,7 +138,7 @@ def repair_store(
         made = _make_again(writer, task, redo)
         images = task.clock.images
         committed = {shard: commit for shard, commit in writer.recover().items() if shard not in made}
-        if vouched is not None and commits_root(committed | made) != vouched:
+        if vouched is not None and commits_root(committed | made, names) != vouched:
             # A commit record was altered so that nothing else shows it, and nobody can say which.
             images_before, redo = images, sorted({*redo, *committed})
             made |= _make_again(writer, task, sorted(committed))

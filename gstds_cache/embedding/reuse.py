@@ -7,19 +7,16 @@ every preprocessing parameter) and kept in the same dtype. Items that could not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from gstds_cache.data.manifest import UNREADABLE, DatasetManifest
-from gstds_cache.errors import FingerprintMismatchError, IntegrityError
+from gstds_cache.data.manifest import UNREADABLE
+from gstds_cache.errors import FingerprintMismatchError
 from gstds_cache.files import mapped
-from gstds_cache.store import layout
-from gstds_cache.store.metadata import Problem, corrupt
+from gstds_cache.files.location import LocationLike
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import map_object
 
 WINDOW_BYTES = 256 << 20
 PART_ROWS = 1 << 16
@@ -36,7 +33,7 @@ class KnownRows:
     """
 
     def __init__(
-        self, stores: Sequence[str | Path], sha256: UInt8[np.ndarray, "N 32"], encoder: dict[str, Any], dtype: str
+        self, stores: Sequence[LocationLike], sha256: UInt8[np.ndarray, "N 32"], encoder: dict[str, Any], dtype: str
     ) -> None:
         """Look up every item; no embedding is read yet.
 
@@ -62,7 +59,7 @@ class KnownRows:
         self.count = 0
         for number, store in enumerate(self._stores):
             _require_encoder(store, encoder, dtype)
-            found = self._look_in(number, _hashes(store), store.without_embedding)
+            found = self._look_in(number, store.manifest().sha256, store.without_embedding)
             self.count += found
             if found and self.batch_size is None:
                 self.batch_size = store.spec.batch_size
@@ -122,17 +119,6 @@ def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str)
             f"--reuse {store.location}: its rows were made in another way:\n    " + "\n    ".join(lines),
             hint="leave it out, or embed with the same model, weights, preprocessing and --dtype",
         )
-
-
-def _hashes(store: EmbeddingStore) -> UInt8[np.ndarray, "N 32"]:
-    problem = f"{layout.ITEMS} is not the list of items that the store was made of"
-    try:
-        manifest = DatasetManifest.from_arrow(map_object(store.metadata.transport, layout.ITEMS))
-    except (IntegrityError, FileNotFoundError) as error:
-        raise corrupt(store.location, [Problem(layout.ITEMS, problem)]) from error
-    if manifest.root != store.spec.items_root:
-        raise corrupt(store.location, [Problem(layout.ITEMS, problem)])
-    return manifest.sha256
 
 
 def _rows_of(sha256: UInt8[np.ndarray, "N 32"], part: int, parts: int) -> Int64[np.ndarray, " R"]:

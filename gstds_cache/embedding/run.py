@@ -31,13 +31,14 @@ from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.files.digest import digest_of
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.store.commit_record import Quarantined
+from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
-from gstds_cache.store.transport import open_transport
 from gstds_cache.store.writer import StoreWriter, open_writer
 
 PROBE_FROM = 1000
@@ -102,9 +103,9 @@ def embed_dataset(
     source: ImageSource,
     config: EmbedConfig,
     *,
-    where: str | Path | None = None,
+    where: LocationLike | None = None,
     root: Path | None = None,
-    reuse: Sequence[str | Path] = (),
+    reuse: Sequence[LocationLike] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -151,26 +152,29 @@ def embed_dataset(
     if where is None:
         assert root is not None
         where = root / _default_name(source, encoder, manifest, config)
-    stored = stored_at(where)
+    location = Location.parse(where)
+    stored = stored_at(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    spec, hit = settle(job, where, stored, manifest)
+    spec, hit = settle(job, stored, manifest)
     if hit is not None:
         job.seconds["total"] = time.perf_counter() - begun
         return _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
     probing = time.perf_counter()
-    estimate = _look_ahead(job, where, stored, spec)
+    estimate = _look_ahead(job, location, stored, spec)
     job.seconds["probe"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - probing
     attributes = {
         "kind": manifest.kind,
         "classes": list(manifest.classes),
         "provenance": _provenance(source.uri, config, device),
     }
-    with open_writer(where, spec, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+    items = manifest.to_arrow()
+    with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
+        del items
         task, before = _fill(job, writer, executor or LocalExecutor(), progress)
         finishing = time.perf_counter()
         writer.finish(lambda done, total: progress("check", done, total, {}))
-    store = EmbeddingStore(where)
+    store = EmbeddingStore(writer.metadata)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
     return _report(job, store, before=before, clock=task.clock, estimate=estimate)
@@ -180,7 +184,7 @@ def estimate_dataset(
     source: ImageSource,
     config: EmbedConfig,
     *,
-    where: str | Path | None = None,
+    where: LocationLike | None = None,
     root: Path | None = None,
     say: Say | None = None,
 ) -> Estimate:
@@ -204,32 +208,34 @@ def estimate_dataset(
     device = resolve_device(config.device)
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
     job = Job(source, config, device, encoder, say or (lambda _line: None))
-    stored = None if where is None else stored_at(where)
+    location = None if where is None else Location.parse(where)
+    stored = None if location is None else stored_at(location)
     spec = specify(job, len(source), "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)
     look_twice(job, spec)
-    return _probe(job, spec, where if where is not None else root, _committed(stored))
+    place = location or (None if root is None else Location(root))
+    return _probe(job, spec, place, _committed_rows(stored))
 
 
-def _look_ahead(job: Job, where: str | Path, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
+def _look_ahead(job: Job, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
-    committed = _committed(stored)
+    committed = _committed_rows(stored)
     left = spec.items - committed
     known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
-    transport = open_transport(where)
+    transport = open_transport(location)
     need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
-    require_disk(need, transport.free_bytes(), location=transport.location)
+    require_disk(need, transport.free_bytes(), location=str(location))
     if left - known <= PROBE_FROM:
         return None
-    estimate = _probe(job, spec, where, committed, known)
+    estimate = _probe(job, spec, location, committed, known)
     for line in estimate.lines():
         job.say(line)
     return estimate
 
 
-def _probe(job: Job, spec: CacheSpec, where: str | Path | None, committed: int, known: int = 0) -> Estimate:
+def _probe(job: Job, spec: CacheSpec, location: Location | None, committed: int, known: int = 0) -> Estimate:
     return probe(
         job.source,
         job.encoder,
@@ -239,18 +245,18 @@ def _probe(job: Job, spec: CacheSpec, where: str | Path | None, committed: int, 
         batch_size=spec.batch_size,
         shard_rows=spec.shard_rows,
         known_rows=known,
-        disk_free=None if where is None else open_transport(where).free_bytes(),
+        disk_free=None if location is None else open_transport(location).free_bytes(),
     )
 
 
 def _missing(stored: StoreMetadata | None, spec: CacheSpec) -> list[range]:
     """Rows of each shard that is not committed."""
-    committed = {} if stored is None else stored.commits()
+    committed = set() if stored is None else set(stored.committed())
     return [spec.rows_of(shard) for shard in range(spec.shards) if shard not in committed]
 
 
-def _committed(stored: StoreMetadata | None) -> int:
-    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.commits())
+def _committed_rows(stored: StoreMetadata | None) -> int:
+    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.committed())
 
 
 def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
@@ -260,7 +266,7 @@ def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estim
     order = ("hash", "model", "probe", "embed", "finish", "total", *beside)
     times = dict.fromkeys(order, 0.0) | job.seconds | parts
     return EmbedReport(
-        location=store.location,
+        location=str(store.location),
         fingerprint=store.fingerprint,
         model=job.encoder.spec.model,
         items=store.spec.items,

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gstds_cache.errors import UsageError
-from gstds_cache.files.location import local_file, parse_location
+from gstds_cache.files.location import Location, local_file
+
+SELECTIONS, GUIDANCE, MIRROR, COST = ".selections", ".guidance", ".mirror", ".cost.json"
+"""What is derived from a store: added to its name, the name of a folder or file beside it."""
 
 BLOCK = 4096  # bytes that a folder must take to be written to; a full disk often still takes an empty file
 
@@ -49,7 +52,7 @@ def cache_root(instead: str = "") -> Path:
     """Where stores without a path of their own live: ``$GSTDS_CACHE``, else ``~/.cache/gstds-cache``.
 
     Args:
-        instead: What a user can give instead of a default place, for the error, e.g. ``--cache STORE``.
+        instead: What a user can give instead of a default place, for the error, e.g. ``cache=STORE``.
 
     Returns:
         The folder, which need not exist.
@@ -72,23 +75,21 @@ def hashes_folder() -> Path | None:
     return None if root is None else root / "hashes"
 
 
-def derived_paths(where: str | Path, suffix: str) -> list[Path]:
-    """Where something derived from the store at ``where`` may be, in the order to look for it.
+def derived_paths(location: Location, suffix: str) -> list[Path]:
+    """Where something derived from the store at ``location`` may be, in the order to look for it.
 
     Args:
-        where: A store: a directory, or a URL.
-        suffix: What is kept there, e.g. ``.selections``.
+        location: The store.
+        suffix: What is kept there: :data:`SELECTIONS`, :data:`GUIDANCE`, :data:`MIRROR` or :data:`COST`.
 
     Returns:
         ``STORE`` + ``suffix`` for a directory; then a folder of the cache, named by a digest of the place. Empty for a
         bucket where there is no cache.
     """
-    store, root = parse_location(where), find_cache_root()
-    if isinstance(store, str):
-        store = store.rstrip("/")
-        name = store.rpartition("/")[2]
-        return [] if root is None else [root / "remote" / f"{_distinct(name, store)}{suffix}"]
-    path = store if store.name not in {"", ".."} else store.resolve()
+    root = find_cache_root()
+    if location.path is None:
+        return [] if root is None else [root / "remote" / f"{_distinct(location.name, str(location))}{suffix}"]
+    path = location.path if location.path.name not in {"", ".."} else location.path.resolve()
     found = [path.with_name(path.name + suffix)] if path.name else []  # "/" has nothing beside it
     # The same store by way of a symbolic link is the same store: what there is lies beside its own name.
     real = Path(_real(path))
@@ -97,14 +98,20 @@ def derived_paths(where: str | Path, suffix: str) -> list[Path]:
     return found if root is None else [*found, root / "derived" / f"{_distinct(path.name, _real(path))}{suffix}"]
 
 
-def derived_path(where: str | Path, suffix: str) -> Path:
+def derived_path(location: Location, suffix: str) -> Path:
     """The first of :func:`derived_paths`.
 
     Raises:
         UsageError: There is none.
     """
-    places = derived_paths(where, suffix)
-    return places[0] if places else cache_root()
+    paths = derived_paths(location, suffix)
+    return paths[0] if paths else cache_root()
+
+
+def existing_derived(location: Location) -> list[Path]:
+    """Every folder and file derived from the store at ``location`` that exists."""
+    paths = [path for suffix in (SELECTIONS, GUIDANCE, MIRROR, COST) for path in derived_paths(location, suffix)]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def first_writable(folders: Sequence[Path]) -> WritablePath:

@@ -1,11 +1,12 @@
-"""What a user names a place by, parsed once: a path, ``file:///path``, or ``s3://bucket/prefix``.
+"""Where a store is, parsed once: a directory on this machine, or a prefix of an S3 bucket.
 
-A path may begin with ``~``, in quotes too, where no shell replaces it: a folder named ``~`` is never meant.
+A path may begin with ``~``, also in quotes, where no shell replaces it: a folder named ``~`` is never meant.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,26 +14,68 @@ from gstds_cache.errors import UsageError
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")
 REMOTE = {"s3", "gs", "gcs", "az", "abfs", "http", "https", "grpc", "grpc+tls"}
+# ASCII, because some versions of obstore percent-encode the rest: other tools would then see other names.
+BUCKET = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})/(?P<prefix>[A-Za-z0-9._=+@,:/-]+)", re.I)
 
 
-def parse_location(where: str | Path, what: str = "store") -> Path | str:
-    """The directory or bucket that ``where`` names.
+@dataclass(frozen=True)
+class Location:
+    """Where a store is; made by :meth:`parse`. ``str()`` is the name a user can type.
 
-    Args:
-        where: A path, ``file:///path`` or ``s3://bucket/prefix``.
-        what: What is named, for errors.
-
-    Returns:
-        A path, or a URL that begins with ``s3://``.
-
-    Raises:
-        UsageError: ``where`` is empty, a URL of another kind or with too few slashes, or begins with ``~`` of a user
-            who has no home.
+    Attributes:
+        path: The directory; None for a bucket.
+        bucket: Name of the bucket; empty for a directory.
+        prefix: What the keys in the bucket begin with, without a slash at either end; empty for a directory.
     """
-    text = str(where)
-    if text[:5].lower() == "s3://":
-        return "s3://" + text[5:]
-    return _local(text, what, "a path, file:///path or s3://bucket/prefix")
+
+    path: Path | None
+    bucket: str = ""
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, where: LocationLike, name: str = "store") -> Location:
+        """Parse what a user named.
+
+        Args:
+            where: A path, ``file:///path`` or ``s3://bucket/prefix``, the schemes in any case; or a location.
+            name: What is named, for errors, e.g. ```cache```.
+
+        Returns:
+            The location.
+
+        Raises:
+            UsageError: ``where`` is empty, a URL of another kind or with too few slashes, a bucket without a prefix or
+                with one that some services would change, or begins with ``~`` of a user who has no home.
+        """
+        if isinstance(where, Location):
+            return where
+        text = str(where)
+        if text[:5].lower() != "s3://":
+            return cls(_local(text, name, "a path, file:///path or s3://bucket/prefix"))
+        match = BUCKET.fullmatch(text)
+        parts = match["prefix"].removesuffix("/").split("/") if match else [""]
+        if match is None or {"", ".", ".."} & set(parts):
+            raise UsageError(
+                f"{name}: got {text!r}, expected s3://bucket/prefix, with parts of [A-Za-z0-9._=+@,:-]; a store has a "
+                "prefix of its own"
+            )
+        return cls(None, match["bucket"], "/".join(parts))
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}" if self.path is None else str(self.path)
+
+    def absolute(self) -> Location:
+        """The same location whatever the current directory is."""
+        return self if self.path is None else Location(self.path.absolute())
+
+    @property
+    def name(self) -> str:
+        """The last part of the path or prefix."""
+        return self.prefix.rpartition("/")[2] if self.path is None else self.path.name
+
+
+LocationLike = str | Path | Location
+"""What a public call takes for a store; parsed at once."""
 
 
 def local_file(where: str | Path, what: str) -> Path:
@@ -40,7 +83,7 @@ def local_file(where: str | Path, what: str) -> Path:
 
     Args:
         where: As the user gave it.
-        what: What is named, for errors, e.g. ``--out``.
+        what: What is named, for errors, e.g. ```out```.
 
     Returns:
         The path.
@@ -60,7 +103,7 @@ def _local(text: str, what: str, expected: str) -> Path:
         # One slash is what a path makes of two: Path("s3://bucket") is s3:/bucket, and would be a folder named s3:.
         meant = f"{scheme}://{text[match.end() :]}" if match is not None and slashes == "/" else ""
         hint = f"did you mean {meant!r}? A folder of that name is './{text}'" if meant else ""
-        raise UsageError(f"{what} {text!r}: expected {expected}", hint=hint)
+        raise UsageError(f"{what}: got {text!r}, expected {expected}", hint=hint)
     return expanded(text, what)
 
 
@@ -94,5 +137,5 @@ def expanded(path: str | Path, what: str = "path") -> Path:
 def _of_file_url(text: str, what: str) -> Path:
     parts = urlsplit(text)
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/") or parts.query or parts.fragment:
-        raise UsageError(f"{what} {text!r}: expected file:///absolute/path, with ? and # as %3F and %23")
+        raise UsageError(f"{what}: got {text!r}, expected file:///absolute/path, with ? and # as %3F and %23")
     return Path(unquote(parts.path))

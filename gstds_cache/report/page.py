@@ -9,11 +9,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.report.charts import DROPPED, KEPT
 from gstds_cache.report.run_view import RunView, panels_of
 from gstds_cache.report.selection_view import SelectionView
-from gstds_cache.runtime.resources import writing
 
 
 def render(selections: list[SelectionView], runs: list[RunView]) -> str:
@@ -51,6 +50,6 @@ def write_page(file: Path, html: str) -> int:
     Returns:
         Bytes of the file.
     """
-    with writing(file), replacing(file) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    with atomic_write(file, durable=False) as out:
+        out.write(html.encode())
     return file.stat().st_size

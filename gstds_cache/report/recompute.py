@@ -79,7 +79,7 @@ def selector_of(
         UsageError: This version does not know the selection's settings.
         FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
     """
-    require_store(header, fingerprint=store.fingerprint, where=store.location)
+    require_store(header, fingerprint=store.fingerprint, where=str(store.location))
     settings = dict(header.settings)
     guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):

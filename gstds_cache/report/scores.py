@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +11,10 @@ import pyarrow.parquet
 from jaxtyping import Float64
 from scipy.stats import rankdata
 
-from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.report.recompute import SeenBatch
-from gstds_cache.runtime.resources import writing
-from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import map_object
 from gstds_cache.stream.schema import Header
 
 FORMATS = (".parquet", ".arrow")
@@ -107,7 +102,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     Returns:
         Bytes of the file.
     """
-    manifest = DatasetManifest.from_arrow(map_object(store.metadata.transport, layout.ITEMS))
+    manifest = store.manifest()
     columns = {
         "row": pa.array(np.arange(len(store))),
         "id": pa.array(manifest.ids, pa.utf8()),
@@ -116,15 +111,12 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
     }
     about = {"gstds.selection_digest": header.selection_digest, "gstds.fingerprint": header.cache_fingerprint}
     table = pa.table(columns).replace_schema_metadata(about)
-    with writing(file), replacing(file) as temporary:
+    with atomic_write(file, durable=True) as out:
         if file.suffix == ".parquet":
-            with temporary.open("wb") as out:  # opened here: Arrow takes names in UTF-8 alone
-                pa.parquet.write_table(table, out)
+            pa.parquet.write_table(table, out)
         else:
-            with temporary.open("wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+            with pa.ipc.new_file(out, table.schema) as writer:
                 writer.write_table(table)
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
     return file.stat().st_size
 
 

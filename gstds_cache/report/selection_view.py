@@ -120,7 +120,7 @@ def view_selection(
         view.sheets_missing = why
         return view
     selector = selector_of(store, header, recompute_settings)
-    view.facts.insert(0, ("data set", str(store.metadata.provenance.get("dataset", store.metadata.kind))))
+    view.facts.insert(0, ("data set", store.dataset_uri or store.kind))
     chosen = spans(batches, most=most)
     seen: list[list[SeenBatch]] = []
     for span in chosen:
@@ -266,7 +266,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
 
 def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
     store = selector.store
-    labels, classes = store.labels, list(store.metadata.classes)
+    labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()
     title = "Keep rates by class"
     if not len(labels) or labels.max(initial=-1) < 0:
@@ -302,7 +302,7 @@ def _sheets(
     uri: str | None,
     per_sheet: int,
 ) -> None:
-    where = uri or store.metadata.provenance.get("dataset")
+    where = uri or store.dataset_uri
     if where is None:
         view.sheets_missing = "Needs the images, and the store does not say where they are: give --dataset DATASET."
         return

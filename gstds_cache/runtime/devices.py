@@ -24,13 +24,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:N") from error
+        raise UsageError(f"`device`: got {name!r}, expected auto, cpu, cuda or cuda:N") from error
     if device.type not in {"cpu", "cuda"}:
-        raise UsageError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+        raise UsageError(f"`device`: got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"--device: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices",
-            hint="use --device cpu, or check the driver with: nvidia-smi",
+            f"`device`: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices",
+            hint="use `device=cpu`, or check the driver with: nvidia-smi",
         )
     return device
 

@@ -75,8 +75,8 @@ def _memory(error: BaseException) -> GstdsError | None:
         return None
     return IncompleteError(
         f"memory ran out: {str(error).strip().partition(chr(10))[0][:200] or type(error).__name__}",
-        hint="end what else uses memory, or use less of it (fewer --workers, a smaller --batch-size, --memory-budget "
-        f"or --image-size, as the command has them); {GO_ON}",
+        hint="end what else uses memory, or use less of it with a smaller `workers`, `batch_size`, `memory_budget` or "
+        f"`image_size`; {GO_ON}",
     )
 
 
@@ -88,7 +88,7 @@ def _files(error: BaseException) -> GstdsError | None:
     more = max(4096, 4 * soft) if hard == resource.RLIM_INFINITY else min(max(4096, 4 * soft), hard)
     raised = f"raise the limit: ulimit -n {more}, " if more > soft else "raise the hard limit, as root: ulimit -Hn, "
     got = f"too many open files: this process may open {soft:,}{_of(error)}"
-    return IncompleteError(got, hint=f"{raised}or use fewer --workers; {GO_ON}")
+    return IncompleteError(got, hint=f"{raised}or use fewer `workers`; {GO_ON}")
 
 
 def _processes(error: BaseException) -> GstdsError | None:
@@ -98,7 +98,7 @@ def _processes(error: BaseException) -> GstdsError | None:
         return None
     return IncompleteError(
         "the system starts no more processes or threads for this user",
-        hint=f"end some, raise the limit (ulimit -u), or use fewer --workers; {GO_ON}",
+        hint=f"end some, raise the limit (ulimit -u), or use fewer `workers`; {GO_ON}",
     )
 
 

@@ -31,7 +31,7 @@ from jaxtyping import Float32, Float64, Int, Int64
 
 from gstds_cache.errors import GstdsError, UsageError, unknown_name
 from gstds_cache.files import mapped
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import derived_paths, first_writable, keep
 from gstds_cache.files.digest import canonical_json, digest_of, sha256_file
 from gstds_cache.files.given import reading, require_file
@@ -394,10 +394,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 def _put(path: Path, write: Any) -> None:
     """Write a file that appears under its name only when it is whole and on the disk."""
-    with replacing(path) as temporary, temporary.open("w+b") as file:
+    with atomic_write(path, durable=True) as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _own_scores(store: EmbeddingStore, path: Path) -> Float32[np.ndarray, " N"]:

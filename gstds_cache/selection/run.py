@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -84,7 +83,7 @@ class BatchSelector:
             partitions=_partitions(config, self.rule),
         )
         if config.min_per_class:
-            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.metadata.classes)
+            check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
@@ -93,7 +92,7 @@ class BatchSelector:
         self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
         self.digest = digest_of(self.identity)
         self.counts, self.graphs_note = SelectionCounts(), ""
-        self._labels, self._reading = store.labels, threading.Lock()
+        self._labels = store.labels
         self._ids = LabelCounts.of(store.labels).one_each  # labels that are none: counts by class would be by row
 
     def run(self, start: int = 0) -> Iterator[Selection]:
@@ -155,7 +154,6 @@ class BatchSelector:
             device=self.device,
             solver=self.solver,
             backend=self.knn_backend,
-            reading=self._reading,
         )
 
     @property
@@ -252,7 +250,7 @@ class BatchSelector:
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
             where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-            classes = self.store.metadata.classes
+            classes = self.store.classes
             labels = self._labels_of(batch.indices)
             positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
         selection = Selection(

@@ -74,7 +74,6 @@ class Spectra:
         device: torch.device,
         solver: torch.device,
         backend: str,
-        reading: threading.Lock,
     ) -> None:
         """Compute nothing yet.
 
@@ -87,14 +86,12 @@ class Spectra:
             device: Where neighbours are found.
             solver: Where graphs are solved: there, or on the CPU.
             backend: The kNN backend, never ``auto``.
-            reading: Held while rows are read: a store that is read in windows keeps the last ones.
         """
         self._store, self._config, self._counts = store, config, counts
         self._vectors, self._device, self._solver, self._backend = vectors, device, solver, backend
         # faiss's memory on a GPU serves one search at a time.
         self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
-        self._reading = reading
         self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
 
     @property
@@ -168,8 +165,7 @@ class Spectra:
         stored = self._buffer("stored", (1, size, dim), getattr(torch, self._store.spec.dtype))
         rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
         for graph, batch in enumerate(batches):
-            with self._reading:
-                self._store.gather(batch.indices, stored[0].numpy())
+            self._store.gather(batch.indices, stored[0].numpy())
             normalized_rows(stored, out=rows[graph : graph + 1])
         return rows
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ ReadShard = Callable[[int], Rows]
 
 @runtime_checkable
 class RowAccess(Protocol):
-    """A way to get at rows. All return rows in the store's dtype, or cast into ``out``."""
+    """A way to get at rows, for any number of threads. All return rows in the store's dtype, or cast into ``out``."""
 
     @property
     def kind(self) -> Kind:
@@ -103,13 +104,15 @@ class WindowAccess:
         shard_bytes = spec.shard_rows * spec.dim * np.dtype(spec.dtype).itemsize
         self.capacity = max(1, memory_budget // shard_bytes)
         self._held: OrderedDict[int, Rows] = OrderedDict()
+        self._reading = threading.Lock()
 
     def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
         """Fill ``out`` with ``rows``; reads every shard they lie in that is not held."""
         shards = rows // self._spec.shard_rows
-        for shard in np.unique(shards).tolist():
-            here = shards == shard
-            out[here] = self._shard(shard)[rows[here] - shard * self._spec.shard_rows]
+        with self._reading:  # threads that took turns within a batch would read its shards again and again
+            for shard in np.unique(shards).tolist():
+                here = shards == shard
+                out[here] = self._shard(shard)[rows[here] - shard * self._spec.shard_rows]
 
     def windows(
         self, rows: Int64[np.ndarray, " M"], rng: np.random.Generator
@@ -119,7 +122,8 @@ class WindowAccess:
         Yields:
             The rows of a window in their order, the window's rows, and where in it each is.
         """
-        self._held.clear()
+        with self._reading:
+            self._held.clear()
         shard_rows = self._spec.shard_rows
         shards = rng.permutation(np.unique(rows // shard_rows))
         block = np.empty((min(self.capacity, len(shards)) * shard_rows, self._spec.dim), self._spec.dtype)

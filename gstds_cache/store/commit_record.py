@@ -1,4 +1,4 @@
-"""The journal: one commit record per committed shard. A shard is committed exactly when its commit record exists."""
+"""Commit records, one per shard: a shard is committed exactly when its commit record exists."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from gstds_cache.errors import IntegrityError
 from gstds_cache.files.digest import canonical_json, digest_of, merkle_root
+from gstds_cache.store.format import Format
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,23 @@ class CommitRecord:
     fingerprint: str
     quarantined: tuple[Quarantined, ...] = ()
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, names: Format) -> bytes:
         """Canonical JSON of the fields and ``sha256``, the hash of that of the fields; and a line end."""
-        fields = asdict(self)
+        fields = names.to_disk(asdict(self))
         return canonical_json(fields | {"sha256": digest_of(fields)}) + b"\n"
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, shard: int, fingerprint: str) -> CommitRecord:
+    def from_bytes(cls, data: bytes, names: Format, *, shard: int, fingerprint: str) -> CommitRecord:
         """Parse a commit record and check that it is this shard's, of this store.
+
+        Args:
+            data: Its bytes.
+            names: The store's format.
+            shard: The shard it should be of.
+            fingerprint: The store's.
+
+        Returns:
+            The record.
 
         Raises:
             IntegrityError: It is damaged, or of another shard or store.
@@ -66,11 +76,11 @@ class CommitRecord:
             found = digest_of(fields)
             fields["rows"] = tuple(fields["rows"])
             fields["quarantined"] = tuple(Quarantined(**item) for item in fields["quarantined"])
-            commit = cls(**fields)
+            commit = cls(**names.from_disk(fields))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise IntegrityError(
                 f"commit record of shard {shard} is damaged: {type(error).__name__}",
-                hint=f"delete commits/{shard}.json and run the same gstds-embed command: only that shard is done again",
+                hint=f"delete {names.commit_key(shard)} and embed again: only that shard is done again",
             ) from error
         if told != found:
             raise IntegrityError(
@@ -84,6 +94,6 @@ class CommitRecord:
         return commit
 
 
-def commits_root(commits: dict[int, CommitRecord]) -> str:
-    """Merkle root over the commit records in shard order."""
-    return merkle_root(commits[shard].to_bytes() for shard in sorted(commits))
+def commits_root(commits: dict[int, CommitRecord], names: Format) -> str:
+    """Merkle root over the commit records in shard order, as they are on disk."""
+    return merkle_root(commits[shard].to_bytes(names) for shard in sorted(commits))

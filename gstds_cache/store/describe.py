@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from gstds_cache.files.location import LocationLike
 from gstds_cache.store.commit_record import Quarantined
 from gstds_cache.store.metadata import StoreMetadata
 
@@ -57,7 +57,7 @@ class StoreSummary:
         return vars(self) | {"quarantined": [vars(item) for item in self.quarantined]}
 
 
-def summarise(where: str | Path) -> StoreSummary:
+def summarise(where: LocationLike) -> StoreSummary:
     """Summarise the store at ``where``, complete or not, without reading embeddings.
 
     Raises:
@@ -67,7 +67,7 @@ def summarise(where: str | Path) -> StoreSummary:
     metadata = StoreMetadata(where)
     commits = metadata.commits()
     return StoreSummary(
-        location=metadata.location,
+        location=str(metadata.location),
         fingerprint=metadata.spec.fingerprint,
         complete=metadata.complete() is not None,
         shards=metadata.spec.shards,

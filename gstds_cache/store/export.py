@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,8 +12,7 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from gstds_cache.errors import UsageError
-from gstds_cache.files.atomic import replacing
-from gstds_cache.runtime.resources import writing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.store import layout
 from gstds_cache.store.metadata import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
@@ -46,7 +44,7 @@ def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> 
     if file.suffix not in FORMATS:
         raise UsageError(f"export to {file}: got the ending {file.suffix!r}, expected one of {', '.join(FORMATS)}")
     if file.exists() and not replace:
-        raise UsageError(f"export to {file}: the file is there already", hint="give another name, or --force")
+        raise UsageError(f"export to {file}: the file exists", hint="give another name, or pass `replace=True`")
     shards = (store.shard(shard) for shard in range(store.spec.shards))
     if file.suffix == ".npy":
         write_rows(file, store.spec, shards)
@@ -64,20 +62,15 @@ def _write_table(store: EmbeddingStore, file: Path, shards: Iterator[Float[np.nd
     row = pa.list_(pa.from_numpy_dtype(np.dtype(store.spec.dtype)), store.spec.dim)
     fields = [*items.schema.remove_metadata(), pa.field("valid", pa.uint8()), pa.field("embedding", row)]
     schema = pa.schema(fields, metadata={"gstds.fingerprint": store.fingerprint})
-    with writing(file), replacing(file) as temporary:
-        # Opened here: Arrow takes names in UTF-8 alone.
-        with temporary.open("wb") as out, _table_writer(file.suffix, out, schema) as writer:
-            for shard, rows in enumerate(shards):
-                span = store.spec.rows_of(shard)
-                valid = store.valid[span.start : span.stop]
-                values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-                missing = pa.array(valid != layout.OK)
-                embedding = pa.FixedSizeListArray.from_arrays(values, type=row, mask=missing)
-                part = items.slice(span.start, len(span)).combine_chunks()
-                columns = [*(column.chunk(0) for column in part.columns), pa.array(valid), embedding]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+    with atomic_write(file, durable=True) as out, _table_writer(file.suffix, out, schema) as writer:
+        for shard, rows in enumerate(shards):
+            span = store.spec.rows_of(shard)
+            valid = store.valid[span.start : span.stop]
+            values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+            embedding = pa.FixedSizeListArray.from_arrays(values, type=row, mask=pa.array(valid != layout.OK))
+            part = items.slice(span.start, len(span)).combine_chunks()
+            columns = [*(column.chunk(0) for column in part.columns), pa.array(valid), embedding]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def _table_writer(

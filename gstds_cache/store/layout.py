@@ -1,4 +1,4 @@
-"""Format 1 on disk: names, and the bytes zarr itself would write under them.
+"""The format on disk: names, and the bytes zarr itself would write under them.
 
 ::
 
@@ -7,9 +7,11 @@
     STORE/label/             [N] int64, -1 where there is none
     STORE/valid/             [N] uint8: 0 missing, 1 ok, 2 undecodable
     STORE/items.arrow        ordered item ids, SHA-256 of each item's bytes, labels
-    STORE/commits/U.json    one per committed shard
+    STORE/commits/S.json     one per committed shard
     STORE/COMPLETE.json      written last
     STORE/repair.json        only while a repair is under way: the shards that it discarded
+
+Format 1 has other names for some of it (:mod:`gstds_cache.store.format`).
 
 Bytes are made by zarr on an in-memory store, then written by :mod:`gstds_cache.store.transport`: the format is zarr's
 own, the durability ours. Shards are read back without zarr, which takes a missing object for fill values and needs
@@ -31,6 +33,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from gstds_cache.files import mapped
+from gstds_cache.store.format import FORMATS
 from gstds_cache.store.spec import CacheSpec
 
 GROUP = "zarr.json"
@@ -39,7 +42,9 @@ COMPLETE = "COMPLETE.json"
 REPAIR = "repair.json"
 LABEL = "label/c/0"
 VALID = "valid/c/0"
-OWN_NAMES = frozenset({"zarr.json", "embeddings", "label", "valid", ITEMS, "commits", COMPLETE, REPAIR})
+OWN_NAMES = frozenset(
+    {GROUP, "embeddings", "label", "valid", ITEMS, COMPLETE, REPAIR, *(names.commits for names in FORMATS.values())}
+)
 
 MISSING, OK, UNDECODABLE = 0, 1, 2
 
@@ -51,11 +56,6 @@ _ROWS = 1 << 16
 def object_key(shard: int) -> str:
     """Key of a shard's one object."""
     return f"embeddings/c/{shard}/0"
-
-
-def commit_key(shard: int) -> str:
-    """Key of a shard's commit record."""
-    return f"commits/{shard}.json"
 
 
 def metadata_objects(
@@ -76,7 +76,7 @@ def shard_object(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) ->
     return objects[object_key(shard)].to_bytes()
 
 
-def normalized_rows(spec: CacheSpec, shard: int, data: bytes) -> Float[np.ndarray, "R D"]:
+def read_shard(spec: CacheSpec, shard: int, data: bytes) -> Float[np.ndarray, "R D"]:
     """The rows of a shard's object, without a copy of more than its bytes; read-only.
 
     Args:

@@ -1,8 +1,6 @@
-"""Named objects in a local directory, written so that a name is either absent or whole.
+"""Named objects in a local directory, each either absent or whole, and durable once written.
 
-An object is written to a temporary file beside it, flushed to the disk, renamed, and the directory flushed: after
-``put`` returns, the object survives a crash of the machine; before, its name does not exist. (zarr's own LocalStore
-renames but does not flush.)
+(zarr's own LocalStore renames, and does not flush to the disk.)
 """
 
 from __future__ import annotations
@@ -17,13 +15,15 @@ from pathlib import Path
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files import mapped
+from gstds_cache.files.atomic import atomic_create, atomic_write, flush_directory, make_folder
 from gstds_cache.files.digest import sha256_file
+from gstds_cache.files.location import Location
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.store.transport import PIECE, check_key
 
 LOCK = ".lock"
-TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)\.tmp")
+# Of this version, and of those before it, whose names end with the process number.
+TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)(-[0-9a-f]{8})?\.tmp")
 
 
 class LocalTransport:
@@ -35,9 +35,9 @@ class LocalTransport:
         self.root = root
 
     @property
-    def location(self) -> str:
+    def location(self) -> Location:
         """The directory."""
-        return str(self.root)
+        return Location(self.root)
 
     def path(self, key: str) -> Path:
         """Path of an object.
@@ -103,21 +103,12 @@ class LocalTransport:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object durably, replacing one that is there."""
-        temporary = self._write_temporary(key, data)
-        temporary.replace(self.path(key))
-        _flush_directory(temporary.parent)
+        with atomic_write(self._to_write(key), durable=True, leftovers="keep") as file:
+            file.writelines(mapped.pieces(data))
 
     def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
         """Write an object durably unless one is there; returns whether this call wrote it."""
-        temporary = self._write_temporary(key, data)
-        try:
-            os.link(temporary, self.path(key))
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        _flush_directory(temporary.parent)
-        return True
+        return atomic_create(self._to_write(key), data)
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
@@ -128,7 +119,7 @@ class LocalTransport:
             with suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
         if path.parent.is_dir():
-            _flush_directory(path.parent)
+            flush_directory(path.parent)
 
     def collect_temporaries(self) -> int:
         """Delete what killed writers left behind; returns how many files that were."""
@@ -142,7 +133,7 @@ class LocalTransport:
 
     def lock(self) -> AbstractContextManager[None]:
         """The store's writer lock (:func:`gstds_cache.files.lock.exclusive`)."""
-        _make_folder(self.root)
+        make_folder(self.root)
         return exclusive(self.root / LOCK, of=self.root)
 
     def mark_used(self) -> None:
@@ -162,22 +153,13 @@ class LocalTransport:
         there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.is_dir())
         return shutil.disk_usage(there).free
 
-    def _write_temporary(self, key: str, data: bytes | memoryview) -> Path:
+    def _to_write(self, key: str) -> Path:
+        """Path of an object that is about to be written, in a folder that exists."""
         path = self.path(key)
-        _make_folder(path.parent)
+        make_folder(path.parent)
         if path.is_dir():
             _remove_empty(path)
-        temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # the lock keeps other threads out
-        try:
-            with writing(path), temporary.open("wb") as file:
-                for piece in mapped.pieces(data):
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
+        return path
 
 
 @contextmanager
@@ -196,13 +178,6 @@ def _no_folder(path: Path) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
 
 
-def _make_folder(path: Path) -> None:
-    """Make a folder and those it lies in; the name of each one made is durable, or what is put in it may be lost."""
-    for folder in reversed([folder for folder in (path, *path.parents) if not folder.is_dir()]):
-        folder.mkdir(exist_ok=True)
-        _flush_directory(folder.parent)
-
-
 def _remove_empty(folder: Path) -> None:
     try:
         folder.rmdir()
@@ -210,14 +185,6 @@ def _remove_empty(folder: Path) -> None:
         raise UsageError(
             f"{folder}: a folder with something in it is in the place of an object", hint="move it away"
         ) from error
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _alive(pid: int) -> bool:

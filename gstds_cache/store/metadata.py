@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import canonical_json
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.commit_record import CommitRecord, commits_root
+from gstds_cache.store.factory import open_transport
+from gstds_cache.store.format import Format
 from gstds_cache.store.spec import CacheSpec
-from gstds_cache.store.transport import open_transport
+from gstds_cache.store.transport import Transport, map_object
 
 Progress = Callable[[int, int], None]
 
@@ -53,20 +56,20 @@ class Complete:
     commits_sha256: str
     objects: dict[str, str]
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, names: Format) -> bytes:
         """Canonical JSON and a line end."""
-        return canonical_json(vars(self)) + b"\n"
+        return canonical_json(names.to_disk(vars(self))) + b"\n"
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Complete:
+    def from_bytes(cls, data: bytes, names: Format) -> Complete:
         """Parse what :meth:`to_bytes` gave.
 
         Raises:
             ValueError: ``data`` is something else.
             TypeError: It lacks fields, or has others.
         """
-        record = cls(**json.loads(data))
-        if record.to_bytes() != data:
+        record = cls(**names.from_disk(json.loads(data)))
+        if record.to_bytes(names) != data:
             raise ValueError("it is not as it was written")
         return record
 
@@ -90,10 +93,10 @@ class Problem:
 
 
 class StoreMetadata:
-    """Reads the specification and commit records of one store.
+    """The specification and the commit records of one store; a commit record is read once.
 
     Attributes:
-        location: The store as a user names it.
+        location: Where the store is.
         transport: Its objects.
         spec: What it holds.
         kind: Kind of data set.
@@ -101,15 +104,20 @@ class StoreMetadata:
         provenance: How it was made; no identity.
     """
 
-    def __init__(self, where: str | Path) -> None:
+    def __init__(self, where: LocationLike, *, transport: Transport | None = None) -> None:
         """Read the specification of the store at ``where``.
+
+        Args:
+            where: The store.
+            transport: Its objects, where they are open already.
 
         Raises:
             StoreNotFoundError: There is no store.
             IntegrityError: The specification is damaged.
         """
-        self.transport = open_transport(where)
-        self.location = self.transport.location
+        self.location = Location.parse(where)
+        self.transport = transport or open_transport(self.location)
+        self._commits: dict[int, CommitRecord] = {}
         try:
             data = self.transport.get(layout.GROUP)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -126,7 +134,7 @@ class StoreMetadata:
             raise IntegrityError(
                 f"{self.location}/{layout.GROUP} is damaged or not of gstds-cache: {error!r}",
                 hint="this one object says what the store holds, and cannot be made again from the others: restore it "
-                "from a copy, or embed into a new --cache with --reuse of another store",
+                "from a copy, or embed into a new store with `reuse` of another one",
             ) from error
         self.spec = CacheSpec.from_dict(fields)
         self.kind = str(attributes.get("kind", ""))
@@ -134,25 +142,68 @@ class StoreMetadata:
             raise IntegrityError(
                 f"{self.location}: the specification was altered: its fingerprint is {self.spec.fingerprint[:12]}, "
                 f"recorded is {str(attributes.get('fingerprint'))[:12]}",
-                hint=f"restore {self.location}/{layout.GROUP} from a copy, or embed into a new --cache",
+                hint=f"restore {self.location}/{layout.GROUP} from a copy, or embed into a new store",
             )
 
+    @property
+    def dataset_uri(self) -> str | None:
+        """Where the data set was when the store was made; None where that is not recorded."""
+        return self.provenance.get("dataset")
+
+    @property
+    def model_uri(self) -> str | None:
+        """The name of the model that the store was made with; None where that is not recorded."""
+        return self.provenance.get("model")
+
+    def manifest(self) -> DatasetManifest:
+        """The items that the store was made of, in the order of its rows.
+
+        Returns:
+            Their ids, hashes and labels, mapped: they take no memory of the process.
+
+        Raises:
+            ChunkCorruptError: The list of items is missing, damaged, or that of another data set.
+        """  # noqa: DOC501
+        problem = Problem(layout.ITEMS, f"{layout.ITEMS} is not the list of items that the store was made of")
+        try:
+            manifest = DatasetManifest.from_arrow(map_object(self.transport, layout.ITEMS))
+        except (IntegrityError, FileNotFoundError) as error:
+            raise corrupt(self.location, [problem]) from error
+        if manifest.root != self.spec.items_root:
+            raise corrupt(self.location, [problem])
+        return manifest
+
+    def committed(self) -> list[int]:
+        """Shards that have a commit record now, ascending. Only names are listed; no record is read."""
+        listed = self.transport.sizes(f"{self.spec.names.commits}/")
+        return [shard for shard in range(self.spec.shards) if self.spec.names.commit_key(shard) in listed]
+
     def scan_commits(self) -> tuple[dict[int, CommitRecord], list[Problem]]:
-        """All commit records that can be read, by shard, and a problem for each that cannot."""
-        listed = self.transport.sizes("commits/")
-        shards = [shard for shard in range(self.spec.shards) if layout.commit_key(shard) in listed]
-        found: dict[int, CommitRecord] = {}
-        problems = []
-        for shard, data in zip(shards, self.transport.get_many([layout.commit_key(u) for u in shards]), strict=True):
+        """All commit records that can be read, by shard, and a problem for each that cannot.
+
+        Records that were read or written by way of this object before are not read again.
+        """
+        names, shards, problems = self.spec.names, self.committed(), []
+        unread = [shard for shard in shards if shard not in self._commits]
+        for shard, data in zip(unread, self.transport.get_many(list(map(names.commit_key, unread))), strict=True):
             try:
-                found[shard] = self._parse(shard, data)
+                self._commits[shard] = self._parse(shard, data)
             except IntegrityError as error:
-                problems.append(Problem(layout.commit_key(shard), error.message, shard))
-        return found, problems
+                problems.append(Problem(names.commit_key(shard), error.message, shard))
+        return {shard: self._commits[shard] for shard in shards if shard in self._commits}, problems
+
+    def remember(self, commit: CommitRecord) -> None:
+        """Take note of a commit record that is stored now."""
+        self._commits[commit.shard] = commit
+
+    def forget(self, shard: int) -> None:
+        """Take note that a shard's commit record is no longer stored, or may be another."""
+        self._commits.pop(shard, None)
 
     def _parse(self, shard: int, data: bytes) -> CommitRecord:
-        commit = CommitRecord.from_bytes(data, shard=shard, fingerprint=self.spec.fingerprint)
-        if commit.to_bytes() != data or range(*commit.rows) != self.spec.rows_of(shard):
+        names = self.spec.names
+        commit = CommitRecord.from_bytes(data, names, shard=shard, fingerprint=self.spec.fingerprint)
+        if commit.to_bytes(names) != data or range(*commit.rows) != self.spec.rows_of(shard):
             raise IntegrityError(f"commit record of shard {shard} is not as it was written")
         return commit
 
@@ -174,7 +225,7 @@ class StoreMetadata:
             ChunkCorruptError: It is damaged or belongs to another store.
         """  # noqa: DOC501
         try:
-            record = Complete.from_bytes(self.transport.get(layout.COMPLETE))
+            record = Complete.from_bytes(self.transport.get(layout.COMPLETE), self.spec.names)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
@@ -188,7 +239,7 @@ class StoreMetadata:
     def discarded(self) -> set[int]:
         """Shards that a repair has discarded and not yet committed again; of a damaged note, all shards."""
         try:
-            named = json.loads(self.transport.get(layout.REPAIR))["shards"]
+            named = json.loads(self.transport.get(layout.REPAIR))[self.spec.names.shards]
             return {shard for shard in range(self.spec.shards) if shard in named}
         except FileNotFoundError:
             return set()
@@ -235,21 +286,22 @@ class StoreMetadata:
     def check_complete(self, record: Complete, commits: dict[int, CommitRecord]) -> list[Problem]:
         """Problems between the completeness record, the commit records and the objects that are no shards."""
         problems = [
-            Problem(layout.commit_key(shard), "no commit record", shard)
+            Problem(self.spec.names.commit_key(shard), "no commit record", shard)
             for shard in range(self.spec.shards)
             if shard not in commits
         ]
-        if not problems and commits_root(commits) != record.commits_sha256:
+        if not problems and commits_root(commits, self.spec.names) != record.commits_sha256:
             text = f"{layout.COMPLETE}: the commit records are not the ones that were there when it was written"
             problems.append(Problem(layout.COMPLETE, text))
         counts = (self.spec.items, *counts_of(self.spec, commits))
         if not problems and (record.items, record.ok, record.quarantined, record.shards) != (*counts, self.spec.shards):
             problems.append(Problem(layout.COMPLETE, f"{layout.COMPLETE} counts other rows than the commit records"))
         for key in METADATA_KEYS:
-            if not self.transport.exists(key):
+            try:
+                if self.transport.sha256(key) != record.objects.get(key):
+                    problems.append(Problem(key, f"{key} was altered"))
+            except FileNotFoundError:
                 problems.append(Problem(key, f"{key} is missing"))
-            elif self.transport.sha256(key) != record.objects.get(key):
-                problems.append(Problem(key, f"{key} was altered"))
         return problems
 
 
@@ -287,7 +339,7 @@ def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.n
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def corrupt(location: str, problems: Iterable[Problem]) -> ChunkCorruptError:
+def corrupt(location: Location, problems: Iterable[Problem]) -> ChunkCorruptError:
     """The error for a store with ``problems``, naming each and the command that mends it."""
     lines = [str(problem) for problem in problems]
     more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []

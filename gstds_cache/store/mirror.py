@@ -8,7 +8,6 @@ made anew. It is derived: deleting it loses nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from gstds_cache.errors import IntegrityError
-from gstds_cache.files.atomic import discard_leftovers, replacing
+from gstds_cache.files.atomic import atomic_write, discard_leftovers
 from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.spec import CacheSpec
 
@@ -50,7 +48,7 @@ def open_mirror(
         IntegrityError: The copy is not what the commit records tell of.
         OSError: It cannot be written.
     """
-    identity = {"fingerprint": spec.fingerprint, "commits_sha256": commits_root(commits)}
+    identity = {"fingerprint": spec.fingerprint, spec.names.commits_sha256: commits_root(commits, spec.names)}
     path = folder / ROWS
     if _recorded(folder) != {**identity, "signature": _signature(path)}:
         try:
@@ -87,19 +85,17 @@ def _make(
                     hint="check both with: gstds-cache verify STORE --level full",
                 )
         # The record comes last: without it the file is checked again.
-        with replacing(folder / RECORD, alone=True) as temporary:
-            temporary.write_bytes(canonical_json({**identity, "signature": _signature(path)}))
+        with atomic_write(folder / RECORD, durable=False, leftovers="all") as file:
+            file.write(canonical_json({**identity, "signature": _signature(path)}))
 
 
 def write_rows(path: Path, spec: CacheSpec, blocks: Iterator[Float[np.ndarray, "R D"]]) -> None:
     """Write ``blocks``, which follow each other from row 0 to row N, as one durable ``.npy`` file."""
-    with writing(path), replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path, durable=True) as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(spec.dtype)), "fortran_order": False}
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (spec.items, spec.dim)})
         for block in blocks:
             file.write(np.ascontiguousarray(block).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _matches(path: Path, spec: CacheSpec, commits: dict[int, CommitRecord]) -> bool:

@@ -6,7 +6,7 @@ done about it:
 * Errors 5xx, refused and reset connections: the client tries again for a minute (:data:`RETRY`).
 * A response is lost after the service has done its work: the client's own second try of a conditional write then meets
   the object of its first, and is told that it exists. So "it exists" is never believed without reading the object.
-* The service ignores the condition, and overwrites: :meth:`ObjectTransport.lock` finds out, and lets one writer in.
+* The service ignores the condition, and overwrites: :meth:`ObjectTransport.lock` finds out, and refuses to write.
 
 Credentials, region and endpoint come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION or
 AWS_DEFAULT_REGION, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true is for public buckets. The files
@@ -28,15 +28,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from gstds_cache.errors import IncompleteError, StoreUnavailableError, UsageError, command_line
-from gstds_cache.store.holder import Holder
+from gstds_cache.errors import StoreUnavailableError, UsageError
+from gstds_cache.files.location import Location
 from gstds_cache.store.transport import PIECE, check_key
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
-
-# ASCII, because some versions of obstore percent-encode the rest: other tools would then see other names.
-PLACE = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,254})(?P<prefix>(?:/[A-Za-z0-9._=+@,:-]+)*)/?", re.I)
 
 # The time is to end it, not the count: a burst of refusals lasts seconds, a restart of a gateway a minute. (Pauses are
 # random: with base 2 they do not grow, and 100 tries were over in 37 s.)
@@ -49,11 +46,8 @@ REQUEST_TIMEOUT = "300s"  # 64 MB at 2 Mbit/s; obstore's own 30 s would need 17
 
 READERS = 8  # threads of get_many
 CREATE_TRIES = 6
-SETTLE_SECONDS = 2.0
 
-# Names with a leading dot are no keys, and no objects of the store.
-WRITER = ".writer.json"
-PROBES = ".probe"
+PROBES = ".probe"  # a name with a leading dot is no key, and no object of the store
 PROBE_SECONDS = 3600.0  # none takes as long: an older one was left by a killed writer
 
 STATUS = r"status code: (\d{3})"
@@ -68,36 +62,19 @@ class ObjectTransport:
     do not live there.
 
     Attributes:
-        exclusive: Whether the service ignores conditional writes, so that :meth:`lock` lets one writer in. Known once
-            :meth:`lock` was entered.
+        exclusive: False: conditional writes decide between several writers.
+        location: Where the objects are.
     """
 
-    def __init__(self, where: str) -> None:
-        """Parse the place; nothing is asked of the service yet.
+    exclusive = False
 
-        Raises:
-            UsageError: ``where`` is no ``s3://bucket/prefix``.
-        """
-        match = PLACE.fullmatch(where)
-        parts = match["prefix"].split("/")[1:] if match else []
-        if match is None or not parts or {".", ".."} & set(parts):
-            raise UsageError(
-                f"store {where!r}: expected s3://bucket/prefix, with parts of [A-Za-z0-9._=+@,:-]; a store has a "
-                "prefix of its own"
-            )
-        self.bucket = match["bucket"]
-        self.prefix = "/".join(parts)
-        self.exclusive = False
+    def __init__(self, location: Location) -> None:
+        self.location = location
         self._store: Any = None
         self._bucket_seen = False
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_store": None}
-
-    @property
-    def location(self) -> str:
-        """The place as a URL, without a slash at its end."""
-        return f"s3://{self.bucket}/{self.prefix}"
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
@@ -164,11 +141,6 @@ class ObjectTransport:
             StoreUnavailableError: It could not be written, and is not there; or the service will not say.
         """
         check_key(key)
-        if self.exclusive:  # the condition would be ignored, but there is no other writer
-            with suppress(FileNotFoundError):
-                return self._get(key) == data
-            self._put(key, data)
-            return True
         for attempt in range(CREATE_TRIES):
             try:
                 self._put(key, data, mode="create")
@@ -200,33 +172,23 @@ class ObjectTransport:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """The right to write.
-
-        Where conditional writes work, every writer has it: commit records are written with a condition, and decide.
-        Where
-        they are ignored, :attr:`exclusive` becomes true, and one writer at a time has it: the one that the object
-        ``.writer.json`` names. No such lock is perfect without conditions; this one is settled by waiting twice as long
-        as writing the record took, and at least :data:`SETTLE_SECONDS`.
+        """The right to write, which every writer has: commit records are written with a condition, and decide.
 
         Yields:
             Nothing.
 
         Raises:
-            IncompleteError: Conditional writes are ignored, and another writer is there or may be.
+            UsageError: The service ignores conditional writes: one writer would overwrite another's objects.
             StoreUnavailableError: The service does not answer, or refuses.
         """
-        self.exclusive = not self._honours_conditions()
-        if not self.exclusive:
-            yield
-            return
-        mine = self._claim()
-        try:
-            yield
-        finally:
-            # If this fails, the next writer on this machine sees that we are gone, and others are told what to do.
-            with suppress(StoreUnavailableError):
-                if self._holder() == mine:
-                    self._delete(WRITER)
+        if not self._honours_conditions():
+            raise UsageError(
+                f"{self.location}: {_endpoint() or 'the service'} ignores conditional writes (If-None-Match), without "
+                "which two writers overwrite each other's objects; stores there can only be read",
+                hint="embed into a directory and copy it there, or use a service that honours them "
+                "(AWS_CONDITIONAL_PUT must not be 'disabled')",
+            )
+        yield
 
     def mark_used(self) -> None:
         """Nothing: a read leaves no trace in a bucket."""
@@ -263,8 +225,8 @@ class ObjectTransport:
             endpoint = _endpoint()
             try:
                 self._store = self._obstore.store.S3Store(
-                    self.bucket,
-                    prefix=self.prefix,
+                    self.location.bucket,
+                    prefix=self.location.prefix,
                     config={"endpoint": endpoint} if endpoint else {},
                     client_options={"allow_http": endpoint.startswith("http://"), "timeout": REQUEST_TIMEOUT},
                     retry_config=RETRY,
@@ -317,7 +279,7 @@ class ObjectTransport:
         place = _endpoint() or "Amazon S3 (AWS_ENDPOINT_URL is not set)"
         if code == "NoSuchBucket":
             return StoreUnavailableError(
-                f"{self.location}: there is no bucket {self.bucket!r} at {place}",
+                f"{self.location}: there is no bucket {self.location.bucket!r} at {place}",
                 hint="make the bucket, or check its name, AWS_ENDPOINT_URL and AWS_REGION",
             )
         # Without a key in the environment, obstore asks the machine's own metadata service for one.
@@ -357,35 +319,6 @@ class ObjectTransport:
         with suppress(StoreUnavailableError):
             self._delete(probe)
         return honoured
-
-    def _claim(self) -> Holder:
-        began = time.monotonic()
-        there = self._holder()
-        if there is not None and not there.gone():
-            raise self._held(there)
-        mine = Holder.here()
-        self._put(WRITER, mine.to_bytes())
-        # Two that found nobody have both written by now, if the other is no slower than this; the last one has won.
-        time.sleep(max(SETTLE_SECONDS, 2 * (time.monotonic() - began)))
-        there = self._holder()
-        if there != mine:
-            raise self._held(there)
-        return mine
-
-    def _holder(self) -> Holder | None:
-        try:
-            return Holder.from_bytes(self._get(WRITER))
-        except FileNotFoundError:
-            return None
-
-    def _held(self, holder: Holder | None) -> IncompleteError:
-        who = f"process {holder.pid} on {holder.host}, since {holder.started}" if holder else "another process"
-        return IncompleteError(
-            f"{self.location} is being written by {who}; this service ignores conditional writes, so that only one "
-            "writer at a time is safe",
-            hint="wait for it, then run the same command again. If you know that it is dead, first: "
-            + command_line("aws", "s3", "rm", f"{self.location}/{WRITER}"),
-        )
 
 
 def _endpoint() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
 from gstds_cache.files import mapped
-from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
+from gstds_cache.files.derived import MIRROR, WritablePath, derived_paths, first_writable
+from gstds_cache.files.location import LocationLike
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
@@ -23,14 +26,18 @@ from gstds_cache.store.mirror import ROWS, open_mirror
 
 
 class EmbeddingStore:
-    """A store opened for reading.
+    """A store opened for reading. Any number of threads may read from it.
 
     It can be pickled to other processes, which open it anew (spawn). A process forked from the one that opened it is
     refused: locks and network connections do not survive a fork.
 
     Attributes:
-        location: The store as a user names it.
+        location: Where the store is.
         spec: What it holds.
+        commits: Commit record of each committed shard.
+        kind: Kind of data set.
+        classes: Class names by label.
+        dataset_uri: Where the data set was when the store was made; None where that is not recorded.
         fingerprint: SHA-256 of the specification.
         without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
@@ -41,7 +48,7 @@ class EmbeddingStore:
 
     def __init__(
         self,
-        where: Path | str,
+        where: LocationLike | StoreMetadata,
         *,
         allow_partial: bool = False,
         memory_budget: int = 8 << 30,
@@ -51,7 +58,7 @@ class EmbeddingStore:
         """Open a store and check its commit records against what is there (sizes, not hashes).
 
         Args:
-            where: The store: a directory, or a URL.
+            where: The store; or its metadata, whose commit records are not read again.
             allow_partial: Accept a store that is not complete; rows that are missing have ``valid`` 0.
             memory_budget: Bytes of embeddings that may be held in memory.
             access: How to get at rows; ``auto`` chooses by the budget (:mod:`gstds_cache.store.access`).
@@ -63,23 +70,24 @@ class EmbeddingStore:
             ChunkCorruptError: An object is missing or of another size, or a record was altered.
             UsageError: A mirror was asked for, and the store is not complete.
         """  # noqa: DOC501
-        self._opening = (where, allow_partial, memory_budget, access, mirror)
-        self._process = os.getpid()
-        self.memory_budget = memory_budget
-        self.metadata = StoreMetadata(where)
-        self.location = self.metadata.location
-        self.spec = self.metadata.spec
+        self.metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
+        self.location, self.spec = self.metadata.location, self.metadata.spec
+        self.kind, self.classes, self.dataset_uri = self.metadata.kind, self.metadata.classes, self.metadata.dataset_uri
         self.fingerprint = self.spec.fingerprint
-        self.commits = self.metadata.commits()
+        self.memory_budget = memory_budget
+        self._opening = (self.location, allow_partial, memory_budget, access, mirror)
+        self._process, self._making_access = os.getpid(), threading.Lock()
         record = self.metadata.complete()
         if record is None and not allow_partial:
             command = self.metadata.provenance.get("command", ["gstds-embed", "DATASET"])
+            committed = len(self.metadata.committed())
             raise IncompleteError(
-                f"{self.location} is not complete: {len(self.commits)} of {self.spec.shards} shards are committed",
+                f"{self.location} is not complete: {committed} of {self.spec.shards} shards are committed",
                 hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
+        self.commits = self.metadata.commits()
         problems = self.metadata.check_sizes(self.commits)
         if record is not None:
             problems += self.metadata.check_complete(record, self.commits)
@@ -87,10 +95,10 @@ class EmbeddingStore:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back = mirror, ""
-        self.access_kind, self.access_reason = self._choose_access(where, access, complete=record is not None)
+        self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
         self.metadata.transport.mark_used()
 
-    def _choose_access(self, where: Path | str, access: Kind, *, complete: bool) -> tuple[Kind, str]:
+    def _choose_access(self, access: Kind, *, complete: bool) -> tuple[Kind, str]:
         """Choose how to get at rows, and say why; a place for a mirror is looked for where one may be wanted.
 
         Raises:
@@ -98,11 +106,11 @@ class EmbeddingStore:
         """
         wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
         if wanted and self._mirror is None:
-            places = derived_paths(where, ".mirror")
+            places = derived_paths(self.location, MIRROR)
             made = [place for place in places if os.path.isfile(place / ROWS)]  # noqa: PTH113 - Path's may raise
             place = WritablePath(made[0]) if made else first_writable(places)
             if place.path is None and access == "mirror":
-                raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one with --mirror FOLDER")
+                raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one: pass `mirror=FOLDER`")
             self._mirror, why = place.path, place.note
         else:
             why = ""
@@ -145,10 +153,14 @@ class EmbeddingStore:
         """  # noqa: DOC501
         try:
             pieces = self.metadata.transport.pieces(layout.LABEL)
-            return layout.label_values(self.spec, pieces, len(self.metadata.classes))
+            return layout.label_values(self.spec, pieces, len(self.classes))
         except (FileNotFoundError, ValueError) as error:
             problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
             raise corrupt(self.location, [problem]) from error
+
+    def manifest(self) -> DatasetManifest:
+        """The items that the store was made of, in the order of its rows (:meth:`StoreMetadata.manifest`)."""
+        return self.metadata.manifest()
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +180,7 @@ class EmbeddingStore:
             raise IncompleteError(f"{self.location}: shard {shard} is not committed")
         key = layout.object_key(shard)
         try:
-            return layout.normalized_rows(self.spec, shard, self.metadata.transport.get(key))
+            return layout.read_shard(self.spec, shard, self.metadata.transport.get(key))
         except FileNotFoundError as error:
             raise corrupt(self.location, [Problem(key, f"{key} is missing", shard)]) from error
         except ValueError as error:
@@ -247,8 +259,13 @@ class EmbeddingStore:
             done += len(found)
         return rows
 
-    @cached_property
+    @property
     def _access(self) -> RowAccess:
+        with self._making_access:  # one thread reads the rows into memory, or makes the mirror
+            return self._made_access
+
+    @cached_property
+    def _made_access(self) -> RowAccess:
         if self.access_kind == "mirror" and self._mirror is not None:
             try:
                 return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.commits, self.shard))
@@ -258,7 +275,7 @@ class EmbeddingStore:
                 self.access_kind = "window"
                 self.access_reason = self.fell_back = (
                     f"no mirror could be made in {self._mirror} ({error.strerror or error}): random rows are read "
-                    "shard by shard, which is slow; name a place with --mirror FOLDER"
+                    "shard by shard, which is slow; name a place: pass `mirror=FOLDER`"
                 )
         if self.access_kind == "window":
             return WindowAccess(self.spec, self.shard, self.memory_budget)
@@ -278,7 +295,7 @@ class EmbeddingStore:
 
 
 def _reopen(
-    where: Path | str, allow_partial: bool, memory_budget: int, access: Kind, mirror: Path | None
+    where: LocationLike, allow_partial: bool, memory_budget: int, access: Kind, mirror: Path | None
 ) -> EmbeddingStore:
     return EmbeddingStore(where, allow_partial=allow_partial, memory_budget=memory_budget, access=access, mirror=mirror)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
+from gstds_cache.files.location import LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.local import LOCK
 from gstds_cache.store.metadata import StoreMetadata
-from gstds_cache.store.transport import local_path
 
 
-def remove_store(where: str | Path) -> int:
+def remove_store(where: LocationLike) -> int:
     """Remove the store at ``where``. Files in its directory that are not its own stay, and so does the directory then.
 
     Args:
@@ -24,14 +23,14 @@ def remove_store(where: str | Path) -> int:
         StoreNotFoundError: There is no store; nothing is touched.
         IncompleteError: Another process is writing it.
     """
-    transport = StoreMetadata(where).transport
+    metadata = StoreMetadata(where)
+    transport, root = metadata.transport, metadata.location.path
     with transport.lock():
         transport.collect_temporaries()
         own = [key for key in transport.sizes() if key.partition("/")[0] in layout.OWN_NAMES]
         first = {layout.COMPLETE: 0, layout.GROUP: 2}
         for key in sorted(own, key=lambda key: (first.get(key, 1), key)):
             transport.delete(key)
-        root = local_path(where)
         if root is not None:
             (root / LOCK).unlink(missing_ok=True)  # while it is ours: afterwards it may be another's
     if root is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError
 from gstds_cache.files.digest import digest_of
-
-FORMAT = 2
+from gstds_cache.files.location import Location
+from gstds_cache.store.format import CURRENT, FORMATS, Format
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CacheSpec:
     dtype: Literal["float16", "float32"]
     batch_size: int
     shard_rows: int
-    format: int = FORMAT
+    format: int = CURRENT.version
 
     def __post_init__(self) -> None:
         if self.items < 1 or self.dim < 1 or self.batch_size < 1 or self.shard_rows % self.batch_size:
@@ -42,6 +42,11 @@ class CacheSpec:
                 f"items, dim and batch_size must be >= 1 and shard_rows a multiple of batch_size, got {self.items}, "
                 f"{self.dim}, {self.batch_size}, {self.shard_rows}"
             )
+
+    @property
+    def names(self) -> Format:
+        """The names that the store's files use."""
+        return FORMATS[self.format]
 
     @property
     def fingerprint(self) -> str:
@@ -58,8 +63,8 @@ class CacheSpec:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.items))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values."""
-        return asdict(self)
+        """All fields as JSON-able values, by the names of the store's format."""
+        return self.names.to_disk(asdict(self))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CacheSpec:
@@ -68,20 +73,24 @@ class CacheSpec:
         Raises:
             IntegrityError: The format is another, or fields are missing or unknown.
         """
-        if fields.get("format") != FORMAT:
+        names = next((names for number, names in FORMATS.items() if number == fields.get("format")), None)
+        if names is None:
             raise IntegrityError(
-                f"cache format {fields.get('format')!r} is not supported, expected {FORMAT}",
-                hint="the store was written by another version of gstds-cache: embed again into a new --cache",
+                f"cache format {fields.get('format')!r} is not supported, expected one of {sorted(FORMATS)}",
+                hint="the store was written by another version of gstds-cache: embed again into a new one",
             )
         try:
-            return cls(**fields)
+            return cls(**names.from_disk(fields))
         except (TypeError, ValueError) as error:
             raise IntegrityError(f"the store's specification is damaged: {error}") from error
 
 
 def differences(stored: CacheSpec, wanted: CacheSpec) -> list[str]:
-    """Fields in which two specifications differ, one line each: name, stored value, wanted value."""
-    ours, theirs = dict(_flatten(stored.to_dict())), dict(_flatten(wanted.to_dict()))
+    """Fields in which two specifications differ, one line each: name, stored value, wanted value.
+
+    The version of the format is none of them: a store is taken as it is.
+    """
+    ours, theirs = dict(_flatten(asdict(stored))), dict(_flatten(asdict(replace(wanted, format=stored.format))))
     return [
         f"{name}: the store has {ours.get(name)!r}, this run has {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
@@ -89,21 +98,21 @@ def differences(stored: CacheSpec, wanted: CacheSpec) -> list[str]:
     ]
 
 
-def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: str) -> None:
+def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location) -> None:
     """Refuse a store made from something else, naming the fields that differ.
 
     Raises:
         FingerprintMismatchError: If any field differs.
     """
     lines = differences(stored, wanted)
-    sizes = {"batch_size": "--batch-size", "shard_rows": "--shard-rows"}
     if lines:
-        given = [flag for name, flag in sizes.items() if any(line.startswith(f"{name}:") for line in lines)]
+        sizes = ("batch_size", "shard_rows")
+        given = [f"`{name}`" for name in sizes if any(line.startswith(f"{name}:") for line in lines)]
         hint = f"leave out {' and '.join(given)} to take the store's own" if len(given) == len(lines) else ""
         raise FingerprintMismatchError(
             f"{where} holds other embeddings (fingerprint {stored.fingerprint[:12]}, this run {wanted.fingerprint[:12]}"
             "):\n    " + "\n    ".join(lines),
-            hint=f"nothing was changed; {hint or 'give another --cache, or none'}",
+            hint=f"nothing was changed; {hint or 'give another `cache`, or none'}",
         )
 
 

@@ -1,7 +1,6 @@
 """Named objects, wherever a store is: the one interface that everything above it is written against.
 
-A store is a directory (a path or ``file://`` URL) or a prefix of a bucket (``s3://bucket/prefix``). Keys are
-``/``-separated names of ``[A-Za-z0-9._-]{1,64}`` with no leading dot, so that no key leads out of the store.
+Keys are ``/``-separated names of ``[A-Za-z0-9._-]{1,64}`` with no leading dot, so that no key leads out of the store.
 """
 
 from __future__ import annotations
@@ -9,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import IO, Protocol, runtime_checkable
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files import mapped
-from gstds_cache.files.location import parse_location
+from gstds_cache.files.location import Location
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}")
 PIECE = 1 << 20  # bytes that are read at a time where an object is not to be held whole
@@ -30,8 +28,8 @@ class Transport(Protocol):
     """
 
     @property
-    def location(self) -> str:
-        """The place as a user names it."""
+    def location(self) -> Location:
+        """Where the objects are."""
         ...
 
     @property
@@ -110,36 +108,6 @@ def check_key(key: str) -> str:
     if not all(NAME.fullmatch(part) for part in key.split("/")):
         raise UsageError(f"object name {key!r}: expected parts of [A-Za-z0-9._-]{{1,64}} with no leading dot")
     return key
-
-
-def local_path(where: str | Path) -> Path | None:
-    """The directory that ``where`` names, or None where it names a bucket.
-
-    Raises:
-        UsageError: ``where`` names no place for a store (:func:`gstds_cache.files.location.parse_location`).
-    """
-    place = parse_location(where)
-    return place if isinstance(place, Path) else None
-
-
-def open_transport(where: str | Path) -> Transport:
-    """The objects at ``where``, which need not exist yet.
-
-    Args:
-        where: A path, ``file:///path`` or ``s3://bucket/prefix``.
-
-    Raises:
-        UsageError: ``where`` is none of these.
-    """
-    # Each is imported where it is chosen: obstore is not needed for a directory.
-    place = parse_location(where)
-    if isinstance(place, Path):
-        from gstds_cache.store.local import LocalTransport
-
-        return LocalTransport(place)
-    from gstds_cache.store.objects import ObjectTransport
-
-    return ObjectTransport(place)
 
 
 def map_object(transport: Transport, key: str) -> memoryview:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from gstds_cache.errors import ChunkCorruptError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
 
@@ -41,11 +41,13 @@ class VerifyReport:
         return sorted({problem.shard for problem in self.problems if problem.shard is not None})
 
 
-def verify(where: Path | str, level: Level = "quick", *, progress: Progress | None = None) -> VerifyReport:
+def verify(
+    where: LocationLike | StoreMetadata, level: Level = "quick", *, progress: Progress | None = None
+) -> VerifyReport:
     """Check a store.
 
     Args:
-        where: The store: a directory, or a URL.
+        where: The store; or its metadata, which reads each commit record once.
         level: ``quick`` compares sizes with commit records and hashes the small objects; ``full`` hashes every object.
         progress: Called with shards hashed and shards in all.
 
@@ -56,7 +58,7 @@ def verify(where: Path | str, level: Level = "quick", *, progress: Progress | No
         StoreNotFoundError: There is no store at ``where``.
         IntegrityError: The specification cannot be read at all.
     """
-    metadata = StoreMetadata(where)
+    metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
     commits, problems = metadata.scan_commits()
     problems += metadata.check_hashes(commits, progress) if level == "full" else metadata.check_sizes(commits)
     try:
@@ -68,7 +70,7 @@ def verify(where: Path | str, level: Level = "quick", *, progress: Progress | No
     if record is not None:
         problems += [p for p in metadata.check_complete(record, commits) if p.shard is None or p.shard not in named]
     return VerifyReport(
-        location=metadata.location,
+        location=str(metadata.location),
         level=level,
         shards=metadata.spec.shards,
         committed=len(commits),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,28 +18,35 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.files.digest import canonical_json, sha256_hex
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root
+from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt, counts_of, valid_of
 from gstds_cache.store.spec import CacheSpec, require_same
-from gstds_cache.store.transport import Transport, local_path, open_transport
+from gstds_cache.store.transport import Transport
 
 
 class StoreWriter:
-    """Commits shards to one store, under its writer lock. Made by :func:`open_writer`."""
+    """Commits shards to one store, under its writer lock. Made by :func:`open_writer`.
+
+    Attributes:
+        location: Where the store is.
+        spec: What it holds.
+        metadata: What it says of itself; knows every commit record that this writer read or wrote.
+    """
 
     def __init__(self, metadata: StoreMetadata) -> None:
         self.location = metadata.location
         self.spec = metadata.spec
-        self._metadata = metadata
+        self.metadata = metadata
         self._transport = metadata.transport
 
     def recover(self) -> dict[int, CommitRecord]:
         """Clear away what an interrupted run left, and return what is committed.
 
         Temporary files are deleted, and objects without a commit record as well, unless the store has other writers:
-        theirs
-        may be just about to get one. (What is left there is overwritten when its shard is committed.) A committed
+        theirs may be just about to get one. (What is left is overwritten when its shard is committed.) A committed
         object that is missing or of another size is not passed over.
 
         Returns:
@@ -50,20 +56,20 @@ class StoreWriter:
             ChunkCorruptError: A committed object is missing or of another size, or a commit record is damaged.
         """  # noqa: DOC501
         self._transport.collect_temporaries()
-        commits = self._metadata.commits()
+        commits = self.metadata.commits()
         if self._transport.exclusive:
             committed = {layout.object_key(shard) for shard in commits}
             for key in self._transport.sizes("embeddings/c/"):
                 if key not in committed:
                     self._transport.delete(key)
-        problems = self._metadata.check_sizes(commits)
+        problems = self.metadata.check_sizes(commits)
         if problems:
             raise corrupt(self.location, problems)
         return commits
 
     def committed(self, shard: int) -> bool:
         """Whether the shard has a commit record by now; another writer may have given it one."""
-        return self._transport.exists(layout.commit_key(shard))
+        return self._transport.exists(self.spec.names.commit_key(shard))
 
     def discard(self, shards: Sequence[int]) -> None:
         """Undo the commit of ``shards``: COMPLETE goes first, then each commit record, then its object.
@@ -71,10 +77,13 @@ class StoreWriter:
         A note of the shards stays until :meth:`end_repair` or :meth:`finish`. It tells a repair that was killed from a
         run of embedding that did not come so far.
         """
-        self._transport.put(layout.REPAIR, canonical_json({"shards": sorted({*shards, *self._metadata.discarded()})}))
+        names = self.spec.names
+        note = {names.shards: sorted({*shards, *self.metadata.discarded()})}
+        self._transport.put(layout.REPAIR, canonical_json(note))
         self._transport.delete(layout.COMPLETE)
         for shard in shards:
-            self._transport.delete(layout.commit_key(shard))
+            self._transport.delete(names.commit_key(shard))
+            self.metadata.forget(shard)
             self._transport.delete(layout.object_key(shard))
 
     def end_repair(self) -> None:
@@ -127,8 +136,10 @@ class StoreWriter:
             raise IntegrityError(
                 f"{self.location}: shard {shard} read back differs from what was written; check the disk"
             )
-        if not self._transport.put_if_absent(layout.commit_key(shard), commit.to_bytes()):
+        names = self.spec.names
+        if not self._transport.put_if_absent(names.commit_key(shard), commit.to_bytes(names)):
             return self._same_or_refuse(commit)
+        self.metadata.remember(commit)
         return commit
 
     def finish(self, progress: Progress | None = None) -> Complete:
@@ -144,14 +155,14 @@ class StoreWriter:
             IncompleteError: Shards are not committed yet.
             ChunkCorruptError: A committed object is not what its commit record says (a late write, say).
         """  # noqa: DOC501
-        commits = self._metadata.commits()
+        commits = self.metadata.commits()
         missing = [shard for shard in range(self.spec.shards) if shard not in commits]
         if missing:
             raise IncompleteError(
                 f"{self.location}: {len(missing)} of {self.spec.shards} shards are not committed, first {missing[:5]}",
                 hint="run the same gstds-embed command again",
             )
-        problems = self._metadata.check_hashes(commits, progress)
+        problems = self.metadata.check_hashes(commits, progress)
         if problems:
             raise corrupt(self.location, problems)
         self._transport.put(layout.VALID, layout.valid_object(self.spec, valid_of(self.spec, commits)))
@@ -162,17 +173,19 @@ class StoreWriter:
             ok=ok,
             quarantined=quarantined,
             shards=self.spec.shards,
-            commits_sha256=commits_root(commits),
+            commits_sha256=commits_root(commits, self.spec.names),
             objects={key: self._transport.sha256(key) for key in METADATA_KEYS},
         )
         self.end_repair()
-        self._transport.put(layout.COMPLETE, record.to_bytes())
+        self._transport.put(layout.COMPLETE, record.to_bytes(self.spec.names))
         return record
 
     def _same_or_refuse(self, commit: CommitRecord) -> CommitRecord:
-        data = self._transport.get(layout.commit_key(commit.shard))
-        there = CommitRecord.from_bytes(data, shard=commit.shard, fingerprint=self.spec.fingerprint)
+        names = self.spec.names
+        data = self._transport.get(names.commit_key(commit.shard))
+        there = CommitRecord.from_bytes(data, names, shard=commit.shard, fingerprint=self.spec.fingerprint)
         if there == commit:
+            self.metadata.remember(there)
             return there
         hint = "the committed one was kept; embed on one kind of machine with one set of library versions"
         key = layout.object_key(commit.shard)
@@ -190,7 +203,7 @@ class StoreWriter:
 
 @contextmanager
 def open_writer(
-    where: str | Path,
+    where: LocationLike,
     spec: CacheSpec,
     *,
     labels: Int64[np.ndarray, " N"],
@@ -214,29 +227,32 @@ def open_writer(
         FingerprintMismatchError: The store at ``where`` holds something else.
         IncompleteError: Another process is writing the store.
     """
-    transport = open_transport(where)
+    location = Location.parse(where)
+    transport = open_transport(location)
     if not transport.exists(layout.GROUP):
-        _require_room(where, transport)
+        _require_room(location, transport)
     with transport.lock():
         described = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), **attributes}
         objects = layout.metadata_objects(spec, {"gstds": described}, labels) | {layout.ITEMS: items}
         _make(transport, objects)
-        metadata = StoreMetadata(where)
-        require_same(metadata.spec, spec, where=metadata.location)
-        if attributes.get("provenance", {}) != metadata.provenance:  # begun by another run
+        metadata = StoreMetadata(location, transport=transport)  # the lock of this transport is the one that is held
+        stored = metadata.spec
+        require_same(stored, spec, where=location)
+        if stored != spec or attributes.get("provenance", {}) != metadata.provenance:
+            # Begun by another run, perhaps of a version that wrote another format.
+            described |= {"fingerprint": stored.fingerprint, "spec": stored.to_dict()}
             described["provenance"] = metadata.provenance
-            objects |= layout.metadata_objects(spec, {"gstds": described}, labels)
+            objects |= layout.metadata_objects(stored, {"gstds": described}, labels)
         # What an interrupted run left has no hashes yet, and COMPLETE would vouch for whatever it has become.
-        _write_anew(transport, objects)
+        if _write_anew(transport, objects):
+            metadata = StoreMetadata(location, transport=transport)
         del items, objects  # Mapped, and no longer needed.
-        # The lock of this transport is the one that is held.
-        metadata.transport = transport
         yield StoreWriter(metadata)
 
 
 @contextmanager
 def reopen_writer(
-    where: str | Path,
+    where: LocationLike,
     *,
     labels: Int64[np.ndarray, " N"],
     items: bytes | memoryview,
@@ -272,7 +288,8 @@ def reopen_writer(
             record, group = metadata.complete(), metadata.transport.get(layout.GROUP)
             if record is not None and record.objects.get(layout.GROUP) == sha256_hex(group):
                 objects[layout.GROUP] = group
-        _write_anew(metadata.transport, objects)
+        if _write_anew(metadata.transport, objects):
+            metadata = StoreMetadata(metadata.location, transport=metadata.transport)
         del items, objects
         yield StoreWriter(metadata)
 
@@ -289,25 +306,28 @@ def _make(transport: Transport, objects: dict[str, bytes | memoryview]) -> None:
             transport.put_if_absent(key, objects[key])
 
 
-def _write_anew(transport: Transport, objects: dict[str, bytes | memoryview]) -> None:
-    """Replace the small objects that are missing or have other bytes."""
+def _write_anew(transport: Transport, objects: dict[str, bytes | memoryview]) -> bool:
+    """Replace the small objects that are missing or have other bytes; returns whether there were any."""
+    replaced = False
     for key, data in objects.items():
         if not transport.exists(key) or transport.sha256(key) != sha256_hex(data):
             transport.delete(layout.COMPLETE)
             transport.put(key, data)
+            replaced = True
+    return replaced
 
 
-def _require_room(where: str | Path, transport: Transport) -> None:
-    """Refuse a place that holds something else.
+def _require_room(location: Location, transport: Transport) -> None:
+    """Refuse a location that holds something else.
 
     Raises:
         UsageError: It does.
     """
-    path = local_path(where)
+    path = location.path
     if path is None:
         names = {key.partition("/")[0] for key in transport.sizes()}
     elif path.exists() and not path.is_dir():
-        raise UsageError(f"--cache {path}: a file is in the way, expected a directory or nothing")
+        raise UsageError(f"`cache`: got the file {path}, expected a directory, or nothing there yet")
     else:
         entries = path.iterdir() if path.is_dir() else ()
         names = {entry.name for entry in entries if not entry.name.startswith(".")}
@@ -315,6 +335,6 @@ def _require_room(where: str | Path, transport: Transport) -> None:
     strange = sorted(names - layout.OWN_NAMES if layout.ITEMS in names else names)
     if strange:
         raise UsageError(
-            f"--cache {transport.location}: the place is not empty and is no store (it holds {strange[0]!r})",
-            hint="nothing was changed. Give the path of a new directory",
+            f"`cache`: {location} is not empty and is no store (it holds {strange[0]!r})",
+            hint="nothing was changed; give the path of a new directory",
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.files.atomic import replacing
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.resources import writing
 from gstds_cache.selection.selected_batch import Selection
@@ -156,8 +156,7 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
             finally:
                 with writing(partial):
                     os.fsync(file.fileno())
-        with writing(path):
-            _finish(partial, path)
+        _finish(partial, path)
 
 
 def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None, None]:
@@ -182,10 +181,8 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None
 def copy_file(source: Path, path: Path) -> None:
     """Copy a finished selection; ``path`` appears when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), replacing(path) as copied:
-        shutil.copyfile(source, copied)
-        with copied.open("rb") as file:
-            os.fsync(file.fileno())
+    with source.open("rb") as original, atomic_write(path, durable=True) as file:
+        shutil.copyfileobj(original, file)
 
 
 def _finish(partial: Path, path: Path) -> None:
@@ -194,23 +191,15 @@ def _finish(partial: Path, path: Path) -> None:
     Raises:
         OSError: The disk takes no more.
     """
-    whole = partial.with_suffix(".tmp")
-    try:
-        with whole.open("wb") as file:
-            with open_selection(partial) as stream, SelectionWriter(file, stream.header) as writer:
-                for group in grouped(stream):
-                    writer.write(*group)
-            os.fsync(file.fileno())
-        whole.replace(path)
-    except OSError:
-        whole.unlink(missing_ok=True)  # a full disk needs the room, and the partial file has all of it
-        raise
+    # The lock keeps other writers out. Where the disk is full, the partial file still has all of it.
+    with (
+        atomic_write(path, durable=True, leftovers="all") as file,
+        open_selection(partial) as stream,
+        SelectionWriter(file, stream.header) as writer,
+    ):
+        for group in grouped(stream):
+            writer.write(*group)
     partial.unlink()
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _left_over(partial: Path, header: Header) -> Iterator[Selection]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import threading
 from contextlib import ExitStack, suppress
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
-from gstds_cache.files.atomic import replaced_name, replacing
+from gstds_cache.files.atomic import atomic_write, written_name
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.resources import writing
 from gstds_cache.training.checkpoint import Checkpoint
@@ -230,10 +229,8 @@ class RunDir:
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:
         path = self.path / name
-        with writing(path), replacing(path, alone=True) as temporary, temporary.open("wb") as file:
+        with atomic_write(path, durable=True, leftovers="all") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _own(name: str) -> bool:
@@ -242,4 +239,4 @@ def _own(name: str) -> bool:
 
 def _temporary(name: str) -> bool:
     """Whether a killed process left it; a run of before had no process's number in the name."""
-    return name in {f".{file}.tmp" for file in FILES} or replaced_name(name) in FILES
+    return name in {f".{file}.tmp" for file in FILES} or written_name(name) in FILES

@@ -13,7 +13,9 @@ from s3_api import S3Server
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files import mapped
-from gstds_cache.store.transport import Transport, map_object, open_transport
+from gstds_cache.files.location import Location
+from gstds_cache.store.factory import open_transport
+from gstds_cache.store.transport import Transport, map_object
 
 BAD_KEYS = ("", "/a", "a/", "a//b", "..", "../a", "a/../b", ".hidden", "a/.b", "a b", "a\n", "\u00fc", "a\\b", "x" * 65)
 
@@ -29,7 +31,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def transport(where: str) -> Transport:
-    return open_transport(where)
+    return open_transport(Location.parse(where))
 
 
 def from_outside(where: str, key: str, server: S3Server) -> bytes | None:
@@ -44,7 +46,7 @@ def from_outside(where: str, key: str, server: S3Server) -> bytes | None:
 
 def test_it_is_one(transport: Transport, where: str) -> None:
     assert isinstance(transport, Transport)
-    assert transport.location == where
+    assert str(transport.location) == where
 
 
 def test_a_place_with_nothing_in_it(transport: Transport) -> None:
@@ -179,7 +181,7 @@ def test_a_folder_is_no_object(transport: Transport) -> None:
 
 
 def test_others_see_what_was_written(transport: Transport, where: str) -> None:
-    other = open_transport(where)
+    other = open_transport(Location.parse(where))
     assert not other.exists("a")
     transport.put("a", b"1")
     assert other.get("a") == b"1"

@@ -227,7 +227,7 @@ def test_dataset_that_cannot_be_pickled() -> None:
     assert len(source) == 2
     with pytest.raises(DatasetError, match="cannot be sent to worker processes") as caught:
         pickle.dumps(source)
-    assert caught.value.hint == "decode in this process: --workers 0"
+    assert caught.value.hint == "decode in this process: pass `workers=0`"
 
 
 def test_items_are_read_one_at_a_time() -> None:

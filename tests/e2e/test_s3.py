@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from s3_api import stored
 
+from gstds_cache.files.location import Location
 from gstds_cache.store import layout
+from gstds_cache.store.factory import open_transport
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import open_transport
 
 KILLS = 2
 
@@ -32,7 +34,7 @@ def local(words: list[str], location: str) -> list[str]:
 
 def objects(where: str | Path, *, without: str = "zarr.json") -> dict[str, bytes]:
     """All objects but the group, whose provenance may differ, and COMPLETE, which holds the group's hash."""
-    transport = open_transport(where)
+    transport = open_transport(Location.parse(where))
     return {key: transport.get(key) for key in transport.sizes() if key not in {without, layout.COMPLETE}}
 
 
@@ -65,7 +67,7 @@ def test_the_main_job_on_a_bucket(command, result_of, words, s3_server, s3_prefi
 
     damaged = bytearray(stored(s3_server, s3_prefix, layout.object_key(1)) or b"")
     damaged[9] ^= 1
-    open_transport(s3_prefix).put(layout.object_key(1), bytes(damaged))
+    open_transport(Location.parse(s3_prefix)).put(layout.object_key(1), bytes(damaged))
     bad = command("gstds-cache", "verify", s3_prefix, "--level", "full", code=3)
     assert "shard 1: embeddings/c/1/0 hashes to" in bad.stderr
     assert f"gstds-cache repair {s3_prefix}" in bad.stderr
@@ -105,7 +107,7 @@ def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
     (tmp_path / "hold").touch()
     for kill in range(KILLS):
         running = begin(slow, tmp_path)
-        while stored(s3_server, s3_prefix, layout.commit_key(2 * kill)) is None:
+        while stored(s3_server, s3_prefix, CURRENT.commit_key(2 * kill)) is None:
             assert running.poll() is None, running.communicate()
             time.sleep(0.02)
         running.kill()

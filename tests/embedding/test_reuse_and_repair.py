@@ -18,6 +18,7 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError, StoreNotFoundError, UsageError
 from gstds_cache.store import layout
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.verify import verify
 
@@ -89,7 +90,7 @@ def test_rows_are_found_by_content_in_any_order_and_from_several_stores(array_so
 
 def test_a_store_that_is_not_complete_can_be_reused(array_source, config, tmp_path: Path) -> None:
     embed_dataset(array_source(50), config, where=tmp_path / "half")
-    for key in (layout.COMPLETE, layout.commit_key(1), layout.object_key(1)):
+    for key in (layout.COMPLETE, CURRENT.commit_key(1), layout.object_key(1)):
         (tmp_path / "half" / key).unlink()
     done = embed_dataset(array_source(60), config, where=tmp_path / "grown", reuse=[tmp_path / "half"])
     assert (done.reused, done.embedded) == (34, 26)
@@ -153,8 +154,8 @@ DAMAGE = {
     "flipped byte": ([2], lambda store: flip(store / layout.object_key(2))),
     "two shards": ([0, 3], lambda store: [flip(store / layout.object_key(shard)) for shard in (0, 3)]),
     "deleted": ([1], lambda store: (store / layout.object_key(1)).unlink()),
-    "commit record deleted": ([1], lambda store: (store / layout.commit_key(1)).unlink()),
-    "commit record damaged": ([1], lambda store: (store / layout.commit_key(1)).write_text("{")),
+    "commit record deleted": ([1], lambda store: (store / CURRENT.commit_key(1)).unlink()),
+    "commit record damaged": ([1], lambda store: (store / CURRENT.commit_key(1)).write_text("{")),
     "COMPLETE damaged": ([], lambda store: (store / layout.COMPLETE).write_text("{")),
     "COMPLETE deleted": ([], lambda store: (store / layout.COMPLETE).unlink()),
     "labels": ([], lambda store: flip(store / layout.LABEL)),
@@ -185,7 +186,7 @@ def test_a_killed_repair_of_an_unfinished_store_is_finished_by_repair_and_the_re
     store, array_source, config, note: str
 ) -> None:
     whole, source = contents(store), array_source(50, bad=frozenset({7}))
-    for key in (layout.COMPLETE, layout.VALID, layout.commit_key(3), layout.object_key(3)):
+    for key in (layout.COMPLETE, layout.VALID, CURRENT.commit_key(3), layout.object_key(3)):
         (store / key).unlink()  # a run that did not come to shard 3
     flip(store / layout.object_key(1))
 
@@ -195,7 +196,7 @@ def test_a_killed_repair_of_an_unfinished_store_is_finished_by_repair_and_the_re
 
     with pytest.raises(KeyboardInterrupt):
         repair_store(store, source, open_encoder(config.model), workers=0, progress=stop)
-    assert not (store / layout.commit_key(1)).exists()
+    assert not (store / CURRENT.commit_key(1)).exists()
     assert (store / layout.REPAIR).read_bytes() == b'{"shards":[1]}'
     if note == "damaged":
         (store / layout.REPAIR).write_text("[")
@@ -231,7 +232,7 @@ def test_a_shard_that_is_named_is_made_again(store, array_source, config) -> Non
     # Whole by every hash, and wrong: what a store looks like that was filled with something else.
     wrong = EmbeddingStore(store)
     rows = np.ones((16, wrong.spec.dim), np.float16)
-    for key in (layout.COMPLETE, layout.commit_key(1), layout.object_key(1)):
+    for key in (layout.COMPLETE, CURRENT.commit_key(1), layout.object_key(1)):
         (store / key).unlink()
     from gstds_cache.data.manifest import DatasetManifest
     from gstds_cache.store.writer import reopen_writer

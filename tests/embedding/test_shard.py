@@ -21,6 +21,7 @@ from gstds_cache.embedding.shard import Clock, EmbedTask, out_of_memory
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import IncompleteError
 from gstds_cache.store import layout
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.writer import StoreWriter, open_writer
@@ -88,7 +89,7 @@ def test_a_shard_is_committed_while_the_next_is_embedded(array_source, watched, 
         # The third pass is the first of the second shard.
         watched.ON_FORWARD = lambda: seen.set() if len(watched.SHAPES) - begun > 3 else None
         for commit in task(range(5)):
-            assert (tmp_path / "s" / layout.commit_key(commit.shard)).exists()
+            assert (tmp_path / "s" / CURRENT.commit_key(commit.shard)).exists()
             order.append(commit.shard)
     assert (order, most[0]) == ([0, 1, 2, 3, 4], 1)
     assert task.clock.commit > 0

@@ -11,9 +11,11 @@ from kill_driver import Driver
 from real_store import BAD, ITEMS, SHARDS, objects_of
 
 from gstds_cache.errors import GstdsError
+from gstds_cache.files.location import Location
 from gstds_cache.store import layout
+from gstds_cache.store.factory import open_transport
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.transport import open_transport
 
 pytestmark = pytest.mark.faults
 GOOD = np.array([row for row in range(ITEMS) if row != BAD])
@@ -28,12 +30,12 @@ def bucket_driver(s3_prefix: str) -> Iterator[Driver]:
 
 
 def objects(where: str) -> dict[str, bytes]:
-    transport = open_transport(where)
+    transport = open_transport(Location.parse(where))
     return {key: transport.get(key) for key in transport.sizes()}
 
 
 def committed(there: dict[str, bytes]) -> list[int]:
-    return [shard for shard in range(SHARDS) if layout.commit_key(shard) in there]
+    return [shard for shard in range(SHARDS) if CURRENT.commit_key(shard) in there]
 
 
 def never_wrong(where: str, reference: Path) -> None:
@@ -75,7 +77,7 @@ def test_a_kill_at_any_request_of_a_repair_is_finished_by_repair(bucket_driver, 
     whole = objects_of(reference)
 
     def damaged(where: str) -> str:
-        transport = open_transport(where)
+        transport = open_transport(Location.parse(where))
         for key, data in whole.items():
             transport.put(key, data)
         transport.put(layout.object_key(0), whole[layout.object_key(0)][:-1] + b"?")

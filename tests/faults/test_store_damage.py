@@ -23,6 +23,7 @@ from real_store import BAD, ITEMS, SHARD, SHARDS, Images, files_of, leftovers, o
 from gstds_cache.errors import ChunkCorruptError, GstdsError, IncompleteError, IntegrityError, StoreNotFoundError
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.verify import verify
 
@@ -61,7 +62,7 @@ def mended_to(store: Path, reference: Path, shards: list[int], before: dict[str,
     assert objects_of(store) == objects_of(reference)
     assert leftovers(store) == []
     sound = [shard for shard in range(SHARDS) if shard not in shards]
-    keys = {key(shard) for shard in sound for key in (layout.object_key, layout.commit_key)}
+    keys = {key(shard) for shard in sound for key in (layout.object_key, CURRENT.commit_key)}
     assert stamps(store, sound) == {key: stamp for key, stamp in before.items() if key in keys}
 
 
@@ -179,7 +180,7 @@ def test_a_damaged_commit_is_found_when_the_store_is_opened_and_its_shard_is_mad
     whole: Path, reference: Path, harm: Damage, tally
 ) -> None:
     before = stamps(whole)
-    harm(whole / layout.commit_key(1))
+    harm(whole / CURRENT.commit_key(1))
     tally.faults += 1
     np.testing.assert_array_equal(plainly(whole), plainly(reference))  # the rows are all there
     with pytest.raises(ChunkCorruptError) as caught:
@@ -197,7 +198,7 @@ def test_a_commit_that_tells_something_else_is_found_and_never_confirmed(
     whole: Path, reference: Path, old: bytes, new: bytes, tally
 ) -> None:
     """Nobody can say which of the commit records was altered: all shards are made again."""
-    path = whole / layout.commit_key(0)
+    path = whole / CURRENT.commit_key(0)
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
     tally.faults += 1
@@ -339,7 +340,7 @@ def test_one_altered_byte_anywhere_is_noticed(whole: Path, reference: Path, tall
 
 def test_an_altered_commit_of_a_store_that_is_not_complete_is_noticed(whole: Path) -> None:
     (whole / layout.COMPLETE).unlink()
-    path = whole / layout.commit_key(0)
+    path = whole / CURRENT.commit_key(0)
     path.write_bytes(path.read_bytes().replace(b'"row":3', b'"row":2'))
     with pytest.raises(IntegrityError):
         EmbeddingStore(whole, allow_partial=True).gather(np.array([BAD]))
@@ -380,7 +381,7 @@ def mode(path: Path, bits: int) -> Iterator[None]:
         path.chmod(before)
 
 
-@pytest.mark.parametrize("key", [layout.object_key(1), layout.commit_key(1), layout.LABEL, layout.COMPLETE])
+@pytest.mark.parametrize("key", [layout.object_key(1), CURRENT.commit_key(1), layout.LABEL, layout.COMPLETE])
 def test_an_unreadable_file_is_an_error_that_names_it_and_no_damage(
     whole: Path, reference: Path, key: str, tally
 ) -> None:
@@ -413,7 +414,7 @@ def test_a_folder_that_may_only_be_read_is_read_and_not_written(
     assert objects_of(whole) == objects_of(reference)
 
 
-@pytest.mark.parametrize("key", [layout.object_key(1), layout.commit_key(1), layout.GROUP, layout.COMPLETE])
+@pytest.mark.parametrize("key", [layout.object_key(1), CURRENT.commit_key(1), layout.GROUP, layout.COMPLETE])
 def test_a_disk_that_cannot_be_read_is_no_damage_to_the_store(
     whole: Path, monkeypatch: pytest.MonkeyPatch, key: str, tally
 ) -> None:

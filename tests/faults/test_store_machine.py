@@ -49,6 +49,7 @@ from gstds_cache.errors import (
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind
 from gstds_cache.store.describe import summarise
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.verify import Level, verify
@@ -56,7 +57,7 @@ from gstds_cache.store.writer import open_writer
 
 GROWN = Images(ITEMS + 5)
 CPU = torch.device("cpu")
-RECEIPTS = [layout.commit_key(shard) for shard in range(SHARDS)]
+RECEIPTS = [CURRENT.commit_key(shard) for shard in range(SHARDS)]
 OBJECTS = [layout.object_key(shard) for shard in range(SHARDS)]
 SMALL = [layout.GROUP, layout.ITEMS, layout.LABEL, "embeddings/zarr.json", "label/zarr.json", "valid/zarr.json"]
 KEYS = [*SMALL, layout.VALID, layout.COMPLETE, *OBJECTS, *RECEIPTS]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import cache_root, derived_paths, find_cache_root, first_writable, hashes_folder, keep
-from gstds_cache.files.location import expanded, local_file, parse_location
+from gstds_cache.files.location import Location, expanded, local_file
 
 
 def test_paths_and_urls_are_what_they_say(monkeypatch) -> None:
@@ -26,11 +26,16 @@ def test_paths_and_urls_are_what_they_say(monkeypatch) -> None:
         ("file:///a%20b", Path("/a b")),
         ("FILE:///a", Path("/a")),
         ("file:/a", Path("/a")),
-        ("s3://bucket/p", "s3://bucket/p"),
-        ("S3://bucket/p", "s3://bucket/p"),
         (Path("a"), Path("a")),
     ):
-        assert parse_location(text) == place, text
+        location = Location.parse(text)
+        assert location == Location(place), text
+        assert Location.parse(location) is location
+        assert str(location) == str(place)
+    for text in ("s3://bucket/p/q", "S3://bucket/p/q", "s3://bucket/p/q/"):
+        location = Location.parse(text)
+        assert location == Location(None, "bucket", "p/q")
+        assert (str(location), location.name) == ("s3://bucket/p/q", "q")
 
 
 @pytest.mark.parametrize(
@@ -49,15 +54,15 @@ def test_paths_and_urls_are_what_they_say(monkeypatch) -> None:
 )
 def test_what_cannot_be_meant_is_refused(text, words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_location(text)
+        Location.parse(text)
     assert words in str(caught.value)
 
 
 def test_where_a_file_is_expected_a_bucket_is_refused() -> None:
     for text in ("s3://bucket/x.arrow", "S3://b/x", "s3:/b/x", "grpc:/host:1"):
-        with pytest.raises(UsageError, match=r"--out .* expected a path on this machine"):
-            local_file(text, "--out")
-    assert local_file("file:///tmp/x", "--out") == Path("/tmp/x")
+        with pytest.raises(UsageError, match=r"`out`: got .* expected a path on this machine"):
+            local_file(text, "`out`")
+    assert local_file("file:///tmp/x", "`out`") == Path("/tmp/x")
 
 
 def test_without_a_home_only_what_needs_one_says_so(monkeypatch, tmp_path) -> None:
@@ -68,8 +73,8 @@ def test_without_a_home_only_what_needs_one_says_so(monkeypatch, tmp_path) -> No
     monkeypatch.setattr(Path, "home", nobody)
     assert find_cache_root() is None
     assert hashes_folder() is None
-    assert derived_paths(tmp_path / "s", ".mirror") == [tmp_path / "s.mirror"]
-    assert derived_paths("s3://bucket/s", ".mirror") == []
+    assert derived_paths(Location(tmp_path / "s"), ".mirror") == [tmp_path / "s.mirror"]
+    assert derived_paths(Location.parse("s3://bucket/s"), ".mirror") == []
     with pytest.raises(UsageError, match="GSTDS_CACHE and HOME are not set") as caught:
         cache_root("--cache STORE")
     assert "give --cache STORE, or set GSTDS_CACHE" in str(caught.value)
@@ -85,11 +90,13 @@ def test_derived_folders_of_one_store_have_one_place_however_it_is_named(tmp_pat
     (tmp_path / "s").mkdir()
     (tmp_path / "link").symlink_to("s")
     last = {
-        derived_paths(name, ".m")[-1].name.split("-")[-1] for name in ("s", "./s", tmp_path / "s", "link", "x/../s")
+        derived_paths(Location.parse(name), ".m")[-1].name.split("-")[-1]
+        for name in ("s", "./s", tmp_path / "s", "link", "x/../s", (tmp_path / "s").as_uri())
     }
     assert len(last) == 1
-    assert derived_paths("t", ".m")[-1] != derived_paths("u/t", ".m")[-1]
-    assert derived_paths("s3://b/s/", ".m") == derived_paths("S3://b/s", ".m")
+    paths = {name: derived_paths(Location.parse(name), ".m") for name in ("t", "u/t", "s3://bu/s/", "S3://bu/s")}
+    assert paths["t"][-1] != paths["u/t"][-1]
+    assert paths["s3://bu/s/"] == paths["S3://bu/s"]
 
 
 WORDS = {

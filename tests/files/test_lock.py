@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.files.atomic import discard_leftovers, replacing
 from gstds_cache.files.lock import exclusive
 
 HOLD = """
@@ -104,29 +103,3 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(IncompleteError, match="has no file locks") as caught, exclusive(tmp_path / "lock", of=tmp_path):
         pass
     assert "local folder" in caught.value.hint
-
-
-def test_two_that_replace_one_file_at_once_write_two_and_leave_one(tmp_path: Path) -> None:
-    with replacing(tmp_path / "x.npy") as one:
-        with replacing(tmp_path / "x.npy") as two:
-            assert one != two
-            one.write_text("one")
-            two.write_text("two")
-        assert (tmp_path / "x.npy").read_text() == "two"
-    assert (tmp_path / "x.npy").read_text() == "one"
-    with pytest.raises(IsADirectoryError), replacing(tmp_path / "x.npy"):
-        tmp_path.write_text("it fails, as on a full disk")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
-
-
-def test_leftovers_of_killed_processes_go_and_those_of_others_stay(tmp_path: Path) -> None:
-    for name in (".x.npy.123-0123abcd.tmp", ".x.npy.124-0123abcd.tmp", ".y.npy.125-0123abcd.tmp", ".x.npy.tmp"):
-        (tmp_path / name).write_bytes(b"")
-    os.utime(tmp_path / ".x.npy.123-0123abcd.tmp", (0, 0))
-    discard_leftovers(tmp_path / "x.npy")
-    assert not (tmp_path / ".x.npy.123-0123abcd.tmp").exists()
-    assert (tmp_path / ".x.npy.124-0123abcd.tmp").exists()
-    discard_leftovers(tmp_path / "x.npy", alone=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.npy.tmp", ".y.npy.125-0123abcd.tmp"]
-    with replacing(tmp_path / ("n" * 250)) as temporary:  # as long a name as there may be
-        temporary.write_bytes(b"")

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class Steps:
             return
         with self._lock:
             number = len(self.labels)
-            name = re.sub(r"\.\d+\.tmp$", ".PID.tmp", path.removeprefix(self.root).lstrip("/"))
+            name = re.sub(r"\.\d+-[0-9a-f]{8}\.tmp$", ".PID.tmp", path.removeprefix(self.root).lstrip("/"))
             self.labels.append(f"{when} {operation} {name}")
         late = self.stop is not None and number > self.stop
         full = late and self.how == "ENOSPC" and operation in GROWING
@@ -141,6 +141,10 @@ class _Writes:
         self._file.flush()
         self._steps.point("after", "write", self._path)
         return len(view)
+
+    def writelines(self, lines: Iterable[Any]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

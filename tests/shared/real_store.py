@@ -12,13 +12,14 @@ from torch import nn
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.embedding import probe
+from gstds_cache.embedding import estimate
 from gstds_cache.embedding.repair import RepairReport, repair_store
 from gstds_cache.embedding.run import EmbedReport, embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store import layout
+from gstds_cache.store.format import CURRENT
 from gstds_cache.store.writer import StoreWriter
 
 ITEMS, BATCH, SHARD = 22, 4, 8
@@ -27,8 +28,8 @@ BAD = 3
 MODEL = "real_store:build"
 
 # The run's own measurement of its speed would take longer than the run.
-probe.FORWARD_SECONDS = 1e-4
-probe.IMAGES = 2
+estimate.FORWARD_SECONDS = 1e-4
+estimate.IMAGES = 2
 
 
 class Images:
@@ -127,5 +128,5 @@ def committed_shards(store: Path) -> list[int]:
 def stamps(store: Path, shards: list[int] | None = None) -> dict[str, tuple[int, int]]:
     """Inode and time of change of the commit records and objects of ``shards`` (default: of all that are committed)."""
     keys = [key(shard) for shard in committed_shards(store) if shards is None or shard in shards
-            for key in (layout.commit_key, layout.object_key)]  # fmt: skip
+            for key in (CURRENT.commit_key, layout.object_key)]  # fmt: skip
     return {key: ((store / key).stat().st_ino, (store / key).stat().st_mtime_ns) for key in keys}

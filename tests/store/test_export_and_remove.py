@@ -76,7 +76,7 @@ def test_a_place_for_an_export_that_is_none(store: Path, command: Run, tmp_path:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("name", "words"), [("rows.csv", r"\.npy, \.parquet, \.arrow"), ("there.npy", "--force")])
+@pytest.mark.parametrize(("name", "words"), [("rows.csv", r"\.npy, \.parquet, \.arrow"), ("there.npy", "replace=True")])
 def test_what_cannot_be_written_is_said_before_anything_is(store, tmp_path, name, words) -> None:
     (tmp_path / "there.npy").write_bytes(b"mine")
     with pytest.raises(UsageError, match=words):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
-import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +15,19 @@ from datetime import timedelta
 import pytest
 from s3_api import BUCKET, FaultProxy, S3Server, stored
 
-from gstds_cache.errors import EXIT_INCOMPLETE, IncompleteError, StoreUnavailableError, UsageError
+from gstds_cache.errors import EXIT_INCOMPLETE, StoreUnavailableError, UsageError
+from gstds_cache.files.location import Location
 from gstds_cache.store import objects
-from gstds_cache.store.holder import Holder
+from gstds_cache.store.factory import open_transport
 from gstds_cache.store.objects import ObjectTransport
-from gstds_cache.store.transport import open_transport
 
 Faulty = tuple[str, FaultProxy]
 Act = Callable[[ObjectTransport], object]
+
+
+def bucket(where: str) -> ObjectTransport:
+    return ObjectTransport(Location.parse(where))
+
 
 OPERATIONS: dict[str, tuple[str, Act, object]] = {
     "exists": ("HEAD", lambda t: t.exists("a"), True),
@@ -42,14 +43,13 @@ OPERATIONS: dict[str, tuple[str, Act, object]] = {
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give up after a few quick tries, and settle a lock quickly."""
+    """Give up after a few quick tries."""
     monkeypatch.setitem(objects.RETRY, "max_retries", 6)
     monkeypatch.setitem(
         objects.RETRY,
         "backoff",
         {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2},
     )
-    monkeypatch.setattr(objects, "SETTLE_SECONDS", 0.05)
 
 
 # What passes by itself
@@ -59,7 +59,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_burst_of_faults_is_survived(faulty_s3: Faulty, operation: str, action: str) -> None:
     where, proxy = faulty_s3
-    transport = ObjectTransport(where)
+    transport = bucket(where)
     transport.put("a", b"1")
     method, act, expected = OPERATIONS[operation]
     fault = proxy.inject(action, method=method, times=4)
@@ -69,7 +69,7 @@ def test_a_burst_of_faults_is_survived(faulty_s3: Faulty, operation: str, action
 
 def test_half_an_answer_is_read_again(faulty_s3: Faulty) -> None:
     where, proxy = faulty_s3
-    transport = ObjectTransport(where)
+    transport = bucket(where)
     data = os.urandom(1 << 20)
     transport.put("a", data)
     fault = proxy.inject("truncate", method="GET", times=2)
@@ -79,7 +79,7 @@ def test_half_an_answer_is_read_again(faulty_s3: Faulty) -> None:
 
 def test_get_many_reads_at_once(faulty_s3: Faulty) -> None:
     where, proxy = faulty_s3
-    transport = ObjectTransport(where)
+    transport = bucket(where)
     keys = [f"k{number}" for number in range(8)]
     for key in keys:
         transport.put(key, key.encode())
@@ -92,7 +92,7 @@ def test_get_many_reads_at_once(faulty_s3: Faulty) -> None:
 
 def test_a_service_that_never_answers(faulty_s3: Faulty) -> None:
     where, proxy = faulty_s3
-    transport = ObjectTransport(where)
+    transport = bucket(where)
     transport.put("a", b"1")
     fault = proxy.inject("slow_down", times=math.inf)
     for _, act, _ in OPERATIONS.values():
@@ -108,7 +108,7 @@ def test_a_service_that_never_answers(faulty_s3: Faulty) -> None:
 def test_nobody_listens(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailableError, match="http://127.0.0.1:9") as caught:
-        ObjectTransport(s3_prefix).get("a")
+        bucket(s3_prefix).get("a")
     assert "AWS_ENDPOINT_URL" in caught.value.hint
 
 
@@ -125,7 +125,7 @@ def test_the_api_of_these_tests_honours_conditions(s3_server: S3Server) -> None:
 def test_a_lost_response_is_no_conflict(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("lose", method="PUT")
-    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
+    assert bucket(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == 1
     # It was tried again and refused, on account of itself; then it was read.
     assert (proxy.count("PUT", "commit"), proxy.count("GET", "commit")) == (2, 1)
@@ -135,16 +135,16 @@ def test_a_lost_response_is_no_conflict(faulty_s3: Faulty, s3_server: S3Server) 
 def test_every_response_is_lost(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("lose", method="PUT", times=math.inf)
-    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
+    assert bucket(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == proxy.count("PUT") == 7
     assert stored(s3_server, where, "commit") == b"ours"
 
 
 def test_a_lost_response_hides_no_conflict(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
-    ObjectTransport(where).put("commit", b"theirs")
+    bucket(where).put("commit", b"theirs")
     fault = proxy.inject("lose", method="PUT", times=2)
-    assert ObjectTransport(where).put_if_absent("commit", b"ours") is False
+    assert bucket(where).put_if_absent("commit", b"ours") is False
     assert fault.hits == 2
     assert stored(s3_server, where, "commit") == b"theirs"
 
@@ -153,7 +153,7 @@ def test_every_request_is_lost(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("reset", method="PUT", times=math.inf)
     with pytest.raises(StoreUnavailableError):
-        ObjectTransport(where).put_if_absent("commit", b"ours")
+        bucket(where).put_if_absent("commit", b"ours")
     assert fault.hits == 7
     assert proxy.count("GET", "commit") == 1
     assert stored(s3_server, where, "commit") is None
@@ -162,7 +162,7 @@ def test_every_request_is_lost(faulty_s3: Faulty, s3_server: S3Server) -> None:
 def test_another_conditional_write_is_under_way(faulty_s3: Faulty, s3_server: S3Server) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("conflict", method="PUT", times=2)  # 409: nothing is there yet, and the write must be repeated
-    assert ObjectTransport(where).put_if_absent("commit", b"ours") is True
+    assert bucket(where).put_if_absent("commit", b"ours") is True
     assert fault.hits == 2
     assert stored(s3_server, where, "commit") == b"ours"
 
@@ -172,7 +172,7 @@ def test_there_is_always_another_under_way(faulty_s3: Faulty, monkeypatch: pytes
     monkeypatch.setattr(objects, "CREATE_TRIES", 3)
     fault = proxy.inject("conflict", method="PUT", times=math.inf)
     with pytest.raises(StoreUnavailableError, match="3 times"):
-        ObjectTransport(where).put_if_absent("commit", b"ours")
+        bucket(where).put_if_absent("commit", b"ours")
     assert fault.hits == 3
 
 
@@ -181,7 +181,7 @@ def test_one_of_many_writers_gets_the_name(faulty_s3: Faulty, s3_server: S3Serve
     fault = proxy.inject("lose", method="PUT", times=4)
     contents = [str(number).encode() for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda data: ObjectTransport(where).put_if_absent("commit", data), contents))
+        results = list(pool.map(lambda data: bucket(where).put_if_absent("commit", data), contents))
     assert sum(results) == 1
     assert stored(s3_server, where, "commit") == contents[results.index(True)]
     assert fault.hits == 4
@@ -192,14 +192,13 @@ def test_one_of_many_writers_gets_the_name(faulty_s3: Faulty, s3_server: S3Serve
 
 def test_several_writers_where_conditions_work(faulty_s3: Faulty) -> None:
     where, proxy = faulty_s3
-    first, second = ObjectTransport(where), ObjectTransport(where)
+    first, second = bucket(where), bucket(where)
     with first.lock(), second.lock():
         assert not first.exclusive
         assert not second.exclusive
         assert first.put_if_absent("a", b"1") is True
         assert second.put_if_absent("a", b"2") is False
     assert proxy.count("PUT", objects.PROBES) == 4
-    assert proxy.count("", objects.WRITER) == 0
     assert first._list(None) == second._list(None)
     assert [path for path, _, _ in first._list(None)] == ["a"]
 
@@ -208,121 +207,38 @@ def test_several_writers_where_conditions_work(faulty_s3: Faulty) -> None:
 def test_faults_do_not_look_like_ignored_conditions(faulty_s3: Faulty, action: str) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject(action, method="PUT", times=3)
-    transport = ObjectTransport(where)
+    transport = bucket(where)
     with transport.lock():
         assert not transport.exclusive
     assert fault.hits == 3
 
 
 @pytest.mark.parametrize("how", ["ignore_condition", "unknown", "disabled"])
-def test_one_writer_where_conditions_are_ignored(
-    faulty_s3: Faulty, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, how: str
+def test_a_service_that_ignores_conditions_is_read_and_not_written(
+    faulty_s3: Faulty, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     where, proxy = faulty_s3
+    bucket(where).put("a", b"1")
     if how == "disabled":
         monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
     elif how == "ignore_condition":
         fault = proxy.inject("ignore_condition", times=math.inf)
     else:
         fault = proxy.inject("unknown", key=objects.PROBES, times=math.inf)
-    first, second = ObjectTransport(where), ObjectTransport(where)
-    with first.lock():
-        assert first.exclusive
-        with pytest.raises(IncompleteError) as caught, second.lock():
-            pytest.fail("two writers at once")
-        assert caught.value.exit_code == EXIT_INCOMPLETE
-        assert re.search(rf"process {os.getpid()} on \S+, since 20\d\d-", caught.value.message)
-        assert "ignores conditional writes" in caught.value.message
-        assert f"aws s3 rm {where}/.writer.json" in caught.value.hint
-        # The first goes on, and does without the condition.
-        assert first.put_if_absent("a", b"1") is True
-        assert first.put_if_absent("a", b"2") is False
-        assert first.put_if_absent("a", b"1") is True
-        assert pickle.loads(pickle.dumps(first)).put_if_absent("a", b"2") is False
-        assert stored(s3_server, where, "a") == b"1"
-        assert first.sizes() == {"a": 1}
-    with second.lock():
-        second.put("b", b"2")
-    assert stored(s3_server, where, ".writer.json") is None
-    assert [path for path, _, _ in first._list(None)] == ["a", "b"]
+    transport = bucket(where)
+    with pytest.raises(UsageError, match="ignores conditional writes") as caught, transport.lock():
+        pytest.fail("a writer")
+    assert where in caught.value.message
+    assert proxy.endpoint in caught.value.message
+    assert "embed into a directory" in caught.value.hint
+    assert transport.get("a") == b"1"
+    assert [path for path, _, _ in transport._list(None)] == ["a"]
     if how != "disabled":
-        assert fault.hits >= 2
-
-
-def test_two_that_begin_at_once(faulty_s3: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, proxy = faulty_s3
-    monkeypatch.setattr(objects, "SETTLE_SECONDS", 1.5)
-    fault = proxy.inject("ignore_condition", times=math.inf)
-    # Both find nobody: the first record is held up on its way until the second has been looked for.
-    late = proxy.inject("delay", method="PUT", key=objects.WRITER, seconds=0.6)
-    gate, held, refused = threading.Barrier(2), [], []
-
-    def work(number: int) -> None:
-        gate.wait()
-        try:
-            with ObjectTransport(where).lock():
-                held.append(number)
-                time.sleep(1.5)
-        except IncompleteError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refused)) == (1, 1)
-    assert fault.hits == 4
-    assert late.hits == 1
-    assert proxy.count("PUT", objects.WRITER) == 2
-
-
-HOLD = """
-import sys, time
-from gstds_cache.store import objects
-objects.SETTLE_SECONDS = 0.05
-with objects.ObjectTransport(sys.argv[1]).lock():
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_killed_writer_of_this_machine_is_followed(faulty_s3: Faulty, s3_server: S3Server) -> None:
-    where, proxy = faulty_s3
-    fault = proxy.inject("ignore_condition", times=math.inf)
-    process = subprocess.Popen([sys.executable, "-c", HOLD, where], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    transport = ObjectTransport(where)
-    with pytest.raises(IncompleteError, match=f"process {process.pid} on"), transport.lock():
-        pytest.fail("two writers at once")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert json.loads(stored(s3_server, where, ".writer.json") or b"")["pid"] == process.pid
-    with transport.lock():
-        assert json.loads(stored(s3_server, where, ".writer.json") or b"")["pid"] == os.getpid()
-    assert stored(s3_server, where, ".writer.json") is None
-    assert fault.hits == 6
-
-
-@pytest.mark.parametrize(
-    "record",
-    [Holder("x", "elsewhere", "other/pid:[1]", 2**22 + 1, "2026-01-01T00:00:00+00:00").to_bytes(), b"", b"[]", b"{}"],
-)
-def test_a_writer_of_whom_nothing_is_known_is_not_followed(faulty_s3: Faulty, record: bytes) -> None:
-    where, proxy = faulty_s3
-    fault = proxy.inject("ignore_condition", times=math.inf)
-    transport = ObjectTransport(where)
-    transport._put(objects.WRITER, record)
-    with pytest.raises(IncompleteError, match=r"on (elsewhere|an unknown host), since"), transport.lock():
-        pytest.fail("two writers at once")
-    assert transport._get(objects.WRITER) == record
-    assert fault.hits == 2
+        assert fault.hits >= 1
 
 
 def test_probes_of_killed_writers_are_collected(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    transport = ObjectTransport(s3_prefix)
+    transport = bucket(s3_prefix)
     transport.put("a", b"1")
     transport._put(f"{objects.PROBES}/left", b"")
     assert transport.collect_temporaries() == 0  # it may be another writer's, at this moment
@@ -340,7 +256,7 @@ def test_wrong_credentials(faulty_s3: Faulty, operation: str) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("forbid", times=math.inf)
     with pytest.raises(StoreUnavailableError, match="refused access: 403") as caught:
-        OPERATIONS[operation][1](ObjectTransport(where))
+        OPERATIONS[operation][1](bucket(where))
     assert caught.value.message.startswith(f"{where}/")
     assert "AWS_ACCESS_KEY_ID" in caught.value.hint
     assert "AWS_SECRET_ACCESS_KEY" in caught.value.hint
@@ -351,7 +267,7 @@ def test_wrong_credentials(faulty_s3: Faulty, operation: str) -> None:
 def test_writing_is_forbidden(faulty_s3: Faulty) -> None:
     where, proxy = faulty_s3
     fault = proxy.inject("forbid", method="PUT", times=math.inf)
-    with pytest.raises(StoreUnavailableError, match="InvalidAccessKeyId"), ObjectTransport(where).lock():
+    with pytest.raises(StoreUnavailableError, match="InvalidAccessKeyId"), bucket(where).lock():
         pytest.fail("no writer")
     assert fault.hits == 1
 
@@ -359,25 +275,25 @@ def test_writing_is_forbidden(faulty_s3: Faulty) -> None:
 def test_half_of_the_credentials(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(UsageError, match="Missing AccessKeyId") as caught:
-        ObjectTransport(s3_prefix).get("a")
+        bucket(s3_prefix).get("a")
     assert "AWS_" in caught.value.hint
 
 
 def test_a_variable_that_cannot_be_meant(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     with pytest.raises(UsageError, match="perhaps") as caught:
-        ObjectTransport(s3_prefix).get("a")
+        bucket(s3_prefix).get("a")
     assert "AWS_" in caught.value.hint
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_no_such_bucket(s3_prefix: str, operation: str) -> None:
     with pytest.raises(StoreUnavailableError, match="there is no bucket 'no-such-bucket' at http://127"):
-        OPERATIONS[operation][1](ObjectTransport("s3://no-such-bucket/store"))
+        OPERATIONS[operation][1](bucket("s3://no-such-bucket/store"))
 
 
 def test_no_such_bucket_to_write_to(s3_prefix: str) -> None:
-    with pytest.raises(StoreUnavailableError, match="there is no bucket"), ObjectTransport("s3://none/store").lock():
+    with pytest.raises(StoreUnavailableError, match="there is no bucket"), bucket("s3://none/store").lock():
         pytest.fail("no writer")
 
 
@@ -396,32 +312,33 @@ def test_no_such_bucket_to_write_to(s3_prefix: str) -> None:
         "s3://bucket/a b",
         "s3://bucket/\u00fc",
         "s3://bucket/a\n",
+        "s3://bucket/..",
         "s3://key:secret@bucket/a",
         "gs://bucket/a",
     ],
 )
 def test_places_that_are_none(where: str) -> None:
     with pytest.raises(UsageError, match="s3://bucket/prefix"):
-        open_transport(where) if where.startswith("gs") else ObjectTransport(where)
+        Location.parse(where)
 
 
 def test_a_place_has_one_name(s3_prefix: str) -> None:
-    assert open_transport(f"{s3_prefix}/").location == s3_prefix
-    assert open_transport(s3_prefix.replace("s3", "S3", 1)).location == s3_prefix
+    assert open_transport(Location.parse(f"{s3_prefix}/")).location == Location.parse(s3_prefix)
+    assert open_transport(Location.parse(s3_prefix.replace("s3", "S3", 1))).location == Location.parse(s3_prefix)
 
 
 def test_stores_of_one_bucket_are_apart(s3_prefix: str) -> None:
     names = ("a", "a/b", "a=1,b=2", "a2")
     for name in names:
-        ObjectTransport(f"{s3_prefix}/{name}").put("k", name.encode())
+        bucket(f"{s3_prefix}/{name}").put("k", name.encode())
     for name in names:
-        assert ObjectTransport(f"{s3_prefix}/{name}").get("k") == name.encode()
-    assert ObjectTransport(f"{s3_prefix}/a2").sizes() == {"k": 2}
-    assert ObjectTransport(f"{s3_prefix}/a").sizes() == {"k": 1, "b/k": 3}
+        assert bucket(f"{s3_prefix}/{name}").get("k") == name.encode()
+    assert bucket(f"{s3_prefix}/a2").sizes() == {"k": 2}
+    assert bucket(f"{s3_prefix}/a").sizes() == {"k": 1, "b/k": 3}
 
 
 def test_obstore_is_not_installed(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    transport = open_transport(s3_prefix)  # which needs it not
+    transport = open_transport(Location.parse(s3_prefix))  # which needs it not
     for name in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "obstore", None)
@@ -449,7 +366,7 @@ os.waitpid(child, 0)
 
 
 def test_another_process_and_its_forked_child(s3_prefix: str) -> None:
-    transport = ObjectTransport(s3_prefix)
+    transport = bucket(s3_prefix)
     transport.put("a", b"1")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ELSEWHERE, pickle.dumps(transport).hex()],
@@ -462,7 +379,7 @@ def test_another_process_and_its_forked_child(s3_prefix: str) -> None:
 
 
 def test_what_is_pickled_holds_no_secret(s3_prefix: str) -> None:
-    transport = ObjectTransport(s3_prefix)
+    transport = bucket(s3_prefix)
     transport.put("a", b"1")
     pickled = pickle.dumps(transport)
     assert b"test-secret" not in pickled
@@ -472,5 +389,5 @@ def test_what_is_pickled_holds_no_secret(s3_prefix: str) -> None:
 def test_the_service_by_its_own_variable(s3_prefix: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint)
-    ObjectTransport(s3_prefix).put("a", b"1")
+    bucket(s3_prefix).put("a", b"1")
     assert stored(s3_server, s3_prefix, "a") == b"1"
