@@ -155,7 +155,8 @@ class Trainer:
         """
         self._restore()
         loader = BatchLoader(self._steps, self._feed, self.ranks, self.seconds)
-        with interruptible() as stop_asked, closing(loader.batches()) as batches:
+        callers_random_numbers = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+        with callers_random_numbers, interruptible() as stop_asked, closing(loader.batches()) as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
                 started = time.perf_counter()

@@ -93,9 +93,9 @@ class RunDir:
         self._check_strange()
         with ExitStack() as holding:
             if self._writes:
-                made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+                created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
                 self._lock(holding)
-                holding.callback(self._remove_unused, made)
+                holding.callback(self._remove_unused, created)
             self._check()
             self._holding = holding.pop_all()
 
@@ -112,12 +112,12 @@ class RunDir:
             else:
                 return
 
-    def _remove_unused(self, made: list[Path]) -> None:
-        """Remove the folders that were made, unless something was written to them; while the lock is held."""
+    def _remove_unused(self, created: list[Path]) -> None:
+        """Remove the folders that were created, unless something was written to them; while the lock is held."""
         with suppress(OSError):
-            if made and {entry.name for entry in self.path.iterdir()} == {LOCK}:
+            if created and {entry.name for entry in self.path.iterdir()} == {LOCK}:
                 (self.path / LOCK).unlink()
-                for folder in made:  # until one is not empty
+                for folder in created:  # until one is not empty
                     folder.rmdir()
 
     def _check_strange(self) -> None:
@@ -140,7 +140,7 @@ class RunDir:
         """Refuse a run that is there and is not to be resumed.
 
         Raises:
-            UsageError: It was not said that it is to be resumed.
+            UsageError: It is not to be resumed.
             FingerprintMismatchError: It has another configuration.
         """
         path, stored, config = self.path, self._stored_config(), self._config
