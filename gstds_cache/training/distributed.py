@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -149,15 +149,15 @@ def process_group(device: str) -> Iterator[Ranks]:
                 f"`device`: got {device!r}, but {world_size} ranks need a device each", hint="pass `device='cuda'`"
             )
         own = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(own)
     joined_before = distributed.is_initialized()
-    if not joined_before:
-        distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    try:
-        yield Ranks(own, rank, world_size)
-    finally:
+    with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
         if not joined_before:
-            # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads are
-            # still running when they are taken down, and the process aborts (seen in one of three runs).
-            gc.collect()
-            distributed.destroy_process_group()
+            distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        try:
+            yield Ranks(own, rank, world_size)
+        finally:
+            if not joined_before:
+                # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads
+                # are still running when they are taken down, and the process aborts (seen in one of three runs).
+                gc.collect()
+                distributed.destroy_process_group()
