@@ -13,7 +13,7 @@ from gstds_cache.config import TrainConfig, TrainSettings
 from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
-from gstds_cache.data.sources import open_source
+from gstds_cache.data.sources import open_sources
 from gstds_cache.errors import UsageError
 from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.runtime.notify import Notify, log
@@ -69,10 +69,22 @@ def open_run(
     cache: EmbeddingStore | LocationLike | None,
     settings: TrainSettings,
     hash_cache: HashCache,
+    hash_items: bool,
     progress: Progress | bool | None,
     notify: Notify | None,
 ) -> Iterator[OpenedRun]:
     """Open data sets and selection; refuse what does not fit together, before every item is hashed.
+
+    Args:
+        dataset: As for :func:`gstds_cache.train`, as are the others but for two.
+        selection: The selection.
+        evaluation: The evaluation set.
+        cache: The store.
+        settings: Fields of :class:`gstds_cache.TrainConfig`.
+        hash_cache: Hashes of files from before.
+        hash_items: Whether files may be read to decide which items are in a part of a data set.
+        progress: Called with progress.
+        notify: Called with lines for the user.
 
     Yields:
         The run. While the block lasts, this process is one of its ranks, and CPU threads are limited.
@@ -91,8 +103,9 @@ def open_run(
             )
         show = held.enter_context(showing(progress if ranks.first else None, "steps", hash="items", load="images"))
         hashing = partial(show_hashing, show)
-        source = open_source(dataset, hash_cache=hash_cache, progress=hashing)
-        other = None if evaluation is None else open_source(evaluation, hash_cache=hash_cache, progress=hashing)
+        datasets = (dataset,) if evaluation is None else (dataset, evaluation)
+        source, *rest = open_sources(datasets, hash_cache=hash_cache, progress=hashing, read=hash_items)
+        other = rest[0] if rest else None
         classes = count_classes(source, other)
         stream = held.enter_context(open_selection(where))
         store = _checked_store(cache, stream.header)

@@ -93,6 +93,7 @@ def train(
         cache=cache,
         settings=settings,
         hash_cache=hash_cache,
+        hash_items=True,
         progress=progress,
         notify=notify,
     )
@@ -155,7 +156,8 @@ def estimate_training(
         evaluation=evaluation,
         cache=cache,
         settings=settings,
-        hash_cache=HashCache(),
+        hash_cache=HashCache(hashes_folder()),
+        hash_items=False,
         progress=progress,
         notify=notify,
     )

@@ -15,12 +15,13 @@ from jaxtyping import Float64
 from gstds_cache.costs.records import recall, selection_costs
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.report import charts
 from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -80,7 +81,7 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: str | None = None,
+    cache: LocationLike | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
@@ -157,7 +158,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Selection]) -> None:
+def _from_stream(view: SelectionView, key: str, header: Header, batches: list[SelectedBatch]) -> None:
     n_in = np.array([batch.n_in for batch in batches], dtype=np.int64)
     kept = np.array([len(batch.kept) for batch in batches], dtype=np.int64)
     saved = 1 - kept.sum() / n_in.sum()
@@ -202,7 +203,7 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: str | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(file: Path, header: Header, cache: LocationLike | None) -> tuple[EmbeddingStore | None, str]:
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:
@@ -264,7 +265,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
     )
 
 
-def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
+def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[SelectedBatch]) -> None:
     store = selector.store
     labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()

@@ -34,21 +34,21 @@ def limit_threads(threads: int) -> None:
 
 @contextmanager
 def limited_threads(threads: int) -> Iterator[None]:
-    """:func:`limit_threads` while the block lasts; afterwards torch, BLAS and OpenMP have the threads they had.
+    """:func:`limit_threads` while the block lasts; then torch, faiss and BLAS have as many threads as before.
 
     Yields:
-        Nothing.
+        Once.
     """
     if not threads:
         yield
         return
     before = torch.get_num_threads()
-    with threadpoolctl.threadpool_limits(threads):
-        torch.set_num_threads(threads)
-        try:
+    torch.set_num_threads(threads)
+    try:
+        with threadpoolctl.threadpool_limits(threads):
             yield
-        finally:
-            torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

@@ -19,7 +19,7 @@ from gstds_cache.api.train import estimate_training, train
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected_batch import Selection as Batch
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter
@@ -42,7 +42,7 @@ def selection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("wb") as file, SelectionWriter(file, header) as writer:
         for seq in range(batches):
             rows = rng.permutation(len(manifest))[:KEPT]
-            writer.write(Batch(seq, *divmod(seq, STEPS), 80, rows, None, Status.CONVERGED, 0.5, 0.0))
+            writer.write(SelectedBatch(seq, *divmod(seq, STEPS), 80, rows, None, Status.CONVERGED, 0.5, 0.0))
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from gstds_cache.api.train import train
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.training.checkpoint import Checkpoint
@@ -147,35 +145,24 @@ def test_default_names_are_read_by_people() -> None:
 
 
 def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(
-    command, image_folder, tiny_model, monkeypatch
+    command, start, image_folder, tiny_model, result_of
 ) -> None:
-    dataset = f"imagefolder:{image_folder}"
-    command("gstds-embed", dataset, "--model", tiny_model, "--cache", "s")
+    command("gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model, "--cache", "s")
     command(
         "gstds-select", "s", "--batch-size", "16", "--knn", "4", "--epochs", "2", "--rule", "random", "--out", "s.arrow"
     )
-    monkeypatch.chdir(image_folder.parent)
-    monkeypatch.setenv("GSTDS_CACHE", "stores")
-    usual, other, again = (
-        train(dataset, "s.arrow", arch="conv3", progress=False, **more).run_dir.name
-        for more in ({}, {"lr": 0.03}, {"lr": 0.03, "resume": True})
-    )
-    assert again == other == f"{usual}-lr0.03"
-    words = ["gstds-train", dataset, "--selection", "s.arrow", "--arch", "conv3", "--json"]
-    folder = image_folder.parent
-    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
-    executable = Path(sys.executable).with_name("gstds-train")
-    both = [
-        subprocess.Popen([str(executable), *words[1:], "--out", "one"], cwd=folder, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]  # fmt: skip
-    ended = [(process.communicate(timeout=200), process.returncode) for process in both]
+    words = ["gstds-train", f"imagefolder:{image_folder}", "--selection", "s.arrow", "--arch", "conv3", "--json"]
+    named = [Path(result_of(command(*words, *more))["run_dir"]).name for more in ([], ["--lr", "0.03"])]
+    assert named[1] == f"{named[0]}-lr0.03"
+    again = result_of(command(*words, "--lr", "0.03", "--resume"))
+    assert Path(again["run_dir"]).name == named[1]
+    both = [start(*words, "--out", "one") for _ in range(2)]
+    ended = [(process.communicate(200), process.wait()) for process in both]
     codes = sorted(code for _, code in ended)
     assert codes[0] == 0
     assert codes[1] in {2, 4}  # 2 where one came when the other had ended
     assert any("is being written by another process" in err or "holds a run" in err for (_, err), _ in ended)
-    assert len((folder / "one" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((image_folder.parent / "one" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_threads_follow_from_the_work_of_a_step_and_from_nothing_else() -> None:
