@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -72,6 +70,7 @@ class Command(click.Command):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
             go_on = error.args[0] if error.args else "run the same command again to go on"
+            go_on = with_flags(go_on, flags_of(ctx.command))
             click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
             ctx.exit(EXIT_INTERRUPT)
         except BrokenPipeError:
@@ -282,26 +281,3 @@ class Progress:
         if self._drawn:
             click.echo("", err=True)
         self._drawn = False
-
-
-@contextmanager
-def stop_after_step() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request that the loop asks for; the second interrupts at once.
-
-    Yields:
-        A function that says whether to stop.
-    """
-    asked = False
-
-    def on_interrupt(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        click.echo("\nstopping after this step (Ctrl-C again: at once)", err=True)
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

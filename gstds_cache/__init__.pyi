@@ -9,6 +9,13 @@ from .api.export import export_scores as export_scores
 from .api.export import export_store as export_store
 from .api.repair import repair_store as repair_store
 from .api.report import write_report as write_report
+from .api.select import select as select
+from .api.select import stream_selection as stream_selection
+from .api.selection import Selection as Selection
+from .api.selection import SelectionSummary as SelectionSummary
+from .api.serve import serve as serve
+from .api.train import estimate_training as estimate_training
+from .api.train import train as train
 from .config import EmbedConfig as EmbedConfig
 from .config import SelectConfig as SelectConfig
 from .config import TrainConfig as TrainConfig
@@ -24,6 +31,8 @@ from .spectral.status import Status as Status
 from .store.reader import EmbeddingStore as EmbeddingStore
 from .stream.reader import SelectionStream as SelectionStream
 from .stream.reader import open_selection as open_selection
+from .training.ledger import Ledger as Ledger
+from .training.report import TrainReport as TrainReport
 from .training.sampler import SelectedBatchSampler as SelectedBatchSampler
 from .training.selected_dataset import SelectedDataset as SelectedDataset
 

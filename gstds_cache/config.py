@@ -148,13 +148,13 @@ class TrainConfig:
         lr: Peak learning rate of the one-cycle schedule.
         momentum: SGD momentum.
         weight_decay: SGD weight decay.
-        image_size: Side of the square training image in pixels; 0 takes the data set's own (at most 64).
+        image_size: Side of the square training image in pixels; 0 takes the images' own where they are equal squares up
+            to 64, else 64.
         augment: ``none``, ``crop`` (random shifts), ``crop+flip``; ``auto`` mirrors where the data set allows it.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
-        threads: CPU threads training may use; 0 leaves the library's default to :func:`train`, and lets gstds-train
-            take one where a step is small (training/flops.py), else all.
+        threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
     """
@@ -173,16 +173,16 @@ class TrainConfig:
     repack: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _require_range("--repack", self.repack, 0, MOST_ROWS)
-        _require(0 < self.lr <= LARGEST_RATE, "--lr", self.lr, f"above 0, at most {LARGEST_RATE:g}")
-        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
-        _require(0 <= self.weight_decay <= LARGEST_RATE, "--weight-decay", self.weight_decay, f"0 to {LARGEST_RATE:g}")
-        _require_range("--image-size", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
-        _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
-        _require_range("--workers", self.workers, 0, MOST_WORKERS)
-        _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")
-        _require_range("--threads", self.threads, 0, MOST_THREADS)
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _require_range("`repack`", self.repack, 0, MOST_ROWS)
+        _require(0 < self.lr <= LARGEST_RATE, "`lr`", self.lr, f"above 0, at most {LARGEST_RATE:g}")
+        _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
+        _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
+        _require_range("`image_size`", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
+        _one_of("`augment`", self.augment, ("auto", "none", "crop", "crop+flip"))
+        _require_range("`workers`", self.workers, 0, MOST_WORKERS)
+        _require(self.memory_budget >= 0, "`memory_budget`", self.memory_budget, "0 or more")
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
 class EmbedSettings(TypedDict, total=False):

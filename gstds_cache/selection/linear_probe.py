@@ -146,7 +146,12 @@ class FoldProbe:
         self.first, self.second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
 
     def learn(self, x: Float32[Tensor, "b D1"], y: Int64[Tensor, " b"]) -> None:
-        """One step of AdamW on the mean cross-entropy of a batch."""
+        """One step of AdamW on the mean cross-entropy of a batch.
+
+        By hand: ``torch.optim.AdamW`` gives the same weights up to rounding, but loads torch's compiler when the first
+        one is made (1.5 to 2.0 s, more than most probes take), and its steps took 1.2 to 1.6 times as long for 10
+        classes, as long for 1,000 (one thread, 64 and 1,280 dimensions, batches of 256, torch 2.14).
+        """
         gradient = torch.softmax(x @ self.weight, dim=1)
         gradient[torch.arange(len(y), device=y.device), y] -= 1
         gradient = x.T @ gradient / len(y)

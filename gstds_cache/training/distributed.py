@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop") -> tuple[int, int]:
-    """This process's rank and the number of ranks, settled.
+    """This process's rank and the number of ranks.
 
     Where they are not given, they are torch.distributed's once a process group is there; before that, RANK and
     WORLD_SIZE as torchrun sets them; else one rank alone. (PyTorch's ``DistributedSampler`` refuses to be made before
@@ -147,23 +147,25 @@ def process_group(device: str) -> Iterator[Ranks]:
         UsageError: Several ranks were given one and the same device.
     """
     rank, world_size = default_ranks(None, None)
-    settled = resolve_device(device)
+    own = resolve_device(device)
     if world_size == 1:
-        yield Ranks(settled)
+        yield Ranks(own)
         return
-    if settled.type == "cuda":
+    if own.type == "cuda":
         if device not in {"auto", "cuda"}:
-            raise UsageError(f"--device {device}: {world_size} ranks need a device each", hint="give --device cuda")
-        settled = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(settled)
+            raise UsageError(
+                f"`device`: got {device!r}, but {world_size} ranks need a device each", hint="pass `device='cuda'`"
+            )
+        own = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     joined_before = distributed.is_initialized()
-    if not joined_before:
-        distributed.init_process_group("nccl" if settled.type == "cuda" else "gloo")
-    try:
-        yield Ranks(settled, rank, world_size)
-    finally:
+    with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
         if not joined_before:
-            # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads are
-            # still running when they are taken down, and the process aborts (seen in one of three runs).
-            gc.collect()
-            distributed.destroy_process_group()
+            distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        try:
+            yield Ranks(own, rank, world_size)
+        finally:
+            if not joined_before:
+                # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads
+                # are still running when they are taken down, and the process aborts (seen in one of three runs).
+                gc.collect()
+                distributed.destroy_process_group()

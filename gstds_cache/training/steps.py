@@ -109,13 +109,13 @@ class StepReader:
             self._reopen(self.position.step)
         batch = next(self._batches)
         step = self.position.step + 1
-        epoch, place = batch.epoch, batch.batch_id + 1
-        while epoch < len(self.per_epoch) and place >= self.per_epoch[epoch]:
-            epoch, place = epoch + 1, 0
+        epoch, position = batch.epoch, batch.batch_id + 1
+        while epoch < len(self.per_epoch) and position >= self.per_epoch[epoch]:
+            epoch, position = epoch + 1, 0
         if step == self.total:
             self._read_out()
         assert self._stream is not None
-        self.position = Position(step, epoch, place, self._stream.next_seq, self._stream.running_sha256)
+        self.position = Position(step, epoch, position, self._stream.next_seq, self._stream.running_sha256)
         self._passed.append(self.position)
         if step == self.total:
             self.close()
@@ -178,19 +178,18 @@ class StepReader:
         Raises:
             UsageError: That step was not read, or too long ago.
         """
-        found = [p for p in self._passed if p.step == step] if step is not None else [self.position]
-        if not found:
+        passed = [p for p in self._passed if p.step == step] if step is not None else [self.position]
+        if not passed:
             raise UsageError(
                 f"state after step {step}: steps {self._passed[0].step} to {self.position.step} can be saved"
             )
-        at = found[-1]
         return {
             "format": STATE_FORMAT,
             "selection_digest": self.header.selection_digest,
             "cache_fingerprint": self.header.cache_fingerprint,
             "batch_size": self.batch_size,
             "remainder": self.remainder,
-            **asdict(at),
+            **asdict(passed[-1]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import write_file
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -87,7 +88,7 @@ def test_training_and_accuracy_do_not_depend_on_the_number_of_processes(tiny_mod
             arch="timm:test_resnet", image_size=16, augment="crop", device="cpu", workers=workers, memory_budget=budget
         )
         with open_selection(selection) as stream:
-            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream, None), provenance={}, resume=True)
+            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream.header, None), provenance={}, resume=True)
             source, evaluation = open_source("handles:RawFile"), open_source("handles:Zip")
             build_manifest(source)
             report = train(source, stream, config, run_dir, evaluation=evaluation)

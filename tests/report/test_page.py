@@ -30,7 +30,8 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.identity import run_config
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 EVIL = "<script>alert(1)<!-- & $x_$ \"'"
@@ -74,7 +75,9 @@ def work(tmp_path_factory) -> Work:
         how = TrainConfig(arch="timm:test_resnet", image_size=12, augment="none", seed=seed, device="cpu", workers=0)
         with open_selection(selection) as stream:
             provenance = {"selection": stream.header.settings}
-            run_dir = RunDir(folder / f"run{seed}", run_config(how, stream, None), provenance=provenance, resume=False)
+            run_dir = RunDir(
+                folder / f"run{seed}", run_config(how, stream.header, None), provenance=provenance, resume=False
+            )
             train(source, stream, how, run_dir, evaluation=source)
         runs.append(run_dir.path)
     return Work(folder, uri, store, selection, runs)
