@@ -147,7 +147,7 @@ def main(
     given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
     settings: SelectSettings = given
     begun = time.perf_counter()
-    from gstds_cache.api.select import config_of, select, stream_selection
+    from gstds_cache.api.select_batches import config_of, select, stream_selection
     from gstds_cache.runtime.allocator import keep_freed_memory
     from gstds_cache.store.reader import EmbeddingStore
 

@@ -9,8 +9,8 @@ from .api.export import export_scores as export_scores
 from .api.export import export_store as export_store
 from .api.repair import repair_store as repair_store
 from .api.report import write_report as write_report
-from .api.select import select as select
-from .api.select import stream_selection as stream_selection
+from .api.select_batches import select as select
+from .api.select_batches import stream_selection as stream_selection
 from .api.selection import Selection as Selection
 from .api.selection import SelectionSummary as SelectionSummary
 from .api.serve import serve as serve

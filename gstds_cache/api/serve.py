@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Unpack
 
-from gstds_cache.api.select import config_of
+from gstds_cache.api.select_batches import config_of
 from gstds_cache.config import SelectSettings
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import derived_paths, first_writable
