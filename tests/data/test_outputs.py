@@ -42,7 +42,7 @@ def folder(root: Path) -> ImageSource:
 
 def embed(root: Path, where: Path, model: str):
     config = EmbedConfig(model=model, batch_size=4, shard_rows=4, workers=0, device="cpu")
-    return embed_dataset(folder(root), config, where=where)
+    return embed_dataset(folder(root), config, where=where).report
 
 
 def identity(source: ImageSource) -> tuple[str, list[int], list[str]]:
@@ -109,7 +109,7 @@ def test_hashes_a_mirror_and_a_report(root: Path) -> None:
         (root / "b-cache" / "hashes" / name).write_bytes(b"")
     (root / "m").mkdir()
     (root / "m" / "embeddings.npy").write_bytes(b"")
-    (root / "m" / "mirror.json").write_text(json.dumps({"commits_sha256": "x"}))
+    (root / "m" / "mirror.json").write_text(json.dumps({"fingerprint": "x", "signature": []}))
     (root / "page").mkdir()
     (root / "page" / "report.html").write_text("<!doctype html><head><title>gstds-cache report</title>")
     assert identity(folder(root)) == before

@@ -19,7 +19,7 @@ from forked import Forks
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import IncompleteError
@@ -29,8 +29,9 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import write_file
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -48,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def embed(uri: str, model: str, where: str, workers: int):
     config = EmbedConfig(model=model, batch_size=16, shard_rows=96, workers=workers, device="cpu")
-    return embed_dataset(open_source(uri), config, where=Path(where))
+    return embed_dataset(open_source(uri), config, where=Path(where)).report
 
 
 def select(store: str) -> Path:
@@ -87,7 +88,7 @@ def test_training_and_accuracy_do_not_depend_on_the_number_of_processes(tiny_mod
             arch="timm:test_resnet", image_size=16, augment="crop", device="cpu", workers=workers, memory_budget=budget
         )
         with open_selection(selection) as stream:
-            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream, None), provenance={}, resume=True)
+            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream.header, None), provenance={}, resume=True)
             source, evaluation = open_source("handles:RawFile"), open_source("handles:Zip")
             build_manifest(source)
             report = train(source, stream, config, run_dir, evaluation=evaluation)
@@ -112,12 +113,12 @@ def test_a_killed_worker_ends_every_kind_of_work(tiny_model: str, monkeypatch) -
     Path("deadly").touch()
     source = open_source("handles:deadly")
     Path("s", layout.object_key(2)).unlink()
-    killed(lambda: repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1))
+    killed(lambda: repair("s", source, open_encoder(tiny_model), device="cpu", workers=1))
     killed(lambda: ImageFeed(source, side=16, memory_budget=1 << 30, workers=2))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     killed(lambda: evaluate(network, source, torch.device("cpu"), side=16, workers=2))
     Path("deadly").unlink()
-    repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1)
+    repair("s", source, open_encoder(tiny_model), device="cpu", workers=1)
 
 
 def test_the_command_that_trains_says_how_to_go_on(command, tiny_model: str) -> None:

@@ -16,7 +16,7 @@ from gstds_cache.cli.train_command import main
 
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter
@@ -39,7 +39,7 @@ def write(path: Path) -> list[list[int]]:
             for batch_id, size in enumerate(sizes):
                 rows = rng.permutation(len(manifest))[:size]
                 seq = len(batches)
-                writer.write(Selection(seq, epoch, batch_id, 40, rows, None, Status.CONVERGED, 0.5, 0.0))
+                writer.write(SelectedBatch(seq, epoch, batch_id, 40, rows, None, Status.CONVERGED, 0.5, 0.0))
                 batches.append(rows.tolist())
     return batches
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from forked import Forks
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter
@@ -31,7 +31,7 @@ def selection(tmp_path: Path) -> tuple[str, list[list[int]]]:
         for epoch, sizes in enumerate(KEPT):
             for batch_id, size in enumerate(sizes):
                 rows = rng.permutation(ITEMS)[:size]
-                writer.write(Selection(len(batches), epoch, batch_id, 18, rows, None, Status.CONVERGED, 0.5, 0.0))
+                writer.write(SelectedBatch(len(batches), epoch, batch_id, 18, rows, None, Status.CONVERGED, 0.5, 0.0))
                 batches.append(rows.tolist())
     return str(tmp_path / "s.arrow"), batches
 

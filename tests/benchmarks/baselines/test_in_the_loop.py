@@ -1,0 +1,147 @@
+"""Methods in the library's training loop: they choose from each batch, and what they cost is counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
+from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
+from benchmarks.study.baselines.infobatch import START, InfoBatch  # noqa: E402
+from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
+from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
+from benchmarks.study.trainer import train_once  # noqa: E402
+from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
+from gstds_cache.embedding.run import embed_dataset  # noqa: E402
+from gstds_cache.encoders.factory import packaged_weights  # noqa: E402
+from gstds_cache.encoders.weights import read_state_dict  # noqa: E402
+from gstds_cache.errors import EncoderError, UsageError  # noqa: E402
+from gstds_cache.selection.run import BatchSelector  # noqa: E402
+from gstds_cache.store.reader import EmbeddingStore  # noqa: E402
+from gstds_cache.stream.reader import open_selection  # noqa: E402
+from gstds_cache.stream.writer import write_file  # noqa: E402
+from gstds_cache.training.images import ImageFeed  # noqa: E402
+from gstds_cache.training.loop import train  # noqa: E402
+from gstds_cache.training.network import build_network  # noqa: E402
+from gstds_cache.training.run_dir import RunDir  # noqa: E402
+
+CONFIG = TrainConfig(arch="conv3", image_size=16, augment="crop", lr=0.02, device="cpu", workers=0)
+ITEMS, BATCH, EPOCHS = 72, 24, 3
+
+
+@pytest.fixture
+def source(array_source):
+    return array_source(ITEMS)
+
+
+@pytest.fixture
+def everything(source, tiny_model, tmp_path: Path) -> Path:
+    embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
+    store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
+    config = SelectConfig(batch_size=BATCH, epochs=EPOCHS, schedule="constant:0", rule="random", device="cpu")
+    list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
+    return tmp_path / "s.arrow"
+
+
+def run(source, selection: Path, out: Path, **options):
+    feed = ImageFeed(source, side=CONFIG.image_size, memory_budget=1 << 20, workers=0)
+    return train_once(source, selection, CONFIG, out, feed=feed, **options)
+
+
+def network(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt")["network"]
+
+
+def test_a_forward_pass_for_the_choice_is_counted_apart(source, everything, tmp_path) -> None:
+    method = RhoLoss(np.zeros(ITEMS, np.float32), 0.75)
+    result, forward_samples = run(source, everything, tmp_path / "run", method=method)
+    assert (forward_samples, result.gradient_samples) == (ITEMS * EPOCHS, ITEMS * EPOCHS // 4)
+    assert result.seconds["choose"] > 0
+    assert result.seconds["step"] > 0
+    plain, forward_samples = run(source, everything, tmp_path / "plain")
+    assert (forward_samples, plain.gradient_samples) == (0, ITEMS * EPOCHS)
+    assert "choose" not in plain.seconds
+
+
+def test_a_method_that_keeps_everything_is_plain_training(source, everything, tmp_path) -> None:
+    with open_selection(everything) as stream:
+        train(source, stream, CONFIG, RunDir(tmp_path / "plain", {}, provenance={}, resume=False))
+    epochs: list[int] = []
+    result, _ = run(
+        source,
+        everything,
+        tmp_path / "all",
+        method=RhoLoss(np.zeros(ITEMS, np.float32), 0.0),
+        after_epoch=lambda network: epochs.append(len(list(network.parameters()))),
+    )
+    assert result.gradient_samples == ITEMS * EPOCHS
+    assert len(epochs) == EPOCHS
+    mine, theirs = network(tmp_path / "plain"), network(tmp_path / "all")
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor.double(), theirs[name].double(), atol=1e-5), name
+
+
+def test_a_method_sees_the_losses_of_what_it_chose(source, everything, tmp_path) -> None:
+    method = InfoBatch(ITEMS)
+    result, _ = run(source, everything, tmp_path / "run", method=method)
+    assert result.gradient_samples < ITEMS * EPOCHS
+    assert not np.any(method.scores == START)
+
+
+def test_the_learner_is_asked_about_what_the_step_sees(source) -> None:
+    network = build_network("conv3", classes=3, side=16, seed=0).train()
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(12) % 3
+    losses = learner_losses(network, pixels, labels).numpy()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    chosen = choose_rows(
+        RhoLoss(np.zeros(40, np.float32), 0.75),
+        network,
+        np.arange(12) + 20,
+        pixels,
+        labels,
+        augmented=lambda p: p.clone(),
+        context=StepContext(epoch=0, epochs=1, seed=0, step=0),
+    )
+    hardest = sorted(np.argsort(-losses, kind="stable")[:3].tolist())
+    assert chosen.rows.tolist() == [20 + p for p in hardest]
+    assert torch.equal(chosen.pixels, pixels[hardest])
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_rows_known_beforehand_are_a_selection_like_any_other(everything, tmp_path) -> None:
+    with open_selection(everything) as stream:
+        like = stream.header
+    rows = rs2(ITEMS, 18, 4, seed=1)
+    header = write_fixed(tmp_path / "rs2.arrow", like, rows, step=8, method="rs2", seed=1)
+    with open_selection(tmp_path / "rs2.arrow") as stream:
+        assert stream.header == header
+        batches = list(stream)
+    assert [len(b.kept) for b in batches] == [8, 10] * 4
+    for epoch in range(4):
+        kept = np.concatenate([b.kept for b in batches if b.epoch == epoch])
+        assert sorted(kept.tolist()) == sorted(rows[epoch].tolist())
+        assert kept.tolist() != sorted(kept.tolist())
+    other = write_fixed(tmp_path / "b.arrow", like, rs2(ITEMS, 18, 4, seed=2), step=8, method="rs2", seed=1)
+    assert other.selection_digest != header.selection_digest
+
+
+def test_fine_tuning_starts_from_the_reference_weights() -> None:
+    network = build_network("timm:tf_efficientnet_lite0?weights=reference", classes=5, side=64, seed=0)
+    state = read_state_dict(packaged_weights("tf_efficientnet_lite0"))
+    assert torch.equal(network.conv_stem.weight.detach(), next(iter(state.values())))
+    assert isinstance(network.classifier, nn.Linear)
+    assert network.classifier.out_features == 5
+    with pytest.raises(EncoderError, match="no installed package"):
+        build_network("timm:resnet18?weights=reference", classes=5, side=64, seed=0)
+    with pytest.raises(UsageError, match="expected weights alone"):
+        build_network("resnet18?weights=x", classes=5, side=64, seed=0)
