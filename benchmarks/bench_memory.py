@@ -162,7 +162,7 @@ def main() -> None:
         child(arguments.child, arguments.rows[0], arguments.store)
         return
     if arguments.smoke:
-        arguments.rows, arguments.files = [500, 1000], [64, 320]
+        arguments.rows, arguments.files = [500, 1000], [64]
     found: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:

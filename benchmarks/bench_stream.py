@@ -167,7 +167,7 @@ def waits(trials: int, smoke: bool) -> dict[str, Any]:
         selections = store.with_name("digits.store.selections")
         selections.mkdir()
         digest = write(selections / f"{'d' * 16}.arrow", records)
-        shared = one_stalled(store, digest, trials, *select, readers=3 if smoke else 8) | {"records": records}
+        shared = one_stalled(store, digest, trials, *select, readers=2 if smoke else 8) | {"records": records}
         first = first_record(store, trials, *select)
         wait = trainers_wait(dataset, store, min(trials, 2), select_flags=select, train_flags=train)
     return {"one_reader_stalls": shared, "seconds_to_the_first_record": first, "trainers_wait": wait}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -162,14 +163,16 @@ def test_the_document_says_what_the_lines_say() -> None:
     assert text.count(BEGIN) == text.count(END) == 1
 
 
-def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path) -> None:
+def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> None:
     command = [
-        *(sys.executable, "-m", "benchmarks.study", "glyphs-smoke", "--seeds", "1"),
+        *(str(ROOT / "benchmarks" / "study" / "__main__.py"), "glyphs-smoke", "--seeds", "1"),
         *("--methods", "full,random,infobatch,el2n,forgetting,selective-backprop"),
         *("--folder", str(tmp_path / "study"), "--results", str(tmp_path / "results")),
     ]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
+    where = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    first = forks.start(command, **where)
+    _, errors = first.communicate(300)
+    assert first.returncode == 0, errors
     path = tmp_path / "results" / "glyphs-smoke.jsonl"
     lines = read_lines(path)
     runs = {one["method"]: one for one in lines if one["kind"] == "run"}
@@ -180,8 +183,8 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path) -> None:
     assert runs["selective-backprop"]["forward_samples"] == 2 * 832
     assert 0 < runs["infobatch"]["gradient_samples"] < 2 * 832
     assert all(math.isfinite(run["loss"]) and run["commit"] for run in runs.values())
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "0 runs to do, 6 there" in second.stdout
+    out, errors = forks.start(command, **where).communicate(300)
+    assert "0 runs to do, 6 there" in out, errors
     assert read_lines(path) == lines
     text = render(tmp_path / "results")
     assert "| el2n | 1 |" in text
