@@ -50,9 +50,9 @@ class RecomputeSettings:
 
     Attributes:
         device: Where to compute it again.
-        guidance: What ``--guidance`` said, which a header names by its digest alone; the kinds without parameters are
+        guidance: The selection's guidance, which a header names by its digest alone; the kinds without parameters are
             tried by themselves.
-        schedule: What ``--schedule`` said, where it was ``file:PATH``: a header names it by the digest of its content.
+        schedule: The selection's schedule, where it was ``file:PATH``: a header names it by the digest of its content.
     """
 
     device: str = "auto"
@@ -87,7 +87,7 @@ def selector_of(
         if recompute_settings.schedule is None:
             raise UsageError(
                 f"the selection's schedule was a file, of which it knows the digest alone ({settings['schedule']})",
-                hint="give the --schedule file:PATH that it was made with",
+                hint="pass `schedule=file:PATH`, as it was when the selection was made",
             )
         settings["schedule"] = recompute_settings.schedule
     try:
@@ -112,19 +112,19 @@ def selector_of(
     return selector
 
 
-def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
+def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> str:
     """The guidance of that digest, which is not what ``auto`` would be.
 
     Raises:
         FingerprintMismatchError: It is none of those that are known here.
     """
-    for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
+    for text in ("none", "probe", "uncertainty", "disagreement") if given is None else (given,):
         if key_of(store, parse_guidance(text)).digest == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "
-        + ("one with parameters, or of a file" if said is None else f"not --guidance {said}"),
-        hint="give the --guidance that the selection was made with",
+        + ("one with parameters, or of a file" if given is None else f"not {given!r}"),
+        hint="pass the `guidance` that the selection was made with",
     )
 
 
@@ -153,8 +153,8 @@ def watch_again(selector: BatchSelector, stored: Iterable[SelectedBatch]) -> Ite
                 raise FingerprintMismatchError(
                     f"batch {selection.seq} of the selection keeps other rows than the same settings do here: "
                     f"{both} of {len(mine.kept)} are the same",
-                    hint="it was computed on another kind of device, or by other library versions: name that device "
-                    "with --device, or select again here",
+                    hint="it was computed on another kind of device, or by other library versions: name that `device`, "
+                    "or select again here",
                 )
             indices = selector.plan.batch(selection.seq).indices
             yield SeenBatch(

@@ -42,7 +42,7 @@ def folder(root: Path) -> ImageSource:
 
 def embed(root: Path, where: Path, model: str):
     config = EmbedConfig(model=model, batch_size=4, shard_rows=4, workers=0, device="cpu")
-    return embed_dataset(folder(root), config, where=where)
+    return embed_dataset(folder(root), config, where=where).report
 
 
 def identity(source: ImageSource) -> tuple[str, list[int], list[str]]:

@@ -19,7 +19,7 @@ from forked import Forks
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import IncompleteError
@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def embed(uri: str, model: str, where: str, workers: int):
     config = EmbedConfig(model=model, batch_size=16, shard_rows=96, workers=workers, device="cpu")
-    return embed_dataset(open_source(uri), config, where=Path(where))
+    return embed_dataset(open_source(uri), config, where=Path(where)).report
 
 
 def select(store: str) -> Path:
@@ -113,12 +113,12 @@ def test_a_killed_worker_ends_every_kind_of_work(tiny_model: str, monkeypatch) -
     Path("deadly").touch()
     source = open_source("handles:deadly")
     Path("s", layout.object_key(2)).unlink()
-    killed(lambda: repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1))
+    killed(lambda: repair("s", source, open_encoder(tiny_model), device="cpu", workers=1))
     killed(lambda: ImageFeed(source, side=16, memory_budget=1 << 30, workers=2))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     killed(lambda: evaluate(network, source, torch.device("cpu"), side=16, workers=2))
     Path("deadly").unlink()
-    repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1)
+    repair("s", source, open_encoder(tiny_model), device="cpu", workers=1)
 
 
 def test_the_command_that_trains_says_how_to_go_on(command, tiny_model: str) -> None:

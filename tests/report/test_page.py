@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from real_store import MODEL
 
+from gstds_cache.api.export import export_scores
+from gstds_cache.api.report import write_report
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.costs.records import Cost, record, selection_costs
 from gstds_cache.data.sources import open_source
@@ -107,9 +109,9 @@ def test_without_store_or_images_the_page_says_what_is_missing(work, tmp_path) -
     shutil.copy(work.selection, alone)
     bare = view(work, alone)
     assert [panel.title for panel in bare.panels if not panel.missing] == TITLES[:2]
-    assert all("--cache STORE" in panel.missing for panel in bare.panels if panel.missing)
-    assert "--cache STORE" in bare.sheets_missing
-    assert "give --cache STORE" in render([bare], [])
+    assert all("pass `cache=STORE`" in panel.missing for panel in bare.panels if panel.missing)
+    assert "pass `cache=STORE`" in bare.sheets_missing
+    assert "pass `cache=STORE`" in render([bare], [])
 
     images, gone, store = work.folder / "images", work.folder / "elsewhere", work.store.location
     images.rename(gone)
@@ -195,6 +197,18 @@ def test_runs_say_what_is_unknown(work) -> None:
     html = render([], [run])
     assert html.count("<td>unknown</td>") == 4
     assert "No run has measured accuracy" in panels_of([replace(run, accuracy=None)])[0].missing
+
+
+def test_a_page_and_the_scores_as_one_call_each(work, tmp_path) -> None:
+    where = {"cache": work.store, "dataset": work.uri, "device": "cpu", "progress": False}
+    page = write_report(work.selection, *work.runs, out=tmp_path / "r.html", **where)
+    assert (page.selections, page.runs, page.missing) == (1, 2, ())
+    assert page.bytes == (tmp_path / "r.html").stat().st_size
+    with pytest.raises(UsageError, match="`out` .*exists"):
+        write_report(work.selection, out=tmp_path / "r.html")
+    scores = export_scores(work.store, work.selection, tmp_path / "s.parquet", device="cpu", progress=False)
+    assert (scores.rows, scores.epochs, scores.unseen) == (42, 2, 0)
+    assert 0 < scores.never_kept < 42
 
 
 @pytest.mark.browser
