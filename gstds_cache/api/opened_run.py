@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gstds_cache.api.selection import Selection
 from gstds_cache.config import TrainConfig, TrainSettings
 from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
 from gstds_cache.data.hash_cache import HashCache
@@ -63,7 +64,7 @@ class OpenedRun:
 @contextmanager
 def open_run(
     dataset: Any,
-    selection: Any,
+    selection: Selection | str | Path,
     *,
     evaluation: Any,
     cache: EmbeddingStore | LocationLike | None,
@@ -134,9 +135,9 @@ def _step_threads(config: TrainConfig, ranks: Ranks, header: Header, flops: floa
     return step_threads(flops, samples)
 
 
-def _location_of(selection: Any) -> str:
+def _location_of(selection: Selection | str | Path) -> str:
     """Where a selection is: of a Selection its file; a path as it is meant; stdin and services stay."""
-    text = str(getattr(selection, "path", selection))
+    text = str(selection.path if isinstance(selection, Selection) else selection)
     return text if is_stream(text) else str(local_file(text, "`selection`"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from gstds_cache.api.opened_run import OpenedRun, is_stream, open_run, show_hashing
+from gstds_cache.api.selection import Selection
 from gstds_cache.config import TrainSettings
 from gstds_cache.costs.records import Cost
 from gstds_cache.data.hash_cache import HashCache
@@ -40,7 +41,7 @@ PACKAGES = ("gstds-cache", "torch", "torchvision", "timm")
 
 def train(
     dataset: Any,
-    selection: Any,
+    selection: Selection | str | Path,
     *,
     evaluation: Any = None,
     cache: EmbeddingStore | LocationLike | None = None,
@@ -122,7 +123,7 @@ def train(
 
 def estimate_training(
     dataset: Any,
-    selection: Any,
+    selection: Selection | str | Path,
     *,
     evaluation: Any = None,
     cache: EmbeddingStore | LocationLike | None = None,

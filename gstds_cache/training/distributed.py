@@ -91,6 +91,14 @@ class Ranks:
             distributed.all_gather_object(devices, devices[0])
         return devices
 
+    def gather(self, value: T) -> list[T]:
+        """The ``value`` of each rank, in order; every rank gets the same. All ranks have to ask."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
     def same_buffers(self, network: nn.Module) -> None:
         """Give every rank the running statistics of rank 0, which are those in the checkpoint."""
         if self.world_size > 1:

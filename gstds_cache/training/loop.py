@@ -26,7 +26,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.energy import EnergyMeter, used_device
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DivergedError, IncompleteError, IntegrityError, StreamError, UsageError
 from gstds_cache.runtime.devices import resolve_device
@@ -130,7 +130,7 @@ class Trainer:
         self.device = self.ranks.device
         self._progress = progress or (lambda _phase, _done, _total, _shares: None)
         classes = count_classes(source, evaluation)
-        self._meter = EnergyMeter(self.device)
+        self._meter = EnergyMeter(*self.ranks.gather(used_device(self.device)))
         begun = time.perf_counter()
         self._feed = self.open_feed()
         self.seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}

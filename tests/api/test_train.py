@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ def test_a_call_trains_writes_its_ledger_and_goes_on(selection) -> None:
     phases, lines = set(), []
     report = train(
         DATASET,
-        SimpleNamespace(path=selection),  # a Selection has its file there
+        str(selection),
         evaluation=DATASET,
         notify=lines.append,
         **SETTINGS | {"progress": lambda phase, _done, _total, _shares: phases.add(phase)},
