@@ -36,7 +36,8 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.split import Subset
 from gstds_cache.embedding.job import BATCH_SIZE
-from gstds_cache.embedding.run import EmbedReport, embed_dataset
+from gstds_cache.embedding.report import EmbedReport
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.runtime.allocator import keep_freed_memory
@@ -84,7 +85,7 @@ def embed(source: ImageSource, model: str, workers: int | None, shard_rows: int 
     """One run into a new store."""
     with tempfile.TemporaryDirectory() as folder:
         config = EmbedConfig(model=model, workers=workers, shard_rows=shard_rows, allow_untrained=True, device="cpu")
-        return embed_dataset(source, config, where=Path(folder) / "store")
+        return embed_dataset(source, config, where=Path(folder) / "store").report
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def embedding(source: ImageSource, model: str, device: torch.device, store: Path
             where = store if trial == trials - 1 else Path(folder) / "store"
             done = embed_dataset(
                 source, EmbedConfig(model=model, device=str(device), allow_untrained=True), where=where
-            )
+            ).report
         rates["embed"].append(done.images_per_second)
         rates["forward"].append(bare_forward(model, device, 4))
         rates["decode_one_core"].append(decode_rate(source, open_encoder(model, allow_untrained=True), 256))
@@ -139,7 +139,7 @@ def path(store: EmbeddingStore, device: torch.device, size: int, batches: int, t
         return SelectConfig(
             batch_size=size,
             epochs=epochs,
-            partitions=0,
+            batch_assignments=0,
             device=where,
             rule=rule,
             threads=0,

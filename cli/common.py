@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -33,6 +31,28 @@ class Command(click.Command):
     Anything unexpected keeps its traceback.
     """
 
+    def __init__(self, *arguments: Any, renamed: Mapping[str, str] | None = None, **attributes: Any) -> None:
+        """Make the command.
+
+        Args:
+            arguments: As click's command takes them.
+            renamed: Flags that had another name before, by that name: it goes on working.
+            attributes: As click's command takes them.
+        """
+        super().__init__(*arguments, **attributes)
+        self.renamed = dict(renamed or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Replace flags by their new names, and say so."""
+        words = []
+        for word in args:
+            flag, equals, value = word.partition("=")
+            if flag in self.renamed:
+                click.echo(f"note: {flag} is now called {self.renamed[flag]}", err=True)
+                word = self.renamed[flag] + equals + value  # noqa: PLW2901 - in its place
+            words.append(word)
+        return super().parse_args(ctx, words)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command.
 
@@ -50,6 +70,7 @@ class Command(click.Command):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
             go_on = error.args[0] if error.args else "run the same command again to go on"
+            go_on = with_flags(go_on, flags_of(ctx.command))
             click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
             ctx.exit(EXIT_INTERRUPT)
         except BrokenPipeError:
@@ -63,6 +84,11 @@ class Command(click.Command):
                 raise
             click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
             ctx.exit(told.exit_code)
+
+
+def notify(line: str) -> None:
+    """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
+    click.echo(with_flags(line, flags_of(click.get_current_context().command)), err=True)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:
@@ -255,26 +281,3 @@ class Progress:
         if self._drawn:
             click.echo("", err=True)
         self._drawn = False
-
-
-@contextmanager
-def stop_after_step() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request that the loop asks for; the second interrupts at once.
-
-    Yields:
-        A function that says whether to stop.
-    """
-    asked = False
-
-    def on_interrupt(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        click.echo("\nstopping after this step (Ctrl-C again: at once)", err=True)
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

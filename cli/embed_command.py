@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from errno import EACCES, ENOTDIR, EPERM, EROFS
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
-from gstds_cache.costs.records import Cost, keep_record, store_costs
-from gstds_cache.errors import GstdsError, UsageError, command_line
-from gstds_cache.files.location import Location
+from gstds_cache.errors import command_line
 from gstds_cache.runtime.openmp import wait_briefly
+from gstds_cache.runtime.progress import shares_text
 
 from .common import (
     Command,
-    Progress,
     device_option,
     json_option,
+    notify,
     print_json,
     print_table,
     seconds_line,
-    shares_line,
-    warn_if_inside,
+    setting_option,
     workers_option,
 )
 
 if TYPE_CHECKING:
-    from gstds_cache.embedding.estimate import Estimate
-    from gstds_cache.embedding.run import EmbedReport
+    from gstds_cache.embedding.report import EmbedReport
 
-PHASES = ("hash", "model", "probe", "embed", "finish", "total")
+PHASES = ("hash", "model", "estimate", "embed", "finish", "total")
 
 HELP = f"""Embed every image of DATASET once, with a frozen reference model, into a Zarr store.
 
@@ -61,9 +56,9 @@ pixels instead of the model's own size, in a fraction of the time.
 """
 
 
-@click.command(cls=Command, help=HELP)
+@click.command(cls=Command, help=HELP, renamed={"--unit-rows": "--shard-rows"})
 @click.argument("dataset")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="The reference model.")
+@setting_option(EmbedConfig, "model", help="The reference model.")
 @click.option(
     "--cache",
     metavar="STORE",
@@ -71,19 +66,19 @@ pixels instead of the model's own size, in a fraction of the time.
     "contents, in $GSTDS_CACHE]",
 )
 @device_option
-@click.option(
-    "--batch-size",
-    type=int,
+@setting_option(
+    EmbedConfig,
+    "batch_size",
     help="Images per forward pass; halved until a new store's fits the memory. [default: the store's own, or 16; "
     "CUDA 256]",
 )
-@click.option(
-    "--shard-rows",
-    type=int,
-    help="Rows committed at once, rounded up to whole batches. [default: the store's own, or about 4 MB]",
+@setting_option(
+    EmbedConfig,
+    "shard_rows",
+    help="Rows committed at once (a shard), rounded up to whole batches. [default: the store's own, or about 4 MB]",
 )
 @workers_option
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@setting_option(EmbedConfig, "dtype", help="How embeddings are stored.")
 @click.option(
     "--reuse",
     metavar="STORE",
@@ -91,107 +86,32 @@ pixels instead of the model's own size, in a fraction of the time.
     help="Take over rows of the same images by the same model from this store, found by the hash of their bytes; a "
     "grown data set then embeds only what is new. May be given several times.",
 )
-@click.option("--allow-untrained", is_flag=True, help="Accept a model without pretrained weights.")
+@setting_option(EmbedConfig, "allow_untrained", help="Accept a model without pretrained weights.")
 @click.option("--dry-run", is_flag=True, help="Only measure what it would take; hash, embed and write nothing.")
 @json_option
 def main(
-    dataset: str,
-    model: str,
-    cache: str | None,
-    device: str,
-    batch_size: int | None,
-    shard_rows: int | None,
-    workers: int | None,
-    dtype: Literal["float16", "float32"],
-    reuse: tuple[str, ...],
-    allow_untrained: bool,
-    dry_run: bool,
-    as_json: bool,
+    dataset: str, cache: str | None, reuse: tuple[str, ...], dry_run: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Parse, call :func:`gstds_cache.embedding.run.embed_dataset`, print."""
+    """Parse, call :func:`gstds_cache.embed`, print."""
     wait_briefly()
-    for flag, place in (("--cache", cache), *(("--reuse", other) for other in reuse)):
-        if place is not None:
-            Location.parse(place, flag)  # what cannot be meant is said before a model is loaded
-    config = EmbedConfig(
-        model=model,
-        batch_size=batch_size,
-        shard_rows=shard_rows,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-        allow_untrained=allow_untrained,
-    )
-    from gstds_cache.costs.energy import EnergyMeter
-    from gstds_cache.data.hash_cache import HashCache
-    from gstds_cache.data.sources import open_source
-    from gstds_cache.embedding.run import embed_dataset, estimate_dataset
-    from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
+    from gstds_cache.api.embed import embed
     from gstds_cache.runtime.allocator import keep_freed_memory
-    from gstds_cache.runtime.devices import describe_device, resolve_device
 
     keep_freed_memory()
     if dry_run:
-        source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
-        warn_if_inside(source, cache or find_cache_root(), what="the store", flag="--cache")
-        estimate = estimate_dataset(source, config, where=cache, root=find_cache_root(), say=_say)
-        _print_estimate(estimate, cache, reuse)
-        if as_json:
-            print_json({"dry_run": True, **estimate.to_dict()})
+        _dry_run(dataset, cache, reuse, as_json, settings)
         return
-    root = None if cache is not None else cache_root("--cache STORE")
-    hash_cache = HashCache(hashes_folder())
-    progress = Progress("images", "decoded images", check="shards")
-    meter = EnergyMeter(resolve_device(device))
-
-    def show(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
-        meter.add("embed")
-        progress(phase, done, total, shares)
-
-    try:
-        source = open_source(
-            dataset, hash_cache=hash_cache, progress=lambda done, total: progress("hash", done, total, {})
-        )
-        warn_if_inside(source, cache or root, what="the store", flag="--cache")
-        report = embed_dataset(
-            source, config, where=cache, root=root, reuse=reuse, progress=show, say=_say, hash_cache=hash_cache
-        )
-    except OSError as error:
-        if root is None or isinstance(error, GstdsError) or error.errno not in {EACCES, EPERM, EROFS, ENOTDIR}:
-            raise
-        raise UsageError(
-            f"the default place for stores cannot be written: {error.filename or root}: {error.strerror}",
-            hint="name the store with --cache STORE, or set GSTDS_CACHE to a folder that can be written",
-        ) from error
-    finally:
-        progress.end()
-    meter.add("embed")
-    notes = hash_cache.notes
-    if not report.cache_hit:
-        notes = (*notes, *_record_cost(report, meter.joules, describe_device(resolve_device(device))))
-    _print(report, notes, reuse)
+    report = embed(dataset, cache, reuse=reuse, notify=notify, **settings).report
+    assert report is not None
+    _print(report, reuse)
     if as_json:
-        print_json(_as_dict(report))
+        print_json(report.to_dict())
 
 
-def _record_cost(report: EmbedReport, joules: dict[str, float] | None, device: str) -> list[str]:
-    """Write down beside the store what it cost, for the ledgers of the runs that use it.
+def _dry_run(dataset: str, cache: str | None, reuse: tuple[str, ...], as_json: bool, settings: dict[str, Any]) -> None:
+    from gstds_cache.api.embed import estimate_embedding
 
-    Returns:
-        A note for the user where it is not written down.
-    """
-    spent = None if joules is None else sum(joules.values())
-    cost = Cost(report.fingerprint, report.embedded, report.reused, report.seconds["total"], spent, device)
-    # A record that was there before the first row is of another store of the same fingerprint, that was removed.
-    note = keep_record(store_costs(report.location), cost, anew=not report.committed_before)
-    return [note] if note else []
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _print_estimate(estimate: Estimate, cache: str | None, reuse: tuple[str, ...]) -> None:
+    estimate = estimate_embedding(dataset, cache, notify=notify, **settings)
     for line in estimate.lines():
         click.echo(line)
     if cache is None:
@@ -201,11 +121,11 @@ def _print_estimate(estimate: Estimate, cache: str | None, reuse: tuple[str, ...
     if reuse:
         click.echo("reuse: not counted, since what other stores have is found by the hash of every image")
     click.echo("dry run: nothing was written")
+    if as_json:
+        print_json({"dry_run": True, **estimate.to_dict()})
 
 
-def _print(report: EmbedReport, notes: tuple[str, ...], reuse: tuple[str, ...]) -> None:
-    for note in (*report.notes, *notes):
-        click.echo(f"note: {note}")
+def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
     bad = report.quarantined
     if report.cache_hit:
         click.echo("cache hit: every image is embedded already, nothing was computed")
@@ -222,7 +142,7 @@ def _print(report: EmbedReport, notes: tuple[str, ...], reuse: tuple[str, ...]) 
                 + (f", took {report.reused:,} over (--reuse)" if reuse else ""),
             ),
             ("time", seconds_line({phase: report.seconds[phase] for phase in PHASES})),
-            *([] if report.cache_hit else [("of embed", shares_line(report.shares))]),
+            *([] if report.cache_hit else [("of embed", shares_text(report.shares))]),
         ]
     )
     # What stands before the colon is the kind of failure; after it come the particulars of one image.
@@ -235,27 +155,6 @@ def _print(report: EmbedReport, notes: tuple[str, ...], reuse: tuple[str, ...]) 
         click.echo(f"next: {command_line('gstds-select', report.location)}")
     else:
         click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
-
-
-def _as_dict(report: EmbedReport) -> dict[str, Any]:
-    return {
-        "store": report.location,
-        "fingerprint": report.fingerprint,
-        "model": report.model,
-        "items": report.items,
-        "ok": report.ok,
-        "quarantined": [vars(item) for item in report.quarantined],
-        "embedded": report.embedded,
-        "reused": report.reused,
-        "committed_before": report.committed_before,
-        "cache_hit": report.cache_hit,
-        "images_per_second": round(report.images_per_second, 2),
-        "batch_size": report.batch_size,
-        "workers": report.workers,
-        "seconds": report.seconds,
-        "shares": report.shares,
-        "estimate": report.estimate.to_dict() if report.estimate else None,
-    }
 
 
 if __name__ == "__main__":

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from gstds_cache.errors import UsageError
-from gstds_cache.files.derived import hashes_folder
-from gstds_cache.files.location import local_file
 
-from .common import Command, LocalPath, Progress, device_option, json_option, print_json
-
-if TYPE_CHECKING:
-    from gstds_cache.report.recompute import RecomputeSettings
+from .common import Command, LocalPath, device_option, json_option, notify, print_json
 
 EXPORT_HELP = """Write the rows of STORE to FILE for other tools: .npy, .parquet or .arrow.
 
@@ -54,6 +49,9 @@ SCHEDULE = click.option(
 )
 
 
+FORCE = click.option("--force", "replace", is_flag=True, help="Replace a file that is there.")
+
+
 @click.command("export", cls=Command, help=EXPORT_HELP)
 @click.argument("store")
 @click.argument("file", type=LocalPath(dir_okay=False))
@@ -63,7 +61,7 @@ SCHEDULE = click.option(
 )
 @GUIDANCE
 @SCHEDULE
-@click.option("--force", is_flag=True, help="Replace FILE.")
+@FORCE
 @json_option
 def export(
     store: str,
@@ -72,61 +70,46 @@ def export(
     device: str | None,
     guidance: str | None,
     schedule: str | None,
-    force: bool,
+    replace: bool,
     as_json: bool,
 ) -> None:
-    """Write one store's rows for other tools."""
-    from gstds_cache.report.recompute import RecomputeSettings
-
+    """Call :func:`gstds_cache.export_store` or :func:`gstds_cache.export_scores`, print."""
     if selection is not None:
-        recompute_settings = RecomputeSettings(device=device or "auto", guidance=guidance, schedule=schedule)
-        _export_scores(store, file, local_file(selection, "--scores"), recompute_settings, force=force, as_json=as_json)
+        _export_scores(store, selection, file, device or "auto", guidance, schedule, replace, as_json)
         return
     if (device, guidance, schedule) != (None, None, None):
         raise UsageError(
             "--device, --guidance and --schedule belong to --scores; an export of embeddings computes nothing"
         )
-    from gstds_cache.store.export import export_rows
-    from gstds_cache.store.reader import EmbeddingStore
+    from gstds_cache.api.export import export_store
 
-    opened = EmbeddingStore(store)
-    size = export_rows(opened, file, replace=force)
-    bad = len(opened.quarantined)
-    click.echo(f"wrote {file}: {len(opened):,} rows of {opened.spec.dim} {opened.spec.dtype}, {size / 1e6:,.1f} MB")
-    if bad:
-        click.echo(f"note: {bad:,} of them are of images that could not be decoded: gstds-cache info {store}")
+    done = export_store(store, file, replace=replace)
+    click.echo(f"wrote {file}: {done.rows:,} rows of {done.dim} {done.dtype}, {done.bytes / 1e6:,.1f} MB")
+    if done.undecodable:
+        click.echo(
+            f"note: {done.undecodable:,} of them are of images that could not be decoded: gstds-cache info {store}"
+        )
     if as_json:
-        print_json({"file": str(file), "rows": len(opened), "undecodable": bad, "bytes": size})
+        print_json(done.to_dict())
 
 
 def _export_scores(
-    store: str, file: Path, selection: Path, recompute_settings: RecomputeSettings, *, force: bool, as_json: bool
+    store: str,
+    selection: str,
+    file: Path,
+    device: str,
+    guidance: str | None,
+    schedule: str | None,
+    replace: bool,
+    as_json: bool,
 ) -> None:
-    from gstds_cache.report.recompute import selector_of, watch_again
-    from gstds_cache.report.scores import SampleScores, check_target, write_scores
-    from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.stream.reader import open_selection
+    from gstds_cache.api.export import export_scores
 
-    check_target(file, replace=force)
-    opened = EmbeddingStore(store)
-    progress = Progress("batches", "")
-    scores = SampleScores(len(opened))
-    with open_selection(selection) as stream:
-        selector = selector_of(opened, stream.header, recompute_settings)
-        try:
-            for batch in watch_again(selector, stream):
-                scores.add(batch)
-                progress("score", batch.selection.seq + 1, stream.header.total_batches, 0.0)
-        finally:
-            progress.end()
-        header = stream.header
-    size = write_scores(scores, opened, header, file)
-    never = int(((scores.kept == 0) & (scores.seen > 0)).sum())
-    unseen = int((scores.seen == 0).sum())
-    click.echo(f"wrote {file}: {len(opened):,} samples in {header.epochs} epochs, {size / 1e6:,.1f} MB")
-    click.echo(f"never kept: {never:,}; never in a batch, as they have no embedding: {unseen:,}")
+    done = export_scores(store, selection, file, device=device, guidance=guidance, schedule=schedule, replace=replace)
+    click.echo(f"wrote {file}: {done.rows:,} samples in {done.epochs} epochs, {done.bytes / 1e6:,.1f} MB")
+    click.echo(f"never kept: {done.never_kept:,}; never in a batch, as they have no embedding: {done.unseen:,}")
     if as_json:
-        print_json({"file": str(file), "rows": len(opened), "never_kept": never, "unseen": unseen, "bytes": size})
+        print_json(done.to_dict())
 
 
 @click.command("report", cls=Command, help=REPORT_HELP)
@@ -138,61 +121,17 @@ def _export_scores(
 @device_option
 @GUIDANCE
 @SCHEDULE
-@click.option("--force", is_flag=True, help="Replace a page that is there.")
+@FORCE
 @json_option
-def report(
-    what: tuple[Path, ...],
-    out: Path,
-    cache: str | None,
-    dataset: str | None,
-    batches: int,
-    device: str,
-    guidance: str | None,
-    schedule: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Make a page."""
-    if out.exists() and not force:
-        raise UsageError(f"--out {out}: the file is there already", hint="give another name, or --force")
-    try:
-        from gstds_cache.report.page import render, write_page
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the report needs {error.name}, which is not installed", hint="pip install 'gstds-cache[report]'"
-        ) from error
-    from gstds_cache.data.hash_cache import HashCache
-    from gstds_cache.data.sources import open_source
-    from gstds_cache.report.recompute import RecomputeSettings
-    from gstds_cache.report.run_view import read_run
-    from gstds_cache.report.selection_view import view_selection
+def report(what: tuple[Path, ...], out: Path, as_json: bool, **settings: Any) -> None:
+    """Call :func:`gstds_cache.write_report`, print."""
+    from gstds_cache.api.report import write_report
 
-    hash_cache = HashCache(hashes_folder())
-    progress = Progress("batches", "")
-    runs = [read_run(path, number) for number, path in enumerate((p for p in what if p.is_dir()), 1)]
-    try:
-        selections = [
-            view_selection(
-                path,
-                key=f"s{number}",
-                cache=cache,
-                dataset=lambda uri: open_source(uri, hash_cache=hash_cache),
-                dataset_uri=dataset,
-                recompute_settings=RecomputeSettings(device=device, guidance=guidance, schedule=schedule),
-                most=batches,
-                progress=lambda done, total: progress("compute", done, total, 0.0),
-            )
-            for number, path in enumerate(p for p in what if not p.is_dir())
-        ]
-    finally:
-        progress.end()
-    size = write_page(out, render(selections, runs))
+    page = write_report(*what, out=out, **settings)
     click.echo(
-        f"wrote {out}: {len(selections)} selections, {len(runs)} runs, {size / 1e6:,.1f} MB; open it in a browser"
+        f"wrote {out}: {page.selections} selections, {page.runs} runs, {page.bytes / 1e6:,.1f} MB; open it in a browser"
     )
-    missing = sorted({panel.missing for view in selections for panel in view.panels if panel.missing})
-    for line in missing:
-        click.echo(f"note: left out: {line}", err=True)
+    for line in page.missing:
+        notify(f"note: left out: {line}")
     if as_json:
-        result = {"out": str(out), "selections": len(selections), "runs": len(runs), "bytes": size, "missing": missing}
-        print_json(result)
+        print_json(page.to_dict())

@@ -1,8 +1,26 @@
+from .api.cache import describe_store as describe_store
+from .api.cache import list_derived as list_derived
+from .api.cache import list_stores as list_stores
+from .api.cache import remove_store as remove_store
+from .api.cache import verify_store as verify_store
+from .api.embed import embed as embed
+from .api.embed import estimate_embedding as estimate_embedding
+from .api.export import export_scores as export_scores
+from .api.export import export_store as export_store
+from .api.repair import repair_store as repair_store
+from .api.report import write_report as write_report
+from .api.select_batches import select as select
+from .api.select_batches import stream_selection as stream_selection
+from .api.selection import Selection as Selection
+from .api.selection import SelectionSummary as SelectionSummary
+from .api.serve import serve as serve
+from .api.train import estimate_training as estimate_training
+from .api.train import train as train
 from .config import EmbedConfig as EmbedConfig
 from .config import SelectConfig as SelectConfig
 from .config import TrainConfig as TrainConfig
 from .data.sources import open_source as open_source
-from .embedding.run import EmbedReport as EmbedReport
+from .embedding.report import EmbedReport as EmbedReport
 from .errors import GstdsError as GstdsError
 from .errors import UsageError as UsageError
 from .graph.knn import knn_graph as knn_graph
@@ -13,6 +31,8 @@ from .spectral.status import Status as Status
 from .store.reader import EmbeddingStore as EmbeddingStore
 from .stream.reader import SelectionStream as SelectionStream
 from .stream.reader import open_selection as open_selection
+from .training.ledger import Ledger as Ledger
+from .training.report import TrainReport as TrainReport
 from .training.sampler import SelectedBatchSampler as SelectedBatchSampler
 from .training.selected_dataset import SelectedDataset as SelectedDataset
 

@@ -63,10 +63,10 @@ class EmbedConfig:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
-        _require_range("--batch-size", self.batch_size, 1, MOST_IMAGES)
-        _require_range("--shard-rows", self.shard_rows, 1, MOST_ROWS)
-        _require_range("--workers", self.workers, 0, MOST_WORKERS, ", or auto")
-        _one_of("--dtype", self.dtype, ("float16", "float32"))
+        _require_range("`batch_size`", self.batch_size, 1, MOST_IMAGES)
+        _require_range("`shard_rows`", self.shard_rows, 1, MOST_ROWS)
+        _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
+        _one_of("`dtype`", self.dtype, ("float16", "float32"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,9 @@ class SelectConfig:
         epochs: Passes over the data set.
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
         order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).
-        partitions: Ways the rows are dealt out to batches, which epochs go round (selection/plan.py): only the first so
-            many epochs make graphs. 0 deals anew in every epoch; None is 1 for rules that look at a graph, else 0.
+        batch_assignments: Number of fixed assignments of rows to batches; epochs cycle through them, so that only the
+            first so many epochs make graphs (selection/plan.py). 0 draws a new one in every epoch; None is 1 for rules
+            that look at a graph, else 0.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
@@ -93,15 +94,16 @@ class SelectConfig:
         knn_backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
         solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``,
             which is the CPU: a core took a sixth of the time of an H200 (docs/spectral.md).
-        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are. Their
-            number changes nothing in the result.
+        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are; None for
+            all as well, but one for a stream or a service, which runs beside trainers. Their number changes nothing in
+            the result.
     """
 
     batch_size: int = 512
     epochs: int = 8
     schedule: str = "constant:0.75"
     order: str = "permutation"
-    partitions: int | None = None
+    batch_assignments: int | None = None
     knn: int = 10
     rule: str = DEFAULT_RULE
     guidance: str = "auto"
@@ -113,27 +115,27 @@ class SelectConfig:
     device: str = "auto"
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     solver: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        _require_range("--batch-size", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
-        _require_range("--epochs", self.epochs, 1, MOST_EPOCHS)
+        _require_range("`batch_size`", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
+        _require_range("`epochs`", self.epochs, 1, MOST_EPOCHS)
         _require(
             1 <= self.knn < self.batch_size,
-            "--knn",
+            "`knn`",
             self.knn,
             f"from 1 to batch size - 1 = {self.batch_size - 1}",
-            hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
+            hint="a row has only batch size - 1 possible neighbours: lower `knn` or raise `batch_size`",
         )
-        _require_range("--partitions", self.partitions, 0, MOST_EPOCHS)
-        _require(self.min_per_class >= 0, "--min-per-class", self.min_per_class, "0 or more")
-        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
-        _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
-        _require_range("--max-iterations", self.max_iterations, 1, 1_000_000)
-        _one_of("--knn-backend", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
-        _one_of("--solver", self.solver, ("auto", "cpu", "cuda"))
-        _require_range("--threads", self.threads, 0, MOST_THREADS)
+        _require_range("`batch_assignments`", self.batch_assignments, 0, MOST_EPOCHS)
+        _require(self.min_per_class >= 0, "`min_per_class`", self.min_per_class, "0 or more")
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _one_of("`laplacian`", self.laplacian, ("combinatorial", "normalized"))
+        _require(0 < self.tolerance < 1, "`tolerance`", self.tolerance, "between 0 and 1, both excluded")
+        _require_range("`max_iterations`", self.max_iterations, 1, 1_000_000)
+        _one_of("`knn_backend`", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
+        _one_of("`solver`", self.solver, ("auto", "cpu", "cuda"))
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +148,13 @@ class TrainConfig:
         lr: Peak learning rate of the one-cycle schedule.
         momentum: SGD momentum.
         weight_decay: SGD weight decay.
-        image_size: Side of the square training image in pixels; 0 takes the data set's own (at most 64).
+        image_size: Side of the square training image in pixels; 0 takes the images' own where they are equal squares up
+            to 64, else 64.
         augment: ``none``, ``crop`` (random shifts), ``crop+flip``; ``auto`` mirrors where the data set allows it.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Processes that decode images where the data set does not fit ``memory_budget``.
         memory_budget: Bytes of decoded images that may be held in memory.
-        threads: CPU threads training may use; 0 leaves the library's default to :func:`train`, and lets gstds-train
-            take one where a step is small (training/flops.py), else all.
+        threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
     """
@@ -171,16 +173,16 @@ class TrainConfig:
     repack: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _require_range("--repack", self.repack, 0, MOST_ROWS)
-        _require(0 < self.lr <= LARGEST_RATE, "--lr", self.lr, f"above 0, at most {LARGEST_RATE:g}")
-        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "from 0 to below 1")
-        _require(0 <= self.weight_decay <= LARGEST_RATE, "--weight-decay", self.weight_decay, f"0 to {LARGEST_RATE:g}")
-        _require_range("--image-size", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
-        _one_of("--augment", self.augment, ("auto", "none", "crop", "crop+flip"))
-        _require_range("--workers", self.workers, 0, MOST_WORKERS)
-        _require(self.memory_budget >= 0, "--memory-budget", self.memory_budget, "0 or more")
-        _require_range("--threads", self.threads, 0, MOST_THREADS)
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _require_range("`repack`", self.repack, 0, MOST_ROWS)
+        _require(0 < self.lr <= LARGEST_RATE, "`lr`", self.lr, f"above 0, at most {LARGEST_RATE:g}")
+        _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
+        _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
+        _require_range("`image_size`", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
+        _one_of("`augment`", self.augment, ("auto", "none", "crop", "crop+flip"))
+        _require_range("`workers`", self.workers, 0, MOST_WORKERS)
+        _require(self.memory_budget >= 0, "`memory_budget`", self.memory_budget, "0 or more")
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
 class EmbedSettings(TypedDict, total=False):
@@ -202,7 +204,7 @@ class SelectSettings(TypedDict, total=False):
     epochs: int
     schedule: str
     order: str
-    partitions: int | None
+    batch_assignments: int | None
     knn: int
     rule: str
     guidance: str
@@ -214,7 +216,7 @@ class SelectSettings(TypedDict, total=False):
     device: str
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"]
     solver: Literal["auto", "cpu", "cuda"]
-    threads: int
+    threads: int | None
 
 
 class TrainSettings(TypedDict, total=False):

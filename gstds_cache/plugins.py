@@ -98,7 +98,7 @@ def _nothing(_error: BaseException) -> bool:
 def own_code(
     what: str,
     kind: type[GstdsError] = UsageError,
-    hint: str = "mend it there; nothing was changed",
+    hint: str = "correct it there, then run the same command again",
     *,
     but: Callable[[BaseException], bool] = _nothing,
 ) -> Iterator[None]:

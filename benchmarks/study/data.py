@@ -17,7 +17,8 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.run import EmbedReport, embed_dataset
+from gstds_cache.embedding.report import EmbedReport
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.files.derived import cache_root
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.store.reader import EmbeddingStore
@@ -71,7 +72,7 @@ class StudyData:
             sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
             reuse = [*reuse, *([sibling] if sibling.exists() else [])]
         config = EmbedConfig(model=self.setting.model)
-        return embed_dataset(self.train, config, where=self.location, reuse=reuse)
+        return embed_dataset(self.train, config, where=self.location, reuse=reuse).report
 
     def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:
         """All embeddings as unit rows."""

@@ -14,28 +14,26 @@ import numpy as np
 from sklearn.decomposition import PCA
 from torch import nn
 
+from benchmarks.study.baselines.batch_method import BatchMethod, kept_of
+from benchmarks.study.baselines.ccs import ccs
+from benchmarks.study.baselines.el2n import el2n, hardest
+from benchmarks.study.baselines.fixed import write_fixed
+from benchmarks.study.baselines.infobatch import InfoBatch
+from benchmarks.study.baselines.jest import Jest
+from benchmarks.study.baselines.k_centre import k_centre
+from benchmarks.study.baselines.prototypicality import prototypicality
+from benchmarks.study.baselines.proxy_mask import ProxyMask
+from benchmarks.study.baselines.rho_loss import RhoLoss
+from benchmarks.study.baselines.rs2 import rs2
+from benchmarks.study.baselines.selective_backprop import SelectiveBackprop
 from benchmarks.study.data import CURVE_ITEMS, StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
+from benchmarks.study.trainer import train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import header_of, write_file
-from gstds_cache.training.baselines.batch_method import BatchMethod, kept_of
-from gstds_cache.training.baselines.ccs import ccs
-from gstds_cache.training.baselines.el2n import el2n, hardest
-from gstds_cache.training.baselines.fixed import write_fixed
-from gstds_cache.training.baselines.infobatch import InfoBatch
-from gstds_cache.training.baselines.jest import Jest
-from gstds_cache.training.baselines.k_centre import k_centre
-from gstds_cache.training.baselines.prototypicality import prototypicality
-from gstds_cache.training.baselines.proxy_mask import ProxyMask
-from gstds_cache.training.baselines.rho_loss import RhoLoss
-from gstds_cache.training.baselines.rs2 import rs2
-from gstds_cache.training.baselines.selective_backprop import SelectiveBackprop
-from gstds_cache.training.loop import run_config, train
-from gstds_cache.training.run_dir import RunDir
 
 K_CENTRE_DIMS = 64
 CURVES = ("full", "random", "default")  # methods tested after each epoch too, outside of the clock
@@ -92,11 +90,12 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             testing += time.process_time() - began
 
         cpu_begun = time.process_time()
-        with open_selection(selection) as stream:
-            run_dir = RunDir(folder / "run", run_config(config, stream, None), provenance={}, resume=False)
-            report = train(
-                data.train, stream, config, run_dir, method=chooser, feed=data.train_feed, after_epoch=after_epoch
-            )
+        report, forward_samples = train_once(
+            *(data.train, selection, config, folder / "run"),
+            feed=data.train_feed,
+            method=chooser,
+            after_epoch=after_epoch,
+        )
         cpu["train"] = time.process_time() - cpu_begun - testing
         phases = {k: v for k, v in report.seconds.items() if k not in {"load", "eval", "total"}}
         return {
@@ -112,7 +111,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "test_accuracy": round(data.accuracy(last[0]), 6),
             "curve": curve,
             "gradient_samples": report.gradient_samples,
-            "forward_samples": report.forward_samples,
+            "forward_samples": forward_samples,
             "steps": report.steps,
             "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
             "cpu_seconds": {k: round(v, 3) for k, v in cpu.items()},
@@ -146,7 +145,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
-            partitions=method.partitions,
+            batch_assignments=method.partitions,
         )
         _ = BatchSelector(data.store, config).guidance  # a trial for such runs, where none was made yet, is paid for
         begun, cpu_begun = time.perf_counter(), time.process_time()

@@ -17,17 +17,15 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from torch import nn
 
+from benchmarks.study.baselines.batch_method import BatchMethod
+from benchmarks.study.baselines.forgetting import ForgettingCounter
 from benchmarks.study.data import StudyData
+from benchmarks.study.trainer import train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
-from gstds_cache.training.baselines.batch_method import BatchMethod
-from gstds_cache.training.baselines.forgetting import ForgettingCounter
-from gstds_cache.training.loop import run_config, train
-from gstds_cache.training.run_dir import RunDir
 
 EARLY_NETWORKS, EARLY_EPOCHS = 3, 1
 
@@ -120,14 +118,9 @@ class Scores:
         config = setting.train_config(1000 + seed)
         with tempfile.TemporaryDirectory(prefix="study-") as name:
             list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
-            with open_selection(Path(name) / "s.arrow") as stream:
-                run_dir = RunDir(Path(name) / "run", run_config(config, stream, None), provenance={}, resume=False)
-                train(
-                    self.data.train,
-                    stream,
-                    config,
-                    run_dir,
-                    method=method,
-                    feed=self.data.train_feed,
-                    after_epoch=after_epoch,
-                )
+            train_once(
+                *(self.data.train, Path(name) / "s.arrow", config, Path(name) / "run"),
+                feed=self.data.train_feed,
+                method=method,
+                after_epoch=after_epoch,
+            )

@@ -1,20 +1,45 @@
-"""Joules by phase, from the counters that the hardware keeps: RAPL for CPU packages, NVML for an NVIDIA GPU.
+"""Joules by phase, from the counters that the hardware keeps: RAPL for CPU packages, NVML for NVIDIA GPUs.
 
-Both count the whole device, whoever uses it. Where neither can be read there is no figure, never a zero.
+Both count a whole device, whoever uses it. Where no counter can be read there is no figure, never a zero; a device in
+use whose counter cannot be read is named in :attr:`EnergyMeter.source`.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 POWERCAP = Path("/sys/class/powercap")
-EVERY = 1.0  # seconds between readings inside a phase; a RAPL counter of 262 kJ wraps after some minutes at full power
+INTERVAL = 1.0  # seconds between readings inside a phase; a RAPL counter of 262 kJ wraps after minutes at full power
+
+
+class UsedDevice(NamedTuple):
+    """A device that computes, by names that hold in every process.
+
+    Attributes:
+        host: The machine.
+        uuid: A GPU's, as NVML knows it; empty for a CPU. Not its number: ``CUDA_VISIBLE_DEVICES`` renumbers GPUs for
+            CUDA alone, and ``cuda:0`` of each of several processes may be another one.
+    """
+
+    host: str
+    uuid: str = ""
+
+
+def used_device(device: torch.device) -> UsedDevice:
+    """The name of this process's ``device`` for :class:`EnergyMeter`, in this process or another."""
+    if device.type != "cuda":
+        return UsedDevice(socket.gethostname())
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return UsedDevice(socket.gethostname(), uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
 
 
 @dataclass
@@ -44,24 +69,29 @@ class EnergyMeter:
     """Adds up the joules of each phase.
 
     Attributes:
-        source: The counters, or why there is none, in words.
+        source: What is counted, and what is in use and not counted, in words.
     """
 
-    def __init__(self, device: torch.device | None = None, *, powercap: Path = POWERCAP) -> None:
+    def __init__(self, *devices: torch.device | UsedDevice, powercap: Path = POWERCAP) -> None:
         """Find the counters, and start them.
 
         Args:
-            device: The GPU that is used, if one is.
+            devices: Every device that is used: this process's, or :func:`used_device` of those of other processes.
+                Two that are the same count once.
             powercap: Where Linux shows RAPL's counters.
         """
-        self._counters = _rapl(powercap)
-        self.source = f"no RAPL counter can be read under {powercap}"
-        if device is not None and device.type == "cuda":
-            gpu = _nvml(device)
-            self._counters += gpu
-            self.source += "" if gpu else ", and NVML does not answer (pip install nvidia-ml-py)"
-        if self._counters:
-            self.source = "counted by " + ", ".join(counter.name for counter in self._counters)
+        used = {used_device(device) if isinstance(device, torch.device) else device for device in devices}
+        here = socket.gethostname()
+        self._counters, missing = _rapl(powercap), []
+        if not self._counters:
+            missing.append(f"the CPU, as no RAPL counter can be read under {powercap}")
+        gpus, why = _nvml(sorted(device.uuid for device in used if device.uuid and device.host == here))
+        self._counters += gpus
+        missing += why
+        if elsewhere := sorted({device.host for device in used} - {here}):
+            missing.append(f"the devices of {', '.join(elsewhere)}")
+        parts = [f"counted by {', '.join(counter.name for counter in self._counters)}"] if self._counters else []
+        self.source = "; ".join(parts + ([f"not counted: {', '.join(missing)}"] if missing else []))
         self._joules: dict[str, float] = {}
         self._last, self._phase = time.monotonic(), ""
 
@@ -71,10 +101,15 @@ class EnergyMeter:
         Inside a phase the counters are read once a second, so up to a second of one phase is counted to the next.
         """
         now = time.monotonic()
-        if not self._counters or (phase == self._phase and now - self._last < EVERY):
+        if not self._counters or (phase == self._phase and now - self._last < INTERVAL):
             return
         self._last, self._phase = now, phase
-        self._joules[phase] = self._joules.get(phase, 0.0) + sum(counter.spent() for counter in self._counters)
+        try:
+            spent = sum(counter.spent() for counter in self._counters)
+        except Exception as error:  # NVML's own, OSError: a counter that fails must not end hours of work
+            self._counters, self.source = [], f"a counter failed meanwhile: {error}"
+            return
+        self._joules[phase] = self._joules.get(phase, 0.0) + spent
 
     def resume(self, joules: dict[str, float] | None) -> None:
         """Go on from what an earlier session counted; None, where it could not count, makes the whole unknown."""
@@ -88,6 +123,11 @@ class EnergyMeter:
     def joules(self) -> dict[str, float] | None:
         """Joules by phase so far; None where there is no counter."""
         return {phase: round(value, 3) for phase, value in self._joules.items()} if self._counters else None
+
+    @property
+    def total(self) -> float | None:
+        """Joules of all phases so far; None where there is no counter."""
+        return None if self.joules is None else sum(self.joules.values())
 
 
 def _rapl(powercap: Path) -> list[_Counter]:
@@ -108,20 +148,25 @@ def _microjoules(file: Path) -> float:
     return int(file.read_text()) / 1e6
 
 
-def _nvml(device: torch.device) -> list[_Counter]:
-    """The GPU's counter, in millijoules since the driver was loaded (Volta and later)."""
-    try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+def _nvml(uuids: Iterable[str]) -> tuple[list[_Counter], list[str]]:
+    """The GPUs' counters, in millijoules since the driver was loaded (Volta and later), and those without one."""
+    counters: list[_Counter] = []
+    missing: list[str] = []
+    for uuid in uuids:
+        try:
+            import pynvml
+        except ImportError:
+            missing.append(f"{uuid}, as NVML's bindings are not installed (pip install nvidia-ml-py)")
+            continue
+        try:
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            read = partial(_millijoules, pynvml, handle)
+            counters.append(_Counter(uuid, read, float("inf"), read()))
+        except pynvml.NVMLError as error:
+            missing.append(f"{uuid}, as NVML says: {error}")
+    return counters, missing
 
-        def read() -> float:
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
 
-        return [_Counter(f"gpu-{device.index or 0}", read, float("inf"), read())]
-    except pynvml.NVMLError:
-        return []
+def _millijoules(pynvml: ModuleType, handle: object) -> float:
+    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000

@@ -27,6 +27,7 @@ class Cost:
         joules: Joules, None where any session had no counter.
         device: Where it was computed last.
         store: The store a selection was made from.
+        joules_from: What is counted in ``joules``, and what was in use and is not, in words.
     """
 
     of: str
@@ -36,6 +37,7 @@ class Cost:
     joules: float | None
     device: str
     store: str | None = None
+    joules_from: str = ""
 
 
 def store_costs(where: LocationLike) -> list[Path]:

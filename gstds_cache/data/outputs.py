@@ -8,7 +8,11 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from gstds_cache.data.source import ImageSource
+from gstds_cache.files.location import Location, LocationLike
 
 # Commit records are in `receipts` in format 1.
 STORE = frozenset(
@@ -81,6 +85,31 @@ class Listing:
 def holds_outputs(folder: str) -> bool:
     """Whether a folder without an image holds a file that this package wrote: a selection, an export, a page."""
     return any(_is_output(path) for path in _files(folder))
+
+
+def inside_warning(source: ImageSource, path: LocationLike | None, *, what: str, argument: str) -> str:
+    """A warning for the user where what is to be written would lie in the image folder that is read.
+
+    Args:
+        source: The data set.
+        path: Where it is written; a bucket and None lie nowhere.
+        what: What it is, in words.
+        argument: The argument that names another place.
+
+    Returns:
+        The warning; empty where it lies elsewhere.
+    """
+    target = None if path is None else Location.parse(path).path
+    if not source.kind.startswith("imagefolder") or source.files is None or target is None:
+        return ""
+    folder = Path(source.files.folder)
+    # os.path, whose realpath ends where a link leads back to itself
+    if Path(os.path.realpath(folder)) not in Path(os.path.realpath(target)).parents:
+        return ""
+    return (
+        f"warning: {what} {path} lies inside the image folder {folder}; it is not taken for a class, but other "
+        f"programs may do so: give a `{argument}` outside of it"
+    )
 
 
 def _files(folder: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
-from gstds_cache.embedding.look import TwoLooks
+from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.shard import NO_FEATURES
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.runtime.devices import resolve_device
@@ -60,18 +60,17 @@ def check_sample(
         EncoderError: The model's rows mean nothing.
         ChunkCorruptError: A shard that is read is damaged.
     """
-    there = np.flatnonzero(store.valid != layout.MISSING)
-    drawn = np.sort(rng_for(seed, "sample").choice(there, min(rows, len(there)), replace=False))
+    committed = np.flatnonzero(store.valid != layout.MISSING)
+    drawn = np.sort(rng_for(seed, "sample").choice(committed, min(rows, len(committed)), replace=False))
     encoder = encoder.to(resolve_device(device))
-    TwoLooks(source, encoder, dtype=store.spec.dtype).compare(
-        store.spec.batch_size
-    )  # else the store is blamed for the model
+    # Else the store is blamed for the model.
+    DeterminismCheck(source, encoder, dtype=store.spec.dtype).run(store.spec.batch_size)
     problems, cosines = [], [float("nan")]
     for first in range(0, len(drawn), store.spec.batch_size):
         part = drawn[first : first + store.spec.batch_size].tolist()
-        fresh, reasons = _again(part, source, encoder, store.spec.batch_size)
-        for place, row in enumerate(part):
-            stored, reason = store.valid[row] == layout.OK, reasons.get(place, "")
+        fresh, reasons = _embed_again(part, source, encoder, store.spec.batch_size)
+        for position, row in enumerate(part):
+            stored, reason = store.valid[row] == layout.OK, reasons.get(position, "")
             if stored == bool(reason):
                 text = f"{_name(source, row)} " + (
                     f"has an embedding, and gets none now: {reason}" if stored else "decodes now, and did not"
@@ -79,7 +78,7 @@ def check_sample(
                 problems.append(_problem(store, row, text))
             elif stored:
                 kept = store.gather(np.array([row]), np.empty((1, store.spec.dim), np.float32))[0]
-                cosine = float(kept @ fresh[place] / max(float(np.linalg.norm(kept)), 1e-12))
+                cosine = float(kept @ fresh[position] / max(float(np.linalg.norm(kept)), 1e-12))
                 cosines.append(cosine)
                 if not cosine >= 1 - TOLERANCE:
                     text = f"{_name(source, row)}: cosine {cosine:.6f} with the same image embedded again"
@@ -90,22 +89,22 @@ def check_sample(
     )
 
 
-def _again(
+def _embed_again(
     part: list[int], source: ImageSource, encoder: Encoder, batch_size: int
 ) -> tuple[Float32[np.ndarray, "n D"], dict[int, str]]:
     """Fresh rows of some items, and why those at some places have none."""
     # Padded like the batches of embedding: every forward pass has the same shape.
     pixels = torch.zeros((batch_size, *encoder.input_shape), dtype=torch.uint8)
     reasons: dict[int, str] = {}
-    for place, row in enumerate(part):
+    for position, row in enumerate(part):
         try:
-            pixels[place] = encoder.spec.preprocessing.pixels(source.image(row))
+            pixels[position] = encoder.spec.preprocessing.pixels(source.image(row))
         except UndecodableError as error:
-            reasons[place] = error.reason
-    decoded = [place for place in range(len(part)) if place not in reasons]
+            reasons[position] = error.reason
+    decoded = [position for position in range(len(part)) if position not in reasons]
     fresh = encoder.queue(pixels).cpu()[: len(part)]
-    for place in encoder.require_numbers(fresh[decoded], lambda place: _name(source, part[decoded[place]])):
-        reasons[decoded[place]] = NO_FEATURES
+    for position in encoder.require_numbers(fresh[decoded], lambda position: _name(source, part[decoded[position]])):
+        reasons[decoded[position]] = NO_FEATURES
     return fresh.numpy(), reasons
 
 

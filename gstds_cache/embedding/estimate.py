@@ -20,6 +20,7 @@ from gstds_cache.data.loading import default_workers, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.resources import out_of_memory
 
 IMAGES = 32
@@ -93,7 +94,7 @@ class Estimate:
         ]
 
 
-def probe(
+def estimate_run(
     source: ImageSource,
     encoder: Encoder,
     config: EmbedConfig,
@@ -134,7 +135,7 @@ def probe(
     rate = min(forward, together) if overlap else 1 / (1 / forward + 1 / together)
     shard_bytes = shard_rows * row_bytes(encoder, config)
     # Two blocks (one filling, one being committed), what is written of it and read back; batches decoded ahead.
-    beside = 4 * shard_bytes + (2 * workers + 2) * images.numel()
+    buffers = 4 * shard_bytes + (2 * workers + 2) * images.numel()
     return Estimate(
         items=len(source),
         committed=len(source) - remaining_rows,
@@ -149,7 +150,7 @@ def probe(
         disk_bytes=disk_bytes(source, remaining_rows, shard_rows, row_bytes(encoder, config)),
         disk_free=disk_free,
         ram_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        + beside,
+        + buffers,
         ram_free=_free_memory(),
         vram_bytes=vram.get("used"),
         vram_free=vram.get("free"),
@@ -189,7 +190,7 @@ def require_disk(need: int, free: int | None, *, location: str) -> None:
     if free is not None and free < need:
         raise IncompleteError(
             f"{location}: got {_size(free)} of free disk, expected at least {_size(need)} for the rows that are left",
-            hint="nothing was embedded. Make room and run the same command again, or give a --cache on another disk",
+            hint="no image was embedded. Make room and run the same command again, or give a `cache` on another disk",
         )
 
 
@@ -197,7 +198,7 @@ def fitting_batch_size(
     encoder: Encoder,
     device: torch.device,
     batch_size: int,
-    say: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
     attempt: Callable[[int], object] | None = None,
 ) -> int:
     """The largest of ``batch_size``, a half of it, a quarter, ... that the device has memory for.
@@ -208,7 +209,7 @@ def fitting_batch_size(
         encoder: The reference model; it is moved to ``device``.
         device: Where it runs.
         batch_size: Images per forward pass to begin with.
-        say: Called with one line for every half.
+        notify: Called with one line for every half.
         attempt: Runs the model with so many images; black ones by default.
 
     Returns:
@@ -224,10 +225,10 @@ def fitting_batch_size(
         if batch_size == 1:
             raise UsageError(
                 f"out of memory: {encoder.spec.model} does not fit on {device} with a single image",
-                hint="end what else uses that memory, or give a smaller --model, or --device cpu",
+                hint="end what else uses that memory, or give a smaller `model`, or `device='cpu'`",
             )
-        if say is not None:
-            say(f"batch size {batch_size} does not fit the memory of {device}: trying {batch_size // 2}")
+        if notify is not None:
+            notify(f"batch size {batch_size} does not fit the memory of {device}: trying {batch_size // 2}")
         batch_size //= 2
     return batch_size
 
@@ -251,7 +252,7 @@ def _decode_rate(source: ImageSource, encoder: Encoder) -> tuple[float, torch.Te
     """Images per second of reading and decoding in this process, and the pixels of those that decode."""
     rows = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist()
     # The middle before the quarters before the eighths: wherever time is up, what was measured lies evenly.
-    order = [rows[place] for place in sorted(range(len(rows)), key=lambda place: f"{place:06b}"[::-1])]
+    order = [rows[i] for i in sorted(range(len(rows)), key=lambda i: f"{i:06b}"[::-1])]
     pixels, done, begun, spent = [torch.zeros(encoder.input_shape, dtype=torch.uint8)], 0, time.perf_counter(), 0.0
     for number, row in enumerate([order[0], *order]):
         with suppress(UndecodableError):

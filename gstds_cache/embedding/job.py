@@ -1,9 +1,8 @@
-"""One run of embedding: what it works on, and the specification of the store that it fills."""
+"""One call of embedding: what it works on, and the specification of the store that it fills."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -12,13 +11,14 @@ import torch
 from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import fitting_batch_size, row_bytes
-from gstds_cache.embedding.look import TwoLooks
 from gstds_cache.embedding.mismatch import explained
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
 from gstds_cache.files.location import Location
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.format import CURRENT
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
@@ -26,29 +26,28 @@ from gstds_cache.store.spec import CacheSpec, require_same
 
 BATCH_SIZE = {"cpu": 16, "cuda": 256}
 SHARD_BYTES = 4 << 20
-Say = Callable[[str], None]
 
 
 @dataclass
-class Job:
+class EmbedJob:
     """One call: what it works on, and the time it took so far."""
 
     source: ImageSource
     config: EmbedConfig
     device: torch.device
     encoder: Encoder
-    say: Say
+    notify: Notify
     known: KnownRows | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    looks: TwoLooks = field(init=False)
+    determinism: DeterminismCheck = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make what looks at the model's rows before they are relied on."""
-        self.looks = TwoLooks(self.source, self.encoder, dtype=self.config.dtype)
+        """Prepare the determinism check."""
+        self.determinism = DeterminismCheck(self.source, self.encoder, dtype=self.config.dtype)
 
-    def fitting(self, batch_size: int, say: Say | None = None) -> int:
-        """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is the first look."""
-        return fitting_batch_size(self.encoder, self.device, batch_size, say, self.looks.first)
+    def fitting(self, batch_size: int, notify: Notify | None = None) -> int:
+        """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is not wasted."""
+        return fitting_batch_size(self.encoder, self.device, batch_size, notify, self.determinism.first_pass)
 
     @property
     def batch_size(self) -> int | None:
@@ -60,16 +59,16 @@ class Job:
         return row_bytes(self.encoder, self.config)
 
 
-def settle(
-    job: Job, stored: StoreMetadata | None, manifest: DatasetManifest
+def resolve_store(
+    job: EmbedJob, stored: StoreMetadata | None, manifest: DatasetManifest
 ) -> tuple[CacheSpec, EmbeddingStore | None]:
-    """What the store will hold; and the store if it is whole and holds this: a hit needs no lock and writes nothing.
+    """What the store will hold; and the store if it is complete and holds this: a hit takes no lock and writes nothing.
 
     Raises:
         FingerprintMismatchError: The store holds something else.
     """
     begun = time.perf_counter()
-    spec = specify(job, len(manifest), manifest.root, stored)
+    spec = resolve_spec(job, len(manifest), manifest.root, stored)
     if stored is not None:
         with explained(stored, manifest, job.source):
             require_same(stored.spec, spec, where=stored.location)
@@ -77,18 +76,18 @@ def settle(
             return spec, EmbeddingStore(stored)
         require_fit(job, stored)
     if stored is None or stored.spec == spec:  # else open_writer says in what they differ
-        look_twice(job, spec)
+        check_determinism(job, spec)
     job.seconds["fit"] = time.perf_counter() - begun
     return spec, None
 
 
-def look_twice(job: Job, spec: CacheSpec) -> None:
-    """Refuse a model whose rows do not depend on their images alone; say what else is odd about them."""
-    for line in job.looks.compare(spec.batch_size):
-        job.say(line)
+def check_determinism(job: EmbedJob, spec: CacheSpec) -> None:
+    """Refuse a model whose rows do not depend on their images alone; warn of what else is odd about them."""
+    for line in job.determinism.run(spec.batch_size):
+        job.notify(line)
 
 
-def require_fit(job: Job, stored: StoreMetadata) -> None:
+def require_fit(job: EmbedJob, stored: StoreMetadata) -> None:
     """Refuse a store that was begun with a batch size that does not fit.
 
     Raises:
@@ -101,12 +100,12 @@ def require_fit(job: Job, stored: StoreMetadata) -> None:
         raise UsageError(
             f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
             f"of {job.device}; all rows of a store are made with one batch size",
-            hint="nothing committed is lost: end what else uses that memory and run the same command again, or begin a "
-            f"new store: {command_line(*embed_command(job.source.uri, job.config), *new)}",
+            hint="end what else uses that memory and run the same command again, which goes on from what is committed, "
+            f"or begin a new store: {command_line(*embed_command(job.source.uri, job.config), *new)}",
         )
 
 
-def specify(job: Job, items: int, items_root: str, stored: StoreMetadata | None) -> CacheSpec:
+def resolve_spec(job: EmbedJob, items: int, items_root: str, stored: StoreMetadata | None) -> CacheSpec:
     """The specification this run asks for; sizes that were not given are the store's own where there is one.
 
     The batch size of a new store is one that fits the device. It is part of the store's identity: hence before all
@@ -118,9 +117,9 @@ def specify(job: Job, items: int, items_root: str, stored: StoreMetadata | None)
         batch_size = _stored_batch_size(job, stored.spec.batch_size)
     else:
         wanted = batch_size or BATCH_SIZE[job.device.type]
-        batch_size = job.fitting(wanted, job.say)
+        batch_size = job.fitting(wanted, job.notify)
         if batch_size < wanted:
-            job.say(f"the new store's batch size is {batch_size}")
+            job.notify(f"the new store's batch size is {batch_size}")
     shard_rows = shard_rows or max(1, SHARD_BYTES // job.row_bytes())
     return CacheSpec(
         items=items,
@@ -134,7 +133,7 @@ def specify(job: Job, items: int, items_root: str, stored: StoreMetadata | None)
     )
 
 
-def _stored_batch_size(job: Job, stored: int) -> int:
+def _stored_batch_size(job: EmbedJob, stored: int) -> int:
     """The store's own batch size, unless another was given.
 
     The given one may be what the store's was halved from, since it did not fit: then the same command goes on.
@@ -146,13 +145,13 @@ def _stored_batch_size(job: Job, stored: int) -> int:
     while size > 1:
         size //= 2
         halves.add(size)
-    if stored in halves and job.fitting(given, job.say) == stored:
+    if stored in halves and job.fitting(given, job.notify) == stored:
         return stored
     return given
 
 
-def stored_at(location: Location) -> StoreMetadata | None:
-    """The store at ``location``, or None if there is none."""
+def find_store(location: Location) -> StoreMetadata | None:
+    """What the store at ``location`` says of itself, or None where there is no store."""
     try:
         return StoreMetadata(location)
     except StoreNotFoundError:

@@ -1,4 +1,4 @@
-"""Mending a store: what is damaged is made again from the data set and the model, and nothing else is touched."""
+"""Repairing a store: what is damaged is embedded again from the data set, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import workers_for
-from gstds_cache.embedding.look import TwoLooks
 from gstds_cache.embedding.mismatch import explained
-from gstds_cache.embedding.shard import Clock, EmbedTask
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.files.location import LocationLike
@@ -27,7 +28,7 @@ from gstds_cache.store.writer import StoreWriter, reopen_writer
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was mended.
+    """What was repaired.
 
     Attributes:
         before: What was wrong.
@@ -43,8 +44,17 @@ class RepairReport:
     changed: tuple[int, ...]
     after: VerifyReport
 
+    def to_dict(self) -> dict[str, Any]:
+        """The check after the repair, and what was done, as JSON-able values."""
+        return self.after.to_dict() | {
+            "was_wrong": [str(problem) for problem in self.before.problems],
+            "images": self.images,
+            "shards_made_again": list(self.shards),
+            "changed": list(self.changed),
+        }
 
-def same_data(
+
+def require_same_data(
     metadata: StoreMetadata, source: ImageSource, encoder: Encoder, hash_cache: HashCache | None = None
 ) -> DatasetManifest:
     """The manifest of ``source``, if store, data set and model belong together.
@@ -71,7 +81,7 @@ def same_data(
     return manifest
 
 
-def repair_store(
+def repair(
     where: LocationLike,
     source: ImageSource,
     encoder: Encoder,
@@ -104,7 +114,8 @@ def repair_store(
         UsageError: A shard does not exist, or there cannot be so many workers.
         EncoderError: The model's rows mean nothing.
         FingerprintMismatchError: The data set or the model is not the store's.
-        IncompleteError: Another process is writing the store, or a process that decodes was killed.
+        IncompleteError: Another process is writing the store; or memory or the disk ran out on the way, or a process
+            that decodes was killed, and the same call goes on.
         IntegrityError: The specification itself is damaged.
     """
     metadata = StoreMetadata(where)
@@ -114,51 +125,60 @@ def repair_store(
         raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
-    say = progress or (lambda _phase, _done, _total: None)
-    before = verify(metadata, "full", progress=partial(say, "check"))
+    show = progress or (lambda _phase, _done, _total: None)
+    before = verify(metadata, "full", progress=partial(show, "check"))
     old, _ = metadata.scan_commits()  # known from the check
     redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
-    vouched = _vouched(metadata)
-    if len(old) < metadata.spec.shards or commits_root(old, names) == vouched:
-        vouched = None  # all commit records are the ones that COMPLETE vouches for, or the others cannot be judged
+    expected = _expected_root(metadata)
+    if len(old) < metadata.spec.shards or commits_root(old, names) == expected:
+        expected = None  # all commit records are those that COMPLETE vouches for, or the others cannot be judged
     if not redo and not before.problems and (before.complete or before.committed < before.shards):
         return RepairReport(before, (), 0, (), before)
-    manifest = same_data(metadata, source, encoder, hash_cache)
+    manifest = require_same_data(metadata, source, encoder, hash_cache)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
     with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
-        images_before = 0
-
-        def on_batch(clock: Clock) -> None:
-            say("embed", images_before + clock.images, sum(len(writer.spec.rows_of(shard)) for shard in redo))
-
         run_on = resolve_device(device)
-        TwoLooks(source, encoder.to(run_on), dtype=writer.spec.dtype).compare(writer.spec.batch_size)
-        workers = workers_for(source, encoder, workers, run_on)
-        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers, on_batch=on_batch)
-        made = _make_again(writer, task, redo)
-        images = task.clock.images
-        committed = {shard: commit for shard, commit in writer.recover().items() if shard not in made}
-        if vouched is not None and commits_root(committed | made, names) != vouched:
-            # A commit record was altered so that nothing else shows it, and nobody can say which.
-            images_before, redo = images, sorted({*redo, *committed})
-            made |= _make_again(writer, task, sorted(committed))
-            images += task.clock.images
-            committed = {}
-        if len(committed) + len(made) == writer.spec.shards:
-            writer.finish(partial(say, "check"))
+        DeterminismCheck(source, encoder.to(run_on), dtype=writer.spec.dtype).run(writer.spec.batch_size)
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
+        new, kept, images = _replace_shards(writer, task, redo, expected, show)
+        if len(kept) + len(new) == writer.spec.shards:
+            writer.finish(partial(show, "check"))
         else:
             writer.end_repair()
-    changed = [shard for shard, new in made.items() if shard in old and old[shard].content_sha256 != new.content_sha256]
-    return RepairReport(before, tuple(redo), images, tuple(changed), verify(where, "full"))
+    changed = [shard for shard in new if shard in old and old[shard].content_sha256 != new[shard].content_sha256]
+    return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(where, "full"))
 
 
-def _make_again(writer: StoreWriter, task: EmbedTask, shards: Sequence[int]) -> dict[int, CommitRecord]:
-    writer.discard(shards)
-    writer.recover()
-    return {commit.shard: commit for commit in task(shards)}
+def _replace_shards(
+    writer: StoreWriter,
+    task: EmbedTask,
+    shards: Sequence[int],
+    expected: str | None,
+    show: Callable[[str, int, int], None],
+) -> tuple[dict[int, CommitRecord], dict[int, CommitRecord], int]:
+    """Embed and commit ``shards`` anew; all others too, unless all commit records together have the root ``expected``.
+
+    Returns:
+        The new commit records, those that were kept, and how many images it took.
+    """
+    new: dict[int, CommitRecord] = {}
+    images = 0
+    total = sum(len(writer.spec.rows_of(shard)) for shard in shards)
+    while True:
+        task.on_batch = lambda clock, before=images, of=total: show("embed", before + clock.images, of)
+        writer.discard(shards)
+        writer.recover()
+        new |= {commit.shard: commit for commit in task(shards)}
+        images += task.clock.images
+        kept = {shard: commit for shard, commit in writer.recover().items() if shard not in new}
+        if expected is None or not kept or commits_root(kept | new, writer.spec.names) == expected:
+            return new, kept, images
+        # A commit record was altered so that nothing else shows it, and nobody can say which.
+        shards = sorted(kept)
+        total += sum(len(writer.spec.rows_of(shard)) for shard in shards)
 
 
-def _vouched(metadata: StoreMetadata) -> str | None:
+def _expected_root(metadata: StoreMetadata) -> str | None:
     """The root over all commit records that COMPLETE holds, or None where it does not say."""
     with suppress(ChunkCorruptError):
         record = metadata.complete()

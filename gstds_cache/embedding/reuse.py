@@ -59,12 +59,12 @@ class KnownRows:
         self.count = 0
         for number, store in enumerate(self._stores):
             _require_encoder(store, encoder, dtype)
-            found = self._look_in(number, store.manifest().sha256, store.without_embedding)
+            found = self._find_in(number, store.manifest().sha256, store.without_embedding)
             self.count += found
             if found and self.batch_size is None:
                 self.batch_size = store.spec.batch_size
 
-    def _look_in(self, number: int, theirs: UInt8[np.ndarray, "M 32"], without: Int64[np.ndarray, " A"]) -> int:
+    def _find_in(self, number: int, theirs: UInt8[np.ndarray, "M 32"], without: Int64[np.ndarray, " A"]) -> int:
         """Look up the items that are not known yet in one store, a part at a time; returns how many it has."""
         count, parts = 0, 1
         while parts < 256 and max(len(theirs), len(self._sha256)) > parts * PART_ROWS:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,17 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
-from gstds_cache.embedding.estimate import (
-    Estimate,
-    disk_bytes,
-    probe,
-    require_disk,
-    workers_for,
+from gstds_cache.embedding.estimate import Estimate, disk_bytes, estimate_run, require_disk, workers_for
+from gstds_cache.embedding.job import (
+    EmbedJob,
+    check_determinism,
+    embed_command,
+    find_store,
+    require_fit,
+    resolve_spec,
+    resolve_store,
 )
-from gstds_cache.embedding.job import Job, Say, embed_command, look_twice, require_fit, settle, specify, stored_at
+from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
@@ -34,69 +36,16 @@ from gstds_cache.files.digest import digest_of
 from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.executor import Executor, LocalExecutor
-from gstds_cache.store.commit_record import Quarantined
+from gstds_cache.runtime.notify import Notify
+from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.writer import StoreWriter, open_writer
 
-PROBE_FROM = 1000
+ESTIMATE_FROM = 1000
 """Images from which on a run is estimated before it begins."""
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What a run of embedding did.
-
-    Attributes:
-        location: The store, as a user names it.
-        fingerprint: Its fingerprint.
-        model: The reference model.
-        items: Items in the data set; ``items == ok + len(quarantined)``.
-        ok: Rows with an embedding.
-        quarantined: Items that could not be decoded, with the reasons.
-        embedded: Images put through the model by this run.
-        reused: Rows taken over from other stores.
-        committed_before: Rows that were committed already when this run began.
-        shards: Shards of the store.
-        batch_size: Images of every forward pass.
-        workers: Processes that decoded.
-        seconds: Time by phase, one after the other: hash, model, probe (a batch that fits, the estimate), embed,
-            finish, and total. Inside embed: waiting (for decoded images), forward and commit_wait in the main thread;
-            beside them decode, summed over the workers, and commit, in a thread of its own.
-        shares: Of the time of embed, the share of decode (of all workers' time), forward, commit and waiting.
-        notes: What the user should know.
-        estimate: What was expected of this run, where it was long enough to ask.
-    """
-
-    location: str
-    fingerprint: str
-    model: str
-    items: int
-    ok: int
-    quarantined: tuple[Quarantined, ...]
-    embedded: int
-    reused: int
-    committed_before: int
-    shards: int
-    batch_size: int
-    workers: int
-    seconds: dict[str, float]
-    shares: dict[str, float]
-    notes: tuple[str, ...] = ()
-    estimate: Estimate | None = None
-
-    @property
-    def cache_hit(self) -> bool:
-        """Whether everything was there already."""
-        return self.committed_before == self.items
-
-    @property
-    def images_per_second(self) -> float:
-        """Images embedded over the time from the start of the decoders to the last commit record; 0 for a cache hit."""
-        return self.embedded / self.seconds["embed"] if self.embedded else 0.0
 
 
 def embed_dataset(
@@ -108,25 +57,25 @@ def embed_dataset(
     reuse: Sequence[LocationLike] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
-    say: Say | None = None,
+    notify: Notify | None = None,
     hash_cache: HashCache | None = None,
-) -> EmbedReport:
+) -> EmbeddingStore:
     """Embed ``source`` into a store, or find that this was done already.
 
     Args:
         source: The data set.
         config: How to embed it.
         where: The store: a directory, or a URL; None makes a name from data set, model and fingerprint under ``root``.
-        root: Where stores without a place of their own live; needed where ``where`` is None.
+        root: The folder of stores that are named by their contents; needed where ``where`` is None.
         reuse: Other stores, complete or not; rows of the same bytes by the same encoder are taken over.
         executor: Where shards run; in this process by default.
         progress: Called with phase, images done, images in all, and shares of the time (:meth:`Clock.shares`; empty
             while hashing).
-        say: Called with lines for the user before the work begins: an estimate, a batch size that did not fit.
+        notify: Called with lines for the user before the work begins: an estimate, a batch size that did not fit.
         hash_cache: Hashes of files remembered from earlier runs.
 
     Returns:
-        What was done.
+        The store; its ``report`` says what was done.
 
     Raises:
         ValueError: Neither ``where`` nor ``root`` is given.
@@ -134,7 +83,8 @@ def embed_dataset(
         EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
         ChunkCorruptError: A store is damaged.
-        IncompleteError: The disk is too small, or memory ran out on the way, or a process that decodes was killed.
+        IncompleteError: The disk is too small; or memory or the disk ran out on the way, or a process that decodes was
+            killed, and the same call goes on from what is committed.
         DatasetError: An item of a user's own data set is another than when it was hashed.
     """
     if where is None and root is None:
@@ -147,22 +97,23 @@ def embed_dataset(
     )
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
-    job = Job(source, config, device, encoder, say or (lambda _line: None))
+    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
         assert root is not None
         where = root / _default_name(source, encoder, manifest, config)
     location = Location.parse(where)
-    stored = stored_at(location)
+    stored = find_store(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    spec, hit = settle(job, stored, manifest)
+    spec, hit = resolve_store(job, stored, manifest)
     if hit is not None:
         job.seconds["total"] = time.perf_counter() - begun
-        return _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
-    probing = time.perf_counter()
-    estimate = _look_ahead(job, location, stored, spec)
-    job.seconds["probe"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - probing
+        hit.report = _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
+        return hit
+    estimating = time.perf_counter()
+    estimate = _estimate_rest(job, location, stored, spec)
+    job.seconds["estimate"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - estimating
     attributes = {
         "kind": manifest.kind,
         "classes": list(manifest.classes),
@@ -177,7 +128,8 @@ def embed_dataset(
     store = EmbeddingStore(writer.metadata)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
-    return _report(job, store, before=before, clock=task.clock, estimate=estimate)
+    store.report = _report(job, store, before=before, clock=task.clock, estimate=estimate)
+    return store
 
 
 def estimate_dataset(
@@ -186,7 +138,7 @@ def estimate_dataset(
     *,
     where: LocationLike | None = None,
     root: Path | None = None,
-    say: Say | None = None,
+    notify: Notify | None = None,
 ) -> Estimate:
     """What :func:`embed_dataset` would need. Hashes nothing and writes nothing.
 
@@ -194,8 +146,8 @@ def estimate_dataset(
         source: The data set.
         config: How to embed it.
         where: The store. None, which is named by the data set's hashes, is taken for a store that is not there yet.
-        root: Where stores without a place of their own live.
-        say: Called with lines for the user.
+        root: The folder of stores that are named by their contents.
+        notify: Called with lines for the user.
 
     Returns:
         The estimate.
@@ -207,21 +159,21 @@ def estimate_dataset(
     """
     device = resolve_device(config.device)
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
-    job = Job(source, config, device, encoder, say or (lambda _line: None))
+    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     location = None if where is None else Location.parse(where)
-    stored = None if location is None else stored_at(location)
+    stored = None if location is None else find_store(location)
     # The part of a data set whose files are not hashed has about as many items.
     items = stored.spec.items if stored is not None and getattr(source, "estimated", False) else len(source)
-    spec = specify(job, items, "" if stored is None else stored.spec.items_root, stored)
+    spec = resolve_spec(job, items, "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)
-    look_twice(job, spec)
-    place = location or (None if root is None else Location(root))
-    return _probe(job, spec, place, _committed_rows(stored))
+    check_determinism(job, spec)
+    folder = location or (None if root is None else Location(root))
+    return _estimate(job, spec, folder, _committed_rows(stored))
 
 
-def _look_ahead(job: Job, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
+def _estimate_rest(job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
     committed = _committed_rows(stored)
     left = spec.items - committed
@@ -229,16 +181,16 @@ def _look_ahead(job: Job, location: Location, stored: StoreMetadata | None, spec
     transport = open_transport(location)
     need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
     require_disk(need, transport.free_bytes(), location=str(location))
-    if left - known <= PROBE_FROM:
+    if left - known <= ESTIMATE_FROM:
         return None
-    estimate = _probe(job, spec, location, committed, known)
+    estimate = _estimate(job, spec, location, committed, known)
     for line in estimate.lines():
-        job.say(line)
+        job.notify(line)
     return estimate
 
 
-def _probe(job: Job, spec: CacheSpec, location: Location | None, committed: int, known: int = 0) -> Estimate:
-    return probe(
+def _estimate(job: EmbedJob, spec: CacheSpec, location: Location | None, committed: int, known: int = 0) -> Estimate:
+    return estimate_run(
         job.source,
         job.encoder,
         job.config,
@@ -261,11 +213,13 @@ def _committed_rows(stored: StoreMetadata | None) -> int:
     return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.committed())
 
 
-def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None) -> EmbedReport:
+def _report(
+    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None
+) -> EmbedReport:
     worked = clock.ended > 0
-    beside = ("decode", "forward", "commit", "commit_wait", "waiting")
-    parts = {name: getattr(clock, name) for name in beside} | {"embed": clock.elapsed() if worked else 0.0}
-    order = ("hash", "model", "probe", "embed", "finish", "total", *beside)
+    inside = ("decode", "forward", "commit", "commit_wait", "waiting")
+    parts = {name: getattr(clock, name) for name in inside} | {"embed": clock.elapsed() if worked else 0.0}
+    order = ("hash", "model", "estimate", "embed", "finish", "total", *inside)
     times = dict.fromkeys(order, 0.0) | job.seconds | parts
     return EmbedReport(
         location=str(store.location),
@@ -287,7 +241,7 @@ def _report(job: Job, store: EmbeddingStore, *, before: int, clock: Clock, estim
     )
 
 
-def _fill(job: Job, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
+def _fill(job: EmbedJob, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
     """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()

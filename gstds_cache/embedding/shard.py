@@ -22,7 +22,7 @@ from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
-from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.runtime.resources import GO_ON, explain, out_of_memory
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
 from gstds_cache.store.writer import StoreWriter
 
@@ -47,6 +47,7 @@ class Clock:
         commit: The commit thread was busy.
         workers: Decoding processes.
         images: Images put through the model.
+        shards: Shards committed.
         reused: Rows of the shards done so far that were known already.
         started: When embedding began (``time.perf_counter``).
         ended: When it ended; 0 while it goes on.
@@ -59,6 +60,7 @@ class Clock:
     commit: float = 0.0
     workers: int = 0
     images: int = 0
+    shards: int = 0
     reused: int = 0
     started: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
@@ -149,23 +151,37 @@ class EmbedTask:
 
         Raises:
             EncoderError: The model failed, or gave a row that holds NaN or Inf.
-            IncompleteError: Memory ran out, or a decoding process was killed.
+            IncompleteError: Memory or the disk ran out, or a decoding process was killed.
             DatasetError: An item is another than the one that was hashed.
         """  # noqa: DOC501
         self.clock = Clock(workers=self.workers)
         try:
             yield from self._run(shards)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, GstdsError) and out_of_memory(error):
-                raise IncompleteError(
-                    f"out of memory after {self.clock.images:,} images of this run, at batch size "
-                    f"{self.writer.spec.batch_size}: {str(error).partition(chr(10))[0][:200]}",
-                    hint="nothing committed is lost: end what else uses that memory, then run the same command again; "
-                    "or embed with a smaller --batch-size into a new --cache",
-                ) from error
-            raise
+        except (OSError, RuntimeError, MemoryError) as error:
+            incomplete = self._incomplete(error, len(shards))
+            if incomplete is None:
+                raise
+            raise incomplete from error
         finally:
             self.clock.ended = time.perf_counter()
+
+    def _incomplete(self, error: Exception, shards: int) -> IncompleteError | None:
+        """The error of a run that ran out of something, which says what is committed; None for any other."""
+        if isinstance(error, GstdsError):
+            return None
+        done = f"{self.clock.shards:,} of the {shards:,} shards of this run are committed, and it goes on from there"
+        if out_of_memory(error):
+            return IncompleteError(
+                f"out of memory after {self.clock.images:,} images of this run, at batch size "
+                f"{self.writer.spec.batch_size}: {str(error).partition(chr(10))[0][:200]}",
+                hint="end what else uses that memory, then run the same command again: "
+                f"{done}. Or embed with a smaller `batch_size` into a new `cache`",
+            )
+        explained = explain(error)
+        if explained is None:
+            return None
+        again = "" if explained.hint.endswith(GO_ON) else f", {GO_ON}"
+        return IncompleteError(explained.message, hint=f"{explained.hint}{again}: {done}")
 
     def _run(self, shards: Sequence[int]) -> Iterator[CommitRecord]:
         plan = _Plan(self.writer, self.known)
@@ -225,7 +241,7 @@ class EmbedTask:
         if batch is not None and flight.features is not None:
             begun = time.perf_counter()
             if flight.copied is not None:
-                with self.encoder.its_errors():
+                with self.encoder.model_errors():
                     flight.copied.synchronize()
             self._fill_in(work, batch, flight.features[: len(batch.rows)])
             self.clock.forward += time.perf_counter() - begun
@@ -243,26 +259,26 @@ class EmbedTask:
         """Put a batch's features in its shard's block; rows without any are zero, and quarantined."""
         failures = dict(batch.failures)
         for row in failures:
-            features[batch.rows.index(row)] = 0  # of a black image: whatever they are, they are not looked at
+            features[batch.rows.index(row)] = 0  # of a black image: whatever they are, nothing uses them
 
-        def name(place: int) -> str:
-            return f"row {batch.rows[place]} ({self.source.ids[batch.rows[place]]})"
+        def name(position: int) -> str:
+            return f"row {batch.rows[position]} ({self.source.ids[batch.rows[position]]})"
 
-        for place in self.encoder.require_numbers(features, name):
-            failures.setdefault(batch.rows[place], NO_FEATURES)
+        for position in self.encoder.require_numbers(features, name):
+            failures.setdefault(batch.rows[position], NO_FEATURES)
         work.block[np.asarray(batch.rows) - work.span.start] = features.numpy()
         work.quarantined += [Quarantined(row, self.source.ids[row], failures[row]) for row in sorted(failures)]
 
 
 class _Plan:
-    """Shards' work, made by whoever needs it first: the loader, which looks for rows to decode, or the main loop.
+    """Shards' work, prepared by whoever needs it first: the loader, which looks for rows to decode, or the main loop.
 
     Both are the same thread.
     """
 
     def __init__(self, writer: StoreWriter, known: Known | None) -> None:
         self._spec, self._known = writer.spec, known
-        self._made: dict[int, ShardWork] = {}
+        self._work: dict[int, ShardWork] = {}
         self._nothing_to_do: set[int] = set()
 
     def look_ahead(self, shard: int) -> list[Sequence[int]]:
@@ -271,19 +287,19 @@ class _Plan:
 
     def take(self, shard: int) -> ShardWork:
         """The shard's work."""
-        work = self._made.get(shard) or self._make(shard)
+        work = self._work.get(shard) or self._prepare(shard)
         if work.batches:
-            self._made[shard] = work
+            self._work[shard] = work
         else:
             # Not kept: in a data set that is known whole, the loader would fill memory with every shard's rows.
             self._nothing_to_do.add(shard)
         return work
 
     def forget(self, shard: int) -> None:
-        """Let go of a shard whose batches have all been loaded."""
-        self._made.pop(shard, None)
+        """Drop the work of a shard whose batches have all been loaded."""
+        self._work.pop(shard, None)
 
-    def _make(self, shard: int) -> ShardWork:
+    def _prepare(self, shard: int) -> ShardWork:
         span, size = self._spec.rows_of(shard), self._spec.batch_size
         block = np.zeros((len(span), self._spec.dim), self._spec.dtype)
         rows: Sequence[int] = span
@@ -338,7 +354,9 @@ class CommitThread:
     def _commit(self, work: ShardWork) -> CommitRecord:
         begun = time.perf_counter()
         try:
-            return self._writer.commit(work.shard, work.block, work.quarantined)
+            commit = self._writer.commit(work.shard, work.block, work.quarantined)
+            self._clock.shards += 1
+            return commit
         finally:
             self._clock.commit += time.perf_counter() - begun
 

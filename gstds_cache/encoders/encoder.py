@@ -111,7 +111,7 @@ class Encoder:
 
     @torch.inference_mode()
     def queue(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Float32[torch.Tensor, "B D"]:
-        """:meth:`embed` without a look at the values, which on a GPU would wait for them.
+        """:meth:`embed` without checking the values, which on a GPU would wait for them.
 
         Args:
             pixels: uint8 [B, 3, H, W], on any device.
@@ -129,11 +129,11 @@ class Encoder:
                 f"{self.spec.model} returned shape {tuple(features.shape)} for {len(pixels)} images, "
                 f"expected [{len(pixels)}, {self.spec.dim}] (pooled features)"
             )
-        with self.its_errors():
+        with self.model_errors():
             return normalized_rows(features)
 
-    def its_errors(self) -> AbstractContextManager[None]:
-        """A context in which what is raised is told as the model's error: kernels fail where they are waited for."""
+    def model_errors(self) -> AbstractContextManager[None]:
+        """A context in which whatever is raised becomes the model's error: kernels fail where they are waited for."""
         return own_code(f"{self.spec.model}: the model", EncoderError, TAKES, but=out_of_memory)
 
     def require_numbers(
@@ -143,22 +143,22 @@ class Encoder:
 
         Args:
             rows: What :meth:`queue` returned, or some of its rows.
-            name: From the place of a row to what to call it.
+            name: From the position of a row to what to call it.
 
         Returns:
-            The places of rows that are all zero: the model gave no features for them.
+            The positions of rows that are all zero: the model gave no features for them.
 
         Raises:
             EncoderError: One holds NaN or Inf.
         """
-        lengths = torch.linalg.vector_norm(rows, dim=1)  # 1, or 0, or not finite: one look at the values
+        lengths = torch.linalg.vector_norm(rows, dim=1)  # 1, or 0, or not finite: one pass over the values
         if bool((lengths > 0).all()) and bool(torch.isfinite(lengths).all()):
             return []
         broken = torch.nonzero(~torch.isfinite(lengths)).flatten().tolist()
         if broken:
             raise EncoderError(
                 f"{self.spec.model} returned NaN or Inf for {name(broken[0])}",
-                hint="check the weights file, or embed with --device cpu"
+                hint="check the weights file, or embed with `device='cpu'`"
                 if self._dtype is not torch.float16
                 else "float16 ends at 65504: return model.float() from the factory",
             )

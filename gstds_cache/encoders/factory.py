@@ -31,7 +31,7 @@ from gstds_cache.uris import split_query
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
 KINDS = ("timm:NAME", "torchvision:NAME", "module:factory")
 SMALLEST, LARGEST = 16, 4096  # pixels of ``size=``
-UNTRAINED = "random weights (--allow-untrained): the embeddings carry little about the images"
+UNTRAINED = "random weights (`allow_untrained`): the embeddings carry little about the images"
 
 
 def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
@@ -171,7 +171,8 @@ def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow
     pretrained, preprocessing = _attributes(model, name)
     if not pretrained and weights is None and not allow_untrained:
         raise EncoderError(
-            f"{name} says it has no pretrained weights", hint=f"--model '{name}?weights=FILE', or --allow-untrained"
+            f"{name} says it has no pretrained weights",
+            hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True`",
         )
     matched = _load(bare(model), weights, head="", origin=name)
     return _finish(name, model, preprocessing, weights, matched, pretrained, "model")
@@ -319,7 +320,7 @@ def _initial_weights(name: str, download: bool) -> Iterator[None]:
                 raise EncoderError(f"{name}: could not be built: {in_words(error)}") from error
             raise EncoderError(
                 f"{name}: no pretrained weights here and none could be fetched ({in_words(error)})",
-                hint=f"--model '{name}?weights=FILE', or --allow-untrained for random weights",
+                hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True` for random weights",
             ) from error
 
 
@@ -336,5 +337,6 @@ def _require_home(name: str) -> None:
             raise EncoderError(
                 f"{name}: no pretrained weights here, and no place to keep any: HOME is not set, and this user id has "
                 "no entry",
-                hint=f"--model '{name}?weights=FILE', or set TORCH_HOME and HF_HOME to a folder that can be written",
+                hint=f"pass `model='{name}?weights=FILE'`, or set TORCH_HOME and HF_HOME to a folder that can be "
+                "written",
             ) from error

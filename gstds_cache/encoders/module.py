@@ -1,4 +1,4 @@
-"""A module that computes features: made ready to be run, and run, with whatever it raises told as its own error."""
+"""A module that computes features: prepared and run, with whatever it raises turned into one error of the model."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def make_ready(model: nn.Module, name: str) -> None:
             hint="build the model on the CPU and load its weights in the factory",
         )
     with own_code(f"{name}: putting the model in eval mode, on the CPU,", EncoderError, but=out_of_memory):
-        # An exported program has the mode in which it was exported: two looks tell which (embedding/look.py).
+        # An exported program has the mode in which it was exported: the check tells which (embedding/determinism.py).
         with suppress(NotImplementedError):
             model.eval()
-        for parameter in _made(model.parameters()):  # compiled modules have no requires_grad_ of their own
+        for parameter in _existing(model.parameters()):  # compiled modules have no requires_grad_ of their own
             parameter.requires_grad_(False)
         model.to("cpu")
 
 
 def own_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's weights: that of the first that has a fraction, or float32 if none has."""
-    found = (t.dtype for t in _made(chain(model.parameters(), model.buffers())) if t.is_floating_point())
+    found = (t.dtype for t in _existing(chain(model.parameters(), model.buffers())) if t.is_floating_point())
     return next(found, torch.float32)
 
 
@@ -96,8 +96,8 @@ def run(model: nn.Module, name: str, pixels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _made(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Those that are there already; lazy modules make theirs when they are first run."""
+def _existing(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors that exist already; lazy modules make theirs when they are first run."""
     return (tensor for tensor in tensors if not nn.parameter.is_lazy(tensor))
 
 

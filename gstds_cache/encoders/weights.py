@@ -126,7 +126,7 @@ def state_digest(model: nn.Module, name: str) -> str:
     """
     digest = hashlib.sha256()
     with own_code(
-        f"{name}: hashing its weights", EncoderError, f"give its weights as a file: --model '{name}?weights=FILE'"
+        f"{name}: hashing its weights", EncoderError, f"give its weights as a file: `model='{name}?weights=FILE'`"
     ):
         for key, value in sorted(model.state_dict().items()):
             if not isinstance(value, torch.Tensor) or value.is_quantized:

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
-from gstds_cache.selection.guidance import guidance_digest, parse_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
 from gstds_cache.stream.schema import Header
@@ -36,7 +37,7 @@ class SeenBatch:
         has_spectrum: Whether the rule looked at a graph; without, ``seen.vector`` is zeros.
     """
 
-    selection: Selection
+    selection: SelectedBatch
     indices: Int64[np.ndarray, " B"]
     stays: Bool[np.ndarray, " B"]
     seen: RuleBatch
@@ -49,9 +50,9 @@ class RecomputeSettings:
 
     Attributes:
         device: Where to compute it again.
-        guidance: What ``--guidance`` said, which a header names by its digest alone; the kinds without parameters are
+        guidance: The selection's guidance, which a header names by its digest alone; the kinds without parameters are
             tried by themselves.
-        schedule: What ``--schedule`` said, where it was ``file:PATH``: a header names it by the digest of its content.
+        schedule: The selection's schedule, where it was ``file:PATH``: a header names it by the digest of its content.
     """
 
     device: str = "auto"
@@ -80,13 +81,13 @@ def selector_of(
         FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
     """
     require_store(header, fingerprint=store.fingerprint, where=str(store.location))
-    settings = dict(header.settings)
+    settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):
         if recompute_settings.schedule is None:
             raise UsageError(
                 f"the selection's schedule was a file, of which it knows the digest alone ({settings['schedule']})",
-                hint="give the --schedule file:PATH that it was made with",
+                hint="pass `schedule=file:PATH`, as it was when the selection was made",
             )
         settings["schedule"] = recompute_settings.schedule
     try:
@@ -111,23 +112,23 @@ def selector_of(
     return selector
 
 
-def _guidance_of(store: EmbeddingStore, digest: str, said: str | None) -> str:
+def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> str:
     """The guidance of that digest, which is not what ``auto`` would be.
 
     Raises:
         FingerprintMismatchError: It is none of those that are known here.
     """
-    for text in ("none", "probe", "uncertainty", "disagreement") if said is None else (said,):
-        if guidance_digest(store, parse_guidance(text)) == digest:
+    for text in ("none", "probe", "uncertainty", "disagreement") if given is None else (given,):
+        if key_of(store, parse_guidance(text)).digest == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "
-        + ("one with parameters, or of a file" if said is None else f"not --guidance {said}"),
-        hint="give the --guidance that the selection was made with",
+        + ("one with parameters, or of a file" if given is None else f"not {given!r}"),
+        hint="pass the `guidance` that the selection was made with",
     )
 
 
-def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterator[SeenBatch]:
+def watch_again(selector: BatchSelector, stored: Iterable[SelectedBatch]) -> Iterator[SeenBatch]:
     """Compute batches again and compare.
 
     Args:
@@ -152,8 +153,8 @@ def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterato
                 raise FingerprintMismatchError(
                     f"batch {selection.seq} of the selection keeps other rows than the same settings do here: "
                     f"{both} of {len(mine.kept)} are the same",
-                    hint="it was computed on another kind of device, or by other library versions: name that device "
-                    "with --device, or select again here",
+                    hint="it was computed on another kind of device, or by other library versions: name that `device`, "
+                    "or select again here",
                 )
             indices = selector.plan.batch(selection.seq).indices
             yield SeenBatch(
@@ -163,7 +164,7 @@ def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterato
         again.close()  # type: ignore[attr-defined]
 
 
-def spans(batches: list[Selection], *, most: int) -> list[list[Selection]]:
+def spans(batches: list[SelectedBatch], *, most: int) -> list[list[SelectedBatch]]:
     """Up to ``most`` of a run's batches: from its beginning, its middle and its end; all where they are no more."""
     if len(batches) <= most:
         return [batches]
@@ -172,6 +173,6 @@ def spans(batches: list[Selection], *, most: int) -> list[list[Selection]]:
     return [list(islice(batches, start, start + third)) for start in starts]
 
 
-def _chain(first: Selection, rest: Iterator[Selection]) -> Iterator[Selection]:
+def _chain(first: SelectedBatch, rest: Iterator[SelectedBatch]) -> Iterator[SelectedBatch]:
     yield first
     yield from rest

@@ -61,7 +61,7 @@ def read_run(path: Path, number: int) -> RunView:
         ledger = json.loads((path / "ledger.json").read_text()) if (path / "ledger.json").exists() else {}
         final = next((line for line in reversed(lines) if line.get("final")), None)
         if final is None:
-            raise UsageError(f"{path}: the run is not finished", hint="finish it: the same gstds-train with --resume")
+            raise UsageError(f"{path}: the run is not finished", hint="finish it: the same again with `resume=True`")
         return _view(path, number, described, final, ledger)
     except FileNotFoundError as error:
         raise UsageError(f"{path} is no run of gstds-train: {error.filename} is missing") from error
@@ -93,7 +93,7 @@ def panels_of(runs: list[RunView]) -> list[Panel]:
     measured = [run for run in runs if run.accuracy is not None]
     title = "Accuracy against cost"
     if not measured:
-        return [Panel(title, "", missing="No run has measured accuracy: train with --eval DATASET.")]
+        return [Panel(title, "", missing="No run has measured accuracy: train with an evaluation data set.")]
     labels = [str(run.number) for run in measured]
     reached = [run.accuracy or 0.0 for run in measured]
     seconds = [run.seconds + (run.select_seconds or 0.0) for run in measured]

@@ -121,7 +121,7 @@ def write_scores(scores: SampleScores, store: EmbeddingStore, header: Header, fi
 
 
 def check_target(file: Path, *, replace: bool) -> None:
-    """Refuse a place to write to before anything is computed.
+    """Refuse a file that cannot be written before anything is computed.
 
     Raises:
         UsageError: The ending is none of ``FORMATS``, or the file exists and ``replace`` is not set.
@@ -129,7 +129,7 @@ def check_target(file: Path, *, replace: bool) -> None:
     if file.suffix not in FORMATS:
         raise UsageError(f"export to {file}: got the ending {file.suffix!r}, expected one of {', '.join(FORMATS)}")
     if file.exists() and not replace:
-        raise UsageError(f"export to {file}: the file is there already", hint="give another name, or --force")
+        raise UsageError(f"export to {file}: the file exists", hint="give another name, or `replace=True`")
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> pa.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -21,7 +22,7 @@ from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBat
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -81,9 +82,9 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: LocationLike | None = None,
-    dataset: Callable[[str], ImageSource],
-    dataset_uri: str | None = None,
+    cache: LocationLike | EmbeddingStore | None = None,
+    dataset: Callable[[Any], ImageSource],
+    dataset_uri: Any = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
     most: int = 48,
     per_sheet: int = 40,
@@ -158,7 +159,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Selection]) -> None:
+def _from_stream(view: SelectionView, key: str, header: Header, batches: list[SelectedBatch]) -> None:
     n_in = np.array([batch.n_in for batch in batches], dtype=np.int64)
     kept = np.array([len(batch.kept) for batch in batches], dtype=np.int64)
     saved = 1 - kept.sum() / n_in.sum()
@@ -203,17 +204,21 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: LocationLike | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(
+    file: Path, header: Header, cache: LocationLike | EmbeddingStore | None
+) -> tuple[EmbeddingStore | None, str]:
+    if isinstance(cache, EmbeddingStore):
+        return cache, ""
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:
-        return None, "Needs the store, and nothing beside the selection says where it is: give --cache STORE."
+        return None, "Needs the store, and nothing beside the selection says where it is: pass `cache=STORE`."
     try:
         return EmbeddingStore(where), ""
     except GstdsError as error:
         if cache is not None:
             raise
-        return None, f"Needs the store, which was at {where}: {error.message}. Give --cache STORE."
+        return None, f"Needs the store, which was at {where}: {error.message}. Pass `cache=STORE`."
 
 
 def _along_the_coordinate(view: SelectionView, key: str, seen: list[SeenBatch], total: int) -> None:
@@ -265,7 +270,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
     )
 
 
-def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
+def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[SelectedBatch]) -> None:
     store = selector.store
     labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()
@@ -273,10 +278,10 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
     if not len(labels) or labels.max(initial=-1) < 0:
         view.panels.append(Panel(title, "", missing="The data set has no labels."))
         return
-    there, items = np.unique(labels[rows][labels[rows] >= 0], return_counts=True)  # labels may be huge numbers
+    present, items = np.unique(labels[rows][labels[rows] >= 0], return_counts=True)  # labels may be huge numbers
     epochs = batches[-1].epoch + 1
     kept_rows = np.concatenate([batch.kept for batch in batches])
-    kept = np.bincount(np.searchsorted(there, labels[kept_rows][labels[kept_rows] >= 0]), minlength=len(there))
+    kept = np.bincount(np.searchsorted(present, labels[kept_rows][labels[kept_rows] >= 0]), minlength=len(present))
     rate: Float64[np.ndarray, " C"] = kept / (epochs * items)
     order = np.argsort(rate, kind="stable")
     text = "How often a sample of each class stays, and how many items it has. A class that is starved shows here."
@@ -284,7 +289,7 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
         half = MOST_CLASSES // 2
         text += f" The {half} lowest and the {half} highest of {len(order):,} classes."
         order = np.concatenate([order[:half], order[-half:]])
-    names = [classes[label] if label < len(classes) else f"class {label}" for label in there[order]]
+    names = [classes[label] if label < len(classes) else f"class {label}" for label in present[order]]
     chart = charts.class_rates(
         f"{key}-classes",
         names,
@@ -299,23 +304,25 @@ def _sheets(
     view: SelectionView,
     store: EmbeddingStore,
     batches: list[SeenBatch],
-    open_dataset: Callable[[str], ImageSource],
-    uri: str | None,
+    open_dataset: Callable[[Any], ImageSource],
+    uri: Any,
     per_sheet: int,
 ) -> None:
-    where = uri or store.dataset_uri
+    where = store.dataset_uri if uri is None else uri
     if where is None:
-        view.sheets_missing = "Needs the images, and the store does not say where they are: give --dataset DATASET."
+        view.sheets_missing = "Needs the images, and the store does not say where they are: pass `dataset=DATASET`."
         return
     try:
         source = open_dataset(where)
         if len(source) != len(store):
-            view.sheets_missing = f"{where} has {len(source):,} items, the store has {len(store):,}: another data set."
+            view.sheets_missing = (
+                f"{source.uri} has {len(source):,} items, the store has {len(store):,}: another data set."
+            )
             return
     except GstdsError as error:
         if uri is not None:
             raise
-        view.sheets_missing = f"Needs the images, which were at {where}: {error.message}. Give --dataset DATASET."
+        view.sheets_missing = f"Needs the images, which were at {where}: {error.message}. Pass `dataset=DATASET`."
         return
     for batch in batches:
         order = np.argsort(batch.seen.vector, kind="stable") if batch.has_spectrum else np.arange(len(batch.indices))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
@@ -23,6 +24,9 @@ from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess,
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
+
+if TYPE_CHECKING:
+    from gstds_cache.embedding.report import EmbedReport  # the type of an attribute alone: see setup.cfg
 
 
 class EmbeddingStore:
@@ -44,6 +48,7 @@ class EmbeddingStore:
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
         access_reason: Why, in words.
         fell_back: Why rows are not got at as was chosen, once they were; empty where they are.
+        report: What the call of :func:`gstds_cache.embed` did that returned this store; None for any other.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class EmbeddingStore:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back = mirror, ""
+        self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
         self.metadata.transport.mark_used()
 

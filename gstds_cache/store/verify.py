@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
 
-Level = Literal["quick", "full"]
+Level = Literal["quick", "full", "sample"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class VerifyReport:
         complete: Whether COMPLETE is there.
         bytes_hashed: Bytes of shard objects that were hashed.
         problems: Empty where all is well.
+        sampled: Rows that were embedded again and compared.
+        cosine_min: Smallest cosine between those and the stored ones; None where none were compared.
     """
 
     location: str
@@ -34,6 +36,12 @@ class VerifyReport:
     complete: bool
     bytes_hashed: int
     problems: tuple[Problem, ...]
+    sampled: tuple[int, ...] = ()
+    cosine_min: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return vars(self) | {"problems": [str(problem) for problem in self.problems]}
 
     @property
     def bad_shards(self) -> list[int]:
@@ -42,7 +50,10 @@ class VerifyReport:
 
 
 def verify(
-    where: LocationLike | StoreMetadata, level: Level = "quick", *, progress: Progress | None = None
+    where: LocationLike | StoreMetadata,
+    level: Literal["quick", "full"] = "quick",
+    *,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a store.
 

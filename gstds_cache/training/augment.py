@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
+from gstds_cache.config import TrainConfig
 from gstds_cache.seeding import torch_rng_for
 
 
@@ -33,17 +34,22 @@ def augment(
         uint8 [M, 3, S, S] on the same device.
     """
     count, _, side, _ = pixels.shape
-    places, drawn = part or (np.arange(count), count)
+    positions, drawn = part or (np.arange(count), count)
     rng = torch_rng_for(seed, "augment", step)
-    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)[places].to(pixels.device)
-    flipped = (torch.rand(drawn, generator=rng)[places] < 0.5).to(pixels.device) & mirror
-    place = torch.arange(side, device=pixels.device)
-    rows = place + offset[:, :1]
-    columns = torch.where(flipped[:, None], side - 1 - place, place) + offset[:, 1:]
+    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)[positions].to(pixels.device)
+    flipped = (torch.rand(drawn, generator=rng)[positions] < 0.5).to(pixels.device) & mirror
+    pixel = torch.arange(side, device=pixels.device)
+    rows = pixel + offset[:, :1]
+    columns = torch.where(flipped[:, None], side - 1 - pixel, pixel) + offset[:, 1:]
     # float16 holds 0..255 exactly; reflection padding has no uint8 kernel.
     padded = torch.nn.functional.pad(pixels.half(), (shift,) * 4, mode="reflect").to(torch.uint8) if shift else pixels
     image = torch.arange(count, device=pixels.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def largest_shift(config: TrainConfig) -> int:
+    """By how many pixels at most a run shifts its images: an eighth of their side."""
+    return 0 if config.augment == "none" else max(1, config.image_size // 8)
 
 
 def to_input(pixels: UInt8[torch.Tensor, "M 3 S S"]) -> Float32[torch.Tensor, "M 3 S S"]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 
+from gstds_cache.costs.energy import UsedDevice, used_device
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.stream.ranks import Tail, require_rank
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop") -> tuple[int, int]:
-    """This process's rank and the number of ranks, settled.
+    """This process's rank and the number of ranks.
 
     Where they are not given, they are torch.distributed's once a process group is there; before that, RANK and
     WORLD_SIZE as torchrun sets them; else one rank alone. (PyTorch's ``DistributedSampler`` refuses to be made before
@@ -83,6 +84,13 @@ class Ranks:
         distributed.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
+    def used_devices(self) -> list[UsedDevice]:
+        """Every rank's device, by names that hold in each process. All ranks have to ask."""
+        devices = [used_device(self.device)] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(devices, devices[0])
+        return devices
+
     def same_buffers(self, network: nn.Module) -> None:
         """Give every rank the running statistics of rank 0, which are those in the checkpoint."""
         if self.world_size > 1:
@@ -139,23 +147,25 @@ def process_group(device: str) -> Iterator[Ranks]:
         UsageError: Several ranks were given one and the same device.
     """
     rank, world_size = default_ranks(None, None)
-    settled = resolve_device(device)
+    own = resolve_device(device)
     if world_size == 1:
-        yield Ranks(settled)
+        yield Ranks(own)
         return
-    if settled.type == "cuda":
+    if own.type == "cuda":
         if device not in {"auto", "cuda"}:
-            raise UsageError(f"--device {device}: {world_size} ranks need a device each", hint="give --device cuda")
-        settled = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(settled)
+            raise UsageError(
+                f"`device`: got {device!r}, but {world_size} ranks need a device each", hint="pass `device='cuda'`"
+            )
+        own = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     joined_before = distributed.is_initialized()
-    if not joined_before:
-        distributed.init_process_group("nccl" if settled.type == "cuda" else "gloo")
-    try:
-        yield Ranks(settled, rank, world_size)
-    finally:
+    with torch.cuda.device(own) if own.type == "cuda" else nullcontext():
         if not joined_before:
-            # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads are
-            # still running when they are taken down, and the process aborts (seen in one of three runs).
-            gc.collect()
-            distributed.destroy_process_group()
+            distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        try:
+            yield Ranks(own, rank, world_size)
+        finally:
+            if not joined_before:
+                # A wrapped network is a cycle that holds the group. Left to the end of the process, the group's threads
+                # are still running when they are taken down, and the process aborts (seen in one of three runs).
+                gc.collect()
+                distributed.destroy_process_group()

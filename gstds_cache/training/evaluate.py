@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,14 +23,16 @@ class Accuracy:
     """Accuracy with what it was measured on.
 
     Attributes:
-        value: Share classified rightly, 0 to 1.
+        value: Share classified rightly, 0 to 1; None where there was no item to measure it on.
         items: Items it was measured on.
         undecodable: Items left out because they could not be decoded.
+        unlabelled: Items left out because they have no label.
     """
 
-    value: float
+    value: float | None
     items: int
     undecodable: int
+    unlabelled: int
 
 
 @torch.inference_mode()
@@ -42,7 +45,7 @@ def evaluate(
     workers: int,
     ranks: Ranks | None = None,
 ) -> Accuracy:
-    """Classify every item of ``source``.
+    """Classify every item of ``source`` that has a label.
 
     Args:
         network: The network; left in eval mode.
@@ -59,18 +62,18 @@ def evaluate(
     ranks.same_buffers(network)
     network.eval()
     labels = torch.from_numpy(source.labels)
-    spans = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
-    spans = spans[ranks.rank :: ranks.world_size]
+    labelled = np.flatnonzero(source.labels >= 0)
+    batches = [labelled[start : start + BATCH].tolist() for start in range(0, len(labelled), BATCH)]
+    batches = batches[ranks.rank :: ranks.world_size]
     right, items, undecodable = 0, 0, 0
-    shape = (3, side, side)
     workers = worth_workers(source, side, workers)
-    decoded = pixel_batches(source, SquarePixels(side), shape, spans, workers=workers, pin=False)
-    with closing(decoded) as batches:
-        for batch in batches:
+    decoded = pixel_batches(source, SquarePixels(side), (3, side, side), batches, workers=workers, pin=False)
+    with closing(decoded):
+        for batch in decoded:
             failed = {row for row, _ in batch.failures}
             fine = torch.tensor([row not in failed for row in batch.rows])
             predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
             right += int((predicted == labels[list(batch.rows)][fine]).sum())
             items, undecodable = items + int(fine.sum()), undecodable + len(failed)
     right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
-    return Accuracy(right / max(items, 1), items, undecodable)
+    return Accuracy(right / items if items else None, items, undecodable, len(source) - len(labelled))

@@ -53,6 +53,7 @@ class ImageFeed:
         side: int,
         memory_budget: int,
         workers: int,
+        pin: bool = False,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Decode everything now if it fits ``memory_budget`` bytes.
@@ -62,16 +63,17 @@ class ImageFeed:
             side: Side of the square images in pixels.
             memory_budget: Bytes of decoded images that may be held.
             workers: Processes that decode.
+            pin: Whether batches that are not held go into page-locked memory, for a GPU.
             progress: Called with images decoded and images in all while memory is filled.
         """
-        self.side, self._source, self._workers = side, source, workers
+        self.side, self._source, self._workers, self._pin = side, source, workers, pin
         self.in_memory = len(source) * 3 * side * side <= memory_budget
         self._failed: dict[int, str] = {}
         self._fine = torch.ones(len(source), dtype=torch.bool)
         if self.in_memory:
             self._pixels = torch.empty((len(source), 3, side, side), dtype=torch.uint8)
             spans = [range(start, min(start + AHEAD, len(source))) for start in range(0, len(source), AHEAD)]
-            with closing(self._decode(spans, worth_workers(source, side, workers))) as batches:
+            with closing(self._decode(spans, worth_workers(source, side, workers), pin=False)) as batches:
                 for batch in batches:
                     self._pixels[list(batch.rows)] = batch.pixels
                     self._failed.update(batch.failures)
@@ -102,20 +104,14 @@ class ImageFeed:
                     self._refuse((row, self._failed[row]) for row in batch.tolist() if row in self._failed)
                 yield self._pixels[index]
         else:
-            with closing(self._decode((batch.tolist() for batch in rows), self._workers)) as batches:
+            with closing(self._decode((batch.tolist() for batch in rows), self._workers, pin=self._pin)) as batches:
                 for decoded in batches:
                     self._refuse(decoded.failures)
                     yield decoded.pixels
 
-    def _decode(self, rows: Iterable[Sequence[int]], workers: int) -> PixelBatches:
-        return pixel_batches(
-            self._source,
-            SquarePixels(self.side),
-            (3, self.side, self.side),
-            rows,
-            workers=workers,
-            pin=torch.cuda.is_available(),
-        )
+    def _decode(self, rows: Iterable[Sequence[int]], workers: int, *, pin: bool) -> PixelBatches:
+        shape = (3, self.side, self.side)
+        return pixel_batches(self._source, SquarePixels(self.side), shape, rows, workers=workers, pin=pin)
 
     def _refuse(self, failures: Iterable[tuple[int, str]]) -> None:
         for row, reason in failures:

@@ -109,7 +109,7 @@ class Ledger:
 
     def _embedding(self) -> str:
         if self.embed is None:
-            return "unknown: no record of its cost was found (name the store with --cache)"
+            return "unknown: no record of its cost was found (name the store: `cache`)"
         cost = self.embed
         return f"{cost.samples:,} samples embedded, {cost.reused:,} reused, {cost.seconds:,.1f} s, once for all runs"
 

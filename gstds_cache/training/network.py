@@ -45,13 +45,14 @@ def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module
 
     arch, params = split_query("architecture", arch)
     library, _, name = arch.rpartition(":")
+    network: nn.Module
     vision = models.list_models(module=models)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed_for(seed, "network"))
         if params and (library != "timm" or params.keys() != {"weights"}):
             raise UsageError(
-                f"--arch {arch}?...: got {sorted(params)}, expected weights alone, for timm:NAME",
-                hint="e.g. --arch 'timm:tf_efficientnet_lite0?weights=reference'",
+                f"`arch`: {arch}?... has {sorted(params)}, expected weights alone, for timm:NAME",
+                hint="e.g. `arch='timm:tf_efficientnet_lite0?weights=reference'`",
             )
         if arch == "conv3":
             return conv3(classes)
@@ -60,21 +61,21 @@ def build_network(arch: str, *, classes: int, side: int, seed: int) -> nn.Module
             options |= {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
             options |= {"init_weights": True} if options.get("aux_logits") is False else {}
             try:
-                network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+                network = models.get_model(name, weights=None, num_classes=classes, **options)
             except AssertionError as error:  # torchvision's way to say that a size does not divide into patches
                 raise UsageError(
-                    f"--arch {arch} does not take images of {side} x {side}: {error}",
-                    hint="give an --image-size that it takes, e.g. --image-size 224",
+                    f"`arch`: {arch} does not take images of {side} x {side}: {error}",
+                    hint="pass an `image_size` that it takes, e.g. `image_size=224`",
                 ) from error
             if name.startswith("resnet") and side <= SMALL_IMAGE:
                 network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)  # type: ignore[union-attr, arg-type]
                 network.maxpool = nn.Identity()
             return network
         if library in {"", "timm"} and timm.is_model(name):
-            made: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes)
+            network = timm.create_model(name, pretrained=False, num_classes=classes)
             if params:
-                _start_from(made, name, params["weights"])
-            return made
+                _start_from(network, name, params["weights"])
+            return network
     raise unknown_name("architecture", arch, ["conv3", *vision, *(f"timm:{n}" for n in timm.list_models())])
 
 
@@ -99,7 +100,7 @@ def _start_from(network: nn.Module, timm_name: str, weights: str) -> None:
     path = packaged_weights(timm_name) if weights == "reference" else expanded(weights, "weights")
     if path is None:
         raise EncoderError(
-            f"--arch timm:{timm_name}?weights=reference: no installed package brings weights for it",
+            f"`arch`: timm:{timm_name}?weights=reference: no installed package brings weights for it",
             hint="give a file: ?weights=FILE",
         )
     head = str(network.pretrained_cfg.get("classifier") or "")  # type: ignore[union-attr, operator]
@@ -132,12 +133,12 @@ def check_network(network: nn.Module, arch: str, side: int, classes: int, device
         if out_of_memory(error):
             raise
         raise UsageError(
-            f"--arch {arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
-            hint="give an --image-size that it takes, e.g. --image-size 224",
+            f"`arch`: {arch} does not take images of {side} x {side}: {str(error).partition(chr(10))[0]}",
+            hint="pass an `image_size` that it takes, e.g. `image_size=224`",
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f"--arch {arch} returned {got} for two images, expected logits (2, {classes})")
+        raise UsageError(f"`arch`: {arch} returned {got} for two images, expected logits (2, {classes})")
 
 
 @contextmanager

@@ -14,42 +14,23 @@ from torch import nn
 from gstds_cache.config import TrainConfig
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost
-from gstds_cache.data.loading import pixel_batches
+from gstds_cache.data.loading import pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import FingerprintMismatchError, UsageError
 from gstds_cache.runtime.devices import resolve_device
-from gstds_cache.stream.reader import SelectionStream
-from gstds_cache.training.augment import augment, to_input
+from gstds_cache.runtime.threads import cores
+from gstds_cache.stream.repack import packed_per_epoch
+from gstds_cache.stream.schema import Header
+from gstds_cache.training.augment import augment, largest_shift, to_input
+from gstds_cache.training.classes import count_classes
 from gstds_cache.training.flops import flops_per_sample
 from gstds_cache.training.images import SquarePixels
 from gstds_cache.training.ledger import Ledger
-from gstds_cache.training.loop import count_classes
 from gstds_cache.training.network import build_network
+from gstds_cache.training.optimizer import build_optimizer
 
 IMAGES = 64  # decoded to learn how long one takes
 SECONDS = 2.0  # for which steps are repeated; at least two are taken after the first, which warms up
-
-
-@dataclass(frozen=True)
-class SelectionCost:
-    """What selection takes.
-
-    Attributes:
-        seconds: In all; None where only the rate is known.
-        per_second: Samples looked at per second; None where only the total is known.
-        source: How that is known, in words.
-    """
-
-    seconds: float | None
-    per_second: float | None
-    source: str
-
-    def of(self, samples: int) -> float | None:
-        """Seconds for that many samples."""
-        return self.seconds if self.per_second is None else samples / self.per_second
-
-
-UNKNOWN = SelectionCost(None, None, "no record of its cost was found; name the store with --cache to have it measured")
 
 
 @dataclass(frozen=True)
@@ -64,23 +45,25 @@ class Rates:
 def plan_run(
     source: ImageSource,
     evaluation: ImageSource | None,
-    stream: SelectionStream,
+    header: Header,
     config: TrainConfig,
     *,
     embed: Cost | None,
     select: Cost | None,
-    selection: SelectionCost,
+    select_seconds: float | None,
+    select_source: str,
 ) -> Ledger:
     """Measure, and work out what the run will take.
 
     Args:
         source: The data set; its images are not hashed, only counted.
         evaluation: The data set accuracy will be measured on.
-        stream: The selection; only its header is looked at.
-        config: How to train, settled.
+        header: The selection's.
+        config: How to train, with nothing left to the data set.
         embed: What the store cost, where that is known.
         select: What the selection cost, where that is known.
-        selection: What selection takes.
+        select_seconds: What selection takes, where that is known.
+        select_source: How that is known, in words.
 
     Returns:
         The ledger. ``all_samples`` counts images that cannot be decoded as well; they are known once training is done.
@@ -88,37 +71,54 @@ def plan_run(
     Raises:
         FingerprintMismatchError: The data set has another number of items than the selection was made from.
     """
-    header = stream.header
     if header.items != len(source) and not getattr(source, "estimated", False):
         raise FingerprintMismatchError(
             f"the selection was made from a data set of {header.items} items, {source.uri} has {len(source)}",
             hint="name the data set that was embedded",
         )
-    classes, side = count_classes(source, evaluation), config.image_size
-    rates = measure(source, config, classes, per_step=max(1, header.total_kept // header.total_batches))
-    every = header.items * header.epochs
-    held = len(source) * 3 * side * side <= config.memory_budget
-    decoders = max(1, config.workers)
-    seconds = {
-        "load": len(source) * rates.decode / decoders if held else 0.0,
-        "images": 0.0 if held else header.total_kept * rates.decode / decoders,
-        "step": header.total_kept * rates.step,
-        "eval": len(evaluation) * (rates.decode / decoders + rates.classify) if evaluation is not None else 0.0,
-    }
+    classes = count_classes(source, evaluation)
+    gradients, per_step = header.total_kept, max(1, header.total_kept // header.total_batches)
+    if config.repack:
+        gradients, per_step = sum(packed_per_epoch(header.kept_per_epoch, config.repack)) * config.repack, config.repack
+    rates = measure(source, config, classes, per_step=per_step)
+    seconds = _phases(source, evaluation, config, rates, gradients)
     return Ledger(
         planned=True,
         embed=embed,
         select=select,
-        select_seconds=selection.of(every),
-        select_source=selection.source,
-        gradient_samples=header.total_kept,
-        all_samples=every,
+        select_seconds=select_seconds,
+        select_source=select_source,
+        gradient_samples=gradients,
+        all_samples=header.items * header.epochs,
         seconds=seconds | {"total": sum(seconds.values())},
         joules=None,
         joules_from=f"measured during a run ({EnergyMeter(resolve_device(config.device)).source})",
-        flops_per_sample=flops_per_sample(config.arch, classes=classes, side=side),
+        flops_per_sample=flops_per_sample(config.arch, classes=classes, side=config.image_size),
         step_seconds_per_sample=rates.step,
     )
+
+
+def _phases(
+    source: ImageSource, evaluation: ImageSource | None, config: TrainConfig, rates: Rates, gradients: int
+) -> dict[str, float]:
+    """Seconds of each phase of a run that takes ``gradients`` samples."""
+
+    def decoding(samples: int, workers: int) -> float:
+        return samples * rates.decode / max(1, min(workers, cores()))
+
+    def whole(data: ImageSource) -> float:
+        return decoding(len(data), worth_workers(data, config.image_size, config.workers))
+
+    held = len(source) * 3 * config.image_size**2 <= config.memory_budget
+    step = gradients * rates.step
+    # Workers decode ahead of the steps, which then wait for what decoding takes longer than they do.
+    images = decoding(gradients, config.workers) - (step if config.workers else 0.0)
+    return {
+        "load": whole(source) if held else 0.0,
+        "images": 0.0 if held else max(0.0, images),
+        "step": step,
+        "eval": 0.0 if evaluation is None else whole(evaluation) + len(evaluation) * rates.classify,
+    }
 
 
 def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step: int) -> Rates:
@@ -126,7 +126,7 @@ def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step:
 
     Args:
         source: Where the images are from.
-        config: How to train, settled.
+        config: How to train, with nothing left to the data set.
         classes: Number of classes.
         per_step: Samples of a step.
 
@@ -150,9 +150,9 @@ def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step:
     target = torch.arange(per_step, device=device) % classes
     network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
+    optimizer = build_optimizer(network, config)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    shift = 0 if config.augment == "none" else max(1, side // 8)
+    shift = largest_shift(config)
     network.train(per_step > 1)  # batch statistics of one sample are undefined
 
     def step() -> None:
@@ -172,6 +172,11 @@ def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step:
     return Rates(decode, _seconds(step) / per_step, _seconds(classify) / per_step)
 
 
+def _decoders(source: ImageSource, config: TrainConfig) -> int:
+    """Processes that decode a whole data set at once: no more than there are cores, and this one where it is small."""
+    return max(1, min(worth_workers(source, config.image_size, config.workers), cores()))
+
+
 def _seconds(work: Callable[[], None]) -> float:
     """Seconds that ``work`` takes once warm: the median of what fits into ``SECONDS``, of two at least."""
     work()
@@ -181,8 +186,3 @@ def _seconds(work: Callable[[], None]) -> float:
         work()
         times.append(time.perf_counter() - begun)
     return float(np.median(times))
-
-
-def recorded(cost: Cost | None) -> SelectionCost:
-    """What gstds-select wrote down."""
-    return UNKNOWN if cost is None else SelectionCost(cost.seconds, None, "by gstds-select, as it wrote down")

@@ -15,38 +15,13 @@ import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
 from gstds_cache.files.atomic import atomic_write, written_name
-from gstds_cache.files.digest import sha256_hex
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.resources import writing
+from gstds_cache.training.checkpoint import Checkpoint
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
-
-# How a run's default name spells the settings that are not the default ones; a setting that is not here is spelled out.
-SPELLED = {"lr": "lr", "momentum": "m", "weight_decay": "wd", "image_size": "px", "augment": "", "repack": "b"}
-
-
-def default_name(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """The name of a run that was given none: all that decides its outcome, so that other settings are another run.
-
-    Args:
-        identity: What decides the outcome, from :func:`gstds_cache.training.loop.run_config`.
-        defaults: The same of a run of the same network, seed, data set and selection, with no other setting given.
-
-    Returns:
-        ``ARCH-SELECTION-sSEED``, and each setting that is not the default.
-    """
-    arch, _, query = identity["arch"].partition("?")
-    # A query may hold the path of a weights file.
-    arch = arch.replace(":", "-").replace("/", "-") + (f"-{sha256_hex(query.encode())[:8]}" if query else "")
-    name = f"{arch}-{identity['selection_digest'][:8]}-s{identity['seed']}"
-    for field in sorted(identity, key=lambda field: (field != "repack", field)):
-        value = identity[field]
-        if value != defaults[field]:
-            text = str(value)[:8] if field == "eval_root" else f"{value}"
-            name += f"-{SPELLED.get(field, field.removesuffix('_root'))}{text.replace('/', '-')}"
-    return name
 
 
 class RunDir:
@@ -118,9 +93,9 @@ class RunDir:
         self._check_strange()
         with ExitStack() as holding:
             if self._writes:
-                made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+                created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
                 self._lock(holding)
-                holding.callback(self._remove_unused, made)
+                holding.callback(self._remove_unused, created)
             self._check()
             self._holding = holding.pop_all()
 
@@ -137,12 +112,12 @@ class RunDir:
             else:
                 return
 
-    def _remove_unused(self, made: list[Path]) -> None:
-        """Remove the folders that were made, unless something was written to them; while the lock is held."""
+    def _remove_unused(self, created: list[Path]) -> None:
+        """Remove the folders that were created, unless something was written to them; while the lock is held."""
         with suppress(OSError):
-            if made and {entry.name for entry in self.path.iterdir()} == {LOCK}:
+            if created and {entry.name for entry in self.path.iterdir()} == {LOCK}:
                 (self.path / LOCK).unlink()
-                for folder in made:  # until one is not empty
+                for folder in created:  # until one is not empty
                     folder.rmdir()
 
     def _check_strange(self) -> None:
@@ -153,11 +128,11 @@ class RunDir:
         """
         path = self.path
         if path.exists() and not path.is_dir():
-            raise UsageError(f"--out {path}: a file is in the way, expected a directory or nothing")
+            raise UsageError(f"`out`: {path} is a file, expected a directory or nothing")
         strange = {entry.name for entry in path.iterdir() if not _own(entry.name)} if path.is_dir() else set()
         if strange and self._stored_config() is None:
             raise UsageError(
-                f"--out {path}: the directory is not empty and holds no run (but {min(strange)!r})",
+                f"`out`: {path} is not empty and holds no run (but {min(strange)!r})",
                 hint="nothing was changed. Give the path of a new directory",
             )
 
@@ -165,20 +140,18 @@ class RunDir:
         """Refuse a run that is there and is not to be resumed.
 
         Raises:
-            UsageError: It was not said that it is to be resumed.
+            UsageError: It is not to be resumed.
             FingerprintMismatchError: It has another configuration.
         """
         path, stored, config = self.path, self._stored_config(), self._config
         if stored is not None and not self._resume:
-            raise UsageError(
-                f"--out {path}: there is a run in it", hint="add --resume to continue it, or give another --out"
-            )
+            raise UsageError(f"`out`: {path} holds a run", hint="pass `resume=True` to continue it, or another `out`")
         if stored is not None and stored != config:
             names = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
             raise FingerprintMismatchError(
                 f"{path} is a run of another configuration:\n    "
                 + "\n    ".join(f"{k}: the run has {stored.get(k)!r}, now {config.get(k)!r}" for k in names),
-                hint="resume with the settings it was started with, or give another --out",
+                hint="resume with the settings it was started with, or pass another `out`",
             )
 
     def begin(self) -> None:
@@ -193,29 +166,28 @@ class RunDir:
             (self.path / METRICS).unlink(missing_ok=True)
         self._resume = True  # what is there from now on is this run
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint of the run that is resumed, or None; tensors and numbers only.
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint of the run that is resumed, or None. No code in it is run.
 
         Raises:
-            IntegrityError: It cannot be read.
+            IntegrityError: It cannot be read, or is no checkpoint.
         """
         path = self.path / CHECKPOINT
         if self._stored_config() is None:
             return None
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return Checkpoint.from_state(torch.load(path, map_location="cpu", weights_only=True))
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
             raise IntegrityError(
-                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another --out"
+                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another `out`"
             ) from error
-        return state
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; a killed write leaves the old one."""
         if not self._writes:
             return
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(checkpoint.to_state(), buffer)
         self._replace(CHECKPOINT, buffer.getbuffer())
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -252,7 +224,7 @@ class RunDir:
         try:
             config: dict[str, Any] = dict(json.loads(path.read_text())["config"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is no configuration of a run", hint="give another --out") from error
+            raise UsageError(f"{path} is no configuration of a run", hint="pass another `out`") from error
         return config
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:

@@ -61,7 +61,7 @@ class SelectedDataset(IterableDataset[Any]):
         """Open a selection; arguments as in :class:`~gstds_cache.training.sampler.SelectedBatchSampler`.
 
         Item i of ``dataset`` has to be item i of the data set that was embedded; the number of items is checked.
-        ``collate`` makes a batch of the list of its items. The rank is settled here, in the main process.
+        ``collate`` makes a batch of the list of its items. The rank is read here, in the main process.
 
         Raises:
             UsageError: There is no such selection, or the numbers cannot be meant.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.repack import PackedBatch, Remainder, packed_per_epoch, repack
 
@@ -53,7 +53,7 @@ class StepReader:
 
     position: Position
     _passed: deque[Position]
-    _batches: Iterator[Selection | PackedBatch]
+    _batches: Iterator[SelectedBatch | PackedBatch]
 
     def __init__(
         self, selection: str | Path | SelectionStream, *, batch_size: int | None = None, remainder: Remainder = "carry"
@@ -90,10 +90,10 @@ class StepReader:
         """Whether the selection can be opened again, by anyone who knows where it is."""
         return self._where is not None and str(self._where) != "-"
 
-    def __iter__(self) -> Iterator[Selection | PackedBatch]:
+    def __iter__(self) -> Iterator[SelectedBatch | PackedBatch]:
         return self
 
-    def __next__(self) -> Selection | PackedBatch:
+    def __next__(self) -> SelectedBatch | PackedBatch:
         """The global batch of the next step.
 
         With the last one the selection has been read to its end, so that a truncated one is never used up.
@@ -109,13 +109,13 @@ class StepReader:
             self._reopen(self.position.step)
         batch = next(self._batches)
         step = self.position.step + 1
-        epoch, place = batch.epoch, batch.batch_id + 1
-        while epoch < len(self.per_epoch) and place >= self.per_epoch[epoch]:
-            epoch, place = epoch + 1, 0
+        epoch, position = batch.epoch, batch.batch_id + 1
+        while epoch < len(self.per_epoch) and position >= self.per_epoch[epoch]:
+            epoch, position = epoch + 1, 0
         if step == self.total:
             self._read_out()
         assert self._stream is not None
-        self.position = Position(step, epoch, place, self._stream.next_seq, self._stream.running_sha256)
+        self.position = Position(step, epoch, position, self._stream.next_seq, self._stream.running_sha256)
         self._passed.append(self.position)
         if step == self.total:
             self.close()
@@ -178,19 +178,18 @@ class StepReader:
         Raises:
             UsageError: That step was not read, or too long ago.
         """
-        found = [p for p in self._passed if p.step == step] if step is not None else [self.position]
-        if not found:
+        passed = [p for p in self._passed if p.step == step] if step is not None else [self.position]
+        if not passed:
             raise UsageError(
                 f"state after step {step}: steps {self._passed[0].step} to {self.position.step} can be saved"
             )
-        at = found[-1]
         return {
             "format": STATE_FORMAT,
             "selection_digest": self.header.selection_digest,
             "cache_fingerprint": self.header.cache_fingerprint,
             "batch_size": self.batch_size,
             "remainder": self.remainder,
-            **asdict(at),
+            **asdict(passed[-1]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

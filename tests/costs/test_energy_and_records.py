@@ -4,13 +4,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from gstds_cache.costs import energy
-from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.energy import EnergyMeter, UsedDevice, used_device
 from gstds_cache.costs.records import Cost, recall, record, selection_costs, store_costs
 
 
@@ -25,7 +25,7 @@ def zone(powercap: Path, folder: str, name: str, microjoules: int, wraps_at: int
 
 
 def test_rapl_counts_packages_alone_and_across_a_wrap(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(energy, "EVERY", 0.0)
+    monkeypatch.setattr(energy, "INTERVAL", 0.0)
     first = zone(tmp_path, "intel-rapl:0", "package-0", 9_000_000)
     second = zone(tmp_path, "intel-rapl:1", "package-1", 0)
     part = zone(tmp_path, "intel-rapl:0:0", "core", 0)
@@ -64,7 +64,7 @@ def test_inside_a_phase_counters_are_read_once_a_second(tmp_path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     meter = EnergyMeter(powercap=tmp_path)
     meter.add("train")
-    counter.unlink()  # reading it now would raise
+    counter.write_text("5000000")
     begun = time.perf_counter()
     for _ in range(1000):
         meter.add("train")
@@ -72,20 +72,68 @@ def test_inside_a_phase_counters_are_read_once_a_second(tmp_path) -> None:
     assert meter.joules == {"train": 0.0}
 
 
-def test_nvml_counts_the_gpu_that_is_used(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(energy, "EVERY", 0.0)
-    millijoules, asked = [5000, 7500], []
-    nvml = SimpleNamespace(
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A machine with three GPUs, as NVML knows them, by UUID: millijoules so far. CUDA sees two, in another order."""
+    counters = {"GPU-a": 1000, "GPU-b": 2000, "GPU-c": 3000}
+
+    class NVMLError(Exception):
+        pass
+
+    def handle(uuid: str) -> str:
+        if uuid not in counters:
+            raise NVMLError("Not Found")
+        return uuid
+
+    nvml = ModuleType("pynvml")
+    vars(nvml).update(
         nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=asked.append,
-        nvmlDeviceGetTotalEnergyConsumption=lambda _handle: millijoules.pop(0),
-        NVMLError=type("NVMLError", (Exception,), {}),
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetTotalEnergyConsumption=counters.__getitem__,
+        NVMLError=NVMLError,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(uuid="ab-cd"))
-    meter = EnergyMeter(torch.device("cuda", 1), powercap=tmp_path)
+    visible = ["c", "GPU-b"]  # CUDA_VISIBLE_DEVICES=2,1; torch tells UUIDs without the prefix
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=visible[device.index]))
+    monkeypatch.setattr(energy, "INTERVAL", 0.0)
+    return counters
+
+
+def test_every_gpu_in_use_is_counted_and_no_other(tmp_path, gpus) -> None:
+    meter = EnergyMeter(torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0), powercap=tmp_path)
+    gpus |= {"GPU-a": 9_999_000, "GPU-b": 2500, "GPU-c": 7000}
     meter.add("train")
-    assert (asked, meter.joules, meter.source) == (["GPU-ab-cd"], {"train": 2.5}, "counted by gpu-1")
+    assert (meter.joules, meter.total) == ({"train": 4.5}, 4.5)
+    assert meter.source.startswith("counted by GPU-b, GPU-c; not counted: the CPU, as no RAPL counter")
+
+
+def test_devices_that_cannot_be_counted_are_named(tmp_path, gpus, monkeypatch) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    here = used_device(torch.device("cuda", 1))
+    ranks = [
+        here,
+        here._replace(uuid="MIG-x"),
+        UsedDevice("another-host", "GPU-b"),
+        UsedDevice("another-host", "GPU-z"),
+    ]
+    meter = EnergyMeter(*ranks, powercap=tmp_path)
+    assert meter.source == (
+        "counted by package-0, GPU-b; not counted: MIG-x, as NVML says: Not Found, the devices of another-host"
+    )
+    gpus["GPU-b"] += 1500
+    meter.add("train")
+    assert meter.joules == {"train": 1.5}
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert "not counted: GPU-b, as NVML's bindings are not installed" in EnergyMeter(here, powercap=tmp_path).source
+
+
+def test_a_counter_that_fails_later_ends_the_figure_and_not_the_run(tmp_path, gpus) -> None:
+    meter = EnergyMeter(torch.device("cuda", 1), powercap=tmp_path)
+    del gpus["GPU-b"]
+    meter.add("train")
+    meter.add("train")
+    assert meter.joules is None
+    assert "a counter failed meanwhile" in meter.source
 
 
 COST = Cost(of="a" * 64, samples=10, reused=2, seconds=3.0, joules=7.0, device="cpu")

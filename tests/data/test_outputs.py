@@ -42,7 +42,7 @@ def folder(root: Path) -> ImageSource:
 
 def embed(root: Path, where: Path, model: str):
     config = EmbedConfig(model=model, batch_size=4, shard_rows=4, workers=0, device="cpu")
-    return embed_dataset(folder(root), config, where=where)
+    return embed_dataset(folder(root), config, where=where).report
 
 
 def identity(source: ImageSource) -> tuple[str, list[int], list[str]]:
@@ -140,8 +140,8 @@ def test_folders_of_the_users_own_are_classes_whatever_they_are_called_or_hold(r
     assert not any("passed over" in note for note in source.notes)
 
 
-def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder) -> None:
-    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", "torchvision:resnet18", "--allow-untrained"]
+def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder, tiny_model) -> None:
+    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model]
     first = command(*words, "--cache", str(image_folder / "emb.store"))
     assert "warning: the store" in first.stderr
     assert "lies inside the image folder" in first.stderr

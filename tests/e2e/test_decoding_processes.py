@@ -13,11 +13,13 @@ from pathlib import Path
 import handles
 import pytest
 import torch
+from elsewhere import MOUNTED
+from forked import Forks
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import IncompleteError
@@ -27,8 +29,9 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import write_file
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -46,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def embed(uri: str, model: str, where: str, workers: int):
     config = EmbedConfig(model=model, batch_size=16, shard_rows=96, workers=workers, device="cpu")
-    return embed_dataset(open_source(uri), config, where=Path(where))
+    return embed_dataset(open_source(uri), config, where=Path(where)).report
 
 
 def select(store: str) -> Path:
@@ -85,7 +88,7 @@ def test_training_and_accuracy_do_not_depend_on_the_number_of_processes(tiny_mod
             arch="timm:test_resnet", image_size=16, augment="crop", device="cpu", workers=workers, memory_budget=budget
         )
         with open_selection(selection) as stream:
-            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream, None), provenance={}, resume=True)
+            run_dir = RunDir(Path(f"run{number}"), run_config(config, stream.header, None), provenance={}, resume=True)
             source, evaluation = open_source("handles:RawFile"), open_source("handles:Zip")
             build_manifest(source)
             report = train(source, stream, config, run_dir, evaluation=evaluation)
@@ -110,12 +113,12 @@ def test_a_killed_worker_ends_every_kind_of_work(tiny_model: str, monkeypatch) -
     Path("deadly").touch()
     source = open_source("handles:deadly")
     Path("s", layout.object_key(2)).unlink()
-    killed(lambda: repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1))
+    killed(lambda: repair("s", source, open_encoder(tiny_model), device="cpu", workers=1))
     killed(lambda: ImageFeed(source, side=16, memory_budget=1 << 30, workers=2))
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     killed(lambda: evaluate(network, source, torch.device("cpu"), side=16, workers=2))
     Path("deadly").unlink()
-    repair_store("s", source, open_encoder(tiny_model), device="cpu", workers=1)
+    repair("s", source, open_encoder(tiny_model), device="cpu", workers=1)
 
 
 def test_the_command_that_trains_says_how_to_go_on(command, tiny_model: str) -> None:
@@ -140,7 +143,7 @@ MOUNTS = {
     "missing": "mkdir dev && mount -t tmpfs tmpfs dev && for f in null zero full random urandom; do touch dev/$f && "
     "mount --bind /dev/$f dev/$f; done && mount --rbind dev /dev && ! test -e /dev/shm",
 }
-LARGE = """
+LARGE = f"""{MOUNTED}
 from gstds_cache.data.loading import pixel_batches
 from gstds_cache.data.sources import open_source
 import torch
@@ -157,15 +160,13 @@ for workers in (0, 3):
     reason="needs root, and unshare, for a private mount",
 )
 @pytest.mark.parametrize("mount", MOUNTS.values(), ids=MOUNTS)
-def test_no_shared_memory_of_the_systems_is_needed(here: Path, mount: str) -> None:
+def test_no_shared_memory_of_the_systems_is_needed(here: Path, mount: str, forks: Forks) -> None:
     """Six batches of 256 at 224 pixels are 230 MB, of which several are under way."""
     (here / "large.py").write_text(LARGE)
-    script = f"{mount} && exec {sys.executable} large.py"
-    run = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines() == [f"{[True] * 6} 0", f"{[True] * 6} 0"]
+    process = forks.start([str(here / "large.py"), mount], cwd=here)
+    out, errors = process.communicate(120)
+    assert (process.returncode, errors) == (0, "")
+    assert out.splitlines() == [f"{[True] * 6} 0", f"{[True] * 6} 0"]
 
 
 @pytest.mark.skipif(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 import gstds_cache
@@ -20,25 +23,42 @@ from gstds_cache.stream.writer import write_file
 ROOT = Path(__file__).parents[2]
 
 
-def python_block(document: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.S)
-    assert len(blocks) == 1
-    return blocks[0]
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.S)
 
 
 @pytest.fixture
 def workplace(array_source, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=32, workers=0, device="cpu")
     embed_dataset(array_source(60), embed, where=tmp_path / "photos.store")
-    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), SelectConfig(batch_size=20, epochs=2, knn=5))
+    config = SelectConfig(batch_size=20, epochs=2, knn=5, guidance="none")
+    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), config)
     list(write_file(selector, tmp_path / "selection.arrow"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def test_the_readmes_first_lines(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = python_blocks("README.md")[0]
+    for written, small in (
+        ('cache="photos.store"', f'cache="photos.store", model={tiny_model!r}, workers=0, device="cpu"'),
+        ("epochs=20", 'epochs=2, batch_size=20, knn=5, guidance="none"'),
+        ('arch="resnet18"', 'arch="conv3", device="cpu", threads=1'),
+    ):
+        assert written in code
+        code = code.replace(written, small)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
+    names: dict[str, Any] = {"dataset": [(Image.fromarray(image), row % 3) for row, image in enumerate(pixels)]}
+    exec(code, names)
+    assert len(names["store"]) == 60
+    assert names["selection"].total_steps == names["report"].steps == 6
+    assert [len(batch) for batch in names["loader"].batch_sampler] == [5] * 3
+
+
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_training_loop() -> None:
-    code = python_block("README.md")
+    code = python_blocks("README.md")[1]
     assert len(code.splitlines()) < 10
     seen = []
     # Workers would be forked from this process, which has threads; everything else is as the README has it.
@@ -52,14 +72,14 @@ def test_the_readmes_training_loop() -> None:
 @pytest.mark.usefixtures("workplace")
 def test_any_zarr_reader_opens_a_store() -> None:
     names: dict[str, object] = {}
-    exec(python_block("docs/cache-format.md"), names)
+    exec(python_blocks("docs/cache-format.md")[0], names)
     assert names["rows"].shape == (60, 48)
     assert names["fine"].all()
 
 
 def test_the_functions_for_anyone() -> None:
     names: dict[str, object] = {}
-    exec(python_block("docs/spectral.md"), names)
+    exec(python_blocks("docs/spectral.md")[0], names)
     assert (names["agreement"] > 0.95).all()
     assert names["remedies"] == ["converged: nothing to do"] * 4
     assert tuple(names["nearest"].shape) == (4, 100, 10)
@@ -67,7 +87,7 @@ def test_the_functions_for_anyone() -> None:
 
 @pytest.mark.usefixtures("workplace")
 def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_rule.py").write_text(python_block("docs/method.md"))
+    (tmp_path / "own_rule.py").write_text(python_blocks("docs/method.md")[0])
     monkeypatch.syspath_prepend(tmp_path)
     store = EmbeddingStore("photos.store")
     np.save("scores.npy", np.arange(60.0))
@@ -86,9 +106,13 @@ def test_tests_named_as_proof_of_a_promise_exist() -> None:
 
 
 def test_public_names_are_there() -> None:
+    assert {"embed", "select", "train", "Selection", "Rule", "RuleBatch", "Status"} <= set(gstds_cache.__all__)
+    assert dir(gstds_cache) == sorted(gstds_cache.__all__)
     assert all(getattr(gstds_cache, name) for name in gstds_cache.__all__)
-    assert sorted(gstds_cache._HOME) == sorted(gstds_cache.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    assert gstds_cache.__version__ == version("gstds-cache")
+    documented = re.findall(r"^::: gstds_cache\.[\w.]*\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(gstds_cache.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
         gstds_cache.nothing  # noqa: B018
 
 

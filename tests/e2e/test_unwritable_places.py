@@ -111,7 +111,7 @@ def test_a_volume_takes_a_store_though_nothing_can_be_written_beside_it(
     (tmp_path / "vol" / "store").mkdir()
     (without,) = run_commands(tmp_path, embed, before=mounts, **where | {"GSTDS_CACHE": str(tmp_path / "file")})
     assert codes([without]) == [0], without
-    assert "note: what it cost is not kept: " in without.stdout
+    assert "note: what it cost is not kept: " in without.stderr
 
 
 def test_a_disk_that_fills_while_a_pipe_is_served_ends_the_keeping_alone(tmp_path: Path) -> None:
@@ -203,6 +203,6 @@ def test_a_home_that_cannot_be_written_changes_nothing(
         GSTDS_CACHE="",
     )
     assert codes(ended) == [0, 0, 2], ended
-    assert "note: the next run hashes every file again: cannot write" in ended[0].stdout
+    assert "note: the next run hashes every file again: cannot write" in ended[0].stderr
     assert "the default place for stores cannot be written" in ended[2].stderr
     assert sorted(path.name for path in here.iterdir()) == ["s", "s.cost.json", "s.selections"]

@@ -8,46 +8,57 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from gstds_cache.cli.cache_command import main as cache_main
-from gstds_cache.cli.common import Progress, shares_line
 from gstds_cache.cli.embed_command import main as embed_main
 
 from gstds_cache.data.hash_cache import RACY_NS
+from gstds_cache.runtime.progress import ProgressBar, shares_text
+
+WORDS = ["imagefolder:photos", "--batch-size", "4", "--shard-rows", "8", "--device", "cpu"]
 
 
 @pytest.fixture
-def words(image_folder: Path, tiny_model: str) -> list[str]:
-    return ["gstds-embed", "imagefolder:photos", "--model", tiny_model, "--batch-size", "4", "--shard-rows", "8"]
+def embed(image_folder: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs ``gstds-embed`` on the image folder, in this process: loading torch again and again takes long."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "stores"))
+
+    def run(*more: str, code: int = 0) -> Result:
+        done = CliRunner().invoke(embed_main, [*WORDS, "--model", tiny_model, *more])
+        assert done.exit_code == code, done.output
+        return done
+
+    return run
 
 
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
 
 
-def test_a_dry_run_writes_nothing(command, result_of, words, tmp_path) -> None:
+def test_a_dry_run_writes_nothing(embed, result_of, tmp_path) -> None:
     before = names(tmp_path)
-    done = command(*words, "--dry-run", "--json")
+    done = embed("--dry-run", "--json")
     result = result_of(done)
     assert (result["dry_run"], result["items"], result["images"], result["committed"]) == (True, 60, 60, 0)
     assert result["images_per_second"] > 0
     assert result["disk_bytes"] > 60 * 48 * 2
     assert "estimate: 60 images at about" in done.stdout
     assert "nothing was written" in done.stdout
-    command(*words, "--dry-run", "--cache", "photos.store")
+    embed("--dry-run", "--cache", "photos.store")
     assert names(tmp_path) == before
 
-    command(*words, "--cache", "photos.store")
+    embed("--cache", "photos.store")
     after = names(tmp_path)
-    again = command(*words, "--dry-run", "--cache", "photos.store", "--json")
+    again = embed("--dry-run", "--cache", "photos.store", "--json")
     assert "photos.store has 60 of 60 rows committed" in again.stdout
     assert (result_of(again)["images"], result_of(again)["committed"]) == (0, 60)
     assert names(tmp_path) == after
 
 
-def test_the_result_tells_how_the_time_was_spent(command, result_of, words, tmp_path) -> None:
+def test_the_result_tells_how_the_time_was_spent(embed, result_of, tmp_path) -> None:
     time.sleep(RACY_NS / 1e9 + 0.1)  # the digests of younger images are not kept
-    done = command(*words, "--cache", "photos.store", "--workers", "1", "--json")
+    done = embed("--cache", "photos.store", "--workers", "1", "--json")
     result = result_of(done)
     assert set(result["shares"]) == {"decode", "forward", "commit", "waiting"}
     assert result["seconds"]["decode"] > 0
@@ -56,30 +67,44 @@ def test_the_result_tells_how_the_time_was_spent(command, result_of, words, tmp_
     assert result["store"] == "photos.store"
     assert "of embed" in done.stdout
     assert any((tmp_path / "stores" / "hashes").iterdir())
-    again = command(*words, "--cache", "photos.store", "--json")
+    again = embed("--cache", "photos.store", "--json")
     assert result_of(again)["cache_hit"]
     assert "of embed" not in again.stdout
 
 
-def test_workers_take_a_number_or_auto(command, words) -> None:
-    assert "got 'many', expected a number or auto" in command(*words, "--workers", "many", code=2).stderr
-    assert "--workers: got -1" in command(*words, "--workers", "-1", code=2).stderr
-    text = " ".join(command("gstds-embed", "--help").stdout.split())
+def test_a_flag_under_its_old_name_works_and_says_so(embed, result_of, tmp_path) -> None:
+    for words in (["--unit-rows", "12"], ["--unit-rows=12"]):
+        done = embed("--cache", "photos.store", *words, "--json")  # the last of two counts
+        assert "note: --unit-rows is now called --shard-rows" in done.stderr
+        assert result_of(done)["shards"] == 5
+    repaired = CliRunner().invoke(cache_main, ["repair", "photos.store", "--unit", "3", "--workers", "0"])
+    assert repaired.exit_code == 0, repaired.output
+    assert "note: --unit is now called --shard" in repaired.stderr
+    assert "made again  1 shards, 12 images embedded" in repaired.stdout
+
+
+def test_workers_take_a_number_or_auto(embed) -> None:
+    assert "got 'many', expected a number or auto" in embed("--workers", "many", code=2).stderr
+    assert "--workers: got -1" in embed("--workers", "-1", code=2).stderr
+    text = " ".join(embed("--help").stdout.split())
     assert "auto: one for every four cores" in text
+    assert "--unit-rows" not in text
 
 
-def test_progress_shows_one_share_or_several(monkeypatch, capsys) -> None:
+def test_progress_shows_rates_and_shares(monkeypatch, capsys) -> None:
     clock = iter(range(0, 1000, 100))
-    monkeypatch.setattr("gstds_cache.cli.common.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("gstds_cache.runtime.progress.time.monotonic", lambda: next(clock))
     assert not sys.stderr.isatty()
-    progress = Progress("images", "decoded images")
-    for done, spent in ((0, {}), (100, {"decode": 0.5, "commit": 0.004}), (200, 0.25), (300, {})):
-        progress("embed", done, 400, spent)
+    progress = ProgressBar("images", check="shards")
+    for done, shares in ((0, {}), (100, {"decode": 0.5, "commit": 0.004}), (300, {})):
+        progress("embed", done, 400, shares)
+    for done in (0, 6):
+        progress("check", done, 6, {})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("ETA 5:00, decode 50%, commit 0.4%")
-    assert lines[1].endswith("ETA 3:20, waited for decoded images 25% of the time")
-    assert lines[2].endswith("ETA 1:40")
-    assert shares_line({"forward": 0.914, "waiting": 0.0}) == "forward 91%, waiting 0%"
+    assert lines[0] == "embed: 100 of 400 images (25%), 1.0/s, ETA 5:00, decode 50%, commit 0.4%"
+    assert lines[1].endswith("ETA 1:06")
+    assert lines[2].startswith("check: 6 of 6 shards (100%)")
+    assert shares_text({"forward": 0.914, "waiting": 0.0}) == "forward 91%, waiting 0%"
 
 
 def test_rows_of_several_stores_are_taken_over_and_counted_and_all_stores_are_listed(

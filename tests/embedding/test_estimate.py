@@ -10,7 +10,7 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data import loading
 from gstds_cache.data.loading import default_workers
 from gstds_cache.embedding import run
-from gstds_cache.embedding.estimate import Estimate, disk_bytes, fitting_batch_size, probe, require_disk
+from gstds_cache.embedding.estimate import Estimate, disk_bytes, estimate_run, fitting_batch_size, require_disk
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import EncoderError, FingerprintMismatchError, IncompleteError, UsageError
@@ -26,7 +26,7 @@ def config_of(model: str, **changes) -> EmbedConfig:
 
 def estimate_of(source, model: str, **changes) -> Estimate:
     config = config_of(model, **changes)
-    return probe(source, open_encoder(model), config, CPU, 10_000, batch_size=4, shard_rows=8)
+    return estimate_run(source, open_encoder(model), config, CPU, 10_000, batch_size=4, shard_rows=8)
 
 
 def test_rates_are_measured_and_make_a_time(array_source, watched) -> None:
@@ -52,7 +52,7 @@ def test_a_slow_model_is_run_once_and_slow_images_are_left_out(array_source, wat
 
     watched.SECONDS = 1.1
     encoder, before = open_encoder(watched.URI), len(watched.SHAPES)
-    estimate = probe(
+    estimate = estimate_run(
         Slow(50), encoder, config_of(watched.URI, workers=2), CPU, 50, batch_size=4, shard_rows=8, disk_free=None
     )
     assert len(watched.SHAPES) - before == 1
@@ -74,9 +74,11 @@ def test_too_small_a_disk_is_refused_before_anything_is_made(array_source, watch
     monkeypatch.setattr(LocalTransport, "free_bytes", lambda _self: 1000)
     with pytest.raises(IncompleteError, match=r"got 1\.0 kB of free disk, expected at least .* kB") as caught:
         embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "s")
-    assert "--cache" in caught.value.hint
+    assert "`cache`" in caught.value.hint
     assert not (tmp_path / "s").exists()
-    assert sum(shape[0] == 4 for shape in watched.SHAPES) == 2  # the batch that had to fit, and the second look
+    assert (
+        sum(shape[0] == 4 for shape in watched.SHAPES) == 2
+    )  # the batch that had to fit, and the second pass of the check
     require_disk(1000, None, location="s")
 
 
@@ -84,17 +86,19 @@ def test_a_long_run_says_what_it_will_take_and_a_short_one_nothing(
     array_source, watched, tmp_path, monkeypatch
 ) -> None:
     said: list[str] = []
-    short = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "short", say=said.append)
+    short = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "short", notify=said.append).report
     assert (said, short.estimate) == ([], None)
-    monkeypatch.setattr(run, "PROBE_FROM", 40)
-    report = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "long", say=said.append)
+    monkeypatch.setattr(run, "ESTIMATE_FROM", 40)
+    report = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "long", notify=said.append).report
     assert report.estimate is not None
     assert report.estimate.images == 50
-    assert report.seconds["probe"] > 0
+    assert report.seconds["estimate"] > 0
     assert said[0].startswith("estimate: 50 images at about ")
     assert said[1].startswith("needs: disk ")
     said.clear()
-    assert embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "long", say=said.append).cache_hit
+    assert embed_dataset(
+        array_source(50), config_of(watched.URI), where=tmp_path / "long", notify=said.append
+    ).report.cache_hit
     assert said == []
 
 
@@ -132,11 +136,11 @@ def test_a_batch_that_does_not_fit_is_halved(array_source, watched, tmp_path) ->
     watched.FITS = 5
     said: list[str] = []
     config = config_of(watched.URI, batch_size=16, shard_rows=30)
-    report = embed_dataset(array_source(50), config, where=tmp_path / "s", say=said.append)
+    report = embed_dataset(array_source(50), config, where=tmp_path / "s", notify=said.append).report
     assert report.batch_size == 4
     assert (StoreMetadata(tmp_path / "s").spec.batch_size, StoreMetadata(tmp_path / "s").spec.shard_rows) == (4, 32)
     assert [line.rpartition(" ")[2] for line in said] == ["8", "4", "4"]
-    assert embed_dataset(array_source(50), config, where=tmp_path / "s").cache_hit  # the same command again
+    assert embed_dataset(array_source(50), config, where=tmp_path / "s").report.cache_hit  # the same command again
 
 
 def test_the_cpu_allocators_error_halves_too_and_others_are_left_alone(watched) -> None:
@@ -176,12 +180,12 @@ def test_a_store_with_a_batch_size_that_does_not_fit_is_refused(array_source, wa
 
 def test_memory_that_runs_out_on_the_way_loses_nothing(array_source, watched, tmp_path) -> None:
     embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "whole")
-    watched.PASSES = len(watched.SHAPES) + 8  # one of the factory, two looks, five of the run
+    watched.PASSES = len(watched.SHAPES) + 8  # one of the factory, two of the check, five of the run
     with pytest.raises(IncompleteError, match=r"out of memory after .* at batch size 4: CUDA out of memory") as caught:
         embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "s")
-    assert "nothing committed is lost" in caught.value.hint
+    assert "2 of the 7 shards of this run are committed, and it goes on from there" in caught.value.hint
     watched.PASSES = 10**9
-    report = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "s")
+    report = embed_dataset(array_source(50), config_of(watched.URI), where=tmp_path / "s").report
     assert (report.committed_before, report.embedded) == (16, 34)
     np.testing.assert_array_equal(
         (tmp_path / "s" / "COMPLETE.json").read_bytes(), (tmp_path / "whole" / "COMPLETE.json").read_bytes()
@@ -197,4 +201,6 @@ def test_workers_that_nobody_chose_fit_the_machine(monkeypatch, device, cores, w
 
 
 def test_a_few_small_images_start_no_worker(array_source, tiny_model, tmp_path) -> None:
-    assert embed_dataset(array_source(50), config_of(tiny_model, workers=None), where=tmp_path / "s").workers == 0
+    assert (
+        embed_dataset(array_source(50), config_of(tiny_model, workers=None), where=tmp_path / "s").report.workers == 0
+    )

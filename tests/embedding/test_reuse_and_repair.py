@@ -12,7 +12,7 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.embedding import reuse
 from gstds_cache.embedding.check import check_sample
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
@@ -51,9 +51,9 @@ def stamps(path: Path) -> dict[str, tuple[int, int]]:
 def test_a_grown_data_set_embeds_only_what_is_new(array_source, config, tmp_path: Path) -> None:
     embed_dataset(array_source(50, bad=frozenset({7})), config, where=tmp_path / "small")
     grown = array_source(70, bad=frozenset({7}))
-    done = embed_dataset(grown, config, where=tmp_path / "grown", reuse=[tmp_path / "small"])
+    done = embed_dataset(grown, config, where=tmp_path / "grown", reuse=[tmp_path / "small"]).report
     assert (done.reused, done.embedded, done.items) == (49, 21, 70)  # the bad one is tried again
-    alone = embed_dataset(grown, config, where=tmp_path / "alone")
+    alone = embed_dataset(grown, config, where=tmp_path / "alone").report
     assert (alone.reused, alone.embedded) == (0, 70)
     assert shards_of(tmp_path / "grown") == shards_of(tmp_path / "alone")
     assert [item.row for item in done.quarantined] == [7]
@@ -81,9 +81,9 @@ def test_rows_are_found_by_content_in_any_order_and_from_several_stores(array_so
     embed_dataset(array_source(30), config, where=tmp_path / "second")
     done = embed_dataset(
         Reversed(40), config, where=tmp_path / "reversed", reuse=[tmp_path / "first", tmp_path / "second"]
-    )
+    ).report
     assert (done.reused, done.embedded) == (30, 10)
-    direct = embed_dataset(Reversed(40), config, where=tmp_path / "direct")
+    direct = embed_dataset(Reversed(40), config, where=tmp_path / "direct").report
     assert direct.embedded == 40
     assert shards_of(tmp_path / "reversed") == shards_of(tmp_path / "direct")
 
@@ -92,13 +92,13 @@ def test_a_store_that_is_not_complete_can_be_reused(array_source, config, tmp_pa
     embed_dataset(array_source(50), config, where=tmp_path / "half")
     for key in (layout.COMPLETE, CURRENT.commit_key(1), layout.object_key(1)):
         (tmp_path / "half" / key).unlink()
-    done = embed_dataset(array_source(60), config, where=tmp_path / "grown", reuse=[tmp_path / "half"])
+    done = embed_dataset(array_source(60), config, where=tmp_path / "grown", reuse=[tmp_path / "half"]).report
     assert (done.reused, done.embedded) == (34, 26)
 
 
 def test_everything_known_embeds_nothing(array_source, config, tmp_path: Path) -> None:
     embed_dataset(array_source(50), config, where=tmp_path / "whole")
-    done = embed_dataset(array_source(30), config, where=tmp_path / "part", reuse=[tmp_path / "whole"])
+    done = embed_dataset(array_source(30), config, where=tmp_path / "part", reuse=[tmp_path / "whole"]).report
     assert (done.reused, done.embedded) == (30, 0)
     rows = np.arange(30)
     np.testing.assert_array_equal(
@@ -109,7 +109,7 @@ def test_everything_known_embeds_nothing(array_source, config, tmp_path: Path) -
 def test_a_new_store_takes_its_batch_size_from_the_reused_one(array_source, config, tmp_path: Path) -> None:
     embed_dataset(array_source(20), config, where=tmp_path / "small")
     unset = replace(config, batch_size=None)
-    done = embed_dataset(array_source(40), unset, where=tmp_path / "grown", reuse=[tmp_path / "small"])
+    done = embed_dataset(array_source(40), unset, where=tmp_path / "grown", reuse=[tmp_path / "small"]).report
     assert done.batch_size == 8
 
 
@@ -170,7 +170,7 @@ def test_repair_makes_again_what_is_damaged_and_nothing_else(store, array_source
     bad, damage = DAMAGE[case]
     whole, before = contents(store), stamps(store)
     damage(store)
-    report = repair_store(store, array_source(50, bad=frozenset({7})), open_encoder(config.model))
+    report = repair(store, array_source(50, bad=frozenset({7})), open_encoder(config.model))
     # All shards without COMPLETE are what a run leaves that is killed at its very end.
     assert bool(report.before.problems) == (case != "COMPLETE deleted")
     assert list(report.shards) == bad
@@ -195,22 +195,22 @@ def test_a_killed_repair_of_an_unfinished_store_is_finished_by_repair_and_the_re
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair_store(store, source, open_encoder(config.model), workers=0, progress=stop)
+        repair(store, source, open_encoder(config.model), workers=0, progress=stop)
     assert not (store / CURRENT.commit_key(1)).exists()
     assert (store / layout.REPAIR).read_bytes() == b'{"shards":[1]}'
     if note == "damaged":
         (store / layout.REPAIR).write_text("[")
-    report = repair_store(store, source, open_encoder(config.model), workers=0)
+    report = repair(store, source, open_encoder(config.model), workers=0)
     assert report.shards == ((1,) if note == "as written" else (1, 3))
     assert not (store / layout.REPAIR).exists()
-    done = embed_dataset(source, config, where=store)
+    done = embed_dataset(source, config, where=store).report
     assert done.embedded == (2 if note == "as written" else 0)
     assert contents(store) == whole
 
 
 def test_repair_of_a_sound_store_does_nothing(store, array_source, config) -> None:
     before = stamps(store)
-    report = repair_store(store, array_source(50, bad=frozenset({7})), open_encoder(config.model))
+    report = repair(store, array_source(50, bad=frozenset({7})), open_encoder(config.model))
     assert (report.shards, report.images) == ((), 0)
     assert stamps(store) == before
 
@@ -219,11 +219,11 @@ def test_repair_with_other_data_changes_nothing(store, array_source, config) -> 
     flip(store / layout.object_key(2))
     before = contents(store)
     with pytest.raises(FingerprintMismatchError, match="items_root"):
-        repair_store(store, array_source(50, seed=1), open_encoder(config.model))
+        repair(store, array_source(50, seed=1), open_encoder(config.model))
     with pytest.raises(FingerprintMismatchError, match="model"):
-        repair_store(store, array_source(50, bad=frozenset({7})), open_encoder(f"{config.model}_slow"))
+        repair(store, array_source(50, bad=frozenset({7})), open_encoder(f"{config.model}_slow"))
     with pytest.raises(UsageError, match="shards 0 to 3"):
-        repair_store(store, array_source(50, bad=frozenset({7})), open_encoder(config.model), shards=[4])
+        repair(store, array_source(50, bad=frozenset({7})), open_encoder(config.model), shards=[4])
     assert contents(store) == before
 
 
@@ -246,7 +246,7 @@ def test_a_shard_that_is_named_is_made_again(store, array_source, config) -> Non
     found = check_sample(EmbeddingStore(store), source, encoder, rows=50)
     assert {problem.shard for problem in found.problems} == {1}
     assert len(found.problems) == 16
-    report = repair_store(store, source, encoder, shards=[1])
+    report = repair(store, source, encoder, shards=[1])
     assert (report.shards, report.changed, report.after.problems) == ((1,), (1,), ())
     assert contents(store) == whole
 

@@ -25,7 +25,7 @@ def files_of(store: Path | str) -> dict[str, bytes]:
 
 def test_every_row_is_the_models_own_forward_pass(array_source, tiny_model, tmp_path) -> None:
     source = array_source(50)
-    report = embed_dataset(source, config_of(tiny_model, dtype="float32"), where=tmp_path / "s")
+    report = embed_dataset(source, config_of(tiny_model, dtype="float32"), where=tmp_path / "s").report
     assert (report.items, report.ok, report.embedded, report.shards) == (50, 50, 50, 7)
     encoder = open_encoder(tiny_model)
     pixels = torch.stack([encoder.spec.preprocessing.pixels(source.image(row)) for row in range(50)])
@@ -34,8 +34,10 @@ def test_every_row_is_the_models_own_forward_pass(array_source, tiny_model, tmp_
 
 
 def test_bad_images_never_shift_rows(array_source, tiny_model, tmp_path) -> None:
-    whole = embed_dataset(array_source(30), config_of(tiny_model), where=tmp_path / "whole")
-    report = embed_dataset(array_source(30, bad=frozenset({0, 13, 29})), config_of(tiny_model), where=tmp_path / "s")
+    whole = embed_dataset(array_source(30), config_of(tiny_model), where=tmp_path / "whole").report
+    report = embed_dataset(
+        array_source(30, bad=frozenset({0, 13, 29})), config_of(tiny_model), where=tmp_path / "s"
+    ).report
     assert (report.items, report.ok, len(report.quarantined)) == (30, 27, 3)
     assert [(q.row, q.id, q.reason) for q in report.quarantined] == [
         (row, f"item/{row:04d}", "made to fail") for row in (0, 13, 29)
@@ -47,10 +49,10 @@ def test_bad_images_never_shift_rows(array_source, tiny_model, tmp_path) -> None
 
 
 def test_the_same_again_is_a_cache_hit(array_source, tiny_model, tmp_path) -> None:
-    first = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path)
+    first = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path).report
     before = files_of(first.location)
     times = {p: p.stat().st_mtime_ns for p in Path(first.location).rglob("*") if p.is_file() and p.name != ".lock"}
-    again = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path)
+    again = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path).report
     assert again.cache_hit
     assert (again.location, again.embedded, again.committed_before) == (first.location, 0, 20)
     assert files_of(first.location) == before
@@ -58,9 +60,9 @@ def test_the_same_again_is_a_cache_hit(array_source, tiny_model, tmp_path) -> No
 
 
 def test_sizes_that_are_not_given_are_the_stores_own(array_source, tiny_model, tmp_path) -> None:
-    first = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path)
+    first = embed_dataset(array_source(20), config_of(tiny_model), root=tmp_path).report
     config = config_of(tiny_model, batch_size=None, shard_rows=None)
-    again = embed_dataset(array_source(20), config, root=tmp_path)
+    again = embed_dataset(array_source(20), config, root=tmp_path).report
     assert again.cache_hit
     assert again.fingerprint == first.fingerprint
 
@@ -76,7 +78,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(array_source, t
     embed_dataset(array_source(50), config_of(tiny_model), where=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         embed_dataset(array_source(50), config_of(tiny_model), where=tmp_path / "s", progress=stop_at(20))
-    report = embed_dataset(array_source(50), config_of(tiny_model), where=tmp_path / "s")
+    report = embed_dataset(array_source(50), config_of(tiny_model), where=tmp_path / "s").report
     assert (report.committed_before, report.embedded) == (16, 34)  # two shards of eight were committed
     assert files_of(tmp_path / "s") == files_of(tmp_path / "whole")
 
@@ -85,8 +87,10 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(array_source, t
 def test_workers_change_nothing(image_folder, tiny_model, tmp_path, workers) -> None:
     report = embed_dataset(
         open_source(f"imagefolder:{image_folder}"), config_of(tiny_model, workers=workers), where=tmp_path / "s"
-    )
-    reference = embed_dataset(open_source(f"imagefolder:{image_folder}"), config_of(tiny_model), where=tmp_path / "t")
+    ).report
+    reference = embed_dataset(
+        open_source(f"imagefolder:{image_folder}"), config_of(tiny_model), where=tmp_path / "t"
+    ).report
     assert (report.items, report.ok) == (60, 58)
     assert files_of(tmp_path / "s") == files_of(tmp_path / "t")
     assert reference.quarantined == report.quarantined
@@ -95,13 +99,17 @@ def test_workers_change_nothing(image_folder, tiny_model, tmp_path, workers) -> 
 def test_a_moved_folder_with_touched_times_is_a_hit_and_one_changed_image_is_not(
     image_folder, tiny_model, tmp_path
 ) -> None:
-    first = embed_dataset(open_source(f"imagefolder:{image_folder}"), config_of(tiny_model), root=tmp_path / "stores")
+    first = embed_dataset(
+        open_source(f"imagefolder:{image_folder}"), config_of(tiny_model), root=tmp_path / "stores"
+    ).report
     moved = image_folder.rename(tmp_path / "elsewhere")
     for path in moved.rglob("*.png"):
         path.touch()
-    assert embed_dataset(open_source(f"imagefolder:{moved}"), config_of(tiny_model), root=tmp_path / "stores").cache_hit
+    assert embed_dataset(
+        open_source(f"imagefolder:{moved}"), config_of(tiny_model), root=tmp_path / "stores"
+    ).report.cache_hit
     (moved / "dogs" / "00.png").write_bytes((moved / "dogs" / "01.png").read_bytes())
-    changed = embed_dataset(open_source(f"imagefolder:{moved}"), config_of(tiny_model), root=tmp_path / "stores")
+    changed = embed_dataset(open_source(f"imagefolder:{moved}"), config_of(tiny_model), root=tmp_path / "stores").report
     assert (changed.cache_hit, changed.location == first.location) == (False, False)
     with pytest.raises(FingerprintMismatchError, match="items_root"):
         embed_dataset(open_source(f"imagefolder:{moved}"), config_of(tiny_model), where=first.location)

@@ -107,13 +107,16 @@ def test_an_error_of_a_commit_stops_the_run_soon(array_source, watched, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "commit", full)
         watched.SECONDS = 0.01
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(IncompleteError, match="the disk is full") as caught:
             embed_dataset(array_source(400), config_of(watched.URI), where=tmp_path / "s")
+    assert caught.value.hint.endswith(
+        "then run the same command again: 1 of the 50 shards of this run are committed, and it goes on from there"
+    )
     assert sum(shape[0] == 4 for shape in watched.SHAPES) < 12  # shard 1 ends with the fourth of a hundred
     assert commit_threads() == []
     assert sorted(path.name for path in (tmp_path / "s" / "commits").iterdir()) == ["0.json"]
     watched.SECONDS = 0.0
-    assert embed_dataset(array_source(400), config_of(watched.URI), where=tmp_path / "s").committed_before == 8
+    assert embed_dataset(array_source(400), config_of(watched.URI), where=tmp_path / "s").report.committed_before == 8
 
 
 def test_ctrl_c_leaves_no_thread_and_no_process(array_source, tiny_model, tmp_path) -> None:

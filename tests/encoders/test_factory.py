@@ -72,7 +72,7 @@ def test_weights_files_of_both_kinds_load_and_are_identity(tmp_path: Path, suffi
 
 def test_an_untrained_model_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EncoderError, match="--allow-untrained"):
+    with pytest.raises(EncoderError, match="`allow_untrained=True`"):
         open_encoder("timm:test_resnet")
     encoder = open_encoder("timm:test_resnet", allow_untrained=True)
     assert not encoder.spec.pretrained

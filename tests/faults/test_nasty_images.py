@@ -275,7 +275,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def embedded(folder: Path, model: str, store: Path, workers: int):
     config = EmbedConfig(model=model, batch_size=7, shard_rows=14, workers=workers, device="cpu", dtype="float32")
     source = open_source(f"imagefolder:{folder}")
-    return source, embed_dataset(source, config, where=store)
+    return source, embed_dataset(source, config, where=store).report
 
 
 @pytest.mark.parametrize("workers", [0, 1])

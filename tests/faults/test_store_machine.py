@@ -34,7 +34,7 @@ from kill_driver import Steps, Stopped
 from real_store import BAD, BATCH, ITEMS, SHARD, SHARDS, Images, leftovers, objects_of
 
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
@@ -201,7 +201,7 @@ class StoreMachine(RuleBasedStateMachine):
             embed(self.store, Images(), shards)
 
     def _repair(self) -> None:
-        self.report = repair_store(self.store, Images(), encoder(), device="cpu", workers=0)
+        self.report = repair(self.store, Images(), encoder(), device="cpu", workers=0)
 
     @rule(shards=shards_of)
     def embed(self, shards: list[int]) -> None:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from real_store import MODEL
 
+from gstds_cache.api.export import export_scores
+from gstds_cache.api.report import write_report
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.costs.records import Cost, record, selection_costs
 from gstds_cache.data.sources import open_source
@@ -28,7 +30,8 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.identity import run_config
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 EVIL = "<script>alert(1)<!-- & $x_$ \"'"
@@ -72,7 +75,9 @@ def work(tmp_path_factory) -> Work:
         how = TrainConfig(arch="timm:test_resnet", image_size=12, augment="none", seed=seed, device="cpu", workers=0)
         with open_selection(selection) as stream:
             provenance = {"selection": stream.header.settings}
-            run_dir = RunDir(folder / f"run{seed}", run_config(how, stream, None), provenance=provenance, resume=False)
+            run_dir = RunDir(
+                folder / f"run{seed}", run_config(how, stream.header, None), provenance=provenance, resume=False
+            )
             train(source, stream, how, run_dir, evaluation=source)
         runs.append(run_dir.path)
     return Work(folder, uri, store, selection, runs)
@@ -104,9 +109,9 @@ def test_without_store_or_images_the_page_says_what_is_missing(work, tmp_path) -
     shutil.copy(work.selection, alone)
     bare = view(work, alone)
     assert [panel.title for panel in bare.panels if not panel.missing] == TITLES[:2]
-    assert all("--cache STORE" in panel.missing for panel in bare.panels if panel.missing)
-    assert "--cache STORE" in bare.sheets_missing
-    assert "give --cache STORE" in render([bare], [])
+    assert all("pass `cache=STORE`" in panel.missing for panel in bare.panels if panel.missing)
+    assert "pass `cache=STORE`" in bare.sheets_missing
+    assert "pass `cache=STORE`" in render([bare], [])
 
     images, gone, store = work.folder / "images", work.folder / "elsewhere", work.store.location
     images.rename(gone)
@@ -136,7 +141,7 @@ def test_sheets_hold_kept_and_dropped_images_in_fiedler_order(work) -> None:
 
 def test_graphs_that_come_again_count_once(work, tmp_path) -> None:
     for ways, graphs in ((1, 3), (0, 6), (2, 6)):
-        config = SelectConfig(batch_size=14, epochs=2, knn=3, partitions=ways, device="cpu")
+        config = SelectConfig(batch_size=14, epochs=2, knn=3, batch_assignments=ways, device="cpu")
         list(write_file(BatchSelector(work.store, config), tmp_path / f"{ways}.arrow"))
         health = next(p for p in view(work, tmp_path / f"{ways}.arrow").panels if p.title == "Spectral health")
         assert health.text.startswith(f"{graphs} graphs, ")
@@ -192,6 +197,18 @@ def test_runs_say_what_is_unknown(work) -> None:
     html = render([], [run])
     assert html.count("<td>unknown</td>") == 4
     assert "No run has measured accuracy" in panels_of([replace(run, accuracy=None)])[0].missing
+
+
+def test_a_page_and_the_scores_as_one_call_each(work, tmp_path) -> None:
+    where = {"cache": work.store, "dataset": work.uri, "device": "cpu", "progress": False}
+    page = write_report(work.selection, *work.runs, out=tmp_path / "r.html", **where)
+    assert (page.selections, page.runs, page.missing) == (1, 2, ())
+    assert page.bytes == (tmp_path / "r.html").stat().st_size
+    with pytest.raises(UsageError, match="`out` .*exists"):
+        write_report(work.selection, out=tmp_path / "r.html")
+    scores = export_scores(work.store, work.selection, tmp_path / "s.parquet", device="cpu", progress=False)
+    assert (scores.rows, scores.epochs, scores.unseen) == (42, 2, 0)
+    assert 0 < scores.never_kept < 42
 
 
 @pytest.mark.browser

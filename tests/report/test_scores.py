@@ -22,7 +22,7 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
 
-CONFIG = SelectConfig(batch_size=7, epochs=2, knn=3, schedule="constant:0.5", device="cpu")
+CONFIG = SelectConfig(batch_size=7, epochs=2, knn=3, schedule="constant:0.5", guidance="none", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_guidance_is_found_by_its_digest_or_has_to_be_named(store, tmp_path) -> 
     np.save(own, np.arange(ITEMS, dtype=np.float32))
     file = select(store, tmp_path / "own.arrow", replace(CONFIG, rule=rule, guidance=f"file:{own}"))
     with open_selection(file) as stream:
-        with pytest.raises(FingerprintMismatchError, match="give the --guidance"):
+        with pytest.raises(FingerprintMismatchError, match="pass the `guidance`"):
             selector_of(store, stream.header)
         selector = selector_of(store, stream.header, RecomputeSettings(guidance=f"file:{own}"))
         for batch in watch_again(selector, stream):
@@ -117,7 +117,7 @@ def test_a_schedule_of_a_file_has_to_be_named(store, tmp_path) -> None:
     path.write_text("0.25\n0.75\n")
     file = select(store, tmp_path / "s.arrow", replace(CONFIG, epochs=2, schedule=f"file:{path}"))
     with open_selection(file) as stream:
-        with pytest.raises(UsageError, match="give the --schedule file:PATH"):
+        with pytest.raises(UsageError, match="pass `schedule=file:PATH`"):
             selector_of(store, stream.header)
         kept = [
             len(batch.selection.kept)

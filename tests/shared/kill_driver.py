@@ -185,7 +185,8 @@ def _child(job: dict[str, Any], answer: int) -> None:
         with steps.counted_requests() if bucket else steps.counted():
             result = _act(job["action"], store if bucket else Path(store))
     except Exception as error:  # The parent judges what kind it is.
-        codes = {"errno": error.errno} if isinstance(error, OSError) else {}
+        system = error if isinstance(error, OSError) else error.__cause__
+        codes = {"errno": system.errno} if isinstance(system, OSError) else {}
         result = {"error": type(error).__name__, "message": str(error), **codes}
     with os.fdopen(answer, "w") as pipe:
         json.dump({**result, "steps": steps.labels}, pipe)

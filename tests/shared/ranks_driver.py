@@ -23,6 +23,7 @@ def write_rows(ranks: Ranks, where: Path, selection: str) -> None:
         assert (sampler.rank, sampler.world_size) == (ranks.rank, ranks.world_size)
         rows[tail] = [batch for _ in range(sampler.epochs) for batch in sampler]
         steps = ranks.sums([len(rows[tail])])
+        assert [device.uuid for device in ranks.used_devices()] == [""] * ranks.world_size
         assert steps == [len(rows[tail]) * ranks.world_size]
     (where / f"{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps(rows))
 

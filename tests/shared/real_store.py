@@ -13,8 +13,10 @@ from torch import nn
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.embedding import estimate
-from gstds_cache.embedding.repair import RepairReport, repair_store
-from gstds_cache.embedding.run import EmbedReport, embed_dataset
+from gstds_cache.embedding.repair import RepairReport
+from gstds_cache.embedding.repair import repair as repair_shards
+from gstds_cache.embedding.report import EmbedReport
+from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
@@ -77,11 +79,11 @@ def encoder() -> Encoder:
 
 def embed(where: Path | str, source: Images | None = None) -> EmbedReport:
     config = EmbedConfig(model=MODEL, batch_size=BATCH, shard_rows=SHARD, workers=0, device="cpu")
-    return embed_dataset(source or Images(), config, where=where)
+    return embed_dataset(source or Images(), config, where=where).report
 
 
 def repair(where: Path | str, source: Images | None = None) -> RepairReport:
-    return repair_store(where, source or Images(), encoder(), device="cpu", workers=0)
+    return repair_shards(where, source or Images(), encoder(), device="cpu", workers=0)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def old(tmp_path: Path) -> Path:
 
 def embed(where: Path, source: Images | None = None, **settings) -> EmbedReport:
     config = EmbedConfig(model=real_store.MODEL, workers=0, device="cpu", **settings.pop("sizes", {}))
-    return embed_dataset(source or Images(), config, where=where, **settings)
+    return embed_dataset(source or Images(), config, where=where, **settings).report
 
 
 def require_format_1(store: Path) -> None:

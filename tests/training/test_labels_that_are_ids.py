@@ -19,7 +19,7 @@ from gstds_cache.data.label_counts import LabelCounts, label_notes
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.linear_probe import ProbeSettings, probe_columns
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.training.loop import count_classes
+from gstds_cache.training.classes import count_classes
 
 MODULE = """
 import numpy as np
@@ -85,14 +85,16 @@ def test_classes_and_ids_are_told_apart(array_source, labels: np.ndarray, named:
 def test_an_evaluation_set_with_labels_beyond_the_outputs_is_refused(array_source) -> None:
     other = array_source(8, uri="other")
     other.labels = np.arange(8) + 10**9
-    with pytest.raises(UsageError, match=r"--eval other has labels up to 1,000,000,007, and the network 3 outputs"):
+    with pytest.raises(
+        UsageError, match=r"`evaluation` other has labels up to 1,000,000,007, and the network 3 outputs"
+    ):
         count_classes(array_source(8), other)
 
 
 def test_an_evaluation_set_without_labels_is_refused(array_source) -> None:
     without = array_source(3, uri="other")
     without.labels = np.full(3, -1)
-    with pytest.raises(UsageError, match="--eval other has no labels"):
+    with pytest.raises(UsageError, match="`evaluation` other has no labels"):
         count_classes(array_source(8), without)
 
 

@@ -12,7 +12,8 @@ import torch
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError
 from gstds_cache.stream.reader import open_selection
-from gstds_cache.training.loop import run_config, train
+from gstds_cache.training.identity import run_config
+from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
 
 CONFIG = TrainConfig(
@@ -22,7 +23,7 @@ CONFIG = TrainConfig(
 
 def run(source, selection: Path, out: Path, config: TrainConfig = CONFIG, **options):
     with open_selection(selection) as stream:
-        run_dir = RunDir(out, run_config(config, stream, None), provenance={}, resume=True)
+        run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=True)
         return train(source, stream, config, run_dir, **options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -16,17 +15,21 @@ import pytest
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.flops import SMALL_STEP, flops_per_sample, step_threads
-from gstds_cache.training.loop import NOT_IDENTITY
-from gstds_cache.training.run_dir import RunDir, default_name
+from gstds_cache.training.identity import NOT_IDENTITY, default_name
+from gstds_cache.training.run_dir import RunDir
 
+CHECKPOINT = Checkpoint(network={}, optimizer={}, step=1, samples=2, loss_sum=0.5, loss=0.5, sha="", seconds={})
 HOLD = """
 import sys, time
 from pathlib import Path
+from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.run_dir import RunDir
 with RunDir(Path(sys.argv[1]), {"lr": 0.1}, provenance={}, resume=True) as run_dir:
     run_dir.begin()
-    run_dir.save_checkpoint({"step": 1})
+    counts = {"step": 1, "samples": 2, "loss_sum": 0.5, "loss": 0.5, "sha": "", "seconds": {}}
+    run_dir.save_checkpoint(Checkpoint(network={}, optimizer={}, **counts))
     (run_dir.path / ".checkpoint.pt.9-0123abcd.tmp").write_bytes(b"half")
     (run_dir.path / ".metrics.jsonl.tmp").write_bytes(b"half")  # as they were called before
     print("held", flush=True)
@@ -49,13 +52,11 @@ def test_a_second_process_is_refused_until_the_first_is_killed_and_then_resumes(
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    with pytest.raises(UsageError, match="add --resume"):
+    with pytest.raises(UsageError, match="pass `resume=True`"):
         opened(path, resume=False)
     with opened(path) as run_dir:
         run_dir.begin()
-        state = run_dir.load_checkpoint()
-        assert state is not None
-        assert state["step"] == 1
+        assert run_dir.load_checkpoint() == CHECKPOINT
     assert {entry.name for entry in path.iterdir()} == {".lock", "config.json", "checkpoint.pt"}
 
 
@@ -96,7 +97,7 @@ def test_a_ledger_may_follow_the_run_of_the_same_object(tmp_path: Path) -> None:
     run_dir = opened(tmp_path / "run", resume=False)
     with run_dir:
         run_dir.begin()
-        run_dir.save_checkpoint({"step": 1})
+        run_dir.save_checkpoint(CHECKPOINT)
     run_dir.write_ledger({"pays": True})
     assert (tmp_path / "run" / "ledger.json").exists()
 
@@ -143,9 +144,10 @@ def test_default_names_are_read_by_people() -> None:
     )
 
 
-def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(command, image_folder, result_of) -> None:
-    command("gstds-embed", f"imagefolder:{image_folder}", "--model", "torchvision:resnet18", "--allow-untrained",
-            "--cache", "s")  # fmt: skip
+def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(
+    command, start, image_folder, tiny_model, result_of
+) -> None:
+    command("gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model, "--cache", "s")
     command(
         "gstds-select", "s", "--batch-size", "16", "--knn", "4", "--epochs", "2", "--rule", "random", "--out", "s.arrow"
     )
@@ -154,20 +156,13 @@ def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(comman
     assert named[1] == f"{named[0]}-lr0.03"
     again = result_of(command(*words, "--lr", "0.03", "--resume"))
     assert Path(again["run_dir"]).name == named[1]
-    folder = image_folder.parent
-    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
-    executable = Path(sys.executable).with_name("gstds-train")
-    both = [
-        subprocess.Popen([str(executable), *words[1:], "--out", "one"], cwd=folder, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]  # fmt: skip
-    ended = [(process.communicate(timeout=200), process.returncode) for process in both]
+    both = [start(*words, "--out", "one") for _ in range(2)]
+    ended = [(process.communicate(200), process.wait()) for process in both]
     codes = sorted(code for _, code in ended)
     assert codes[0] == 0
     assert codes[1] in {2, 4}  # 2 where one came when the other had ended
-    assert any("is being written by another process" in err or "there is a run in it" in err for (_, err), _ in ended)
-    assert len((folder / "one" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert any("is being written by another process" in err or "holds a run" in err for (_, err), _ in ended)
+    assert len((image_folder.parent / "one" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_threads_follow_from_the_work_of_a_step_and_from_nothing_else() -> None:

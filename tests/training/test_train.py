@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
+from gstds_cache.data.loading import pixel_batches
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import (
     DivergedError,
@@ -29,11 +30,15 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.writer import write_file
-from gstds_cache.training import loop
+from gstds_cache.training import evaluate as evaluating
+from gstds_cache.training import images, loop
 from gstds_cache.training.augment import augment, to_input
+from gstds_cache.training.evaluate import evaluate
+from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed, default_side
-from gstds_cache.training.loop import one_cycle, run_config, train
+from gstds_cache.training.loop import train
 from gstds_cache.training.network import build_network
+from gstds_cache.training.optimizer import one_cycle
 from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.sampler import SelectedBatchSampler
 
@@ -46,12 +51,9 @@ def source(array_source):
 
 
 @pytest.fixture
-def selection(source, tiny_model, tmp_path: Path) -> Path:
-    embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
-    store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
-    config = SelectConfig(batch_size=24, epochs=3, knn=5, schedule="linear:0.25:0.75", device="cpu")
-    list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
-    return tmp_path / "s.arrow"
+def selection(uneven) -> Path:
+    """Three epochs of four batches."""
+    return uneven[0]
 
 
 def cut_short(selection: Path, cut: Path) -> Path:
@@ -66,7 +68,7 @@ def cut_short(selection: Path, cut: Path) -> Path:
 
 def run(source, selection: Path, out: Path, config: TrainConfig = CONFIG, **options):
     with open_selection(selection) as stream:
-        run_dir = RunDir(out, run_config(config, stream, None), provenance={}, resume=True)
+        run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=True)
         return train(source, stream, config, run_dir, **options)
 
 
@@ -98,11 +100,11 @@ def test_a_run_spends_what_the_selection_says_and_writes_it_down(source, selecti
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (config["selection_digest"], config["arch"]) == (digest, "timm:test_resnet")
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [3, 6, 9, 9]
+    assert [m["step"] for m in metrics] == [4, 8, 12, 12]
     assert metrics[-1]["test_accuracy"] == report.accuracy.value
 
 
-def test_the_pace_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
+def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
     source, selection, tmp_path, monkeypatch
 ) -> None:
     to_input, calls = loop.to_input, []
@@ -135,7 +137,7 @@ def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path)
     assert report.accuracy.value > 0.9
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 9])
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 12])
 def test_a_stopped_run_resumes_to_the_same_numbers(source, selection, tmp_path, stop_at) -> None:
     run(source, selection, tmp_path / "whole")
     steps = 0
@@ -164,7 +166,7 @@ def test_a_truncated_selection_saves_what_was_trained_and_says_so(source, select
     cut = cut_short(selection, tmp_path / "cut.arrow")
     with pytest.raises(TruncatedStreamError):
         run(source, cut, tmp_path / "run")
-    assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 9
+    assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 12
     run(source, selection, tmp_path / "run")
     run(source, selection, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -191,15 +193,15 @@ def test_a_stream_that_ctrl_c_ended_is_an_interrupt_and_no_damage(source, select
 def test_a_run_is_never_overwritten_nor_mixed(source, selection, tmp_path) -> None:
     run(source, selection, tmp_path / "run")
     with open_selection(selection) as stream:
-        with pytest.raises(UsageError, match="--resume"):
-            RunDir(tmp_path / "run", run_config(CONFIG, stream, None), provenance={}, resume=False)
-        other = run_config(replace(CONFIG, lr=0.5), stream, None)
+        with pytest.raises(UsageError, match="resume=True"):
+            RunDir(tmp_path / "run", run_config(CONFIG, stream.header, None), provenance={}, resume=False)
+        other = run_config(replace(CONFIG, lr=0.5), stream.header, None)
     with pytest.raises(FingerprintMismatchError, match=r"lr: the run has 0\.02, now 0\.5"):
         RunDir(tmp_path / "run", other, provenance={}, resume=True)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(source, selection, tmp_path) -> None:
-    with pytest.raises(DivergedError, match="lower --lr"):
+    with pytest.raises(DivergedError, match="lower `lr`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, lr=1e9))
 
 
@@ -220,9 +222,42 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
     assert (report.accuracy.items, report.accuracy.undecodable) == (28, 2)
 
 
+@pytest.mark.parametrize("bad", [frozenset(), frozenset(range(15, 30))])
+def test_test_images_without_a_label_are_left_out_and_counted(source, selection, tmp_path, array_source, bad) -> None:
+    half = array_source(30, bad=bad)
+    half.labels[:15] = -1
+    alike = array_source(30)
+    accuracy = run(source, selection, tmp_path / "run", evaluation=half).accuracy
+    assert (accuracy.items, accuracy.unlabelled, accuracy.undecodable) == (15 - len(bad), 15, len(bad))
+    assert accuracy.value is None if bad else accuracy.value >= 0
+    if not bad:
+        alike.labels[:15] = (alike.labels[:15] + 1) % 3  # wrong labels, which count
+        network = build_network(CONFIG.arch, classes=3, side=16, seed=0)
+        network.load_state_dict(weights(tmp_path / "run"))
+        rows = evaluate(network, alike, torch.device("cpu"), side=16, workers=0)
+        assert (rows.items, rows.unlabelled) == (30, 0)
+        assert 0 <= round(rows.value * 30) - round(accuracy.value * 15) <= 15
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_nothing_is_page_locked_for_a_cpu_beside_a_gpu(source, selection, tmp_path, monkeypatch, budget) -> None:
+    asked: list[bool] = []
+
+    def spy(*arguments, pin, **options):
+        asked.append(pin)
+        return pixel_batches(*arguments, pin=pin, **options)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for module in (images, evaluating):
+        monkeypatch.setattr(module, "pixel_batches", spy)
+    run(source, selection, tmp_path / "run", replace(CONFIG, memory_budget=budget), evaluation=source)
+    assert asked
+    assert not any(asked)
+
+
 @pytest.mark.parametrize(("arch", "side"), [("vit_b_16", 20), ("alexnet", 16)], ids=str)
 def test_an_architecture_that_takes_no_such_images_writes_nothing(source, selection, tmp_path, arch, side) -> None:
-    with pytest.raises(UsageError, match="--image-size"):
+    with pytest.raises(UsageError, match="`image_size`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, arch=arch, image_size=side))
     assert not (tmp_path / "run").exists()
 
@@ -335,7 +370,7 @@ def test_the_sampler_feeds_any_loop(selection, workers) -> None:
     )
     seen = [rows.tolist() for _epoch in range(sampler.epochs) for (rows,) in loader]
     assert seen == expected
-    assert len(loader) == len(sampler) == 3
+    assert len(loader) == len(sampler) == 4
     with pytest.raises(StreamError, match="3 epochs, and all were used"):
         next(iter(sampler))
 

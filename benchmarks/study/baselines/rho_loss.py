@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32
 
-from gstds_cache.training.baselines.batch_method import Choice, Offer, Stateless, kept_of
+from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
 
 
-class RhoLoss(Stateless):
+class RhoLoss(BatchMethod):
     """The method with its reference losses."""
 
     name = "rho-loss"

@@ -12,12 +12,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from gstds_cache.training.baselines.batch_method import Choice, Offer, Stateless, kept_of
+from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
 
 CHUNKS = 16
 
 
-class Jest(Stateless):
+class Jest(BatchMethod):
     """The method with its reference losses."""
 
     name = "jest"

@@ -11,7 +11,7 @@ import torch
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.embedding.check import check_sample
-from gstds_cache.embedding.repair import repair_store
+from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.encoders.encoder import normalized_rows
 from gstds_cache.encoders.factory import open_encoder
@@ -97,26 +97,26 @@ RANDOM = ["dropout", "rare dropout", "noise", "batch mean", "batch norm", "calls
 
 @pytest.mark.parametrize("what", RANDOM)
 def test_a_row_that_does_not_depend_on_its_image_alone_is_refused(array_source, models, tmp_path, what: str) -> None:
-    with pytest.raises(EncoderError, match=r"row \d+ \(item/\d+\), looked at twice .* two different rows") as caught:
+    with pytest.raises(EncoderError, match=r"row \d+ \(item/\d+\) gave two different rows") as caught:
         embed_dataset(array_source(30), config_of(models, what), where=tmp_path / "s")
     assert "training=self.training" in caught.value.hint
     assert caught.value.exit_code == 2
     assert not (tmp_path / "s").exists()
-    with pytest.raises(EncoderError, match="looked at twice"):
+    with pytest.raises(EncoderError, match="two different rows"):
         estimate_dataset(array_source(30), config_of(models, what), where=tmp_path / "s")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_it_is_found_with_any_batch_size(array_source, models, tmp_path, batch_size: int) -> None:
-    with pytest.raises(EncoderError, match="looked at twice"):
+    with pytest.raises(EncoderError, match="two different rows"):
         embed_dataset(array_source(9), config_of(models, "dropout", batch_size=batch_size), where=tmp_path / "s")
 
 
 def test_two_passes_are_all_it_takes_and_a_hit_takes_none(array_source, models, tmp_path) -> None:
     embed_dataset(array_source(16), config_of(models, "fine"), where=tmp_path / "s")
-    assert [shape[0] for shape in models.SHAPES] == [2, 4, 4, *[4] * 4]  # the factory's, two looks, the run
+    assert [shape[0] for shape in models.SHAPES] == [2, 4, 4, *[4] * 4]  # the factory's, the two of the check, the run
     models.SHAPES.clear()
-    assert embed_dataset(array_source(16), config_of(models, "fine"), where=tmp_path / "s").cache_hit
+    assert embed_dataset(array_source(16), config_of(models, "fine"), where=tmp_path / "s").report.cache_hit
     assert [shape[0] for shape in models.SHAPES] == [2]
 
 
@@ -130,16 +130,16 @@ def test_a_model_that_changed_meanwhile_is_found_when_a_store_is_gone_on_with(ar
         embed_dataset(source, config, where=where, progress=stop)
     models.BROKEN = True
     for call in (embed_dataset, estimate_dataset):
-        with pytest.raises(EncoderError, match="looked at twice"):
+        with pytest.raises(EncoderError, match="two different rows"):
             call(source, config, where=where)
     models.BROKEN = False
-    assert embed_dataset(source, config, where=where).committed_before == 16
+    assert embed_dataset(source, config, where=where).report.committed_before == 16
     models.BROKEN = True
     # Else the store would be blamed for it.
-    with pytest.raises(EncoderError, match="looked at twice"):
+    with pytest.raises(EncoderError, match="two different rows"):
         check_sample(EmbeddingStore(where), source, open_encoder(config.model), device="cpu")
-    with pytest.raises(EncoderError, match="looked at twice"):
-        repair_store(where, source, open_encoder(config.model), shards=[0], device="cpu", workers=0)
+    with pytest.raises(EncoderError, match="two different rows"):
+        repair(where, source, open_encoder(config.model), shards=[0], device="cpu", workers=0)
 
 
 def test_a_model_that_is_odd_is_told_of_and_run(array_source, models, tmp_path) -> None:
@@ -149,7 +149,7 @@ def test_a_model_that_is_odd_is_told_of_and_run(array_source, models, tmp_path) 
         ("constant in float16", "the same row for different images"),
     ):
         said: list[str] = []
-        embed_dataset(array_source(30), config_of(models, what), where=tmp_path / what, say=said.append)
+        embed_dataset(array_source(30), config_of(models, what), where=tmp_path / what, notify=said.append)
         assert [words in line for line in said] == [True], said
 
 
@@ -179,7 +179,7 @@ def test_features_that_overflow_or_vanish_are_refused(array_source, models, tmp_
 
 
 class Few:
-    """Makes a data set whose items 41 and 43, which no look sees, are bright, and item 42 does not decode."""
+    """Makes a data set whose items 41 and 43, which the check does not see, are bright, and item 42 does not decode."""
 
     def __new__(cls, array_source):
         class Source(array_source):
@@ -198,7 +198,7 @@ def test_a_row_that_is_no_number_ends_the_run_with_its_name(array_source, models
 def test_an_image_without_features_is_quarantined(array_source, models, tmp_path) -> None:
     source = Few(array_source)
     config = config_of(models, "zeros for a few", batch_size=8)
-    report = embed_dataset(source, config, where=tmp_path / "s")
+    report = embed_dataset(source, config, where=tmp_path / "s").report
     assert [(item.row, item.reason.partition(":")[0]) for item in report.quarantined] == [
         (41, "no features"),
         (42, "made to fail"),

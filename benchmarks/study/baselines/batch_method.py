@@ -1,4 +1,4 @@
-"""The seam between the training loop and methods that choose while the network learns.
+"""What a method that chooses while the network learns is given, and what it gives back.
 
 A method is offered each batch before its step. It may ask for the learner's losses, which costs a forward pass over the
 whole batch; that pass is counted (``forward_samples``) and its time is part of the step's.
@@ -6,9 +6,9 @@ whole batch; that pass is counted (``forward_samples``) and its time is part of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,8 +53,7 @@ class Choice:
     weights: Float32[np.ndarray, " M"] | None = None
 
 
-@runtime_checkable
-class BatchMethod(Protocol):
+class BatchMethod(ABC):
     """A way to choose from each batch.
 
     Attributes:
@@ -65,35 +64,14 @@ class BatchMethod(Protocol):
     name: str
     needs_losses: bool
 
+    @abstractmethod
     def choose(self, offer: Offer) -> Choice:
         """What of the batch is trained on."""
 
-    def observe(
+    def observe(  # noqa: B027 - most methods learn nothing from the steps
         self, rows: Int64[np.ndarray, " M"], losses: Float32[np.ndarray, " M"], correct: Bool[np.ndarray, " M"]
     ) -> None:
         """See the step's losses, unweighted, and which rows were classified rightly, before the weights moved."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run has to know, as tensors and numbers."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
-
-
-class Stateless:
-    """Part of a method that learns nothing from the steps."""
-
-    def observe(
-        self, rows: Int64[np.ndarray, " M"], losses: Float32[np.ndarray, " M"], correct: Bool[np.ndarray, " M"]
-    ) -> None:
-        """Nothing to see."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing to know."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +110,7 @@ class ChosenRows:
     forward_samples: int
 
 
-def narrow(
+def choose_rows(
     method: BatchMethod,
     network: nn.Module,
     rows: Int64[np.ndarray, " B"],

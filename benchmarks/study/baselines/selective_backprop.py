@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float64
 
-from gstds_cache.training.baselines.batch_method import Choice, Offer, Stateless, kept_of
+from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
 
 
-class SelectiveBackprop(Stateless):
+class SelectiveBackprop(BatchMethod):
     """The method."""
 
     name = "selective-backprop"

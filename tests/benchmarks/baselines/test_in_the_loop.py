@@ -1,8 +1,8 @@
-"""Methods in the one training loop: what they cost is counted, and a resumed run is the uninterrupted one."""
+"""Methods in the library's training loop: they choose from each batch, and what they cost is counted."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +10,28 @@ import pytest
 import torch
 from torch import nn
 
-from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
-from gstds_cache.embedding.run import embed_dataset
-from gstds_cache.encoders.factory import packaged_weights
-from gstds_cache.encoders.weights import read_state_dict
-from gstds_cache.errors import EncoderError, UsageError
-from gstds_cache.selection.run import BatchSelector
-from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import open_selection
-from gstds_cache.stream.writer import write_file
-from gstds_cache.training.baselines.batch_method import StepContext, learner_losses, narrow
-from gstds_cache.training.baselines.fixed import write_fixed
-from gstds_cache.training.baselines.infobatch import InfoBatch
-from gstds_cache.training.baselines.rho_loss import RhoLoss
-from gstds_cache.training.baselines.rs2 import rs2
-from gstds_cache.training.loop import run_config, train
-from gstds_cache.training.network import build_network
-from gstds_cache.training.run_dir import RunDir
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
+from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
+from benchmarks.study.baselines.infobatch import START, InfoBatch  # noqa: E402
+from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
+from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
+from benchmarks.study.trainer import train_once  # noqa: E402
+from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
+from gstds_cache.embedding.run import embed_dataset  # noqa: E402
+from gstds_cache.encoders.factory import packaged_weights  # noqa: E402
+from gstds_cache.encoders.weights import read_state_dict  # noqa: E402
+from gstds_cache.errors import EncoderError, UsageError  # noqa: E402
+from gstds_cache.selection.run import BatchSelector  # noqa: E402
+from gstds_cache.store.reader import EmbeddingStore  # noqa: E402
+from gstds_cache.stream.reader import open_selection  # noqa: E402
+from gstds_cache.stream.writer import write_file  # noqa: E402
+from gstds_cache.training.images import ImageFeed  # noqa: E402
+from gstds_cache.training.loop import train  # noqa: E402
+from gstds_cache.training.network import build_network  # noqa: E402
+from gstds_cache.training.run_dir import RunDir  # noqa: E402
 
 CONFIG = TrainConfig(arch="conv3", image_size=16, augment="crop", lr=0.02, device="cpu", workers=0)
 ITEMS, BATCH, EPOCHS = 72, 24, 3
@@ -47,55 +52,48 @@ def everything(source, tiny_model, tmp_path: Path) -> Path:
 
 
 def run(source, selection: Path, out: Path, **options):
-    with open_selection(selection) as stream:
-        run_dir = RunDir(out, run_config(CONFIG, stream, None), provenance={}, resume=True)
-        return train(source, stream, CONFIG, run_dir, **options)
+    feed = ImageFeed(source, side=CONFIG.image_size, memory_budget=1 << 20, workers=0)
+    return train_once(source, selection, CONFIG, out, feed=feed, **options)
+
+
+def network(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt")["network"]
 
 
 def test_a_forward_pass_for_the_choice_is_counted_apart(source, everything, tmp_path) -> None:
-    report = run(source, everything, tmp_path / "run", method=RhoLoss(np.zeros(ITEMS, np.float32), 0.75))
-    assert (report.forward_samples, report.gradient_samples) == (ITEMS * EPOCHS, ITEMS * EPOCHS // 4)
-    assert report.seconds["choose"] > 0
-    plain = run(source, everything, tmp_path / "plain")
-    assert (plain.forward_samples, plain.gradient_samples) == (0, ITEMS * EPOCHS)
+    method = RhoLoss(np.zeros(ITEMS, np.float32), 0.75)
+    result, forward_samples = run(source, everything, tmp_path / "run", method=method)
+    assert (forward_samples, result.gradient_samples) == (ITEMS * EPOCHS, ITEMS * EPOCHS // 4)
+    assert result.seconds["choose"] > 0
+    assert result.seconds["step"] > 0
+    plain, forward_samples = run(source, everything, tmp_path / "plain")
+    assert (forward_samples, plain.gradient_samples) == (0, ITEMS * EPOCHS)
     assert "choose" not in plain.seconds
 
 
 def test_a_method_that_keeps_everything_is_plain_training(source, everything, tmp_path) -> None:
-    run(source, everything, tmp_path / "plain")
+    with open_selection(everything) as stream:
+        train(source, stream, CONFIG, RunDir(tmp_path / "plain", {}, provenance={}, resume=False))
     epochs: list[int] = []
-    report = run(
+    result, _ = run(
         source,
         everything,
         tmp_path / "all",
         method=RhoLoss(np.zeros(ITEMS, np.float32), 0.0),
         after_epoch=lambda network: epochs.append(len(list(network.parameters()))),
     )
-    assert report.gradient_samples == ITEMS * EPOCHS
+    assert result.gradient_samples == ITEMS * EPOCHS
     assert len(epochs) == EPOCHS
-    mine, theirs = (torch.load(tmp_path / name / "checkpoint.pt")["network"] for name in ("plain", "all"))
+    mine, theirs = network(tmp_path / "plain"), network(tmp_path / "all")
     for name, tensor in mine.items():
         assert torch.allclose(tensor.double(), theirs[name].double(), atol=1e-5), name
 
 
-def test_a_method_resumes_with_what_it_learned(source, everything, tmp_path) -> None:
-    run(source, everything, tmp_path / "whole", method=InfoBatch(ITEMS))
-    steps = iter(range(100))
-    with pytest.raises(KeyboardInterrupt):
-        run(
-            source,
-            everything,
-            tmp_path / "cut",
-            method=InfoBatch(ITEMS),
-            interruptible=lambda: nullcontext(lambda: next(steps) == 4),
-        )
+def test_a_method_sees_the_losses_of_what_it_chose(source, everything, tmp_path) -> None:
     method = InfoBatch(ITEMS)
-    run(source, everything, tmp_path / "cut", method=method)
-    mine, theirs = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert mine["samples"] == theirs["samples"] < ITEMS * EPOCHS
-    for name, tensor in mine["network"].items():
-        assert torch.equal(tensor, theirs["network"][name]), name
-    assert torch.equal(mine["method"]["scores"], theirs["method"]["scores"])
+    result, _ = run(source, everything, tmp_path / "run", method=method)
+    assert result.gradient_samples < ITEMS * EPOCHS
+    assert not np.any(method.scores == START)
 
 
 def test_the_learner_is_asked_about_what_the_step_sees(source) -> None:
@@ -104,7 +102,7 @@ def test_the_learner_is_asked_about_what_the_step_sees(source) -> None:
     labels = torch.arange(12) % 3
     losses = learner_losses(network, pixels, labels).numpy()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    chosen = narrow(
+    chosen = choose_rows(
         RhoLoss(np.zeros(40, np.float32), 0.75),
         network,
         np.arange(12) + 20,

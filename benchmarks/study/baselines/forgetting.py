@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from gstds_cache.training.baselines.batch_method import Choice, Offer, Stateless
+from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer
 
 
-class ForgettingCounter(Stateless):
+class ForgettingCounter(BatchMethod):
     """Trains on everything and counts."""
 
     name = "forgetting"

@@ -12,19 +12,16 @@ each sample is drawn by itself, where the paper's code draws a fixed number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 from jaxtyping import Bool, Float32, Int64
 
-from gstds_cache.training.baselines.batch_method import Choice, Offer
+from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer
 
 START = 3.0
 ANNEAL = 0.875  # share of the epochs after which nothing is pruned
 
 
-class InfoBatch:
+class InfoBatch(BatchMethod):
     """The method with its scores.
 
     Attributes:
@@ -67,12 +64,3 @@ class InfoBatch:
     ) -> None:
         """A score is the last loss seen."""
         self.scores[rows] = losses
-
-    def state(self) -> dict[str, Any]:
-        """The scores, and the mean of the epoch that is under way."""
-        return {"scores": torch.from_numpy(self.scores.copy()), "epoch": self._epoch, "mean": self._mean}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take the scores over."""
-        self.scores = state["scores"].numpy().copy()
-        self._epoch, self._mean = state["epoch"], state["mean"]

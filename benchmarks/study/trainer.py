@@ -1,0 +1,103 @@
+"""The library's training loop with what the study adds: methods that choose from each batch, images decoded once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from benchmarks.study.baselines.batch_method import BatchMethod, StepContext, choose_rows, weighted_loss
+from gstds_cache.config import TrainConfig
+from gstds_cache.data.source import ImageSource
+from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.training.batches import TrainingBatch
+from gstds_cache.training.identity import run_config
+from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.loop import Trainer
+from gstds_cache.training.report import TrainingResult
+from gstds_cache.training.run_dir import RunDir
+
+
+class StudyTrainer(Trainer):
+    """A run in one process and one session; its directory holds no state of the method.
+
+    Attributes:
+        forward_samples: Samples that had a forward pass only for the method to choose among them.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        stream: SelectionStream,
+        config: TrainConfig,
+        run_dir: RunDir,
+        *,
+        feed: ImageFeed,
+        method: BatchMethod | None = None,
+        after_epoch: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Prepare a run; arguments as for :func:`train_once`."""
+        self._given_feed, self._method, self._after_epoch, self.forward_samples = feed, method, after_epoch, 0
+        super().__init__(source, stream, config, run_dir)
+
+    def open_feed(self) -> ImageFeed:
+        return self._given_feed
+
+    def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
+        """The loss on the rows that the method chooses."""
+        if self._method is None:
+            return super().batch_loss(batch)
+        begun = time.perf_counter()
+        context = StepContext(batch.epoch, self.stream.header.epochs, self.config.seed, self.step)
+        pixels, target = self.pixels(batch), self.targets(batch)
+        with self.autocast:
+            chosen = choose_rows(
+                self._method, self.network, batch.rows, pixels, target, augmented=self.augmented, context=context
+            )
+        self.forward_samples += chosen.forward_samples
+        seconds = time.perf_counter() - begun
+        self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
+        self.seconds["step"] -= seconds  # the loop counts the whole step
+        return weighted_loss(self._method, chosen, self.logits(chosen.pixels)), len(chosen.rows)
+
+    def end_epoch(self, epoch: int) -> None:
+        super().end_epoch(epoch)
+        if self._after_epoch is not None:
+            begun = time.perf_counter()
+            self._after_epoch(self.network)
+            self.network.train()
+            self.seconds["eval"] += time.perf_counter() - begun
+
+
+def train_once(
+    source: ImageSource,
+    selection: Path,
+    config: TrainConfig,
+    out: Path,
+    *,
+    feed: ImageFeed,
+    method: BatchMethod | None = None,
+    after_epoch: Callable[[nn.Module], None] | None = None,
+) -> tuple[TrainingResult, int]:
+    """One run.
+
+    Args:
+        source: The training set.
+        selection: The selection.
+        config: How to train.
+        out: The run's directory, which is new.
+        feed: The training set's pixels, decoded already.
+        method: Chooses from each batch before its step; None trains on the batch as it is.
+        after_epoch: Called with the network after each epoch; its time counts as ``eval``.
+
+    Returns:
+        What was done, and how many samples had a forward pass only for the method to choose among them.
+    """
+    with open_selection(selection) as stream:
+        run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=False)
+        with run_dir:
+            trainer = StudyTrainer(source, stream, config, run_dir, feed=feed, method=method, after_epoch=after_epoch)
+            return trainer.run(), trainer.forward_samples

@@ -1,0 +1,186 @@
+"""``gstds_cache.embed``: embed a data set once, or find the store in which that was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
+from pathlib import Path
+from typing import Any, Unpack
+
+from gstds_cache.config import EmbedConfig, EmbedSettings
+from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.records import Cost, keep_record, store_costs
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.outputs import inside_warning
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.estimate import Estimate
+from gstds_cache.embedding.report import EmbedReport
+from gstds_cache.embedding.run import embed_dataset, estimate_dataset
+from gstds_cache.errors import GstdsError, UsageError
+from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
+from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.devices import describe_device, resolve_device
+from gstds_cache.runtime.notify import Notify, log
+from gstds_cache.runtime.progress import Progress, ProgressBar, showing
+from gstds_cache.store.reader import EmbeddingStore
+
+
+def embed(
+    dataset: Any,
+    cache: LocationLike | None = None,
+    *,
+    reuse: Sequence[LocationLike] = (),
+    progress: Progress | bool | None = True,
+    notify: Notify | None = None,
+    **settings: Unpack[EmbedSettings],
+) -> EmbeddingStore:
+    """Embed every image of ``dataset`` with a frozen reference model, and return the store of their embeddings.
+
+    The same call again finds the store and embeds nothing; after an interrupt it goes on where it stopped. The store
+    can be used at once: :func:`gstds_cache.select` takes it.
+
+    On a CPU, :func:`gstds_cache.runtime.allocator.keep_freed_memory` before the first call can halve the model's time.
+    It is a setting of the whole process, so only the commands make it by themselves.
+
+    Args:
+        dataset: A data set's URI, such as ``imagefolder:PATH``, or any map-style data set object.
+        cache: The store's location: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model
+            and their contents, in ``$GSTDS_CACHE`` or ``~/.cache/gstds-cache``.
+        reuse: Other stores, complete or not. Rows of the same images by the same model are taken over from them.
+        progress: True shows a bar on stderr, False nothing; or a function that is called with phase, images done,
+            images in all, and shares of the time.
+        notify: Called with each line for the user: an estimate, warnings, notes. None logs them as warnings.
+        **settings: Fields of :class:`gstds_cache.EmbedConfig`.
+
+    Returns:
+        The store. Its ``report`` says what this call did.
+
+    Raises:
+        UsageError: An argument cannot be meant, or the default place for stores cannot be written.
+        DatasetError: The data set cannot be read, or an item is another than when it was hashed.
+        EncoderError: The model cannot be built, or its rows mean nothing.
+        FingerprintMismatchError: The store at ``cache`` holds something else, or one of ``reuse`` was made otherwise.
+        ChunkCorruptError: A store is damaged.
+        IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
+    """
+    others = (reuse,) if isinstance(reuse, LocationLike) else tuple(reuse)
+    config, notify = EmbedConfig(**settings), notify or log
+    _require_locations(cache, others)
+    root = None if cache is not None else cache_root("`cache`")
+    hash_cache = HashCache(hashes_folder())
+    meter = EnergyMeter(resolve_device(config.device))
+    with showing(progress, "images", check="shards") as show, _default_place(root):
+
+        def report_progress(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
+            meter.add("embed")
+            show(phase, done, total, shares)
+
+        def tell(line: str) -> None:
+            if isinstance(show, ProgressBar):
+                show.end()
+            notify(line)
+
+        source = open_source(
+            dataset, hash_cache=hash_cache, progress=lambda done, total: report_progress("hash", done, total, {})
+        )
+        _warn_if_inside(source, cache or root, tell)
+        store = embed_dataset(
+            source,
+            config,
+            where=cache,
+            root=root,
+            reuse=others,
+            progress=report_progress,
+            notify=tell,
+            hash_cache=hash_cache,
+        )
+    meter.add("embed")
+    report = store.report
+    assert report is not None
+    notes = [*report.notes, *hash_cache.notes]
+    if not report.cache_hit:
+        notes += _record_cost(report, meter, describe_device(resolve_device(config.device)))
+    for note in notes:
+        notify(f"note: {note}")
+    return store
+
+
+def estimate_embedding(
+    dataset: Any, cache: LocationLike | None = None, *, notify: Notify | None = None, **settings: Unpack[EmbedSettings]
+) -> Estimate:
+    """What :func:`embed` would take, from a few images. Hashes, embeds and writes nothing.
+
+    Args:
+        dataset: As for :func:`embed`.
+        cache: As for :func:`embed`. None is taken for a store that is not there yet: its name needs every hash.
+        notify: As for :func:`embed`.
+        **settings: Fields of :class:`gstds_cache.EmbedConfig`.
+
+    Returns:
+        Time, disk, memory and batch size.
+
+    Raises:
+        UsageError: An argument cannot be meant, or the model does not fit the device.
+        DatasetError: The data set cannot be read.
+        EncoderError: The model cannot be built, or its rows mean nothing.
+        FingerprintMismatchError: The store holds something else, as far as can be seen without hashing.
+    """
+    config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
+    _require_locations(cache)
+    source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
+    _warn_if_inside(source, cache or root, notify)
+    return estimate_dataset(source, config, where=cache, root=root, notify=notify)
+
+
+def _require_locations(cache: LocationLike | None, reuse: Sequence[LocationLike] = ()) -> None:
+    """Refuse locations that cannot be meant, before a model is loaded."""
+    for argument, location in (("`cache`", cache), *(("`reuse`", other) for other in reuse)):
+        if location is not None:
+            Location.parse(location, argument)
+
+
+def _warn_if_inside(source: ImageSource, path: LocationLike | None, notify: Notify) -> None:
+    if warning := inside_warning(source, path, what="the store", argument="cache"):
+        notify(warning)
+
+
+@contextmanager
+def _default_place(root: Path | None) -> Iterator[None]:
+    """Tell of a default place for stores that cannot be written; what was committed there has other errors.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: It cannot be written.
+        OSError: Any other that was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        denied = error.errno in {EACCES, EEXIST, ENOTDIR, EPERM, EROFS} and not isinstance(error, GstdsError)
+        file = Path(error.filename or root or "")  # making the folder may fail at one above it
+        if root is None or not denied or not (file.is_relative_to(root) or root.is_relative_to(file)):
+            raise
+        raise UsageError(
+            f"the default place for stores cannot be written: {error.filename or root}: {error.strerror}",
+            hint="pass `cache=STORE`, or set GSTDS_CACHE to a folder that can be written",
+        ) from error
+
+
+def _record_cost(report: EmbedReport, meter: EnergyMeter, device: str) -> list[str]:
+    """Write down beside the store what it cost, for the ledgers of the runs that use it; a note where that fails."""
+    cost = Cost(
+        of=report.fingerprint,
+        samples=report.embedded,
+        reused=report.reused,
+        seconds=report.seconds["total"],
+        joules=meter.total,
+        device=device,
+        joules_from=meter.source,
+    )
+    # A record that was there before the first row is of another store of the same fingerprint, that was removed.
+    note = keep_record(store_costs(report.location), cost, anew=not report.committed_before)
+    return [note] if note else []

@@ -1,0 +1,161 @@
+"""A training run's data, selection and settings, opened and checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gstds_cache.config import TrainConfig, TrainSettings
+from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_sources
+from gstds_cache.errors import UsageError
+from gstds_cache.files.location import LocationLike, local_file
+from gstds_cache.runtime.notify import Notify, log
+from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.runtime.threads import limited_threads
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.reader import SelectionStream, open_selection, require_store
+from gstds_cache.stream.schema import Header
+from gstds_cache.training.classes import count_classes
+from gstds_cache.training.distributed import Ranks, process_group
+from gstds_cache.training.flops import flops_per_sample, step_threads
+from gstds_cache.training.identity import resolve_auto
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What a run is made of, opened.
+
+    Attributes:
+        source: The training set.
+        evaluation: The evaluation set.
+        stream: The selection, its header read.
+        where: The selection: a file, ``-`` or an address.
+        config: The settings, with nothing left to the data set.
+        ranks: This process among those that train together.
+        flops: FLOPs of a sample's forward and backward pass; None where they cannot be counted.
+        embed_cost: What the store cost; None where no record of it was found.
+        select_cost: What the selection cost; None where no record of it was found.
+        progress: Called with progress.
+        notify: Called with lines for the user.
+    """
+
+    source: ImageSource
+    evaluation: ImageSource | None
+    stream: SelectionStream
+    where: str
+    config: TrainConfig
+    ranks: Ranks
+    flops: float | None
+    embed_cost: Cost | None
+    select_cost: Cost | None
+    progress: Progress
+    notify: Notify
+
+
+@contextmanager
+def open_run(
+    dataset: Any,
+    selection: Any,
+    *,
+    evaluation: Any,
+    cache: EmbeddingStore | LocationLike | None,
+    settings: TrainSettings,
+    hash_cache: HashCache,
+    hash_items: bool,
+    progress: Progress | bool | None,
+    notify: Notify | None,
+) -> Iterator[OpenedRun]:
+    """Open data sets and selection; refuse what does not fit together, before every item is hashed.
+
+    Args:
+        dataset: As for :func:`gstds_cache.train`, as are the others but for two.
+        selection: The selection.
+        evaluation: The evaluation set.
+        cache: The store.
+        settings: Fields of :class:`gstds_cache.TrainConfig`.
+        hash_cache: Hashes of files from before.
+        hash_items: Whether files may be read to decide which items are in a part of a data set.
+        progress: Called with progress.
+        notify: Called with lines for the user.
+
+    Yields:
+        The run. While the block lasts, this process is one of its ranks, and CPU threads are limited.
+
+    Raises:
+        UsageError: Several ranks were to read one stdin.
+    """
+    config, where = TrainConfig(**settings), _location_of(selection)
+    with ExitStack() as held:
+        held.enter_context(limited_threads(config.threads))
+        ranks = held.enter_context(process_group(config.device))
+        if where == "-" and ranks.world_size > 1:
+            raise UsageError(
+                f"`selection`: got -, but {ranks.world_size} ranks cannot share one stdin",
+                hint="give a file, or the address of a service (gstds-select --serve)",
+            )
+        show = held.enter_context(showing(progress if ranks.first else None, "steps", hash="items", load="images"))
+        hashing = partial(show_hashing, show)
+        datasets = (dataset,) if evaluation is None else (dataset, evaluation)
+        source, *rest = open_sources(datasets, hash_cache=hash_cache, progress=hashing, read=hash_items)
+        other = rest[0] if rest else None
+        classes = count_classes(source, other)
+        stream = held.enter_context(open_selection(where))
+        store = _checked_store(cache, stream.header)
+        config = resolve_auto(config, source)
+        flops = flops_per_sample(config.arch, classes=classes, side=config.image_size)
+        held.enter_context(limited_threads(_step_threads(config, ranks, stream.header, flops)))
+        costs = _costs(stream.header, where, store)
+        tell = (notify or log) if ranks.first else _tell_nobody
+        yield OpenedRun(source, other, stream, where, config, ranks, flops, *costs, show, tell)
+
+
+def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) -> str | None:
+    """Where the store is, which the selection has to be from."""
+    if cache is None:
+        return None
+    metadata = cache.metadata if isinstance(cache, EmbeddingStore) else StoreMetadata(cache)
+    require_store(header, fingerprint=metadata.spec.fingerprint, where=str(metadata.location))
+    return str(metadata.location)
+
+
+def _step_threads(config: TrainConfig, ranks: Ranks, header: Header, flops: float | None) -> int:
+    """The threads that were asked for; where none were, what a step on a CPU is worth. 0 leaves what there is."""
+    if config.threads or ranks.device.type != "cpu":
+        return config.threads
+    samples = (config.repack or header.total_kept / max(header.total_batches, 1)) / ranks.world_size
+    return step_threads(flops, samples)
+
+
+def _location_of(selection: Any) -> str:
+    """Where a selection is: of a Selection its file; a path as it is meant; stdin and services stay."""
+    text = str(getattr(selection, "path", selection))
+    return text if is_stream(text) else str(local_file(text, "`selection`"))
+
+
+def is_stream(where: str) -> bool:
+    """Whether a selection comes through stdin or from a service, and is no file."""
+    return where == "-" or where.startswith(("grpc://", "grpc+tls://"))
+
+
+def show_hashing(show: Progress, done: int, total: int) -> None:
+    """Show that so many items are hashed."""
+    show("hash", done, total, {})
+
+
+def _tell_nobody(_line: str) -> None:
+    """The first rank speaks for all."""
+
+
+def _costs(header: Header, where: str, store: str | None) -> tuple[Cost | None, Cost | None]:
+    """What embedding and selection cost, where that was written down."""
+    select = None if is_stream(where) else recall(selection_costs(Path(where)), header.selection_digest)
+    store = store or (select.store if select else None)
+    return (recall_store(store, header.cache_fingerprint) if store else None), select

@@ -1,0 +1,90 @@
+"""``gstds_cache.repair_store``, and the comparison of stored rows with the model: both need data set and model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.check import SampleReport, check_sample
+from gstds_cache.embedding.repair import RepairReport, repair, require_same_data
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.errors import UsageError
+from gstds_cache.files.derived import hashes_folder
+from gstds_cache.files.location import LocationLike
+from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.reader import EmbeddingStore
+
+
+def repair_store(
+    store: LocationLike,
+    *,
+    shards: Sequence[int] = (),
+    dataset: Any = None,
+    model: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | bool | None = True,
+) -> RepairReport:
+    """Hash every object of a store, and make again what is missing or damaged, and nothing else.
+
+    Args:
+        store: Its location: a directory, or ``s3://BUCKET/PREFIX``.
+        shards: Shards to make again as well, whatever their hashes.
+        dataset: Where the data set is now; None is where it was when the store was made.
+        model: Where the model is now; None is where it was when the store was made.
+        device: Where the model runs.
+        workers: Processes that decode images; None fits the machine and the data set.
+        progress: As for :func:`gstds_cache.embed`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: A shard does not exist, or the store does not say where its data set or model is.
+        StoreNotFoundError: There is no store.
+        EncoderError: The model's rows mean nothing.
+        FingerprintMismatchError: The data set or the model is not the store's; nothing was changed.
+        IncompleteError: Another process is writing the store, or what it takes ran out; the same call goes on.
+        IntegrityError: The specification itself is damaged.
+    """
+    source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model)
+    with showing(progress, "images", check="shards") as show:
+        return repair(
+            store,
+            source,
+            encoder,
+            shards=shards,
+            device=device,
+            workers=workers,
+            hash_cache=HashCache(hashes_folder()),
+            progress=lambda phase, done, total: show(phase, done, total, {}),
+        )
+
+
+def compare_sample(
+    store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
+) -> SampleReport:
+    """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
+    opened = EmbeddingStore(store, allow_partial=True, access="window")
+    source, encoder = _source_and_encoder(opened.metadata, dataset, model)
+    require_same_data(opened.metadata, source, encoder, HashCache(hashes_folder()))
+    return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
+
+
+def _source_and_encoder(store: StoreMetadata, dataset: Any, model: str | None) -> tuple[ImageSource, Encoder]:
+    """The data set and the model that a store was made with, from where they were then or where they are now.
+
+    Raises:
+        UsageError: Nobody says where one of them is.
+    """
+    dataset = store.dataset_uri if dataset is None else dataset
+    model = model or store.model_uri
+    if dataset is None or not model:
+        argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
+        raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")
+    return open_source(dataset), open_encoder(model, allow_untrained=True)

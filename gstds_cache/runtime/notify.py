@@ -1,0 +1,14 @@
+"""Lines for the user: what a public call's ``notify`` is called with, and what is done with them by default."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+Notify = Callable[[str], None]
+"""Called with one line: a warning, an estimate, a note. Arguments stand in backticks, as in errors."""
+
+
+def log(line: str) -> None:
+    """Log ``line`` as a warning of the logger ``gstds_cache``."""
+    logging.getLogger("gstds_cache").warning("%s", line)

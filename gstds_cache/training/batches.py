@@ -1,0 +1,96 @@
+"""The batches of a run's steps with their pixels, which may be decoded ahead of the steps."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from gstds_cache.stream.ranks import rank_positions
+from gstds_cache.training.distributed import Ranks
+from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.steps import StepReader
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """What one step is taken on.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        rows: Rows of the data set that this rank takes, int64 [m].
+        pixels: Their pixels, uint8 [m, 3, S, S], not augmented, on the CPU.
+        positions: Where those rows stand in the global batch, int64 [m].
+        size: Rows of the global batch, over all ranks (M).
+        sha: Running hash over the selection's records up to this step, hexadecimal.
+    """
+
+    epoch: int
+    rows: Int64[np.ndarray, " m"]
+    pixels: UInt8[Tensor, "m 3 S S"]
+    positions: Int64[np.ndarray, " m"]
+    size: int
+    sha: str
+
+
+class BatchLoader:
+    """Reads the rows of each step, and gets their pixels.
+
+    Attributes:
+        steps: Where the rows come from. It is ahead of the batches given out where workers decode.
+    """
+
+    def __init__(self, steps: StepReader, feed: ImageFeed, ranks: Ranks, seconds: dict[str, float]) -> None:
+        """Nothing is read before the first batch is asked for.
+
+        Args:
+            steps: The rows of each step.
+            feed: The pixels.
+            ranks: Which rank this is.
+            seconds: Time spent waiting is added to its ``indices`` and ``images``.
+        """
+        self.steps, self._feed, self._ranks, self._seconds = steps, feed, ranks, seconds
+        # Epoch, kept rows and hash of the batches whose pixels are not given out yet.
+        self._ahead: deque[tuple[int, Int64[np.ndarray, " M"], str]] = deque()
+
+    def batches(self) -> Generator[TrainingBatch, None, None]:
+        """Yield the batches from the reader's position on.
+
+        Yields:
+            Each step's batch.
+
+        Raises:
+            StreamError: The selection is damaged or truncated.
+            IncompleteError: A process that decodes was killed or had no memory.
+            UsageError: An image cannot be decoded.
+        """
+        with closing(self._feed.batches(self._rows())) as pixel_batches:
+            while True:
+                begun, indices = time.perf_counter(), self._seconds["indices"]
+                pixels = next(pixel_batches, None)
+                waited = time.perf_counter() - begun
+                self._seconds["images"] += waited - (self._seconds["indices"] - indices)
+                if pixels is None:
+                    return
+                epoch, kept, sha = self._ahead.popleft()
+                positions = self._positions(len(kept))
+                yield TrainingBatch(epoch, kept[positions], pixels, positions, len(kept), sha)
+
+    def _rows(self) -> Iterator[Int64[np.ndarray, " m"]]:
+        while True:
+            begun = time.perf_counter()
+            batch = next(self.steps, None)
+            self._seconds["indices"] += time.perf_counter() - begun
+            if batch is None:
+                return
+            self._ahead.append((batch.epoch, batch.kept, self.steps.position.sha256))
+            yield batch.kept[self._positions(len(batch.kept))]
+
+    def _positions(self, size: int) -> Int64[np.ndarray, " m"]:
+        return rank_positions(size, self._ranks.rank, self._ranks.world_size, "pad")

@@ -1,0 +1,114 @@
+"""Stores as a whole from Python: listed, described, verified, repaired, exported and removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_store import MODEL, Images
+from real_store import embed as embed_images
+
+from gstds_cache.api.cache import (
+    describe_store,
+    list_derived,
+    list_stores,
+    remove_store,
+    verify_store,
+)
+from gstds_cache.api.embed import embed
+from gstds_cache.api.export import export_store
+from gstds_cache.api.repair import repair_store
+from gstds_cache.costs.records import store_costs
+from gstds_cache.errors import FingerprintMismatchError, StoreNotFoundError, UsageError
+from gstds_cache.store import layout
+
+
+@pytest.fixture
+def store(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of an image folder, made as a user makes it, in a folder of stores."""
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "stores"))
+    uri = f"imagefolder:{image_folder}"
+    where = tmp_path / "stores" / "photos.store"
+    embed(uri, where, progress=False, notify=lambda _: None, model=MODEL, batch_size=4, shard_rows=8, workers=0)
+    return where
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_stores_are_listed_and_described_and_damaged_ones_named(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, store.with_name("broken"))
+    (store.with_name("broken") / "zarr.json").write_text("{")
+    listed = list_stores()
+    assert [Path(one.location).name for one in listed.stores] == ["photos.store"]
+    assert list(listed.damaged) == ["broken"]
+    assert listed == list_stores(tmp_path / "stores")
+    summary = describe_store(store)
+    assert (summary.items, summary.shards, summary.complete, len(summary.quarantined)) == (60, 8, True, 2)
+    assert json.loads(json.dumps(listed.to_dict()))["stores"] == [json.loads(json.dumps(summary.to_dict()))]
+    with pytest.raises(UsageError, match="no folder at"):
+        list_stores(tmp_path / "nowhere")
+
+
+def test_a_sound_store_has_no_problems_at_any_level(store: Path) -> None:
+    for level in ("quick", "full", "sample"):
+        report = verify_store(store, level=level, rows=10, progress=False)
+        assert (report.problems, report.complete, report.level) == ((), True, level)
+        assert (len(report.sampled), report.cosine_min is None) == ((10, False) if level == "sample" else (0, True))
+        json.dumps(report.to_dict())
+    with pytest.raises(UsageError, match="`rows`: got 0"):
+        verify_store(store, level="sample", rows=0)
+
+
+def test_damage_is_a_part_of_the_report_and_is_repaired(store: Path, image_folder: Path, tmp_path: Path) -> None:
+    whole = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    flip(store / layout.object_key(2))
+    assert verify_store(store, progress=False).problems == ()
+    assert verify_store(store, level="full", progress=False).bad_shards == [2]
+    moved = image_folder.rename(tmp_path / "elsewhere")
+    report = repair_store(store, dataset=f"imagefolder:{moved}", shards=[5], workers=0, progress=False)
+    assert (report.shards, report.images, report.changed, report.after.problems) == ((2, 5), 16, (), ())
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == whole
+    assert json.loads(json.dumps(report.to_dict()))["shards_made_again"] == [2, 5]
+    with pytest.raises(UsageError, match="`shards`: got 8"):
+        repair_store(store, dataset=f"imagefolder:{moved}", shards=[8], progress=False)
+    with pytest.raises(FingerprintMismatchError, match="items"):
+        repair_store(store, dataset="digits", shards=[0], progress=False)
+
+
+def test_a_store_that_does_not_say_where_its_data_is_needs_to_be_told(tmp_path: Path) -> None:
+    embed_images(tmp_path / "s", Images())
+    path = tmp_path / "s" / "zarr.json"
+    group = json.loads(path.read_text())
+    del group["attributes"]["gstds"]["provenance"]["dataset"]
+    path.write_text(json.dumps(group))
+    with pytest.raises(UsageError, match="does not say where its data set is") as caught:
+        repair_store(tmp_path / "s", progress=False)
+    assert "`dataset`" in caught.value.hint
+
+
+def test_an_export_says_what_is_in_it(store: Path, tmp_path: Path) -> None:
+    done = export_store(store, tmp_path / "rows.npy")
+    assert (done.rows, done.undecodable, done.bytes) == (60, 2, (tmp_path / "rows.npy").stat().st_size)
+    assert np.load(tmp_path / "rows.npy").shape == (done.rows, done.dim)
+    with pytest.raises(UsageError, match="the file exists"):
+        export_store(store, tmp_path / "rows.npy")
+    assert export_store(store, tmp_path / "rows.npy", replace=True) == done
+
+
+def test_removing_takes_what_was_derived_along(store: Path) -> None:
+    folders = [store.with_name(f"photos.store{kind}") for kind in (".selections", ".guidance")]
+    for folder in folders:
+        folder.mkdir()
+    assert list_derived(store) == [*folders, store_costs(store)[0]]
+    removed = remove_store(store)
+    assert (removed.store, removed.derived, removed.remaining) == (str(store), (*folders, store_costs(store)[0]), ())
+    assert not any(path.name.startswith("photos.store") for path in store.parent.iterdir())
+    with pytest.raises(StoreNotFoundError):
+        remove_store(store)
