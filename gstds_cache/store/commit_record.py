@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from gstds_cache.errors import IntegrityError
+from gstds_cache.files import mapped
 from gstds_cache.files.digest import canonical_json, digest_of, merkle_root
+from gstds_cache.store import layout
 from gstds_cache.store.format import Format
+from gstds_cache.store.spec import CacheSpec
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,37 @@ class CommitRecord:
 def commits_root(commits: dict[int, CommitRecord], names: Format) -> str:
     """Merkle root over the commit records in shard order, as they are on disk."""
     return merkle_root(commits[shard].to_bytes(names) for shard in sorted(commits))
+
+
+def valid_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
+    """The ``valid`` array [N] uint8 that the commit records amount to."""
+    valid = mapped.zeros((spec.items,), np.uint8)
+    for shard in range(spec.shards):
+        span = spec.rows_of(shard)
+        valid[span.start : span.stop] = valid_in(spec, commits, shard)
+    return valid
+
+
+def counts_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> tuple[int, int]:
+    """How many rows have an embedding, and how many could not be decoded."""
+    quarantined = sum(len({item.row for item in commit.quarantined}) for commit in commits.values())
+    return sum(len(spec.rows_of(shard)) for shard in commits) - quarantined, quarantined
+
+
+def valid_in(spec: CacheSpec, commits: dict[int, CommitRecord], shard: int) -> np.ndarray:
+    """A shard's part [R] of the ``valid`` array."""
+    span = spec.rows_of(shard)
+    valid = np.full(len(span), layout.OK if shard in commits else layout.MISSING, np.uint8)
+    for item in commits[shard].quarantined if shard in commits else ():
+        valid[item.row - span.start] = layout.UNDECODABLE
+    return valid
+
+
+def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
+    """The rows [A] int64, ascending, whose ``valid`` is not 1."""
+    parts = [
+        np.unique([item.row for item in commits[shard].quarantined] if shard in commits else spec.rows_of(shard))
+        for shard in range(spec.shards)
+        if shard not in commits or commits[shard].quarantined
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
-from gstds_cache.files import mapped
 from gstds_cache.files.digest import canonical_json
 from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.store import layout
-from gstds_cache.store.commit_record import CommitRecord, commits_root
+from gstds_cache.store.commit_record import CommitRecord, commits_root, counts_of
 from gstds_cache.store.factory import open_transport
 from gstds_cache.store.format import Format
 from gstds_cache.store.spec import CacheSpec
@@ -305,40 +302,6 @@ class StoreMetadata:
             except FileNotFoundError:
                 problems.append(Problem(key, f"{key} is missing"))
         return problems
-
-
-def valid_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
-    """The ``valid`` array [N] uint8 that the commit records amount to."""
-    valid = mapped.zeros((spec.items,), np.uint8)
-    for shard in range(spec.shards):
-        span = spec.rows_of(shard)
-        valid[span.start : span.stop] = valid_in(spec, commits, shard)
-    return valid
-
-
-def counts_of(spec: CacheSpec, commits: dict[int, CommitRecord]) -> tuple[int, int]:
-    """How many rows have an embedding, and how many could not be decoded."""
-    quarantined = sum(len({item.row for item in commit.quarantined}) for commit in commits.values())
-    return sum(len(spec.rows_of(shard)) for shard in commits) - quarantined, quarantined
-
-
-def valid_in(spec: CacheSpec, commits: dict[int, CommitRecord], shard: int) -> np.ndarray:
-    """A shard's part [R] of the ``valid`` array."""
-    span = spec.rows_of(shard)
-    valid = np.full(len(span), layout.OK if shard in commits else layout.MISSING, np.uint8)
-    for item in commits[shard].quarantined if shard in commits else ():
-        valid[item.row - span.start] = layout.UNDECODABLE
-    return valid
-
-
-def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
-    """The rows [A] int64, ascending, whose ``valid`` is not 1."""
-    parts = [
-        np.unique([item.row for item in commits[shard].quarantined] if shard in commits else spec.rows_of(shard))
-        for shard in range(spec.shards)
-        if shard not in commits or commits[shard].quarantined
-    ]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def corrupt(location: Location, problems: Iterable[Problem]) -> ChunkCorruptError:

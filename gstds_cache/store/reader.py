@@ -21,8 +21,8 @@ from gstds_cache.files.location import LocationLike
 from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
-from gstds_cache.store.commit_record import Quarantined
-from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
 
 if TYPE_CHECKING:

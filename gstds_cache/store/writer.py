@@ -20,9 +20,9 @@ from gstds_cache.errors import (
 from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.store import layout
-from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root
+from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root, counts_of, valid_of
 from gstds_cache.store.factory import open_transport
-from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt, counts_of, valid_of
+from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport
 
