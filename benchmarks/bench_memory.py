@@ -6,7 +6,7 @@ Each measurement is a process of its own. The encoder is synthetic (a mean over 
 images of ``embed``, which are made on the fly: what grows with the rows is ours, the manifest (ids, hashes, labels) and
 nothing of the embeddings, which exceed the stated budget many times over. The names that the synthetic data set holds
 are its own and not counted. ``folder`` counts everything: it lists, hashes and embeds a folder of image files, and
-writes the memory of their hashes; ``folder_hit`` is the same again, when all is embedded.
+keeps their hashes; ``folder_hit`` is the same again, when all is embedded.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def main() -> None:
         for rows in arguments.files:
             store = Path(folder) / f"{rows}f.store"
             make_images(store.with_suffix(".images"), rows)
-            time.sleep(RACY_NS / 1e9 + 0.1)  # Files younger than this are not remembered.
+            time.sleep(RACY_NS / 1e9 + 0.1)  # Digests of younger files are not kept.
             found.setdefault(rows, {}).update({name: measure("folder", rows, store) for name in FOLDER_JOBS})
     report(
         "memory",

@@ -87,9 +87,9 @@ class Copies:
                 failed = error
         try:
             if self._again is not None:
-                made = self._again()
-                check(made)
-                return made
+                another = self._again()
+                check(another)
+                return another
         except Exception as error:
             failed = error
         raise NotCopiedError(f"making it again failed: {str(failed) or type(failed).__name__}") from failed

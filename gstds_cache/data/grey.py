@@ -41,7 +41,7 @@ class GreyScale:
     """What a file says of its grey values.
 
     Attributes:
-        ends: The values of black and white; None where nothing is said.
+        ends: The values of black and white; None where the file does not tell.
         sixteen: Whether integers are known to be 0..65535.
     """
 

@@ -1,4 +1,4 @@
-"""Image folders whose classes lie one level lower than was said: PATH/train/CLASS, or PATH/photos/CLASS."""
+"""Image folders whose classes lie one level below the folder that was named: PATH/train/CLASS, PATH/photos/CLASS."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def build_manifest(
 
     Args:
         source: The data set.
-        hash_cache: Digests of files remembered from before: a file that has not changed since is not opened.
+        hash_cache: Digests of files kept from before: a file that has not changed since is not opened.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash; hashing and file reads leave Python's lock.
 

@@ -254,8 +254,8 @@ class MapStyleSource:
             values = attribute(self._dataset, name, self.uri)
             if may_be_labels(values, rows) and _agree(values, parsed[0], parsed[-1]) and self._agrees(values, column):
                 return column.read(values)
-        found = map(self._label, range(rows))
-        return column.read(None if isinstance(label, UndecodableError) else label for label in found)
+        labels = map(self._label, range(rows))
+        return column.read(None if isinstance(label, UndecodableError) else label for label in labels)
 
     def _agrees(self, values: Any, column: LabelColumn) -> bool:
         """Whether an attribute's values are the labels of some items between the first and the last, too."""
@@ -381,10 +381,10 @@ def _payload(image: Image.Image) -> bytes:
 def _agree(values: Any, *ends: int | str | None) -> bool:
     """Whether an attribute's first and last value are the labels of the first and last item, where these are known."""
     try:
-        there = [parse_label(value) for value in first_and_last(values)]
+        parsed = [parse_label(value) for value in first_and_last(values)]
     except Exception:  # no labels, none that can be gone through (sparse tensors), or the attribute's own code
         return False
-    return all(label in {None, other} for label, other in zip(ends, there, strict=True))
+    return all(label in {None, other} for label, other in zip(ends, parsed, strict=True))
 
 
 def _length(dataset: Any, uri: str) -> int:

@@ -8,7 +8,6 @@ from typing import IO, Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import UInt64
 
 from gstds_cache.files import mapped
@@ -123,15 +122,6 @@ class Names(Sequence[str]):
     def encoded(self, start: int, stop: int) -> list[bytes]:
         """The bytes of the names ``start`` to ``stop``, or to the last."""
         return [name for array in self.arrays(start, stop) for name in array.to_pylist()]
-
-    def is_sorted(self) -> bool:
-        """Whether the names are in the order of their bytes."""
-        last = b""
-        for array in self._released():
-            if last > array[0].as_py() or not pc.all(pc.less_equal(array[:-1], array[1:]), min_count=0).as_py():
-                return False
-            last = array[-1].as_py()
-        return True
 
     def _released(self) -> Iterator[pa.BinaryArray]:
         for array in self._arrays:

@@ -130,9 +130,9 @@ def _is_output(path: str) -> bool:
     return False
 
 
-def _fields(said: Any) -> dict[str, Any]:
-    """What a JSON file says, if it is an object: files of that name may be anyone's."""
-    return said if isinstance(said, dict) else {}
+def _fields(content: Any) -> dict[str, Any]:
+    """The fields of a JSON file's object; none of any other content: files of that name may be anyone's."""
+    return content if isinstance(content, dict) else {}
 
 
 def _digested(name: str) -> bool:
@@ -140,10 +140,10 @@ def _digested(name: str) -> bool:
 
 
 def _read(folder: str, name: str, key: str | None = None) -> Any:
-    """What a JSON file says, or says under ``key``; None where it says nothing."""
+    """The content of a JSON file, or what it has under ``key``; None where that cannot be read."""
     try:
         with open(os.path.join(folder, name), "rb") as file:  # noqa: PTH118, PTH123
-            said = json.load(file)
-        return said if key is None else said.get(key)
+            content = json.load(file)
+        return content if key is None else content.get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None

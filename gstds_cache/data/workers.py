@@ -165,13 +165,13 @@ class Pool:
             rows = self._asked[0][1]
             if silent >= PATIENCE:
                 raise IncompleteError(
-                    f"the process {worker.process.pid}, which decodes rows {_span(rows)}, has said nothing for "
+                    f"the process {worker.process.pid}, which decodes rows {_span(rows)}, has not answered for "
                     f"{silent:.0f} seconds",
                     hint="a file system that does not answer, or a lock that was held when the process was forked: "
                     "pass `workers=0`. Nothing committed is lost: the same command goes on",
                 )
             _log.warning(
-                "warning: the process %d, which decodes rows %s, has said nothing for %.0f seconds (a file system that "
+                "warning: the process %d, which decodes rows %s, has not answered for %.0f seconds (a file system that "
                 "does not answer? a stopped process? a lock that was held when it was forked? `workers=0` shares "
                 "none); waiting for it, Ctrl-C ends this",
                 worker.process.pid,
@@ -197,7 +197,7 @@ class Pool:
         at = f", which was to decode rows {' and '.join(rows)}," if rows else ""
         return IncompleteError(
             f"a process that decodes images (pid {worker.process.pid}){at} {how}",
-            hint=f"{hint or 'look for what it said above'}. Nothing committed is lost: the same command goes on",
+            hint=f"{hint or 'look for its last message above'}. Nothing committed is lost: the same command goes on",
         )
 
 

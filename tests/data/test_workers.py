@@ -346,8 +346,8 @@ def soon(seconds: float = 30) -> Iterator[None]:
         (kill(signal.SIGKILL), "was killed by SIGKILL", "memory ran out"),
         (kill(signal.SIGBUS), "was killed by SIGBUS", "shm size"),
         (kill(signal.SIGSEGV), "was killed by SIGSEGV", "`workers=0`"),
-        (lambda: os._exit(7), "ended with exit code 7", "look for what it said above"),
-        (lambda: sys.exit(9), "ended with exit code 9", "look for what it said above"),
+        (lambda: os._exit(7), "ended with exit code 7", "look for its last message above"),
+        (lambda: sys.exit(9), "ended with exit code 9", "look for its last message above"),
     ],
 )
 def test_a_worker_that_ends_is_told_at_once(act, told: str, hint: str, workers: int) -> None:
@@ -438,7 +438,7 @@ def test_a_worker_that_is_stopped_is_named_and_killed_in_the_end(monkeypatch, ca
         caplog.handler.addFilter(lambda _record: interrupted_at_the_third() is None)
         with pytest.raises(KeyboardInterrupt):
             next(batches)
-    assert "which decodes rows 4 to 7, has said nothing for 0 seconds" in caplog.text
+    assert "which decodes rows 4 to 7, has not answered for 0 seconds" in caplog.text
     assert multiprocessing.active_children() == []
 
 
