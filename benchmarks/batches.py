@@ -33,7 +33,7 @@ def batches_of(stores: Sequence[Path], count: int, batch_size: int, seed: int = 
     for n, path in enumerate(stores):
         store = EmbeddingStore(path, access="memory")
         plan = BatchSelector(
-            store, SelectConfig(batch_size=batch_size, knn=1, epochs=10_000, partitions=0, seed=seed)
+            store, SelectConfig(batch_size=batch_size, knn=1, epochs=10_000, batch_assignments=0, seed=seed)
         ).plan
         seq, wanted = 0, count * (n + 1) // len(stores)
         while len(full) < wanted:

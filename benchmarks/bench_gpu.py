@@ -139,7 +139,7 @@ def path(store: EmbeddingStore, device: torch.device, size: int, batches: int, t
         return SelectConfig(
             batch_size=size,
             epochs=epochs,
-            partitions=0,
+            batch_assignments=0,
             device=where,
             rule=rule,
             threads=0,

@@ -31,7 +31,7 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 
 DIM, CLASSES = 64, 200
-CASES: dict[str, dict[str, Any]] = {"default": {}, "anew": {"partitions": 0, "guidance": "none"}}
+CASES: dict[str, dict[str, Any]] = {"default": {}, "anew": {"batch_assignments": 0, "guidance": "none"}}
 
 
 def make_store(folder: Path, rows: int) -> Path:

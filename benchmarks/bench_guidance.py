@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression, SGDClassifier
 
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.runtime.threads import cores, limit_threads
-from gstds_cache.selection.linear_probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.linear_probe import ProbeSettings, assign_folds, probe_columns
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec
@@ -76,7 +76,7 @@ def main() -> None:
     def peer(name: str, make: Any) -> None:
         x = rows.astype(np.float32)
         x = (x - x.mean(0)) / x.std(0)
-        fold = deal_folds(labels, EligibleRows(len(labels), np.zeros(0, np.int64)), 2, seed=0)
+        fold = assign_folds(labels, EligibleRows(len(labels), np.zeros(0, np.int64)), 2, seed=0)
         hits = [
             (make().fit(x[fold != f], labels[fold != f]).predict(x[fold == f]) == labels[fold == f]) for f in (0, 1)
         ]

@@ -241,7 +241,7 @@ def main() -> None:
                         batch_size=size,
                         knn=arguments.knn,
                         epochs=epochs,
-                        partitions=0,  # every batch makes its graph
+                        batch_assignments=0,  # every batch makes its graph
                         tolerance=tolerance,
                         device="cpu",
                         rule="coverage",

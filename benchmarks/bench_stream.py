@@ -3,7 +3,7 @@
     python benchmarks/bench_stream.py [--trials 5] [--records 100000]
 
 A finished selection, 128 indices a record, is sent by another process (over a pipe: by ``cat``; over Flight:
-by the service, from its file), and every record is taken as a ``Selection``. The peer reads the same record batches
+by the service, from its file), and every record is taken as a ``SelectedBatch``. The peer reads the same record batches
 with pyarrow alone and makes the same objects, without crc, running hash or any check; ``arrays`` makes bare tuples with
 NumPy slices instead, which is the least that a consumer could do.
 
@@ -29,7 +29,7 @@ from harness import parser, report, spread
 from stream_shared import one_stalled
 from stream_waits import COMMANDS, first_record, trainers_wait
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.flight_client import FlightSource
 from gstds_cache.stream.reader import SelectionStream
@@ -73,10 +73,10 @@ def write(path: Path, records: int) -> str:
     rng = np.random.default_rng(0)
     kept, score = rng.integers(0, ITEMS, (1000, KEPT)), rng.random(KEPT, np.float32)
 
-    def selections() -> Iterator[Selection]:
+    def selections() -> Iterator[SelectedBatch]:
         for seq in range(header.total_batches):
             epoch, batch = divmod(seq, per_epoch)
-            yield Selection(seq, epoch, batch, 512, kept[seq % 1000], score, Status(0), 0.5, 1e-7)
+            yield SelectedBatch(seq, epoch, batch, 512, kept[seq % 1000], score, Status(0), 0.5, 1e-7)
 
     with path.open("wb") as file, SelectionWriter(file, header) as writer:
         for group in grouped(selections()):
@@ -101,7 +101,7 @@ def count_bare(batches: Iterator[pa.RecordBatch], objects: bool) -> int:
             if kind == 0:
                 count += 1
                 if objects:
-                    Selection(seq, epoch, batch_id, n_in, kept, score, Status(status), value, residual)
+                    SelectedBatch(seq, epoch, batch_id, n_in, kept, score, Status(status), value, residual)
     return count
 
 
@@ -156,12 +156,13 @@ def rates(records: int, trials: int) -> dict[str, Any]:
 def waits(trials: int, smoke: bool) -> dict[str, Any]:
     """The rows that need a store, on the digits."""
     dataset, records = ("digits?split=test", 1_000) if smoke else ("digits", 20_000)
+    embed = ["--model", "timm:test_resnet", "--allow-untrained"] if smoke else []
     select, train = (
         (["--batch-size", "64", "--epochs", "2"], ["--arch", "conv3"]) if smoke else (["--epochs", "20"], [])
     )
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "digits.store"
-        words = [COMMANDS / "gstds-embed", dataset, "--cache", store, "--device", "cpu"]
+        words = [COMMANDS / "gstds-embed", dataset, "--cache", store, "--device", "cpu", *embed]
         subprocess.run(words, check=True, capture_output=True)
         selections = store.with_name("digits.store.selections")
         selections.mkdir()

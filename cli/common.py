@@ -33,25 +33,27 @@ class Command(click.Command):
     Anything unexpected keeps its traceback.
     """
 
-    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **attributes: Any) -> None:
-        """Take what click's command takes.
+    def __init__(self, *arguments: Any, renamed: Mapping[str, str] | None = None, **attributes: Any) -> None:
+        """Make the command.
 
         Args:
-            args: As click's.
-            renamed: Flags that still work under their old name, and what they are called now.
-            attributes: As click's.
+            arguments: As click's command takes them.
+            renamed: Flags that had another name before, by that name: it goes on working.
+            attributes: As click's command takes them.
         """
-        super().__init__(*args, **attributes)
-        self.renamed = renamed or {}
+        super().__init__(*arguments, **attributes)
+        self.renamed = dict(renamed or {})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words of the command line, old flags under their new names."""
-        for place, word in enumerate(args):
+        """Replace flags by their new names, and say so."""
+        words = []
+        for word in args:
             flag, equals, value = word.partition("=")
             if flag in self.renamed:
-                args[place] = self.renamed[flag] + equals + value
-                click.echo(f"note: {flag} is called {self.renamed[flag]} now; the old name still works", err=True)
-        return super().parse_args(ctx, args)
+                click.echo(f"note: {flag} is now called {self.renamed[flag]}", err=True)
+                word = self.renamed[flag] + equals + value  # noqa: PLW2901 - in its place
+            words.append(word)
+        return super().parse_args(ctx, words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command.

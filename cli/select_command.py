@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
-from gstds_cache.config import DEFAULT_RULE, SelectConfig
-from gstds_cache.costs.records import Cost, keep_record, selection_costs
-from gstds_cache.errors import UsageError, command_line
-from gstds_cache.files import mapped
+from gstds_cache.config import SelectConfig, SelectSettings
+from gstds_cache.errors import UsageError, command_line, with_flags
 from gstds_cache.files.location import local_file
-from gstds_cache.selection.floors import class_name
-from gstds_cache.selection.guidance import KINDS
-from gstds_cache.selection.rules import RULES
-from gstds_cache.spectral.status import Status, describe
-from gstds_cache.store.access import KINDS as ACCESS_KINDS
-from gstds_cache.store.access import Kind
+from gstds_cache.selection import catalog
 
 from .common import (
     Command,
+    F,
     LocalPath,
-    Progress,
-    device_option,
+    flags_of,
     json_option,
     print_json,
     print_table,
     seconds_line,
+    setting_option,
     shares_line,
 )
 
 if TYPE_CHECKING:
-    from gstds_cache.selection.run import BatchSelector
-    from gstds_cache.stream.schema import ByteStream
+    from gstds_cache.api.selection import SelectionSummary
 
 SHOWN = 6  # classes named in the summary; --json has all
+SERVICE = ("metrics_port", "tls_cert", "tls_key", "token_file", "client_ca")
 
 HELP = """Shuffle the rows of STORE into batches, remove a share of each by its graph's Fiedler vector, and write
 the rows that stay to a file or a pipe.
@@ -57,80 +53,60 @@ stopped.
 """
 
 
-@click.command(cls=Command, help=HELP)
+def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[F], F]:
+    """The option of a setting, by what its configuration says of it."""
+    return setting_option(SelectConfig, name, help=text, **attributes)
+
+
+@click.command(cls=Command, help=HELP, renamed={"--partitions": "--batch-assignments"})
 @click.argument("store")
-@click.option("--batch-size", type=int, default=512, show_default=True, help="Rows of a batch before selection.")
-@click.option("--epochs", type=int, default=8, show_default=True, help="Passes over the data set.")
-@click.option(
-    "--schedule",
-    default="constant:0.75",
-    show_default=True,
-    help="Filter ratio, the fraction removed: constant:RATIO, linear:FIRST:LAST, cosine:FIRST:LAST, "
-    "step:RATIO:RATIO..., file:PATH (a line for each epoch or batch), or budget:TOTAL (samples that stay in the whole "
-    "run); with +full:0.125 behind it the last eighth of the epochs keeps everything.",
+@setting("batch_size", "Rows of a batch before selection.")
+@setting("epochs", "Passes over the data set.")
+@setting(
+    "schedule",
+    "Filter ratio, the fraction removed: constant:RATIO, linear:FIRST:LAST, cosine:FIRST:LAST, step:RATIO:RATIO..., "
+    "file:PATH (a line for each epoch or batch), or budget:TOTAL (samples that stay in the whole run); with "
+    "+full:0.125 behind it the last eighth of the epochs keeps everything.",
 )
-@click.option(
-    "--order",
-    default="permutation",
-    show_default=True,
-    help="Order of an epoch: permutation, or window:ROWS, which reads each shard of a store larger than memory once.",
+@click.option("--keep", type=float, metavar="SHARE", help="Share of each batch that stays, instead of --schedule.")
+@setting(
+    "order",
+    "Order of an epoch: permutation, or window:ROWS, which reads each shard of a store larger than memory once.",
 )
-@click.option(
-    "--partitions",
-    type=int,
-    help="Ways the rows are dealt out to batches, which epochs go round: only the first so many epochs make graphs, "
-    "later ones draw again from the same; 0: every epoch deals anew. [default: 1; 0 for rules that make no graph]",
+@setting(
+    "batch_assignments",
+    "Number of fixed assignments of rows to batches; epochs cycle through them, so that only the first so many make "
+    "graphs. 0: a new one in every epoch. [default: 1; 0 for rules that make no graph]",
 )
-@click.option("--knn", type=int, default=10, show_default=True, help="Neighbours of each row in the batch's graph.")
-@click.option(
-    "--rule",
-    default=DEFAULT_RULE,
-    show_default=True,
-    help="How rows are chosen: " + "; ".join(f"{rule.name}: {rule.summary}" for rule in RULES.values()) + ".",
+@setting("knn", "Neighbours of each row in the batch's graph.")
+@setting("rule", "How rows are chosen: " + "; ".join(f"{name}: {text}" for name, text in catalog.RULES.items()) + ".")
+@setting(
+    "guidance",
+    "Difficulty, for rules that look at it: "
+    + "; ".join(f"{kind}: {text}" for kind, text in catalog.GUIDANCE.items())
+    + ". probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/, else in $GSTDS_CACHE.",
 )
-@click.option(
-    "--guidance",
-    default="auto",
-    show_default=True,
-    help="Difficulty, for rules that look at it: " + "; ".join(f"{kind}: {what}" for kind, what in KINDS.items()) + ". "
-    "probe?cutoff=0.1 takes the hardest tenth for mislabelled. Kept in STORE.guidance/, else in $GSTDS_CACHE.",
-)
-@click.option(
-    "--min-per-class",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Rows of every class that stay in a batch, at least.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--laplacian", type=click.Choice(["combinatorial", "normalized"]), default="combinatorial")
-@click.option("--tolerance", type=float, default=1e-6, show_default=True, help="Relative residual of a Fiedler pair.")
-@click.option("--max-iterations", type=int, default=500, show_default=True, help="Of LOBPCG, before solving densely.")
-@device_option
-@click.option("--knn-backend", type=click.Choice(["auto", "torch", "faiss-cpu", "faiss-gpu"]), default="auto")
-@click.option(
-    "--solver",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.",
-)
+@setting("min_per_class", "Rows of every class that stay in a batch, at least.")
+@setting("seed")
+@setting("laplacian")
+@setting("tolerance", "Relative residual of a Fiedler pair.")
+@setting("max_iterations", "Of LOBPCG, before solving densely.")
+@setting("device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
+@setting("knn_backend")
+@setting("solver", "Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.")
 @click.option(
     "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
 )
 @click.option(
     "--access",
-    type=click.Choice(ACCESS_KINDS),
+    type=click.Choice(["auto", "memory", "mirror", "window"]),
     default="auto",
     show_default=True,
-    help="How to get at rows: all in memory; from a mirror, a local .npy copy made once; or a window of shards. auto: "
+    help="How to read rows: all in memory; from a mirror, a local .npy copy made once; or a window of shards. auto: "
     "memory where the rows fit --memory-budget, else a mirror where the disk has room, else a window, which is slow.",
 )
-@click.option("--mirror", metavar="FOLDER", help="Where a mirror lies. [default: STORE.mirror]")
-@click.option(
-    "--threads",
-    type=int,
-    help="CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]",
-)
+@click.option("--mirror", metavar="FOLDER", help="Folder of a mirror. [default: STORE.mirror]")
+@setting("threads", "CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]")
 @click.option(
     "--out",
     metavar="FILE|-",
@@ -140,6 +116,7 @@ stopped.
 @click.option("--force", is_flag=True, help="Replace a FILE that holds something else.")
 @click.option(
     "--serve",
+    "address",
     metavar="HOST:PORT",
     help="Serve this and the store's other selections to any number of trainers (Arrow Flight), until SIGTERM.",
 )
@@ -149,286 +126,104 @@ stopped.
 @click.option("--token-file", type=LocalPath(), help="With --serve: the token that clients must show.")
 @click.option("--client-ca", type=LocalPath(), help="With --serve: PEM; clients need certificates of it.")
 @json_option
+@click.pass_context
 def main(
+    context: click.Context,
+    /,
     store: str,
-    batch_size: int,
-    epochs: int,
-    schedule: str,
-    order: str,
-    partitions: int | None,
-    knn: int,
-    rule: str,
-    guidance: str,
-    min_per_class: int,
-    seed: int,
-    laplacian: Literal["combinatorial", "normalized"],
-    tolerance: float,
-    max_iterations: int,
-    device: str,
-    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"],
-    solver: Literal["auto", "cpu", "cuda"],
+    keep: float | None,
     memory_budget: int,
-    access: Kind,
+    access: Literal["auto", "memory", "mirror", "window"],
     mirror: str | None,
-    threads: int | None,
     out: str | None,
     force: bool,
-    serve: str | None,
-    metrics_port: int | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    token_file: Path | None,
-    client_ca: Path | None,
+    address: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Parse, call :mod:`gstds_cache.stream`, print."""
-    piped = out == "-"
-    service = {"metrics_port": metrics_port, "tls_cert": tls_cert, "tls_key": tls_key, "token_file": token_file,
-               "client_ca": client_ca}  # fmt: skip
-    _check_together(serve, service, out, force)
-    config = SelectConfig(
-        batch_size=batch_size,
-        epochs=epochs,
-        schedule=schedule,
-        order=order,
-        partitions=partitions,
-        knn=knn,
-        rule=rule,
-        guidance=guidance,
-        min_per_class=min_per_class,
-        seed=seed,
-        laplacian=laplacian,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        device=device,
-        knn_backend=knn_backend,
-        solver=solver,
-        threads=int(piped or serve is not None) if threads is None else threads,
-    )
-    started = time.perf_counter()
+    """Parse, call :func:`gstds_cache.select`, print."""
+    service = {name: options.pop(name) for name in SERVICE}
+    _check_together(address, service, out, force)
+    given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
+    settings: SelectSettings = given
+    begun = time.perf_counter()
+    from gstds_cache.api.select import config_of, select, stream_selection
     from gstds_cache.runtime.allocator import keep_freed_memory
-    from gstds_cache.runtime.jit import why_not_kept
-    from gstds_cache.runtime.threads import limit_threads
-    from gstds_cache.selection.run import BatchSelector
     from gstds_cache.store.reader import EmbeddingStore
-    from gstds_cache.stream.deliver import deliver_kept
 
+    config_of(keep, settings)  # what cannot be meant is said before the store is opened
     keep_freed_memory()
-    limit_threads(config.threads)
-    opened_store = EmbeddingStore(
-        store,
-        memory_budget=memory_budget << 20,
-        access=access,
-        mirror=None if mirror is None else local_file(mirror, "--mirror"),
-    )
-    selector = BatchSelector(opened_store, config)
-    opened = time.perf_counter()
-    plan = selector.plan
-    share = plan.total_kept / plan.total_rows
-    click.echo(
-        f"plan: {plan.total_batches:,} batches of {config.batch_size:,} in {plan.epochs} epochs, rule {config.rule}; "
-        f"keeps {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for each batch; saves "
-        f"{plan.total_rows - plan.total_kept:,} ({1 - share:.1%})",
-        err=True,
-    )
-    click.echo(f"rows: {selector.store.access_reason}", err=True)
-    if selector.rule.vectors and (text := why_not_kept()):
-        click.echo(f"note: {text}", err=True)
-    if selector.slow_order:
-        click.echo(f"warning: {selector.slow_order}", err=True)
-    if serve is not None:
-        _serve(selector, serve, service)
+    folder = None if mirror is None else local_file(mirror, "`mirror`")
+    opened = EmbeddingStore(store, memory_budget=memory_budget << 20, access=access, mirror=folder)
+    opening = time.perf_counter() - begun
+
+    def notify(line: str) -> None:
+        click.echo(with_flags(line, flags_of(context.command)), err=True)
+
+    if address is not None:
+        from gstds_cache.api.serve import serve
+
+        if serve(opened, address, keep=keep, notify=notify, **service, **settings):
+            sys.stdout.flush()
+            os._exit(0)  # readers that take nothing would hold up the end of the process
         return
-    file = None if piped else local_file(out, "--out") if out else _default_file(selector)
-    target = file or sys.stdout.buffer
-    if not deliver_kept(selector, target, replace=force, say=lambda text: click.echo(f"cache hit: {text}", err=True)):
-        _compute(selector, target, started)
-    total = time.perf_counter() - started
-    spent = {"open": opened - started, "select": selector.counts.elapsed}
-    # What is left is writing; on a pipe, that is waiting for the reader.
-    seconds = spent | {"write": total - sum(spent.values()), "total": total}
-    _print(selector, seconds, file, as_json)
+    if out == "-":
+        summary = stream_selection(opened, sys.stdout.buffer, keep=keep, notify=notify, **settings)
+    else:
+        summary = select(opened, keep=keep, out=out, force=force, notify=notify, **settings).summary
+    spent = summary.seconds
+    spent = spent | {name: round(spent[name] + opening, 3) for name in ("open", "total")}
+    dataset = opened.dataset_uri or "DATASET"
+    _print(replace(summary, seconds=spent), dataset, as_json)
 
 
-def _dropped(selector: BatchSelector) -> str:
-    """Shares dropped of the classes that lost least and most, in words."""
-    shares = sorted(
-        (1 - kept / seen, class_name(label, selector.store.classes))
-        for label, (seen, kept) in selector.counts.classes.items()
-        if label >= 0
-    )
-    if len(shares) < 2:
-        return ""
-    shown = shares if len(shares) <= SHOWN else [*shares[: SHOWN // 2], *shares[-SHOWN // 2 :]]
-    said = [f"{name} {share:.1%}" for share, name in shown]
-    if len(shares) > SHOWN:
-        said.insert(SHOWN // 2, f"... {len(shares) - SHOWN} more ...")
-    return "by class: " + ", ".join(said)
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) not in {ParameterSource.DEFAULT, None}
 
 
-def _check_together(serve: str | None, service: dict[str, Any], out: str | None, force: bool) -> None:
+def _check_together(address: str | None, service: dict[str, Any], out: str | None, force: bool) -> None:
     """Refuse flags that say nothing, or two things, together."""
     if out == "-" and force:
         raise UsageError("--force replaces a file; with --out - there is none")
-    if serve is not None and (out is not None or force):
+    if address is not None and (out is not None or force):
         raise UsageError("--serve serves the store's selections; it takes no --out and no --force")
     for name, value in service.items():
-        if serve is None and value is not None:
+        if address is None and value is not None:
             raise UsageError(f"--{name.replace('_', '-')} says how to serve: it needs --serve HOST:PORT")
 
 
-def _default_file(selector: BatchSelector) -> Path:
-    """Where a selection goes that the user gave no place for.
-
-    Raises:
-        UsageError: There is no place for it.
-    """
-    from gstds_cache.stream.deliver import kept_place
-
-    place = kept_place(selector)
-    if place.path is None:
-        raise UsageError(
-            f"there is no place to keep the selection: {place.note}",
-            hint="give --out FILE, or set GSTDS_CACHE to a folder that can be written",
-        )
-    if place.note:
-        click.echo(f"note: kept in {place.path.parent}, as nothing can be written in {place.note}", err=True)
-    return place.path
-
-
-def _serve(selector: BatchSelector, where: str, service: dict[str, Any]) -> None:
-    from gstds_cache.files.derived import first_writable
-    from gstds_cache.stream.deliver import selection_folders
-    from gstds_cache.stream.security import Access, parse_address
-    from gstds_cache.stream.serve import log, serve
-
-    host, port = parse_address(where, flag="--serve")
-    access = Access.from_files(
-        host,
-        certificate=service["tls_cert"],
-        key=service["tls_key"],
-        token=service["token_file"],
-        client_ca=service["client_ca"],
-    )
-    folders = selection_folders(selector)
-    place = first_writable(folders)
-    with ExitStack() as stack:
-        folder = place.path
-        if folder is None:  # readers read what is written, so there has to be a file, if for as long as they read
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gstds-selections-", dir=mapped.folder())))
-        if place.note:
-            log("note", selections=folder, kept=place.path is not None, why=place.note)
-        serve(
-            selector.store,
-            selector.config,
-            host=host,
-            port=port,
-            folder=folder,
-            also=folders,
-            access=access,
-            metrics_port=service["metrics_port"],
-        )
-
-
-def _compute(selector: BatchSelector, out: Path | ByteStream, started: float) -> None:
-    """Compute and deliver, with progress; what it took is written down also where it is interrupted."""
-    from gstds_cache.costs.energy import EnergyMeter
-    from gstds_cache.stream.deliver import deliver_computed, kept_paths
-
-    progress, meter = Progress("batches", "embeddings"), EnergyMeter(selector.device)
-    try:
-        for selection in deliver_computed(selector, out, note=lambda text: click.echo(f"note: {text}", err=True)):
-            work = selector.counts.seconds
-            gathered = work["gather"] / max(sum(work.values()), 1e-9)
-            progress("select", selection.seq + 1, selector.plan.total_batches, gathered)
-            meter.add("select")
-    finally:
-        progress.end()
-        kept = kept_paths(selector)
-        places = ([[out]] if out in kept else [[out], kept]) if isinstance(out, Path) else [kept]
-        notes = [_record_cost(selector, files, time.perf_counter() - started, meter.joules) for files in places]
-        for text in dict.fromkeys(filter(None, notes)):
-            click.echo(f"note: {text}", err=True)
-
-
-def _record_cost(selector: BatchSelector, files: list[Path], seconds: float, joules: dict[str, float] | None) -> str:
-    """Write down beside the first of ``files`` that can be what it cost, for the ledgers of the runs that train on it.
-
-    Returns:
-        Why it is not written down, for the user; empty where it is.
-    """
-    counts, store = selector.counts, selector.store.location
-    if not counts.batches:
+def _dropped(summary: SelectionSummary) -> str:
+    """Shares dropped of the classes that lost least and most, in words."""
+    shares = sorted((1 - counts["kept"] / counts["seen"], name) for name, counts in summary.classes.items())
+    if len(shares) < 2:
         return ""
-    where = str(store.absolute())
-    spent = None if joules is None else sum(joules.values())
-    cost = Cost(selector.digest, counts.rows, 0, seconds, spent, str(selector.device), where)
-    # Where all batches were computed now, nothing is left of an earlier session, or of another file.
-    return keep_record(
-        [selection_costs(file) for file in files], cost, anew=counts.batches == selector.plan.total_batches
-    )
+    shown = shares if len(shares) <= SHOWN else [*shares[: SHOWN // 2], *shares[-SHOWN // 2 :]]
+    words = [f"{name} {share:.1%}" for share, name in shown]
+    if len(shares) > SHOWN:
+        words.insert(SHOWN // 2, f"... {len(shares) - SHOWN} more ...")
+    return "by class: " + ", ".join(words)
 
 
-def _print(selector: BatchSelector, seconds: dict[str, float], file: Path | None, as_json: bool) -> None:
-    counts, config = selector.counts, selector.config
-    rate = counts.rows / counts.elapsed if counts.elapsed else 0.0
-    work = sum(counts.seconds.values())
-    shares = {phase: spent / work for phase, spent in counts.seconds.items()} if work else {}
-    status = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.status.items())) or "none computed"
-    classes = selector.store.classes
-    to_stderr = file is None
-    print_table(
-        [
-            ("selection", f"{selector.digest[:12]} of cache {selector.store.fingerprint[:12]}"),
-            (
-                "this run",
-                f"{counts.batches:,} batches, kept {counts.kept:,} of {counts.rows:,} ({rate:,.0f} samples/s)",
-            ),
-            ("Fiedler", status),
-            *([("graphs", f"of {counts.reused:,} batches from earlier epochs")] if counts.reused else []),
-            *([("guidance", selector.guidance.note)] if counts.batches and selector.guidance.note else []),
-            *([("dropped", dropped)] if (dropped := _dropped(selector)) else []),
-            *([("work", shares_line(shares) + f" (neighbours by {selector.knn_backend})")] if shares else []),
-            ("time", seconds_line(seconds)),
-        ],
-        err=to_stderr,
-    )
-    for note in filter(None, (selector.graphs_note, selector.store.fell_back)):
-        click.echo(f"note: {note}", err=True)
-    slow = counts.status["max_iterations"]
-    if slow > 0.01 * counts.batches:
-        click.echo(f"warning: {slow} of {counts.batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}", err=True)
-    if file is not None:
-        click.echo(f"wrote: {file}")
-        dataset = selector.store.dataset_uri or "DATASET"
-        click.echo(f"next: {command_line('gstds-train', dataset, '--selection', file)}")
+def _print(summary: SelectionSummary, dataset: str, as_json: bool) -> None:
+    status = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.status.items())) or "none computed"
+    piped = summary.out == "-"
+    rows = {
+        "selection": f"{summary.selection_digest[:12]} of cache {summary.cache_fingerprint[:12]}",
+        "this run": f"{summary.batches:,} batches, kept {summary.kept:,} of {summary.rows:,} "
+        f"({summary.samples_per_second:,.0f} samples/s)",
+        "Fiedler": status,
+        "graphs": f"of {summary.graphs_found:,} batches from earlier epochs" if summary.graphs_found else "",
+        "guidance": summary.guidance_note,
+        "dropped": _dropped(summary),
+        "work": f"{shares_line(summary.shares)} (neighbours by {summary.knn_backend})" if summary.shares else "",
+        "time": seconds_line(summary.seconds),
+    }
+    print_table([(name, text) for name, text in rows.items() if text], err=piped)
+    if not piped:
+        click.echo(f"wrote: {summary.out}")
+        click.echo(f"next: {command_line('gstds-train', dataset, '--selection', Path(summary.out))}")
     if as_json:
-        result: dict[str, Any] = {
-            "out": str(file) if file else "-",
-            "selection_digest": selector.digest,
-            "cache_fingerprint": selector.store.fingerprint,
-            "cache_hit": counts.batches == 0,
-            "batches": counts.batches,
-            "total_batches": selector.plan.total_batches,
-            "total_kept": selector.plan.total_kept,
-            "rows": counts.rows,
-            "kept": counts.kept,
-            "samples_per_second": round(rate, 1),
-            "total_rows": selector.plan.total_rows,
-            "classes": {
-                class_name(label, classes): {"seen": seen, "kept": kept}
-                for label, (seen, kept) in sorted(counts.classes.items())
-                if label >= 0
-            },
-            "status": dict(counts.status),
-            "graphs_found": counts.reused,
-            "rule": config.rule,
-            "guidance": selector.guidance_digest,
-            "knn_backend": selector.knn_backend,
-            "shares": {phase: round(share, 4) for phase, share in shares.items()},
-            "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        }
-        print_json(result, err=to_stderr)
+        print_json(summary.to_dict(), err=piped)
 
 
 if __name__ == "__main__":

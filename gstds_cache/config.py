@@ -78,8 +78,9 @@ class SelectConfig:
         epochs: Passes over the data set.
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
         order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).
-        partitions: Ways the rows are dealt out to batches, which epochs go round (selection/plan.py): only the first so
-            many epochs make graphs. 0 deals anew in every epoch; None is 1 for rules that look at a graph, else 0.
+        batch_assignments: Number of fixed assignments of rows to batches; epochs cycle through them, so that only the
+            first so many epochs make graphs (selection/plan.py). 0 draws a new one in every epoch; None is 1 for rules
+            that look at a graph, else 0.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
@@ -93,15 +94,16 @@ class SelectConfig:
         knn_backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
         solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``,
             which is the CPU: a core took a sixth of the time of an H200 (docs/spectral.md).
-        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are. Their
-            number changes nothing in the result.
+        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are; None for
+            all as well, but one for a stream or a service, which runs beside trainers. Their number changes nothing in
+            the result.
     """
 
     batch_size: int = 512
     epochs: int = 8
     schedule: str = "constant:0.75"
     order: str = "permutation"
-    partitions: int | None = None
+    batch_assignments: int | None = None
     knn: int = 10
     rule: str = DEFAULT_RULE
     guidance: str = "auto"
@@ -113,27 +115,27 @@ class SelectConfig:
     device: str = "auto"
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     solver: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        _require_range("--batch-size", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
-        _require_range("--epochs", self.epochs, 1, MOST_EPOCHS)
+        _require_range("`batch_size`", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
+        _require_range("`epochs`", self.epochs, 1, MOST_EPOCHS)
         _require(
             1 <= self.knn < self.batch_size,
-            "--knn",
+            "`knn`",
             self.knn,
             f"from 1 to batch size - 1 = {self.batch_size - 1}",
-            hint="a row has only batch size - 1 possible neighbours: lower --knn or raise --batch-size",
+            hint="a row has only batch size - 1 possible neighbours: lower `knn` or raise `batch_size`",
         )
-        _require_range("--partitions", self.partitions, 0, MOST_EPOCHS)
-        _require(self.min_per_class >= 0, "--min-per-class", self.min_per_class, "0 or more")
-        _require(self.seed >= 0, "--seed", self.seed, "0 or more")
-        _one_of("--laplacian", self.laplacian, ("combinatorial", "normalized"))
-        _require(0 < self.tolerance < 1, "--tolerance", self.tolerance, "between 0 and 1, both excluded")
-        _require_range("--max-iterations", self.max_iterations, 1, 1_000_000)
-        _one_of("--knn-backend", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
-        _one_of("--solver", self.solver, ("auto", "cpu", "cuda"))
-        _require_range("--threads", self.threads, 0, MOST_THREADS)
+        _require_range("`batch_assignments`", self.batch_assignments, 0, MOST_EPOCHS)
+        _require(self.min_per_class >= 0, "`min_per_class`", self.min_per_class, "0 or more")
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _one_of("`laplacian`", self.laplacian, ("combinatorial", "normalized"))
+        _require(0 < self.tolerance < 1, "`tolerance`", self.tolerance, "between 0 and 1, both excluded")
+        _require_range("`max_iterations`", self.max_iterations, 1, 1_000_000)
+        _one_of("`knn_backend`", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
+        _one_of("`solver`", self.solver, ("auto", "cpu", "cuda"))
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ class SelectSettings(TypedDict, total=False):
     epochs: int
     schedule: str
     order: str
-    partitions: int | None
+    batch_assignments: int | None
     knn: int
     rule: str
     guidance: str
@@ -214,7 +216,7 @@ class SelectSettings(TypedDict, total=False):
     device: str
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"]
     solver: Literal["auto", "cpu", "cuda"]
-    threads: int
+    threads: int | None
 
 
 class TrainSettings(TypedDict, total=False):

@@ -35,11 +35,11 @@ def compiled(*, fast: bool = False) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         # Under the tests functions come wrapped in a check of their annotations.
         plain = inspect.unwrap(function)
-        made = njit(nogil=True, error_model="numpy", fastmath=set(FAST) if fast else False)(plain)
+        dispatcher = njit(nogil=True, error_model="numpy", fastmath=set(FAST) if fast else False)(plain)
         kept = code_cache(plain)
-        if kept is not None and hasattr(made, "_cache"):  # NUMBA_DISABLE_JIT leaves a plain function
-            made._cache = kept
-        return cast(Callable[..., Any], made)
+        if kept is not None and hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT leaves a plain function
+            dispatcher._cache = kept
+        return cast(Callable[..., Any], dispatcher)
 
     return decorate
 
@@ -137,9 +137,9 @@ def nearest_in_rows(
     one, low = np.float32(1), np.float32(-np.inf)
     lanes, top = np.empty(LANES, np.float32), np.empty(k + 1, np.float32)
     for r in range(rows):
-        found, names, entries, own = similarities[r], neighbors[r], similarity[r], first + r
+        best, names, entries, own = similarities[r], neighbors[r], similarity[r], first + r
         for a in range(k):
-            found[a] = low
+            best[a] = low
         least = low
         if k < LANES and columns >= 4 * LANES:
             for n in range(LANES):
@@ -163,16 +163,16 @@ def nearest_in_rows(
             value = entries[j]
             if value > least and j != own:
                 value = min(value, one)
-                if value <= found[k - 1]:
+                if value <= best[k - 1]:
                     continue
                 a = k - 1
-                while a > 0 and found[a - 1] < value:
-                    found[a], names[a] = found[a - 1], names[a - 1]
+                while a > 0 and best[a - 1] < value:
+                    best[a], names[a] = best[a - 1], names[a - 1]
                     a -= 1
-                found[a], names[a] = value, j
-                least = max(least, found[k - 1])
+                best[a], names[a] = value, j
+                least = max(least, best[k - 1])
         for a in range(k):
-            found[a] = max(found[a], -one)
+            best[a] = max(best[a], -one)
 
 
 @compiled()

@@ -29,10 +29,10 @@ BLOCK_BYTES = 256 << 20
 """Of similarities at once, in the torch backend."""
 
 
-def settle(
+def top_k(
     similarity: Float32[Tensor, "G B c"], index: Int64[Tensor, "G B c"], k: int
 ) -> tuple[KnnGraph, Bool[Tensor, " G"]]:
-    """Take the k nearest out of more candidates: order them by (largest similarity, lowest index), drop the row itself.
+    """The k nearest of more candidates: ordered by (largest similarity, lowest index), without the row itself.
 
     Exact duplicates can stand before the row itself, and can push it off the list altogether.
 
@@ -77,14 +77,14 @@ def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, larges
     graphs, nodes, _ = rows.shape
     neighbors = torch.empty(graphs, nodes, k, dtype=torch.int64, device=rows.device)
     similarities = torch.empty(graphs, nodes, k, dtype=torch.float32, device=rows.device)
-    left = torch.arange(graphs, device=rows.device)
+    unresolved = torch.arange(graphs, device=rows.device)
     candidates = min(nodes, k + 2)
-    while len(left):
+    while len(unresolved):
         if largest is not None and candidates > largest:
             search, largest = search_torch, None
-        taken, open_end = settle(*search(rows[left], candidates), k)
-        neighbors[left], similarities[left] = taken.neighbors, taken.similarities
-        left = left[open_end] if candidates < nodes else left[:0]
+        taken, open_end = top_k(*search(rows[unresolved], candidates), k)
+        neighbors[unresolved], similarities[unresolved] = taken.neighbors, taken.similarities
+        unresolved = unresolved[open_end] if candidates < nodes else unresolved[:0]
         candidates = min(2 * candidates, nodes)
     return KnnGraph(neighbors=neighbors, similarities=similarities)
 
@@ -111,15 +111,15 @@ def search_torch(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
     graphs, nodes, _ = rows.shape
     at_once = max(1, BLOCK_BYTES // (4 * nodes * nodes))
     rows_at_once = max(1, min(nodes, BLOCK_BYTES // (4 * nodes)))
-    found = []
+    stacks = []
     for g in range(0, graphs, at_once):
         stack = rows[g : g + at_once]
         parts = [
             _products(stack[:, first : first + rows_at_once], stack).topk(candidates, dim=2)
             for first in range(0, nodes, rows_at_once)
         ]
-        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
-    similarity, index = (torch.cat(part) for part in zip(*found, strict=True))
+        stacks.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
+    similarity, index = (torch.cat(part) for part in zip(*stacks, strict=True))
     return similarity, index
 
 
@@ -164,8 +164,8 @@ def search_faiss_cpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candida
         Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
     """
     host = rows.cpu().numpy()
-    found = [faiss.knn(graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT) for graph in host]
-    similarity, index = (torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*found, strict=True))
+    results = [faiss.knn(graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT) for graph in host]
+    similarity, index = (torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*results, strict=True))
     return similarity, index
 
 
@@ -190,11 +190,11 @@ def search_faiss_gpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candida
     on_gpu = rows if rows.is_cuda else rows.to("cuda")
     device = on_gpu.device.index
     resources = _gpu_resources(device)
-    found = [
+    results = [
         faiss.knn_gpu(resources, graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT, device=device)
         for graph in on_gpu
     ]
-    similarity, index = (torch.stack(part).to(rows.device) for part in zip(*found, strict=True))
+    similarity, index = (torch.stack(part).to(rows.device) for part in zip(*results, strict=True))
     return similarity, index
 
 
@@ -206,7 +206,7 @@ BACKENDS: dict[str, Nearest] = {
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
-    """Turn a ``--knn-backend`` value into a backend that can run here.
+    """Turn a name into a backend that can run here.
 
     Args:
         name: ``auto`` or a key of ``BACKENDS``.
@@ -226,7 +226,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     if name == "faiss-gpu" and faiss.get_num_gpus() == 0:
         raise UsageError(
             "faiss-gpu was asked for, but faiss sees no GPU on this machine",
-            hint="pass --knn-backend auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
+            hint="choose auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
         )
     return name
 
@@ -238,7 +238,7 @@ def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") ->
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
     """
     if k < 1:
-        raise UsageError(f"neighbours per row: got {k}, expected at least 1", hint="pass --knn 10")
+        raise UsageError(f"`k`: got {k}, expected at least 1", hint="neighbours of each row, e.g. `k=10`")
     return BACKENDS[resolve_backend(backend, rows.device)](rows, min(k, rows.shape[1] - 1))
 
 

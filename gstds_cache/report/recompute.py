@@ -15,10 +15,11 @@ from jaxtyping import Bool, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
-from gstds_cache.selection.guidance import guidance_digest, parse_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
 from gstds_cache.stream.schema import Header
@@ -36,7 +37,7 @@ class SeenBatch:
         has_spectrum: Whether the rule looked at a graph; without, ``seen.vector`` is zeros.
     """
 
-    selection: Selection
+    selection: SelectedBatch
     indices: Int64[np.ndarray, " B"]
     stays: Bool[np.ndarray, " B"]
     seen: RuleBatch
@@ -80,7 +81,7 @@ def selector_of(
         FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
     """
     require_store(header, fingerprint=store.fingerprint, where=str(store.location))
-    settings = dict(header.settings)
+    settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)
     if str(settings.get("schedule")).startswith("file:"):
         if recompute_settings.schedule is None:
@@ -118,7 +119,7 @@ def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> str:
         FingerprintMismatchError: It is none of those that are known here.
     """
     for text in ("none", "probe", "uncertainty", "disagreement") if given is None else (given,):
-        if guidance_digest(store, parse_guidance(text)) == digest:
+        if key_of(store, parse_guidance(text)).digest == digest:
             return text
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "
@@ -127,7 +128,7 @@ def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> str:
     )
 
 
-def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterator[SeenBatch]:
+def watch_again(selector: BatchSelector, stored: Iterable[SelectedBatch]) -> Iterator[SeenBatch]:
     """Compute batches again and compare.
 
     Args:
@@ -163,7 +164,7 @@ def watch_again(selector: BatchSelector, stored: Iterable[Selection]) -> Iterato
         again.close()  # type: ignore[attr-defined]
 
 
-def spans(batches: list[Selection], *, most: int) -> list[list[Selection]]:
+def spans(batches: list[SelectedBatch], *, most: int) -> list[list[SelectedBatch]]:
     """Up to ``most`` of a run's batches: from its beginning, its middle and its end; all where they are no more."""
     if len(batches) <= most:
         return [batches]
@@ -172,6 +173,6 @@ def spans(batches: list[Selection], *, most: int) -> list[list[Selection]]:
     return [list(islice(batches, start, start + third)) for start in starts]
 
 
-def _chain(first: Selection, rest: Iterator[Selection]) -> Iterator[Selection]:
+def _chain(first: SelectedBatch, rest: Iterator[SelectedBatch]) -> Iterator[SelectedBatch]:
     yield first
     yield from rest

@@ -22,7 +22,7 @@ from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBat
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -159,7 +159,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Selection]) -> None:
+def _from_stream(view: SelectionView, key: str, header: Header, batches: list[SelectedBatch]) -> None:
     n_in = np.array([batch.n_in for batch in batches], dtype=np.int64)
     kept = np.array([len(batch.kept) for batch in batches], dtype=np.int64)
     saved = 1 - kept.sum() / n_in.sum()
@@ -270,7 +270,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
     )
 
 
-def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[Selection]) -> None:
+def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: list[SelectedBatch]) -> None:
     store = selector.store
     labels, classes = store.labels, list(store.classes)
     rows = selector.plan.rows.all()

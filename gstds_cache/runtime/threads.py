@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import threadpoolctl
@@ -29,6 +30,25 @@ def limit_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
         threadpoolctl.threadpool_limits(threads)
+
+
+@contextmanager
+def limited_threads(threads: int) -> Iterator[None]:
+    """:func:`limit_threads` while the block lasts; then torch, faiss and BLAS have as many threads as before.
+
+    Yields:
+        Once.
+    """
+    if not threads:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpoolctl.threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

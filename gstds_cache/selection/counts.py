@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 
 PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
@@ -70,17 +70,17 @@ class SelectionCounts:
         with self._lock:
             self.reused += batches
 
-    def add(self, selection: Selection, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
+    def add(self, batch: SelectedBatch, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
         """Count one batch."""
         kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
         for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
             seen, stayed = self.classes.get(label, (0, 0))
             self.classes[label] = seen + count, stayed + kept.get(label, 0)
         self.batches += 1
-        self.rows += selection.n_in
-        self.kept += len(selection.kept)
-        self.status.update(flag.name.lower() for flag in selection.status if flag.name)
-        if selection.status == Status.CONVERGED:
+        self.rows += batch.n_in
+        self.kept += len(batch.kept)
+        self.status.update(flag.name.lower() for flag in batch.status if flag.name)
+        if batch.status == Status.CONVERGED:
             self.status["converged"] += 1
 
     def share(self, status: Status) -> float:

@@ -34,9 +34,9 @@ class Difficulty:
 
     def of(self, rows: Int64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
         """The difficulty of some rows, float64 [B]."""
-        found = np.asarray(self.known[rows], np.float64)
-        there = np.isfinite(found)
-        return found if there.all() else np.where(there, found, self.middle)
+        values = np.asarray(self.known[rows], np.float64)
+        known = np.isfinite(values)
+        return values if known.all() else np.where(known, values, self.middle)
 
     def all(self) -> Float32[np.ndarray, " N"]:
         """The difficulty of all rows, in memory."""

@@ -28,13 +28,13 @@ def check_floor(floor: int, labels: Int[np.ndarray, " n"], classes: Sequence[str
     """
     names, counts = np.unique(labels[labels >= 0], return_counts=True)
     if not len(names):
-        raise UsageError("--min-per-class: this store has no labels", hint="leave --min-per-class out")
+        raise UsageError("`min_per_class`: this store has no labels", hint="leave `min_per_class` out")
     least = int(counts.argmin())
     if counts[least] < floor:
         raise UsageError(
-            f"--min-per-class {floor}: {class_name(int(names[least]), classes)} has {counts[least]} rows in the whole "
+            f"`min_per_class={floor}`: {class_name(int(names[least]), classes)} has {counts[least]} rows in the whole "
             f"data set, expected {floor} at least",
-            hint=f"use --min-per-class {counts[least]} or less",
+            hint=f"use `min_per_class={counts[least]}` or less",
         )
 
 
@@ -61,8 +61,8 @@ def hold_floor(
         UsageError: All needs together are more than the batch keeps.
     """
     names, code = np.unique(labels, return_inverse=True)
-    there = np.bincount(code, minlength=len(names))
-    need = np.where(names >= 0, np.minimum(there, floor), 0)
+    present = np.bincount(code, minlength=len(names))
+    need = np.where(names >= 0, np.minimum(present, floor), 0)
     stays = np.zeros(len(labels), bool)
     stays[kept] = True
     have = np.bincount(code[kept], minlength=len(names))
@@ -71,10 +71,10 @@ def hold_floor(
     if need.sum() > len(kept):
         short = int(np.argmax(need - have))
         raise UsageError(
-            f"--min-per-class {floor}: {where} keeps {len(kept)} of {len(labels)} rows, but holds {len(names)} classes "
+            f"`min_per_class={floor}`: {where} keeps {len(kept)} of {len(labels)} rows, but holds {len(names)} classes "
             f"that need {need.sum()} together ({class_name(int(names[short]), classes)} would keep {have[short]} of "
-            f"{there[short]})",
-            hint="lower --min-per-class or the filter ratio, or raise --batch-size",
+            f"{present[short]})",
+            hint="lower `min_per_class` or the filter ratio, or raise `batch_size`",
         )
     for short in np.flatnonzero(have < need).tolist():
         for back in np.flatnonzero((code == short) & ~stays)[: need[short] - have[short]]:

@@ -1,6 +1,6 @@
 """A linear probe on cached embeddings: how hard is each sample for a reference model that never saw its label?
 
-Multinomial logistic regression, cross-fitted: the labelled rows are dealt out to folds, each fold is judged by a probe
+Multinomial logistic regression, cross-fitted: the labelled rows are assigned to folds, each fold is judged by a probe
 that was trained on the others, and the held-out cross-entropy is the sample's difficulty (the "irreducible holdout
 loss" of RHO-LOSS, S. Mindermann et al., ICML 2022, with a probe in the place of their small model). No image is opened
 and no forward pass of the reference model is made.
@@ -14,7 +14,6 @@ has no label or no embedding); what was found may go to a file.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,12 +44,14 @@ class ProbeSettings:
     """How a probe is trained; all of it is identity.
 
     Attributes:
-        folds: Parts that the rows are dealt out to; each is judged by the probe of the others.
+        folds: Parts that the rows are assigned to; each is judged by the probe of the others.
         epochs: Passes over the rows, at least.
         steps: Steps of each probe, at least: small data sets get more epochs.
         batch_size: Rows of a step.
-        pace: Adam's first learning rate times D, so that logits move alike in any dimension; it falls along a cosine.
-        decay: Share of the weights that a first step takes away (decoupled weight decay); falls with the pace.
+        lr_scale: Adam's first learning rate times D, so that logits change as much in any dimension; it falls along a
+            cosine.
+        decay: Share of the weights that a first step takes away (decoupled weight decay); falls with the
+            learning rate.
         seed: Seed of the folds and of the order.
     """
 
@@ -58,7 +59,7 @@ class ProbeSettings:
     epochs: int = 3
     steps: int = 200
     batch_size: int = 256
-    pace: float = 2.5
+    lr_scale: float = 2.5
     decay: float = 4e-3
     seed: int = 0
 
@@ -77,14 +78,14 @@ def count_classes(
     names, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in range(0, len(rows), PIECE):
         part = labels[rows.at(np.arange(first, min(first + PIECE, len(rows))))]
-        found, new = np.unique(part, return_counts=True)
-        names, place = np.unique(np.concatenate([names, found]), return_inverse=True)
+        classes, new = np.unique(part, return_counts=True)
+        names, place = np.unique(np.concatenate([names, classes]), return_inverse=True)
         counts = np.bincount(place, np.concatenate([counts, new])).astype(np.int64)  # exact up to 2^53
     return names.astype(np.int64), counts
 
 
-def deal_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, seed: int) -> np.ndarray:
-    """Deal ``rows`` out to folds, class by class in random order, so that folds differ by at most one row a class.
+def assign_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, seed: int) -> np.ndarray:
+    """Assign ``rows`` to folds, class by class in random order, so that folds differ by at most one row a class.
 
     Rows are gone through in random order, and each class counts its own: the next class begins with the fold after the
     one that the class before it ends with.
@@ -106,9 +107,7 @@ def deal_folds(labels: Int[np.ndarray, " N"], rows: EligibleRows, folds: int, se
     return fold
 
 
-def sweep(
-    store: EmbeddingStore, seed: int, turn: int, lock: threading.Lock
-) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
+def sweep(store: EmbeddingStore, seed: int, turn: int) -> Iterator[tuple[Int64[np.ndarray, " W"], Tensor]]:
     """All rows that have an embedding, once: shards in random order, a window of them at a time.
 
     Yields:
@@ -124,8 +123,7 @@ def sweep(
             span = spec.rows_of(shard)
             rows = np.arange(span.start, span.stop, dtype=np.int64)
             rows = rows[store.valid_in(shard) == OK]
-            with lock:  # a store that is read in windows keeps the last shards
-                store.gather(rows, buffer[filled : filled + len(rows)])
+            store.gather(rows, buffer[filled : filled + len(rows)])
             names.append(rows)
             filled += len(rows)
         yield np.concatenate(names), torch.from_numpy(buffer[:filled])
@@ -153,7 +151,7 @@ class FoldProbe:
         gradient[torch.arange(len(y), device=y.device), y] -= 1
         gradient = x.T @ gradient / len(y)
         fall = 0.5 * (1 + math.cos(math.pi * self.seen / self.total))
-        rate = min(self.settings.pace / (x.shape[1] - 1), FASTEST) * fall
+        rate = min(self.settings.lr_scale / (x.shape[1] - 1), FASTEST) * fall
         self.step, self.seen = self.step + 1, self.seen + len(y)
         self.first.lerp_(gradient, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
@@ -214,8 +212,8 @@ class Features:
     @classmethod
     def of(cls, rows: Tensor, device: torch.device) -> Features:
         """Shift and scale after the mean and spread of some rows."""
-        shard = normalized_rows(rows[None])[0]
-        spread, mean = torch.std_mean(shard, dim=0, correction=0)
+        unit = normalized_rows(rows[None])[0]
+        spread, mean = torch.std_mean(unit, dim=0, correction=0)
         typical = spread.square().mean().sqrt()
         # A dimension that hardly moves is left small, not blown up.
         scale = 1 / torch.maximum(spread, 0.1 * typical).clamp_min(1e-12)
@@ -223,10 +221,10 @@ class Features:
 
     def __call__(self, rows: Tensor) -> Float32[Tensor, "b D1"]:
         """The features of rows in the store's dtype."""
-        shard = normalized_rows(rows[None])[0].to(self.device)
-        made = torch.ones(len(shard), shard.shape[1] + 1, device=self.device)
-        torch.mul(shard - self.mean, self.scale, out=made[:, :-1])
-        return made
+        unit = normalized_rows(rows[None])[0].to(self.device)
+        features = torch.ones(len(unit), unit.shape[1] + 1, device=self.device)
+        torch.mul(unit - self.mean, self.scale, out=features[:, :-1])
+        return features
 
 
 def probe_columns(
@@ -258,17 +256,17 @@ def probe_columns(
     names, _ = count_classes(store.labels, rows)
     if len(names) < 2 or len(rows) < max(4, settings.folds):
         raise UsageError(
-            f"--guidance: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
+            f"`guidance`: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
             f"rows of {len(names)} classes",
-            hint="use --guidance none, which makes guided rules go by the spectrum alone",
+            hint="use `guidance='none'`, which makes guided rules go by the spectrum alone",
         )
     if LabelCounts(len(rows), len(names), int(names[-1])).one_each:
         raise UsageError(
-            f"--guidance: {store.location} has {len(names):,} different labels for {len(rows):,} rows; a probe learns "
+            f"`guidance`: {store.location} has {len(names):,} different labels for {len(rows):,} rows; a probe learns "
             "nothing from classes of one row",
-            hint="use --guidance none, or embed with labels that are classes",
+            hint="use `guidance='none'`, or embed with labels that are classes",
         )
-    fold = deal_folds(store.labels, rows, settings.folds, settings.seed)
+    fold = assign_folds(store.labels, rows, settings.folds, settings.seed)
     others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]
     epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
     probes = [
@@ -277,12 +275,11 @@ def probe_columns(
     ]
     columns = np.zeros(len(store), COLUMNS) if out is None else out
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
-    lock = threading.Lock()
 
     def work(probe: FoldProbe) -> None:
         features: Features | None = None
         for turn in range(epochs + 1):
-            for number, (here, stored) in enumerate(sweep(store, settings.seed, turn, lock)):
+            for number, (here, stored) in enumerate(sweep(store, settings.seed, turn)):
                 features = features or Features.of(stored, device)
                 window = Window(here, stored, fold[here], np.searchsorted(names, store.labels[here]), features)
                 if turn < epochs:

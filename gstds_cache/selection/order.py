@@ -13,6 +13,7 @@ The order is named by the user and part of a selection's identity; it never foll
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,24 +25,47 @@ from gstds_cache.selection.permutation import Permutation
 from gstds_cache.selection.rows import EligibleRows
 
 DEFAULT_WINDOW = 65536
-Order = Callable[[int, int, int], Int64[np.ndarray, " B"]]  # from an epoch, a first place and one past the last to rows
+# From an epoch, a first position and one past the last to the rows at these positions.
+RowsAt = Callable[[int, int, int], Int64[np.ndarray, " B"]]
 
 
-def parse_order(text: str) -> int | None:
-    """Rows of a window; None for a permutation.
+@dataclass(frozen=True)
+class Order:
+    """The order of an epoch, parsed.
+
+    Attributes:
+        window: Rows of a window, at least 1; None for a permutation of all rows.
+    """
+
+    window: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """The same text for all spellings: ``permutation`` or ``window:ROWS``."""
+        return "permutation" if self.window is None else f"window:{self.window}"
+
+
+PERMUTATION = Order()
+
+
+def parse_order(text: str) -> Order:
+    """Parse ``permutation``, ``window`` or ``window:ROWS``.
 
     Args:
-        text: ``permutation``, ``window`` or ``window:ROWS``.
+        text: The order.
+
+    Returns:
+        The order.
 
     Raises:
         UsageError: It is none of these.
     """
     if text == "permutation":
-        return None
+        return Order()
     name, _, rows = text.partition(":")
     if name != "window" or (rows and not rows.isdecimal()) or rows == "0" or (":" in text and not rows):
-        raise UsageError(f"--order: got {text!r}, expected permutation, window or window:ROWS")
-    return int(rows) if rows else DEFAULT_WINDOW
+        raise UsageError(f"`order`: got {text!r}, expected permutation, window or window:ROWS")
+    return Order(int(rows) if rows else DEFAULT_WINDOW)
 
 
 def shards_at_once(window: int, shard_rows: int) -> int:
@@ -49,24 +73,24 @@ def shards_at_once(window: int, shard_rows: int) -> int:
     return max(1, window // shard_rows)
 
 
-def make_order(rows: EligibleRows, *, seed: int, window: int | None, shard_rows: int) -> Order:
+def rows_in_order(rows: EligibleRows, order: Order, *, seed: int, shard_rows: int) -> RowsAt:
     """The order of an epoch's rows.
 
     Args:
         rows: Rows that take part.
+        order: Permutation or windows.
         seed: Key of the order.
-        window: Rows of a window, or None for a permutation of all.
         shard_rows: Rows of a shard of the store.
 
     Returns:
-        A function from an epoch and two places in its order to the rows from the one to the other.
+        A function from an epoch and two positions in its order to the rows from the one to the other.
     """
-    if window is None:
+    if order.window is None:
         return _permuted(rows, seed)
-    return _in_windows(rows, seed, shards_at_once(min(window, rows.items), shard_rows), shard_rows)
+    return _in_windows(rows, seed, shards_at_once(min(order.window, rows.items), shard_rows), shard_rows)
 
 
-def _permuted(rows: EligibleRows, seed: int) -> Order:
+def _permuted(rows: EligibleRows, seed: int) -> RowsAt:
     @lru_cache(maxsize=2)
     def of_epoch(epoch: int) -> Permutation:
         return Permutation(len(rows), rng_for(seed, "plan", epoch))
@@ -74,7 +98,7 @@ def _permuted(rows: EligibleRows, seed: int) -> Order:
     return lambda epoch, start, stop: rows.at(of_epoch(epoch).at(start, stop))
 
 
-def _in_windows(rows: EligibleRows, seed: int, at_once: int, shard_rows: int) -> Order:
+def _in_windows(rows: EligibleRows, seed: int, at_once: int, shard_rows: int) -> RowsAt:
     bounds = rows.below(np.minimum(np.arange(-(-rows.items // shard_rows) + 1) * shard_rows, rows.items))
     shards = np.flatnonzero(np.diff(bounds))  # those with a row that takes part
 
@@ -91,10 +115,10 @@ def _in_windows(rows: EligibleRows, seed: int, at_once: int, shard_rows: int) ->
         numbers = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in here])
         return rows.at(rng_for(seed, "plan-window", epoch, window).permutation(numbers))
 
-    def order(epoch: int, start: int, stop: int) -> Int64[np.ndarray, " B"]:
+    def rows_at(epoch: int, start: int, stop: int) -> Int64[np.ndarray, " B"]:
         begins = of_epoch(epoch)[1]
         first, last = np.searchsorted(begins, (start, stop - 1), side="right") - 1
         parts = [of_window(epoch, window) for window in range(first, last + 1)]
         return np.concatenate(parts)[start - begins[first] : stop - begins[first]]
 
-    return order
+    return rows_at

@@ -1,9 +1,9 @@
 """Which rows make up which batch, and how many of them stay: all of it known before anything is computed.
 
-The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be made without the ones before it.
-With P *partitions* there are P orders, and epoch e takes order e mod P, cut into the same batches (*groups*) as before,
-which come in another order: what was found out about a group once holds in later epochs. What is held does not grow
-with the rows or the epochs, but for 8 bytes a batch of an epoch.
+The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be computed without the ones before it.
+With P *batch assignments* there are P orders, and epoch e takes order e mod P, cut into the same batches (*groups*) as
+before, in another sequence: what was computed for a group once holds in later epochs. Memory does not grow with the
+rows or the epochs, but for 8 bytes a batch of an epoch and 8 bytes an epoch.
 
 The last batch of an epoch is between half and one and a half times as large as the others: a remainder of a few rows
 has no graph worth the name, and a training step on its one kept row undid the others (measured on digits: the loss
@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.order import make_order
+from gstds_cache.selection.order import PERMUTATION, Order, rows_in_order
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
@@ -36,8 +36,8 @@ class BatchPlan:
         batch_id: Position in the epoch, from 0.
         indices: Rows of the store, int64 [B].
         keep: How many of them stay (M).
-        partition: Which of the plan's ways to deal rows out to batches this is; the epoch where each is dealt anew.
-        group: Which batch of that partition: the same (partition, group) holds the same rows.
+        assignment: Which of the plan's batch assignments this is of; the epoch, where every epoch has its own.
+        group: Which batch of that assignment: the same (assignment, group) holds the same rows.
     """
 
     seq: int
@@ -45,7 +45,7 @@ class BatchPlan:
     batch_id: int
     indices: Int64[np.ndarray, " B"]
     keep: int
-    partition: int = 0
+    assignment: int = 0
     group: int = 0
 
 
@@ -56,9 +56,10 @@ class SelectionPlan:
         rows: Rows that take part.
         batches_per_epoch: Batches in an epoch; the last holds what is left, from 0.5 to 1.5 times ``batch_size``.
         total_batches: Batches in the run.
-        window: Rows of a window of the order, or None.
-        partitions: Ways to deal the rows out to batches; 0 where every epoch deals them anew.
+        order: Order of an epoch.
+        batch_assignments: Fixed assignments of rows to batches; 0 where every epoch has a new one.
         total_rows: Rows that go in over the whole run: what training on everything would spend.
+        kept_per_epoch: Rows kept in each epoch.
         total_kept: Rows kept in the run: the gradient samples a trainer will spend.
     """
 
@@ -70,11 +71,11 @@ class SelectionPlan:
         epochs: int,
         schedule: Schedule,
         seed: int,
-        window: int | None = None,
+        order: Order = PERMUTATION,
         shard_rows: int = 1,
-        partitions: int = 0,
+        batch_assignments: int = 0,
     ) -> None:
-        """Lay out the run.
+        """Plan the run.
 
         Args:
             rows: Rows that take part; those without an embedding are left out.
@@ -82,9 +83,10 @@ class SelectionPlan:
             epochs: Passes over ``rows``.
             schedule: Filter ratio over the run.
             seed: Key of the permutations.
-            window: Rows of a window of the order (:mod:`gstds_cache.selection.order`); None permutes all rows.
-            shard_rows: Rows of a shard of the store; matters with a window.
-            partitions: Ways to deal the rows out to batches, which epochs go round; 0 deals anew in every epoch.
+            order: Order of an epoch.
+            shard_rows: Rows of a shard of the store; matters with windows.
+            batch_assignments: Fixed assignments of rows to batches, through which epochs cycle; 0 draws a new one in
+                every epoch.
 
         Raises:
             UsageError: There are fewer rows than one batch holds, or the schedule does not fit the run.
@@ -97,29 +99,30 @@ class SelectionPlan:
         if batch_size > len(rows):
             fits = max(SMALLEST_BATCH, len(rows) // 4)
             raise UsageError(
-                f"--batch-size: got {batch_size}, but only {len(rows)} rows have an embedding",
-                hint=f"use --batch-size {fits} or so" + (f", and --knn {fits - 1} or less" if fits <= 10 else ""),
+                f"`batch_size`: got {batch_size}, but only {len(rows)} rows have an embedding",
+                hint=f"use `batch_size={fits}` or so" + (f", and `knn={fits - 1}` or less" if fits <= 10 else ""),
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
-        self.window, self.partitions = window, partitions
+        self.order, self.batch_assignments = order, batch_assignments
         self.batches_per_epoch = max(1, (len(rows) + batch_size // 2) // batch_size)
         self.total_batches = self.batches_per_epoch * epochs
         sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
         sizes[-1] = len(rows) - batch_size * (self.batches_per_epoch - 1)
-        laid_out = schedule.lay_out(sizes, epochs)
-        self.total_rows, self.total_kept = len(rows) * epochs, laid_out.total_kept
-        self._piece = lru_cache(maxsize=2)(lambda n: laid_out.piece(n * PIECE, (n + 1) * PIECE))
-        self._groups = lru_cache(maxsize=2)(self._deal_groups)
-        self._order = make_order(rows, seed=seed, window=window, shard_rows=shard_rows)
+        run_schedule = schedule.over(sizes, epochs)
+        self.kept_per_epoch: list[int] = run_schedule.kept_per_epoch.tolist()
+        self.total_rows, self.total_kept = len(rows) * epochs, sum(self.kept_per_epoch)
+        self._piece = lru_cache(maxsize=2)(lambda n: run_schedule.piece(n * PIECE, (n + 1) * PIECE))
+        self._groups = lru_cache(maxsize=2)(self._shuffle_groups)
+        self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows)
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
-        partition = epoch % self.partitions if self.partitions else epoch
+        assignment = epoch % self.batch_assignments if self.batch_assignments else epoch
         group = self._group(epoch, batch_id)
         start = group * self.batch_size
-        indices = self._order(partition, start, start + self.rows_in(group))
-        return BatchPlan(seq, epoch, batch_id, indices, self.keep(seq), partition, group)
+        indices = self._rows_at(assignment, start, start + self.rows_in(group))
+        return BatchPlan(seq, epoch, batch_id, indices, self.keep(seq), assignment, group)
 
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
@@ -129,9 +132,9 @@ class SelectionPlan:
         """The schedule's filter ratio at batch ``seq``."""
         return float(self._piece(seq // PIECE)[0][seq % PIECE])
 
-    def visit(self, epoch: int) -> int:
+    def repeat(self, epoch: int) -> int:
         """How many epochs before this one had the same batches."""
-        return epoch // self.partitions if self.partitions else 0
+        return epoch // self.batch_assignments if self.batch_assignments else 0
 
     def rows_in(self, group: int) -> int:
         """Rows of a group before selection."""
@@ -141,13 +144,13 @@ class SelectionPlan:
     def _group(self, epoch: int, batch_id: int) -> int:
         """The group that comes at ``batch_id`` of an epoch.
 
-        A partition is gone through in its own order first, as it is with windows, which keep reading shard by shard
+        An assignment is gone through in its own order first, as it is with windows, which keep reading shard by shard
         that way; the group of another size stays last.
         """
-        if epoch < self.partitions or not self.partitions or self.window is not None:
+        if epoch < self.batch_assignments or not self.batch_assignments or self.order.window is not None:
             return batch_id
         return int(self._groups(epoch)[batch_id])
 
-    def _deal_groups(self, epoch: int) -> Int64[np.ndarray, " T"]:
+    def _shuffle_groups(self, epoch: int) -> Int64[np.ndarray, " T"]:
         last = self.batches_per_epoch - 1
         return np.append(rng_for(self.seed, "groups", epoch).permutation(last), last)

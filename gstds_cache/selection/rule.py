@@ -17,14 +17,14 @@ def round_ties(vectors: Float64[np.ndarray, "B ..."]) -> Float64[np.ndarray, "B 
     """Round eigenvectors to multiples of 1e-6 of their largest magnitude, so that equals are equal.
 
     Duplicate images have the same neighbours and so the same coordinate, but for rounding errors. Left as they are,
-    two exact solvers disagreed on 1 to 3 % of the kept rows of a batch; settled, they agree on 99 % at least
+    two exact solvers disagreed on 1 to 3 % of the kept rows of a batch; rounded, they agree on 99 % at least
     (benchmarks/results/accuracy.json), and ties go to the row that comes first in the batch.
 
     Args:
         vectors: One eigenvector, or several as columns.
 
     Returns:
-        The settled ones; a column of zeros stays as it is.
+        The rounded ones; a column of zeros stays as it is.
     """
     step = TIE * np.abs(vectors).max(axis=0, initial=0.0)
     step = np.where(step > 0, step, 1.0)
@@ -38,12 +38,12 @@ class RuleBatch:
     A run's arrays are read-only: its records tell what a rule was given, so copy what you want to change.
 
     Attributes:
-        vector: The Fiedler coordinate of each row, ties settled, float64 [B]; zeros where no vectors were asked for.
+        vector: The Fiedler coordinate of each row, ties rounded, float64 [B]; zeros where no vectors were asked for.
         keep: How many rows stay (M), from 1 to B.
-        rng: Random numbers of this batch's own: the same in every run of the same settings.
-        visit: How many times a batch of these rows has come before (with ``--partitions``).
-        steady_rng: Random numbers of these rows' own: the same each time that they come as a batch.
-        basis: The first Q eigenvectors above the trivial one, ties settled, float64 [B, Q]; the first is ``vector``.
+        rng: Random numbers of this batch and epoch: the same in every run of the same settings.
+        repeat: How many times a batch of these rows has come before (with ``batch_assignments``).
+        per_batch_rng: Random numbers of this batch's rows: the same each time that they come as a batch.
+        basis: The first Q eigenvectors above the trivial one, ties rounded, float64 [B, Q]; the first is ``vector``.
         values: Their eigenvalues, ascending, float64 [Q]; +inf where a small graph has fewer.
         neighbors: Positions of each row's nearest neighbours, nearest first, int64 [B, K], of which there are B - 1 at
             most; None where no graph is made.
@@ -63,8 +63,8 @@ class RuleBatch:
     labels: Int64[np.ndarray, " B"] | None = None
     guidance: Float64[np.ndarray, " B"] | None = None
     ratio: float = 0.0
-    visit: int = 0
-    steady_rng: np.random.Generator = field(default_factory=lambda: rng_for(0))
+    repeat: int = 0
+    per_batch_rng: np.random.Generator = field(default_factory=lambda: rng_for(0))
 
     def __len__(self) -> int:
         return len(self.vector)
@@ -87,7 +87,7 @@ class Rule:
     """A named rule.
 
     Attributes:
-        name: Its name on the command line.
+        name: What a user calls it.
         summary: What it keeps, in a few words.
         choose: From a batch to the positions that stay, int64 [M], ascending, distinct.
         vectors: Eigenvectors it looks at (Q); with 0 no graph is made.

@@ -17,8 +17,10 @@ from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.files.digest import sha256_file
 from gstds_cache.plugins import load_factory, own_code
 from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.selection import catalog
+from gstds_cache.selection.catalog import SPREAD
 from gstds_cache.selection.rule import Choose, Rule, RuleBatch
-from gstds_cache.selection.spread import SPREAD, spread, spread_guided
+from gstds_cache.selection.spread import spread, spread_guided
 from gstds_cache.selection.strata import cells, cells_squared, guided, strata
 
 
@@ -55,20 +57,24 @@ def random(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     return np.sort(batch.rng.choice(len(batch), batch.keep, replace=False))
 
 
+def _ours(name: str, choose: Choose, vectors: int = 1, *, needs_guidance: bool = False, power: float = 1.0) -> Rule:
+    return Rule(name, catalog.RULES[name], choose, vectors, needs_guidance, power)
+
+
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("coverage", "evenly spaced along the Fiedler order", coverage),
-        Rule("extremes", "largest absolute Fiedler value", extremes),
-        Rule("boundary", "smallest absolute Fiedler value", boundary),
-        Rule("gap", "widest spacing to Fiedler neighbours", gap),
-        Rule("strata", "one of each stretch of the Fiedler order, by guidance", strata, needs_guidance=True),
-        Rule("cells", f"one of each cell of {SPREAD} eigenvectors, by guidance", cells, SPREAD, needs_guidance=True),
-        Rule("cells-squared", "the same, by guidance squared", cells_squared, SPREAD, True, 2.0),
-        Rule("spread", f"farthest points in {SPREAD} eigenvectors", spread, SPREAD),
-        Rule("spread-guided", "farthest points, distances times guidance", spread_guided, SPREAD, needs_guidance=True),
-        Rule("guided", "drawn by guidance; computes no graph", guided, vectors=0, needs_guidance=True),
-        Rule("random", "uniformly random; computes no graph", random, vectors=0),
+        _ours("coverage", coverage),
+        _ours("extremes", extremes),
+        _ours("boundary", boundary),
+        _ours("gap", gap),
+        _ours("strata", strata, needs_guidance=True),
+        _ours("cells", cells, SPREAD, needs_guidance=True),
+        _ours("cells-squared", cells_squared, SPREAD, needs_guidance=True, power=2.0),
+        _ours("spread", spread, SPREAD),
+        _ours("spread-guided", spread_guided, SPREAD, needs_guidance=True),
+        _ours("guided", guided, 0, needs_guidance=True),
+        _ours("random", random, 0),
     )
 }
 
@@ -92,8 +98,8 @@ def find_rule(name: str) -> Rule:
         if name not in RULES:
             raise unknown_name("rule", name, [*RULES, "module:function"])
         return RULES[name]
-    found = load_factory(name, "rule", RULES)
-    own = found if isinstance(found, Rule) else Rule(name, "your own", found)
+    loaded = load_factory(name, "rule", RULES)
+    own = loaded if isinstance(loaded, Rule) else Rule(name, "your own", loaded)
     return replace(own, name=name, choose=_checked(name, own.choose), source=_source(own.choose))
 
 
@@ -108,13 +114,13 @@ def _source(function: Choose) -> str:
 
 def _checked(name: str, choose: Choose) -> Choose:
     def checked(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
-        with own_code(f"--rule {name}", but=out_of_memory):
+        with own_code(f"`rule={name!r}`", but=out_of_memory):
             kept = np.asarray(choose(batch))
             kept = kept[None] if kept.ndim == 0 else kept
         ascending = kept.ndim == 1 and kept.dtype.kind in "iu" and bool((np.diff(kept) > 0).all())
         if len(kept) != batch.keep or not ascending or kept[0] < 0 or kept[-1] >= len(batch):
             raise UsageError(
-                f"--rule {name}: got {kept.dtype} {list(kept.shape)} {kept[:8]}..., expected {batch.keep} different "
+                f"`rule={name!r}`: got {kept.dtype} {list(kept.shape)} {kept[:8]}..., expected {batch.keep} different "
                 f"positions from 0 to {len(batch) - 1}, ascending, as integers"
             )
         return kept.astype(np.int64)

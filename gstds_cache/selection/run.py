@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,29 +22,19 @@ from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.floors import check_floor, hold_floor
-from gstds_cache.selection.guidance import (
-    DEFAULT,
-    Guidance,
-    GuidanceSpec,
-    guidance_digest,
-    load_or_make_guidance,
-    parse_guidance,
-)
-from gstds_cache.selection.order import parse_order, shards_at_once
+from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
+from gstds_cache.selection.guidance_spec import key_of
+from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
-from gstds_cache.selection.rule import Rule, RuleBatch, read_only
-from gstds_cache.selection.rules import RULES, find_rule
-from gstds_cache.selection.schedule import Schedule, parse_schedule
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.rule import RuleBatch, read_only
+from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
-from gstds_cache.selection.trial import TrialSettings
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
-ALGORITHM = 3  # raised by whoever changes what the same settings select, so that no stored selection is silently stale
-NOT_IDENTITY = frozenset({"device", "knn_backend", "solver", "threads"})
 
 
 class BatchSelector:
@@ -61,7 +50,7 @@ class BatchSelector:
     """
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
-        """Check the configuration against the store and lay out the run; nothing is computed yet.
+        """Parse the configuration, check it against the store and plan the run; nothing is computed yet.
 
         Args:
             store: Where the embeddings are.
@@ -70,42 +59,55 @@ class BatchSelector:
         Raises:
             UsageError: The rule or schedule is unknown, or the batch size exceeds the rows that have an embedding.
         """
-        self.store, self.config = store, config
-        self.rule = find_rule(config.rule)
+        self.store, self.config, settings = store, config, ParsedSettings.parse(config)
+        self.rule = settings.rule
         self.plan = SelectionPlan(
             EligibleRows(len(store), store.without_embedding),
             batch_size=config.batch_size,
             epochs=config.epochs,
-            schedule=parse_schedule(config.schedule),
+            schedule=settings.schedule,
             seed=config.seed,
-            window=parse_order(config.order),
+            order=settings.order,
             shard_rows=store.spec.shard_rows,
-            partitions=_partitions(config, self.rule),
+            batch_assignments=settings.batch_assignments,
         )
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
         self.device = resolve_device(config.device)
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
-        self._guidance_spec = _guidance_spec(config.guidance, self.rule, store, self.plan)
-        self.guidance_digest = guidance_digest(store, self._guidance_spec)
-        self.identity = identity(store, config, self.rule, self.plan.schedule, self.guidance_digest)
+        labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
+        self._guidance_key = key_of(
+            store, guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
+        )
+        self.guidance_digest = self._guidance_key.digest
+        self.identity = identity(store.fingerprint, config, settings, self.guidance_digest)
         self.digest = digest_of(self.identity)
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels = store.labels
-        self._ids = LabelCounts.of(store.labels).one_each  # labels that are none: counts by class would be by row
+        self._labels_are_ids = labels.one_each  # counts by class would be by row
 
-    def run(self, start: int = 0) -> Iterator[Selection]:
+    @property
+    def threads(self) -> int:
+        """Threads that work on batches: where graphs are solved on a GPU one, else those of the configuration."""
+        return self._cpu_threads if self.solver.type == "cpu" else 1
+
+    @property
+    def _cpu_threads(self) -> int:
+        return self.config.threads or cores()
+
+    def run(self, start: int = 0) -> Iterator[SelectedBatch]:
         """Select batch after batch, from batch ``start`` of the run.
 
         Where graphs are solved on a CPU each thread works on batches of its own, alone: what is selected does not
-        depend on their number.
+        depend on their number. Until the iterator ends or is closed, NumPy's and SciPy's BLAS have one thread in this
+        whole process.
 
         Args:
             start: First ``seq``; the batches before it are not computed.
 
         Yields:
-            The selections in order.
+            The batches in order.
 
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
@@ -113,7 +115,7 @@ class BatchSelector:
         for selection, _seen in self.watch(start):
             yield selection
 
-    def watch(self, start: int = 0) -> Iterator[tuple[Selection, RuleBatch]]:
+    def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
 
         Args:
@@ -123,10 +125,9 @@ class BatchSelector:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
         guidance = self.guidance  # before the threads start
-        looks = self.rule.vectors or guidance.kind == "disagreement"
-        with closing(self._new_spectra()) if looks else nullcontext() as spectra:
-            threads = (self.config.threads or cores()) if self.solver.type == "cpu" else 1
-            done = in_threads(partial(self._select, spectra), self._stacks(start), threads)
+        needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
+        with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
+            done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
             try:
                 while True:
                     begun = time.perf_counter()
@@ -136,7 +137,7 @@ class BatchSelector:
                         return
                     for selection, seen in selections:
                         labels = kept = np.zeros(0, np.int64)
-                        if seen.labels is not None and not self._ids:
+                        if seen.labels is not None and not self._labels_are_ids:
                             labels, kept = seen.labels, self._labels_of(selection.kept)
                         self.counts.add(selection, labels, kept)
                         yield selection, seen
@@ -159,42 +160,41 @@ class BatchSelector:
     @property
     def slow_order(self) -> str:
         """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
-        store, window = self.store, self.plan.window
+        store, window = self.store, self.plan.order.window
         if store.access_kind != "window":
             return ""
         if window is None:
-            return "rows are read shard by shard, in random order: use --order window, or a larger --memory-budget"
+            return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
         shard_bytes = store.spec.shard_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
         # Two windows: a batch may begin in one and end in the next.
         needed = min(2 * shards_at_once(window, store.spec.shard_rows), store.spec.shards) * shard_bytes
         if store.memory_budget >= needed:
             return ""
         return (
-            f"two windows of rows take {needed / (1 << 20):,.0f} MiB and --memory-budget is "
+            f"two windows of rows take {needed / (1 << 20):,.0f} MiB and `memory_budget` is "
             f"{store.memory_budget >> 20:,}: shards are read more than once an epoch; raise it, or lower the rows of "
-            "--order window:ROWS"
+            "`order='window:ROWS'`"
         )
 
     @cached_property
     def guidance(self) -> Guidance:
-        """The rows' difficulty: found beside the store, or made now.
+        """The rows' difficulty: found beside the store, or computed now.
 
         Raises:
             UsageError: The store has no labels to learn from.
         """
         begun = time.perf_counter()
-        threads = self.config.threads or cores()
-        made = load_or_make_guidance(self.store, self._guidance_spec, threads=threads, device=self.device)
-        if self._ids and made.kind == "none" and self.rule.needs_guidance:
-            made = replace(made, note="none, since hardly two items have the same label: labels look like ids")
+        guidance = load_or_make_guidance(self.store, self._guidance_key, threads=self._cpu_threads, device=self.device)
+        if self._labels_are_ids and guidance.kind == "none" and self.rule.needs_guidance:
+            guidance = replace(guidance, note="none, since hardly two items have the same label: labels look like ids")
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
-        return made
+        return guidance
 
     def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
         """Full batches are stacked; the other last batch of an epoch stands alone.
 
-        Where batches come again, a stack ends with its epoch: the next one finds what was computed in this.
+        Where assignments are fixed, a stack ends with its epoch: the next one finds what was computed in this.
 
         Yields:
             Batches of one size.
@@ -204,7 +204,7 @@ class BatchSelector:
             if stack and (
                 len(stack) == STACK[self.solver.type]
                 or len(batch.indices) != len(stack[0].indices)
-                or (self.plan.partitions and batch.epoch != stack[0].epoch)
+                or (self.plan.batch_assignments and batch.epoch != stack[0].epoch)
             ):
                 yield stack
                 stack = []
@@ -212,10 +212,10 @@ class BatchSelector:
         if stack:
             yield stack
 
-    def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[Selection, RuleBatch]]:
-        found = [None] * len(batches) if spectra is None else spectra.of(batches)
+    def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[SelectedBatch, RuleBatch]]:
+        solved = [None] * len(batches) if spectra is None else spectra.of(batches)
         with self.counts.timed("rule", self.device):
-            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, found, strict=True)]
+            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, solved, strict=True)]
 
     def _labels_of(self, rows: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         return np.asarray(self._labels[rows], np.int64)
@@ -228,8 +228,8 @@ class BatchSelector:
             rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
             labels=self._labels_of(batch.indices),
             ratio=self.plan.ratio(batch.seq),
-            visit=self.plan.visit(batch.epoch),
-            steady_rng=rng_for(self.config.seed, "steady", batch.partition, batch.group),
+            repeat=self.plan.repeat(batch.epoch),
+            per_batch_rng=rng_for(self.config.seed, "steady", batch.assignment, batch.group),
         )
         if spectrum is not None:
             seen = replace(
@@ -245,7 +245,7 @@ class BatchSelector:
             seen = replace(seen, guidance=hard)
         return read_only(seen)
 
-    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[Selection, RuleBatch]:
+    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[SelectedBatch, RuleBatch]:
         seen = self._see(batch, spectrum)
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
@@ -253,7 +253,7 @@ class BatchSelector:
             classes = self.store.classes
             labels = self._labels_of(batch.indices)
             positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
-        selection = Selection(
+        selection = SelectedBatch(
             seq=batch.seq,
             epoch=batch.epoch,
             batch_id=batch.batch_id,
@@ -267,25 +267,6 @@ class BatchSelector:
         return selection, seen
 
 
-def _guidance_spec(text: str, rule: Rule, store: EmbeddingStore, plan: SelectionPlan) -> GuidanceSpec:
-    spec = parse_guidance(text)
-    if rule.needs_guidance:
-        if spec.kind != "auto":
-            return spec
-        counts = LabelCounts.of(store.labels)
-        if counts.different < 2 or counts.one_each:
-            return replace(spec, kind="none")
-        share = plan.total_kept / (len(plan.rows) * plan.epochs)
-        return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 2), plan.epochs))
-    if spec.kind not in {"auto", "none"}:
-        guided = [name for name, other in RULES.items() if other.needs_guidance]
-        raise UsageError(
-            f"--guidance {text}: rule {rule.name} does not look at guidance",
-            hint=f"leave --guidance out, or take a rule that does: {', '.join(guided)}",
-        )
-    return replace(spec, kind="none")
-
-
 def _solver(config: SelectConfig, device: torch.device) -> torch.device:
     """Where graphs are solved.
 
@@ -296,24 +277,7 @@ def _solver(config: SelectConfig, device: torch.device) -> torch.device:
         return torch.device("cpu")
     if device.type != "cuda":
         raise UsageError(
-            f"--solver cuda: --device {config.device} is {device} here", hint="leave --solver out: it solves on the CPU"
+            f"`solver='cuda'`: `device={config.device!r}` is {device} here",
+            hint="leave `solver` out: it solves on the CPU",
         )
     return device
-
-
-def _partitions(config: SelectConfig, rule: Rule) -> int:
-    """Ways the rows are dealt out to batches. A rule that makes no graph has nothing to gain from dealing them once."""
-    return config.partitions if config.partitions is not None else int(rule.vectors > 0)
-
-
-def identity(
-    store: EmbeddingStore, config: SelectConfig, rule: Rule, schedule: Schedule, guidance: str
-) -> dict[str, Any]:
-    """Everything that decides a selection's outcome, as JSON-able values."""
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY}
-    settings |= {"schedule": schedule.identity, "guidance": guidance, "partitions": _partitions(config, rule)}
-    window = parse_order(config.order)
-    if window is not None:
-        settings["order"] = f"window:{window}"
-    source = {"rule_source": rule.source} if rule.source else {}
-    return {"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings, **source}

@@ -65,7 +65,7 @@ class Schedule:
     budget: int | None = None
     full: float = 0.0
 
-    def lay_out(self, sizes: Int64[np.ndarray, " E"], epochs: int) -> LaidOut:
+    def over(self, sizes: Int64[np.ndarray, " E"], epochs: int) -> RunSchedule:
         """The filter ratio of every batch of a run, and how many of its rows stay.
 
         Args:
@@ -73,17 +73,17 @@ class Schedule:
             epochs: Epochs of the run.
 
         Returns:
-            Both, to be asked for in pieces.
+            Both, computed in pieces.
 
         Raises:
             UsageError: A file has another number of lines, or a budget does not fit the run.
         """
         full = self.full_epochs(epochs)
         spend = None if self.budget is None else self.budget - full * int(sizes.sum())
-        made = LaidOut(self, sizes, epochs, (epochs - full) * len(sizes), spend)
+        run = RunSchedule(self, sizes, epochs, (epochs - full) * len(sizes), spend)
         if spend is not None:
-            made.check_budget(spend)
-        return made
+            run.check_budget(spend)
+        return run
 
     def full_epochs(self, epochs: int) -> int:
         """Epochs at the end that keep everything: the share, rounded; at least one, and not the first.
@@ -94,16 +94,16 @@ class Schedule:
         if not self.full:
             return 0
         if epochs < 2:
-            raise UsageError(f"--schedule {self.text!r}: got {epochs} epoch, expected 2 or more with +full:SHARE")
+            raise UsageError(f"`schedule={self.text!r}`: got {epochs} epoch, expected 2 or more with +full:SHARE")
         return min(epochs - 1, max(1, math.floor(self.full * epochs + 0.5)))
 
 
 @dataclass(frozen=True, eq=False)
-class LaidOut:
-    """A schedule over the batches of a run; made piece by piece, in memory that is that of one epoch's batch sizes.
+class RunSchedule:
+    """A schedule over the batches of one run, computed piece by piece: memory is that of one epoch's batch sizes.
 
     Attributes:
-        schedule: What is laid out.
+        schedule: The schedule.
         sizes: Rows of each batch of an epoch before selection, int64 [E].
         epochs: Epochs of the run.
         head: Batches that the schedule decides; those after them keep everything.
@@ -117,11 +117,16 @@ class LaidOut:
     budget: int | None
 
     @cached_property
-    def total_kept(self) -> int:
-        """Rows that stay in the whole run."""
-        if self.budget is not None:
-            return self.budget + (self._total - self.head) // len(self.sizes) * int(self.sizes.sum())
-        return sum(int(self.piece(first, first + PIECE)[1].sum()) for first in range(0, self._total, PIECE))
+    def kept_per_epoch(self) -> Int64[np.ndarray, " epochs"]:
+        """Rows that stay in each epoch; one pass over the batches."""
+        per_epoch = len(self.sizes)
+        kept = np.zeros(self.epochs, np.int64)
+        for first in range(0, self._total, PIECE):
+            keeps = self.piece(first, first + PIECE)[1]
+            epoch, last = first // per_epoch, (first + len(keeps) - 1) // per_epoch
+            starts = np.maximum(np.arange(epoch, last + 1) * per_epoch - first, 0)
+            kept[epoch : last + 1] += np.add.reduceat(keeps, starts)
+        return kept
 
     @property
     def _total(self) -> int:
@@ -157,9 +162,9 @@ class LaidOut:
         if not least <= budget <= most:
             rest = "" if "+full" not in self.schedule.text else " beside the epochs that keep everything"
             raise UsageError(
-                f"--schedule {self.schedule.text!r}: {budget:,} samples are left to spread over {least:,} "
+                f"`schedule={self.schedule.text!r}`: {budget:,} samples are left to spread over {least:,} "
                 f"batches{rest}, expected from {least:,} (one of each) to {most:,} (all)",
-                hint="change the budget, --epochs or --batch-size",
+                hint="change the budget, `epochs` or `batch_size`",
             )
 
     def _spent(self, budget: int, first: int, stop: int) -> Int64[np.ndarray, " T"]:
@@ -193,14 +198,14 @@ def parse_schedule(text: str) -> Schedule:
     if name not in USAGE:
         raise unknown_name("schedule", name, USAGE)
     if name == "file":
-        ratios, identity = _read(expanded(rest, "--schedule file:"))
+        ratios, identity = _read(expanded(rest, "`schedule` file:"))
         return Schedule(text, identity + (f"+full:{share}" if plus else ""), ratios, full=full)
     arguments = rest.split(":") if rest else []
     wanted = USAGE[name].count(":")
     if not arguments or (name != "step" and len(arguments) != wanted):
         raise UsageError(
-            f"--schedule {text!r}: got {len(arguments)} values, expected {USAGE[name]}",
-            hint=f"e.g. --schedule {name}:{EXAMPLES[name]}",
+            f"`schedule={text!r}`: got {len(arguments)} values, expected {USAGE[name]}",
+            hint=f"e.g. `schedule='{name}:{EXAMPLES[name]}'`",
         )
     if name == "budget":
         return Schedule(text, text, _none, budget=_budget(text, arguments[0]), full=full)
@@ -233,7 +238,7 @@ def _read(path: Path) -> tuple[Ratios, str]:
     Raises:
         UsageError: The file does not read, or a line holds no ratio.
     """
-    require_file(path, "--schedule file", hint="one filter ratio a line, for each epoch or for each batch")
+    require_file(path, "`schedule` file", hint="one filter ratio a line, for each epoch or for each batch")
     with reading(path, "text", hint="save it as UTF-8: one filter ratio a line"):
         lines = path.read_text("utf-8-sig").splitlines()
     values = [
@@ -250,8 +255,8 @@ def _read(path: Path) -> tuple[Ratios, str]:
         if len(held) * per_epoch == total:
             return np.asarray(held[at // per_epoch], np.float64)
         raise UsageError(
-            f"--schedule file:{path}: got {len(values)} ratios, expected {total // per_epoch} (one for each epoch) or "
-            f"{total} (one for each batch)"
+            f"`schedule='file:{path}'`: got {len(values)} ratios, expected {total // per_epoch} (one for each epoch) "
+            f"or {total} (one for each batch)"
         )
 
     return ratios, f"file:sha256={digest_of(values)}"
@@ -261,17 +266,17 @@ def _budget(text: str, argument: str) -> int:
     try:
         return int(argument.replace("_", ""))
     except ValueError as error:
-        raise UsageError(f"--schedule {text!r}: got {argument!r}, expected a whole number of samples") from error
+        raise UsageError(f"`schedule={text!r}`: got {argument!r}, expected a whole number of samples") from error
 
 
 def _number(text: str, argument: str, what: str) -> float:
     try:
         ratio = float(argument)
     except ValueError as error:
-        raise UsageError(f"--schedule {text!r}: got {argument!r}, expected a number in [0, 1)") from error
+        raise UsageError(f"`schedule={text!r}`: got {argument!r}, expected a number in [0, 1)") from error
     if not 0 <= ratio < 1:
         raise UsageError(
-            f"--schedule {text!r}: {what} {argument} is outside [0, 1)",
+            f"`schedule={text!r}`: {what} {argument} is outside [0, 1)",
             hint="the filter ratio is the fraction removed: 0 keeps everything, 0.75 keeps a quarter",
         )
     return ratio

@@ -11,7 +11,7 @@ from gstds_cache.spectral.status import Status
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedBatch:
     """What stays of one batch.
 
     Attributes:

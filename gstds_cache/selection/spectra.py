@@ -1,11 +1,11 @@
 """Graphs and eigenvectors of batches: computed once, and found again when the same batch comes again.
 
-A plan of P partitions deals the rows out to batches in P ways and goes round them (:mod:`gstds_cache.selection.plan`).
-What a rule draws from a batch differs from epoch to epoch; its graph does not, and the graph is what takes time. So the
-spectra of the first P epochs are put down in a file, some 150 bytes a row, and read back from then on. It is a
-temporary file without a name (in ``TMPDIR``): it takes no memory of the process, and is gone with the run. What is not
-in it, after a resume or where the disk is full, and what does not come back as it was put down, is computed: the file
-decides how long a run takes, never what it selects.
+With P fixed batch assignments (:mod:`gstds_cache.selection.plan`) a batch comes again in every P-th epoch. What a rule
+draws from it differs from epoch to epoch; its graph does not, and the graph is what takes time. So the spectra of the
+first P epochs are written to a file, some 150 bytes a row, and read back from then on. It is a temporary file without a
+name (in ``TMPDIR``): it takes no memory of the process, and is gone with the run. What is not in it, after a resume or
+where the disk is full, and what does not come back as it was written, is computed: the file decides how long a run
+takes, never what it selects.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Spectrum:
     """What is known of one batch's graph.
 
     Attributes:
-        basis: The lowest Q eigenvectors above the trivial one, ties settled, float64 [B, Q].
+        basis: The lowest Q eigenvectors above the trivial one, ties rounded, float64 [B, Q].
         values: Their eigenvalues, ascending, float64 [Q].
         residual: Relative residual of the first.
         status: How solving it ended.
@@ -92,7 +92,7 @@ class Spectra:
         # faiss's memory on a GPU serves one search at a time.
         self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
-        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.partitions < plan.epochs else None
+        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.batch_assignments < plan.epochs else None
 
     @property
     def note(self) -> str:
@@ -111,14 +111,14 @@ class Spectra:
             SolverError: A row's embedding holds NaN or Inf.
         """
         kept = self._kept
-        found = [None if kept is None else kept.get(batch) for batch in batches]
-        missing = [batch for batch, spectrum in zip(batches, found, strict=True) if spectrum is None]
+        earlier = [None if kept is None else kept.get(batch) for batch in batches]
+        missing = [batch for batch, spectrum in zip(batches, earlier, strict=True) if spectrum is None]
         self._counts.reuse(len(batches) - len(missing))
-        made = iter(self._compute(missing) if missing else [])
+        computed = iter(self._compute(missing) if missing else [])
         spectra = []
-        for batch, spectrum in zip(batches, found, strict=True):
+        for batch, spectrum in zip(batches, earlier, strict=True):
             if spectrum is None:
-                spectrum = next(made)  # noqa: PLW2901 - in its place
+                spectrum = next(computed)  # noqa: PLW2901 - in its place
                 if kept is not None:
                     kept.put(batch, spectrum)
             spectra.append(spectrum)
@@ -129,12 +129,12 @@ class Spectra:
         with counts.timed("gather", torch.device("cpu")):
             rows = self._gather(batches)
         with self._searching, counts.timed("knn", self._device):
-            there = rows.to(self._device)
-            neighbours = nearest(there, config.knn, backend=self._backend)
+            rows_on_device = rows.to(self._device)
+            neighbours = nearest(rows_on_device, config.knn, backend=self._backend)
             if self._solver != self._device:
-                neighbours, there = _on_cpu(neighbours), rows
+                neighbours, rows_on_device = _on_cpu(neighbours), rows
         with counts.timed("graph", self._solver):
-            graph, _ = bridge_components(symmetrise(neighbours), there)
+            graph, _ = bridge_components(symmetrise(neighbours), rows_on_device)
         with counts.timed("solve", self._solver):
             result = fiedler_of_graph(
                 graph,
@@ -145,14 +145,14 @@ class Spectra:
                 seed=config.seed,
                 threads=1,
             )
-            near, found = _on_cpu(neighbours), _on_cpu(result)
-        counts.solved(found.iterations.tolist())
+            near, solved = _on_cpu(neighbours), _on_cpu(result)
+        counts.solved(solved.iterations.tolist())
         return [
             Spectrum(
-                basis=round_ties(found.basis[graph].numpy()),
-                values=found.values[graph].numpy(),
-                residual=float(found.residual[graph, 0]),
-                status=Status(int(found.status[graph])),
+                basis=round_ties(solved.basis[graph].numpy()),
+                values=solved.values[graph].numpy(),
+                residual=float(solved.residual[graph, 0]),
+                status=Status(int(solved.status[graph])),
                 neighbors=near.neighbors[graph].numpy().astype(np.int32),
                 similarities=near.similarities[graph].numpy(),
             )
@@ -180,7 +180,7 @@ class Spectra:
 
 
 class _SpectrumFile:
-    """A slot for each batch of each partition, in a temporary file; any number of threads may read and write.
+    """A slot for each batch of each fixed assignment, in a temporary file; any number of threads may read and write.
 
     When something fails it is left alone from then on, and emptied. It stays open, since other threads may be at it: to
     them a file that was opened just then could have its number.
@@ -191,7 +191,7 @@ class _SpectrumFile:
         self._plan, self._vectors, self._knn = plan, vectors, knn
         largest = max(plan.rows_in(0), plan.rows_in(plan.batches_per_epoch - 1))
         self._slot_bytes = self._record(largest).itemsize
-        self._sums = np.full(plan.partitions * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: nothing is there
+        self._sums = np.full(plan.batch_assignments * plan.batches_per_epoch, -1, np.int64)  # CRC-32; -1: none yet
         self._file: IO[bytes] | None = None
         try:
             self._file = mapped.temporary_file()
@@ -204,7 +204,7 @@ class _SpectrumFile:
             self._file.close()
 
     def get(self, batch: BatchPlan) -> Spectrum | None:
-        """What an earlier epoch put there for this batch; None where there is nothing, or nothing that is whole."""
+        """What an earlier epoch wrote for this batch; None where it wrote nothing, or it does not read back whole."""
         slot, record = self._slot(batch), self._record(len(batch.indices))
         if self._file is None or self.note or self._sums[slot] < 0:
             return None
@@ -226,8 +226,8 @@ class _SpectrumFile:
         )
 
     def put(self, batch: BatchPlan, spectrum: Spectrum) -> None:
-        """Put down what a later epoch will ask for."""
-        if self._file is None or self.note or batch.epoch + self._plan.partitions >= self._plan.epochs:
+        """Write what a later epoch will ask for."""
+        if self._file is None or self.note or batch.epoch + self._plan.batch_assignments >= self._plan.epochs:
             return
         held = np.empty(1, self._record(len(batch.indices)))
         for field in fields(spectrum):
@@ -255,7 +255,7 @@ class _SpectrumFile:
         )
 
     def _slot(self, batch: BatchPlan) -> int:
-        return batch.partition * self._plan.batches_per_epoch + batch.group
+        return batch.assignment * self._plan.batches_per_epoch + batch.group
 
     def _give_up(self, error: OSError) -> None:
         self.note = (

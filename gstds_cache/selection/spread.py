@@ -9,7 +9,6 @@ from gstds_cache.errors import UsageError
 from gstds_cache.graph.compiled import compiled
 from gstds_cache.selection.rule import RuleBatch
 
-SPREAD = 8  # eigenvectors looked at
 FLOOR = 0.05  # of the batch's mean difficulty: what the easiest row counts, so that none is impossible
 
 

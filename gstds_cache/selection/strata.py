@@ -66,7 +66,7 @@ def _one_of_each(
     """
     reached = np.concatenate([[0.0], np.cumsum(weights(batch)[order] ** power)])
     first, last = reached[bounds[:-1]], reached[bounds[1:]]
-    along = (batch.steady_rng.random(batch.keep) + batch.visit * GOLDEN) % 1.0
+    along = (batch.per_batch_rng.random(batch.keep) + batch.repeat * GOLDEN) % 1.0
     at = np.searchsorted(reached[1:], first + along * (last - first), side="right")
     return np.sort(order[np.clip(at, bounds[:-1], bounds[1:] - 1)])  # rounding may step over an end
 

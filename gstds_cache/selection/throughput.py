@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from gstds_cache.runtime.threads import cores
 from gstds_cache.selection.run import BatchSelector
 
 SECONDS = 2.0
@@ -34,7 +33,6 @@ def samples_per_second(selector: BatchSelector) -> float:
     batches.close()  # type: ignore[attr-defined]
     if not samples:
         return first.n_in / max(counts.elapsed, 1e-9)
-    made = min(1.0, plan.partitions / plan.epochs) if plan.partitions else 1.0
-    threads = (selector.config.threads or cores()) if selector.device.type == "cpu" else 1
-    again = min(now, (counts.seconds["rule"] - choosing) / threads)
-    return samples / (made * now + (1 - made) * again)
+    computed = min(1.0, plan.batch_assignments / plan.epochs) if plan.batch_assignments else 1.0
+    repeated = min(now, (counts.seconds["rule"] - choosing) / selector.threads)
+    return samples / (computed * now + (1 - computed) * repeated)

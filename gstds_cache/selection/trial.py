@@ -3,7 +3,7 @@
 Hard rows first is the better choice where there is plenty to learn from, and the worse one where there is little (B.
 Sorscher et al., Beyond neural scaling laws, NeurIPS 2022, section 3). Which of the two a data set is can be asked of
 the cached embeddings: linear probes learn from as large a share of the rows, in as many epochs, as the run will train
-on, drawn anew each epoch, once in proportion to the weights that the rule draws by and once all alike, and are judged
+on, drawn anew each epoch, once in proportion to the weights that the rule draws by and once uniformly, and are judged
 on rows they never saw. Where the first is right clearly less often, guidance is left out: all rows count the same. That
 takes seconds, and no forward pass.
 """
@@ -53,24 +53,24 @@ class Trial:
     Attributes:
         rows: All of them.
         guided: Rows that probes predict rightly which learned from rows drawn by guidance.
-        alike: The same for rows drawn all alike.
-        differ: Rows on which one is right and the other is not.
+        uniform: The same for rows drawn uniformly.
+        discordant: Rows on which one is right and the other is not.
     """
 
     rows: int
     guided: int
-    alike: int
-    differ: int
+    uniform: int
+    discordant: int
 
     @property
     def helps(self) -> bool:
         """Whether guidance is to be relied on: it is not clearly worse."""
-        return self.alike - self.guided <= CLEARLY * math.sqrt(self.differ)
+        return self.uniform - self.guided <= CLEARLY * math.sqrt(self.discordant)
 
     def __str__(self) -> str:
-        guided, alike = self.guided / self.rows, self.alike / self.rows
-        shares = f"a probe on rows drawn by it is right on {guided:.1%}, on rows drawn at random {alike:.1%}"
-        return f"guidance is {'used' if self.helps else 'left out, all rows count alike'}: {shares}"
+        guided, uniform = self.guided / self.rows, self.uniform / self.rows
+        shares = f"a probe on rows drawn by it is right on {guided:.1%}, on rows drawn uniformly {uniform:.1%}"
+        return f"guidance is {'used' if self.helps else 'left out, all rows count the same'}: {shares}"
 
 
 def try_out(
@@ -125,9 +125,9 @@ def try_out(
         return np.concatenate([probe.right(window, part) for part in np.array_split(mine, max(1, len(mine) // 1024))])
 
     jobs = [(half, guided) for half in (0, 1) for guided in (True, False)]
-    found = dict(zip(jobs, in_threads(right, jobs, threads if device.type == "cpu" else 1), strict=True))
-    guided, alike = (np.concatenate([found[half, way] for half in (0, 1)]) for way in (True, False))
-    return Trial(count, int(guided.sum()), int(alike.sum()), int((guided != alike).sum()))
+    outcome = dict(zip(jobs, in_threads(right, jobs, threads if device.type == "cpu" else 1), strict=True))
+    guided, uniform = (np.concatenate([outcome[half, way] for half in (0, 1)]) for way in (True, False))
+    return Trial(count, int(guided.sum()), int(uniform.sum()), int((guided != uniform).sum()))
 
 
 def _drawn(weight: Float64[np.ndarray, " n"], keep: int, rng: np.random.Generator) -> np.ndarray:

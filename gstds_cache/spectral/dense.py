@@ -47,8 +47,8 @@ def solve_dense(A: Laplacian, q: int, *, tolerance: float) -> Ritz:
         Pairs in float64 on the device of ``A``, with 0 iterations.
     """
     more = min(max(q, 2), A.graph.nodes - 1)
-    found, vectors, error = zip(*(dense_pairs(A, g, more) for g in range(A.graph.graphs)), strict=True)
-    values, worst = torch.stack(found), torch.stack(error)[:, :q]
+    lowest, vectors, error = zip(*(dense_pairs(A, g, more) for g in range(A.graph.graphs)), strict=True)
+    values, worst = torch.stack(lowest), torch.stack(error)[:, :q]
     return Ritz(
         values=values[:, :q],
         basis=torch.stack(vectors)[..., :q],

@@ -141,14 +141,14 @@ def fiedler_of_graph(
     A = Laplacian(graph, laplacian)
     if graph.nodes == 1:
         return _single_nodes(A, q)
-    there = min(q, graph.nodes - 1)
+    pairs = min(q, graph.nodes - 1)
     ritz, fallback = _solve(
         A,
-        there,
+        pairs,
         tolerance=tolerance,
         max_iterations=max_iterations,
         seed=seed,
-        start=start if start is None else start[..., :there],
+        start=start if start is None else start[..., :pairs],
         threads=threads or torch.get_num_threads(),
     )
     return FiedlerResult(

@@ -24,12 +24,12 @@ class Status(enum.IntFlag):
 REMEDY: dict[Status, str] = {
     Status.CONVERGED: "converged: nothing to do",
     Status.MAX_ITERATIONS: (
-        "max_iterations: the residual is above the tolerance; raise max_iterations or tolerance, or look for edge"
+        "max_iterations: the residual is above the tolerance; raise `max_iterations` or `tolerance`, or look for edge"
         " weights that span more than ten orders of magnitude"
     ),
     Status.BRIDGED: (
         "bridged: the graph was disconnected, and its components were joined by their strongest similarities; raise"
-        " --knn if that should be rare"
+        " `knn` if that should be rare"
     ),
     Status.DEGENERATE: (
         "degenerate: the second and third eigenvalue coincide, so the Fiedler vector is one of many; use a rule that"
@@ -37,9 +37,9 @@ REMEDY: dict[Status, str] = {
     ),
     Status.DENSE_FALLBACK: (
         "dense_fallback: LOBPCG did not converge and the graph was solved densely, which is accurate and slow; raise"
-        " max_iterations if it is frequent"
+        " `max_iterations` if it is frequent"
     ),
-    Status.TOO_SMALL: "too_small: fewer than 4 rows have no spectrum worth cutting; raise --batch-size",
+    Status.TOO_SMALL: "too_small: fewer than 4 rows have no spectrum worth cutting; raise `batch_size`",
     Status.NOT_COMPUTED: "not_computed: the rule in use needs no spectrum",
 }
 

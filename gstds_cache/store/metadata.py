@@ -67,6 +67,7 @@ class Complete:
         Raises:
             ValueError: ``data`` is something else.
             TypeError: It lacks fields, or has others.
+            AttributeError: It is JSON of another kind.
         """
         record = cls(**names.from_disk(json.loads(data)))
         if record.to_bytes(names) != data:
@@ -229,7 +230,7 @@ class StoreMetadata:
             record = Complete.from_bytes(self.transport.get(layout.COMPLETE), self.spec.names)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             problem = Problem(layout.COMPLETE, f"{layout.COMPLETE} is damaged: {error}")
             raise corrupt(self.location, [problem]) from error
         if record.fingerprint != self.spec.fingerprint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.pipe import replay, write_pipe
 from gstds_cache.stream.schema import ByteStream
 from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_header, write_file
@@ -15,7 +15,7 @@ from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def kept_paths(selector: BatchSelector) -> list[Path]:
@@ -28,28 +28,28 @@ def selection_folders(selector: BatchSelector) -> list[Path]:
     return derived_paths(selector.store.location, ".selections")
 
 
-def kept_place(selector: BatchSelector) -> WritablePath:
+def path_to_keep(selector: BatchSelector) -> WritablePath:
     """Where this selection is kept, or is to be kept: its folder is made, and takes files."""
     paths = kept_paths(selector)
     stored = _stored_in(selector, paths)
     if stored is not None:
         return WritablePath(stored)
-    place = first_writable([path.parent for path in paths])
-    return WritablePath(None if place.path is None else place.path / paths[0].name, place.note)
+    folder = first_writable([path.parent for path in paths])
+    return WritablePath(None if folder.path is None else folder.path / paths[0].name, folder.note)
 
 
 def _stored_in(selector: BatchSelector, paths: list[Path]) -> Path | None:
     return next((path for path in paths if stored_header(path) == header_of(selector)), None)
 
 
-def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bool, say: Say) -> bool:
+def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bool, notify: Notify) -> bool:
     """Deliver a selection that is finished already, computing nothing.
 
     Args:
         selector: The run that would make it.
         out: A file, or a pipe.
         replace: Whether a file that holds something else may be replaced.
-        say: Told where it was found.
+        notify: Told where it was found.
 
     Returns:
         Whether it was finished; where not, nothing was written.
@@ -62,27 +62,27 @@ def deliver_kept(selector: BatchSelector, out: Path | ByteStream, *, replace: bo
     kept = _stored_in(selector, paths)
     if not isinstance(out, Path):
         if kept is not None:
-            say(f"this selection is in {kept} already, nothing is computed")
+            notify(f"this selection is in {kept} already, nothing is computed")
             replay(kept, out)
         return kept is not None
     # A file that we named, by the digest of what belongs into it, holds nothing else that anyone could want.
     if is_finished(selector, out, replace=replace or out in paths):
-        say(f"this selection is in {out} already, nothing was computed")
+        notify(f"this selection is in {out} already, nothing was computed")
         return True
     if kept is not None and out != kept and is_finished(selector, kept, replace=True):
         copy_file(kept, out)
-        say(f"this selection was in {kept} already, and was copied")
+        notify(f"this selection was in {kept} already, and was copied")
         return True
     return False
 
 
-def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, note: Say) -> Iterator[Selection]:
+def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, notify: Notify) -> Iterator[SelectedBatch]:
     """Compute a selection into a file or a pipe, and keep it for other runs; an interrupted run's batches stay.
 
     Args:
         selector: The run.
         out: A file, or a pipe.
-        note: Told why it is not kept, where it cannot be; it is delivered all the same.
+        notify: Told why it is not kept, where it cannot be; it is delivered all the same.
 
     Yields:
         The batches that were computed now.
@@ -94,15 +94,15 @@ def deliver_computed(selector: BatchSelector, out: Path | ByteStream, *, note: S
     if isinstance(out, Path) and out in kept_paths(selector):
         yield from write_file(selector, out)
         return
-    place = kept_place(selector)
-    if place.path is None:
-        note(f"not kept for other runs: {place.note}")
+    writable = path_to_keep(selector)
+    if writable.path is None:
+        notify(f"not kept for other runs: {writable.note}")
     if not isinstance(out, Path):
-        yield from write_pipe(selector, out, keep=place.path, note=note)
+        yield from write_pipe(selector, out, keep=writable.path, notify=notify)
         return
     yield from write_file(selector, out)
-    if place.path is not None:
+    if writable.path is not None:
         try:
-            copy_file(out, place.path)
+            copy_file(out, writable.path)
         except OSError as error:
-            note(f"not kept for other runs: {error}")
+            notify(f"not kept for other runs: {error}")

@@ -17,6 +17,7 @@ from gstds_cache.errors import (
     StoreUnavailableError,
     TruncatedStreamError,
     UsageError,
+    command_line,
 )
 from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.security import read_token
@@ -24,7 +25,7 @@ from gstds_cache.stream.source import first_line
 from gstds_cache.stream.tickets import DIGEST, Ticket
 
 WHERE = re.compile(r"(grpc(?:\+tls)?)://(\[[0-9a-fA-F:]+\]|[^/:\[\]]+):(\d{1,5})(?:/([0-9a-f]*))?")
-START = "start it: gstds-select STORE --serve HOST:PORT"
+START = "start it: " + command_line("gstds-select", "STORE", "--serve", "HOST:PORT")
 TOKEN, CA, CERTIFICATE, KEY = (f"GSTDS_{name}" for name in ("TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY"))
 
 _open: weakref.WeakSet[FlightSource] = weakref.WeakSet()
@@ -100,12 +101,10 @@ class FlightSource:
         except (pa.ArrowException, OSError) as error:
             text = _plain(error)
             if text.startswith("producer: "):
-                raise ProducerFailedError(
-                    text.removeprefix("producer: "), hint="see the log of gstds-select --serve"
-                ) from error
+                raise ProducerFailedError(text.removeprefix("producer: "), hint="see the service's log") from error
             raise TruncatedStreamError(
                 f"the selection broke off: {self._where} {text.removeprefix('stopping: ')}",
-                hint=f"what was consumed is not lost; when the service is back, go on (gstds-train --resume). {START}",
+                hint=f"what was consumed is not lost; when the service is back, go on with `resume=True`. {START}",
             ) from error
         return batch, ""
 
@@ -138,14 +137,14 @@ def _tls() -> dict[str, bytes]:
         UsageError: A file cannot be read.
     """
     names = {"tls_root_certs": CA, "cert_chain": CERTIFICATE, "private_key": KEY}
-    found = {}
+    certificates = {}
     for argument, variable in names.items():
         if os.environ.get(variable):
             try:
-                found[argument] = Path(os.environ[variable]).read_bytes()
+                certificates[argument] = Path(os.environ[variable]).read_bytes()
             except OSError as error:
                 raise UsageError(f"{variable}={os.environ[variable]}: {error.strerror}") from error
-    return found
+    return certificates
 
 
 def _plain(error: Exception) -> str:

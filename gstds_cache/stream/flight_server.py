@@ -1,4 +1,4 @@
-"""Selections over Arrow Flight: several trainers share one computation, each at its own pace."""
+"""Selections over Arrow Flight: several trainers share one computation, each as fast as it reads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.errors import GstdsError, ProducerFailedError
 from gstds_cache.selection.rules import RULES
 from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.hub import Hub, Stopped
+from gstds_cache.stream.hub import Hub
 from gstds_cache.stream.security import Access
+from gstds_cache.stream.shared_reader import SharedReader, Stopped
 from gstds_cache.stream.tickets import Ticket
 from gstds_cache.stream.writer import header_of
 
@@ -150,15 +152,13 @@ class SelectionService(fl.FlightServerBase):  # type: ignore[misc]
         if settings.get("rule", self._config.rule) not in {*RULES, self._config.rule}:
             raise fl.FlightServerError(f"usage: unknown rule {settings['rule']!r:.80}")
         config = self._config if ticket.select is None else SelectConfig(
-            **{**settings, "device": self._config.device, "threads": self._config.threads,
+            **{**config_arguments(settings), "device": self._config.device, "threads": self._config.threads,
                "knn_backend": self._config.knn_backend, "solver": self._config.solver}
         )  # fmt: skip
         selector = BatchSelector(self._store, config)
         return selector.digest, lambda: selector
 
-    def _send(
-        self, batches: Iterator[pa.RecordBatch], digest: str, start: int, begun: float
-    ) -> Iterator[pa.RecordBatch]:
+    def _send(self, batches: SharedReader, digest: str, start: int, begun: float) -> Iterator[pa.RecordBatch]:
         sent, ended = 0, "cut off"
         with self._lock:
             self.active += 1
@@ -177,7 +177,7 @@ class SelectionService(fl.FlightServerBase):  # type: ignore[misc]
             ended = "producer failed"
             raise fl.FlightServerError(f"producer: {error.message}") from error
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             with self._lock:
                 self.active -= 1
                 self.counts["records"] += sent

@@ -14,22 +14,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
-from gstds_cache.errors import IncompleteError, ProducerFailedError, UsageError
+from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.stream.schema import Header
+from gstds_cache.stream.shared_reader import WAKE, GrowingFile, SharedReader, Stopped
 from gstds_cache.stream.writer import header_of, stored_header, storing
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
 
-WAKE = 0.2  # seconds after which a waiting reader looks whether its own client is still there
 Selector = Callable[[], "BatchSelector"]
-
-
-class Stopped(Exception):
-    """A reader's client is gone, or the service stops."""
 
 
 class Shared:
@@ -96,56 +91,6 @@ class Shared:
             self.changed.notify_all()
 
 
-class GrowingFile(io.RawIOBase):
-    """The file of a selection that is being computed; reading waits for what is not there yet."""
-
-    def __init__(self, shared: Shared, wanted: Callable[[], bool]) -> None:
-        """Wait until there is a file, and open it.
-
-        Raises:
-            Stopped: Nobody wants it any more.
-            ProducerFailedError: The computation failed.
-        """
-        self._shared, self._wanted, self._position = shared, wanted, 0
-        self._wait(lambda: shared.partial is not None)
-        self._whole = False
-        try:
-            self._file = shared.path.with_name(f".{shared.path.name}.partial").open("rb")
-        except FileNotFoundError:  # just now it was finished. One that is open already is read on without its name.
-            self._file, self._whole = shared.path.open("rb"), True
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Read what there is, up to the size of ``buffer``; at least one byte, or 0 at the end."""
-        if self._whole:
-            return self._file.readinto(buffer)
-        self._wait(lambda: self._shared.size > self._position or self._shared.done)
-        count = min(len(buffer), self._shared.size - self._position)
-        got = self._file.readinto(buffer[:count]) if count else 0
-        self._position += got
-        return got
-
-    def close(self) -> None:
-        """Close the file."""
-        if hasattr(self, "_file"):
-            self._file.close()
-        super().close()
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        shared = self._shared
-        with shared.changed:
-            while not shared.changed.wait_for(lambda: ready() or shared.error is not None, timeout=WAKE):
-                if not self._wanted():
-                    raise Stopped
-            if not ready():
-                if isinstance(shared.error, Stopped):
-                    raise Stopped
-                raise ProducerFailedError(f"the selection failed: {type(shared.error).__name__}: {shared.error}")
-
-
 class Hub:
     """The selections of one store: finished ones on disk, and those being computed."""
 
@@ -187,16 +132,16 @@ class Hub:
             UsageError: None, or several, begin so.
         """
         known = {header.selection_digest for _, header in self.stored()} | set(self._running)
-        found = [digest for digest in sorted(known) if digest.startswith(prefix)]
-        if len(found) != 1:
+        matching = [digest for digest in sorted(known) if digest.startswith(prefix)]
+        if len(matching) != 1:
             raise UsageError(
-                f"{len(found)} selections of this store begin with {prefix}", hint="list them, or give more"
+                f"{len(matching)} selections of this store begin with {prefix}", hint="list them, or give more"
             )
-        return found[0]
+        return matching[0]
 
     def batches(
         self, digest: str, make: Selector | None, start: int, wanted: Callable[[], bool]
-    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    ) -> tuple[pa.Schema, SharedReader]:
         """Record batches of a selection, from a batch on; computed if need be, together with whoever else wants it.
 
         Args:
@@ -206,7 +151,7 @@ class Hub:
             wanted: Asked from time to time whether the reader is still there.
 
         Returns:
-            The schema, and the record batches; closing the iterator ends the reader's part in a computation.
+            The schema, and the record batches.
 
         Raises:
             UsageError: It is not stored, and ``make`` is None.
@@ -232,7 +177,7 @@ class Hub:
         except BaseException:
             self._leave(digest, shared)
             raise
-        return reader.schema, self._read(reader, file, start, digest, shared, wanted)
+        return reader.schema, SharedReader(reader, file, start, wanted, lambda: self._leave(digest, shared))
 
     def stop(self) -> None:
         """Stop computing after the batch in hand; what was computed is kept."""
@@ -243,26 +188,6 @@ class Hub:
             shared.stopping = True
         for shared in running:
             shared.thread.join(timeout=30)
-
-    def _read(
-        self,
-        reader: pa.RecordBatchReader,
-        file: io.BufferedIOBase,
-        start: int,
-        digest: str,
-        shared: Shared | None,
-        wanted: Callable[[], bool],
-    ) -> Iterator[pa.RecordBatch]:
-        try:
-            with file:
-                for batch in reader:
-                    if not wanted():
-                        raise Stopped
-                    seq = batch.column(0).to_numpy()
-                    if seq[-1] >= start:  # the epoch end before batch `start` has its number, and comes along
-                        yield batch.slice(int(np.searchsorted(seq, start)))
-        finally:
-            self._leave(digest, shared)
 
     def _leave(self, digest: str, shared: Shared | None) -> None:
         if shared is None:

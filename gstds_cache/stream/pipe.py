@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
 from gstds_cache.runtime.resources import FULL
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS
@@ -35,12 +35,12 @@ class GroupingWriter:
 
     def __init__(self, writer: SelectionWriter, *, ahead: int = AHEAD) -> None:
         self._writer, self._ahead = writer, ahead
-        self._ready: deque[Selection] = deque()
+        self._ready: deque[SelectedBatch] = deque()
         self._changed = threading.Condition()
         self._closed, self._error = False, None  # type: bool, BaseException | None
         self._thread = threading.Thread(target=self._run, name="stream-writer", daemon=True)
 
-    def write(self, selection: Selection) -> None:
+    def write(self, selection: SelectedBatch) -> None:
         """Queue a batch.
 
         Raises:
@@ -96,8 +96,8 @@ def write_pipe(
     sink: ByteStream,
     *,
     keep: Path | None = None,
-    note: Callable[[str], None] = lambda _text: None,
-) -> Generator[Selection, None, None]:
+    notify: Callable[[str], None] = lambda _text: None,
+) -> Generator[SelectedBatch, None, None]:
     """Write a selection to a pipe as it is made. A reader that goes away raises BrokenPipeError.
 
     Args:
@@ -106,14 +106,14 @@ def write_pipe(
         keep: Where to store the selection as well; what an interrupted run left there is not computed again. Where that
             is impossible (another process is at it, a read-only disk, one that fills up on the way), the pipe is served
             all the same.
-        note: Told why nothing is stored.
+        notify: Told why nothing is stored.
 
     Yields:
         The batches that were computed now.
     """
     header = header_of(selector)
     with ExitStack() as stack:
-        kept = stack.enter_context(_Keeping(header, keep, note))
+        kept = stack.enter_context(_Keeping(header, keep, notify))
         pipe = stack.enter_context(GroupingWriter(SelectionWriter(sink, header)))
         before = kept.taken_over
         if keep is not None and before:
@@ -132,9 +132,9 @@ class _Keeping:
         taken_over: Batches that an interrupted run had stored.
     """
 
-    def __init__(self, header: Header, path: Path | None, note: Callable[[str], None]) -> None:
+    def __init__(self, header: Header, path: Path | None, notify: Callable[[str], None]) -> None:
         self.taken_over = 0
-        self._header, self._path, self._note = header, path, note
+        self._header, self._path, self._notify = header, path, notify
         self._block: AbstractContextManager[Storing] | None = None
         self._stored: Storing | None = None
 
@@ -144,12 +144,12 @@ class _Keeping:
             try:
                 self._stored = block.__enter__()
             except (IncompleteError, OSError) as error:
-                self._note(f"this selection is not kept for the next time: {error}")
+                self._notify(f"this selection is not kept for the next time: {error}")
             else:
                 self._block, self.taken_over = block, self._stored.taken_over
         return self
 
-    def write(self, selection: Selection) -> None:
+    def write(self, selection: SelectedBatch) -> None:
         """Store a batch; where that fails nothing more is stored."""
         if self._stored is None or self._block is None:
             return
@@ -171,7 +171,7 @@ class _Keeping:
                 self._give_up(failed)
 
     def _give_up(self, error: OSError) -> None:
-        self._note(f"this selection is not kept for the next time: {error}")
+        self._notify(f"this selection is not kept for the next time: {error}")
         if self._path is not None and error.errno in FULL:
             with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
                 self._path.with_name(f".{self._path.name}.partial").unlink(missing_ok=True)
@@ -189,7 +189,7 @@ def replay(path: Path, sink: ByteStream) -> None:
     sink.flush()
 
 
-def _first(keep: Path, count: int) -> Iterator[Selection]:
+def _first(keep: Path, count: int) -> Iterator[SelectedBatch]:
     with open_selection(keep.with_name(f".{keep.name}.partial")) as stream:
         while stream.next_seq < count:
             yield next(iter(stream))

@@ -4,7 +4,7 @@ A collective waits for every rank, so a rank with one step or one row fewer than
 Here the *global* batch is fixed and each rank cuts its own contiguous slice out of it. All ranks therefore take the
 same number of steps, and the world size may change between two sessions of one run: step 17 trains on the same rows.
 
-What is left when a batch does not divide by the world size is settled by the tail policy, never by chance:
+What is left when a batch does not divide by the world size is subject to the tail policy, never left to chance:
 
 - ``drop`` leaves the last ``M % W`` rows of the batch out (they are random rows: a batch's order is a permutation).
 - ``pad`` repeats the batch's first rows until it divides, as PyTorch's ``DistributedSampler`` does. Nothing is left

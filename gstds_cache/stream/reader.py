@@ -18,7 +18,7 @@ from gstds_cache.errors import (
     command_line,
 )
 from gstds_cache.files.location import local_file
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.records import NO_RECORD, STATUS, Kind, Rows, next_hash, sha_words
 from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import ByteStream, Header
@@ -88,7 +88,7 @@ class SelectionStream:
             sha256=self.running_sha256,
         )
 
-    def __iter__(self) -> Iterator[Selection]:
+    def __iter__(self) -> Iterator[SelectedBatch]:
         """Iterate over the batches; a second iterator goes on where the first stands.
 
         Returns:
@@ -127,14 +127,14 @@ class SelectionStream:
                 hint="resume with the same selection, or start over",
             )
 
-    def _guarded(self) -> Iterator[Selection]:
+    def _guarded(self) -> Iterator[SelectedBatch]:
         try:
             yield from self._checked()
         except BaseException:
             self._failed = True
             raise
 
-    def _checked(self) -> Iterator[Selection]:
+    def _checked(self) -> Iterator[SelectedBatch]:
         items, running, last = self.header.items, NO_RECORD, -1
         make, status_of = object.__new__, STATUS.get
         while True:
@@ -167,7 +167,7 @@ class SelectionStream:
                 self.next_seq = seq + 1
                 if self.rows_in is not None:
                     self.rows_in += n_in
-                selection = make(Selection)
+                selection = make(SelectedBatch)
                 selection.__dict__.update(  # the __init__ of a frozen class takes twice as long
                     seq=seq,
                     epoch=epoch,
@@ -256,9 +256,9 @@ def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> S
         return _opened(source, resume)
     if text == "-":
         return SelectionStream(sys.stdin.buffer, resume=resume)
-    path = local_file(where, "--selection")
+    path = local_file(where, "`selection`")
     if not path.is_file():
-        raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE --out FILE")
+        raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE")
     return _opened(path.open("rb"), resume)
 
 

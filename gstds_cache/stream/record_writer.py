@@ -8,7 +8,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from gstds_cache.errors import StreamError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.records import (
     GROUP_RECORDS,
     GROUP_ROWS,
@@ -41,7 +41,7 @@ class SelectionWriter:
         self._hash = NO_RECORD
         self._kept, self._kept_in_epoch = 0, 0
 
-    def write(self, *selections: Selection) -> None:
+    def write(self, *selections: SelectedBatch) -> None:
         """Write batches, in one Arrow record batch; a reader sees them at once.
 
         Raises:
@@ -100,9 +100,9 @@ class SelectionWriter:
             self._hash = next_hash(self._hash, body)
 
 
-def grouped(selections: Iterable[Selection]) -> Iterator[list[Selection]]:
+def grouped(selections: Iterable[SelectedBatch]) -> Iterator[list[SelectedBatch]]:
     """Yields batches in the groups in which a finished file holds them."""
-    group: list[Selection] = []
+    group: list[SelectedBatch] = []
     rows = 0
     for selection in selections:
         group.append(selection)

@@ -18,7 +18,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import FIELDS
 
@@ -66,7 +66,7 @@ class Record:
     residual: float
 
     @classmethod
-    def data(cls, selection: Selection) -> Record:
+    def data(cls, selection: SelectedBatch) -> Record:
         """The record of a selected batch."""
         return cls(
             selection.seq,
@@ -177,7 +177,7 @@ class Rows:
         packed = [b"".join(parts) for parts in zip(heads, kept_parts, scores, strict=True)]  # type: ignore[arg-type]
         self.columns = zip(*plain, packed, kept_parts, score_parts, strict=True)
         crcs = zip(map(google_crc32c.value, packed), column["crc"].to_numpy().tolist(), strict=True)
-        self.damaged = next((row for row, (got, said) in enumerate(crcs) if got != said), None)
+        self.damaged = next((row for row, (got, recorded) in enumerate(crcs) if got != recorded), None)
 
     def outside(self, items: int) -> frozenset[int]:
         """Rows of the batch that name an item below 0 or from ``items`` on."""

@@ -5,7 +5,7 @@ stays as busy as it was, and shapes are constant, which compilers and CUDA graph
 stored selection stays one record per graph; re-packing is the consumer's, and a generator that reads no further ahead
 than one batch needs.
 
-The rows left at the end of an epoch, fewer than a batch, are settled by ``remainder``:
+The rows left at the end of an epoch, fewer than a batch, are subject to ``remainder``:
 
 - ``carry`` puts them at the head of the next epoch's first batch. Only the last ``total_kept % size`` rows of the run
   are left out. A batch across an epoch's border can hold a row twice, once of each epoch.
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 
 Remainder = Literal["carry", "drop"]
 REMAINDERS: tuple[Remainder, ...] = ("carry", "drop")
@@ -46,7 +46,7 @@ class PackedBatch:
     kept: Int64[np.ndarray, " size"]
 
 
-def repack(batches: Iterable[Selection], size: int, remainder: Remainder = "carry") -> Iterator[PackedBatch]:
+def repack(batches: Iterable[SelectedBatch], size: int, remainder: Remainder = "carry") -> Iterator[PackedBatch]:
     """Cut the kept rows of a selection into batches of ``size``.
 
     A batch is yielded as soon as it is full, before anything else is read; after the last one the selection is read to

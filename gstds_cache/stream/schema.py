@@ -99,7 +99,7 @@ class Header:
         if fields["format"] != FORMAT:
             raise StreamError(
                 f"selection format {fields['format']} is not supported, expected {FORMAT}",
-                hint="select again with this version: gstds-select STORE --out FILE",
+                hint="select again with this version: gstds-select STORE",
             )
         if not schema.remove_metadata().equals(FIELDS):
             raise StreamError(f"the selection's columns are not format {FORMAT}'s: got {schema.names}")

@@ -37,21 +37,19 @@ class Access:
             UsageError: A file is missing, or the address needs more protection than was given.
         """
         if (certificate is None) != (key is None):
-            raise UsageError("--tls-cert and --tls-key belong together: got one of them")
+            raise UsageError("`tls_cert` and `tls_key` belong together: got one of them")
         if client_ca is not None and certificate is None:
-            raise UsageError("--client-ca needs --tls-cert and --tls-key")
+            raise UsageError("`client_ca` needs `tls_cert` and `tls_key`")
         if not is_loopback(host) and (certificate is None or token is None):
             raise UsageError(
-                f"--serve {host}: an address other than loopback needs --tls-cert, --tls-key and --token-file",
+                f"`address`: {host} is not loopback, which needs `tls_cert`, `tls_key` and `token_file`",
                 hint="serve on 127.0.0.1:PORT, or give all three",
             )
-        read = {name: _read(name, path) for name, path in
-                (("--tls-cert", certificate), ("--tls-key", key), ("--client-ca", client_ca))}  # fmt: skip
         return cls(
-            certificate=read["--tls-cert"],
-            key=read["--tls-key"],
+            certificate=_read("`tls_cert`", certificate),
+            key=_read("`tls_key`", key),
             token=None if token is None else read_token(token),
-            client_ca=read["--client-ca"],
+            client_ca=_read("`client_ca`", client_ca),
         )
 
 
@@ -63,7 +61,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def parse_address(text: str, *, flag: str) -> tuple[str, int]:
+def parse_address(text: str) -> tuple[str, int]:
     """``HOST:PORT``, the host in brackets if it is an IPv6 address.
 
     Raises:
@@ -71,7 +69,7 @@ def parse_address(text: str, *, flag: str) -> tuple[str, int]:
     """
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
-        raise UsageError(f"{flag}: got {text!r}, expected HOST:PORT, e.g. 127.0.0.1:8815")
+        raise UsageError(f"`address`: got {text!r}, expected HOST:PORT, e.g. 127.0.0.1:8815")
     return host, int(port)
 
 

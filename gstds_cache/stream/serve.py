@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,11 +21,9 @@ from gstds_cache.stream.security import Access
 GRACE = 5.0  # seconds that readers have to take what was sent to them when the service stops
 
 
-def log(event: str, **fields: object) -> None:
-    """One JSON line on stderr."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+def event_line(event: str, **fields: object) -> str:
+    """An event of a service as one JSON line."""
+    return json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
 
 
 def serve(
@@ -39,9 +35,11 @@ def serve(
     folder: Path,
     also: Sequence[Path] = (),
     access: Access,
+    stop: threading.Event,
+    notify: Callable[[str], None],
     metrics_port: int | None = None,
-) -> None:
-    """Serve a store's selections until SIGTERM or SIGINT.
+) -> int:
+    """Serve a store's selections until ``stop`` is set.
 
     Then no computation goes on past the batch in hand, readers get what was sent to them, and everything that was
     computed is kept: a service started again goes on from there, and so do readers with their tokens.
@@ -54,11 +52,17 @@ def serve(
         folder: Where selections are computed, and finished ones are.
         also: Other folders in which finished ones are.
         access: Certificates and token.
+        stop: Ends the service.
+        notify: Told of events, in JSON lines.
         metrics_port: Port on loopback for metrics in Prometheus' text format; None for none.
+
+    Returns:
+        Readers that were cut off, as they took nothing: they hold up gRPC's own shutdown, and the end of this process.
     """
-    asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
+
+    def log(event: str, **fields: object) -> None:
+        notify(event_line(event, **fields))
+
     hub = Hub(folder, also=also, log=log)
     scheme = "grpc+tls" if access.certificate else "grpc"
     service = SelectionService(f"{scheme}://{host}:{port}", store, config, hub, access, log=log)
@@ -66,7 +70,7 @@ def serve(
     with _metrics(service, hub, metrics_port) as metrics:
         log("serving", location=where, store=store.fingerprint, metrics=metrics, tls=bool(access.certificate),
             token=access.token is not None, client_certificates=access.client_ca is not None)  # fmt: skip
-        asked.wait()
+        stop.wait()
         log("stopping", readers=service.active)
         service.stopping = True
         hub.stop()
@@ -74,9 +78,25 @@ def serve(
         closing.start()
         closing.join(GRACE)
         log("stopped", readers_cut_off=service.active, records=service.counts["records"])
-    if closing.is_alive():  # a reader that takes nothing holds up Flight's own shutdown for ever
-        sys.stdout.flush()
-        os._exit(0)
+    return max(service.active, 1) if closing.is_alive() else 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT, while the block lasts, set the event; handlers are the process's, of its main thread.
+
+    Yields:
+        The event.
+    """
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def metrics_text(service: SelectionService, hub: Hub) -> str:
@@ -106,9 +126,9 @@ def _metrics(service: SelectionService, hub: Hub, port: int | None) -> Iterator[
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer ``/metrics``."""
-            found = self.path == "/metrics"
-            body = metrics_text(service, hub).encode() if found else b"there is: /metrics\n"
-            self.send_response(200 if found else 404)
+            known = self.path == "/metrics"
+            body = metrics_text(service, hub).encode() if known else b"there is: /metrics\n"
+            self.send_response(200 if known else 404)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -9,7 +9,7 @@ import pyarrow as pa
 from gstds_cache.errors import TruncatedStreamError
 from gstds_cache.stream.schema import ByteStream
 
-AGAIN = "make it again: gstds-select STORE --out FILE"
+AGAIN = "select again: gstds-select STORE"
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class BatchSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the file, pipe or connection."""
+        """Close the file, pipe or connection."""
         ...
 
 

@@ -18,7 +18,7 @@ from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.resources import writing
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
 from gstds_cache.stream.schema import Header
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 def header_of(selector: BatchSelector) -> Header:
     """The header of a selector's run."""
     plan = selector.plan
-    starts = range(0, plan.total_batches, plan.batches_per_epoch)
     return Header(
         cache_fingerprint=selector.store.fingerprint,
         selection_digest=selector.digest,
@@ -41,7 +40,7 @@ def header_of(selector: BatchSelector) -> Header:
         batches_per_epoch=plan.batches_per_epoch,
         total_batches=plan.total_batches,
         total_kept=plan.total_kept,
-        kept_per_epoch=[sum(map(plan.keep, range(start, start + plan.batches_per_epoch))) for start in starts],
+        kept_per_epoch=plan.kept_per_epoch,
         settings=selector.identity["select"],
     )
 
@@ -61,7 +60,7 @@ def is_finished(selector: BatchSelector, path: Path, *, replace: bool = False) -
         UsageError: The file holds something else, and ``replace`` is not set.
     """
     if path.is_dir():
-        raise UsageError(f"--out {path}: a directory is in the way, expected a file or nothing")
+        raise UsageError(f"`out={str(path)!r}`: a directory is in the way, expected a file or nothing")
     if not path.exists():
         return False
     try:
@@ -70,12 +69,14 @@ def is_finished(selector: BatchSelector, path: Path, *, replace: bool = False) -
                 for _ in stream:
                     pass
                 return True
-            found = f"selection {stream.header.selection_digest[:12]}, this run makes {selector.digest[:12]}"
+            held = f"selection {stream.header.selection_digest[:12]}, this run makes {selector.digest[:12]}"
     except StreamError as error:
-        found = f"no whole selection ({error.message})"
+        held = f"no whole selection ({error.message})"
     if replace:
         return False
-    raise UsageError(f"--out {path}: the file holds {found}", hint="give another --out, or --force to replace it")
+    raise UsageError(
+        f"`out={str(path)!r}`: the file holds {held}", hint="give another `out`, or `force=True` to replace it"
+    )
 
 
 def stored_header(path: Path) -> Header | None:
@@ -106,7 +107,7 @@ class Storing:
         self.taken_over = self._writer.next_seq
         self.size = file.tell()
 
-    def write(self, *selections: Selection) -> None:
+    def write(self, *selections: SelectedBatch) -> None:
         """Write batches."""
         with writing(self._partial):
             self._writer.write(*selections)
@@ -159,7 +160,7 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
         _finish(partial, path)
 
 
-def write_file(selector: BatchSelector, path: Path) -> Generator[Selection, None, None]:
+def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, None, None]:
     """Write a selection to ``path``, continuing what an interrupted run left.
 
     Args:
@@ -202,7 +203,7 @@ def _finish(partial: Path, path: Path) -> None:
     partial.unlink()
 
 
-def _left_over(partial: Path, header: Header) -> Iterator[Selection]:
+def _left_over(partial: Path, header: Header) -> Iterator[SelectedBatch]:
     if not partial.exists():
         return
     with partial.open("rb") as file:

@@ -35,7 +35,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DivergedError, IncompleteError, StreamError, UsageError
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.seeding import torch_seed_for
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.ranks import rank_positions, real_rows
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import PackedBatch
@@ -356,7 +356,7 @@ class _Batches:
     def __init__(self, steps: StepReader, ranks: Ranks) -> None:
         self.steps, self._ranks = steps, ranks
         self.waited = 0.0
-        self.pending: list[tuple[Selection | PackedBatch, str]] = []
+        self.pending: list[tuple[SelectedBatch | PackedBatch, str]] = []
 
     def part(self, count: int) -> Int64[np.ndarray, " m"]:
         """Positions in a batch of ``count`` rows that this rank takes."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.repack import PackedBatch, Remainder, packed_per_epoch, repack
 
@@ -53,7 +53,7 @@ class StepReader:
 
     position: Position
     _passed: deque[Position]
-    _batches: Iterator[Selection | PackedBatch]
+    _batches: Iterator[SelectedBatch | PackedBatch]
 
     def __init__(
         self, selection: str | Path | SelectionStream, *, batch_size: int | None = None, remainder: Remainder = "carry"
@@ -90,10 +90,10 @@ class StepReader:
         """Whether the selection can be opened again, by anyone who knows where it is."""
         return self._where is not None and str(self._where) != "-"
 
-    def __iter__(self) -> Iterator[Selection | PackedBatch]:
+    def __iter__(self) -> Iterator[SelectedBatch | PackedBatch]:
         return self
 
-    def __next__(self) -> Selection | PackedBatch:
+    def __next__(self) -> SelectedBatch | PackedBatch:
         """The global batch of the next step.
 
         With the last one the selection has been read to its end, so that a truncated one is never used up.

@@ -140,8 +140,8 @@ def test_folders_of_the_users_own_are_classes_whatever_they_are_called_or_hold(r
     assert not any("passed over" in note for note in source.notes)
 
 
-def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder) -> None:
-    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", "torchvision:resnet18", "--allow-untrained"]
+def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder, tiny_model) -> None:
+    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model]
     first = command(*words, "--cache", str(image_folder / "emb.store"))
     assert "warning: the store" in first.stderr
     assert "lies inside the image folder" in first.stderr

@@ -30,7 +30,8 @@ def python_block(document: str) -> str:
 def workplace(array_source, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=32, workers=0, device="cpu")
     embed_dataset(array_source(60), embed, where=tmp_path / "photos.store")
-    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), SelectConfig(batch_size=20, epochs=2, knn=5))
+    config = SelectConfig(batch_size=20, epochs=2, knn=5, guidance="none")
+    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), config)
     list(write_file(selector, tmp_path / "selection.arrow"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -114,7 +114,7 @@ def test_what_needs_an_extra_says_which_to_install(environment, tmp_path, words,
     assert f"pip install 'gstds-cache[{extra}]'" in run(environment, words, tmp_path, code=2)
 
 
-@pytest.mark.parametrize("command", ["gstds-embed", "gstds-train", "gstds-cache"])
+@pytest.mark.parametrize("command", ["gstds-embed", "gstds-select", "gstds-train", "gstds-cache"])
 def test_help_loads_no_heavy_library(environment, tmp_path, command) -> None:
     module = {"gstds-cache": "cache"}.get(command, command.removeprefix("gstds-"))
     program = (

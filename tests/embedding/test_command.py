@@ -75,11 +75,11 @@ def test_the_result_tells_how_the_time_was_spent(embed, result_of, tmp_path) -> 
 def test_a_flag_under_its_old_name_works_and_says_so(embed, result_of, tmp_path) -> None:
     for words in (["--unit-rows", "12"], ["--unit-rows=12"]):
         done = embed("--cache", "photos.store", *words, "--json")  # the last of two counts
-        assert "note: --unit-rows is called --shard-rows now" in done.stderr
+        assert "note: --unit-rows is now called --shard-rows" in done.stderr
         assert result_of(done)["shards"] == 5
     repaired = CliRunner().invoke(cache_main, ["repair", "photos.store", "--unit", "3", "--workers", "0"])
     assert repaired.exit_code == 0, repaired.output
-    assert "note: --unit is called --shard now" in repaired.stderr
+    assert "note: --unit is now called --shard" in repaired.stderr
     assert "made again  1 shards, 12 images embedded" in repaired.stdout
 
 

@@ -5,7 +5,7 @@ import torch
 
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph import knn
-from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, settle
+from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, top_k
 from gstds_cache.graph.neighbors import normalized_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,7 +24,7 @@ def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
     monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 0)
     with pytest.raises(UsageError, match="faiss sees no GPU") as error:
         knn_graph(torch.ones(1, 3, 2), 1, backend="faiss-gpu")
-    assert "--knn-backend" in error.value.hint
+    assert "auto, torch or faiss-cpu" in error.value.hint
 
 
 def test_unknown_backend_lists_the_known_ones():
@@ -73,16 +73,16 @@ def test_more_candidates_than_a_search_can_find_are_found_by_torch():
 def test_settle_takes_the_row_out_by_index_wherever_it_stands():
     similarity = torch.tensor([[1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 0.9, 0.2]])
     index = torch.tensor([[2, 0, 1], [4, 3, 2], [1, 0, 2]])
-    taken, open_end = settle(similarity[None], index[None], 2)
+    taken, open_end = top_k(similarity[None], index[None], 2)
     # Row 1 is not in its own list: the last of (similarity, index) goes. Row 2 stands last itself.
     assert taken.neighbors[0].tolist() == [[2, 1], [2, 3], [1, 0]]
     torch.testing.assert_close(taken.similarities[0], torch.tensor([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9]]))
     assert open_end.tolist() == [True]  # in row 1 a fourth could be as near
-    assert settle(similarity[None, :1], index[None, :1], 1)[1].tolist() == [False]
+    assert top_k(similarity[None, :1], index[None, :1], 1)[1].tolist() == [False]
 
 
 def test_settle_clips_rounding_before_it_orders_ties():
-    taken, _ = settle(torch.tensor([[[1.0, 1.0000001, 1.0000002]]]), torch.tensor([[[0, 2, 1]]]), 2)
+    taken, _ = top_k(torch.tensor([[[1.0, 1.0000001, 1.0000002]]]), torch.tensor([[[0, 2, 1]]]), 2)
     assert taken.neighbors[0, 0].tolist() == [1, 2]
     assert taken.similarities.max() == 1
 

@@ -138,7 +138,7 @@ def test_sheets_hold_kept_and_dropped_images_in_fiedler_order(work) -> None:
 
 def test_graphs_that_come_again_count_once(work, tmp_path) -> None:
     for ways, graphs in ((1, 3), (0, 6), (2, 6)):
-        config = SelectConfig(batch_size=14, epochs=2, knn=3, partitions=ways, device="cpu")
+        config = SelectConfig(batch_size=14, epochs=2, knn=3, batch_assignments=ways, device="cpu")
         list(write_file(BatchSelector(work.store, config), tmp_path / f"{ways}.arrow"))
         health = next(p for p in view(work, tmp_path / f"{ways}.arrow").panels if p.title == "Spectral health")
         assert health.text.startswith(f"{graphs} graphs, ")

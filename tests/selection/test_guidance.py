@@ -20,8 +20,9 @@ from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import derived_path
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
-from gstds_cache.selection.guidance import disagreement, guidance_digest, load_or_make_guidance, parse_guidance
-from gstds_cache.selection.linear_probe import ProbeSettings, deal_folds, probe_columns
+from gstds_cache.selection.guidance import disagreement, load_or_make_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
+from gstds_cache.selection.linear_probe import ProbeSettings, assign_folds, probe_columns
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.trial import Trial, TrialSettings, try_out
@@ -75,7 +76,7 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
     labels, _ = clusters
     rows = EligibleRows(N, np.array([7]))
     for folds in (2, 5):
-        fold = deal_folds(labels, rows, folds, seed=0)
+        fold = assign_folds(labels, rows, folds, seed=0)
         assert fold[7] == -1
         counts = np.array([[((fold == f) & (labels == c)).sum() for c in range(C)] for f in range(folds)])
         assert counts.sum() == N - 1
@@ -85,8 +86,8 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
         assert fold[by_class].tolist() == (np.arange(N - 1) % folds).tolist()
         monkeypatch.setattr("gstds_cache.selection.linear_probe.PIECE", 33)
-        assert deal_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
-    assert (deal_folds(labels, rows, 2, seed=0) != deal_folds(labels, rows, 2, seed=1)).any()
+        assert assign_folds(labels, rows, folds, seed=0).tolist() == fold.tolist()
+    assert (assign_folds(labels, rows, 2, seed=0) != assign_folds(labels, rows, 2, seed=1)).any()
 
 
 def test_nothing_is_left_of_a_probe_that_cannot_be_trained(clusters, tmp_path) -> None:
@@ -105,7 +106,7 @@ def test_losses_are_held_out_and_close_to_those_of_a_regression_solved_to_the_en
     x = store.gather(there).astype(np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = (x - x.mean(0)) / x.std(0)
-    fold = deal_folds(labels, EligibleRows(N, np.array([7])), 2, seed=0)[there]
+    fold = assign_folds(labels, EligibleRows(N, np.array([7])), 2, seed=0)[there]
     expected = np.zeros(len(there))
     for f in (0, 1):
         other = LogisticRegression(C=1.0, max_iter=1000).fit(x[fold != f], labels[there][fold != f])
@@ -124,10 +125,10 @@ def test_a_row_is_judged_by_a_probe_that_never_saw_its_label(store, clusters, tm
     labels, rows = clusters
     settings = settings_of(QUICK)
     before = probe_columns(store, settings)
-    fold = deal_folds(labels, EligibleRows(N, store.without_embedding), 2, seed=0)
+    fold = assign_folds(labels, EligibleRows(N, store.without_embedding), 2, seed=0)
     changed = np.where((fold == 0) & (np.arange(N) % 2 == 0), (labels + 1) % C, labels)  # half of fold 0's labels
     write_store(tmp_path / "changed.store", changed, rows)
-    monkeypatch.setattr("gstds_cache.selection.linear_probe.deal_folds", lambda *_: fold)
+    monkeypatch.setattr("gstds_cache.selection.linear_probe.assign_folds", lambda *_: fold)
     after = probe_columns(EmbeddingStore(tmp_path / "changed.store"), settings)
     assert (after["predicted"][fold == 0] == before["predicted"][fold == 0]).all()
     assert (after["entropy"][fold == 0] == before["entropy"][fold == 0]).all()
@@ -148,10 +149,10 @@ def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatc
     made = load_or_make_guidance(store, QUICK)
     assert made.seconds > 0
     assert made.kind == "probe"
-    monkeypatch.setattr("gstds_cache.selection.guidance.probe_columns", None)
+    monkeypatch.setattr("gstds_cache.selection.guidance_files.probe_columns", None)
     found = load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
     assert found.seconds == 0
-    assert found.digest == made.digest == guidance_digest(store, parse_guidance(QUICK))
+    assert found.digest == made.digest == key_of(store, parse_guidance(QUICK)).digest
     assert found.of_rows.all().tobytes() == made.of_rows.all().tobytes()
     assert found.columns.tobytes() == made.columns.tobytes()
     assert np.isfinite(found.of_rows.all()).all()
@@ -332,7 +333,7 @@ def test_data_without_labels_are_told_what_to_do(clusters, tmp_path) -> None:
     write_store(tmp_path / "bare.store", np.full(N, -1), rows)
     store = EmbeddingStore(tmp_path / "bare.store")
     for text in (QUICK, "disagreement"):
-        with pytest.raises(UsageError, match="use --guidance none"):
+        with pytest.raises(UsageError, match="use `guidance='none'`"):
             list(BatchSelector(store, replace(CONFIG, guidance=text)).run())
     assert len(list(BatchSelector(store, replace(CONFIG, guidance="none")).run())) == 12
 
@@ -365,13 +366,13 @@ def test_the_trial_tells_difficulty_that_teaches_from_difficulty_that_does_not(t
 
     teaches, misleads = trial(0.5 + telling), trial(noise)
     assert teaches.helps
-    assert teaches.guided > teaches.alike + 2 * math.sqrt(teaches.differ)
+    assert teaches.guided > teaches.uniform + 2 * math.sqrt(teaches.discordant)
     assert not misleads.helps
-    assert misleads.alike == teaches.alike == trial(np.ones(N)).guided
+    assert misleads.uniform == teaches.uniform == trial(np.ones(N)).guided
     assert trial(noise, threads=4) == misleads
-    assert trial(np.ones(N)).differ == 0
+    assert trial(np.ones(N)).discordant == 0
     # Not as good is not enough to leave it out, clearly worse is: 10 more of 25 are two standard errors.
-    assert [Trial(100, 50, alike, 25).helps for alike in (49, 60, 61)] == [True, True, False]
+    assert [Trial(100, 50, uniform, 25).helps for uniform in (49, 60, 61)] == [True, True, False]
 
 
 def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_is_not(tmp_path, monkeypatch) -> None:
@@ -379,16 +380,16 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
     store = EmbeddingStore(tmp_path / "s.store")
     answers = {True: Trial(N, 300, 300, 20), False: Trial(N, 280, 320, 60)}
     for helps, answer in answers.items():
-        monkeypatch.setattr("gstds_cache.selection.guidance.try_out", lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", lambda *_, answer=answer, **__: answer)
         selector = BatchSelector(store, replace(CONFIG, guidance="auto", rule="cells" if helps else "cells-squared"))
         _, seen = next(iter(selector.watch()))
         assert (len(set(seen.guidance.tolist())) > 1) == helps
-        assert ("guidance is used: " if helps else "guidance is left out, all rows count alike: ") in (
+        assert ("guidance is used: " if helps else "guidance is left out, all rows count the same: ") in (
             selector.guidance.note
         )
         # Found again, without another trial; a record that is damaged is made again.
         record = next(derived_path(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
-        monkeypatch.setattr("gstds_cache.selection.guidance.try_out", None)
+        monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
         assert BatchSelector(store, selector.config).guidance.note.startswith("guidance is")
         record.write_bytes(record.read_bytes()[:-9])
         with pytest.raises(TypeError):
@@ -405,8 +406,28 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     def read_only(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("gstds_cache.selection.guidance._put", read_only)
+    monkeypatch.setattr("gstds_cache.selection.guidance_files._put", read_only)
     first, second = (BatchSelector(store, replace(CONFIG, guidance="auto")).guidance.note for _ in range(2))
     assert first == second
     assert first.startswith("guidance is")
     assert not list(derived_path(store.location, ".guidance").glob("*.trial.json"))
+
+
+def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch) -> None:
+    write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
+    store = EmbeddingStore(tmp_path / "s.store")
+    config = replace(CONFIG, guidance="auto", rule="cells")
+    made = BatchSelector(store, config)
+    note = made.guidance.note.partition(";")[0]
+    (record,) = derived_path(store.location, ".guidance").glob("*.trial.json")
+    facts = json.loads(record.read_bytes())
+    facts["alike"], facts["differ"] = facts.pop("uniform"), facts.pop("discordant")
+    record.write_text(json.dumps(facts))
+    monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
+    assert BatchSelector(store, config).guidance.note.partition(";")[0] == note
+
+
+def test_a_parameter_of_the_probe_that_was_renamed_works_and_says_so() -> None:
+    with pytest.warns(FutureWarning, match="pace is now called lr_scale"):
+        spec = parse_guidance("probe?pace=2.0")
+    assert spec == parse_guidance("probe?lr_scale=2.0")

@@ -73,8 +73,8 @@ def batches(draw) -> RuleBatch:
         vector=basis[:, 0].copy(),
         keep=draw(st.integers(1, rows)),
         rng=BEGINNING,
-        steady_rng=draw(st.sampled_from(STEADY)),
-        visit=draw(st.integers(0, 9)),
+        per_batch_rng=draw(st.sampled_from(STEADY)),
+        repeat=draw(st.integers(0, 9)),
         basis=basis,
         values=np.array([0.01, 0.02, 0.5, 0.5, 1.0, 2.0, 3.0, np.inf]),
         labels=np.arange(rows) % 3,
@@ -84,7 +84,7 @@ def batches(draw) -> RuleBatch:
 
 def again(batch: RuleBatch) -> RuleBatch:
     """The same batch with its random numbers at their beginning."""
-    return replace(batch, rng=copy.deepcopy(batch.rng), steady_rng=copy.deepcopy(batch.steady_rng))
+    return replace(batch, rng=copy.deepcopy(batch.rng), per_batch_rng=copy.deepcopy(batch.per_batch_rng))
 
 
 def counts_of(batch: RuleBatch) -> list[float]:
@@ -96,12 +96,12 @@ DRAWN = {"random", "guided", "strata", "cells", "cells-squared"}
 
 
 def naive_draws(batch: RuleBatch, pieces: list[list[int]], power: int = 1) -> list[int]:
-    """One of each piece: along its cumulative weights, as far as its number and the visits say."""
+    """One of each piece: along its cumulative weights, as far as its number and the repeats say."""
     golden = (math.sqrt(5) - 1) / 2
     weight = [count**power for count in counts_of(batch)]
     drawn = []
-    for piece, number in zip(pieces, again(batch).steady_rng.random(batch.keep).tolist(), strict=True):
-        left = math.fmod(number + batch.visit * golden, 1) * sum(weight[i] for i in piece)
+    for piece, number in zip(pieces, again(batch).per_batch_rng.random(batch.keep).tolist(), strict=True):
+        left = math.fmod(number + batch.repeat * golden, 1) * sum(weight[i] for i in piece)
         for row in piece:
             left -= weight[row]
             if left < 0:
@@ -181,21 +181,22 @@ def test_of_duplicates_spread_takes_one_and_then_the_first() -> None:
     assert RULES["spread"].choose(replace(batch, keep=5)).tolist() == [0, 1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("visits", [1, 40])
-def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion(visits: int) -> None:
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_the_harder_of_a_piece_is_drawn_more_often_in_proportion(repeats: int) -> None:
     guidance = np.tile([1.0, 3.0], 500)
     vector = np.repeat(np.arange(500.0), 2)
     drawn = np.zeros(1000)
     for turn in range(40):
-        seed, visit = divmod(turn, visits)
+        seed, repeat = divmod(turn, repeats)
         steady = rng_for(seed, "steady")
-        drawn[RULES["strata"].choose(RuleBatch(vector, 500, guidance=guidance, steady_rng=steady, visit=visit))] += 1
+        batch = RuleBatch(vector, 500, guidance=guidance, per_batch_rng=steady, repeat=repeat)
+        drawn[RULES["strata"].choose(batch)] += 1
     assert (drawn.reshape(500, 2).sum(axis=1) == 40).all()
     expected = (3 + 0.1) / (4 + 0.2)
     assert abs(drawn[1::2].sum() / 20_000 - expected) < 5 * math.sqrt(expected * (1 - expected) / 20_000)
     # Visits keep every single row close to its share; as many independent draws do not.
     worst = abs(drawn[1::2] / 40 - expected).max()
-    assert worst < 0.05 if visits > 1 else worst > 0.15
+    assert worst < 0.05 if repeats > 1 else worst > 0.15
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -291,7 +292,7 @@ def test_a_function_of_ones_own_is_a_rule_and_its_file_is_its_identity(own: str,
 
 
 def test_what_a_rule_of_ones_own_returns_is_checked(own: str) -> None:
-    with pytest.raises(UsageError, match=r"--rule own_rules_\d+:twice: got int64 .* expected 4 different positions"):
+    with pytest.raises(UsageError, match=r"`rule='own_rules_\d+:twice'`: got int64 .* expected 4 different positions"):
         find_rule(f"{own}:twice").choose(RuleBatch(np.zeros(9), 4))
     with pytest.raises(UsageError, match="unknown rule in module"):
         find_rule(f"{own}:frist")
@@ -303,7 +304,7 @@ def test_what_a_rule_of_ones_own_raises_is_told_with_its_place(tmp_path, monkeyp
     name = f"raising_rules_{abs(hash(tmp_path)) % 10**9}"
     (tmp_path / f"{name}.py").write_text("def mine(batch):\n    return {}['x']\n\ndef scalar(batch):\n    return 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=rf"--rule {name}:mine failed: KeyError: 'x' \(.*{name}\.py:2\)"):
+    with pytest.raises(UsageError, match=rf"`rule='{name}:mine'` failed: KeyError: 'x' \(.*{name}\.py:2\)"):
         find_rule(f"{name}:mine").choose(RuleBatch(np.zeros(9), 4))
     with pytest.raises(UsageError, match="expected 4 different positions"):
         find_rule(f"{name}:scalar").choose(RuleBatch(np.zeros(9), 4))

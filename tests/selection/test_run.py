@@ -5,6 +5,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import numpy as np
@@ -17,11 +18,11 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.files import mapped
 from gstds_cache.selection import run as run_module
-from gstds_cache.selection import spectra
+from gstds_cache.selection import spectra, throughput
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -46,7 +47,7 @@ def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
     )
 
 
-def run(store: EmbeddingStore, start: int = 0, **changes) -> list[Selection]:
+def run(store: EmbeddingStore, start: int = 0, **changes) -> list[SelectedBatch]:
     return list(BatchSelector(store, replace(CONFIG, **changes)).run(start))
 
 
@@ -116,21 +117,21 @@ def test_a_batch_that_comes_again_finds_its_graph_and_is_drawn_from_anew(store: 
     computed: list[int] = []
     nearest = spectra.nearest
     monkeypatch.setattr(spectra, "nearest", lambda rows, *a, **k: computed.append(len(rows)) or nearest(rows, *a, **k))
-    config = replace(CONFIG, epochs=5, rule="cells-squared", partitions=2)
+    config = replace(CONFIG, epochs=5, rule="cells-squared", batch_assignments=2)
     selector = BatchSelector(store, config)
     found = list(selector.run())
     assert sum(computed) == sum(selector.counts.iterations.values()) == 2 * 3
     assert selector.counts.reused == 3 * 3
     assert selector.graphs_note == ""
     plan = selector.plan
-    of_group: dict[tuple[int, int], list[Selection]] = {}
+    of_group: dict[tuple[int, int], list[SelectedBatch]] = {}
     for selection in found:
         batch = plan.batch(selection.seq)
         assert np.isin(selection.kept, batch.indices).all()
-        of_group.setdefault((batch.partition, batch.group), []).append(selection)
+        of_group.setdefault((batch.assignment, batch.group), []).append(selection)
     assert sorted(map(len, of_group.values())) == [2] * 3 + [3] * 3
-    for (partition, group), selections in of_group.items():
-        first = plan.batch(partition * 3 + group).indices
+    for (assignment, group), selections in of_group.items():
+        first = plan.batch(assignment * 3 + group).indices
         for selection in selections:
             assert plan.batch(selection.seq).indices.tolist() == first.tolist()
             assert (selection.value, selection.residual) == (selections[0].value, selections[0].residual)
@@ -212,12 +213,12 @@ def test_a_runs_file_is_gone_with_the_run_however_it_ends(store: EmbeddingStore,
 def test_nothing_is_put_down_that_does_not_come_again(store: EmbeddingStore, monkeypatch, files) -> None:
     pwrite, written = os.pwrite, []
     monkeypatch.setattr(spectra.os, "pwrite", lambda *to: written.append(pwrite(*to)) or written[-1])
-    selector = BatchSelector(store, replace(CONFIG, epochs=5, partitions=3))
+    selector = BatchSelector(store, replace(CONFIG, epochs=5, batch_assignments=3))
     list(selector.run())
-    assert (len(written), selector.counts.reused) == (2 * 3, 2 * 3)  # the third partition comes once
+    assert (len(written), selector.counts.reused) == (2 * 3, 2 * 3)  # the third assignment comes once
     list(selector.run(3 * 3))
     assert len(written) == 2 * 3
-    list(BatchSelector(store, replace(CONFIG, rule="random", partitions=1)).run())
+    list(BatchSelector(store, replace(CONFIG, rule="random", batch_assignments=1)).run())
     assert len(files) == 2  # none for a rule that makes no graph
 
 
@@ -226,9 +227,8 @@ def test_batches_of_several_epochs_are_not_worked_on_at_once(store: EmbeddingSto
     selector = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, threads=1))
     assert len(list(selector.run())) == 16
     assert selector.counts.reused == 14
-    assert list(map(len, BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, partitions=0))._stacks(0))) == [
-        16
-    ]
+    stacks = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0)
+    assert list(map(len, stacks)) == [16]
 
 
 def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
@@ -243,23 +243,23 @@ def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
 
 def test_an_epoch_has_every_row_once_whatever_the_partitions(store: EmbeddingStore) -> None:
     orders = {}
-    for partitions in (0, 1, 2):
-        plan = BatchSelector(store, replace(CONFIG, epochs=4, partitions=partitions, batch_size=16)).plan
-        orders[partitions] = [
+    for batch_assignments in (0, 1, 2):
+        plan = BatchSelector(store, replace(CONFIG, epochs=4, batch_assignments=batch_assignments, batch_size=16)).plan
+        orders[batch_assignments] = [
             np.concatenate([plan.batch(12 * epoch + i).indices for i in range(12)]).tolist() for epoch in range(4)
         ]
-        assert all(sorted(order) == plan.rows.all().tolist() for order in orders[partitions])
-        assert len({tuple(order) for order in orders[partitions]}) == 4  # batches come in another order, at least
+        assert all(sorted(order) == plan.rows.all().tolist() for order in orders[batch_assignments])
+        assert len({tuple(order) for order in orders[batch_assignments]}) == 4  # another sequence, at least
         assert [len(plan.batch(12 * epoch + 11).indices) for epoch in range(4)] == [22] * 4
     assert orders[0][:2] == orders[2][:2] == [orders[1][0], orders[0][1]]
 
 
 def test_rules_that_make_no_graph_deal_anew_in_every_epoch(store: EmbeddingStore) -> None:
-    assert BatchSelector(store, CONFIG).plan.partitions == 1
-    assert BatchSelector(store, replace(CONFIG, rule="random")).plan.partitions == 0
-    assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, partitions=1)).digest
-    with pytest.raises(UsageError, match="--partitions: got -1, expected 0 to"):
-        replace(CONFIG, partitions=-1)
+    assert BatchSelector(store, CONFIG).plan.batch_assignments == 1
+    assert BatchSelector(store, replace(CONFIG, rule="random")).plan.batch_assignments == 0
+    assert BatchSelector(store, CONFIG).digest == BatchSelector(store, replace(CONFIG, batch_assignments=1)).digest
+    with pytest.raises(UsageError, match="`batch_assignments`: got -1, expected 0 to"):
+        replace(CONFIG, batch_assignments=-1)
 
 
 @pytest.mark.parametrize("fails", ["write", "short write", "open", "no folder"])
@@ -313,7 +313,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
         return BatchSelector(store, replace(CONFIG, **changes)).digest
 
     others = {"batch_size": 32, "epochs": 3, "schedule": "constant:0.5", "knn": 5, "rule": "gap", "seed": 1,
-              "order": "window:64", "min_per_class": 1, "partitions": 2,
+              "order": "window:64", "min_per_class": 1, "batch_assignments": 2,
               "laplacian": "normalized", "tolerance": 1e-3, "max_iterations": 9}  # fmt: skip
     digests = {digest()} | {digest(**{name: value}) for name, value in others.items()}
     assert len(digests) == 1 + len(others)
@@ -321,7 +321,7 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
 
 
 def test_solving_on_a_gpu_needs_one(store: EmbeddingStore) -> None:
-    with pytest.raises(UsageError, match="--solver cuda: --device cpu is cpu here"):
+    with pytest.raises(UsageError, match="`solver='cuda'`: `device='cpu'` is cpu here"):
         BatchSelector(store, replace(CONFIG, device="cpu", solver="cuda"))
 
 
@@ -403,7 +403,7 @@ def test_a_store_read_in_windows_is_selected_shard_by_shard(store: EmbeddingStor
     # Four shards; an epoch begins with the last one of the epoch before, if at all.
     assert len(reads) <= 2 * 4
     assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
-    assert "use --order window" in BatchSelector(windows, CONFIG).slow_order
+    assert "use `order='window'`" in BatchSelector(windows, CONFIG).slow_order
     assert "two windows of rows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
     assert BatchSelector(store, CONFIG).slow_order == ""
 
@@ -428,3 +428,26 @@ def test_a_schedule_file_is_known_by_its_content(store: EmbeddingStore, tmp_path
     before = selector("a.txt").digest
     (tmp_path / "a.txt").write_text("0.5\n0.5\n")
     assert selector("a.txt").digest != before
+
+
+class Clocked(BatchSelector):
+    """Its rule takes 0.4 s of one thread's time a batch."""
+
+    def run(self, start: int = 0):
+        for batch in super().run(start):
+            self.counts.seconds["rule"] = 0.4 * (batch.seq + 1)
+            yield batch
+
+
+def test_the_rate_of_a_run_counts_the_threads_where_graphs_are_solved(store: EmbeddingStore, monkeypatch) -> None:
+    """Beside a GPU graphs are solved, and rows are chosen, by the CPU's threads."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    config = replace(CONFIG, rule="random", batch_assignments=1, epochs=1000, threads=4)
+    for device in ("cpu", "cuda"):
+        selector, seconds = Clocked(store, config), iter(range(10))
+        selector.device = torch.device(device)  # a rule without graphs computes nothing on it
+        monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda seconds=seconds: next(seconds)))
+        rows = sum(selector.plan.rows_in(group) for group in (1, 2))
+        # Of 1000 epochs one takes 2 s for these rows, the others 0.8 s / 4 threads.
+        expected = rows / (0.001 * 2 + 0.999 * 0.2)
+        assert throughput.samples_per_second(selector) == pytest.approx(expected, rel=0.05)

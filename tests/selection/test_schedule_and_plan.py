@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.order import DEFAULT_WINDOW, parse_order
+from gstds_cache.selection.order import DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule
@@ -27,9 +27,9 @@ def make_plan(rows=100, batch_size=32, epochs=3, schedule="constant:0.75", seed=
 
 
 def ratios(text: str, total: int, per_epoch: int = 1) -> list[float]:
-    laid_out = parse_schedule(text).lay_out(np.full(per_epoch, 10), total // per_epoch)
-    whole, _ = laid_out.piece(0, total)
-    assert [laid_out.piece(at, at + 1)[0].item() for at in range(total)] == whole.tolist()
+    run_schedule = parse_schedule(text).over(np.full(per_epoch, 10), total // per_epoch)
+    whole, _ = run_schedule.piece(0, total)
+    assert [run_schedule.piece(at, at + 1)[0].item() for at in range(total)] == whole.tolist()
     return whole.tolist()
 
 
@@ -90,11 +90,11 @@ def test_a_budget_is_spent_to_the_last_sample_and_evenly(sizes, epochs, share, f
     least, most = len(head) + whole.sum() - head.sum(), whole.sum()
     budget = int(least + share * (most - least))
     text = f"budget:{budget}" + ("+full:0.01" if full else "")
-    laid_out = parse_schedule(text).lay_out(np.array(sizes, np.int64), epochs)
-    ratios, keeps = laid_out.piece(0, len(whole))
-    assert keeps.sum() == budget == laid_out.total_kept
+    run_schedule = parse_schedule(text).over(np.array(sizes, np.int64), epochs)
+    ratios, keeps = run_schedule.piece(0, len(whole))
+    assert keeps.sum() == budget == run_schedule.kept_per_epoch.sum()
     middle = len(whole) // 2
-    assert [*laid_out.piece(0, middle)[1], *laid_out.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
+    assert [*run_schedule.piece(0, middle)[1], *run_schedule.piece(middle, len(whole) + 5)[1]] == keeps.tolist()
     assert ((keeps >= 1) & (keeps <= whole)).all()
     assert (keeps[len(head) :] == whole[len(head) :]).all()
     assert ((ratios >= 0) & (ratios < 1)).all()
@@ -144,7 +144,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str, words: str) ->
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="--schedule file not found"):
+    with pytest.raises(UsageError, match="`schedule` file not found"):
         parse_schedule("file:nowhere.txt")
 
 
@@ -203,7 +203,7 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
     rows, batch_size, epochs, window, shard_rows, seed, data
 ) -> None:
     def plan() -> SelectionPlan:
-        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, window=window, shard_rows=shard_rows)
+        return make_plan(rows, min(batch_size, rows), epochs, seed=seed, order=Order(window), shard_rows=shard_rows)
 
     whole = plan()
     batches = [whole.batch(seq) for seq in range(whole.total_batches)]
@@ -224,11 +224,11 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
 
 
 def test_orders_by_name() -> None:
-    assert parse_order("permutation") is None
-    assert parse_order("window") == DEFAULT_WINDOW
-    assert parse_order("window:100") == 100
+    assert parse_order("permutation") == Order()
+    assert parse_order("window") == Order(DEFAULT_WINDOW)
+    assert parse_order("window:100") == Order(100)
     for text in ("windows", "window:", "window:0", "window:-1", "window:many", "permutation:1", ""):
-        with pytest.raises(UsageError, match="--order"):
+        with pytest.raises(UsageError, match="`order`"):
             parse_order(text)
 
 

@@ -195,3 +195,23 @@ def test_a_basis_that_has_broken_down_is_told_and_not_raised() -> None:
             assert rayleigh_ritz(M, H, 24, 8, np.zeros((3, 24, 24)), Y, theta) == 0
             assert (theta == 7).all()
             assert (Y == 7).all()
+
+
+def test_a_dependent_direction_is_seen_behind_a_nearly_dependent_one():
+    """A Cholesky pivot that should be 0 is rounding over the smallest pivot before it, and not below a fixed bound."""
+    from gstds_cache.spectral.small import rayleigh_ritz
+
+    nodes, size, wanted = 40, 30, 10
+    A = np.diag(np.linspace(0.5, 20, nodes))
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        S = np.linalg.qr(rng.normal(size=(nodes, size - 1)))[0].T
+        S[-1] = S[:-1].T @ rng.normal(size=size - 2) / 5 + 10 ** rng.uniform(-3.5, -2) * S[-1]
+        S /= np.linalg.norm(S, axis=1)[:, None]
+        Q = np.linalg.qr(S.T)[0]
+        dependent = Q[:, -1] + 0.06 * Q[:, :-1] @ rng.normal(size=size - 2)
+        S = np.vstack([S, dependent / np.linalg.norm(dependent)])
+        Y, theta = np.zeros((size, wanted)), np.zeros(wanted)
+        assert rayleigh_ritz(S @ S.T, S @ A @ S.T, size, wanted, np.zeros((3, size, size)), Y, theta) == size - 1
+        np.testing.assert_allclose(theta, np.linalg.eigvalsh(Q.T @ A @ Q)[:wanted], rtol=1e-8)
+        np.testing.assert_allclose(Y.T @ S @ S.T @ Y, np.eye(wanted), atol=1e-8)

@@ -17,7 +17,7 @@ from real_store import BAD, ITEMS, Images, objects_of, shards_written
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.data.outputs import Listing
-from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.embedding.run import EmbedReport, embed_dataset
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store import layout
@@ -38,6 +38,11 @@ BY_LIBRARIES = {"zarr.json", "embeddings/zarr.json", "label/zarr.json", "valid/z
 def old(tmp_path: Path) -> Path:
     shutil.copytree(FIXTURE, tmp_path / "old.store")
     return tmp_path / "old.store"
+
+
+def embed(where: Path, source: Images | None = None, **settings) -> EmbedReport:
+    config = EmbedConfig(model=real_store.MODEL, workers=0, device="cpu", **settings.pop("sizes", {}))
+    return embed_dataset(source or Images(), config, where=where, **settings).report
 
 
 def require_format_1(store: Path) -> None:
@@ -68,16 +73,14 @@ def test_it_is_read_and_keeps_its_fingerprint(old: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 4, "shard_rows": 8}, {}], ids=["given", "the store's"])
 def test_the_same_data_set_is_a_hit(old: Path, sizes: dict[str, int]) -> None:
-    config = EmbedConfig(model=real_store.MODEL, workers=0, device="cpu", **sizes)
-    report = embed_dataset(Images(), config, where=old).report
+    report = embed(old, sizes=sizes)
     assert (report.cache_hit, report.embedded, report.fingerprint) == (True, 0, FINGERPRINT)
     assert objects_of(old) == objects_of(FIXTURE)
 
 
 def test_what_differs_is_named_by_the_words_of_today(old: Path) -> None:
-    config = EmbedConfig(model=real_store.MODEL, batch_size=4, shard_rows=16, workers=0, device="cpu")
     with pytest.raises(FingerprintMismatchError, match="shard_rows: the store has 8, this run has 16") as caught:
-        embed_dataset(Images(), config, where=old)
+        embed(old, sizes={"batch_size": 4, "shard_rows": 16})
     assert "format" not in caught.value.message
     assert "unit" not in caught.value.message
     assert objects_of(old) == objects_of(FIXTURE)
@@ -124,8 +127,7 @@ def test_what_is_selected_from_it_is_what_is_selected_from_a_new_store(old: Path
 
 
 def test_its_rows_are_taken_over(old: Path, tmp_path: Path) -> None:
-    config = EmbedConfig(model=real_store.MODEL, workers=0, device="cpu")
-    report = embed_dataset(Images(ITEMS + 5), config, where=tmp_path / "grown.store", reuse=[old]).report
+    report = embed(tmp_path / "grown.store", Images(ITEMS + 5), reuse=[old])
     assert (report.reused, report.embedded) == (ITEMS - 1, 6)  # the broken one is tried again
 
 

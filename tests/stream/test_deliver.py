@@ -12,7 +12,7 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_place
+from gstds_cache.stream.deliver import deliver_computed, deliver_kept, path_to_keep
 
 
 @pytest.fixture
@@ -27,19 +27,19 @@ def selector(store: EmbeddingStore, seed: int = 0) -> BatchSelector:
 
 def compute(made: BatchSelector, out) -> list[str]:
     said: list[str] = []
-    assert len(list(deliver_computed(made, out, note=said.append))) == made.plan.total_batches
+    assert len(list(deliver_computed(made, out, notify=said.append))) == made.plan.total_batches
     return said
 
 
 def found(made: BatchSelector, out, *, replace: bool = False) -> list[str]:
     said: list[str] = []
-    assert deliver_kept(made, out, replace=replace, say=said.append) == bool(said)
+    assert deliver_kept(made, out, replace=replace, notify=said.append) == bool(said)
     return said
 
 
 def test_what_was_written_once_is_found_for_a_file_and_for_a_pipe(store, tmp_path) -> None:
     made, first, second, pipe = selector(store), tmp_path / "first.arrow", tmp_path / "second.arrow", io.BytesIO()
-    kept = kept_place(made).path
+    kept = path_to_keep(made).path
     assert kept.parent == tmp_path / "store.selections"
     assert found(made, first) == found(made, pipe) == []
     assert not first.exists()
@@ -57,14 +57,14 @@ def test_what_was_written_once_is_found_for_a_file_and_for_a_pipe(store, tmp_pat
 
 @pytest.mark.parametrize("held", [b"", b"garbage", b"ARROW1"])
 def test_a_kept_selection_that_is_damaged_is_made_again(store, tmp_path, held: bytes) -> None:
-    kept = kept_place(selector(store)).path
+    kept = path_to_keep(selector(store)).path
     kept.write_bytes(held)
     assert found(selector(store), kept) == []
     compute(selector(store), kept)
     assert found(selector(store), kept) == [f"this selection is in {kept} already, nothing was computed"]
     (tmp_path / "own.arrow").write_bytes(held)
     with pytest.raises(UsageError, match="the file holds no whole selection"):
-        deliver_kept(selector(store, seed=1), tmp_path / "own.arrow", replace=False, say=print)
+        deliver_kept(selector(store, seed=1), tmp_path / "own.arrow", replace=False, notify=print)
 
 
 def test_a_store_shares_what_is_derived_from_it_with_links_to_it(store, tmp_path) -> None:

@@ -40,7 +40,7 @@ from gstds_cache.stream.security import Access, is_loopback, parse_address
 from gstds_cache.stream.tickets import LIMIT, Ticket
 from gstds_cache.stream.writer import write_file
 
-CONFIG = SelectConfig(batch_size=8, epochs=30, knn=3, device="cpu")
+CONFIG = SelectConfig(batch_size=8, epochs=30, knn=3, guidance="none", device="cpu")
 TOKEN = "0123456789abcdef0123"
 
 
@@ -213,6 +213,35 @@ def test_a_slow_reader_holds_no_selector(store, reference, tmp_path: Path, monke
     hub.stop()
 
 
+def wait_until_idle(hub: Hub) -> None:
+    deadline = time.monotonic() + 20
+    while hub.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert hub.running == 0
+
+
+@pytest.mark.parametrize("end", [lambda reader: reader.close(), lambda _reader: None], ids=["closed", "dropped"])
+def test_a_reader_that_leaves_before_its_first_batch_ends_its_computation(store, tmp_path, monkeypatch, end) -> None:
+    monkeypatch.setattr(Slow, "delay", 0.1)  # 90 batches would take 9 s
+    hub, selector = Hub(tmp_path / "s"), Slow(store, CONFIG)
+    _, reader = hub.batches(selector.digest, lambda: selector, 0, lambda: True)
+    assert hub.running == 1
+    end(reader)
+    del reader
+    wait_until_idle(hub)
+    assert len(Slow.computed) < 80
+
+
+def test_a_stream_that_is_cancelled_before_its_first_batch_ends_its_computation(running: Running, store, monkeypatch):
+    monkeypatch.setattr(Slow, "delay", 0.1)
+    selector = Slow(store, CONFIG)
+    _, reader = running.hub.batches(selector.digest, lambda: selector, 0, lambda: True)
+    stream = running.service._send(reader, selector.digest, 0, 0.0)  # what Flight drops without asking for a batch
+    del reader, stream
+    wait_until_idle(running.hub)
+    assert len(Slow.computed) < 80
+
+
 def test_a_service_that_stops_says_so_and_keeps_what_it_has(store, tmp_path, reference, monkeypatch) -> None:
     monkeypatch.setattr(Slow, "delay", 0.05)
     with closing(Running(store, tmp_path / "s")) as first:
@@ -221,7 +250,7 @@ def test_a_service_that_stops_says_so_and_keeps_what_it_has(store, tmp_path, ref
         token = stream.token()
         first.service.stopping = True
         first.hub.stop()
-        with pytest.raises(TruncatedStreamError, match="--resume"):
+        with pytest.raises(TruncatedStreamError, match="`resume=True`"):
             kept(stream)
         stream.close()
     before = list(Slow.computed)
@@ -314,7 +343,7 @@ def test_a_wrong_address_and_a_service_that_is_not_there(monkeypatch) -> None:
 def test_other_addresses_than_loopback_need_tls_and_a_token(host: str, tmp_path: Path) -> None:
     (tmp_path / "t").write_text(TOKEN)
     for token in (None, tmp_path / "t"):
-        with pytest.raises(UsageError, match="--tls-cert, --tls-key and --token-file"):
+        with pytest.raises(UsageError, match="`tls_cert`, `tls_key` and `token_file`"):
             Access.from_files(host, certificate=None, key=None, token=token, client_ca=None)
     assert not is_loopback(host)
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]")))
@@ -325,7 +354,7 @@ def test_half_a_protection_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("abc\n")
     for change, words in (
         ({"certificate": tmp_path / "c"}, "belong together"),
-        ({"client_ca": tmp_path / "c"}, "--client-ca needs"),
+        ({"client_ca": tmp_path / "c"}, "`client_ca` needs"),
         ({"token": tmp_path / "no"}, "No such file"),
         ({"token": tmp_path / "short"}, "holds no token"),
     ):
@@ -333,7 +362,7 @@ def test_half_a_protection_is_refused(tmp_path: Path) -> None:
             Access.from_files("127.0.0.1", **(none | change))
     for text in ("127.0.0.1", "127.0.0.1:", ":80", "127.0.0.1:99999", "127.0.0.1:x"):
         with pytest.raises(UsageError, match="HOST:PORT"):
-            parse_address(text, flag="--serve")
+            parse_address(text)
 
 
 def test_no_token_and_a_wrong_token_are_refused(store, tmp_path, reference, monkeypatch) -> None:

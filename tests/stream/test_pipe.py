@@ -108,7 +108,7 @@ def test_a_place_that_cannot_keep_it_is_said_and_the_pipe_served(store: Embeddin
     (tmp_path / "file").write_text("")
     source, sink = pipe()
     notes: list[str] = []
-    thread, errors = produce(selector(store), sink, keep=tmp_path / "file" / "kept.arrow", note=notes.append)
+    thread, errors = produce(selector(store), sink, keep=tmp_path / "file" / "kept.arrow", notify=notes.append)
     with source:
         assert len(kept(SelectionStream(source))) == selector(store).plan.total_batches
     thread.join()

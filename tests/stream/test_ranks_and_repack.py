@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.ranks import rank_slice, real_rows, require_rank
 from gstds_cache.stream.repack import packed_per_epoch, repack, require_repack
@@ -44,13 +44,13 @@ def test_a_rank_that_is_none_is_refused(rank: int, world: int) -> None:
         require_rank(0, 1, "wrap")
 
 
-def selections(sizes: list[list[int]]) -> list[Selection]:
+def selections(sizes: list[list[int]]) -> list[SelectedBatch]:
     """Batches of these many kept rows, by epoch; no row comes twice."""
     made, row = [], 0
     for epoch, batches in enumerate(sizes):
         for batch_id, size in enumerate(batches):
             kept = np.arange(row, row + size)
-            made.append(Selection(len(made), epoch, batch_id, size, kept, None, Status.CONVERGED, 0.0, 0.0))
+            made.append(SelectedBatch(len(made), epoch, batch_id, size, kept, None, Status.CONVERGED, 0.0, 0.0))
             row += size
     return made
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
@@ -22,10 +22,12 @@ BATCHES = 12
 HEADER = Header("c" * 64, "d" * 64, 100, "e" * 64, 0, 3, 4, BATCHES, 5 * BATCHES, [20, 20, 20], {})
 
 
-def selections() -> list[Selection]:
+def selections() -> list[SelectedBatch]:
     rng = np.random.default_rng(0)
     return [
-        Selection(seq, seq // 4, seq % 4, 20, rng.permutation(100)[:5], rng.random(5, np.float32), Status(0), 0.5, 0.0)
+        SelectedBatch(
+            seq, seq // 4, seq % 4, 20, rng.permutation(100)[:5], rng.random(5, np.float32), Status(0), 0.5, 0.0
+        )
         for seq in range(BATCHES)
     ]
 

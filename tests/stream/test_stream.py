@@ -27,7 +27,7 @@ from gstds_cache.errors import (
     UsageError,
 )
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -50,13 +50,13 @@ HEADER = Header(
 )
 
 
-def make_selection(seq: int) -> Selection:
+def make_selection(seq: int) -> SelectedBatch:
     rng = np.random.default_rng(seq)
     score = None if seq == 4 else rng.normal(size=5).astype(np.float32)
     nan = float("nan")
     status = Status.NOT_COMPUTED if seq == 4 else Status.BRIDGED | Status.DEGENERATE
     value, residual = (nan, nan) if seq == 4 else (0.125, float(np.float32(1e-5)))
-    return Selection(seq, seq // 3, seq % 3, 20, rng.permutation(1000)[:5], score, status, value, residual)
+    return SelectedBatch(seq, seq // 3, seq % 3, 20, rng.permutation(1000)[:5], score, status, value, residual)
 
 
 def write(sink, count: int = 6) -> None:
@@ -76,11 +76,11 @@ def whole(group: int) -> bytes:
 SINGLY, WHOLE = whole(1), whole(6)  # a record batch per record, as they become ready; in one, as in a finished file
 
 
-def read(data: bytes) -> list[Selection]:
+def read(data: bytes) -> list[SelectedBatch]:
     return list(SelectionStream(io.BytesIO(data)))
 
 
-def assert_equal(a: Selection, b: Selection) -> None:
+def assert_equal(a: SelectedBatch, b: SelectedBatch) -> None:
     assert (a.seq, a.epoch, a.batch_id, a.n_in, a.status) == (b.seq, b.epoch, b.batch_id, b.n_in, b.status)
     np.testing.assert_equal((a.value, a.residual), (b.value, b.residual))
     np.testing.assert_array_equal(a.kept, b.kept)
@@ -346,12 +346,12 @@ def test_a_file_of_something_else_is_never_replaced_unasked(tmp_path: Path) -> N
     assert is_finished(FakeSelector(), path)
     for content in (b"my notes", WHOLE[:-50], _stream_of([], replace(HEADER, selection_digest="x"))):
         path.write_bytes(content)
-        with pytest.raises(UsageError, match="--force"):
+        with pytest.raises(UsageError, match="`force=True`"):
             is_finished(FakeSelector(), path)
         assert path.read_bytes() == content
         assert not is_finished(FakeSelector(), path, replace=True)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="gstds-select STORE --out"):
+    with pytest.raises(UsageError, match="gstds-select STORE"):
         open_selection(tmp_path / "no.arrow")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter
@@ -28,7 +28,7 @@ def write_selection(path: Path, *, digest: str = "d" * 64, seed: int = 0) -> lis
         for epoch, sizes in enumerate(KEPT):
             for batch_id, size in enumerate(sizes):
                 kept = rng.permutation(ITEMS)[:size]
-                writer.write(Selection(len(rows), epoch, batch_id, 18, kept, None, Status.CONVERGED, 0.5, 0.0))
+                writer.write(SelectedBatch(len(rows), epoch, batch_id, 18, kept, None, Status.CONVERGED, 0.5, 0.0))
                 rows.append(kept.tolist())
     return rows
 

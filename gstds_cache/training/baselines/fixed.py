@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from gstds_cache.files.digest import digest_of
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.selected_batch import Selection
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.schema import Header
@@ -62,7 +62,7 @@ def write_fixed(
                 end = kept if batch_id == batches - 1 else (batch_id + 1) * step
                 part = order[batch_id * step : end]
                 writer.write(
-                    Selection(
+                    SelectedBatch(
                         seq=epoch * batches + batch_id,
                         epoch=epoch,
                         batch_id=batch_id,

@@ -1,0 +1,270 @@
+"""``gstds_cache.select``: everything that ``gstds-select`` does, as calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Unpack
+
+from gstds_cache.api.selection import Selection, SelectionSummary
+from gstds_cache.config import SelectConfig, SelectSettings
+from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.records import Cost, keep_record, selection_costs
+from gstds_cache.errors import UsageError
+from gstds_cache.files.location import local_file
+from gstds_cache.runtime.jit import why_not_kept
+from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.runtime.threads import limited_threads
+from gstds_cache.selection.floors import class_name
+from gstds_cache.selection.run import BatchSelector
+from gstds_cache.spectral.status import Status, describe
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
+from gstds_cache.stream.schema import ByteStream
+
+Notify = Callable[[str], None]
+
+
+def select(
+    store: EmbeddingStore | str | Path,
+    *,
+    keep: float | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | bool | None = True,
+    notify: Notify | None = None,
+    **settings: Unpack[SelectSettings],
+) -> Selection:
+    """Shuffle a store's rows into batches, remove a share of each by its graph's Fiedler vector, write what stays.
+
+    A selection that was made before from the same store and settings is found, and nothing is computed. One that was
+    interrupted goes on where it stopped. While the call runs, torch and BLAS have no more threads than ``threads``;
+    when it returns they have what they had.
+
+    Args:
+        store: A store, or its location.
+        keep: Share of each batch that stays, above 0 and up to 1: the constant schedule. Excludes ``schedule``.
+        out: File to write; by default one named by the selection's digest in ``STORE.selections/``, or in
+            ``$GSTDS_CACHE`` where nothing can be written beside the store.
+        force: Replace a file that holds something else.
+        progress: True for a line on stderr, a callback, or False.
+        notify: Told the plan, notes and warnings, a line each; by default warnings are logged.
+        settings: As the fields of :class:`~gstds_cache.SelectConfig`.
+
+    Returns:
+        The selection.
+
+    Raises:
+        UsageError: A setting cannot be meant, the store does not exist, or ``out`` holds something else.
+        IncompleteError: The store is not complete, or another process is writing the same file.
+        SolverError: A row's embedding holds NaN or Inf.
+    """
+    with _opened(store, keep, settings, notify) as run:
+        path = _default_path(run) if out is None else local_file(out, "`out`")
+        run.deliver(path, force=force, progress=progress)
+        return Selection(path, run.summary(str(path)))
+
+
+def stream_selection(
+    store: EmbeddingStore | str | Path,
+    stream: ByteStream,
+    *,
+    keep: float | None = None,
+    progress: Progress | bool | None = True,
+    notify: Notify | None = None,
+    **settings: Unpack[SelectSettings],
+) -> SelectionSummary:
+    """Write a selection to a binary stream, batch by batch as it is computed, for a trainer that reads it.
+
+    It is kept beside the store as well, where that can be done, and found there the next time. By default one thread
+    computes, as a trainer needs the others.
+
+    Args:
+        store: A store, or its location.
+        stream: A pipe, a socket's file, or any other binary stream.
+        keep: As for :func:`select`.
+        progress: As for :func:`select`.
+        notify: As for :func:`select`.
+        settings: As for :func:`select`.
+
+    Returns:
+        What was selected.
+
+    Raises:
+        UsageError: A setting cannot be meant, or the store does not exist.
+        BrokenPipeError: The stream's reader went away.
+        IncompleteError: The store is not complete.
+        SolverError: A row's embedding holds NaN or Inf.
+    """
+    settings.setdefault("threads", 1)
+    with _opened(store, keep, settings, notify) as run:
+        run.deliver(stream, force=False, progress=progress)
+        return run.summary("-")
+
+
+def config_of(keep: float | None, settings: SelectSettings) -> SelectConfig:
+    """The configuration that keyword arguments mean.
+
+    Raises:
+        UsageError: A setting cannot be meant, or ``keep`` and ``schedule`` were both given.
+    """
+    if keep is None:
+        return SelectConfig(**settings)
+    settings = settings.copy()
+    if "schedule" in settings:
+        raise UsageError("`keep` and `schedule` both say how many rows stay: give one of them")
+    if not 0 < keep <= 1:
+        raise UsageError(
+            f"`keep`: got {keep!r}, expected a share above 0 and up to 1", hint="a quarter of each batch: `keep=0.25`"
+        )
+    # Decimals: 1 - 0.8 is 0.2, and not 0.19999999999999996, which would be another selection.
+    settings["schedule"] = f"constant:{float(1 - Decimal(str(keep)))}"
+    return SelectConfig(**settings)
+
+
+@contextmanager
+def _opened(
+    store: EmbeddingStore | str | Path, keep: float | None, settings: SelectSettings, notify: Notify | None
+) -> Iterator[_Run]:
+    """Open the store and plan the run, with its thread limits, and say what will be done.
+
+    Yields:
+        The run.
+    """
+    begun, config, logger = time.perf_counter(), config_of(keep, settings), logging.getLogger("gstds_cache")
+    with limited_threads(config.threads or 0):
+        opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
+        run = _Run(BatchSelector(opened, config), notify or logger.warning, notify or logger.info, begun)
+        run.announce()
+        yield run
+
+
+@dataclass
+class _Run:
+    """One call: a selector, whom to tell, and when what began."""
+
+    selector: BatchSelector
+    warn: Notify
+    inform: Notify
+    begun: float
+    opened: float = field(default_factory=time.perf_counter)
+
+    def announce(self) -> None:
+        """Say what will be done, and what is slow about it."""
+        selector, plan = self.selector, self.selector.plan
+        share, saved = plan.total_kept / plan.total_rows, plan.total_rows - plan.total_kept
+        self.inform(
+            f"plan: {plan.total_batches:,} batches of {plan.batch_size:,} in {plan.epochs} epochs, rule "
+            f"{selector.rule.name}; keeps {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for "
+            f"each batch; saves {saved:,} ({1 - share:.1%})"
+        )
+        self.inform(f"rows: {selector.store.access_reason}")
+        if selector.rule.vectors and (reason := why_not_kept()):
+            self.warn(f"note: {reason}")
+        if selector.slow_order:
+            self.warn(f"warning: {selector.slow_order}")
+
+    def deliver(self, target: Path | ByteStream, *, force: bool, progress: Progress | bool | None) -> None:
+        """Bring the selection to ``target``: from where it is kept, else as it is computed."""
+        selector = self.selector
+        if deliver_kept(selector, target, replace=force, notify=lambda text: self.inform(f"cache hit: {text}")):
+            return
+        meter, work = EnergyMeter(selector.device), selector.counts.seconds
+        try:
+            with showing(progress, "batches") as show:
+                for batch in deliver_computed(selector, target, notify=lambda text: self.warn(f"note: {text}")):
+                    total = max(sum(work.values()), 1e-9)
+                    show("select", batch.seq + 1, selector.plan.total_batches, {"gather": work["gather"] / total})
+                    meter.add("select")
+        finally:  # what an interrupted call took is recorded as well
+            self._record_cost(target, meter.joules)
+        for note in filter(None, (selector.graphs_note, selector.store.fell_back)):
+            self.warn(f"note: {note}")
+        slow, batches = selector.counts.status["max_iterations"], selector.counts.batches
+        if slow > 0.01 * batches:
+            self.warn(f"warning: {slow} of {batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}")
+
+    def _record_cost(self, target: Path | ByteStream, joules: dict[str, float] | None) -> None:
+        """Record what this call took beside each of the selection's files, for the ledgers of runs that train on it."""
+        selector, counts = self.selector, self.selector.counts
+        if not counts.batches:
+            return
+        cost = Cost(
+            of=selector.digest,
+            samples=counts.rows,
+            reused=0,
+            seconds=time.perf_counter() - self.begun,
+            joules=None if joules is None else sum(joules.values()),
+            device=str(selector.device),
+            store=str(selector.store.location.absolute()),
+        )
+        kept = kept_paths(selector)
+        copies = [[target], kept] if isinstance(target, Path) else [kept]  # the kept one is in one of several folders
+        if target in kept:
+            copies = copies[:1]
+        # Where all batches were computed now, nothing is left of an earlier call, or of another file.
+        complete = counts.batches == selector.plan.total_batches
+        notes = [keep_record([selection_costs(file) for file in files], cost, anew=complete) for files in copies]
+        for note in dict.fromkeys(filter(None, notes)):
+            self.warn(f"note: {note}")
+
+    def summary(self, out: str) -> SelectionSummary:
+        """What was done up to now."""
+        selector, counts, plan = self.selector, self.selector.counts, self.selector.plan
+        total, spent = time.perf_counter() - self.begun, self.opened - self.begun + counts.elapsed
+        work = sum(counts.seconds.values())
+        names = selector.store.classes
+        return SelectionSummary(
+            out=out,
+            selection_digest=selector.digest,
+            cache_fingerprint=selector.store.fingerprint,
+            cache_hit=counts.batches == 0,
+            epochs=plan.epochs,
+            total_batches=plan.total_batches,
+            total_rows=plan.total_rows,
+            total_kept=plan.total_kept,
+            batches=counts.batches,
+            rows=counts.rows,
+            kept=counts.kept,
+            samples_per_second=round(counts.rows / counts.elapsed, 1) if counts.elapsed else 0.0,
+            classes={
+                class_name(label, names): {"seen": seen, "kept": kept}
+                for label, (seen, kept) in sorted(counts.classes.items())
+                if label >= 0
+            },
+            status=dict(counts.status),
+            graphs_found=counts.reused,
+            rule=selector.rule.name,
+            guidance=selector.guidance_digest,
+            guidance_note=selector.guidance.note if counts.batches else "",
+            knn_backend=selector.knn_backend,
+            shares={phase: round(part / work, 4) for phase, part in counts.seconds.items()} if work else {},
+            seconds={
+                "open": round(self.opened - self.begun, 3),
+                "select": round(counts.elapsed, 3),
+                "write": round(total - spent, 3),
+                "total": round(total, 3),
+            },
+        )
+
+
+def _default_path(run: _Run) -> Path:
+    """Where a selection goes for which no ``out`` was given.
+
+    Raises:
+        UsageError: Nothing can be written in any of the default folders.
+    """
+    writable = path_to_keep(run.selector)
+    if writable.path is None:
+        raise UsageError(
+            f"there is no default folder for the selection: {writable.note}",
+            hint="give `out`, or set GSTDS_CACHE to a folder that can be written",
+        )
+    if writable.note:
+        run.warn(f"note: kept in {writable.path.parent}, as nothing can be written in {writable.note}")
+    return writable.path

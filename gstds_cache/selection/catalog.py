@@ -1,0 +1,29 @@
+"""Rules and kinds of guidance by the names that a user types. Loads nothing: a command's help shows them."""
+
+from __future__ import annotations
+
+SPREAD = 8
+"""Eigenvectors that rules of several look at."""
+
+RULES = {
+    "coverage": "evenly spaced along the Fiedler order",
+    "extremes": "largest absolute Fiedler value",
+    "boundary": "smallest absolute Fiedler value",
+    "gap": "widest spacing to Fiedler neighbours",
+    "strata": "one of each stretch of the Fiedler order, by guidance",
+    "cells": f"one of each cell of {SPREAD} eigenvectors, by guidance",
+    "cells-squared": "the same, by guidance squared",
+    "spread": f"farthest points in {SPREAD} eigenvectors",
+    "spread-guided": "farthest points, distances times guidance",
+    "guided": "drawn by guidance; computes no graph",
+    "random": "uniformly random; computes no graph",
+}
+
+GUIDANCE = {
+    "auto": "uncertainty where rows have labels and a probe learns no worse from rows drawn by it, else none",
+    "probe": "held-out loss of a linear probe",
+    "uncertainty": "entropy of that probe's prediction",
+    "disagreement": "share of graph neighbours with another label",
+    "file:SCORES.npy": "numbers of your own",
+    "none": "uniform",
+}
