@@ -182,14 +182,14 @@ class _Run:
                     show("select", batch.seq + 1, selector.plan.total_batches, {"gather": work["gather"] / total})
                     meter.add("select")
         finally:  # what an interrupted call took is recorded as well
-            self._record_cost(target, meter.joules)
+            self._record_cost(target, meter)
         for note in filter(None, (selector.graphs_note, selector.store.fell_back)):
             self.warn(f"note: {note}")
         slow, batches = selector.counts.status["max_iterations"], selector.counts.batches
         if slow > 0.01 * batches:
             self.warn(f"warning: {slow} of {batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}")
 
-    def _record_cost(self, target: Path | ByteStream, joules: dict[str, float] | None) -> None:
+    def _record_cost(self, target: Path | ByteStream, meter: EnergyMeter) -> None:
         """Record what this call took beside each of the selection's files, for the ledgers of runs that train on it."""
         selector, counts = self.selector, self.selector.counts
         if not counts.batches:
@@ -199,9 +199,10 @@ class _Run:
             samples=counts.rows,
             reused=0,
             seconds=time.perf_counter() - self.begun,
-            joules=None if joules is None else sum(joules.values()),
+            joules=meter.total,
             device=str(selector.device),
             store=str(selector.store.location.absolute()),
+            joules_from=meter.source,
         )
         kept = kept_paths(selector)
         copies = [[target], kept] if isinstance(target, Path) else [kept]  # the kept one is in one of several folders

@@ -227,7 +227,7 @@ def test_a_killed_decoder_ends_the_run_with_a_way_on(array_source, tiny_model, t
 
     with pytest.raises(IncompleteError, match="was killed") as caught:
         embed_dataset(Deadly(60), config_of(tiny_model, workers=1), where=tmp_path / "s")
-    assert "--workers" in caught.value.hint
+    assert "`workers=0`" in caught.value.hint
     assert commit_threads() == []
 
 

@@ -167,6 +167,6 @@ def test_where_scores_may_go(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"got the ending '.csv', expected one of .parquet, .arrow"):
         check_target(tmp_path / "s.csv", replace=False)
     (tmp_path / "s.parquet").touch()
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="the file exists"):
         check_target(tmp_path / "s.parquet", replace=False)
     check_target(tmp_path / "s.parquet", replace=True)
