@@ -5,21 +5,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
 
-.PHONY: demo study-tables test faults lint check-types docs coverage clean
+.PHONY: demo study-tables test faults lint check-types compiled docs coverage clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@echo "== installing into $(VENV) with $$($(PYTHON) --version): about 2 minutes, 7 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would use one core; some packages hold files for others
 	@touch $@
 
 demo: $(VENV)/.installed
 	@echo "== demo: embed the digits, select a quarter of each batch, train with several seeds (about 3 minutes on 2 cores)"
 	$(BIN)/python benchmarks/demo.py
 
-test: $(VENV)/.installed lint check-types docs
-	@echo "== tests: about 14 minutes on 2 cores"
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+# Before the tests, two at a time: what needs one core each.
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync check-types compiled lint docs
+	@echo "== tests: about 8 minutes on 2 cores"
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
 study-tables: $(VENV)/.installed
@@ -40,10 +43,16 @@ check-types: $(VENV)/.installed
 	@echo "== mypy: about a minute"
 	$(BIN)/mypy
 
-# Pages with the Python interface in site/; a broken link is an error.
+# What numba compiles is compiled once, not by both test processes at the same time.
+compiled: $(VENV)/.installed
+	@echo "== numba: half a minute, if it has not been done"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/shared/compile_all.py
+
+# Pages with the Python interface in site/; a broken link is an error. Not with --quiet: it drops the warnings that --strict
+# would count, and a broken link passes.
 docs: $(VENV)/.installed
 	@echo "== documentation: seconds"
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -156,12 +156,13 @@ def rates(records: int, trials: int) -> dict[str, Any]:
 def waits(trials: int, smoke: bool) -> dict[str, Any]:
     """The rows that need a store, on the digits."""
     dataset, records = ("digits?split=test", 1_000) if smoke else ("digits", 20_000)
+    embed = ["--model", "timm:test_resnet", "--allow-untrained"] if smoke else []
     select, train = (
         (["--batch-size", "64", "--epochs", "2"], ["--arch", "conv3"]) if smoke else (["--epochs", "20"], [])
     )
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "digits.store"
-        words = [COMMANDS / "gstds-embed", dataset, "--cache", store, "--device", "cpu"]
+        words = [COMMANDS / "gstds-embed", dataset, "--cache", store, "--device", "cpu", *embed]
         subprocess.run(words, check=True, capture_output=True)
         selections = store.with_name("digits.store.selections")
         selections.mkdir()

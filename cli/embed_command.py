@@ -132,7 +132,7 @@ def main(
 
     keep_freed_memory()
     if dry_run:
-        source = open_source(dataset, hash_cache=HashCache())
+        source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
         warn_if_inside(source, cache or find_cache_root(), what="the store", flag="--cache")
         estimate = estimate_dataset(source, config, where=cache, root=find_cache_root(), say=_say)
         _print_estimate(estimate, cache, reuse)

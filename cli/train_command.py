@@ -170,12 +170,12 @@ def main(
                 hint="give a file, or the address of gstds-select --serve",
             )
         progress = Progress("steps", "data", hash="items", load="images") if ranks.first else _quiet
-        hash_cache = HashCache() if plan else HashCache(hashes_folder())
+        hash_cache = HashCache(hashes_folder())
 
         def hashed_items(done: int, total: int) -> None:
             progress("hash", done, total, 0.0)
 
-        source, evaluation = _opened(dataset, eval_dataset, hash_cache, hashed_items)
+        source, evaluation = _opened(dataset, eval_dataset, hash_cache, hashed_items, read=not plan)
         with open_selection(selection) as stream:
             header = stream.header
             if cache is not None:
@@ -248,14 +248,15 @@ def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
 
 
 def _opened(
-    dataset: str, eval_dataset: str | None, hash_cache: HashCache, progress: Callable[[int, int], None]
+    dataset: str, eval_dataset: str | None, hash_cache: HashCache, progress: Callable[[int, int], None], *, read: bool
 ) -> tuple[ImageSource, ImageSource | None]:
     """Both data sets; refused where their labels are none that can be trained on, before every image is hashed."""
-    from gstds_cache.data.sources import open_source
+    from gstds_cache.data.sources import open_sources
     from gstds_cache.training.loop import count_classes
 
-    source = open_source(dataset, hash_cache=hash_cache, progress=progress)
-    evaluation = open_source(eval_dataset, hash_cache=hash_cache, progress=progress) if eval_dataset else None
+    names = [dataset, eval_dataset] if eval_dataset else [dataset]
+    source, *others = open_sources(names, hash_cache=hash_cache, progress=progress, read=read)
+    evaluation = others[0] if others else None
     count_classes(source, evaluation)
     return source, evaluation
 

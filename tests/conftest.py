@@ -5,98 +5,26 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import pytest
 import torch
+from forked import FORKS, Forked, Forks
 from hypothesis import settings
-from PIL import Image
+from images import TINY_ENCODER, ArraySource, make_images
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
 
 # CI judges a change by the same examples every time; a run by hand looks for new ones.
 settings.register_profile("gstds", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("gstds")
 
-TINY_ENCODER = '''
-import os
-import time
-import torch
-from torch import nn
-from gstds_cache.encoders.preprocessing import Preprocessing
-
-class Tiny(nn.Module):
-    """Mean colour of a 4 x 4 grid: real features, no weights to learn."""
-    preprocessing = Preprocessing(resize=16, crop=(16, 16))
-
-    def forward(self, x):
-        return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
-
-def build(**_):
-    return Tiny()
-
-class Slow(Tiny):
-    """Slow; and while there is a file "hold", it goes no further than eleven passes: a test can take its time."""
-    calls = 0
-
-    def forward(self, x):
-        Slow.calls += 1
-        time.sleep(0.05)
-        while Slow.calls > 11 and os.path.exists("hold"):
-            time.sleep(0.01)
-        return super().forward(x)
-
-def build_slow(**_):
-    return Slow()
-'''
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # two would fight over two busy cores: seven times slower, measured
-
-
-@dataclass
-class ArraySource:
-    """An in-memory data set: random 20 x 20 images, or undecodable ones."""
-
-    count: int = 50
-    bad: frozenset[int] = frozenset()
-    seed: int = 0
-    uri: str = "memory"
-    kind: str = "memory"
-    classes: tuple[str, ...] = ("a", "b", "c")
-    mirror_safe: bool = True
-    notes: tuple[str, ...] = ()
-    files: None = None
-    ids: list[str] = field(init=False)
-    labels: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ids = [f"item/{row:04d}" for row in range(self.count)]
-        self.labels = np.arange(self.count, dtype=np.int64) % 3
-
-    def __len__(self) -> int:
-        return self.count
-
-    def _pixels(self, row: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, row])
-        return rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-
-    def payload(self, row: int) -> bytes:
-        return self._pixels(row).tobytes()
-
-    def image(self, row: int) -> Image.Image:
-        from gstds_cache.data.decode import UndecodableError
-
-        if row in self.bad:
-            raise UndecodableError("made to fail")
-        return Image.fromarray(self._pixels(row))
 
 
 @pytest.fixture
@@ -116,40 +44,38 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """60 real PNGs in three class folders, two of which do not decode."""
-    root = tmp_path / "photos"
-    for label, name in enumerate(("cats", "dogs", "owls")):
-        (root / name).mkdir(parents=True)
-        for number in range(20):
-            rng = np.random.default_rng([label, number])
-            colour = np.zeros(3)
-            colour[label] = 120
-            pixels = np.clip(rng.normal(colour + 60, 25, (24, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number:02d}.png")
-    (root / "cats" / "07.png").write_bytes(b"")
-    (root / "owls" / "03.png").write_bytes((root / "owls" / "04.png").read_bytes()[:80])
-    return root
+    return make_images(tmp_path / "photos")
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts commands in processes of their own without loading torch anew for each."""
+    yield FORKS
+    FORKS.close()
+
+
 @pytest.fixture
-def command(tmp_path: Path, tiny_model: str) -> Run:
+def start(tmp_path: Path, tiny_model: str, forks: Forks) -> Callable[..., Forked]:
+    """Starts one of our commands as a process of its own, in ``tmp_path``."""
+
+    def begin(*words: str, **options: Any) -> Forked:
+        environment = os.environ | {"GSTDS_CACHE": str(tmp_path / "stores")}
+        return forks.start(words, cwd=tmp_path, env=environment, **options)
+
+    return begin
+
+
+@pytest.fixture
+def command(start: Callable[..., Forked]) -> Run:
     """Runs one of our commands as a process of its own, in ``tmp_path``."""
 
     def run(*words: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"GSTDS_CACHE": str(tmp_path / "stores"), "OMP_NUM_THREADS": "1"}
-        executable = Path(sys.executable).with_name(words[0])
-        done = subprocess.run(
-            [str(executable), *words[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            **options,
-        )
+        process = start(*words, **options)
+        out, err = process.communicate(300)
+        done = subprocess.CompletedProcess(process.args, process.wait(), out, err)
         assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.study.data import StudyData
 from gstds_cache.config import SelectConfig
+from gstds_cache.files.atomic import atomic_write
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.reader import open_selection
@@ -71,8 +72,8 @@ class Scores:
         begun, cpu_begun = time.perf_counter(), time.process_time()
         values = make()
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu_begun
-        np.save(path.with_suffix(".partial.npy"), values)
-        path.with_suffix(".partial.npy").replace(path)
+        with atomic_write(path, durable=True) as file:
+            np.save(file, values)
         return {
             "kind": "scores",
             "setting": self.data.setting.name,

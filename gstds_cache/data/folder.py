@@ -217,7 +217,7 @@ def _entries(root: str, folder: str, scan: _Scan, listing: Listing) -> Iterator[
 def _without_outputs(root: Path, classes: list[str], scan: _Scan) -> list[str]:
     """The classes that are some: not what this package wrote, nor a folder of that without an image.
 
-    Labels are settled here, once all has been seen, so that the classes behind such a folder keep theirs.
+    Labels are given here, once every folder has been read, so that the classes behind such a folder keep theirs.
     """
     within = {folder.partition("/")[0] for folder in scan.outputs}
     images, kept = Counter[int](), list[str]()
@@ -236,7 +236,8 @@ def _without_outputs(root: Path, classes: list[str], scan: _Scan) -> list[str]:
 def _sorted(names: Iterator[str]) -> Iterator[str]:
     """``names`` by their bytes; sorted in parts and merged, so that a folder of a million files takes no memory."""
     parts: list[Iterable[str]] = []
-    while part := sorted(islice(names, _AT_ONCE), key=os.fsencode):
+    while part := list(islice(names, _AT_ONCE)):
+        part.sort(key=None if all(map(str.isascii, part)) else os.fsencode)  # without a key in a fifth of the time
         parts.append(part if len(part) < _AT_ONCE else Names.of(part))
     return heapq.merge(*parts, key=os.fsencode) if len(parts) > 1 else iter(*parts) if parts else iter(())
 

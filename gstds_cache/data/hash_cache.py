@@ -1,7 +1,7 @@
-"""Digests of files, remembered from run to run, so that a file that has not changed is not opened again.
+"""SHA-256 of files, kept from run to run in an SQLite file, so that a file that has not changed is not opened again.
 
 What is trusted is a signature: size, time of last change of the content (mtime) and of the inode (ctime), and inode
-number. It only spares reading; a data set's identity is made of digests alone, and is the same with and without a hash
+number. It only spares reading: a data set's identity is made of digests alone, and is the same with and without a
 cache.
 
 As in git's index, a signature counts only if it was at least ``RACY_NS`` old when the file was read: a file that is
@@ -12,82 +12,71 @@ nanosecond of the change before, or on a file system that keeps no ctime by some
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from gstds_cache.data.files import Files
-from gstds_cache.data.names import Names, find
+from gstds_cache.data.names import Names
+from gstds_cache.data.source import ImageSource
 from gstds_cache.files import mapped
-from gstds_cache.files.atomic import atomic_write
 
 RACY_NS = 2_000_000_000
 """The coarsest clock of a file system in use (FAT) ticks every two seconds."""
+FILE = "hashes.sqlite"
 
-_FORMAT = b"gstds-cache hashes 2\n"
-_COUNTS = 3 * 8  # of the folder's bytes, the files, and the names' bytes
-_PIECE = 1 << 20
+_FORMAT = 3
+"""SQLite's ``user_version``; formats 1 and 2 were files of another kind, NAME.hashes."""
+_SCHEMA = "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, entry BLOB, crc32 INTEGER) WITHOUT ROWID"
+_SELECT = "SELECT path, entry, crc32 FROM files WHERE path"
+_ENTRY = np.dtype([("signature", "<i8", 4), ("sha256", "u1", 32)])
 _ROWS = 1 << 14
+"""Rows that are read at a time, and written in one transaction: others wait for no longer than that takes."""
+_WAIT = 60.0
+"""Seconds to wait for another process that is writing."""
 _NO_SIGNATURE = (-1, -1, -1, -1)
 _INT64 = np.iinfo(np.int64)
+# Errors of access; any other says that the file is damaged.
+_NO_ACCESS = {
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in ("BUSY", "LOCKED", "CANTOPEN", "READONLY", "FULL", "IOERR", "PERM", "NOMEM", "PROTOCOL", "NOLFS")
+}
 
 Signatures = Int64[np.ndarray, "N 4"]
 Digests = UInt8[np.ndarray, "N 32"]
 
 
-@dataclass(frozen=True)
-class _Shelf:
-    """What is known of the files below one folder.
-
-    Attributes:
-        names: Their names.
-        signatures: [N, 4]; a row of -1 is a file whose digest is not known.
-        digests: [N, 32].
-    """
-
-    names: Names
-    signatures: Signatures
-    digests: Digests
-
-    @classmethod
-    def empty(cls, files: int, names: Names) -> _Shelf:
-        """Nothing known of as many files."""
-        return cls(names, mapped.zeros((files, 4), np.int64), mapped.zeros((files, 32), np.uint8))
-
-    def parts(self) -> list[np.ndarray]:
-        """All arrays, as bytes."""
-        return [part.reshape(-1).view(np.uint8) for part in (self.signatures, self.digests, *self.names.parts())]
-
-
 class HashCache:
-    """Signature and SHA-256 of files, by path.
+    """SHA-256 of files by path and signature, in a file; and of whole data sets for as long as this object lives.
 
-    Kept in memory, and in one file per folder of a data set if there is a place for them. The files are a
-    convenience: one that is missing, damaged or cannot be written makes a run slower and nothing else. Each replaces
-    the one before at once; of two processes that write, the later stays.
+    The file is a convenience: one that is missing, damaged or cannot be written makes a run slower and nothing else.
+    Several processes may use it at once.
 
     Attributes:
-        notes: What the user should be told about files of digests that could not be read or written.
+        notes: What the user should be told: why the file could not be read or written.
     """
 
-    def __init__(self, place: Path | None = None) -> None:
-        """Start with what is remembered at ``place``.
-
-        Args:
-            place: The folder for the files of digests; None remembers for as long as this object lives.
-        """
-        self.place = place
+    def __init__(self, folder: Path | None = None) -> None:
+        """Use the file in ``folder``, which need not exist; None keeps nothing on disk."""
         self.notes: tuple[str, ...] = ()
-        self._shelves: dict[str, _Shelf] = {}
+        self._path = None if folder is None else (folder / FILE).absolute()
+        self._hashed: list[tuple[ImageSource, Digests]] = []
+
+    def hashed(self, source: ImageSource) -> Digests | None:
+        """The digests given to :meth:`keep` for this very object, or None."""
+        return next((digests for other, digests in self._hashed if other is source), None)
+
+    def keep(self, source: ImageSource, digests: Digests) -> None:
+        """Keep the digests of a data set's items while this object lives: its files are not asked about again."""
+        self._hashed.append((source, digests))
 
     def recall(self, files: Files) -> tuple[Signatures, Digests]:
         """Look up files; none of them is touched.
@@ -99,77 +88,151 @@ class HashCache:
             [N, 4] the signature each had and [N, 32] the digest that goes with it; -1 and 0 for unknown ones. Both
             writable, and mapped.
         """
-        shelf, names = self._shelf(_absolute(files.folder)), _lasting(files.names)
-        found = _Shelf.empty(len(files), names)
-        # A file that is taken for another by ``find`` has another signature, and is read again.
-        rows = None if names == shelf.names else find(shelf.names, names)
-        for start in range(0, len(files), _ROWS):
-            part = slice(start, start + _ROWS)
-            if rows is None:
-                found.signatures[part], found.digests[part] = shelf.signatures[part], shelf.digests[part]
-            else:
-                known = rows[part] >= 0
-                found.signatures[part] = -1
-                found.signatures[part][known] = shelf.signatures[rows[part][known]]
-                found.digests[part][known] = shelf.digests[rows[part][known]]
-            mapped.release(*found.parts(), *shelf.parts())
-        return found.signatures, found.digests
+        signatures, digests = mapped.zeros((len(files), 4), np.int64), mapped.zeros((len(files), 32), np.uint8)
+        signatures[:] = -1
+        if self._path is None or not os.path.lexists(self._path):
+            return signatures, digests
+        try:
+            with _opened(self._path) as database:
+                for start, paths in _paths(files):
+                    rows, entries = _look_up(database, paths)
+                    signatures[start + rows], digests[start + rows] = entries["signature"], entries["sha256"]
+                    mapped.release(signatures, digests)
+        except (OSError, sqlite3.Error) as error:
+            signatures[:] = -1  # nothing in a damaged file is relied on
+            self._note("every file is hashed again", error, "read")
+        return signatures, digests
 
-    def record(self, files: Files, signatures: Signatures, digests: Digests) -> None:
-        """Remember digests, in place of what was known of the same files. Other files' stay while they exist.
+    def record(self, files: Files, signatures: Signatures, digests: Digests, changed: Bool[np.ndarray, " N"]) -> None:
+        """Keep the digests of files in place of what was known of them.
 
         Args:
             files: The files.
-            signatures: What :func:`signatures_of` gave for files that :func:`settled` vouches for; -1 for all others.
+            signatures: What :func:`signatures_of` gave for files that :func:`old_enough` vouches for; -1 for all
+                others, which are forgotten.
             digests: SHA-256 of each.
+            changed: Which files these are news of; of the others nothing is written.
         """
-        folder, names = _absolute(files.folder), _lasting(files.names)
-        old = self._shelf(folder)
-        others = _others(old, names, os.path.join(folder, "")) if names != old.names else []  # noqa: PTH118 - no Path
-        both = Names.of(chain(names, (old.names[row] for row in others))) if others else names
-        shelf = _Shelf.empty(len(both), both)
-        for start in range(0, len(names), _ROWS):
-            part = slice(start, min(start + _ROWS, len(names)))
-            shelf.signatures[part], shelf.digests[part] = signatures[part], digests[part]
-            mapped.release(signatures, digests, *shelf.parts())
-        for row, other in enumerate(others, len(names)):
-            shelf.signatures[row], shelf.digests[row] = old.signatures[other], old.digests[other]
-        self._shelves[folder] = shelf
-        if self.place is not None:
-            self._write(self.place / _file_name(folder), folder, shelf)
+        if self._path is None:
+            return
+        for may_mend in (True, False):
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                for old in self._path.parent.glob("*.hashes"):  # formats 1 and 2
+                    old.unlink(missing_ok=True)
+                _write(self._path, files, signatures, digests, changed)
+                return
+            except (OSError, sqlite3.Error) as error:
+                if not (may_mend and _is_damage(error)):
+                    self._note("the next run hashes every file again", error, "write")
+                    return
+            for name in (f"{FILE}-journal", FILE):
+                with suppress(OSError):
+                    self._path.with_name(name).unlink()
 
-    def _shelf(self, folder: str) -> _Shelf:
-        if folder not in self._shelves:
-            found = self._read(self.place / _file_name(folder), folder) if self.place is not None else None
-            self._shelves[folder] = found or _Shelf.empty(0, Names.of(()))
-        return self._shelves[folder]
+    def _note(self, what: str, error: Exception, verb: str) -> None:
+        if _is_damage(error):
+            note = f"{what}: {self._path} is damaged, or of another version"
+        else:
+            note = f"{what}: cannot {verb} {self._path}: {getattr(error, 'strerror', None) or error}"
+        self.notes = (*self.notes, note) if note not in self.notes else self.notes
 
-    def _read(self, path: Path, folder: str) -> _Shelf | None:
-        try:
-            with path.open("rb") as file:
-                there, shelf = _parse(file)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            self._note(f"every file is hashed again: cannot read {path}: {error.strerror}")
-            return None
-        except ValueError:
-            self._note(f"every file is hashed again: {path} is damaged, or of another version")
-            return None
-        # Two folders whose digests begin alike share one name; the last one has it.
-        return shelf if there == os.fsencode(folder) else None
 
-    def _write(self, path: Path, folder: str, shelf: _Shelf) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Not flushed to the disk: what a power cut leaves does not match its digest.
-            with atomic_write(path, durable=False) as file:
-                _serialise(file, os.fsencode(folder), shelf)
-        except OSError as error:
-            self._note(f"the next run hashes every file again: cannot write {path}: {error.strerror}")
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database for the length of a ``with`` block: connections must not outlive a fork.
 
-    def _note(self, text: str) -> None:
-        self.notes = (*self.notes, text) if text not in self.notes else self.notes
+    Yields:
+        The connection; each statement is a transaction.
+
+    Raises:
+        DatabaseError: It cannot be opened, or is of another version.
+    """
+    address = f"file:{quote(os.fsencode(path))}?mode=rw"
+    with closing(sqlite3.connect(address, uri=True, timeout=_WAIT, isolation_level=None)) as database:
+        database.execute("PRAGMA synchronous = OFF")  # what a power cut leaves does not match its crc32
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version not in {0, _FORMAT}:
+            raise sqlite3.DatabaseError("another version")
+        if version == 0:  # an empty file
+            database.execute(_SCHEMA)
+            database.execute(f"PRAGMA user_version = {_FORMAT}")
+        database.execute(f"{_SELECT} = x''")  # fails where the schema is damaged
+        yield database
+
+
+def _look_up(database: sqlite3.Connection, paths: list[bytes]) -> tuple[Int64[np.ndarray, " n"], np.ndarray]:
+    """Places of those of ``paths`` that are known, and the ``_ENTRY`` of each.
+
+    Raises:
+        DatabaseError: An entry is damaged: SQLite itself has no checksums.
+    """
+    places = {path: place for place, path in enumerate(paths)}
+    if paths == sorted(paths):  # as those of an image folder are
+        rows: Iterable[tuple[bytes, bytes, int]] = database.execute(f"{_SELECT} BETWEEN ? AND ?", (paths[0], paths[-1]))
+    else:
+        rows = chain.from_iterable(database.execute(f"{_SELECT} = ?", (path,)) for path in paths)
+    known, entries, sums = list[int](), list[bytes](), list[int]()
+    for path, entry, crc32 in rows:
+        if path in places:
+            known.append(places[path])
+            entries.append(entry)
+            sums.append(crc32)
+    if not set(map(type, entries)) <= {bytes} or list(map(zlib.crc32, entries)) != sums:
+        raise sqlite3.DatabaseError("another crc32")
+    return np.array(known, np.int64), np.frombuffer(b"".join(entries), _ENTRY)
+
+
+def _write(path: Path, files: Files, signatures: Signatures, digests: Digests, changed: Bool[np.ndarray, " N"]) -> None:
+    path.touch()  # A file that SQLite makes could be written by its owner alone, whatever the umask.
+    with _opened(path) as database:
+        for start, paths in _paths(files):
+            rows = np.flatnonzero(changed[start : start + len(paths)]) + start
+            entries = np.empty(len(rows), _ENTRY)
+            entries["signature"], entries["sha256"] = signatures[rows], digests[rows]
+            known, gone = list[tuple[bytes, bytes, int]](), list[tuple[bytes]]()
+            for row, entry in zip(rows.tolist(), entries, strict=True):
+                if signatures[row, 0] < 0:
+                    gone.append((paths[row - start],))
+                else:
+                    data = entry.tobytes()
+                    known.append((paths[row - start], data, zlib.crc32(data)))
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("DELETE FROM files WHERE path = ?", gone)
+            database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", known)
+            database.execute("COMMIT")
+            mapped.release(signatures, digests, changed)
+        _forget_deleted(database, _prefix(files), len(files))
+
+
+def _forget_deleted(database: sqlite3.Connection, folder: bytes, files: int) -> None:
+    """Delete the rows of files that no longer exist, where a folder has far more rows than files were asked for."""
+    where, ends = "WHERE path > ? AND path < ?", (folder, folder[:-1] + b"0")  # "0" comes after "/"
+    (rows,) = database.execute(f"SELECT count(*) FROM files {where}", ends).fetchone()
+    if rows > 2 * files:
+        database.create_function("lexists", 1, os.path.lexists)
+        database.execute(f"DELETE FROM files {where} AND NOT lexists(path)", ends)
+
+
+def _paths(files: Files) -> Iterator[tuple[int, list[bytes]]]:
+    """Absolute paths, some at a time.
+
+    Yields:
+        The row of the first of them, and the paths.
+    """
+    prefix, names = _prefix(files), Names.of(files.names)
+    for start in range(0, len(names), _ROWS):
+        yield start, [prefix + name for name in names.encoded(start, start + _ROWS)]
+        mapped.release(names.file)
+
+
+def _prefix(files: Files) -> bytes:
+    """The files' folder with a slash at its end; links are not resolved, as those in the paths are not."""
+    return os.fsencode(os.path.join(os.path.abspath(files.folder or "."), ""))  # noqa: PTH100, PTH118
+
+
+def _is_damage(error: Exception) -> bool:
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NO_ACCESS
 
 
 def signatures_of(paths: Iterable[str]) -> Int64[np.ndarray, "N 4"]:
@@ -179,7 +242,7 @@ def signatures_of(paths: Iterable[str]) -> Int64[np.ndarray, "N 4"]:
         paths: The files.
 
     Returns:
-        [N, 4]; a row of -1 for a file that is not there or cannot be asked about.
+        [N, 4]; a row of -1 for a file that does not exist or cannot be asked about.
     """
     rows = [_signature(path) for path in paths]
     try:
@@ -189,7 +252,7 @@ def signatures_of(paths: Iterable[str]) -> Int64[np.ndarray, "N 4"]:
         return np.array(clipped, np.int64).reshape(-1, 4)
 
 
-def settled(signatures: Int64[np.ndarray, "N 4"], now_ns: int) -> Bool[np.ndarray, " N"]:
+def old_enough(signatures: Int64[np.ndarray, "N 4"], now_ns: int) -> Bool[np.ndarray, " N"]:
     """Whether a later change must show in the signature.
 
     Args:
@@ -209,72 +272,3 @@ def _signature(path: str) -> tuple[int, int, int, int]:
     except (OSError, ValueError):
         return _NO_SIGNATURE
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
-
-
-def _absolute(folder: str) -> str:
-    return os.path.abspath(folder or ".")  # noqa: PTH100 - resolves no links, as the paths do not
-
-
-def _file_name(folder: str) -> str:
-    words = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(folder)).strip("-")[:40]  # noqa: PTH119
-    return f"{words or 'files'}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.hashes"
-
-
-def _lasting(names: Sequence[str]) -> Names:
-    return names if isinstance(names, Names) else Names.of(names)
-
-
-def _others(old: _Shelf, names: Names, prefix: str) -> array[int]:
-    """Rows of ``old`` that are not in ``names``, are known, and whose files exist."""
-    found, there = array("q"), find(names, old.names)
-    for start in range(0, len(old.names), _ROWS):
-        part = slice(start, start + _ROWS)
-        rows = np.flatnonzero((there[part] < 0) & (old.signatures[part, 0] >= 0)) + start
-        found.extend(row for row in rows.tolist() if os.path.lexists(prefix + old.names[row]))
-        mapped.release(*old.parts(), there)
-    return found
-
-
-def _serialise(file: IO[bytes], folder: bytes, shelf: _Shelf) -> None:
-    """Write the format's name, the SHA-256 of all that follows, three counts, the folder, and the shelf's arrays."""
-    start, digest = len(_FORMAT) + 32, hashlib.sha256()
-    file.seek(start)
-    head = np.array([len(folder), len(shelf.names), len(shelf.names.text)], "<i8").tobytes() + folder
-    digest.update(head)
-    file.write(head)
-    for whole in shelf.parts():
-        for at in range(0, len(whole), _PIECE):
-            piece = whole[at : at + _PIECE].data
-            digest.update(piece)
-            file.write(piece)
-        mapped.release(whole)
-    file.seek(0)
-    file.write(_FORMAT + digest.digest())
-
-
-def _parse(file: IO[bytes]) -> tuple[bytes, _Shelf]:
-    """Read what :func:`_serialise` wrote.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    size, head = os.fstat(file.fileno()).st_size, file.read(len(_FORMAT) + 32)
-    counts = file.read(_COUNTS)
-    folder, files, text = np.frombuffer(counts, "<i8").tolist() if len(counts) == _COUNTS else (0, 0, 0)
-    expected = len(_FORMAT) + 32 + _COUNTS + folder + files * (32 + 32 + 8) + 8 + text
-    if not head.startswith(_FORMAT) or min(folder, files, text) < 0 or size != expected:
-        raise ValueError(f"{size} bytes")
-    digest, name = hashlib.sha256(counts), file.read(folder)
-    digest.update(name)
-    ends, names = mapped.zeros((files + 1,), np.int64), mapped.zeros((text,), np.uint8)
-    shelf = _Shelf.empty(files, Names(names.data, ends))
-    for whole in (shelf.signatures, shelf.digests, ends, names):
-        flat = whole.reshape(-1).view(np.uint8)
-        for at in range(0, len(flat), _PIECE):
-            piece = flat[at : at + _PIECE]
-            piece[:] = np.frombuffer(file.read(len(piece)), np.uint8)
-            digest.update(piece.data)
-        mapped.release(whole)
-    if head[len(_FORMAT) :] != digest.digest():
-        raise ValueError("another digest")
-    return name, shelf

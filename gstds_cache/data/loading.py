@@ -154,7 +154,7 @@ class PixelBatches(Iterator[PixelBatch]):
         """Go on in this process, whose object the data set is."""
         self.close()
         _log.warning(
-            "note: data set %r is read by one process, this one, whatever --workers says: an object of its own for "
+            "note: data set %r is read by one process, this one, whatever `workers` says: an object of its own for "
             "each process cannot be made (%s)",
             self._decoder.source.uri,
             why.message,

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import IO
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from gstds_cache.data.files import Files
-from gstds_cache.data.hash_cache import HashCache, settled, signatures_of
-from gstds_cache.data.names import AT_ONCE, Names, cut, held
+from gstds_cache.data.hash_cache import HashCache, old_enough, signatures_of
+from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
+from gstds_cache.data.subset import Subset, taken
 from gstds_cache.errors import IntegrityError
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import merkle_root
@@ -79,18 +79,18 @@ class DatasetManifest:
         return merkle_root(self._leaves())
 
     def _leaves(self) -> Iterator[bytes]:
+        names = Names.of(self.ids, "strict")
         for start in range(0, len(self), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             digests, labels = self.sha256[part].tobytes(), self.labels[part].astype(">i8").tobytes()
-            text, ends = cut(self.ids, part.start, part.stop)
-            for row, (begin, end) in enumerate(pairwise(ends.tolist())):
+            for row, name in enumerate(names.encoded(part.start, part.stop)):
                 yield (
-                    (end - begin).to_bytes(8, "big")
-                    + text[begin:end]
+                    len(name).to_bytes(8, "big")
+                    + name
                     + digests[32 * row : 32 * row + 32]
                     + labels[8 * row : 8 * row + 8]
                 )
-            mapped.release(self.sha256, self.labels)
+            mapped.release(self.sha256, self.labels, names.file)
 
     def to_arrow(self) -> memoryview:
         """Serialise to an Arrow IPC file: columns ``id``, ``sha256``, ``label``; kind and classes in the metadata.
@@ -102,19 +102,23 @@ class DatasetManifest:
             {"kind": self.kind, "classes": json.dumps(list(self.classes), ensure_ascii=False)}
         )
 
+        names = Names.of(self.ids, "strict")
+
         def write(file: IO[bytes]) -> None:
             with pa.ipc.new_file(file, schema) as writer:
                 for start in range(0, max(len(self), 1), _RECORDS):
-                    part, (text, ends) = slice(start, start + _RECORDS), cut(self.ids, start, start + _RECORDS)
-                    names, rows = [pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(text)], len(ends) - 1
-                    digests = pa.py_buffer(np.ascontiguousarray(self.sha256[part]))
+                    part = slice(start, start + _RECORDS)
+                    arrays = list(names.arrays(part.start, part.stop))
+                    digests = np.ascontiguousarray(self.sha256[part])
                     columns = [
-                        pa.StringArray.from_buffers(rows, *names),
-                        pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), rows, [None, digests]),
+                        pa.concat_arrays(arrays or [pa.array([], pa.binary())]).cast(pa.utf8()),
+                        pa.FixedSizeBinaryArray.from_buffers(
+                            pa.binary(32), len(digests), [None, pa.py_buffer(digests)]
+                        ),
                         pa.array(self.labels[part]),
                     ]
                     writer.write_batch(pa.record_batch(columns, schema=schema))
-                    mapped.release(self.sha256, self.labels)
+                    mapped.release(self.sha256, self.labels, names.file)
 
         return mapped.written(write)
 
@@ -176,7 +180,7 @@ def build_manifest(
     """
     return DatasetManifest(
         kind=source.kind,
-        ids=held(source.ids),
+        ids=Names.of(source.ids, "strict"),
         sha256=hash_items(source, hash_cache=hash_cache, progress=progress, threads=threads),
         labels=source.labels,
         classes=tuple(source.classes),
@@ -189,36 +193,75 @@ def hash_items(
     hash_cache: HashCache | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 4,
+    read: bool = True,
 ) -> UInt8[np.ndarray, "N 32"]:
     """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.
 
     Args:
         source: The data set.
-        hash_cache: Digests of files remembered from before; those found now are added, also if this is interrupted.
+        hash_cache: Digests of files kept from before; those found now are added, also if this is interrupted. A data
+            set, or the whole of one, that was hashed with this very object is not looked at again: its files' times
+            are read once a command.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash.
+        read: Whether files are read; else those that ``hash_cache`` does not know are ``UNREADABLE``. What is not in
+            files is read all the same.
 
     Returns:
-        [N, 32] digests, writable.
+        [N, 32] digests, read-only: of one data set and object of ``hash_cache`` they are one array.
     """
-    files = source.files
-    if hash_cache is None or files is None:
-        digests = mapped.zeros((len(source), 32), np.uint8)
-        _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
-        return digests
+    whole = source.base if isinstance(source, Subset) else source
+    digests = None if hash_cache is None else hash_cache.hashed(whole)
+    if digests is not None:
+        if progress is not None:
+            progress(len(source), len(source))
+        return taken(digests, source.rows) if isinstance(source, Subset) else digests
+    if hash_cache is None or source.files is None:
+        digests = _hash_all(source, progress, threads)
+    else:
+        digests = _hash_new(source, source.files, hash_cache, progress, threads, read=read)
+    digests.flags.writeable = False
+    if hash_cache is not None and (read or source.files is None):
+        hash_cache.keep(source, digests)
+    return digests
+
+
+def _hash_all(
+    source: ImageSource, progress: Callable[[int, int], None] | None, threads: int
+) -> UInt8[np.ndarray, "N 32"]:
+    files, digests = source.files, mapped.zeros((len(source), 32), np.uint8)
+    _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
+    return digests
+
+
+def _hash_new(
+    source: ImageSource,
+    files: Files,
+    hash_cache: HashCache,
+    progress: Callable[[int, int], None] | None,
+    threads: int,
+    *,
+    read: bool,
+) -> UInt8[np.ndarray, "N 32"]:
+    """Hash the files that are not known or have changed; where ``read`` is False, leave them ``UNREADABLE``."""
     signatures, digests = hash_cache.recall(files)
-    touched = [signatures, digests, *(files.names.parts() if isinstance(files.names, Names) else [])]
-    changes: list[range] = []
+    changed = mapped.zeros((len(files),), np.bool_)
+    touched: list[np.ndarray | memoryview] = [signatures, digests, changed]
+    if isinstance(files.names, Names):
+        touched.append(files.names.file)
 
     def work(block: range) -> None:
-        if _hash_changed(source, files, signatures, digests, block):
-            changes[:] = [block]
+        rows, seen, now = _changed(files, signatures, block)
+        if not read:
+            digests[rows] = np.frombuffer(UNREADABLE, np.uint8)
+        elif rows.size:
+            changed[rows] = _hash_changed(source, files, signatures, digests, rows, seen, now)
 
     try:
         _in_blocks(work, len(source), progress, threads, *touched)
     finally:
-        if changes:
-            hash_cache.record(files, signatures, digests)
+        if changed.any():
+            hash_cache.record(files, signatures, digests, changed)
     return digests
 
 
@@ -227,7 +270,7 @@ def _in_blocks(
     rows: int,
     progress: Callable[[int, int], None] | None,
     threads: int,
-    *touched: np.ndarray,
+    *touched: np.ndarray | memoryview,
 ) -> None:
     """Do ``work`` for blocks of rows in threads; when this returns or raises, none of them runs any more."""
 
@@ -254,34 +297,41 @@ def _hash_rows(
         digests[row] = np.frombuffer(_hash_item(source, files, row), np.uint8)
 
 
+def _changed(
+    files: Files, signatures: Int64[np.ndarray, "N 4"], block: range
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, "n 4"], int]:
+    """Rows of ``block`` whose files have another signature than in ``signatures``; what they have now; and when."""
+    now = time.time_ns()
+    seen = signatures_of(files.paths(block))
+    rows = np.flatnonzero((seen != signatures[block.start : block.stop]).any(axis=1) | (seen[:, 0] < 0))
+    return rows + block.start, seen[rows], now
+
+
 def _hash_changed(
     source: ImageSource,
     files: Files,
     signatures: Int64[np.ndarray, "N 4"],
     digests: UInt8[np.ndarray, "N 32"],
-    block: range,
-) -> bool:
-    """Hash the files of ``block`` whose signature is not the one in ``signatures``; both arrays are brought up to date.
+    rows: Int64[np.ndarray, " n"],
+    seen: Int64[np.ndarray, "n 4"],
+    now: int,
+) -> Bool[np.ndarray, " n"]:
+    """Hash the files ``rows``, whose signatures were ``seen`` at the time ``now``; both arrays are brought up to date.
 
     A file's signature is taken before and after it is read, so that a digest is never filed under the signature of
     other content. One that is not to be relied on becomes -1.
 
     Returns:
-        Whether a signature is another now.
+        [n] whether the signature is another than before.
     """
-    now = time.time_ns()
-    seen = signatures_of(files.paths(block))
-    rows = np.flatnonzero((seen != signatures[block.start : block.stop]).any(axis=1) | (seen[:, 0] < 0)) + block.start
-    if not rows.size:
-        return False
-    seen, before = seen[rows - block.start], signatures[rows]
+    before = signatures[rows]
     signatures[rows] = -1
     _hash_rows(source, files, digests, rows.tolist())
     after = signatures_of(map(files.path, rows.tolist()))
     readable = (digests[rows] != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
-    reliable = readable & (seen == after).all(axis=1) & settled(seen, now)
+    reliable = readable & (seen == after).all(axis=1) & old_enough(seen, now)
     signatures[rows[reliable]] = seen[reliable]
-    return not np.array_equal(signatures[rows], before)
+    return np.asarray((signatures[rows] != before).any(axis=1))
 
 
 def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:

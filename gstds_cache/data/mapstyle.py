@@ -22,7 +22,7 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files, printable
 from gstds_cache.data.items import ItemError, code_fault, image_of, pair_of, users_code
 from gstds_cache.data.labels import NO_LABEL, LabelColumn, first_and_last, may_be_labels, parse_label
-from gstds_cache.data.names import Names, Numbers, duplicate
+from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError, in_words
 from gstds_cache.files import mapped
 
@@ -414,7 +414,7 @@ def _sum(image: Image.Image) -> int:
 def _ids(dataset: Any, uri: str, rows: int) -> Sequence[str]:
     given = attribute(dataset, "ids", uri)
     if given is None:
-        return Numbers(rows)
+        return Names.numbered(rows)
     if not hasattr(given, "__len__") or isinstance(given, (str, bytes, set, frozenset)):
         raise DatasetError(
             f"data set {uri!r}: got an attribute 'ids' that is a {type(given).__name__}, expected a list of {rows} "

@@ -10,18 +10,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+# Commit records are in `receipts` in format 1.
 STORE = frozenset(
-    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "COMPLETE.json", "repair.json"}
+    {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "receipts", "COMPLETE.json", "repair.json"}
 )
 RUN = frozenset({"config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"})
 MIRROR = frozenset({"embeddings.npy", "mirror.json"})
 LOCK = ".lock"
 
-# Folders in which each name begins with a digest; hidden ones are locks, costs and what an interrupted run left.
+# Folders in which each name is one of ours; hidden ones are locks, costs and what an interrupted run left.
 DIGESTED = {
     "kept selections": re.compile(r"\.?[0-9a-f]{16}\.arrow(\..+)?"),
     "guidance": re.compile(r"\.?[0-9a-f]{16}\.(npy|json|trial\.json)(\..+)?"),
-    "hashes of files": re.compile(r"\.?[\w-]+-[0-9a-f]{16}\.hashes(\..+)?"),
+    "hashes of files": re.compile(r"hashes\.sqlite(-\w+)?|\.?[\w-]+-[0-9a-f]{16}\.hashes(\..+)?"),
 }
 _MARKS = {".arrow": b"gstds.", ".parquet": b"gstds.fingerprint", ".html": b"<title>gstds-cache report</title>"}
 _END = 1 << 16
@@ -60,7 +61,7 @@ class Listing:
             return "a store"
         if "config.json" in own and "selection_digest" in _fields(_read(folder, "config.json", "config")):
             return "a run"
-        if "mirror.json" in own and _read(folder, "mirror.json", "commits_sha256"):
+        if "mirror.json" in own and {"fingerprint", "signature"} <= _fields(_read(folder, "mirror.json")).keys():
             return "a mirror"
         return None if self.strange else self._unfinished()
 

@@ -14,7 +14,7 @@ from gstds_cache.data.arrays import ArraySource
 from gstds_cache.data.files import Files, FileSource, has_image_extension, printable
 from gstds_cache.data.labels import LabelColumn, may_be_labels
 from gstds_cache.data.mapstyle import MIRROR_UNSAFE, MapStyleSource, class_names
-from gstds_cache.data.names import Names, Numbers, duplicate
+from gstds_cache.data.names import Names, duplicate
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
@@ -155,7 +155,7 @@ def _adapt(uri: str, name: str, dataset: Any, root: str, again: Callable[[], Any
         return ArraySource(
             uri=uri,
             kind=kind,
-            ids=Numbers(len(dataset)),
+            ids=Names.numbered(len(dataset)),
             labels=np.array(dataset.targets, np.int64),
             pixels=dataset.data,
             classes=class_names(dataset, uri),
@@ -237,4 +237,4 @@ def _ids(paths: Sequence[str | Path], root: str) -> Sequence[str]:
         ids = Names.of(printable(Path(path).relative_to(root).as_posix()) for path in paths)
         if duplicate(ids) is None:
             return ids
-    return Numbers(len(paths))
+    return Names.numbered(len(paths))

@@ -79,7 +79,7 @@ class Pool:
             raise IncompleteError(
                 f"starting {size} processes that decode images: the system refused number {refused}: "
                 f"{error.strerror or error}",
-                hint=f"use fewer --workers, or --workers 0, or raise the limit ({_limit(error)})",
+                hint=f"use fewer `workers`, or `workers=0`, or raise the limit ({_limit(error)})",
             ) from error
         except BaseException:
             self.close()
@@ -168,11 +168,11 @@ class Pool:
                     f"the process {worker.process.pid}, which decodes rows {_span(rows)}, has said nothing for "
                     f"{silent:.0f} seconds",
                     hint="a file system that does not answer, or a lock that was held when the process was forked: "
-                    "use --workers 0. Nothing committed is lost: the same command goes on",
+                    "pass `workers=0`. Nothing committed is lost: the same command goes on",
                 )
             _log.warning(
                 "warning: the process %d, which decodes rows %s, has said nothing for %.0f seconds (a file system that "
-                "does not answer? a stopped process? a lock that was held when it was forked? --workers 0 shares "
+                "does not answer? a stopped process? a lock that was held when it was forked? `workers=0` shares "
                 "none); waiting for it, Ctrl-C ends this",
                 worker.process.pid,
                 _span(rows),
@@ -188,11 +188,11 @@ class Pool:
             with suppress(ValueError):
                 how = f"was killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
-                hint = "if it was the system, memory ran out: use fewer --workers, or --workers 0"
+                hint = "if it was the system, memory ran out: use fewer `workers`, or `workers=0`"
             elif -code == signal.SIGBUS:
-                hint = "a file that it had mapped was cut short, or memory (for files in /dev/shm: --shm-size) ran out"
+                hint = "a file that it had mapped was cut short, or memory ran out (in a container, its shm size)"
             else:
-                hint = "a library that reads or decodes images crashed: --workers 0 shows where"
+                hint = "a library that reads or decodes images crashed: `workers=0` shows where"
         rows = [_span(rows) for other, rows in self._asked if other is worker]
         at = f", which was to decode rows {' and '.join(rows)}," if rows else ""
         return IncompleteError(
@@ -340,7 +340,7 @@ def _explained(error: Exception, worker: _Worker, rows: Sequence[int]) -> Except
     return IncompleteError(
         f"a process that decodes images (pid {worker.process.pid}) ran out of {short} at rows {_span(rows)}: "
         f"{text or type(error).__name__}",
-        hint="use fewer --workers, or --workers 0, or a smaller batch. Nothing committed is lost: the same command "
+        hint="use fewer `workers`, or `workers=0`, or a smaller batch. Nothing committed is lost: the same command "
         "goes on",
     )
 

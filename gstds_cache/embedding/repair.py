@@ -111,9 +111,9 @@ def repair_store(
     names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
-        raise UsageError(f"--shard {beyond[0]}: {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
+        raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
-        raise UsageError(f"--workers: got {workers}, expected 0 or more, or auto")
+        raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
     say = progress or (lambda _phase, _done, _total: None)
     before = verify(metadata, "full", progress=partial(say, "check"))
     old, _ = metadata.scan_commits()  # known from the check

@@ -116,8 +116,8 @@ def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str)
     ]
     if lines:
         raise FingerprintMismatchError(
-            f"--reuse {store.location}: its rows were made in another way:\n    " + "\n    ".join(lines),
-            hint="leave it out, or embed with the same model, weights, preprocessing and --dtype",
+            f"`reuse`: the rows of {store.location} were made in another way:\n    " + "\n    ".join(lines),
+            hint="leave it out, or embed with the same model, weights, preprocessing and `dtype`",
         )
 
 

@@ -210,7 +210,9 @@ def estimate_dataset(
     job = Job(source, config, device, encoder, say or (lambda _line: None))
     location = None if where is None else Location.parse(where)
     stored = None if location is None else stored_at(location)
-    spec = specify(job, len(source), "" if stored is None else stored.spec.items_root, stored)
+    # The part of a data set whose files are not hashed has about as many items.
+    items = stored.spec.items if stored is not None and getattr(source, "estimated", False) else len(source)
+    spec = specify(job, items, "" if stored is None else stored.spec.items_root, stored)
     if stored is not None:
         require_same(stored.spec, spec, where=stored.location)
         require_fit(job, stored)

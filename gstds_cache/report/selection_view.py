@@ -15,6 +15,7 @@ from jaxtyping import Float64
 from gstds_cache.costs.records import recall, selection_costs
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
+from gstds_cache.files.location import LocationLike
 from gstds_cache.report import charts
 from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
@@ -80,7 +81,7 @@ def view_selection(
     file: Path,
     *,
     key: str,
-    cache: str | None = None,
+    cache: LocationLike | None = None,
     dataset: Callable[[str], ImageSource],
     dataset_uri: str | None = None,
     recompute_settings: RecomputeSettings = AS_RECORDED,
@@ -202,7 +203,7 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
     )
 
 
-def _find_store(file: Path, header: Header, cache: str | None) -> tuple[EmbeddingStore | None, str]:
+def _find_store(file: Path, header: Header, cache: LocationLike | None) -> tuple[EmbeddingStore | None, str]:
     cost = recall(selection_costs(file), header.selection_digest)
     where = cache or (cost.store if cost else None)
     if where is None:

@@ -1,1 +1,1 @@
-"""The cache on disk, format 1 (docs/cache-format.md)."""
+"""The cache on disk, format 2 (docs/cache-format.md)."""

@@ -67,6 +67,7 @@ class Complete:
         Raises:
             ValueError: ``data`` is something else.
             TypeError: It lacks fields, or has others.
+            AttributeError: It is JSON of another kind.
         """
         record = cls(**names.from_disk(json.loads(data)))
         if record.to_bytes(names) != data:
@@ -123,7 +124,8 @@ class StoreMetadata:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreNotFoundError(
                 f"no store at {self.location}",
-                hint="make one with: gstds-embed DATASET --cache STORE; list with: gstds-cache ls",
+                hint=f"make one with: {command_line('gstds-embed', 'DATASET', '--cache', self.location)}; list with: "
+                "gstds-cache ls",
             ) from error
         try:
             attributes: dict[str, Any] = json.loads(data)["attributes"]["gstds"]
@@ -228,7 +230,7 @@ class StoreMetadata:
             record = Complete.from_bytes(self.transport.get(layout.COMPLETE), self.spec.names)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             problem = Problem(layout.COMPLETE, f"{layout.COMPLETE} is damaged: {error}")
             raise corrupt(self.location, [problem]) from error
         if record.fingerprint != self.spec.fingerprint:

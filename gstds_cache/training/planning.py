@@ -89,7 +89,7 @@ def plan_run(
         FingerprintMismatchError: The data set has another number of items than the selection was made from.
     """
     header = stream.header
-    if header.items != len(source):
+    if header.items != len(source) and not getattr(source, "estimated", False):
         raise FingerprintMismatchError(
             f"the selection was made from a data set of {header.items} items, {source.uri} has {len(source)}",
             hint="name the data set that was embedded",

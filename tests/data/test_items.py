@@ -244,7 +244,7 @@ def test_the_first_or_the_last_item_alone_is_no_fault_of_the_data_set(row: int) 
 
 def test_training_on_such_an_item(tiny_model: str, tmp_path: Path) -> None:
     embed(tiny_model, "bad_items:Mine?kind=value", 0)
-    config = SelectConfig(batch_size=13, epochs=1, knn=4, schedule="constant:0.25", device="cpu")
+    config = SelectConfig(batch_size=13, epochs=1, knn=4, schedule="constant:0.25", guidance="none", device="cpu")
     list(write_file(BatchSelector(EmbeddingStore("store"), config), tmp_path / "s.arrow"))
 
     def train(dataset: str, code: int, budget: str, selection: str = "w.arrow") -> str:

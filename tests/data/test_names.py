@@ -1,4 +1,4 @@
-"""Names that lie in a mapped text: the same as a tuple of strings, without its memory."""
+"""Names in mapped Arrow arrays: the same as a tuple of strings, without its memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from gstds_cache.data import names as names_module
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.data.names import AT_ONCE, Names, Numbers, cut, duplicate, find, held
+from gstds_cache.data.names import AT_ONCE, Names, duplicate
 from gstds_cache.data.sources import open_source
 from gstds_cache.files import mapped
 from gstds_cache.store import layout
@@ -65,42 +66,22 @@ def test_many_are_mapped_and_equal_to_the_tuple() -> None:
     assert names != Names.of(changed)
     assert duplicate(names) is None
     assert duplicate(Names.of([*strings, strings[5]])) == strings[5]
-    for kind in (names, strings):
-        text, ends = cut(kind, MANY - 2, MANY + 9)
-        assert (text.decode(), ends.tolist()) == (strings[-2] + strings[-1], [0, 20, 40])
+    assert names.encoded(MANY - 2, MANY + 9) == [strings[-2].encode(), strings[-1].encode()]
+    assert [len(array) for array in names.arrays(AT_ONCE - 2, AT_ONCE + 2)] == [2, 2]
+    assert pa.concat_arrays(names.arrays(5, MANY)).to_pylist() == names.encoded(5, MANY)
 
 
-def test_finding_is_that_of_a_dictionary() -> None:
-    strings = list(names_of(MANY))
-    rng = np.random.default_rng(2)
-    known = [strings[row] for row in rng.permutation(MANY)[: MANY // 2]]
-    at = {name: row for row, name in enumerate(known)}
-    assert find(Names.of(known), Names.of(strings)).tolist() == [at.get(name, -1) for name in strings]
-    assert find(Names.of(()), Names.of(strings[:3])).tolist() == [-1] * 3
-    assert find(Names.of(known), Names.of(())).tolist() == []
-    assert find(Names.of(["a"]), Names.of(["a", "b"])).tolist() == [0, -1]
-
-
-def test_names_of_one_hash_are_told_apart_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    same = np.zeros(3, np.uint64)
-    monkeypatch.setattr(names_module, "numbers_of", lambda names, start, stop: same[: len(names)][start:stop])
+def test_names_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names_module, "_hashes", lambda names, start: np.zeros(len(names) - start, np.uint64))
     assert duplicate(Names.of(["a", "b", "c"])) is None
     assert duplicate(Names.of(["a", "b", "a"])) == "a"
 
 
-def test_row_numbers() -> None:
-    numbers = Numbers(12_345_679)
-    assert (len(numbers), numbers[7], numbers[-1], numbers[1:3]) == (
-        12_345_679,
-        "0000007",
-        "12345678",
-        ("0000001", "0000002"),
-    )
-    assert Numbers(2) == ("0000000", "0000001") == pickle.loads(pickle.dumps(Numbers(2)))
-    assert held(numbers) is numbers
-    assert held(["a"]) == ["a"]
+def test_row_numbers_and_names_that_are_no_text() -> None:
+    assert Names.numbered(2) == ("0000000", "0000001")
+    assert Names.of(names := Names.of(["a"])) is names
     with pytest.raises(UnicodeEncodeError):
-        held(["\udc80"])
+        Names.of(["\udc80"], "strict")
 
 
 def test_a_folder_is_sorted_in_parts_as_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,18 +106,19 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest
         (manifest_module, "AT_ONCE"),
         (manifest_module, "_RECORDS"),
         (hash_cache_module, "_ROWS"),
-        (hash_cache_module, "_PIECE"),
         (layout, "_ROWS"),
     ):
         monkeypatch.setattr(module, name, 256)
 
     def peak(rows: int) -> int:
+        pool = pa.proxy_memory_pool(pa.system_memory_pool())
+        pa.set_memory_pool(pool)
         tracemalloc.start()
         names = Names.of(names_of(rows))
         files = Files("/nowhere/", names)
         hash_cache = HashCache(tmp_path / str(rows))
         signatures, digests = hash_cache.recall(files)
-        hash_cache.record(files, signatures, digests)
+        hash_cache.record(files, signatures, digests, np.ones(rows, bool))
         part = Files("/nowhere/", Names.of(names[row] for row in range(0, rows, 2)))
         assert HashCache(tmp_path / str(rows)).recall(part)[0].shape == (rows // 2, 4)
         labels = np.broadcast_to(np.int64(3), (rows,))
@@ -146,10 +128,12 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path, monkeypatch: pytest
         )
         layout.metadata_objects(spec, {}, labels)
         assert DatasetManifest.from_arrow(manifest.to_arrow()).root == manifest.root
-        most = tracemalloc.get_traced_memory()[1]
+        most = tracemalloc.get_traced_memory()[1] + (pool.max_memory() or 0)
         tracemalloc.stop()
         return most
 
+    before = pa.default_memory_pool()
     peak(10)  # What is imported and cached on the way.
     few, many = peak(5_000), peak(11_000)
     assert many - few < 20 * 6_000  # Of lists and arrays it would be 300 an item; what else a process does is noise.
+    pa.set_memory_pool(before)

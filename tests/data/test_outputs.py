@@ -105,10 +105,11 @@ def test_a_run(root: Path, where: str, state: str) -> None:
 def test_hashes_a_mirror_and_a_report(root: Path) -> None:
     before = identity(folder(root))
     (root / "b-cache" / "hashes").mkdir(parents=True)
-    (root / "b-cache" / "hashes" / hash_cache._file_name(str(root))).write_bytes(hash_cache._FORMAT)
+    for name in (hash_cache.FILE, f"{hash_cache.FILE}-journal", "photos-0123456789abcdef.hashes"):
+        (root / "b-cache" / "hashes" / name).write_bytes(b"")
     (root / "m").mkdir()
     (root / "m" / "embeddings.npy").write_bytes(b"")
-    (root / "m" / "mirror.json").write_text(json.dumps({"commits_sha256": "x"}))
+    (root / "m" / "mirror.json").write_text(json.dumps({"fingerprint": "x", "signature": []}))
     (root / "page").mkdir()
     (root / "page" / "report.html").write_text("<!doctype html><head><title>gstds-cache report</title>")
     assert identity(folder(root)) == before
@@ -139,8 +140,8 @@ def test_folders_of_the_users_own_are_classes_whatever_they_are_called_or_hold(r
     assert not any("passed over" in note for note in source.notes)
 
 
-def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder) -> None:
-    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", "torchvision:resnet18", "--allow-untrained"]
+def test_the_first_run_warns_and_the_second_is_a_hit(command, image_folder, tiny_model) -> None:
+    words = ["gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model]
     first = command(*words, "--cache", str(image_folder / "emb.store"))
     assert "warning: the store" in first.stderr
     assert "lies inside the image folder" in first.stderr

@@ -119,7 +119,7 @@ def test_an_item_that_depends_on_the_process_is_an_error(here, factory: str, wha
         list(batches)
     assert "row" in caught.value.message
     assert "random" in caught.value.hint
-    assert "--workers 0" in caught.value.hint
+    assert "`workers=0`" in caught.value.hint
 
 
 def test_an_item_that_changes_later_is_an_error_in_one_process_too() -> None:
@@ -344,8 +344,8 @@ def soon(seconds: float = 30) -> Iterator[None]:
     ("act", "told", "hint"),
     [
         (kill(signal.SIGKILL), "was killed by SIGKILL", "memory ran out"),
-        (kill(signal.SIGBUS), "was killed by SIGBUS", "--shm-size"),
-        (kill(signal.SIGSEGV), "was killed by SIGSEGV", "--workers 0"),
+        (kill(signal.SIGBUS), "was killed by SIGBUS", "shm size"),
+        (kill(signal.SIGSEGV), "was killed by SIGSEGV", "`workers=0`"),
         (lambda: os._exit(7), "ended with exit code 7", "look for what it said above"),
         (lambda: sys.exit(9), "ended with exit code 9", "look for what it said above"),
     ],
@@ -388,7 +388,7 @@ def no_files() -> None:
 def test_a_resource_that_runs_out_in_a_worker_is_told(act, told: str) -> None:
     with pytest.raises(IncompleteError, match=told) as caught:
         list(decoded(at(37, act), 2, [range(start, start + 4) for start in range(0, 100, 4)], **TINY))
-    assert "--workers" in caught.value.hint
+    assert "`workers" in caught.value.hint
 
 
 def test_memory_for_a_batch_that_cannot_be_had_is_told() -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda path: path.stem)
-def test_smoke_mode_ends_with_a_result(path: Path) -> None:
+def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
     before = sorted((BENCHMARKS / "results").glob("*"))
-    done = subprocess.run(
-        [sys.executable, path, "--smoke"], capture_output=True, text=True, timeout=300, check=False, cwd=path.parent
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout[done.stdout.index("{") :])
+    process = forks.start([str(path), "--smoke"], cwd=path.parent)
+    out, errors = process.communicate(300)
+    assert process.returncode == 0, errors
+    result = json.loads(out[out.index("{") :])
     assert result["environment"]["torch"]
     if path.stem == "bench_accuracy":
         assert (result["batches"], result["unreported_failures"]) == (8, 0)

@@ -13,6 +13,8 @@ from pathlib import Path
 import handles
 import pytest
 import torch
+from elsewhere import MOUNTED
+from forked import Forks
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.data.manifest import build_manifest
@@ -140,7 +142,7 @@ MOUNTS = {
     "missing": "mkdir dev && mount -t tmpfs tmpfs dev && for f in null zero full random urandom; do touch dev/$f && "
     "mount --bind /dev/$f dev/$f; done && mount --rbind dev /dev && ! test -e /dev/shm",
 }
-LARGE = """
+LARGE = f"""{MOUNTED}
 from gstds_cache.data.loading import pixel_batches
 from gstds_cache.data.sources import open_source
 import torch
@@ -157,15 +159,13 @@ for workers in (0, 3):
     reason="needs root, and unshare, for a private mount",
 )
 @pytest.mark.parametrize("mount", MOUNTS.values(), ids=MOUNTS)
-def test_no_shared_memory_of_the_systems_is_needed(here: Path, mount: str) -> None:
+def test_no_shared_memory_of_the_systems_is_needed(here: Path, mount: str, forks: Forks) -> None:
     """Six batches of 256 at 224 pixels are 230 MB, of which several are under way."""
     (here / "large.py").write_text(LARGE)
-    script = f"{mount} && exec {sys.executable} large.py"
-    run = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines() == [f"{[True] * 6} 0", f"{[True] * 6} 0"]
+    process = forks.start([str(here / "large.py"), mount], cwd=here)
+    out, errors = process.communicate(120)
+    assert (process.returncode, errors) == (0, "")
+    assert out.splitlines() == [f"{[True] * 6} 0", f"{[True] * 6} 0"]
 
 
 @pytest.mark.skipif(

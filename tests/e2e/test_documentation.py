@@ -30,7 +30,8 @@ def python_block(document: str) -> str:
 def workplace(array_source, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=32, workers=0, device="cpu")
     embed_dataset(array_source(60), embed, where=tmp_path / "photos.store")
-    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), SelectConfig(batch_size=20, epochs=2, knn=5))
+    config = SelectConfig(batch_size=20, epochs=2, knn=5, guidance="none")
+    selector = BatchSelector(EmbeddingStore(tmp_path / "photos.store"), config)
     list(write_file(selector, tmp_path / "selection.arrow"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -96,3 +97,11 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_files_named_in_the_documentation_exist() -> None:
+    pages = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "CONTRIBUTING.md"]
+    named = {(page.name, path) for page in pages for path in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text())}
+    assert len(named) >= 80
+    folders = (ROOT, ROOT / "gstds_cache", ROOT / "benchmarks")
+    assert [name for name in sorted(named) if not any((folder / name[1]).exists() for folder in folders)] == []

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,14 +35,6 @@ def objects(where: str | Path, *, without: str = "zarr.json") -> dict[str, bytes
     return {key: transport.get(key) for key in transport.sizes() if key not in {without, layout.COMPLETE}}
 
 
-def begin(words: list[str], folder: Path, **options) -> subprocess.Popen[str]:
-    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [str(Path(sys.executable).with_name(words[0])), *words[1:]],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
-
-
 def test_the_main_job_on_a_bucket(command, result_of, words, s3_server, s3_prefix, tmp_path) -> None:
     done = command(*words)
     assert result_of(done)["store"] == s3_prefix
@@ -56,6 +45,7 @@ def test_the_main_job_on_a_bucket(command, result_of, words, s3_server, s3_prefi
     assert "cache hit" in again.stdout
 
     select = ["gstds-select", s3_prefix, "--batch-size", "20", "--epochs", "2", "--knn", "5", "--json"]
+    select += ["--guidance", "none"]
     selected = result_of(command(*select))
     assert Path(selected["out"]).is_relative_to(tmp_path / "stores")
     assert result_of(command(*select))["cache_hit"]
@@ -101,12 +91,12 @@ def test_any_zarr_reader_opens_a_bucket(command, words, s3_prefix, s3_server) ->
 
 
 def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
-    command, result_of, words, s3_server, s3_prefix, tmp_path
+    command, start, result_of, words, s3_server, s3_prefix, tmp_path
 ) -> None:
     slow = [word + "_slow" if word.endswith(":build") else word for word in words]
     (tmp_path / "hold").touch()
     for kill in range(KILLS):
-        running = begin(slow, tmp_path)
+        running = start(*slow)
         while stored(s3_server, s3_prefix, CURRENT.commit_key(2 * kill)) is None:
             assert running.poll() is None, running.communicate()
             time.sleep(0.02)
@@ -125,8 +115,8 @@ def test_a_run_on_a_bucket_that_is_killed_is_finished_by_the_same_command(
     assert {key: objects(s3_prefix)[key] for key in before} == {key: committed[key] for key in before}
 
 
-def test_several_writers_at_once_end_with_one_set_of_bytes(command, words, s3_prefix, tmp_path) -> None:
-    writers = [begin(words, tmp_path) for _ in range(3)]
+def test_several_writers_at_once_end_with_one_set_of_bytes(command, start, words, s3_prefix, tmp_path) -> None:
+    writers = [start(*words) for _ in range(3)]
     ends = [(writer.communicate(timeout=120), writer.returncode) for writer in writers]
     assert [code for _, code in ends] == [0, 0, 0], ends
     command(*local(words, "photos.store"))

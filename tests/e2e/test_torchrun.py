@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from forked import Forks
 from gstds_cache.cli.train_command import main
 
 from gstds_cache.data.manifest import build_manifest
@@ -44,22 +44,20 @@ def write(path: Path) -> list[list[int]]:
     return batches
 
 
-def torchrun(ranks: int, folder: Path, selection: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", "localhost:0", str(DRIVER), str(folder), str(folder / "s.arrow"),
+def torchrun(forks: Forks, ranks: int, folder: Path, selection: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    process = forks.start(
+        ["torchrun", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+         str(DRIVER), str(folder), str(folder / "s.arrow"),
          *WORDS, "--selection", str(selection), "--out", str(folder / "ranks"), *words],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GSTDS_CACHE": str(folder / "stores")},
-        capture_output=True,
-        text=True,
-        timeout=280,  # a hang is a failure
-        check=False,
+        env=os.environ | {"GSTDS_CACHE": str(folder / "stores")},
     )  # fmt: skip
+    out, errors = process.communicate(280)  # a hang is a failure
+    return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory):
+def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks):
     """One process alone; and two ranks on a cut selection, gone on with by four ranks on the whole one."""
     folder = tmp_path_factory.mktemp("torchrun")
     batches = write(folder / "s.arrow")
@@ -69,8 +67,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory):
         main, [*WORDS, "--selection", str(folder / "s.arrow"), "--eval", "digits", "--out", str(folder / "alone")]
     )
     assert alone.exit_code == 0, alone.output
-    two = torchrun(2, folder, folder / "cut.arrow", "--eval", "digits")
-    four = torchrun(4, folder, folder / "s.arrow", "--eval", "digits", "--resume")
+    two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits")
+    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume")
     return folder, batches, json.loads(alone.stdout.splitlines()[-1]), two, four
 
 

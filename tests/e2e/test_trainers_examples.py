@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forks
 
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
@@ -37,20 +36,17 @@ def selection(tmp_path: Path) -> tuple[str, list[list[int]]]:
     return str(tmp_path / "s.arrow"), batches
 
 
-def run(tmp_path: Path, name: str, *words: str, ranks: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"] if ranks else []  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name), *words],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, forks: Forks) -> Callable[..., str]:
+    def once(name: str, *words: str, ranks: int = 0) -> str:
+        launcher = ["torchrun", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+                    "--rdzv-endpoint", "localhost:0"] if ranks else []  # fmt: skip
+        process = forks.start([*launcher, str(EXAMPLES / name), *words], cwd=tmp_path)
+        out, errors = process.communicate(240)
+        assert process.returncode == 0, out + errors
+        return out
+
+    return once
 
 
 def rows_of_ranks(text: str) -> list[list[list[int]]]:
@@ -59,35 +55,35 @@ def rows_of_ranks(text: str) -> list[list[list[int]]]:
     return [ast.literal_eval(rows) for _, rows in lines]
 
 
-def test_plain_pytorch_with_persistent_workers(selection, tmp_path) -> None:
-    text = run(tmp_path, "plain_pytorch.py", selection[0], str(ITEMS))
+def test_plain_pytorch_with_persistent_workers(selection, run) -> None:
+    text = run("plain_pytorch.py", selection[0], str(ITEMS))
     assert "steps: 12 of 12; a resume from step 6 has 6 left" in text
     assert re.findall(r"epoch (\d): 4 steps", text) == ["0", "1", "2"]
 
 
-def test_torchdata_goes_on_in_the_middle_of_an_epoch(selection, tmp_path) -> None:
-    result = json.loads(run(tmp_path, "torchdata_resume.py", selection[0], str(ITEMS)))
+def test_torchdata_goes_on_in_the_middle_of_an_epoch(selection, run) -> None:
+    result = json.loads(run("torchdata_resume.py", selection[0], str(ITEMS)))
     assert result == {"stopped after": 5, "steps": 12, "the same batches": True}
 
 
-def test_hugging_faces_trainer_and_its_resume(selection, tmp_path) -> None:
-    text = run(tmp_path, "hf_trainer.py", selection[0], str(ITEMS), str(tmp_path / "out"))
+def test_hugging_faces_trainer_and_its_resume(selection, run, tmp_path) -> None:
+    text = run("hf_trainer.py", selection[0], str(ITEMS), str(tmp_path / "out"))
     assert "the selection's batches: True" in text
     assert "resumed after step 5, the rest of them: True" in text
 
 
-def test_accelerate_slices_and_the_sampler_does_not(selection, tmp_path) -> None:
+def test_accelerate_slices_and_the_sampler_does_not(selection, run) -> None:
     path, batches = selection
-    text = run(tmp_path, "accelerate_split.py", path, str(ITEMS), ranks=2)
+    text = run("accelerate_split.py", path, str(ITEMS), ranks=2)
     assert text.count("sliced by the sampler as well: refused: another library is about to slice") == 2
     first, second = rows_of_ranks(text)
     flat = list(chain(*batches))
     assert [a + b for a, b in zip(first, second, strict=True)] == [flat[i : i + 8] for i in range(0, 72, 8)]
 
 
-def test_lightning_is_refused_until_told_not_to_replace_the_sampler(selection, tmp_path) -> None:
+def test_lightning_is_refused_until_told_not_to_replace_the_sampler(selection, run) -> None:
     path, batches = selection
-    text = run(tmp_path, "lightning_ddp.py", path, str(ITEMS), ranks=2)
+    text = run("lightning_ddp.py", path, str(ITEMS), ranks=2)
     assert text.count("with Lightning's own sampler: refused: another library is about to slice") == 2
     first, second = rows_of_ranks(text)
     for a, b, rows in zip(first, second, batches, strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forks
 from torch.utils.data import DataLoader
 
 from gstds_cache import SelectedBatchSampler, SelectedDataset
@@ -24,14 +25,8 @@ DATASET, EPOCHS = "digits?split=test", 60
 TRAIN = ["gstds-train", DATASET, "--arch", "conv3", "--lr", "0.02", "--device", "cpu", "--threads", "1"]
 
 
-def start(folder: Path, *words: str, **options) -> subprocess.Popen[str]:
-    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
-    executable = Path(sys.executable).with_name(words[0])
-    return subprocess.Popen([executable, *words[1:]], cwd=folder, env=environment, text=True, **options)
-
-
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def service(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[tuple[Path, str]]:
     """A folder with digits embedded by a tiny encoder, and the address of a service on it."""
     folder = tmp_path_factory.mktemp("service")
     (folder / "mean_colours.py").write_text(
@@ -42,13 +37,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
         "    def forward(self, x):\n"
         "        return torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)\n"
     )
-    embed = start(folder, "gstds-embed", DATASET, "--cache", "digits.store", "--model", "mean_colours:Colours",
-                  "--device", "cpu", stderr=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    _, errors = embed.communicate(timeout=120)
+    words = ["gstds-embed", DATASET, "--cache", "digits.store", "--model", "mean_colours:Colours", "--device", "cpu"]
+    embed = forks.start(words, cwd=folder)
+    _, errors = embed.communicate(120)
     assert embed.returncode == 0, errors
-    process = start(folder, "gstds-select", "digits.store", "--batch-size", "64", "--epochs", str(EPOCHS), "--knn", "5",
-                    "--schedule", "linear:0.3:0.7", "--device", "cpu", "--serve", "127.0.0.1:0",
-                    stderr=subprocess.PIPE)  # fmt: skip
+    executable = Path(sys.executable).with_name("gstds-select")
+    process = subprocess.Popen(
+        [executable, "digits.store", "--batch-size", "64", "--epochs", str(EPOCHS), "--knn", "5", "--guidance", "none",
+         "--schedule", "linear:0.3:0.7", "--device", "cpu", "--serve", "127.0.0.1:0"],
+        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
         lines = (json.loads(line) for line in process.stderr if line.startswith("{"))
         yield folder, next(event["location"] for event in lines if event["event"] == "serving")
@@ -71,11 +69,10 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def test_of_two_trainers_on_one_service_the_killed_one_ends_with_the_others_weights(service) -> None:
+def test_of_two_trainers_on_one_service_the_killed_one_ends_with_the_others_weights(service, forks: Forks) -> None:
     folder, where = service
     words = [*TRAIN, "--selection", where, "--out"]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    killed, whole = start(folder, *words, "killed", **quiet), start(folder, *words, "whole", **quiet)
+    killed, whole = (forks.start([*words, run], cwd=folder) for run in ("killed", "whole"))
     try:
         metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 120
         while not metrics.exists() or metrics.read_text().count("\n") < 3:
@@ -86,9 +83,9 @@ def test_of_two_trainers_on_one_service_the_killed_one_ends_with_the_others_weig
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL
         saved = torch.load(folder / "killed" / "checkpoint.pt", weights_only=True)
-        resumed = start(folder, *words, "killed", "--resume", **quiet)
+        resumed = forks.start([*words, "killed", "--resume"], cwd=folder)
         for process in (resumed, whole):
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(120)
             assert process.returncode == 0, errors
     finally:
         for process in (killed, whole):

@@ -209,7 +209,7 @@ def test_a_commit_that_tells_something_else_is_found_and_never_confirmed(
     assert objects_of(whole) == objects_of(reference)
 
 
-@pytest.mark.parametrize("harm", ["no JSON", "empty", "a folder", "of another store", "counts", "space"])
+@pytest.mark.parametrize("harm", ["no JSON", "a list", "empty", "a folder", "of another store", "counts", "space"])
 def test_a_damaged_complete_is_found_when_the_store_is_opened(
     whole: Path, reference: Path, tmp_path: Path, harm: str, tally
 ) -> None:
@@ -222,7 +222,7 @@ def test_a_damaged_complete_is_found_when_the_store_is_opened(
     elif harm == "a folder":
         to_folder(path)
     else:
-        path.write_bytes({"no JSON": b"{", "empty": b"", "space": path.read_bytes() + b" "}[harm])
+        path.write_bytes({"no JSON": b"{", "a list": b"[]", "empty": b"", "space": path.read_bytes() + b" "}[harm])
     tally.faults += 1
     if harm == "a folder":  # as if it were not there: the same run again would have to write it, and says what is wrong
         with pytest.raises(IncompleteError):

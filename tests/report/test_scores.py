@@ -22,7 +22,7 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import write_file
 
-CONFIG = SelectConfig(batch_size=7, epochs=2, knn=3, schedule="constant:0.5", device="cpu")
+CONFIG = SelectConfig(batch_size=7, epochs=2, knn=3, schedule="constant:0.5", guidance="none", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,25 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
+from forked import FORKS
 
-DRIVER = """
-import json, sys
+MOUNTED = """
+import ctypes, json, subprocess, sys
+sys.dont_write_bytecode = True
+script = sys.argv[-1]  # of mounts that nobody else sees
+if script:
+    new_namespace, recursive_private = 0x20000, 0x44000
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(new_namespace) == 0 and libc.mount(b"none", b"/", None, recursive_private, None) == 0
+    subprocess.run(["bash", "-ec", script], check=True)
+"""
+DRIVER = f"""{MOUNTED}
 from importlib.metadata import entry_points
 from click.testing import CliRunner
-commands = {point.name: point for point in entry_points(group="console_scripts") if point.name.startswith("gstds-")}
+commands = {{point.name: point for point in entry_points(group="console_scripts") if point.name.startswith("gstds-")}}
 for words in json.loads(sys.argv[1]):
     done = CliRunner().invoke(commands[words[0]].load(), words[1:])
     print("\\0" + json.dumps([done.exit_code, done.stdout, done.stderr, repr(done.exception)]), flush=True)
@@ -75,21 +86,24 @@ def run_commands(
     Returns:
         How each ended.
     """
-    script = f'set -e\n{before}\nexec {prefix} "$@"\n'
-    words = [sys.executable, "-B", "-c", DRIVER, json.dumps(commands)]
-    shell = ["bash", "-c", script, "bash", *words]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        ["unshare", "-m", *shell] if before else shell,
-        cwd=folder,
-        env={name: value for name, value in variables.items() if value},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    ended = [Ended(*json.loads(line[1:])) for line in done.stdout.splitlines() if line.startswith("\0")]
-    assert len(ended) == len(commands), (done.stdout, done.stderr)
+    variables = {name: value for name, value in variables.items() if value}
+    if prefix:  # another user loads the libraries himself
+        script = f'set -e\n{before}\nexec {prefix} "$@"\n'
+        words = ["bash", "-c", script, "bash", sys.executable, "-B", "-c", DRIVER, json.dumps(commands), ""]
+        words = ["unshare", "-m", *words] if before else words
+        done = subprocess.run(
+            words, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False
+        )
+        out, errors = done.stdout, done.stderr
+    else:
+        with NamedTemporaryFile("w", suffix=".py") as driver:
+            driver.write(DRIVER)
+            driver.flush()
+            process = FORKS.start([driver.name, json.dumps(commands), before], cwd=folder, env=variables)
+            out, errors = process.communicate(240)
+    ended = [Ended(*json.loads(line[1:])) for line in out.splitlines() if line.startswith("\0")]
+    assert len(ended) == len(commands), (out, errors)
     return ended
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,38 @@ def test_window_access_holds_no_more_shards_than_its_budget(store: Path) -> None
     reader = EmbeddingStore(store, access="window", memory_budget=SHARD * ROW_BYTES)
     reader.gather(np.array([0, 9, 20]))
     assert (reader._access.capacity, len(reader._access._held)) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["memory", "mirror", "window"])
+def test_threads_read_from_one_store(store: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = EmbeddingStore(store, access=kind, memory_budget=0)
+    inside, most, read, failed, begin = 0, 0, 0, [], threading.Barrier(8)
+
+    def watched(shard: int) -> np.ndarray:
+        nonlocal inside, most, read
+        inside, read = inside + 1, read + 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        rows = EmbeddingStore.shard(reader, shard)
+        inside -= 1
+        return rows
+
+    monkeypatch.setattr(reader, "shard", watched)
+
+    def work(seed: int) -> None:
+        begin.wait()
+        drawn = np.random.default_rng(seed).choice(WITH_ROWS, (5, 6))
+        failed.extend(picked for picked in drawn if not np.array_equal(reader.gather(picked), make_rows()[picked]))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failed
+    assert most == 1, "two threads read a shard at once"
+    if kind == "window":
+        assert len(reader._access._held) == 1
+    else:
+        assert read == 3, "the rows are read once"
 
 
 @pytest.mark.parametrize(

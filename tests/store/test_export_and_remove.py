@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_store import LABELS, MANIFEST, SHA256, D, N, fill, make_rows, opened
 
+from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import ChunkCorruptError, IncompleteError, StoreNotFoundError, UsageError
+from gstds_cache.files.derived import GUIDANCE, MIRROR, SELECTIONS, derived_paths, existing_derived
+from gstds_cache.files.location import Location
 from gstds_cache.store import layout
 from gstds_cache.store.export import export_rows
 from gstds_cache.store.reader import EmbeddingStore
@@ -122,3 +125,34 @@ def test_a_store_that_is_being_written_is_not_removed(store: Path) -> None:
         assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 44
     assert len(EmbeddingStore(store)) == N
     assert issubclass(IncompleteError, RuntimeError)
+
+
+@pytest.mark.parametrize("spelling", ["{}", "./s", "file://{}", "FILE://{}", "s3", "S3"])
+def test_removing_takes_what_was_derived_however_the_store_is_named(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from click.testing import CliRunner
+    from gstds_cache.cli.cache_command import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    where = spelling.format(tmp_path / "s")
+    if spelling.lower() == "s3":
+        where = spelling + request.getfixturevalue("s3_prefix").removeprefix("s3")
+    fill(where)
+    store = EmbeddingStore(where)
+    paths = [path for suffix in (SELECTIONS, GUIDANCE, MIRROR) for path in derived_paths(store.location, suffix)]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "file").write_bytes(b"1")
+    for path in store_costs(where):
+        path.write_text("{}")
+        paths.append(path)
+    assert len(paths) == (4 if spelling.lower() == "s3" else 8)
+    assert sorted(existing_derived(Location.parse(where))) == sorted(paths)
+    done = CliRunner().invoke(main, ["rm", where, "--yes"])
+    assert done.exit_code == 0, done.output
+    assert not any(path.exists() for path in paths)
+    assert {path.name for path in tmp_path.iterdir() if any(path.rglob("*"))} <= {"cache"}
+    with pytest.raises(StoreNotFoundError):
+        EmbeddingStore(where)

@@ -86,6 +86,19 @@ def test_labels_take_no_more_than_they_need(labels: list[int], classes: int, exp
             layout.label_values(spec, [damaged[:13], damaged[13:]], classes)
 
 
+def test_a_store_says_what_it_was_made_of(store: Path) -> None:
+    reader = EmbeddingStore(store)
+    assert (reader.kind, reader.classes, reader.dataset_uri) == ("test", ("a",), None)
+    manifest = reader.manifest()
+    assert (tuple(manifest.ids), manifest.root) == (tuple(MANIFEST.ids), MANIFEST.root)
+    np.testing.assert_array_equal(manifest.labels, LABELS)
+    other = replace(MANIFEST, ids=tuple(f"other/{row}" for row in range(N)))
+    for data in (b"damaged", bytes(other.to_arrow())):
+        (store / layout.ITEMS).write_bytes(data)
+        with pytest.raises(ChunkCorruptError, match=r"items\.arrow is not the list of items"):
+            reader.manifest()
+
+
 def test_a_file_url_is_the_directory_it_names(tmp_path: Path) -> None:
     path = tmp_path / "my photos #1"
     fill(path.as_uri())

@@ -40,7 +40,7 @@ from gstds_cache.stream.security import Access, is_loopback, parse_address
 from gstds_cache.stream.tickets import LIMIT, Ticket
 from gstds_cache.stream.writer import write_file
 
-CONFIG = SelectConfig(batch_size=8, epochs=30, knn=3, device="cpu")
+CONFIG = SelectConfig(batch_size=8, epochs=30, knn=3, guidance="none", device="cpu")
 TOKEN = "0123456789abcdef0123"
 
 

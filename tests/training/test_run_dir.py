@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -143,9 +142,10 @@ def test_default_names_are_read_by_people() -> None:
     )
 
 
-def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(command, image_folder, result_of) -> None:
-    command("gstds-embed", f"imagefolder:{image_folder}", "--model", "torchvision:resnet18", "--allow-untrained",
-            "--cache", "s")  # fmt: skip
+def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(
+    command, start, image_folder, tiny_model, result_of
+) -> None:
+    command("gstds-embed", f"imagefolder:{image_folder}", "--model", tiny_model, "--cache", "s")
     command(
         "gstds-select", "s", "--batch-size", "16", "--knn", "4", "--epochs", "2", "--rule", "random", "--out", "s.arrow"
     )
@@ -154,20 +154,13 @@ def test_two_commands_at_once_by_learning_rate_and_with_the_same_settings(comman
     assert named[1] == f"{named[0]}-lr0.03"
     again = result_of(command(*words, "--lr", "0.03", "--resume"))
     assert Path(again["run_dir"]).name == named[1]
-    folder = image_folder.parent
-    environment = os.environ | {"GSTDS_CACHE": str(folder / "stores"), "OMP_NUM_THREADS": "1"}
-    executable = Path(sys.executable).with_name("gstds-train")
-    both = [
-        subprocess.Popen([str(executable), *words[1:], "--out", "one"], cwd=folder, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]  # fmt: skip
-    ended = [(process.communicate(timeout=200), process.returncode) for process in both]
+    both = [start(*words, "--out", "one") for _ in range(2)]
+    ended = [(process.communicate(200), process.wait()) for process in both]
     codes = sorted(code for _, code in ended)
     assert codes[0] == 0
     assert codes[1] in {2, 4}  # 2 where one came when the other had ended
     assert any("is being written by another process" in err or "there is a run in it" in err for (_, err), _ in ended)
-    assert len((folder / "one" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((image_folder.parent / "one" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_threads_follow_from_the_work_of_a_step_and_from_nothing_else() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_store
 import torch
+from images import ArraySource
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -45,13 +48,21 @@ def source(array_source):
     return array_source(72)
 
 
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A selection of ``source``. Not to be changed."""
+    folder = tmp_path_factory.mktemp("selected")
+    embed = EmbedConfig(model=real_store.MODEL, batch_size=16, shard_rows=64, workers=0, device="cpu")
+    store = EmbeddingStore(embed_dataset(ArraySource(72), embed, where=folder / "store").location)
+    config = SelectConfig(batch_size=24, epochs=3, knn=5, schedule="linear:0.25:0.75", guidance="none", device="cpu")
+    list(write_file(BatchSelector(store, config), folder / "s.arrow"))
+    return folder / "s.arrow"
+
+
 @pytest.fixture
-def selection(source, tiny_model, tmp_path: Path) -> Path:
-    embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
-    store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
-    config = SelectConfig(batch_size=24, epochs=3, knn=5, schedule="linear:0.25:0.75", device="cpu")
-    list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
-    return tmp_path / "s.arrow"
+def selection(selected: Path, tmp_path: Path) -> Path:
+    shutil.copy(selected, tmp_path)
+    return tmp_path / selected.name
 
 
 def cut_short(selection: Path, cut: Path) -> Path:
@@ -129,7 +140,7 @@ def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path)
     source = Grey(72)
     embed = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
     store = EmbeddingStore(embed_dataset(source, embed, where=tmp_path / "store").location)
-    config = SelectConfig(batch_size=24, epochs=12, knn=5, schedule="constant:0.5", device="cpu")
+    config = SelectConfig(batch_size=24, epochs=12, knn=5, schedule="constant:0.5", guidance="none", device="cpu")
     list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
     report = run(source, tmp_path / "s.arrow", tmp_path / "run", replace(CONFIG, lr=0.05), evaluation=source)
     assert report.accuracy.value > 0.9
