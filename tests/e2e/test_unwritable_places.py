@@ -89,7 +89,7 @@ def test_without_a_cache_either_it_is_left_out_with_a_note(tmp_path: Path) -> No
     )
     assert codes(ended) == [0, 2, 2, 2, 2, 2, 0], ended
     assert "note: not kept for other runs: " in ended[0].stderr
-    assert "give --out FILE" in ended[1].stderr
+    assert "give --out, or set GSTDS_CACHE" in ended[1].stderr
 
 
 def test_a_volume_takes_a_store_though_nothing_can_be_written_beside_it(

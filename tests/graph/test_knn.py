@@ -70,7 +70,7 @@ def test_more_candidates_than_a_search_can_find_are_found_by_torch():
     assert knn.BACKENDS["faiss-cpu"](normalized_rows(x), 5).neighbors[0, 7].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_settle_takes_the_row_out_by_index_wherever_it_stands():
+def test_top_k_takes_the_row_out_by_index_wherever_it_stands():
     similarity = torch.tensor([[1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 0.9, 0.2]])
     index = torch.tensor([[2, 0, 1], [4, 3, 2], [1, 0, 2]])
     taken, open_end = top_k(similarity[None], index[None], 2)
