@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,6 +18,7 @@ from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
 from gstds_cache.files.location import local_file
 from gstds_cache.runtime.jit import why_not_kept
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.floors import class_name
@@ -26,8 +27,6 @@ from gstds_cache.spectral.status import Status, describe
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
 from gstds_cache.stream.schema import ByteStream
-
-Notify = Callable[[str], None]
 
 
 def select(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.pipe import replay, write_pipe
 from gstds_cache.stream.schema import ByteStream
@@ -14,8 +15,6 @@ from gstds_cache.stream.writer import copy_file, header_of, is_finished, stored_
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
-
-Notify = Callable[[str], None]
 
 
 def kept_paths(selector: BatchSelector) -> list[Path]:
