@@ -172,11 +172,6 @@ def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step:
     return Rates(decode, _seconds(step) / per_step, _seconds(classify) / per_step)
 
 
-def _decoders(source: ImageSource, config: TrainConfig) -> int:
-    """Processes that decode a whole data set at once: no more than there are cores, and this one where it is small."""
-    return max(1, min(worth_workers(source, config.image_size, config.workers), cores()))
-
-
 def _seconds(work: Callable[[], None]) -> float:
     """Seconds that ``work`` takes once warm: the median of what fits into ``SECONDS``, of two at least."""
     work()
