@@ -13,7 +13,7 @@ from typing import Unpack
 from gstds_cache.api.select_batches import config_of
 from gstds_cache.config import SelectSettings
 from gstds_cache.files import mapped
-from gstds_cache.files.derived import derived_paths, first_writable
+from gstds_cache.files.derived import SELECTIONS, derived_paths, first_writable
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.security import Access, parse_address
@@ -69,7 +69,7 @@ def serve(
     tell = notify or logging.getLogger("gstds_cache").warning
     with limited_threads(config.threads or 0), ExitStack() as stack:
         opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-        folders = derived_paths(opened.location, ".selections")
+        folders = derived_paths(opened.location, SELECTIONS)
         writable = first_writable(folders)
         folder = writable.path
         if folder is None:  # readers read what is written, so there has to be a file while they read

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from gstds_cache.errors import GstdsError
 from gstds_cache.files import mapped
 from gstds_cache.files.atomic import atomic_write
-from gstds_cache.files.derived import derived_paths, first_writable, keep
+from gstds_cache.files.derived import GUIDANCE, derived_paths, first_writable, keep
 from gstds_cache.files.digest import canonical_json, sha256_file
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.guidance_spec import GuidanceKey, recorded_settings
@@ -32,7 +32,7 @@ def load_or_try(
     store: EmbeddingStore, key: GuidanceKey, difficulty: Difficulty, threads: int, device: torch.device | None
 ) -> Trial:
     """The trial of a guidance: the outcome that is recorded, or a new one, recorded where that can be done."""
-    records = [folder / f"{key.digest[:16]}.trial.json" for folder in derived_paths(store.location, ".guidance")]
+    records = [folder / f"{key.digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     for record in records:
         with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
             facts = json.loads(record.read_bytes())
@@ -56,7 +56,7 @@ def load_or_train(
         on where they come from.
     """
     digest, settings = key.probe, key.spec.settings
-    folders, why = derived_paths(store.location, ".guidance"), ""
+    folders, why = derived_paths(store.location, GUIDANCE), ""
     for folder in folders:
         kept, problem = _kept(*_files(folder, digest), digest, len(store))
         if kept is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gstds_cache.files.derived import WritablePath, derived_paths, first_writable
+from gstds_cache.files.derived import SELECTIONS, WritablePath, derived_paths, first_writable
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.pipe import replay, write_pipe
@@ -24,7 +24,7 @@ def kept_paths(selector: BatchSelector) -> list[Path]:
 
 def selection_folders(selector: BatchSelector) -> list[Path]:
     """The folders in which selections of the selector's store may be kept, in the order to look."""
-    return derived_paths(selector.store.location, ".selections")
+    return derived_paths(selector.store.location, SELECTIONS)
 
 
 def path_to_keep(selector: BatchSelector) -> WritablePath:
