@@ -6,7 +6,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 import click
 
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
-from gstds_cache.files.location import Location, local_file
+from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
 
 if TYPE_CHECKING:
-    from gstds_cache.data.source import ImageSource
+    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -185,28 +184,6 @@ def workers_option(function: F) -> F:
     )(function)
 
 
-def warn_if_inside(source: ImageSource, path: str | Path | None, *, what: str, flag: str) -> None:
-    """Warn where what is to be written would lie in the image folder that is read.
-
-    Args:
-        source: The data set.
-        path: Where it is written; a bucket and None lie nowhere.
-        what: What it is, in words.
-        flag: How to name another place.
-    """
-    place = None if path is None else Location.parse(path).path
-    if not source.kind.startswith("imagefolder") or source.files is None or place is None:
-        return
-    folder = Path(source.files.folder)
-    # os.path, whose realpath ends where a link leads back to itself
-    if Path(os.path.realpath(folder)) in Path(os.path.realpath(place)).parents:
-        click.echo(
-            f"warning: {what} {path} lies inside the image folder {folder}; it is not taken for a class, but other "
-            f"programs may do so: give {flag} outside of it",
-            err=True,
-        )
-
-
 def print_json(result: dict[str, Any], *, err: bool = False) -> None:
     """Print ``result`` on one line."""
     click.echo(json.dumps(result, sort_keys=True), err=err)
@@ -222,62 +199,3 @@ def print_table(rows: list[tuple[str, str]], *, err: bool = False) -> None:
 def seconds_line(seconds: dict[str, float]) -> str:
     """Phases and their seconds on one line, the total last."""
     return ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items() if phase == "total" or value >= 0.05)
-
-
-def shares_line(shares: Mapping[str, float]) -> str:
-    """Shares of the time by name, on one line."""
-    return ", ".join(
-        f"{name} {share:.1%}" if 0 < share < 0.01 else f"{name} {share:.0%}" for name, share in shares.items()
-    )
-
-
-class Progress:
-    """Progress on stderr: one line that is rewritten on a terminal, plain lines every 10 seconds elsewhere."""
-
-    def __init__(self, unit: str, waiting_for: str, **other_units: str) -> None:
-        """Name what is counted and what is waited for.
-
-        Args:
-            unit: What is counted, e.g. ``images``.
-            waiting_for: What the device may have to wait for, e.g. ``images``.
-            other_units: What is counted in a phase that counts something else, by phase.
-        """
-        self.unit, self.waiting_for, self.other_units = unit, waiting_for, other_units
-        self._tty = sys.stderr.isatty()
-        self._phase, self._begun, self._first, self._shown, self._drawn = "", 0.0, 0, 0.0, False
-
-    def __call__(self, phase: str, done: int, total: int, time_spent: float | Mapping[str, float]) -> None:
-        """Show ``done`` of ``total``.
-
-        Args:
-            phase: What is going on.
-            done: How much is done.
-            total: Of how much.
-            time_spent: The share of time the device had nothing to do, or several shares by name.
-        """
-        now = time.monotonic()
-        if phase != self._phase:
-            self.end()
-            self._phase, self._begun, self._first, self._shown = phase, now, done, now
-        if now - self._shown < (0.2 if self._tty else 10):
-            return
-        self._shown = now
-        rate = (done - self._first) / max(now - self._begun, 1e-9)
-        left = (total - done) / rate if rate > 0 else 0.0
-        if isinstance(time_spent, Mapping):
-            share = f", {shares_line(time_spent)}" if time_spent else ""
-        else:
-            share = f", waited for {self.waiting_for} {time_spent:.0%} of the time" if time_spent else ""
-        unit = self.other_units.get(phase, self.unit)
-        text = (
-            f"{phase}: {done:,} of {total:,} {unit} ({done / max(total, 1):.0%}), {rate:,.1f}/s, "
-            f"ETA {int(left) // 60}:{int(left) % 60:02d}{share}"
-        )
-        click.echo(f"\r{text}\x1b[K" if self._tty else text, err=True, nl=not self._tty)
-        self._drawn = self._tty
-
-    def end(self) -> None:
-        """Finish a line that is being rewritten."""
-        if self._drawn:
-            click.echo("", err=True)
-        self._drawn = False

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from gstds_cache.config import SelectConfig, SelectSettings
 from gstds_cache.errors import UsageError, command_line, with_flags
 from gstds_cache.files.location import local_file
+from gstds_cache.runtime.progress import shares_text
 from gstds_cache.selection import catalog
 
 from .common import (
@@ -28,7 +29,6 @@ from .common import (
     print_table,
     seconds_line,
     setting_option,
-    shares_line,
 )
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _print(summary: SelectionSummary, dataset: str, as_json: bool) -> None:
         "graphs": f"of {summary.graphs_found:,} batches from earlier epochs" if summary.graphs_found else "",
         "guidance": summary.guidance_note,
         "dropped": _dropped(summary),
-        "work": f"{shares_line(summary.shares)} (neighbours by {summary.knn_backend})" if summary.shares else "",
+        "work": f"{shares_text(summary.shares)} (neighbours by {summary.knn_backend})" if summary.shares else "",
         "time": seconds_line(summary.seconds),
     }
     print_table([(name, text) for name, text in rows.items() if text], err=piped)

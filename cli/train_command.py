@@ -10,6 +10,7 @@ import click
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import with_flags
 from gstds_cache.runtime.openmp import wait_briefly
+from gstds_cache.runtime.progress import shares_text
 
 from .common import (
     Command,
@@ -22,7 +23,6 @@ from .common import (
     print_table,
     seconds_line,
     setting_option,
-    shares_line,
 )
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _print(report: TrainReport) -> None:
             ("test accuracy", _accuracy(report.accuracy)),
             ("gradients", f"{report.gradient_samples:,} samples in {report.steps:,} steps{left}"),
             ("loss", f"{report.loss:.4f} in the last epoch"),
-            ("waited", f"{shares_line(report.waited)} of the training time"),
+            ("waited", f"{shares_text(report.waited)} of the training time"),
             ("time", seconds_line(report.seconds)),
         ]
     )

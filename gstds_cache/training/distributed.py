@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
-from gstds_cache.costs.energy import UsedDevice, used_device
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.stream.ranks import Tail, require_rank
@@ -83,13 +82,6 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
         return [float(value) for value in total.tolist()]
-
-    def used_devices(self) -> list[UsedDevice]:
-        """Every rank's device, by names that hold in each process. All ranks have to ask."""
-        devices = [used_device(self.device)] * self.world_size
-        if self.world_size > 1:
-            distributed.all_gather_object(devices, devices[0])
-        return devices
 
     def gather(self, value: T) -> list[T]:
         """The ``value`` of each rank, in order; every rank gets the same. All ranks have to ask."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gstds_cache.cli.train_command import main
 
+from gstds_cache.costs.energy import used_device
 from gstds_cache.training.distributed import Ranks, process_group
 from gstds_cache.training.sampler import SelectedBatchSampler
 
@@ -23,7 +24,7 @@ def write_rows(ranks: Ranks, where: Path, selection: str) -> None:
         assert (sampler.rank, sampler.world_size) == (ranks.rank, ranks.world_size)
         rows[tail] = [batch for _ in range(sampler.epochs) for batch in sampler]
         steps = ranks.sums([len(rows[tail])])
-        assert [device.uuid for device in ranks.used_devices()] == [""] * ranks.world_size
+        assert [device.uuid for device in ranks.gather(used_device(ranks.device))] == [""] * ranks.world_size
         assert steps == [len(rows[tail]) * ranks.world_size]
     (where / f"{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps(rows))
 
