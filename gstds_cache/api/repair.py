@@ -52,7 +52,8 @@ def repair_store(
         IncompleteError: Another process is writing the store, or what it takes ran out; the same call goes on.
         IntegrityError: The specification itself is damaged.
     """
-    source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model)
+    hash_cache = HashCache(hashes_folder())
+    source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model, hash_cache)
     with showing(progress, "images", check="shards") as show:
         return repair(
             store,
@@ -61,7 +62,7 @@ def repair_store(
             shards=shards,
             device=device,
             workers=workers,
-            hash_cache=HashCache(hashes_folder()),
+            hash_cache=hash_cache,
             progress=lambda phase, done, total: show(phase, done, total, {}),
         )
 
@@ -71,12 +72,15 @@ def compare_sample(
 ) -> SampleReport:
     """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
     opened = EmbeddingStore(store, allow_partial=True, access="window")
-    source, encoder = _source_and_encoder(opened.metadata, dataset, model)
-    require_same_data(opened.metadata, source, encoder, HashCache(hashes_folder()))
+    hash_cache = HashCache(hashes_folder())
+    source, encoder = _source_and_encoder(opened.metadata, dataset, model, hash_cache)
+    require_same_data(opened.metadata, source, encoder, hash_cache)
     return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
 
 
-def _source_and_encoder(store: StoreMetadata, dataset: Any, model: str | None) -> tuple[ImageSource, Encoder]:
+def _source_and_encoder(
+    store: StoreMetadata, dataset: Any, model: str | None, hash_cache: HashCache
+) -> tuple[ImageSource, Encoder]:
     """The data set and the model that a store was made with, from where they were then or where they are now.
 
     Raises:
@@ -87,4 +91,4 @@ def _source_and_encoder(store: StoreMetadata, dataset: Any, model: str | None) -
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
         raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")
-    return open_source(dataset), open_encoder(model, allow_untrained=True)
+    return open_source(dataset, hash_cache=hash_cache), open_encoder(model, allow_untrained=True)
