@@ -106,7 +106,9 @@ def list_command(folder: Path | None, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     if not found.stores:
-        click.echo(f"no stores in {found.folder}; make one with: gstds-embed digits")
+        click.echo(
+            f"no stores in {found.folder}; make one with: gstds-embed digits; list another folder's with: gstds-cache ls FOLDER"
+        )
         return
     rows = [("name", "rows", "MB", "state", "model", "data set", "last used")]
     for s in found.stores:
@@ -139,7 +141,11 @@ def describe_command(store: str, as_json: bool) -> None:
                 f"{summary.committed:,} of {summary.shards:,} shards committed, "
                 + ("complete" if summary.complete else NOT_COMPLETE),
             ),
-            ("items", f"{summary.items:,}, of which {len(summary.quarantined):,} quarantined so far"),
+            (
+                "items",
+                f"{summary.items:,}, {len(summary.quarantined):,} of them quarantined"
+                + ("" if summary.complete else " so far"),
+            ),
             ("embeddings", f"[{summary.items}, {summary.dim}] {summary.dtype}, {summary.size / 1e6:,.1f} MB on disk"),
             ("data set", f"{summary.kind}, {summary.classes:,} classes, root {summary.items_root[:12]}"),
             *((f"model.{name}", str(value)) for name, value in summary.encoder.items()),
@@ -231,7 +237,7 @@ def repair_command(
         [
             ("store", store),
             ("checked", f"{report.before.committed:,} of {report.before.shards:,} shards, all bytes"),
-            ("made again", f"{len(report.shards):,} shards, {report.images:,} images embedded"),
+            ("repaired", f"{len(report.shards):,} shards, {report.images:,} images embedded"),
             ("now", f"{len(report.after.problems)} problems, {'complete' if report.after.complete else NOT_COMPLETE}"),
         ]
     )
@@ -264,7 +270,9 @@ def remove_command(store: str, yes: bool, as_json: bool) -> None:
     )
     if not yes:
         if not sys.stdin.isatty():
-            raise UsageError("rm asks before it removes, and stdin is no terminal", hint="say --yes if it is meant")
+            raise UsageError(
+                "stdin is not a terminal, so rm cannot ask for confirmation", hint="add --yes to remove without asking"
+            )
         click.confirm("Remove it for good?", abort=True, err=True)
     removed = remove_store(store)
     click.echo(f"removed {removed.store} ({removed.objects} objects)")

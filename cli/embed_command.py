@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.config import DEFAULT_MODEL, SMALLEST_BATCH, EmbedConfig, SelectConfig
 from gstds_cache.errors import command_line
 from gstds_cache.runtime.openmp import wait_briefly
 from gstds_cache.runtime.progress import shares_text
@@ -35,7 +35,7 @@ DATASET is one of
 
 \b
   digits                        scikit-learn's 1,797 digits
-  imagefolder:PATH              PATH/<class>/<image files>
+  imagefolder:PATH              PATH/<class>/**/<image>
   torchvision:CLASS?root=PATH   CIFAR10, OxfordIIITPet, Flowers102, ...
   module:factory                your own function that returns a data set
 
@@ -115,7 +115,9 @@ def _dry_run(dataset: str, cache: str | None, reuse: tuple[str, ...], as_json: b
     for line in estimate.lines():
         click.echo(line)
     if cache is None:
-        click.echo("store: not looked for, since its name needs the hash of every image; name it with --cache")
+        click.echo(
+            "store: not checked, since its default name needs the hash of every image; give --cache to check one"
+        )
     else:
         click.echo(f"store: {cache} has {estimate.committed:,} of {estimate.items:,} rows committed")
     if reuse:
@@ -152,7 +154,9 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
     if bad:
         click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.location)}")
     if report.ok:
-        click.echo(f"next: {command_line('gstds-select', report.location)}")
+        # Smaller data sets need a smaller batch than the default.
+        batch = () if report.ok >= SelectConfig.batch_size else ("--batch-size", max(SMALLEST_BATCH, report.ok // 4))
+        click.echo(f"next: {command_line('gstds-select', report.location, *batch)}")
     else:
         click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
 

@@ -208,11 +208,13 @@ def _print(summary: SelectionSummary, dataset: str, as_json: bool) -> None:
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.status.items())) or "none computed"
     piped = summary.out == "-"
     rows = {
-        "selection": f"{summary.selection_digest[:12]} of cache {summary.cache_fingerprint[:12]}",
+        "selection": f"{summary.selection_digest[:12]} of store {summary.cache_fingerprint[:12]}",
         "this run": f"{summary.batches:,} batches, kept {summary.kept:,} of {summary.rows:,} "
         f"({summary.samples_per_second:,.0f} samples/s)",
         "Fiedler": status,
-        "graphs": f"of {summary.graphs_found:,} batches from earlier epochs" if summary.graphs_found else "",
+        "graphs": f"{summary.graphs_found:,} of {summary.batches:,} batches reused those of earlier epochs"
+        if summary.graphs_found
+        else "",
         "guidance": summary.guidance_note,
         "dropped": _dropped(summary),
         "work": f"{shares_text(summary.shares)} (neighbours by {summary.knn_backend})" if summary.shares else "",

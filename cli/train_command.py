@@ -162,11 +162,10 @@ def _print(report: TrainReport) -> None:
 def _accuracy(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return "not measured: give --eval DATASET"
-    left_out = f"{accuracy.undecodable:,} undecodable left out"
-    if accuracy.unlabelled:
-        left_out = f"{accuracy.undecodable:,} undecodable and {accuracy.unlabelled:,} without a label left out"
+    counts = {"undecodable": accuracy.undecodable, "without a label": accuracy.unlabelled}
+    left_out = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     share = "unknown" if accuracy.value is None else f"{accuracy.value:.2%}"
-    return f"{share} of {accuracy.items:,} ({left_out})"
+    return f"{share} of {accuracy.items:,}" + (f" ({left_out} left out)" if left_out else "")
 
 
 def _print_ledger(ledger: Ledger) -> None:

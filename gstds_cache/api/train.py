@@ -182,7 +182,7 @@ def _recorded_cost(cost: Cost | None) -> tuple[float | None, str]:
     """Seconds of a selection, and how they are known."""
     if cost is None:
         return None, "no record of its cost was found; name the store (`cache`) to have it measured"
-    return cost.seconds, "by gstds-select, as it wrote down"
+    return cost.seconds, "recorded by gstds-select"
 
 
 def _measured_cost(cache: EmbeddingStore | LocationLike, header: Header) -> tuple[float, str]:

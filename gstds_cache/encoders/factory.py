@@ -240,7 +240,10 @@ def _finish(
     )
     notes = () if spec.pretrained else (UNTRAINED,)
     if matched == "order":
-        notes = (*notes, f"{weights.name if weights else ''}: other names, same shapes; loaded in order")
+        notes = (
+            *notes,
+            f"{weights.name if weights else ''}: its layers have other names and the same shapes; loaded in order",
+        )
     if dtype != torch.float32:
         notes = (*notes, f"{name} has weights of {word}: it is run in {word}, which its store's fingerprint tells")
     return Encoder(model, spec, notes, layout)

@@ -69,7 +69,10 @@ class Trial:
 
     def __str__(self) -> str:
         guided, uniform = self.guided / self.rows, self.uniform / self.rows
-        shares = f"a probe on rows drawn by it is right on {guided:.1%}, on rows drawn uniformly {uniform:.1%}"
+        shares = (
+            f"a probe that learns from rows drawn by it is right on {guided:.1%}, from rows drawn uniformly on "
+            f"{uniform:.1%}"
+        )
         return f"guidance is {'used' if self.helps else 'left out, all rows count the same'}: {shares}"
 
 

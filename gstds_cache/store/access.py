@@ -174,7 +174,7 @@ def choose(
     size, budget = f"{nbytes / 1e6:,.1f} MB of rows", f"{memory_budget / 1e6:,.1f} MB of memory"
     if kind == "auto":
         if nbytes <= memory_budget:
-            return "memory", f"{size} in memory; the budget is {budget}"
+            return "memory", f"all in memory, {size}; the budget is {budget}"
         if complete and mirror is not None and os.path.isfile(mirror / "embeddings.npy"):  # noqa: PTH113 - never raises
             return "mirror", f"{size} exceed the budget of {budget}; read from the mirror in {mirror}"
         if complete and mirror is not None and free > nbytes * MIRROR_SPARE:

@@ -49,7 +49,8 @@ def test_the_readmes_first_lines(tiny_model: str, tmp_path: Path, monkeypatch: p
         assert written in code
         code = code.replace(written, small)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
-    names: dict[str, Any] = {"dataset": [(Image.fromarray(image), row % 3) for row, image in enumerate(pixels)]}
+    items = [(Image.fromarray(image), row % 3) for row, image in enumerate(pixels)]
+    names: dict[str, Any] = {"dataset": items, "train_dataset": items}
     exec(code, names)
     assert len(names["store"]) == 60
     assert names["selection"].total_steps == names["report"].steps == 6

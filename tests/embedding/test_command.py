@@ -80,7 +80,7 @@ def test_a_flag_under_its_old_name_works_and_says_so(embed, result_of, tmp_path)
     repaired = CliRunner().invoke(cache_main, ["repair", "photos.store", "--unit", "3", "--workers", "0"])
     assert repaired.exit_code == 0, repaired.output
     assert "note: --unit is now called --shard" in repaired.stderr
-    assert "made again  1 shards, 12 images embedded" in repaired.stdout
+    assert "repaired  1 shards, 12 images embedded" in repaired.stdout
 
 
 def test_workers_take_a_number_or_auto(embed) -> None:
