@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+import difflib
+import inspect
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from numbers import Real
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from gstds_cache.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
@@ -35,8 +45,91 @@ def _require(ok: bool, what: str, got: object, expected: str, hint: str = "") ->
         raise UsageError(f"{what}: got {got!r}, expected {expected}", hint=hint)
 
 
-def _one_of(what: str, got: str, allowed: tuple[str, ...]) -> None:
-    _require(got in allowed, what, got, "one of " + ", ".join(allowed))
+_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+def as_type(name: str, value: object, kind: Any) -> Any:
+    """An argument's value as the type it is declared with: NumPy's numbers become Python's, nothing else is converted.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        kind: ``int``, ``float``, ``str``, ``bool``, one of these or None, or a Literal of texts.
+
+    Returns:
+        The value.
+
+    Raises:
+        UsageError: It is of another type; True and False are no numbers.
+    """
+    choices = get_args(kind)
+    if value is None and NoneType in choices:
+        return None
+    if get_origin(kind) is Literal:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise UsageError(f"`{name}`: got {value!r:.80}, expected one of {', '.join(choices)}")
+    kind = next((part for part in choices if part is not NoneType), kind)
+    try:
+        if isinstance(value, bool) is (kind is bool):  # bool is a kind of int
+            if kind is int:
+                return operator.index(value)  # type: ignore[arg-type]  # the TypeError says that it is none
+            if kind is float and isinstance(value, Real | Decimal):
+                return float(value)
+            if isinstance(value, kind):
+                return value
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"`{name}`: got {value!r:.80}, expected {_EXPECTED[kind]}")
+
+
+def as_tuple(name: str, values: object, expected: str) -> tuple[Any, ...]:
+    """The values of an argument that takes several.
+
+    Args:
+        name: The argument.
+        values: What was given.
+        expected: What was expected, for the error.
+
+    Returns:
+        The values, each still to be checked.
+
+    Raises:
+        UsageError: Not several values were given, but one or none.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UsageError(f"`{name}`: got {values!r:.80}, expected {expected}, in a list")
+    return tuple(values)
+
+
+def require_settings(call: Callable[..., object], config: type[DataclassInstance], given: Iterable[str]) -> None:
+    """Refuse keyword arguments that are no settings, under the name of the function that a user called.
+
+    Args:
+        call: The function.
+        config: The configuration whose fields it takes as keyword arguments.
+        given: Names of the keyword arguments that are none of its own parameters.
+
+    Raises:
+        TypeError: One of them is no field.
+    """
+    known = [field.name for field in fields(config)]
+    for name in given:
+        if name not in known:
+            own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            near = difflib.get_close_matches(name, [*known, *own], 1)
+            more = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            raise TypeError(f"{call.__name__}() has no setting {name!r}; {more}")
+
+
+def _as_declared(config: DataclassInstance) -> None:
+    """Give each field of a frozen configuration its declared type.
+
+    Raises:
+        UsageError: A value is of another type.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, as_type(name, getattr(config, name), kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +156,10 @@ class EmbedConfig:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _require_range("`batch_size`", self.batch_size, 1, MOST_IMAGES)
         _require_range("`shard_rows`", self.shard_rows, 1, MOST_ROWS)
         _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
-        _one_of("`dtype`", self.dtype, ("float16", "float32"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +211,7 @@ class SelectConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _require_range("`batch_size`", self.batch_size, SMALLEST_BATCH, MOST_ROWS)
         _require_range("`epochs`", self.epochs, 1, MOST_EPOCHS)
         _require(
@@ -130,11 +224,8 @@ class SelectConfig:
         _require_range("`batch_assignments`", self.batch_assignments, 0, MOST_EPOCHS)
         _require(self.min_per_class >= 0, "`min_per_class`", self.min_per_class, "0 or more")
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
-        _one_of("`laplacian`", self.laplacian, ("combinatorial", "normalized"))
         _require(0 < self.tolerance < 1, "`tolerance`", self.tolerance, "between 0 and 1, both excluded")
         _require_range("`max_iterations`", self.max_iterations, 1, 1_000_000)
-        _one_of("`knn_backend`", self.knn_backend, ("auto", "torch", "faiss-cpu", "faiss-gpu"))
-        _one_of("`solver`", self.solver, ("auto", "cpu", "cuda"))
         _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
@@ -173,13 +264,13 @@ class TrainConfig:
     repack: int = 0
 
     def __post_init__(self) -> None:
+        _as_declared(self)
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require_range("`repack`", self.repack, 0, MOST_ROWS)
         _require(0 < self.lr <= LARGEST_RATE, "`lr`", self.lr, f"above 0, at most {LARGEST_RATE:g}")
         _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
         _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
         _require_range("`image_size`", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
-        _one_of("`augment`", self.augment, ("auto", "none", "crop", "crop+flip"))
         _require_range("`workers`", self.workers, 0, MOST_WORKERS)
         _require(self.memory_budget >= 0, "`memory_budget`", self.memory_budget, "0 or more")
         _require_range("`threads`", self.threads, 0, MOST_THREADS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import jaxtyping
 import pytest
 import torch
 from forked import FORKS, Forked, Forks
@@ -25,6 +26,12 @@ settings.load_profile("gstds")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # two would fight over two busy cores: seven times slower, measured
+
+
+@pytest.fixture
+def no_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has it: beartype, by which tests check the package's types, would be first to refuse a wrong one."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from gstds_cache.config import as_type
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, existing_derived
 from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.describe import StoreSummary, summarise
 from gstds_cache.store.remove import remove_store as remove_objects
-from gstds_cache.store.verify import VerifyReport, verify
+from gstds_cache.store.verify import Level, VerifyReport, verify
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def list_derived(store: LocationLike) -> list[Path]:
 def verify_store(
     store: LocationLike,
     *,
-    level: Literal["quick", "full", "sample"] = "quick",
+    level: Level = "quick",
     rows: int = 64,
     seed: int = 0,
     dataset: Any = None,
@@ -151,8 +152,15 @@ def verify_store(
         FingerprintMismatchError: The data set or the model is not the store's.
         IntegrityError: The specification cannot be read at all.
     """
-    if rows < 1:
-        raise UsageError(f"`rows`: got {rows}, expected 1 or more")
+    level, model, device = (
+        as_type("level", level, Level),
+        as_type("model", model, str | None),
+        as_type("device", device, str),
+    )
+    rows, seed = as_type("rows", rows, int), as_type("seed", seed, int)
+    for name, number, least in (("rows", rows, 1), ("seed", seed, 0)):
+        if number < least:
+            raise UsageError(f"`{name}`: got {number}, expected {least} or more")
     with showing(progress, "shards") as show:
         report = verify(
             store, "full" if level == "full" else "quick", progress=lambda done, total: show("check", done, total, {})

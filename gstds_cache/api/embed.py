@@ -8,7 +8,7 @@ from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any, Unpack
 
-from gstds_cache.config import EmbedConfig, EmbedSettings
+from gstds_cache.config import EmbedConfig, EmbedSettings, as_tuple, require_settings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, store_costs
 from gstds_cache.data.hash_cache import HashCache
@@ -65,7 +65,8 @@ def embed(
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
     """
-    others = (reuse,) if isinstance(reuse, LocationLike) else tuple(reuse)
+    require_settings(embed, EmbedConfig, settings)
+    others = (reuse,) if isinstance(reuse, LocationLike) else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
@@ -127,6 +128,7 @@ def estimate_embedding(
         EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store holds something else, as far as can be seen without hashing.
     """
+    require_settings(estimate_embedding, EmbedConfig, settings)
     config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
     _require_locations(cache)
     source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gstds_cache.config import as_tuple, as_type
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -52,6 +53,9 @@ def repair_store(
         IncompleteError: Another process is writing the store, or what it takes ran out; the same call goes on.
         IntegrityError: The specification itself is damaged.
     """
+    shards = [as_type("shards", shard, int) for shard in as_tuple("shards", shards, "whole numbers")]
+    workers = as_type("workers", workers, int | None)
+    model, device = as_type("model", model, str | None), as_type("device", device, str)
     hash_cache = HashCache(hashes_folder())
     source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model, hash_cache)
     with showing(progress, "images", check="shards") as show:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Unpack
 
 from gstds_cache.api.selection import Selection, SelectionSummary
-from gstds_cache.config import SelectConfig, SelectSettings
+from gstds_cache.config import SelectConfig, SelectSettings, as_type, require_settings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
@@ -63,6 +64,7 @@ def select(
         IncompleteError: The store is not complete, or another process is writing the same file.
         SolverError: A row's embedding holds NaN or Inf.
     """
+    require_settings(select, SelectConfig, settings)
     with _opened(store, keep, settings, notify) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
@@ -100,6 +102,9 @@ def stream_selection(
         IncompleteError: The store is not complete.
         SolverError: A row's embedding holds NaN or Inf.
     """
+    require_settings(stream_selection, SelectConfig, settings)
+    if not hasattr(stream, "write"):
+        raise UsageError(f"`stream`: got {stream!r:.80}, expected a binary stream")
     settings.setdefault("threads", 1)
     with _opened(store, keep, settings, notify) as run:
         run.deliver(stream, force=False, progress=progress)
@@ -117,13 +122,23 @@ def config_of(keep: float | None, settings: SelectSettings) -> SelectConfig:
     settings = settings.copy()
     if "schedule" in settings:
         raise UsageError("`keep` and `schedule` both say how many rows stay: give one of them")
-    if not 0 < keep <= 1:
+    # Decimals: 1 - 0.8 is 0.2, and not 0.19999999999999996, which would be another selection.
+    settings["schedule"] = f"constant:{float(1 - _share(keep))}"
+    return SelectConfig(**settings)
+
+
+def _share(keep: object) -> Decimal:
+    """The share that stays, as the decimal number that was written.
+
+    Raises:
+        UsageError: It is no number, or no share.
+    """
+    share = as_type("keep", keep, float)
+    if not 0 < share <= 1:
         raise UsageError(
             f"`keep`: got {keep!r}, expected a share above 0 and up to 1", hint="a quarter of each batch: `keep=0.25`"
         )
-    # Decimals: 1 - 0.8 is 0.2, and not 0.19999999999999996, which would be another selection.
-    settings["schedule"] = f"constant:{float(1 - Decimal(str(keep)))}"
-    return SelectConfig(**settings)
+    return Decimal(str(share if isinstance(keep, Fraction) else keep))
 
 
 @contextmanager

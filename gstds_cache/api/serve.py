@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Unpack
 
 from gstds_cache.api.select_batches import config_of
-from gstds_cache.config import SelectSettings
+from gstds_cache.config import SelectConfig, SelectSettings, require_settings
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import SELECTIONS, derived_paths, first_writable
 from gstds_cache.runtime.threads import limited_threads
@@ -62,6 +62,7 @@ def serve(
     Raises:
         UsageError: A setting or the address cannot be meant, or needs more protection than was given.
     """
+    require_settings(serve, SelectConfig, settings)
     settings.setdefault("threads", 1)
     config = config_of(keep, settings)
     host, port = parse_address(address)

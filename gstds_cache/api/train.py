@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from gstds_cache.api.opened_run import OpenedRun, is_stream, open_run, show_hashing
 from gstds_cache.api.selection import Selection
-from gstds_cache.config import TrainSettings
+from gstds_cache.config import TrainConfig, TrainSettings, require_settings
 from gstds_cache.costs.records import Cost
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
@@ -86,6 +86,7 @@ def train(
             ``resume=True`` goes on.
         KeyboardInterrupt: It was interrupted; the same call with ``resume=True`` goes on.
     """
+    require_settings(train, TrainConfig, settings)
     begun, hash_cache = time.perf_counter(), HashCache(hashes_folder())
     opening = open_run(
         dataset,
@@ -151,6 +152,7 @@ def estimate_training(
         FingerprintMismatchError: The selection was made from another data set or store.
         StreamError: It is no selection.
     """
+    require_settings(estimate_training, TrainConfig, settings)
     opening = open_run(
         dataset,
         selection,

@@ -67,7 +67,7 @@ def parse_address(text: str) -> tuple[str, int]:
     Raises:
         UsageError: It is not that.
     """
-    host, colon, port = text.rpartition(":")
+    host, colon, port = str(text).rpartition(":")  # which may be None, from Python
     if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
         raise UsageError(f"`address`: got {text!r}, expected HOST:PORT, e.g. 127.0.0.1:8815")
     return host, int(port)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
+from gstds_cache.config import as_type
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.stream.ranks import Tail, require_rank
@@ -32,6 +33,7 @@ def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop")
     Raises:
         UsageError: One of the two is given without the other, or they do not fit together, or ``tail`` is unknown.
     """
+    rank, world_size = as_type("rank", rank, int | None), as_type("world_size", world_size, int | None)
     if (rank is None) != (world_size is None):
         raise UsageError(f"got rank={rank} and world_size={world_size}, expected both or neither")
     if rank is None or world_size is None:

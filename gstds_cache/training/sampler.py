@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
+from gstds_cache.config import as_type
 from gstds_cache.errors import StreamError, UsageError
 from gstds_cache.stream.ranks import Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
@@ -168,6 +169,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
         Raises:
             UsageError: There is none, or it lies behind in a stream that cannot be opened again.
         """
+        epoch, batch = as_type("epoch", epoch, int), as_type("batch", batch, int)
         self._steps.seek(self._steps.step_of(epoch, batch))
         self.epoch, self._may_start_here = epoch, True
 
@@ -192,7 +194,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
         """Go on where :meth:`state_dict` was taken: the next iteration yields the rest of that epoch.
 
         Raises:
-            StreamError: This is no such state.
+            UsageError: This is no state at all.
+            StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
         """
         self._steps.load_state_dict(state)
@@ -209,4 +212,4 @@ def _require_dataset(steps: StepReader, dataset: Sized) -> None:
 
         manifest, why = build_manifest(dataset), why_items_differ(dataset)
         require_dataset(steps.header, items=len(manifest), items_root=manifest.root, uri=dataset.uri, why=why)
-    require_items(steps.header.items, len(dataset))
+    require_items(steps.header.items, dataset)

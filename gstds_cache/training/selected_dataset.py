@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,7 +72,7 @@ class SelectedDataset(IterableDataset[Any]):
         self.dataset, self.tail, self.collate = dataset, tail, collate
         self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder)
         self.header, self.total_steps = self._steps.header, self._steps.total
-        require_items(self.header.items, len(dataset))
+        require_items(self.header.items, dataset)
 
     def __len__(self) -> int:
         """Batches of one iteration."""
@@ -124,8 +124,11 @@ class SelectedBatches(Iterator[Any]):
         """Go on there.
 
         Raises:
+            UsageError: This is no state.
             FingerprintMismatchError: It is of another selection, or of another number of workers.
         """
+        if not isinstance(state, Mapping):
+            raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
         if state.get("workers") != self._workers:
             raise FingerprintMismatchError(
                 f"the state was saved with {state.get('workers')} DataLoader workers, here are {self._workers}",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gstds_cache.config import as_type
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
@@ -69,6 +70,7 @@ class StepReader:
             UsageError: There is no such selection, or not one batch of that size would be full.
             StreamError: It is no selection.
         """
+        batch_size = as_type("batch_size", batch_size, int | None)
         self._where = None if isinstance(selection, SelectionStream) else selection
         self._stream: SelectionStream | None = selection if isinstance(selection, SelectionStream) else None
         if self._stream is not None and self._stream.next_seq:
@@ -196,9 +198,12 @@ class StepReader:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            StreamError: This is no such state.
+            UsageError: This is no state at all.
+            StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection, or of other batches.
         """
+        if not isinstance(state, Mapping):
+            raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
         mine = self.state_dict()
         if state.keys() != mine.keys() or state["format"] != STATE_FORMAT:
             raise StreamError(f"this is no sampler's state: got the keys {sorted(state)}, expected {sorted(mine)}")
@@ -208,6 +213,8 @@ class StepReader:
                     f"the state was saved with another {name}: it has {state[name]!r}, this sampler {mine[name]!r}",
                     hint="load it with the selection and the batch size it was saved with",
                 )
+        if type(state["step"]) is not int or not isinstance(state["sha256"], str):
+            raise UsageError(f"`state`: got the step {state['step']!r:.80}, expected what state_dict() returned")
         self.seek(state["step"], state["sha256"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,12 +265,16 @@ class StepReader:
             raise StreamError("the selection goes on after its last epoch")
 
 
-def require_items(expected: int, count: int) -> None:
+def require_items(expected: int, dataset: Sized) -> None:
     """Refuse a data set with another number of items than the selection's.
 
     Raises:
+        UsageError: It has no number of items.
         FingerprintMismatchError: It has another number.
     """
+    if not isinstance(dataset, Sized):
+        raise UsageError(f"`dataset`: got {dataset!r:.80}, expected a data set with a length")
+    count = len(dataset)
     if count != expected:
         raise FingerprintMismatchError(
             f"the selection was made from a data set of {expected} items, this one has {count}: row i would be "

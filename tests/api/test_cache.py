@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from real_store import MODEL, Images
 from real_store import embed as embed_images
+from small_store import fill
 
 from gstds_cache.api.cache import (
     describe_store,
@@ -64,6 +65,33 @@ def test_a_sound_store_has_no_problems_at_any_level(store: Path) -> None:
         json.dumps(report.to_dict())
     with pytest.raises(UsageError, match="`rows`: got 0"):
         verify_store(store, level="sample", rows=0)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("call", "arguments", "message"),
+    [
+        (verify_store, {"level": "ful"}, "`level`: got 'ful', expected one of quick, full, sample"),
+        (verify_store, {"level": None}, "`level`: got None, expected one of quick, full, sample"),
+        (verify_store, {"level": "sample", "rows": 2.5}, "`rows`: got 2.5, expected a whole number"),
+        (verify_store, {"level": "sample", "rows": "8"}, "`rows`: got '8', expected a whole number"),
+        (verify_store, {"level": "sample", "seed": -1}, "`seed`: got -1, expected 0 or more"),
+        (verify_store, {"level": "sample", "model": 3}, "`model`: got 3, expected text"),
+        (repair_store, {"shards": 0}, "`shards`: got 0, expected whole numbers, in a list"),
+        (repair_store, {"shards": None}, "`shards`: got None, expected whole numbers, in a list"),
+        (repair_store, {"shards": "0"}, "`shards`: got '0', expected whole numbers, in a list"),
+        (repair_store, {"shards": [0, 1.5]}, "`shards`: got 1.5, expected a whole number"),
+        (repair_store, {"model": 3}, "`model`: got 3, expected text"),
+        (repair_store, {"workers": 0.5}, "`workers`: got 0.5, expected a whole number"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_named(tmp_path: Path, call, arguments, message: str) -> None:
+    fill(tmp_path / "store")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError) as caught:
+        call(tmp_path / "store", progress=False, **arguments)
+    assert str(caught.value) == message
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_damage_is_a_part_of_the_report_and_is_repaired(store: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from real_store import MODEL
+from small_store import fill
 
 from gstds_cache.api.embed import embed, estimate_embedding
 from gstds_cache.api.repair import repair_store
@@ -91,8 +92,9 @@ def test_errors_name_arguments(image_folder: Path, tmp_path: Path, monkeypatch: 
     ):
         with pytest.raises(UsageError, match=message):
             call()
-    with pytest.raises(TypeError, match="modle"):
-        embed(uri, modle="x")
+    for call in (embed, estimate_embedding):
+        with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) has no setting 'modle'; did you mean 'model'\?$"):
+            call(uri, modle="x")
     (tmp_path / "stores").write_text("a file in the place of the folder")
     with pytest.raises(UsageError, match="the default place for stores cannot be written") as caught:
         embed(uri, progress=False, **SMALL)
@@ -103,6 +105,22 @@ def test_errors_name_arguments(image_folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match="no default place for stores") as caught:
         embed(uri, **SMALL)
     assert "give `cache`, or set GSTDS_CACHE" in caught.value.hint
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("reuse", [None, 3])
+def test_stores_to_reuse_that_cannot_be_meant(image_folder: Path, tmp_path: Path, reuse: object) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"^`reuse`: got {reuse}, expected locations of stores"):
+        embed(f"imagefolder:{image_folder}", reuse=reuse, progress=False, **SMALL)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_an_open_store_to_reuse_is_refused_by_its_name(tmp_path: Path) -> None:
+    fill(tmp_path / "other.store")
+    with pytest.raises(UsageError, match="^`reuse`: got .*, expected locations of stores"):
+        embed("digits", reuse=EmbeddingStore(tmp_path / "other.store"), progress=False, **SMALL)
 
 
 def _no_home() -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import signal
 import threading
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import torch
 from click.testing import CliRunner
 from small_store import fill
 
-from gstds_cache.api import select as module
+from gstds_cache.api import select_batches as module
 from gstds_cache.api.select_batches import select, stream_selection
 from gstds_cache.api.serve import serve
 from gstds_cache.config import SelectConfig
@@ -126,9 +129,41 @@ def test_the_share_that_stays_is_the_constant_schedule(keep: float, schedule: st
     assert module.config_of(None, {"schedule": schedule}) == module.config_of(keep, {})
 
 
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_share_may_be_any_real_number() -> None:
+    for keep in (Fraction(1, 4), np.float32(0.25), np.float16(0.25), Decimal("0.25"), np.float64(0.25)):
+        assert module.config_of(keep, {}).schedule == "constant:0.75"
+    assert module.config_of(np.float32(0.8), {}).schedule == "constant:0.2"
+    assert module.config_of(1, {}).schedule == module.config_of(np.int64(1), {}).schedule == "constant:0.0"
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda store: stream_selection(store, None), "`stream`: got None, expected a binary stream"),
+        (lambda store: serve(store, None), "`address`: got None, expected HOST:PORT"),
+        (lambda store: serve(store, 8815), "`address`: got 8815, expected HOST:PORT"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_named(store, call, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        call(store)
+
+
+def test_a_misspelled_setting_is_named(store) -> None:
+    for call, arguments in ((select, ()), (stream_selection, (io.BytesIO(),)), (serve, ("127.0.0.1:0",))):
+        with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) has no setting 'kep'; did you mean 'keep'\?$"):
+            call(store, *arguments, kep=0.5)
+
+
+@pytest.mark.usefixtures("no_type_checks")
 def test_a_share_that_cannot_be_meant() -> None:
-    for keep in (0.0, -0.5, 1.5, float("nan")):
+    for keep in (0.0, -0.5, 1.5, float("nan"), Fraction(5, 4)):
         with pytest.raises(UsageError, match="`keep`: got"):
+            module.config_of(keep, {})
+    for keep in (True, "0.25", [0.25], 1j):
+        with pytest.raises(UsageError, match=f"`keep`: got {re.escape(repr(keep))}, expected a number"):
             module.config_of(keep, {})
     with pytest.raises(UsageError, match="`keep` and `schedule`"):
         module.config_of(0.5, {"schedule": "constant:0.5"})

@@ -127,10 +127,13 @@ def test_an_estimate_writes_nothing(selection, tmp_path) -> None:
     assert "(`cache`)" in ledger.select_source
 
 
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"lr": 0.0}, "`lr`: got 0.0"),
+        ({"repack": 2.5}, "`repack`: got 2.5, expected a whole number"),
+        ({"augment": None}, "`augment`: got None, expected one of auto, none, crop"),
         ({"evaluation": "imagefolder:nowhere"}, "nowhere"),
         ({"arch": "resnet19"}, "unknown architecture 'resnet19'"),
         ({"device": "tpu"}, "tpu"),
@@ -140,3 +143,10 @@ def test_a_bad_argument_is_named_and_nothing_written(selection, tmp_path, settin
     with pytest.raises(UsageError, match=text):
         train(DATASET, selection, **SETTINGS | settings)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("call", [train, estimate_training])
+def test_a_misspelled_setting_is_named(selection, tmp_path, call) -> None:
+    with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) has no setting 'epoch_lr'; there are: arch, seed, lr"):
+        call(DATASET, selection, epoch_lr=1.0)
+    assert not list(tmp_path.iterdir())

@@ -247,3 +247,42 @@ def test_training_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: SelectedBatchSampler(path, batch_size="8"), "`batch_size`: got '8', expected a whole number"),
+        (lambda path: SelectedBatchSampler(path, batch_size=True), "`batch_size`: got True, expected a whole number"),
+        (lambda path: SelectedBatchSampler(path, rank="0", world_size=1), "`rank`: got '0', expected a whole number"),
+        (lambda path: SelectedBatchSampler(path, rank=0.5, world_size=1), "`rank`: got 0.5, expected a whole number"),
+        (lambda path: SelectedBatchSampler(path, dataset=3), "`dataset`: got 3, expected a data set with a length"),
+        (lambda path: SelectedDataset(3, path), "`dataset`: got 3, expected a data set with a length"),
+        (lambda path: SelectedBatchSampler(path).seek(None), "`epoch`: got None, expected a whole number"),
+        (lambda path: SelectedBatchSampler(path).seek("1"), "`epoch`: got '1', expected a whole number"),
+        (lambda path: SelectedBatchSampler(path).seek(0, 0.5), "`batch`: got 0.5, expected a whole number"),
+        (lambda path: SelectedBatchSampler(path).load_state_dict(None), "`state`: got None, expected what state_dict"),
+        (
+            lambda path: iter(SelectedDataset(Rows(), path)).load_state_dict(None),
+            "`state`: got None, expected what state_dict",
+        ),
+        (
+            lambda path: (own := SelectedBatchSampler(path)).load_state_dict(own.state_dict() | {"step": "1"}),
+            "`state`: got the step '1', expected what state_dict",
+        ),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_named(uneven, call, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        call(uneven[0])
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_numbers_of_numpy_are_numbers(uneven) -> None:
+    path, expected = uneven
+    sampler = SelectedBatchSampler(path, rank=np.int64(0), world_size=np.int64(1))
+    sampler.seek(np.int64(1))
+    json.dumps(sampler.state_dict())
+    assert epochs_of(sampler) == expected[sampler.header.batches_per_epoch :]
