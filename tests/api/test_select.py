@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from small_store import fill
 
-from gstds_cache.api import select as module
+from gstds_cache.api import select_batches as module
 from gstds_cache.api.select_batches import select, stream_selection
 from gstds_cache.api.serve import serve
 from gstds_cache.config import SelectConfig
