@@ -59,10 +59,13 @@ class BatchMethod(ABC):
     Attributes:
         name: What it is called.
         needs_losses: Whether :class:`Offer` has to hold the learner's losses.
+        least: Samples below which no step is taken: what a batch gives is added to the next one's. Only methods that
+            may choose nothing from a batch need it.
     """
 
     name: str
     needs_losses: bool
+    least: int = 1
 
     @abstractmethod
     def choose(self, offer: Offer) -> Choice:
@@ -108,6 +111,19 @@ class ChosenRows:
     labels: Int64[torch.Tensor, " M"]
     weights: Float32[torch.Tensor, " M"] | None
     forward_samples: int
+
+    def followed_by(self, other: ChosenRows) -> ChosenRows:
+        """The rows of both. Either both have weights or neither."""
+        weights = None
+        if self.weights is not None and other.weights is not None:
+            weights = torch.cat([self.weights, other.weights])
+        return ChosenRows(
+            rows=np.concatenate([self.rows, other.rows]),
+            pixels=torch.cat([self.pixels, other.pixels]),
+            labels=torch.cat([self.labels, other.labels]),
+            weights=weights,
+            forward_samples=self.forward_samples + other.forward_samples,
+        )
 
 
 def choose_rows(

@@ -14,10 +14,13 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
+from benchmarks.study.baselines.epoch_method import START, EpochMethod  # noqa: E402
 from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
-from benchmarks.study.baselines.infobatch import START, InfoBatch  # noqa: E402
+from benchmarks.study.baselines.infobatch import InfoBatch  # noqa: E402
+from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
+from benchmarks.study.baselines.seta import SeTa  # noqa: E402
 from benchmarks.study.trainer import train_once  # noqa: E402
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
 from gstds_cache.embedding.run import embed_dataset  # noqa: E402
@@ -94,6 +97,75 @@ def test_a_method_sees_the_losses_of_what_it_chose(source, everything, tmp_path)
     result, _ = run(source, everything, tmp_path / "run", method=method)
     assert result.gradient_samples < ITEMS * EPOCHS
     assert not np.any(method.scores == START)
+
+
+class Few(EpochMethod):
+    """In epoch 0 everything, in epoch 1 seven rows, then none."""
+
+    name = "few"
+
+    def rows_of(self, epoch, epochs, rng):
+        self.seen = []
+        return [np.arange(ITEMS), np.arange(0, ITEMS, 11), np.arange(0)][epoch]
+
+    def observe(self, rows, losses, correct):
+        super().observe(rows, losses, correct)
+        self.seen.append(rows)
+
+
+def test_few_rows_of_a_batch_join_the_next_ones(source, everything, tmp_path) -> None:
+    steps: dict[int, list[list[int]]] = {}
+    method = Few(ITEMS, step=2 * ITEMS // 18)  # a step of at least 4 rows
+    result, forward_samples = run(
+        source,
+        everything,
+        tmp_path / "run",
+        method=method,
+        after_epoch=lambda _: steps.update({len(steps): [sorted(rows.tolist()) for rows in method.seen]}),
+    )
+    with open_selection(everything) as stream:
+        offered = [list(map(int, batch.kept)) for batch in stream if batch.epoch == 1]
+    # Naively: rows of epoch 1 in the order offered, a step as soon as a batch has filled four.
+    naive, waiting = [], []
+    for rows in offered:
+        waiting += [row for row in rows if row % 11 == 0]
+        if len(waiting) >= 4:
+            naive.append(sorted(waiting))
+            waiting = []
+    assert steps[1] == naive
+    assert 0 < len(naive) < len(offered)
+    assert steps[2] == []
+    assert result.gradient_samples == ITEMS + sum(map(len, naive))
+    assert result.steps == 3 + len(naive)
+    assert forward_samples == 0
+    assert np.isfinite(result.loss)
+
+
+def test_a_batch_without_a_step_changes_no_weight(source, everything, tmp_path) -> None:
+    weights: list[torch.Tensor] = []
+    run(
+        source,
+        everything,
+        tmp_path / "run",
+        method=Few(ITEMS, step=8),
+        after_epoch=lambda network: weights.append(next(network.parameters()).detach().clone()),
+    )
+    assert torch.equal(weights[1], weights[2])  # momentum and weight decay rest too
+    assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("make", [OrderDP, SeTa])
+def test_last_losses_are_those_of_training(source, everything, tmp_path, make) -> None:
+    method = make(ITEMS, 0.5, 12)
+    result, forward_samples = run(source, everything, tmp_path / "run", method=method)
+    seen = method.scores != START
+    assert forward_samples == 0
+    assert ITEMS // 2 <= seen.sum() <= ITEMS
+    assert np.isfinite(method.scores).all()
+    assert result.gradient_samples <= 0.7 * ITEMS * EPOCHS
+    again = make(ITEMS, 0.5, 12)
+    run(source, everything, tmp_path / "again", method=again)
+    assert np.array_equal(method.scores, again.scores)
 
 
 def test_the_learner_is_asked_about_what_the_step_sees(source) -> None:
