@@ -50,7 +50,7 @@ class StudyTrainer(Trainer):
     ) -> None:
         """Prepare a run; arguments as for :func:`train_once`."""
         self._given_feed, self._method, self._after_epoch, self.forward_samples = feed, method, after_epoch, 0
-        self._waiting: ChosenRows | None = None  # fewer than a step wants: they join the next batch's
+        self._waiting: ChosenRows | None = None  # chosen, and not yet in a step
         self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
 
@@ -74,10 +74,11 @@ class StudyTrainer(Trainer):
         seconds = time.perf_counter() - begun
         self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
         self.seconds["step"] -= seconds  # the loop counts the whole step
-        if len(chosen.rows) < self._method.least:
-            self._waiting = chosen
-            return torch.tensor(self._last_loss), 0
-        self._waiting = None
+        if self._method.step_rows:
+            chosen, self._waiting = chosen.parted(self._method.step_rows)
+            if len(chosen.rows) < self._method.step_rows:
+                self._waiting = chosen
+                return torch.tensor(self._last_loss), 0
         loss = weighted_loss(self._method, chosen, self.logits(chosen.pixels))
         self._last_loss = float(loss.detach())
         return loss, len(chosen.rows)

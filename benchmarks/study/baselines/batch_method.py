@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,13 +59,13 @@ class BatchMethod(ABC):
     Attributes:
         name: What it is called.
         needs_losses: Whether :class:`Offer` has to hold the learner's losses.
-        least: Samples below which no step is taken: what a batch gives is added to the next one's. Only methods that
-            may choose nothing from a batch need it.
+        step_rows: Samples of each step: rows chosen wait until that many are together, and no step follows a batch
+            where they are fewer. 0: each batch's step is taken on what was chosen from it.
     """
 
     name: str
     needs_losses: bool
-    least: int = 1
+    step_rows: int = 0
 
     @abstractmethod
     def choose(self, offer: Offer) -> Choice:
@@ -111,6 +111,20 @@ class ChosenRows:
     labels: Int64[torch.Tensor, " M"]
     weights: Float32[torch.Tensor, " M"] | None
     forward_samples: int
+
+    def parted(self, count: int) -> tuple[ChosenRows, ChosenRows]:
+        """The first ``count`` rows, and the others."""
+        first, others = (
+            replace(
+                self,
+                rows=self.rows[part],
+                pixels=self.pixels[part],
+                labels=self.labels[part],
+                weights=None if self.weights is None else self.weights[part],
+            )
+            for part in (slice(count), slice(count, None))
+        )
+        return first, others
 
     def followed_by(self, other: ChosenRows) -> ChosenRows:
         """The rows of both. Either both have weights or neither."""

@@ -15,9 +15,8 @@ START = 3.0  # last loss of a row that was never trained on, in the code of Info
 class EpochMethod(BatchMethod):
     """Keeps the last loss of each row; no forward pass is spent.
 
-    A batch's share of the epoch's rows is what it has of them. So that steps do not shrink where an epoch has few
-    rows, those of several batches are taken together until half a step is full, which the trainer does
-    (:attr:`least`); an epoch of few rows has fewer steps, as with a data loader over those rows.
+    Of a batch it chooses what the epoch's rows have in it, few or many; steps are of one size all the same
+    (:attr:`step_rows`), so an epoch of few rows has fewer of them, as with a data loader over those rows.
 
     Attributes:
         scores: Last losses, float32 [N].
@@ -33,7 +32,7 @@ class EpochMethod(BatchMethod):
             step: Samples of a training step.
         """
         self.scores: Float32[np.ndarray, " N"] = np.full(items, START, np.float32)
-        self.least = max(1, step // 2)
+        self.step_rows = step
         self._epoch = -1
         self._kept = np.zeros(items, bool)
 

@@ -95,7 +95,7 @@ def test_orderdp_keeps_the_top_of_a_random_share() -> None:
         shares.append(int(losses.argmax()) in kept)
     assert abs(np.mean(shares) - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 50)
     assert len(kept_in_epoch(OrderDP(100, 0.1, 8), 100, batch=30, epochs=2, epoch=0)) == 90  # more than the share
-    assert OrderDP(100, 0.75, 8).least == 4
+    assert OrderDP(100, 0.75, 8).step_rows == 8
 
 
 def test_orderdp_prunes_at_random_until_a_loss_is_known() -> None:

@@ -100,58 +100,57 @@ def test_a_method_sees_the_losses_of_what_it_chose(source, everything, tmp_path)
 
 
 class Few(EpochMethod):
-    """In epoch 0 everything, in epoch 1 seven rows, then none."""
+    """Half of the rows in epoch 0, seven rows in epoch 1, then none."""
 
     name = "few"
+    rows = (np.arange(0, ITEMS, 2), np.arange(0, ITEMS, 11), np.arange(0))
+
+    def __init__(self, step: int) -> None:
+        super().__init__(ITEMS, step)
+        self.steps: list[list[int]] = []
 
     def rows_of(self, epoch, epochs, rng):
-        self.seen = []
-        return [np.arange(ITEMS), np.arange(0, ITEMS, 11), np.arange(0)][epoch]
+        return self.rows[epoch]
 
     def observe(self, rows, losses, correct):
         super().observe(rows, losses, correct)
-        self.seen.append(rows)
+        self.steps.append(rows.tolist())
 
 
-def test_few_rows_of_a_batch_join_the_next_ones(source, everything, tmp_path) -> None:
-    steps: dict[int, list[list[int]]] = {}
-    method = Few(ITEMS, step=2 * ITEMS // 18)  # a step of at least 4 rows
+def test_rows_wait_until_a_step_is_full(source, everything, tmp_path) -> None:
+    ends: list[int] = []
+    method = Few(step=5)
     result, forward_samples = run(
-        source,
-        everything,
-        tmp_path / "run",
-        method=method,
-        after_epoch=lambda _: steps.update({len(steps): [sorted(rows.tolist()) for rows in method.seen]}),
+        source, everything, tmp_path / "run", method=method, after_epoch=lambda _: ends.append(len(method.steps))
     )
     with open_selection(everything) as stream:
-        offered = [list(map(int, batch.kept)) for batch in stream if batch.epoch == 1]
-    # Naively: rows of epoch 1 in the order offered, a step as soon as a batch has filled four.
+        offered = [(batch.epoch, list(map(int, batch.kept))) for batch in stream]
     naive, waiting = [], []
-    for rows in offered:
-        waiting += [row for row in rows if row % 11 == 0]
-        if len(waiting) >= 4:
-            naive.append(sorted(waiting))
-            waiting = []
-    assert steps[1] == naive
-    assert 0 < len(naive) < len(offered)
-    assert steps[2] == []
-    assert result.gradient_samples == ITEMS + sum(map(len, naive))
-    assert result.steps == 3 + len(naive)
+    for epoch, rows in offered:
+        waiting += [row for row in rows if row in set(method.rows[epoch].tolist())]
+        if len(waiting) >= 5:
+            naive.append(waiting[:5])
+            waiting = waiting[5:]
+    assert method.steps == naive
+    assert 0 < ends[0] <= ends[1] <= ends[2] == len(naive)
+    assert len(naive) < len(offered)
+    assert (result.gradient_samples, result.steps) == (5 * len(naive), len(naive))
     assert forward_samples == 0
     assert np.isfinite(result.loss)
 
 
 def test_a_batch_without_a_step_changes_no_weight(source, everything, tmp_path) -> None:
-    weights: list[torch.Tensor] = []
+    method, ends = Few(step=9), []
     run(
         source,
         everything,
         tmp_path / "run",
-        method=Few(ITEMS, step=8),
-        after_epoch=lambda network: weights.append(next(network.parameters()).detach().clone()),
+        method=method,
+        after_epoch=lambda network: ends.append((len(method.steps), next(network.parameters()).detach().clone())),
     )
-    assert torch.equal(weights[1], weights[2])  # momentum and weight decay rest too
-    assert not torch.equal(weights[0], weights[1])
+    assert [steps for steps, _ in ends] == [3, 4, 4]
+    assert not torch.equal(ends[0][1], ends[1][1])
+    assert torch.equal(ends[1][1], ends[2][1])  # momentum and weight decay rest too
 
 
 @pytest.mark.parametrize("make", [OrderDP, SeTa])
