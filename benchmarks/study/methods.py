@@ -45,6 +45,8 @@ BASELINES = {
         Method("random", "rule", rule="random"),
         Method("rs2", "fixed"),
         Method("infobatch", "batch"),
+        Method("seta", "batch"),
+        Method("orderdp", "batch"),
         Method("rho-loss", "batch", embeds=True, needs=frozenset({"probe"})),
         Method("jest", "batch", embeds=True, needs=frozenset({"probe"})),
         Method("selective-backprop", "batch"),

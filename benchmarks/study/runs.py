@@ -21,11 +21,13 @@ from benchmarks.study.baselines.fixed import write_fixed
 from benchmarks.study.baselines.infobatch import InfoBatch
 from benchmarks.study.baselines.jest import Jest
 from benchmarks.study.baselines.k_centre import k_centre
+from benchmarks.study.baselines.orderdp import OrderDP
 from benchmarks.study.baselines.prototypicality import prototypicality
 from benchmarks.study.baselines.proxy_mask import ProxyMask
 from benchmarks.study.baselines.rho_loss import RhoLoss
 from benchmarks.study.baselines.rs2 import rs2
 from benchmarks.study.baselines.selective_backprop import SelectiveBackprop
+from benchmarks.study.baselines.seta import SeTa, random_share
 from benchmarks.study.data import CURVE_ITEMS, StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
@@ -155,7 +157,9 @@ def _selection(
         return path
     keep = kept_of(len(data.train), task.ratio)
     if method.kind == "batch":
-        rows = setting.rows_before(task.ratio) if task.method != "infobatch" else round(setting.step / INFOBATCH_KEEPS)
+        # Batches of which about a step's samples are kept; of SeTa's at most, by its first epoch and its last.
+        most = {"infobatch": INFOBATCH_KEEPS, "seta": random_share(task.ratio, task.epochs)}
+        rows = round(setting.step / most[task.method]) if task.method in most else setting.rows_before(task.ratio)
         config = SelectConfig(
             rule="random",
             schedule="constant:0",
@@ -202,6 +206,10 @@ def _chooser(task: Task, method: Method, data: StudyData, scores: Scores) -> Bat
         return None
     if task.method == "infobatch":
         return InfoBatch(len(data.train))
+    if task.method == "seta":
+        return SeTa(len(data.train), task.ratio, data.setting.step)
+    if task.method == "orderdp":
+        return OrderDP(len(data.train), task.ratio, data.setting.step)
     if task.method == "selective-backprop":
         return SelectiveBackprop(task.ratio)
     if task.method == "proxy-mask":

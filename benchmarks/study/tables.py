@@ -22,7 +22,18 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 PHASES = ("images", "indices", "step")  # of training
-RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss", "selective-backprop", "guided")
+RIVALS = (
+    "random",
+    "rs2",
+    "k-centre",
+    "infobatch",
+    "seta",
+    "orderdp",
+    "jest",
+    "rho-loss",
+    "selective-backprop",
+    "guided",
+)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
