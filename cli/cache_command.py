@@ -106,9 +106,8 @@ def list_command(folder: Path | None, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     if not found.stores:
-        click.echo(
-            f"no stores in {found.folder}; make one with: gstds-embed digits; list another folder's with: gstds-cache ls FOLDER"
-        )
+        click.echo(f"no stores in {found.folder}; make one with: gstds-embed digits")
+        click.echo("stores made with --cache lie elsewhere: gstds-cache ls FOLDER")
         return
     rows = [("name", "rows", "MB", "state", "model", "data set", "last used")]
     for s in found.stores:
@@ -181,8 +180,6 @@ def verify_command(
 ) -> None:
     """Call :func:`gstds_cache.verify_store`, print."""
     from gstds_cache.api.cache import verify_store
-    from gstds_cache.files.location import Location
-    from gstds_cache.store.metadata import corrupt
 
     report = verify_store(store, level=level, rows=rows, seed=seed, dataset=dataset, model=model, device=device)
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
@@ -192,7 +189,7 @@ def verify_command(
     if as_json:
         print_json(report.to_dict())
     if report.problems:
-        click.echo(f"error: {corrupt(Location.parse(store), report.problems)}", err=True)
+        click.echo(f"error: {report.error}", err=True)
         if report.cosine_min is not None:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
             words = [word for shard in report.bad_shards for word in ("--shard", shard)]

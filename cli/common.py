@@ -87,7 +87,8 @@ class Command(click.Command):
 
 def notify(line: str) -> None:
     """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
-    click.echo(with_flags(line, flags_of(click.get_current_context().command)), err=True)
+    context = click.get_current_context(silent=True)  # a service's own threads have none; its lines name no arguments
+    click.echo(with_flags(line, {} if context is None else flags_of(context.command)), err=True)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:

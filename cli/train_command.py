@@ -132,12 +132,8 @@ def main(
 
 def _print_plan(ledger: Ledger, as_json: bool) -> None:
     _print_ledger(ledger)
-    if ledger.pays is False:
-        click.echo(
-            f"warning: selection takes {ledger.select_seconds:,.1f} s and saves {ledger.saved_seconds:,.1f} s of "
-            "training: without it (gstds-select --rule random) this run is over sooner",
-            err=True,
-        )
+    if ledger.warning:
+        click.echo(f"warning: {ledger.warning}", err=True)
     click.echo("plan: nothing was trained or written")
     if as_json:
         print_json({"plan": True, "ledger": ledger.to_dict()})

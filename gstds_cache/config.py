@@ -10,6 +10,8 @@ from gstds_cache.errors import UsageError
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
+MEMORY_BUDGET = 4 << 30
+"""Bytes of embeddings that a store opened for reading may hold in memory."""
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
 MOST_ROWS = 1 << 24  # of a shard, a batch, a training step

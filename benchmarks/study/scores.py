@@ -24,6 +24,7 @@ from benchmarks.study.trainer import train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.selection.guidance import load_or_make_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.writer import write_file
 
@@ -84,7 +85,7 @@ class Scores:
         return self.folder / f"{self.data.setting.name}-{need}.npy"
 
     def _fit_probe(self) -> np.ndarray:
-        columns = load_or_make_guidance(self.data.store, "probe").columns
+        columns = load_or_make_guidance(self.data.store, key_of(self.data.store, parse_guidance("probe"))).columns
         assert columns is not None
         # The default's trial of its guidance is kept beside the store too: its time belongs here.
         setting = self.data.setting

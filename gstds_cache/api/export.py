@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def export_store(store: LocationLike | EmbeddingStore, file: str | Path, *, repl
 
 def export_scores(
     store: LocationLike | EmbeddingStore,
-    selection: str | Path,
+    selection: str | os.PathLike[str],
     file: str | Path,
     *,
     device: str = "auto",

@@ -53,10 +53,11 @@ def repair_store(
         IntegrityError: The specification itself is damaged.
     """
     hash_cache = HashCache(hashes_folder())
-    source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model, hash_cache)
+    metadata = StoreMetadata(store)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
     with showing(progress, "images", check="shards") as show:
         return repair(
-            store,
+            metadata,
             source,
             encoder,
             shards=shards,
@@ -71,10 +72,11 @@ def compare_sample(
     store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
 ) -> SampleReport:
     """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
-    opened = EmbeddingStore(store, allow_partial=True, access="window")
+    metadata = StoreMetadata(store)
+    opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
-    source, encoder = _source_and_encoder(opened.metadata, dataset, model, hash_cache)
-    require_same_data(opened.metadata, source, encoder, hash_cache)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
+    require_same_data(metadata, source, encoder, hash_cache)
     return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
 
 

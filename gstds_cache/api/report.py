@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class PageReport:
 
 
 def write_report(
-    *what: str | Path,
+    *what: str | os.PathLike[str],
     out: str | Path = "report.html",
     cache: LocationLike | EmbeddingStore | None = None,
     dataset: Any = None,

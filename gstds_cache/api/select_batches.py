@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from gstds_cache.api.selection import Selection, SelectionSummary
-from gstds_cache.config import SelectConfig, SelectSettings
+from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
@@ -24,6 +25,7 @@ from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.status import Status, describe
+from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
 from gstds_cache.stream.schema import ByteStream
@@ -35,6 +37,9 @@ def select(
     keep: float | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
+    access: Kind = "auto",
+    mirror: str | Path | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -51,6 +56,10 @@ def select(
         out: File to write; by default one named by the selection's digest in ``STORE.selections/``, or in
             ``$GSTDS_CACHE`` where nothing can be written beside the store.
         force: Replace a file that holds something else.
+        memory_budget: Bytes of embeddings to hold. This and the next two are for a store that is opened here.
+        access: How to read rows: all in ``memory``; from a ``mirror``, a local copy made once; or a ``window`` of
+            shards. ``auto`` takes memory where the rows fit the budget, else a mirror where the disk has room.
+        mirror: Folder of the mirror; None is ``STORE.mirror``.
         progress: True for a line on stderr, a callback, or False.
         notify: Told the plan, notes and warnings, a line each; by default warnings are logged.
         settings: As the fields of :class:`~gstds_cache.SelectConfig`.
@@ -63,7 +72,8 @@ def select(
         IncompleteError: The store is not complete, or another process is writing the same file.
         SolverError: A row's embedding holds NaN or Inf.
     """
-    with _opened(store, keep, settings, notify) as run:
+    config = config_of(keep, settings)
+    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
         return Selection(path, run.summary(str(path)))
@@ -74,6 +84,9 @@ def stream_selection(
     stream: ByteStream,
     *,
     keep: float | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    access: Kind = "auto",
+    mirror: str | Path | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -87,6 +100,9 @@ def stream_selection(
         store: A store, or its location.
         stream: A pipe, a socket's file, or any other binary stream.
         keep: As for :func:`select`.
+        memory_budget: As for :func:`select`.
+        access: As for :func:`select`.
+        mirror: As for :func:`select`.
         progress: As for :func:`select`.
         notify: As for :func:`select`.
         settings: As for :func:`select`.
@@ -101,7 +117,8 @@ def stream_selection(
         SolverError: A row's embedding holds NaN or Inf.
     """
     settings.setdefault("threads", 1)
-    with _opened(store, keep, settings, notify) as run:
+    config = config_of(keep, settings)
+    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
         run.deliver(stream, force=False, progress=progress)
         return run.summary("-")
 
@@ -126,19 +143,35 @@ def config_of(keep: float | None, settings: SelectSettings) -> SelectConfig:
     return SelectConfig(**settings)
 
 
+def open_store(
+    store: EmbeddingStore | str | Path, memory_budget: int, access: Kind, mirror: str | Path | None
+) -> EmbeddingStore:
+    """The store, opened unless it is.
+
+    Raises:
+        UsageError: It is, and how to read it was said besides.
+    """
+    if not isinstance(store, EmbeddingStore):
+        folder = None if mirror is None else local_file(mirror, "`mirror`")
+        return EmbeddingStore(store, memory_budget=memory_budget, access=access, mirror=folder)
+    if (memory_budget, access, mirror) != (MEMORY_BUDGET, "auto", None):
+        raise UsageError(
+            "`memory_budget`, `access` and `mirror` are for a store that is opened here; this one is open already",
+            hint="give them to EmbeddingStore, or give the store's location",
+        )
+    return store
+
+
 @contextmanager
-def _opened(
-    store: EmbeddingStore | str | Path, keep: float | None, settings: SelectSettings, notify: Notify | None
-) -> Iterator[_Run]:
+def _opened(open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None) -> Iterator[_Run]:
     """Open the store and plan the run, with its thread limits, and say what will be done.
 
     Yields:
         The run.
     """
-    begun, config, logger = time.perf_counter(), config_of(keep, settings), logging.getLogger("gstds_cache")
+    begun, logger = time.perf_counter(), logging.getLogger("gstds_cache")
     with limited_threads(config.threads or 0):
-        opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-        run = _Run(BatchSelector(opened, config), notify or logger.warning, notify or logger.info, begun)
+        run = _Run(BatchSelector(open_it(), config), notify or logger.warning, notify or logger.info, begun)
         run.announce()
         yield run
 
@@ -223,6 +256,7 @@ class _Run:
             out=out,
             selection_digest=selector.digest,
             cache_fingerprint=selector.store.fingerprint,
+            dataset_uri=selector.store.dataset_uri,
             cache_hit=counts.batches == 0,
             epochs=plan.epochs,
             total_batches=plan.total_batches,

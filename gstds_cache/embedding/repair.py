@@ -82,7 +82,7 @@ def require_same_data(
 
 
 def repair(
-    where: LocationLike,
+    where: LocationLike | StoreMetadata,
     source: ImageSource,
     encoder: Encoder,
     *,
@@ -98,7 +98,7 @@ def repair(
     before it was killed are not. A store that ends up with all its shards is complete again.
 
     Args:
-        where: The store.
+        where: The store; or its metadata, which is not read again.
         source: The data set it was made of.
         encoder: The model it was made with.
         shards: Shards to make again whatever their hashes.
@@ -118,7 +118,7 @@ def repair(
             that decodes was killed, and the same call goes on.
         IntegrityError: The specification itself is damaged.
     """
-    metadata = StoreMetadata(where)
+    metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
     names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
@@ -136,7 +136,9 @@ def repair(
         return RepairReport(before, (), 0, (), before)
     manifest = require_same_data(metadata, source, encoder, hash_cache)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
-    with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+    with reopen_writer(
+        metadata.location, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes
+    ) as writer:
         run_on = resolve_device(device)
         DeterminismCheck(source, encoder.to(run_on), dtype=writer.spec.dtype).run(writer.spec.batch_size)
         task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
@@ -146,7 +148,7 @@ def repair(
         else:
             writer.end_repair()
     changed = [shard for shard in new if shard in old and old[shard].content_sha256 != new[shard].content_sha256]
-    return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(where, "full"))
+    return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(metadata.location, "full"))
 
 
 def _replace_shards(

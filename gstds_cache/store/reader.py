@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from gstds_cache.config import MEMORY_BUDGET
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
 from gstds_cache.files import mapped
@@ -56,7 +57,7 @@ class EmbeddingStore:
         where: LocationLike | StoreMetadata,
         *,
         allow_partial: bool = False,
-        memory_budget: int = 8 << 30,
+        memory_budget: int = MEMORY_BUDGET,
         access: Kind = "auto",
         mirror: Path | None = None,
     ) -> None:
@@ -75,34 +76,38 @@ class EmbeddingStore:
             ChunkCorruptError: An object is missing or of another size, or a record was altered.
             UsageError: A mirror was asked for, and the store is not complete.
         """  # noqa: DOC501
-        self.metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
-        self.location, self.spec = self.metadata.location, self.metadata.spec
-        self.kind, self.classes, self.dataset_uri = self.metadata.kind, self.metadata.classes, self.metadata.dataset_uri
+        self._metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
+        self.location, self.spec = self._metadata.location, self._metadata.spec
+        self.kind, self.classes, self.dataset_uri = (
+            self._metadata.kind,
+            self._metadata.classes,
+            self._metadata.dataset_uri,
+        )
         self.fingerprint = self.spec.fingerprint
         self.memory_budget = memory_budget
         self._opening = (self.location, allow_partial, memory_budget, access, mirror)
         self._process, self._making_access = os.getpid(), threading.Lock()
-        record = self.metadata.complete()
+        record = self._metadata.complete()
         if record is None and not allow_partial:
-            command = self.metadata.provenance.get("command", ["gstds-embed", "DATASET"])
-            committed = len(self.metadata.committed())
+            command = self._metadata.provenance.get("command", ["gstds-embed", "DATASET"])
+            committed = len(self._metadata.committed())
             raise IncompleteError(
                 f"{self.location} is not complete: {committed} of {self.spec.shards} shards are committed",
                 hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
-        self.commits = self.metadata.commits()
-        problems = self.metadata.check_sizes(self.commits)
+        self.commits = self._metadata.commits()
+        problems = self._metadata.check_sizes(self.commits)
         if record is not None:
-            problems += self.metadata.check_complete(record, self.commits)
+            problems += self._metadata.check_complete(record, self.commits)
         if problems:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back = mirror, ""
         self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
-        self.metadata.transport.mark_used()
+        self._metadata.transport.mark_used()
 
     def _choose_access(self, access: Kind, *, complete: bool) -> tuple[Kind, str]:
         """Choose how to get at rows, and say why; a place for a mirror is looked for where one may be wanted.
@@ -158,7 +163,7 @@ class EmbeddingStore:
             ChunkCorruptError: The object of the labels is damaged.
         """  # noqa: DOC501
         try:
-            pieces = self.metadata.transport.pieces(layout.LABEL)
+            pieces = self._metadata.transport.pieces(layout.LABEL)
             return layout.label_values(self.spec, pieces, len(self.classes))
         except (FileNotFoundError, ValueError) as error:
             problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
@@ -166,7 +171,7 @@ class EmbeddingStore:
 
     def manifest(self) -> DatasetManifest:
         """The items that the store was made of, in the order of its rows (:meth:`StoreMetadata.manifest`)."""
-        return self.metadata.manifest()
+        return self._metadata.manifest()
 
     @property
     def nbytes(self) -> int:
@@ -186,7 +191,7 @@ class EmbeddingStore:
             raise IncompleteError(f"{self.location}: shard {shard} is not committed")
         key = layout.object_key(shard)
         try:
-            return layout.read_shard(self.spec, shard, self.metadata.transport.get(key))
+            return layout.read_shard(self.spec, shard, self._metadata.transport.get(key))
         except FileNotFoundError as error:
             raise corrupt(self.location, [Problem(key, f"{key} is missing", shard)]) from error
         except ValueError as error:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gstds_cache.errors import ChunkCorruptError
-from gstds_cache.files.location import LocationLike
+from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.store import layout
-from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
+from gstds_cache.store.metadata import Problem, Progress, StoreMetadata, corrupt
 
 Level = Literal["quick", "full", "sample"]
 
@@ -42,6 +42,11 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
         return vars(self) | {"problems": [str(problem) for problem in self.problems]}
+
+    @property
+    def error(self) -> ChunkCorruptError | None:
+        """The error that names the problems and the command that mends them; None where all is well."""
+        return corrupt(Location.parse(self.location), self.problems) if self.problems else None
 
     @property
     def bad_shards(self) -> list[int]:

@@ -17,7 +17,7 @@ from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS
 from gstds_cache.stream.schema import ByteStream, Header
-from gstds_cache.stream.writer import Storing, header_of, storing
+from gstds_cache.stream.writer import Storing, header_of, partial_of, storing
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
@@ -174,7 +174,7 @@ class _Keeping:
         self._notify(f"this selection is not kept for the next time: {error}")
         if self._path is not None and error.errno in FULL:
             with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
-                self._path.with_name(f".{self._path.name}.partial").unlink(missing_ok=True)
+                partial_of(self._path).unlink(missing_ok=True)
 
 
 def replay(path: Path, sink: ByteStream) -> None:
@@ -190,6 +190,6 @@ def replay(path: Path, sink: ByteStream) -> None:
 
 
 def _first(keep: Path, count: int) -> Iterator[SelectedBatch]:
-    with open_selection(keep.with_name(f".{keep.name}.partial")) as stream:
+    with open_selection(partial_of(keep)) as stream:
         while stream.next_seq < count:
             yield next(iter(stream))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gstds_cache.costs.records import Cost
+from gstds_cache.errors import command_line
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ class Ledger:
     def pays(self) -> bool | None:
         """Whether selection takes less time than it saves; None where that is not known."""
         return None if self.net_seconds is None else self.net_seconds > 0
+
+    @property
+    def warning(self) -> str | None:
+        """That selection takes more time than it saves, and what to do; None where it does not or that is not known."""
+        if self.pays is not False:
+            return None
+        return (
+            f"selection takes {self.select_seconds:,.1f} s and saves {self.saved_seconds:,.1f} s of training: without "
+            f"it ({command_line('gstds-select', 'STORE', '--rule', 'random')}) this run is over sooner"
+        )
 
     @property
     def break_even(self) -> int | None:
