@@ -20,7 +20,6 @@ from .config import EmbedConfig as EmbedConfig
 from .config import SelectConfig as SelectConfig
 from .config import TrainConfig as TrainConfig
 from .data.sources import open_source as open_source
-from .embedding.report import EmbedReport as EmbedReport
 from .errors import GstdsError as GstdsError
 from .errors import UsageError as UsageError
 from .graph.knn import knn_graph as knn_graph
@@ -28,6 +27,7 @@ from .selection.rule import Rule as Rule
 from .selection.rule import RuleBatch as RuleBatch
 from .spectral.fiedler import fiedler_vectors as fiedler_vectors
 from .spectral.status import Status as Status
+from .store.embed_report import EmbedReport as EmbedReport
 from .store.reader import EmbeddingStore as EmbeddingStore
 from .stream.reader import SelectionStream as SelectionStream
 from .stream.reader import open_selection as open_selection

@@ -6,12 +6,12 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, text_of
 from gstds_cache.files import mapped
+from gstds_cache.files.atomic import DISK_FULL
 
 DISK = {
     errno.ENOSPC: "the disk is full",
@@ -22,34 +22,12 @@ DISK = {
     errno.EIO: "the disk reported an error",
     errno.EFBIG: "the file may not grow that large here",
 }
-FULL = {errno.ENOSPC, errno.EDQUOT}
 PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY}
 FILES = {errno.EMFILE, errno.ENFILE}
 OURS = FILES | {errno.ENOMEM, errno.EAGAIN}
 """Errors of reading a file that say nothing about the file: the process or the machine has too little of something."""
 
 GO_ON = "then run the same command again"
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Name the file in the error of a write: a disk that is full does not say which.
-
-    Args:
-        path: What is written to.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: What the block raised.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL | {errno.EFBIG} and error.filename is None:  # others may be of what was read meanwhile
-            error.filename = os.fspath(path)
-        raise
 
 
 def about_us(error: BaseException) -> bool:
@@ -148,7 +126,7 @@ def _of(error: BaseException) -> str:
     names = [os.fsdecode(name) for name in (getattr(error, "filename", None),) if isinstance(name, str | bytes)]
     if not names:
         return ""
-    about = f" ({full_disk(names[0])})" if getattr(error, "errno", None) in FULL else ""
+    about = f" ({full_disk(names[0])})" if getattr(error, "errno", None) in DISK_FULL else ""
     return f": {names[0]}{about}"
 
 
@@ -157,7 +135,7 @@ def _mend(error: OSError) -> str:
     temporary = mapped.folder()
     if temporary is not None and (name == temporary or name.startswith(f"{temporary}/pymp-")):
         return f"make room there, or set TMPDIR to a folder with room; {GO_ON}"
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return f"make room there, or name a place on another disk; {GO_ON}"
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
         return f"name a place that can be written, or mend that; {GO_ON}"

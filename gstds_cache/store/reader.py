@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
@@ -22,11 +21,9 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
-
-if TYPE_CHECKING:
-    from gstds_cache.embedding.report import EmbedReport  # the type of an attribute alone: see setup.cfg
 
 
 class EmbeddingStore:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.runtime.resources import FULL
+from gstds_cache.files.atomic import DISK_FULL
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -172,7 +172,7 @@ class _Keeping:
 
     def _give_up(self, error: OSError) -> None:
         self._notify(f"this selection is not kept for the next time: {error}")
-        if self._path is not None and error.errno in FULL:
+        if self._path is not None and error.errno in DISK_FULL:
             with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
                 self._path.with_name(f".{self._path.name}.partial").unlink(missing_ok=True)
 
