@@ -40,7 +40,7 @@ def embed(
     The same call again finds the store and embeds nothing; after an interrupt it goes on where it stopped. The store
     can be used at once: :func:`gstds_cache.select` takes it.
 
-    On a CPU, :func:`gstds_cache.runtime.allocator.keep_freed_memory` before the first call can halve the model's time.
+    On a CPU, :func:`gstds_cache.keep_freed_memory` before the first call can halve the model's time.
     It is a setting of the whole process, so only the commands make it by themselves.
 
     Args:

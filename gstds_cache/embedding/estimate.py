@@ -123,8 +123,8 @@ def require_disk(need: int, free: int | None, *, location: str) -> None:
     """
     if free is not None and free < need:
         raise IncompleteError(
-            f"{location}: got {size_text(free)} of free disk, expected at least {size_text(need)} for the rows that are "
-            "left",
+            f"{location}: got {size_text(free)} of free disk, expected at least {size_text(need)} for the rows that "
+            "are left",
             hint="no image was embedded. Make room and run the same command again, or give a `cache` on another disk",
         )
 
