@@ -63,7 +63,7 @@ def repair_store(
             device=device,
             workers=workers,
             hash_cache=hash_cache,
-            progress=lambda phase, done, total: show(phase, done, total, {}),
+            progress=show,
         )
 
 

@@ -23,6 +23,7 @@ from gstds_cache.data.subset import Subset, taken
 from gstds_cache.errors import IntegrityError
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import merkle_root
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.runtime.resources import about_us
 
 UNREADABLE = bytes(32)
@@ -164,7 +165,7 @@ def build_manifest(
     source: ImageSource,
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
     threads: int = 4,
 ) -> DatasetManifest:
     """Read and hash every item of a source.
@@ -191,7 +192,7 @@ def hash_items(
     source: ImageSource,
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
     threads: int = 4,
     read: bool = True,
 ) -> UInt8[np.ndarray, "N 32"]:
@@ -226,9 +227,7 @@ def hash_items(
     return digests
 
 
-def _hash_all(
-    source: ImageSource, progress: Callable[[int, int], None] | None, threads: int
-) -> UInt8[np.ndarray, "N 32"]:
+def _hash_all(source: ImageSource, progress: Counted | None, threads: int) -> UInt8[np.ndarray, "N 32"]:
     files, digests = source.files, mapped.zeros((len(source), 32), np.uint8)
     _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
     return digests
@@ -238,7 +237,7 @@ def _hash_new(
     source: ImageSource,
     files: Files,
     hash_cache: HashCache,
-    progress: Callable[[int, int], None] | None,
+    progress: Counted | None,
     threads: int,
     *,
     read: bool,
@@ -268,7 +267,7 @@ def _hash_new(
 def _in_blocks(
     work: Callable[[range], None],
     rows: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Counted | None,
     threads: int,
     *touched: np.ndarray | memoryview,
 ) -> None:

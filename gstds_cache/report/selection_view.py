@@ -21,6 +21,7 @@ from gstds_cache.report import charts
 from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
@@ -30,7 +31,6 @@ from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.schema import Header
 
 MOST_CLASSES = 40
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def view_selection(
     recompute_settings: RecomputeSettings = AS_RECORDED,
     most: int = 48,
     per_sheet: int = 40,
-    progress: Progress = lambda _done, _total: None,
+    progress: Counted = lambda _done, _total: None,
 ) -> SelectionView:
     """Read a selection and whatever else can be found, and draw.
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.location import LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
-from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
+from gstds_cache.store.metadata import Problem, StoreMetadata
 
 Level = Literal["quick", "full", "sample"]
 
@@ -53,7 +54,7 @@ def verify(
     where: LocationLike | StoreMetadata,
     level: Literal["quick", "full"] = "quick",
     *,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> VerifyReport:
     """Check a store.
 

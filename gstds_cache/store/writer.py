@@ -19,10 +19,11 @@ from gstds_cache.errors import (
 )
 from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
 from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root, counts_of, valid_of
 from gstds_cache.store.factory import open_transport
-from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt
+from gstds_cache.store.metadata import METADATA_KEYS, Complete, StoreMetadata, corrupt
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport
 
@@ -142,7 +143,7 @@ class StoreWriter:
         self.metadata.remember(commit)
         return commit
 
-    def finish(self, progress: Progress | None = None) -> Complete:
+    def finish(self, progress: Counted | None = None) -> Complete:
         """Check every object once more, write ``valid`` and COMPLETE.
 
         Args:
