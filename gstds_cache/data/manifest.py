@@ -29,6 +29,7 @@ from gstds_cache.runtime.resources import about_us
 UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
 
+HASH_THREADS = 4
 _BLOCK = 100
 _WAVE = 200 * _BLOCK
 _RECORDS = 1 << 16
@@ -166,7 +167,7 @@ def build_manifest(
     *,
     hash_cache: HashCache | None = None,
     progress: Counted | None = None,
-    threads: int = 4,
+    threads: int = HASH_THREADS,
 ) -> DatasetManifest:
     """Read and hash every item of a source.
 
@@ -193,7 +194,7 @@ def hash_items(
     *,
     hash_cache: HashCache | None = None,
     progress: Counted | None = None,
-    threads: int = 4,
+    threads: int = HASH_THREADS,
     read: bool = True,
 ) -> UInt8[np.ndarray, "N 32"]:
     """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.

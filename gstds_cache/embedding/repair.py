@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
@@ -87,7 +88,7 @@ def repair(
     encoder: Encoder,
     *,
     shards: Sequence[int] = (),
-    device: str = "auto",
+    device: str = DEVICE,
     workers: int | None = None,
     hash_cache: HashCache | None = None,
     progress: Progress | None = None,

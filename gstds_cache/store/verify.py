@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gstds_cache.config import CHECK_LEVEL
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.progress import Counted
@@ -52,7 +53,7 @@ class VerifyReport:
 
 def verify(
     where: LocationLike | StoreMetadata,
-    level: Literal["quick", "full"] = "quick",
+    level: Literal["quick", "full"] = CHECK_LEVEL,
     *,
     progress: Counted | None = None,
 ) -> VerifyReport:
