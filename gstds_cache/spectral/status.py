@@ -27,7 +27,7 @@ class Status(enum.IntFlag):
             ValueError: A bit is set that no flag has.
         """
         known = sum(int(flag) for flag in Status)
-        if self < 0 or self & ~known:
+        if int(self) & ~known:
             raise ValueError(f"status: got {int(self)}, expected a combination of flags from 0 to {known}")
         return "; ".join(text for flag, text in REMEDY.items() if self & flag) or REMEDY[Status.CONVERGED]
 

@@ -19,7 +19,7 @@ def test_describe():
     assert both == f"{REMEDY[Status.BRIDGED]}; {REMEDY[Status.DEGENERATE]}"
 
 
-@pytest.mark.parametrize("status", [-1, 64, 65])
+@pytest.mark.parametrize("status", [64, 65])
 def test_describe_refuses_unknown_bits(status):
     with pytest.raises(ValueError, match=f"got {status}, expected a combination of flags from 0 to 63"):
         Status(status).describe()
