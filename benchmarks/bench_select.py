@@ -37,11 +37,11 @@ import threadpoolctl
 import torch
 from batches import made_up
 from bench_store import Ours
-from harness import interleaved, parser, report, spread
+from harness import interleaved, limit_threads, parser, report, spread
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import cores, in_threads, limit_threads
+from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import coverage
