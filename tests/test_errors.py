@@ -79,9 +79,8 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 def test_the_library_names_arguments_and_no_flags() -> None:
-    assert list(_texts(ast.parse("hint = f'pass --knn or {command_line('gstds-embed', '--model')}'"))) == [
-        "pass --knn or "
-    ]
+    command = "hint = 'pass --knn or ' + command_line('gstds-embed', '--model')"
+    assert list(_texts(ast.parse(command))) == ["pass --knn or "]
     texts = {
         f"{path.relative_to(PACKAGE)}: {text}"
         for path in PACKAGE.rglob("*.py")
