@@ -173,8 +173,8 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
             ),
         )
     )
-    ways = int(header.settings.get("partitions", 0))  # from the epoch of that number on, graphs come again
-    graphs = [batch for batch in batches if not ways or batch.epoch < ways]
+    batch_assignments = int(header.settings.get("partitions", 0))  # from the epoch of that number on, graphs come again
+    graphs = [batch for batch in batches if not batch_assignments or batch.epoch < batch_assignments]
     solved = [batch for batch in graphs if Status.NOT_COMPUTED not in batch.status]
     if not solved:
         return
@@ -255,7 +255,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
         rows = selector.store.gather(batch.indices).astype(np.float32)
         found = fiedler_vectors(rows, k=config.knn, q=2, laplacian=config.laplacian, seed=config.seed, threads=1)
         basis = found.basis.reshape(len(rows), 2).cpu().numpy()
-    places = 100 * np.stack([percentile(basis[:, 0]), percentile(basis[:, 1])], axis=1)
+    percentiles = 100 * np.stack([percentile(basis[:, 0]), percentile(basis[:, 1])], axis=1)
     near = batch.seen.neighbors
     assert near is not None
     ends = np.stack([np.repeat(np.arange(len(near)), near.shape[1]), near.reshape(-1)], axis=1)
@@ -265,7 +265,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
             "Spectral map",
             f"Batch {batch.selection.batch_id} of epoch {batch.selection.epoch}: each row by its rank along the first "
             "two eigenvectors, with the graph's edges. Rows close to each other look alike to the reference model.",
-            (charts.spectral_map(f"{key}-map", places, edges, batch.stays),),
+            (charts.spectral_map(f"{key}-map", percentiles, edges, batch.stays),),
         )
     )
 

@@ -59,8 +59,9 @@ def _memory(error: BaseException) -> GstdsError | None:
 
 
 def _files(error: BaseException) -> GstdsError | None:
-    said = isinstance(error, RuntimeError) and "Too many open files" in str(error)  # PyTorch's, of its workers
-    if getattr(error, "errno", None) not in FILES and not said:
+    # PyTorch's error, where its workers met the limit.
+    in_worker = isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    if getattr(error, "errno", None) not in FILES and not in_worker:
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     more = max(4096, 4 * soft) if hard == resource.RLIM_INFINITY else min(max(4096, 4 * soft), hard)
@@ -114,10 +115,10 @@ def out_of_memory(error: BaseException) -> bool:
 def full_disk(path: str | Path) -> str:
     """The file system that ``path`` is, or would be, on, and what is free there, in words."""
     here = Path(os.path.abspath(path))  # noqa: PTH100 - resolves no links on a disk that may not answer
-    there = next((folder for folder in (here, *here.parents) if os.path.isdir(folder)), Path("/"))  # noqa: PTH112
-    mount = next((folder for folder in (there, *there.parents) if os.path.ismount(folder)), Path("/"))
+    existing = next((folder for folder in (here, *here.parents) if os.path.isdir(folder)), Path("/"))  # noqa: PTH112
+    mount = next((folder for folder in (existing, *existing.parents) if os.path.ismount(folder)), Path("/"))
     with suppress(OSError):
-        disk = shutil.disk_usage(there)
+        disk = shutil.disk_usage(existing)
         return f"the file system at {mount} has {disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free"
     return f"the file system at {mount}"
 
