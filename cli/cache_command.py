@@ -9,6 +9,7 @@ from typing import Literal
 
 import click
 
+from gstds_cache.config import CHECK_LEVEL, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, command_line
 
 from .common import (
@@ -159,9 +160,13 @@ def describe_command(store: str, as_json: bool) -> None:
 
 @main.command("verify", cls=Command, help=VERIFY_HELP)
 @click.argument("store")
-@click.option("--level", type=click.Choice(["quick", "full", "sample"]), default="quick", show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Rows that sample compares.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which rows sample compares.")
+@click.option("--level", type=click.Choice(["quick", "full", "sample"]), default=CHECK_LEVEL, show_default=True)
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=SAMPLE_ROWS, show_default=True, help="Rows that sample compares."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=SAMPLE_SEED, show_default=True, help="Which rows sample compares."
+)
 @DATASET
 @MODEL
 @device_option

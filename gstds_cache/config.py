@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Final, Literal, TypedDict
 
 from gstds_cache.errors import UsageError
 
@@ -12,6 +12,13 @@ DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""
+DEVICE = "auto"
+# Of the calls that take no configuration, and their commands.
+CHECK_LEVEL: Final = "quick"
+SAMPLE_ROWS = 64  # that a check embeds again
+SAMPLE_SEED = 0
+REPORT_BATCHES = 48  # that a report computes again
+REPORT_FILE = "report.html"
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
 MOST_ROWS = 1 << 24  # of a shard, a batch, a training step
@@ -60,7 +67,7 @@ class EmbedConfig:
     batch_size: int | None = None
     shard_rows: int | None = None
     workers: int | None = None
-    device: str = "auto"
+    device: str = DEVICE
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
 
@@ -114,7 +121,7 @@ class SelectConfig:
     laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
     tolerance: float = 1e-6
     max_iterations: int = 500
-    device: str = "auto"
+    device: str = DEVICE
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     solver: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -168,7 +175,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     image_size: int = 0
     augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
-    device: str = "auto"
+    device: str = DEVICE
     workers: int = 1
     memory_budget: int = 2 << 30
     threads: int = 0

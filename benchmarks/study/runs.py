@@ -147,7 +147,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
-            batch_assignments=method.partitions,
+            batch_assignments=method.batch_assignments,
         )
         _ = BatchSelector(data.store, config).guidance  # a trial for such runs, where none was made yet, is paid for
         begun, cpu_begun = time.perf_counter(), time.process_time()

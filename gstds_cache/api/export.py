@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
@@ -93,7 +94,7 @@ def export_scores(
     selection: str | os.PathLike[str],
     file: str | Path,
     *,
-    device: str = "auto",
+    device: str = DEVICE,
     guidance: str | None = None,
     schedule: str | None = None,
     replace: bool = False,

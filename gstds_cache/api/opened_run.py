@@ -100,7 +100,7 @@ def open_run(
         if where == "-" and ranks.world_size > 1:
             raise UsageError(
                 f"`selection`: got -, but {ranks.world_size} ranks cannot share one stdin",
-                hint="give a file, or the address of a service (gstds-select --serve)",
+                hint="give a file, or the address of a service (gstds_cache.serve)",
             )
         show = held.enter_context(showing(progress if ranks.first else None, "steps", hash="items", load="images"))
         hashing = partial(show_hashing, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -26,7 +27,7 @@ def repair_store(
     shards: Sequence[int] = (),
     dataset: Any = None,
     model: str | None = None,
-    device: str = "auto",
+    device: str = DEVICE,
     workers: int | None = None,
     progress: Progress | bool | None = True,
 ) -> RepairReport:
@@ -64,7 +65,7 @@ def repair_store(
             device=device,
             workers=workers,
             hash_cache=hash_cache,
-            progress=lambda phase, done, total: show(phase, done, total, {}),
+            progress=show,
         )
 
 

@@ -24,7 +24,7 @@ from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.spectral.status import Status, describe
+from gstds_cache.spectral.status import Status
 from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
@@ -219,7 +219,7 @@ class _Run:
             self.warn(f"note: {note}")
         slow, batches = selector.counts.status["max_iterations"], selector.counts.batches
         if slow > 0.01 * batches:
-            self.warn(f"warning: {slow} of {batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}")
+            self.warn(f"warning: {slow} of {batches} Fiedler vectors: {Status.MAX_ITERATIONS.describe()}")
 
     def _record_cost(self, target: Path | ByteStream, meter: EnergyMeter) -> None:
         """Record what this call took beside each of the selection's files, for the ledgers of runs that train on it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ from gstds_cache.api.select_batches import config_of, open_store
 from gstds_cache.config import MEMORY_BUDGET, SelectSettings
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import SELECTIONS, derived_paths, first_writable
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
@@ -36,7 +36,7 @@ def serve(
     token_file: Path | None = None,
     client_ca: Path | None = None,
     stop: threading.Event | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
 ) -> int:
     """Serve a store's selections until told to stop. Trainers name them ``grpc://HOST:PORT``.

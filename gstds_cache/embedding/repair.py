@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
@@ -19,6 +19,7 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.spec import require_same
@@ -87,10 +88,10 @@ def repair(
     encoder: Encoder,
     *,
     shards: Sequence[int] = (),
-    device: str = "auto",
+    device: str = DEVICE,
     workers: int | None = None,
     hash_cache: HashCache | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> RepairReport:
     """Hash every object of the store at ``where``, and make again what is missing or damaged.
 
@@ -105,7 +106,7 @@ def repair(
         device: Where the model runs.
         workers: Processes that decode images; None fits the machine and the data set.
         hash_cache: Hashes of the data set that are known already.
-        progress: Called with phase, shards or images done, and how many in all.
+        progress: Called with phase, shards or images done, how many in all, and no shares of the time.
 
     Returns:
         What was done.
@@ -125,8 +126,8 @@ def repair(
         raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
-    show = progress or (lambda _phase, _done, _total: None)
-    before = verify(metadata, "full", progress=partial(show, "check"))
+    show: Progress = progress or (lambda _phase, _done, _total, _shares: None)
+    before = verify(metadata, "full", progress=lambda done, total: show("check", done, total, {}))
     old, _ = metadata.scan_commits()  # known from the check
     redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
     expected = _expected_root(metadata)
@@ -144,7 +145,7 @@ def repair(
         task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
         new, kept, images = _replace_shards(writer, task, redo, expected, show)
         if len(kept) + len(new) == writer.spec.shards:
-            writer.finish(partial(show, "check"))
+            writer.finish(lambda done, total: show("check", done, total, {}))
         else:
             writer.end_repair()
     changed = [shard for shard in new if shard in old and old[shard].content_sha256 != new[shard].content_sha256]
@@ -156,7 +157,7 @@ def _replace_shards(
     task: EmbedTask,
     shards: Sequence[int],
     expected: str | None,
-    show: Callable[[str, int, int], None],
+    show: Progress,
 ) -> tuple[dict[int, CommitRecord], dict[int, CommitRecord], int]:
     """Embed and commit ``shards`` anew; all others too, unless all commit records together have the root ``expected``.
 
@@ -167,7 +168,7 @@ def _replace_shards(
     images = 0
     total = sum(len(writer.spec.rows_of(shard)) for shard in shards)
     while True:
-        task.on_batch = lambda clock, before=images, of=total: show("embed", before + clock.images, of)
+        task.on_batch = lambda clock, before=images, of=total: show("embed", before + clock.images, of, {})
         writer.discard(shards)
         writer.recover()
         new |= {commit.shard: commit for commit in task(shards)}

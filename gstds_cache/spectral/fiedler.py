@@ -186,7 +186,7 @@ def fiedler_vectors(
         result = fiedler_vectors(torch.randn(8, 512, 64), k=10)
         result.vector           # [8, 512] float64
         result.values[:, 0]     # [8] algebraic connectivities
-        describe(int(result.status[0]))
+        Status(int(result.status[0])).describe()
 
     Args:
         x: Finite embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype.

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
@@ -23,11 +22,9 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
-
-if TYPE_CHECKING:
-    from gstds_cache.embedding.report import EmbedReport  # the type of an attribute alone: see setup.cfg
 
 
 class EmbeddingStore:
@@ -117,9 +114,9 @@ class EmbeddingStore:
         """
         wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
         if wanted and self._mirror is None:
-            places = derived_paths(self.location, MIRROR)
-            made = [place for place in places if os.path.isfile(place / ROWS)]  # noqa: PTH113 - Path's may raise
-            place = WritablePath(made[0]) if made else first_writable(places)
+            paths = derived_paths(self.location, MIRROR)
+            kept = [path for path in paths if os.path.isfile(path / ROWS)]  # noqa: PTH113 - Path's may raise
+            place = WritablePath(kept[0]) if kept else first_writable(paths)
             if place.path is None and access == "mirror":
                 raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one: pass `mirror=FOLDER`")
             self._mirror, why = place.path, place.note
@@ -249,12 +246,12 @@ class EmbeddingStore:
         names = np.empty(batch_size, np.int64)
         batch = np.empty((batch_size, self.spec.dim), np.float32)
         filled = 0
-        for rows, block, places in self._access.windows(valid, rng):
+        for rows, block, positions in self._access.windows(valid, rng):
             done = 0
             while done < len(rows):
                 take = min(batch_size - filled, len(rows) - done)
                 names[filled : filled + take] = rows[done : done + take]
-                convert_into(block[places[done : done + take]], batch[filled : filled + take])
+                convert_into(block[positions[done : done + take]], batch[filled : filled + take])
                 filled, done = filled + take, done + take
                 if filled == batch_size:
                     yield names.copy(), batch
@@ -273,10 +270,10 @@ class EmbeddingStore:
     @property
     def _access(self) -> RowAccess:
         with self._making_access:  # one thread reads the rows into memory, or makes the mirror
-            return self._made_access
+            return self._opened_access
 
     @cached_property
-    def _made_access(self) -> RowAccess:
+    def _opened_access(self) -> RowAccess:
         if self.access_kind == "mirror" and self._mirror is not None:
             try:
                 return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.commits, self.shard))
@@ -313,5 +310,5 @@ def _reopen(
 
 def _free(folder: Path) -> int:
     absolute = folder.absolute()
-    there = (path for path in (absolute, *absolute.parents) if os.path.isdir(path))  # noqa: PTH112 - Path's may raise
-    return shutil.disk_usage(next(there)).free
+    existing = (path for path in (absolute, *absolute.parents) if os.path.isdir(path))  # noqa: PTH112 - Path's may raise
+    return shutil.disk_usage(next(existing)).free

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gstds_cache.config import CHECK_LEVEL
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
-from gstds_cache.store.metadata import Problem, Progress, StoreMetadata, corrupt
+from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 
 Level = Literal["quick", "full", "sample"]
 
@@ -56,9 +58,9 @@ class VerifyReport:
 
 def verify(
     where: LocationLike | StoreMetadata,
-    level: Literal["quick", "full"] = "quick",
+    level: Literal["quick", "full"] = CHECK_LEVEL,
     *,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> VerifyReport:
     """Check a store.
 

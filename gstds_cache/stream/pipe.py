@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.runtime.resources import FULL
+from gstds_cache.files.atomic import DISK_FULL
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -96,7 +97,7 @@ def write_pipe(
     sink: ByteStream,
     *,
     keep: Path | None = None,
-    notify: Callable[[str], None] = lambda _text: None,
+    notify: Notify = lambda _text: None,
 ) -> Generator[SelectedBatch, None, None]:
     """Write a selection to a pipe as it is made. A reader that goes away raises BrokenPipeError.
 
@@ -132,7 +133,7 @@ class _Keeping:
         taken_over: Batches that an interrupted run had stored.
     """
 
-    def __init__(self, header: Header, path: Path | None, notify: Callable[[str], None]) -> None:
+    def __init__(self, header: Header, path: Path | None, notify: Notify) -> None:
         self.taken_over = 0
         self._header, self._path, self._notify = header, path, notify
         self._block: AbstractContextManager[Storing] | None = None
@@ -172,7 +173,7 @@ class _Keeping:
 
     def _give_up(self, error: OSError) -> None:
         self._notify(f"this selection is not kept for the next time: {error}")
-        if self._path is not None and error.errno in FULL:
+        if self._path is not None and error.errno in DISK_FULL:
             with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
                 partial_of(self._path).unlink(missing_ok=True)
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.files.atomic import atomic_write
+from gstds_cache.files.atomic import atomic_write, writing
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from gstds_cache.data.loading import PixelBatches, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.preprocessing import without_ends
 from gstds_cache.errors import UsageError
+from gstds_cache.runtime.progress import Counted
 
 MAX_ASPECT = 16  # beyond it the ends are cut off before resizing: they would not be seen, and take memory
 AHEAD = 64  # images decoded per batch while memory is filled
@@ -54,7 +55,7 @@ class ImageFeed:
         memory_budget: int,
         workers: int,
         pin: bool = False,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        progress: Counted = lambda _done, _total: None,
     ) -> None:
         """Decode everything now if it fits ``memory_budget`` bytes.
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
-from gstds_cache.files.atomic import atomic_write, written_name
+from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.training.checkpoint import Checkpoint
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"

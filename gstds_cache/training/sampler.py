@@ -132,7 +132,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
         if self.epoch >= self.epochs:
             raise StreamError(
                 f"the selection has {self.epochs} epochs, and all were used",
-                hint="select more: gstds-select STORE --epochs N; or start over: sampler.seek(0)",
+                hint="select more `epochs`, or start over: sampler.seek(0)",
             )
         epoch, last = self.epoch, self._steps.step_of(self.epoch, self._steps.per_epoch[self.epoch])
         begun = self._steps.position.step

@@ -17,7 +17,7 @@ from small_store import make_spec
 from gstds_cache.config import SelectConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
-from gstds_cache.files.derived import derived_path
+from gstds_cache.files.derived import derived_paths
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import DEFAULT, Guidance, disagreement, load_or_make_guidance
@@ -171,7 +171,7 @@ def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatc
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "record", "foreign"])
 def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
     made = guidance_of(store, QUICK).of_rows.all()
-    folder = derived_path(store.location, ".guidance")
+    folder = derived_paths(store.location, ".guidance")[0]
     (rows,), (record,) = folder.glob("*.npy"), folder.glob("*.json")
     content = bytearray(rows.read_bytes())
     if damage == "flip":
@@ -392,7 +392,7 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
             selector.guidance.note
         )
         # Found again, without another trial; a record that is damaged is made again.
-        record = next(derived_path(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
+        record = next(derived_paths(store.location, ".guidance")[0].glob(f"{selector.guidance_digest[:16]}.trial.json"))
         monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
         assert BatchSelector(store, selector.config).guidance.note.startswith("guidance is")
         record.write_bytes(record.read_bytes()[:-9])
@@ -414,7 +414,7 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     first, second = (BatchSelector(store, replace(CONFIG, guidance="auto")).guidance.note for _ in range(2))
     assert first == second
     assert first.startswith("guidance is")
-    assert not list(derived_path(store.location, ".guidance").glob("*.trial.json"))
+    assert not list(derived_paths(store.location, ".guidance")[0].glob("*.trial.json"))
 
 
 def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch) -> None:
@@ -423,7 +423,7 @@ def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch)
     config = replace(CONFIG, guidance="auto", rule="cells")
     made = BatchSelector(store, config)
     note = made.guidance.note.partition(";")[0]
-    (record,) = derived_path(store.location, ".guidance").glob("*.trial.json")
+    (record,) = derived_paths(store.location, ".guidance")[0].glob("*.trial.json")
     facts = json.loads(record.read_bytes())
     facts["alike"], facts["differ"] = facts.pop("uniform"), facts.pop("discordant")
     record.write_text(json.dumps(facts))

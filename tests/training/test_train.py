@@ -226,15 +226,15 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
 def test_test_images_without_a_label_are_left_out_and_counted(source, selection, tmp_path, array_source, bad) -> None:
     half = array_source(30, bad=bad)
     half.labels[:15] = -1
-    alike = array_source(30)
+    same_images = array_source(30)
     accuracy = run(source, selection, tmp_path / "run", evaluation=half).accuracy
     assert (accuracy.items, accuracy.unlabelled, accuracy.undecodable) == (15 - len(bad), 15, len(bad))
     assert accuracy.value is None if bad else accuracy.value >= 0
     if not bad:
-        alike.labels[:15] = (alike.labels[:15] + 1) % 3  # wrong labels, which count
+        same_images.labels[:15] = (same_images.labels[:15] + 1) % 3  # wrong labels, which count
         network = build_network(CONFIG.arch, classes=3, side=16, seed=0)
         network.load_state_dict(weights(tmp_path / "run"))
-        rows = evaluate(network, alike, torch.device("cpu"), side=16, workers=0)
+        rows = evaluate(network, same_images, torch.device("cpu"), side=16, workers=0)
         assert (rows.items, rows.unlabelled) == (30, 0)
         assert 0 <= round(rows.value * 30) - round(accuracy.value * 15) <= 15
 
