@@ -58,6 +58,7 @@ from .store.reader import EmbeddingStore as EmbeddingStore
 from .store.verify import VerifyReport as VerifyReport
 from .stream.reader import SelectionStream as SelectionStream
 from .stream.reader import open_selection as open_selection
+from .training.batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from .training.ledger import Ledger as Ledger
 from .training.report import TrainReport as TrainReport
 from .training.sampler import SelectedBatchSampler as SelectedBatchSampler

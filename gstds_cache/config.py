@@ -166,6 +166,9 @@ class TrainConfig:
         threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
+        norm_samples: Random rows of the data set, unaugmented, whose forward passes re-estimate the running statistics
+            of batch normalisation after the last step: without that they describe the rows that were kept. 0 leaves
+            them so. Changes nothing in networks without batch normalisation.
     """
 
     arch: str = "resnet18"
@@ -180,10 +183,12 @@ class TrainConfig:
     memory_budget: int = 2 << 30
     threads: int = 0
     repack: int = 0
+    norm_samples: int = 4096
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require_range("`repack`", self.repack, 0, MOST_ROWS)
+        _require_range("`norm_samples`", self.norm_samples or 2, 2, MOST_ROWS, ", or 0")
         _require(0 < self.lr <= LARGEST_RATE, "`lr`", self.lr, f"above 0, at most {LARGEST_RATE:g}")
         _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
         _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
@@ -243,3 +248,4 @@ class TrainSettings(TypedDict, total=False):
     memory_budget: int
     threads: int
     repack: int
+    norm_samples: int

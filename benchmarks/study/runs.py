@@ -31,7 +31,7 @@ from benchmarks.study.baselines.seta import SeTa, random_share
 from benchmarks.study.data import CURVE_ITEMS, StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
-from benchmarks.study.trainer import train_once
+from benchmarks.study.trainer import reestimated, train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.run import BatchSelector
@@ -87,7 +87,8 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             nonlocal testing
             began = time.process_time()
             if task.method in CURVES:
-                curve.append(round(data.accuracy(network, CURVE_ITEMS), 5))
+                tested = reestimated(network, data.train_feed, config)
+                curve.append(round(data.accuracy(tested, CURVE_ITEMS), 5))
             last[:] = [network]
             testing += time.process_time() - began
 
@@ -114,6 +115,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "curve": curve,
             "gradient_samples": report.gradient_samples,
             "forward_samples": forward_samples,
+            "norm_samples": report.forward_samples,
             "steps": report.steps,
             "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
             "cpu_seconds": {k: round(v, 3) for k, v in cpu.items()},

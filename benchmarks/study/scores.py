@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ class Scores:
         select = SelectConfig(
             rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed
         )
-        config = setting.train_config(1000 + seed)
+        # Scores are read after an epoch, before statistics would be re-estimated; those here are of all rows anyway.
+        config = replace(setting.train_config(1000 + seed), norm_samples=0)
         with tempfile.TemporaryDirectory(prefix="study-") as name:
             list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
             train_once(

@@ -83,7 +83,7 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
                 str(len(runs)),
                 f"{np.mean(accuracies):.2f}{spread}",
                 f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
-                f"{np.mean([line['forward_samples'] for line in runs.values()]):,.0f}",
+                f"{np.mean([line['forward_samples'] + line.get('norm_samples', 0) for line in runs.values()]):,.0f}",
                 f"{np.mean([study.clock(line, OFTEN) for line in runs.values()]):.1f}",
                 "" if method == "full" else shown(study.difference(method, "full", ratio, epochs)),
                 "" if method in {"random", "full"} else shown(study.difference(method, "random", ratio, epochs)),

@@ -1,9 +1,13 @@
-"""The library's training loop with what the study adds: methods that choose from each batch, images decoded once."""
+"""The library's training loop with what the study adds: methods that choose from each batch, images decoded once.
+
+Whatever the method, the statistics of batch normalisation are re-estimated before testing, as the library does.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from benchmarks.study.baselines.batch_method import (
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
@@ -102,6 +107,15 @@ class StudyTrainer(Trainer):
             self.seconds["eval"] += time.perf_counter() - begun
 
 
+def reestimated(network: nn.Module, feed: ImageFeed, config: TrainConfig) -> nn.Module:
+    """A copy of ``network`` with the statistics that :meth:`Trainer.run` ends with, to test in the middle of a run."""
+    copied = deepcopy(network)
+    if config.norm_samples:
+        rows = random_batches(len(feed.decodable), config.norm_samples, config.seed)
+        reestimate_batch_norm(copied, random_inputs(feed, rows))
+    return copied
+
+
 def train_once(
     source: ImageSource,
     selection: Path,
@@ -124,7 +138,8 @@ def train_once(
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
 
     Returns:
-        What was done, and how many samples had a forward pass only for the method to choose among them.
+        What was done (``forward_samples`` are for the statistics of batch normalisation), and how many samples had a
+        forward pass only for the method to choose among them.
     """
     with open_selection(selection) as stream:
         run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=False)

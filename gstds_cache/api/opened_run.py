@@ -102,7 +102,9 @@ def open_run(
                 f"`selection`: got -, but {ranks.world_size} ranks cannot share one stdin",
                 hint="give a file, or the address of a service (gstds_cache.serve)",
             )
-        show = held.enter_context(showing(progress if ranks.first else None, "steps", hash="items", load="images"))
+        show = held.enter_context(
+            showing(progress if ranks.first else None, "steps", hash="items", load="images", norms="batches")
+        )
         hashing = partial(show_hashing, show)
         datasets = (dataset,) if evaluation is None else (dataset, evaluation)
         source, *rest = open_sources(datasets, hash_cache=hash_cache, progress=hashing, read=hash_items)

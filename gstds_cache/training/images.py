@@ -110,6 +110,27 @@ class ImageFeed:
                     self._refuse(decoded.failures)
                     yield decoded.pixels
 
+    def decodable_batches(
+        self, rows: Iterable[Int64[np.ndarray, " _"]]
+    ) -> Generator[UInt8[torch.Tensor, "m 3 S S"], None, None]:
+        """Pixels for each batch of rows, less those of images that cannot be decoded; the same however they are held.
+
+        Args:
+            rows: Rows of each batch, int64.
+
+        Yields:
+            uint8 [m, 3, side, side] for each batch.
+        """
+        if self.in_memory:
+            for batch in rows:
+                index = torch.from_numpy(batch)
+                yield self._pixels[index[self._fine[index]]]
+        else:
+            with closing(self._decode((batch.tolist() for batch in rows), self._workers, pin=self._pin)) as batches:
+                for decoded in batches:
+                    failed = {row for row, _ in decoded.failures}
+                    yield decoded.pixels[torch.tensor([row not in failed for row in decoded.rows])]
+
     def _decode(self, rows: Iterable[Sequence[int]], workers: int, *, pin: bool) -> PixelBatches:
         shape = (3, self.side, self.side)
         return pixel_batches(self._source, SquarePixels(self.side), shape, rows, workers=workers, pin=pin)

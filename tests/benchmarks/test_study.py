@@ -181,6 +181,9 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> 
     assert runs["full"]["gradient_samples"] == 2 * 832
     assert runs["random"]["gradient_samples"] == runs["el2n"]["gradient_samples"] == 2 * 832 // 4
     assert runs["selective-backprop"]["forward_samples"] == 2 * 832
+    assert {run["norm_samples"] for run in runs.values()} == {832}
+    assert all(run["seconds"]["norms"] > 0 for run in runs.values())
+    assert runs["full"]["curve"][-1] == pytest.approx(runs["full"]["test_accuracy"], abs=1e-5)
     assert 0 < runs["infobatch"]["gradient_samples"] < 2 * 832
     for name in ("seta", "orderdp"):  # of two epochs the last and the first are at random: SeTa's budget is exact
         assert runs[name]["forward_samples"] == 0
