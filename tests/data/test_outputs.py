@@ -24,6 +24,7 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import kept_paths
 from gstds_cache.stream.writer import write_file
 from gstds_cache.training import run_dir as runs
+from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.run_dir import RunDir
 
 
@@ -95,7 +96,9 @@ def test_a_run(root: Path, where: str, state: str) -> None:
             return
         run_dir.begin()
         if state == "whole":
-            run_dir.save_checkpoint({"step": 1})
+            run_dir.save_checkpoint(
+                Checkpoint(network={}, optimizer={}, step=1, samples=2, loss_sum=0.5, loss=0.5, sha="", seconds={})
+            )
             shutil.copy(root / "a" / "0.png", root / where / "chart.png")
     source = folder(root)
     assert identity(source) == before

@@ -119,7 +119,7 @@ def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
     report = run(source, selection, tmp_path / "run")
     assert len(calls) == report.steps
     assert report.seconds["step"] > 1
-    assert 0 < report.seconds_per_sample * report.gradient_samples < report.seconds["step"] - 0.9
+    assert 0 < report.seconds_per_sample * calls[0] < 0.5
 
 
 def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path) -> None:
