@@ -17,14 +17,14 @@ import numpy as np
 import scipy.linalg
 import torch
 from batches import batches_of
-from harness import parser, report
+from harness import limit_threads, parser, report
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
-from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.runtime.threads import cores
 from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import RULES
 from gstds_cache.spectral import fiedler

@@ -36,11 +36,11 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.split import Subset
 from gstds_cache.embedding.job import BATCH_SIZE
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.runtime.allocator import keep_freed_memory
+from gstds_cache.store.embed_report import EmbedReport
 
 SHARES = ("decode", "forward", "commit", "waiting")
 

@@ -27,14 +27,14 @@ import scipy.sparse.linalg
 import sklearn.manifold
 import torch
 from batches import batches_of
-from harness import parser, report, spread
+from harness import limit_threads, parser, report, spread
 
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.runtime.threads import cores
 from gstds_cache.spectral.fiedler import fiedler_of_graph
 
 SECONDS_OF_A_TRIAL = 0.4

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from batches import batches_of
 from bench_embed import decode_rate, some_of
-from harness import interleaved, parser, report, spread
+from harness import interleaved, limit_threads, parser, report, spread
 
 from gstds_cache.config import DEFAULT_MODEL, DEFAULT_RULE, EmbedConfig, SelectConfig
 from gstds_cache.data.source import ImageSource
@@ -35,7 +35,7 @@ from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.allocator import keep_freed_memory
 from gstds_cache.runtime.devices import resolve_device
-from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.runtime.threads import cores
 from gstds_cache.selection import run as selection_run
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.fiedler import fiedler_of_graph

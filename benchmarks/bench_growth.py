@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 from bench_store import Ours
-from harness import parser, report, spread
+from harness import limit_threads, parser, report, spread
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import cores, limit_threads
-from gstds_cache.selection.guidance import load_or_make_guidance
+from gstds_cache.runtime.threads import cores
+from gstds_cache.selection.guidance import DEFAULT, load_or_make_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -40,7 +41,7 @@ def make_store(folder: Path, rows: int) -> Path:
         write_store(store, rows)
     opened = EmbeddingStore(store, access="mirror", memory_budget=0)
     opened.gather(np.arange(1))
-    load_or_make_guidance(opened, "auto", threads=cores())
+    load_or_make_guidance(opened, key_of(opened, parse_guidance(DEFAULT)), threads=cores())
     return store
 
 

@@ -20,12 +20,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import numpy as np
 from bench_store import BLOCK
-from harness import interleaved, parser, report
+from harness import interleaved, limit_threads, parser, report
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.runtime.threads import cores
 from gstds_cache.selection.linear_probe import ProbeSettings, assign_folds, probe_columns
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.store.reader import EmbeddingStore

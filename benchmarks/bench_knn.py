@@ -17,12 +17,12 @@ import faiss
 import numpy as np
 import torch
 from batches import batches_of
-from harness import interleaved, parser, report
+from harness import interleaved, limit_threads, parser, report
 
 from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import cores, limit_threads
+from gstds_cache.runtime.threads import cores
 
 
 def main() -> None:

@@ -37,11 +37,11 @@ import threadpoolctl
 import torch
 from batches import made_up
 from bench_store import Ours
-from harness import interleaved, parser, report, spread
+from harness import interleaved, limit_threads, parser, report, spread
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import cores, in_threads, limit_threads
+from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import coverage
@@ -123,8 +123,8 @@ def whole_path(store: EmbeddingStore, config: SelectConfig, batches: int, trials
     plans = [plan.batch(seq) for seq in range(batches)]
     peer = Composition(table, config.knn, config.tolerance)
     rows = [torch.from_numpy(peer.rows(one.indices)) for one in plans]
-    alike = [list(group) for _, group in groupby(rows, key=len)]  # the last batch of an epoch is of another size
-    stacks = [torch.stack(group[g : g + 8]) for group in alike for g in range(0, len(group), 8)]
+    by_size = [list(group) for _, group in groupby(rows, key=len)]  # the last batch of an epoch is of another size
+    stacks = [torch.stack(group[g : g + 8]) for group in by_size for g in range(0, len(group), 8)]
     products = [torch.empty(*stack.shape[:2], stack.shape[1]) for stack in stacks]
     work: dict[str, list[float]] = {}
 

@@ -90,3 +90,12 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
         path = arguments.out or RESULTS / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
+
+
+def limit_threads(threads: int) -> None:
+    """Let this process use at most ``threads`` CPU threads from now on: torch, faiss and SciPy's BLAS."""
+    import threadpoolctl
+    import torch
+
+    torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)

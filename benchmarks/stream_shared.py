@@ -86,11 +86,11 @@ def one_stalled(store: Path, digest: str, trials: int, *flags: str, readers: int
                 before = _memory(pid, "VmRSS")
             ask(stalled, "stall")
             assert stalled.stdout.readline() == "stalled\n"
-            beside = read()
+            beside_stalled = read()
             ask(stalled, "leave")
             if trial:
                 rates["alone"].append(alone)
-                rates["beside_a_stalled_one"].append(beside)
+                rates["beside_a_stalled_one"].append(beside_stalled)
         peak = _memory(pid, "VmHWM")
         for reader in processes:
             reader.stdin.close()

@@ -9,6 +9,7 @@ from typing import Literal
 
 import click
 
+from gstds_cache.config import CHECK_LEVEL, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, command_line
 
 from .common import (
@@ -106,9 +107,8 @@ def list_command(folder: Path | None, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     if not found.stores:
-        click.echo(
-            f"no stores in {found.folder}; make one with: gstds-embed digits; list another folder's with: gstds-cache ls FOLDER"
-        )
+        click.echo(f"no stores in {found.folder}; make one with: gstds-embed digits")
+        click.echo("stores made with --cache lie elsewhere: gstds-cache ls FOLDER")
         return
     rows = [("name", "rows", "MB", "state", "model", "data set", "last used")]
     for s in found.stores:
@@ -160,9 +160,13 @@ def describe_command(store: str, as_json: bool) -> None:
 
 @main.command("verify", cls=Command, help=VERIFY_HELP)
 @click.argument("store")
-@click.option("--level", type=click.Choice(["quick", "full", "sample"]), default="quick", show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Rows that sample compares.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which rows sample compares.")
+@click.option("--level", type=click.Choice(["quick", "full", "sample"]), default=CHECK_LEVEL, show_default=True)
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=SAMPLE_ROWS, show_default=True, help="Rows that sample compares."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=SAMPLE_SEED, show_default=True, help="Which rows sample compares."
+)
 @DATASET
 @MODEL
 @device_option
@@ -181,8 +185,6 @@ def verify_command(
 ) -> None:
     """Call :func:`gstds_cache.verify_store`, print."""
     from gstds_cache.api.cache import verify_store
-    from gstds_cache.files.location import Location
-    from gstds_cache.store.metadata import corrupt
 
     report = verify_store(store, level=level, rows=rows, seed=seed, dataset=dataset, model=model, device=device)
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
@@ -192,7 +194,7 @@ def verify_command(
     if as_json:
         print_json(report.to_dict())
     if report.problems:
-        click.echo(f"error: {corrupt(Location.parse(store), report.problems)}", err=True)
+        click.echo(f"error: {report.error}", err=True)
         if report.cosine_min is not None:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
             words = [word for shard in report.bad_shards for word in ("--shard", shard)]

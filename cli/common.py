@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
+from gstds_cache.config import DEVICE
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
 from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
-
-if TYPE_CHECKING:
-    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,7 +85,8 @@ class Command(click.Command):
 
 def notify(line: str) -> None:
     """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
-    click.echo(with_flags(line, flags_of(click.get_current_context().command)), err=True)
+    context = click.get_current_context(silent=True)  # a service's own threads have none; its lines name no arguments
+    click.echo(with_flags(line, {} if context is None else flags_of(context.command)), err=True)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:
@@ -138,7 +137,7 @@ def json_option(function: F) -> F:
 def device_option(function: F) -> F:
     """Adds ``--device``."""
     return click.option(
-        "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+        "--device", default=DEVICE, show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
     )(function)
 
 

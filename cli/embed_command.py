@@ -25,7 +25,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from gstds_cache.embedding.report import EmbedReport
+    from gstds_cache.store.embed_report import EmbedReport
 
 PHASES = ("hash", "model", "estimate", "embed", "finish", "total")
 

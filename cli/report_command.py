@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from gstds_cache.config import DEVICE, REPORT_BATCHES, REPORT_FILE
 from gstds_cache.errors import UsageError
 
 from .common import Command, LocalPath, device_option, json_option, notify, print_json
@@ -17,7 +18,7 @@ Row i is item i. Where an image could not be decoded, .npy holds zeros; in a tab
 
 With --scores SELECTION the rows are not embeddings but how the selection sees each sample: `seen` and `kept` count how
 often it was in a batch and stayed; `percentile` is its mean place along the Fiedler order (0 to 1; which end is which
-is settled batch by batch, so `from_middle`, 0 in the middle and 1 at either end, compares better between batches);
+is chosen batch by batch, so `from_middle`, 0 in the middle and 1 at either end, compares better between batches);
 `spacing` is the mean distance to its neighbours in that order, as a multiple of the batch's; `difficulty` is the
 guidance, where there is one. Null where it is not known.
 
@@ -75,7 +76,7 @@ def export(
 ) -> None:
     """Call :func:`gstds_cache.export_store` or :func:`gstds_cache.export_scores`, print."""
     if selection is not None:
-        _export_scores(store, selection, file, device or "auto", guidance, schedule, replace, as_json)
+        _export_scores(store, selection, file, device or DEVICE, guidance, schedule, replace, as_json)
         return
     if (device, guidance, schedule) != (None, None, None):
         raise UsageError(
@@ -114,10 +115,12 @@ def _export_scores(
 
 @click.command("report", cls=Command, help=REPORT_HELP)
 @click.argument("what", nargs=-1, required=True, type=LocalPath())
-@click.option("--out", type=LocalPath(dir_okay=False), default=Path("report.html"), show_default=True)
+@click.option("--out", type=LocalPath(dir_okay=False), default=Path(REPORT_FILE), show_default=True)
 @click.option("--cache", metavar="STORE", help="The store. [default: where it was when the selection was made]")
 @click.option("--dataset", help="Where the data set is now. [default: where it was when STORE was made]")
-@click.option("--batches", type=click.IntRange(min=3), default=48, show_default=True, help="Batches computed again.")
+@click.option(
+    "--batches", type=click.IntRange(min=3), default=REPORT_BATCHES, show_default=True, help="Batches computed again."
+)
 @device_option
 @GUIDANCE
 @SCHEDULE

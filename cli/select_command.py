@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
 
-from gstds_cache.config import SelectConfig, SelectSettings
-from gstds_cache.errors import UsageError, command_line, with_flags
-from gstds_cache.files.location import local_file
+from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings
+from gstds_cache.errors import UsageError, command_line
 from gstds_cache.runtime.progress import shares_text
 from gstds_cache.selection import catalog
 
@@ -23,8 +20,8 @@ from .common import (
     Command,
     F,
     LocalPath,
-    flags_of,
     json_option,
+    notify,
     print_json,
     print_table,
     seconds_line,
@@ -95,7 +92,11 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting("knn_backend")
 @setting("solver", "Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.")
 @click.option(
-    "--memory-budget", type=click.IntRange(min=0), default=4096, show_default=True, help="MiB of embeddings to hold."
+    "--memory-budget",
+    type=click.IntRange(min=0),
+    default=MEMORY_BUDGET >> 20,
+    show_default=True,
+    help="MiB of embeddings to hold.",
 )
 @click.option(
     "--access",
@@ -146,35 +147,23 @@ def main(
     _check_together(address, service, out, force)
     given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
     settings: SelectSettings = given
-    begun = time.perf_counter()
-    from gstds_cache.api.select_batches import config_of, select, stream_selection
+    from gstds_cache.api.select_batches import select, stream_selection
     from gstds_cache.runtime.allocator import keep_freed_memory
-    from gstds_cache.store.reader import EmbeddingStore
 
-    config_of(keep, settings)  # what cannot be meant is said before the store is opened
     keep_freed_memory()
-    folder = None if mirror is None else local_file(mirror, "`mirror`")
-    opened = EmbeddingStore(store, memory_budget=memory_budget << 20, access=access, mirror=folder)
-    opening = time.perf_counter() - begun
-
-    def notify(line: str) -> None:
-        click.echo(with_flags(line, flags_of(context.command)), err=True)
-
+    reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
     if address is not None:
         from gstds_cache.api.serve import serve
 
-        if serve(opened, address, keep=keep, notify=notify, **service, **settings):
+        if serve(store, address, keep=keep, notify=notify, **reading, **service, **settings):
             sys.stdout.flush()
             os._exit(0)  # readers that take nothing would hold up the end of the process
         return
     if out == "-":
-        summary = stream_selection(opened, sys.stdout.buffer, keep=keep, notify=notify, **settings)
+        summary = stream_selection(store, sys.stdout.buffer, keep=keep, notify=notify, **reading, **settings)
     else:
-        summary = select(opened, keep=keep, out=out, force=force, notify=notify, **settings).summary
-    spent = summary.seconds
-    spent = spent | {name: round(spent[name] + opening, 3) for name in ("open", "total")}
-    dataset = opened.dataset_uri or "DATASET"
-    _print(replace(summary, seconds=spent), dataset, as_json)
+        summary = select(store, keep=keep, out=out, force=force, notify=notify, **reading, **settings).summary
+    _print(summary, as_json)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -204,7 +193,7 @@ def _dropped(summary: SelectionSummary) -> str:
     return "by class: " + ", ".join(words)
 
 
-def _print(summary: SelectionSummary, dataset: str, as_json: bool) -> None:
+def _print(summary: SelectionSummary, as_json: bool) -> None:
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.status.items())) or "none computed"
     piped = summary.out == "-"
     rows = {
@@ -223,7 +212,9 @@ def _print(summary: SelectionSummary, dataset: str, as_json: bool) -> None:
     print_table([(name, text) for name, text in rows.items() if text], err=piped)
     if not piped:
         click.echo(f"wrote: {summary.out}")
-        click.echo(f"next: {command_line('gstds-train', dataset, '--selection', Path(summary.out))}")
+        click.echo(
+            f"next: {command_line('gstds-train', summary.dataset_uri or 'DATASET', '--selection', Path(summary.out))}"
+        )
     if as_json:
         print_json(summary.to_dict(), err=piped)
 

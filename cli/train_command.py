@@ -84,6 +84,13 @@ Examples:
     show_default=False,
     help="Re-pack what is kept into batches of N rows: fewer full steps. [default: each batch of the selection a step]",
 )
+@setting_option(
+    TrainConfig,
+    "norm_samples",
+    metavar="N",
+    help="Random rows that re-estimate the statistics of batch normalisation before testing; 0 leaves those of the "
+    "rows that were kept.",
+)
 @click.option(
     "--out",
     type=LocalPath(),
@@ -132,12 +139,8 @@ def main(
 
 def _print_plan(ledger: Ledger, as_json: bool) -> None:
     _print_ledger(ledger)
-    if ledger.pays is False:
-        click.echo(
-            f"warning: selection takes {ledger.select_seconds:,.1f} s and saves {ledger.saved_seconds:,.1f} s of "
-            "training: without it (gstds-select --rule random) this run is over sooner",
-            err=True,
-        )
+    if ledger.warning:
+        click.echo(f"warning: {ledger.warning}", err=True)
     click.echo("plan: nothing was trained or written")
     if as_json:
         print_json({"plan": True, "ledger": ledger.to_dict()})
@@ -151,12 +154,17 @@ def _print(report: TrainReport) -> None:
             ("test accuracy", _accuracy(report.accuracy)),
             ("gradients", f"{report.gradient_samples:,} samples in {report.steps:,} steps{left}"),
             ("loss", f"{report.loss:.4f} in the last epoch"),
+            *([("batch norm", _batch_norm(report.forward_samples))] if report.forward_samples else []),
             ("waited", f"{shares_text(report.waited)} of the training time"),
             ("time", seconds_line(report.seconds)),
         ]
     )
     _print_ledger(report.ledger)
     click.echo("next: the same with another --seed; the embeddings and the selection are reused")
+
+
+def _batch_norm(samples: int) -> str:
+    return f"statistics re-estimated by forward passes of random rows ({samples:,} samples)"
 
 
 def _accuracy(accuracy: Accuracy | None) -> str:

@@ -10,5 +10,9 @@ from importlib.metadata import version
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("gstds-cache")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

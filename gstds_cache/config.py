@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from numbers import Real
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from gstds_cache.errors import UsageError
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
+MEMORY_BUDGET = 4 << 30
+"""Bytes of embeddings that a store opened for reading may hold in memory."""
+DEVICE = "auto"
+# Of the calls that take no configuration, and their commands.
+CHECK_LEVEL: Final = "quick"
+SAMPLE_ROWS = 64  # that a check embeds again
+SAMPLE_SEED = 0
+REPORT_BATCHES = 48  # that a report computes again
+REPORT_FILE = "report.html"
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
 MOST_ROWS = 1 << 24  # of a shard, a batch, a training step
@@ -151,7 +160,7 @@ class EmbedConfig:
     batch_size: int | None = None
     shard_rows: int | None = None
     workers: int | None = None
-    device: str = "auto"
+    device: str = DEVICE
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
 
@@ -205,7 +214,7 @@ class SelectConfig:
     laplacian: Literal["combinatorial", "normalized"] = "combinatorial"
     tolerance: float = 1e-6
     max_iterations: int = 500
-    device: str = "auto"
+    device: str = DEVICE
     knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     solver: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -248,6 +257,9 @@ class TrainConfig:
         threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
+        norm_samples: Random rows of the data set, unaugmented, whose forward passes re-estimate the running statistics
+            of batch normalisation after the last step: without that they describe the rows that were kept. 0 leaves
+            them so. Changes nothing in networks without batch normalisation.
     """
 
     arch: str = "resnet18"
@@ -257,16 +269,18 @@ class TrainConfig:
     weight_decay: float = 5e-4
     image_size: int = 0
     augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
-    device: str = "auto"
+    device: str = DEVICE
     workers: int = 1
     memory_budget: int = 2 << 30
     threads: int = 0
     repack: int = 0
+    norm_samples: int = 4096
 
     def __post_init__(self) -> None:
         _as_declared(self)
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require_range("`repack`", self.repack, 0, MOST_ROWS)
+        _require_range("`norm_samples`", self.norm_samples or 2, 2, MOST_ROWS, ", or 0")
         _require(0 < self.lr <= LARGEST_RATE, "`lr`", self.lr, f"above 0, at most {LARGEST_RATE:g}")
         _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
         _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
@@ -325,3 +339,4 @@ class TrainSettings(TypedDict, total=False):
     memory_budget: int
     threads: int
     repack: int
+    norm_samples: int

@@ -18,6 +18,20 @@ from gstds_cache.errors import GstdsError, UsageError, in_words, unknown_name
 _NOT_THEIRS = (f"{sysconfig.get_path('stdlib')}/", f"{Path(__file__).parent}/", "<")
 
 
+@contextmanager
+def importable(folder: str) -> Iterator[None]:
+    """Make modules in ``folder`` importable for the length of a ``with`` block; '' changes nothing."""
+    if not folder:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # a module may have changed the path itself
+            sys.path.remove(folder)
+
+
 def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..., Any]:
     """Import ``package.module:function``; the current directory counts as importable, as it does for ``python -m``.
 
@@ -33,10 +47,9 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         UsageError: There is no such module or no such function in it, or the module cannot be imported.
     """  # noqa: DOC501
     module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    trace = f"to see the whole trace: python -c 'import {module_name}'"
     try:
-        with own_code(f"importing {module_name}", hint=f"to see the whole trace: python -c 'import {module_name}'"):
+        with importable(str(Path.cwd())), own_code(f"importing {module_name}", hint=trace):
             module = importlib.import_module(module_name)
             found = getattr(module, attribute, None)
     except UsageError as error:
@@ -46,9 +59,6 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         if f"{module_name}.".startswith(f"{cause.name}."):
             raise unknown_name(f"kind of {what}, or module", name, kinds) from cause
         raise UsageError(f"{module_name} imports what is not installed: {cause}", hint=error.hint) from cause
-    finally:
-        with suppress(ValueError):  # the module may have changed the path itself
-            sys.path.remove(here)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown_name(f"{what} in module {module_name}", attribute, names)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +61,32 @@ def test_an_unknown_name_lists_the_nearest_first() -> None:
 def test_a_command_names_flags_where_the_library_names_arguments(text: str, expected: str) -> None:
     flags = {"knn": "--knn", "order": "--order", "allow_untrained": "--allow-untrained"}
     assert errors.with_flags(text, flags) == expected
+
+
+PACKAGE = Path(errors.__file__).parent
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    """Every text below ``node`` but the words of whole commands, which ``command_line`` and ``embed_command`` build."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "command_line":
+        return
+    if isinstance(node, ast.FunctionDef) and node.name == "embed_command":
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for child in ast.iter_child_nodes(node):
+        yield from _texts(child)
+
+
+def test_the_library_names_arguments_and_no_flags() -> None:
+    command = "hint = 'pass --knn or ' + command_line('gstds-embed', '--model')"
+    assert list(_texts(ast.parse(command))) == ["pass --knn or "]
+    texts = {
+        f"{path.relative_to(PACKAGE)}: {text}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "errors.py"  # its docstrings explain how a command's flags come about
+        and not path.is_relative_to(PACKAGE / "cli")
+        for text in _texts(ast.parse(path.read_text()))
+        if re.search(r"(?<![\w-])--[a-z]", text)
+    }
+    assert not texts

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.harness import environment, limit_threads
 from benchmarks.study.data import StudyData
 from benchmarks.study.lines import RESULTS, append, read_lines
 from benchmarks.study.methods import find_method
@@ -32,7 +32,6 @@ from benchmarks.study.scores import Scores
 from benchmarks.study.settings import load_setting, names
 from gstds_cache.errors import GstdsError
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.threads import limit_threads
 
 Job = tuple[Task, multiprocessing.process.BaseProcess]
 

@@ -17,10 +17,10 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.files.derived import cache_root
 from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.training.augment import to_input
 from gstds_cache.training.images import ImageFeed

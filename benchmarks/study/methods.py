@@ -24,7 +24,7 @@ class Method:
         schedule: For ``rule``: a schedule instead of a constant ratio.
         guidance: For ``rule``: the difficulty it looks at.
         embeds: Whether it needs the cache of embeddings.
-        partitions: For ``rule``: ways the rows are dealt out to batches; None for the rule's own.
+        batch_assignments: For ``rule``: ways the rows are dealt out to batches; None for the rule's own.
         needs: Scores to prepare: ``probe``, ``early`` networks, ``forgetting`` counts.
     """
 
@@ -34,7 +34,7 @@ class Method:
     schedule: str = ""
     guidance: str = "auto"
     embeds: bool = False
-    partitions: int | None = None
+    batch_assignments: int | None = None
     needs: frozenset[str] = frozenset()
 
 
@@ -45,6 +45,8 @@ BASELINES = {
         Method("random", "rule", rule="random"),
         Method("rs2", "fixed"),
         Method("infobatch", "batch"),
+        Method("seta", "batch"),
+        Method("orderdp", "batch"),
         Method("rho-loss", "batch", embeds=True, needs=frozenset({"probe"})),
         Method("jest", "batch", embeds=True, needs=frozenset({"probe"})),
         Method("selective-backprop", "batch"),
@@ -59,14 +61,14 @@ BASELINES = {
 
 
 def find_method(name: str) -> Method:
-    """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%PARTITIONS]`` for any rule of ``gstds-select``.
+    """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
     Raises:
         UsageError: There is no such baseline or rule.
     """
     if name in BASELINES:
         return BASELINES[name]
-    rest, _, partitions = name.partition("%")
+    rest, _, batch_assignments = name.partition("%")
     before, _, schedule = rest.partition("@")
     rule_name, _, guidance = before.partition("/")
     if rule_name == "default":
@@ -84,5 +86,5 @@ def find_method(name: str) -> Method:
         guidance=guidance or SelectConfig().guidance,
         embeds=rule.vectors > 0 or bool(needs),
         needs=needs,
-        partitions=int(partitions) if partitions else None,
+        batch_assignments=int(batch_assignments) if batch_assignments else None,
     )

@@ -21,15 +21,17 @@ from benchmarks.study.baselines.fixed import write_fixed
 from benchmarks.study.baselines.infobatch import InfoBatch
 from benchmarks.study.baselines.jest import Jest
 from benchmarks.study.baselines.k_centre import k_centre
+from benchmarks.study.baselines.orderdp import OrderDP
 from benchmarks.study.baselines.prototypicality import prototypicality
 from benchmarks.study.baselines.proxy_mask import ProxyMask
 from benchmarks.study.baselines.rho_loss import RhoLoss
 from benchmarks.study.baselines.rs2 import rs2
 from benchmarks.study.baselines.selective_backprop import SelectiveBackprop
+from benchmarks.study.baselines.seta import SeTa, random_share
 from benchmarks.study.data import CURVE_ITEMS, StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
-from benchmarks.study.trainer import train_once
+from benchmarks.study.trainer import reestimated, train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.run import BatchSelector
@@ -85,7 +87,8 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             nonlocal testing
             began = time.process_time()
             if task.method in CURVES:
-                curve.append(round(data.accuracy(network, CURVE_ITEMS), 5))
+                tested = reestimated(network, data.train_feed, config)
+                curve.append(round(data.accuracy(tested, CURVE_ITEMS), 5))
             last[:] = [network]
             testing += time.process_time() - began
 
@@ -112,6 +115,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "curve": curve,
             "gradient_samples": report.gradient_samples,
             "forward_samples": forward_samples,
+            "norm_samples": report.forward_samples,
             "steps": report.steps,
             "seconds": {k: round(v, 3) for k, v in (seconds | phases).items()},
             "cpu_seconds": {k: round(v, 3) for k, v in cpu.items()},
@@ -145,7 +149,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
-            batch_assignments=method.partitions,
+            batch_assignments=method.batch_assignments,
         )
         _ = BatchSelector(data.store, config).guidance  # a trial for such runs, where none was made yet, is paid for
         begun, cpu_begun = time.perf_counter(), time.process_time()
@@ -155,7 +159,9 @@ def _selection(
         return path
     keep = kept_of(len(data.train), task.ratio)
     if method.kind == "batch":
-        rows = setting.rows_before(task.ratio) if task.method != "infobatch" else round(setting.step / INFOBATCH_KEEPS)
+        # Batches of which about a step's samples are kept; of SeTa's at most, by its first epoch and its last.
+        most = {"infobatch": INFOBATCH_KEEPS, "seta": random_share(task.ratio, task.epochs)}
+        rows = round(setting.step / most[task.method]) if task.method in most else setting.rows_before(task.ratio)
         config = SelectConfig(
             rule="random",
             schedule="constant:0",
@@ -202,6 +208,10 @@ def _chooser(task: Task, method: Method, data: StudyData, scores: Scores) -> Bat
         return None
     if task.method == "infobatch":
         return InfoBatch(len(data.train))
+    if task.method == "seta":
+        return SeTa(len(data.train), task.ratio, data.setting.step)
+    if task.method == "orderdp":
+        return OrderDP(len(data.train), task.ratio, data.setting.step)
     if task.method == "selective-backprop":
         return SelectiveBackprop(task.ratio)
     if task.method == "proxy-mask":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from benchmarks.study.trainer import train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.selection.guidance import load_or_make_guidance
+from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.writer import write_file
 
@@ -84,7 +85,7 @@ class Scores:
         return self.folder / f"{self.data.setting.name}-{need}.npy"
 
     def _fit_probe(self) -> np.ndarray:
-        columns = load_or_make_guidance(self.data.store, "probe").columns
+        columns = load_or_make_guidance(self.data.store, key_of(self.data.store, parse_guidance("probe"))).columns
         assert columns is not None
         # The default's trial of its guidance is kept beside the store too: its time belongs here.
         setting = self.data.setting
@@ -115,7 +116,8 @@ class Scores:
         select = SelectConfig(
             rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed
         )
-        config = setting.train_config(1000 + seed)
+        # Scores are read after an epoch, before statistics would be re-estimated; those here are of all rows anyway.
+        config = replace(setting.train_config(1000 + seed), norm_samples=0)
         with tempfile.TemporaryDirectory(prefix="study-") as name:
             list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
             train_once(

@@ -35,6 +35,7 @@ class Setting:
         model: The reference model whose embeddings are selected from.
         same_images_as: Another setting whose store holds the same images with other labels: nothing is embedded again.
         knn: Neighbours per row of a batch's graph.
+        norm_samples: Random rows that re-estimate the statistics of batch normalisation before testing.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     model: str = DEFAULT_MODEL
     same_images_as: str = ""
     knn: int = 10
+    norm_samples: int = TrainConfig.norm_samples
 
     @property
     def step(self) -> int:
@@ -74,6 +76,7 @@ class Setting:
             augment=self.augment,
             workers=0,
             threads=1,
+            norm_samples=self.norm_samples,
         )
 
 

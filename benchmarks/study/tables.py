@@ -22,7 +22,18 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 PHASES = ("images", "indices", "step")  # of training
-RIVALS = ("random", "rs2", "k-centre", "infobatch", "jest", "rho-loss", "selective-backprop", "guided")
+RIVALS = (
+    "random",
+    "rs2",
+    "k-centre",
+    "infobatch",
+    "seta",
+    "orderdp",
+    "jest",
+    "rho-loss",
+    "selective-backprop",
+    "guided",
+)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +83,7 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
                 str(len(runs)),
                 f"{np.mean(accuracies):.2f}{spread}",
                 f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
-                f"{np.mean([line['forward_samples'] for line in runs.values()]):,.0f}",
+                f"{np.mean([line['forward_samples'] + line.get('norm_samples', 0) for line in runs.values()]):,.0f}",
                 f"{np.mean([study.clock(line, OFTEN) for line in runs.values()]):.1f}",
                 "" if method == "full" else shown(study.difference(method, "full", ratio, epochs)),
                 "" if method in {"random", "full"} else shown(study.difference(method, "random", ratio, epochs)),

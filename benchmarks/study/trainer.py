@@ -1,18 +1,31 @@
-"""The library's training loop with what the study adds: methods that choose from each batch, images decoded once."""
+"""The library's training loop with what the study adds: methods that choose from each batch, images decoded once.
+
+Whatever the method, the statistics of batch normalisation are re-estimated before testing, as the library does.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from benchmarks.study.baselines.batch_method import BatchMethod, StepContext, choose_rows, weighted_loss
+from benchmarks.study.baselines.batch_method import (
+    BatchMethod,
+    ChosenRows,
+    StepContext,
+    choose_rows,
+    weighted_loss,
+)
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
@@ -26,6 +39,7 @@ class StudyTrainer(Trainer):
 
     Attributes:
         forward_samples: Samples that had a forward pass only for the method to choose among them.
+        steps_taken: Batches after which a step was taken.
     """
 
     def __init__(
@@ -41,13 +55,15 @@ class StudyTrainer(Trainer):
     ) -> None:
         """Prepare a run; arguments as for :func:`train_once`."""
         self._given_feed, self._method, self._after_epoch, self.forward_samples = feed, method, after_epoch, 0
+        self._waiting: ChosenRows | None = None  # chosen, and not yet in a step
+        self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
 
     def open_feed(self) -> ImageFeed:
         return self._given_feed
 
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
-        """The loss on the rows that the method chooses."""
+        """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
         if self._method is None:
             return super().batch_loss(batch)
         begun = time.perf_counter()
@@ -58,10 +74,29 @@ class StudyTrainer(Trainer):
                 self._method, self.network, batch.rows, pixels, target, augmented=self.augmented, context=context
             )
         self.forward_samples += chosen.forward_samples
+        if self._waiting is not None:
+            chosen = self._waiting.followed_by(chosen)
         seconds = time.perf_counter() - begun
         self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
         self.seconds["step"] -= seconds  # the loop counts the whole step
-        return weighted_loss(self._method, chosen, self.logits(chosen.pixels)), len(chosen.rows)
+        if self._method.step_rows:
+            chosen, self._waiting = chosen.parted(self._method.step_rows)
+            if len(chosen.rows) < self._method.step_rows:
+                self._waiting = chosen
+                return torch.tensor(self._last_loss), 0
+        loss = weighted_loss(self._method, chosen, self.logits(chosen.pixels))
+        self._last_loss = float(loss.detach())
+        return loss, len(chosen.rows)
+
+    def _update(self, loss: Float32[Tensor, ""]) -> None:
+        if loss.requires_grad:  # else no step is taken
+            super()._update(loss)
+
+    def _count(self, batch: TrainingBatch, loss: float, samples: int, seconds: float) -> None:
+        # Of a batch without a step only the time counts; the learning rate's schedule goes on, batch by batch.
+        super()._count(batch, loss, max(samples, 1), seconds)
+        self._samples -= samples == 0
+        self.steps_taken += samples > 0
 
     def end_epoch(self, epoch: int) -> None:
         super().end_epoch(epoch)
@@ -70,6 +105,15 @@ class StudyTrainer(Trainer):
             self._after_epoch(self.network)
             self.network.train()
             self.seconds["eval"] += time.perf_counter() - begun
+
+
+def reestimated(network: nn.Module, feed: ImageFeed, config: TrainConfig) -> nn.Module:
+    """A copy of ``network`` with the statistics that :meth:`Trainer.run` ends with, to test in the middle of a run."""
+    copied = deepcopy(network)
+    if config.norm_samples:
+        rows = random_batches(len(feed.decodable), config.norm_samples, config.seed)
+        reestimate_batch_norm(copied, random_inputs(feed, rows))
+    return copied
 
 
 def train_once(
@@ -94,10 +138,11 @@ def train_once(
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
 
     Returns:
-        What was done, and how many samples had a forward pass only for the method to choose among them.
+        What was done (``forward_samples`` are for the statistics of batch normalisation), and how many samples had a
+        forward pass only for the method to choose among them.
     """
     with open_selection(selection) as stream:
         run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=False)
         with run_dir:
             trainer = StudyTrainer(source, stream, config, run_dir, feed=feed, method=method, after_epoch=after_epoch)
-            return trainer.run(), trainer.forward_samples
+            return replace(trainer.run(), steps=trainer.steps_taken), trainer.forward_samples

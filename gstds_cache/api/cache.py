@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gstds_cache.config import as_type
+from gstds_cache.config import CHECK_LEVEL, DEVICE, SAMPLE_ROWS, SAMPLE_SEED, as_type
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, existing_derived
 from gstds_cache.files.location import Location, LocationLike, local_file
@@ -122,12 +122,12 @@ def list_derived(store: LocationLike) -> list[Path]:
 def verify_store(
     store: LocationLike,
     *,
-    level: Level = "quick",
-    rows: int = 64,
-    seed: int = 0,
+    level: Level = CHECK_LEVEL,
+    rows: int = SAMPLE_ROWS,
+    seed: int = SAMPLE_SEED,
     dataset: Any = None,
     model: str | None = None,
-    device: str = "auto",
+    device: str = DEVICE,
     progress: Progress | bool | None = True,
 ) -> VerifyReport:
     """Check a store.

@@ -15,8 +15,6 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.outputs import inside_warning
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding.estimate import Estimate
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
@@ -24,6 +22,7 @@ from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, ProgressBar, showing
+from gstds_cache.store.embed_report import EmbedReport, Estimate
 from gstds_cache.store.reader import EmbeddingStore
 
 
@@ -41,7 +40,7 @@ def embed(
     The same call again finds the store and embeds nothing; after an interrupt it goes on where it stopped. The store
     can be used at once: :func:`gstds_cache.select` takes it.
 
-    On a CPU, :func:`gstds_cache.runtime.allocator.keep_freed_memory` before the first call can halve the model's time.
+    On a CPU, :func:`gstds_cache.keep_freed_memory` before the first call can halve the model's time.
     It is a setting of the whole process, so only the commands make it by themselves.
 
     Args:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
@@ -89,10 +91,10 @@ def export_store(store: LocationLike | EmbeddingStore, file: str | Path, *, repl
 
 def export_scores(
     store: LocationLike | EmbeddingStore,
-    selection: str | Path,
+    selection: str | os.PathLike[str],
     file: str | Path,
     *,
-    device: str = "auto",
+    device: str = DEVICE,
     guidance: str | None = None,
     schedule: str | None = None,
     replace: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gstds_cache.api.selection import Selection
 from gstds_cache.config import TrainConfig, TrainSettings
 from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
 from gstds_cache.data.hash_cache import HashCache
@@ -22,7 +22,7 @@ from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import SelectionStream, open_selection, require_store
+from gstds_cache.stream.reader import SelectionStream, is_service, open_selection, require_store
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.classes import count_classes
 from gstds_cache.training.distributed import Ranks, process_group
@@ -64,7 +64,7 @@ class OpenedRun:
 @contextmanager
 def open_run(
     dataset: Any,
-    selection: Selection | str | Path,
+    selection: str | os.PathLike[str],
     *,
     evaluation: Any,
     cache: EmbeddingStore | LocationLike | None,
@@ -100,9 +100,11 @@ def open_run(
         if where == "-" and ranks.world_size > 1:
             raise UsageError(
                 f"`selection`: got -, but {ranks.world_size} ranks cannot share one stdin",
-                hint="give a file, or the address of a service (gstds-select --serve)",
+                hint="give a file, or the address of a service (gstds_cache.serve)",
             )
-        show = held.enter_context(showing(progress if ranks.first else None, "steps", hash="items", load="images"))
+        show = held.enter_context(
+            showing(progress if ranks.first else None, "steps", hash="items", load="images", norms="batches")
+        )
         hashing = partial(show_hashing, show)
         datasets = (dataset,) if evaluation is None else (dataset, evaluation)
         source, *rest = open_sources(datasets, hash_cache=hash_cache, progress=hashing, read=hash_items)
@@ -122,9 +124,9 @@ def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) 
     """Where the store is, which the selection has to be from."""
     if cache is None:
         return None
-    metadata = cache.metadata if isinstance(cache, EmbeddingStore) else StoreMetadata(cache)
-    require_store(header, fingerprint=metadata.spec.fingerprint, where=str(metadata.location))
-    return str(metadata.location)
+    opened = cache if isinstance(cache, EmbeddingStore) else StoreMetadata(cache)
+    require_store(header, fingerprint=opened.spec.fingerprint, where=str(opened.location))
+    return str(opened.location)
 
 
 def _step_threads(config: TrainConfig, ranks: Ranks, header: Header, flops: float | None) -> int:
@@ -135,15 +137,15 @@ def _step_threads(config: TrainConfig, ranks: Ranks, header: Header, flops: floa
     return step_threads(flops, samples)
 
 
-def _location_of(selection: Selection | str | Path) -> str:
-    """Where a selection is: of a Selection its file; a path as it is meant; stdin and services stay."""
-    text = str(selection.path if isinstance(selection, Selection) else selection)
+def _location_of(selection: str | os.PathLike[str]) -> str:
+    """Where a selection is: a path as it is meant; stdin and services stay."""
+    text = os.fspath(selection)
     return text if is_stream(text) else str(local_file(text, "`selection`"))
 
 
 def is_stream(where: str) -> bool:
     """Whether a selection comes through stdin or from a service, and is no file."""
-    return where == "-" or where.startswith(("grpc://", "grpc+tls://"))
+    return where == "-" or is_service(where)
 
 
 def show_hashing(show: Progress, done: int, total: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gstds_cache.config import as_tuple, as_type
+from gstds_cache.config import DEVICE, as_tuple, as_type
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -27,7 +27,7 @@ def repair_store(
     shards: Sequence[int] = (),
     dataset: Any = None,
     model: str | None = None,
-    device: str = "auto",
+    device: str = DEVICE,
     workers: int | None = None,
     progress: Progress | bool | None = True,
 ) -> RepairReport:
@@ -57,17 +57,18 @@ def repair_store(
     workers = as_type("workers", workers, int | None)
     model, device = as_type("model", model, str | None), as_type("device", device, str)
     hash_cache = HashCache(hashes_folder())
-    source, encoder = _source_and_encoder(StoreMetadata(store), dataset, model, hash_cache)
+    metadata = StoreMetadata(store)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
     with showing(progress, "images", check="shards") as show:
         return repair(
-            store,
+            metadata,
             source,
             encoder,
             shards=shards,
             device=device,
             workers=workers,
             hash_cache=hash_cache,
-            progress=lambda phase, done, total: show(phase, done, total, {}),
+            progress=show,
         )
 
 
@@ -75,10 +76,11 @@ def compare_sample(
     store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
 ) -> SampleReport:
     """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
-    opened = EmbeddingStore(store, allow_partial=True, access="window")
+    metadata = StoreMetadata(store)
+    opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
-    source, encoder = _source_and_encoder(opened.metadata, dataset, model, hash_cache)
-    require_same_data(opened.metadata, source, encoder, hash_cache)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
+    require_same_data(metadata, source, encoder, hash_cache)
     return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
 
 

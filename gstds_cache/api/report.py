@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gstds_cache.config import DEVICE, REPORT_BATCHES, REPORT_FILE
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
@@ -40,12 +42,12 @@ class PageReport:
 
 
 def write_report(
-    *what: str | Path,
-    out: str | Path = "report.html",
+    *what: str | os.PathLike[str],
+    out: str | Path = REPORT_FILE,
     cache: LocationLike | EmbeddingStore | None = None,
     dataset: Any = None,
-    batches: int = 48,
-    device: str = "auto",
+    batches: int = REPORT_BATCHES,
+    device: str = DEVICE,
     guidance: str | None = None,
     schedule: str | None = None,
     replace: bool = False,

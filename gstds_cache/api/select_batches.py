@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from gstds_cache.api.selection import Selection, SelectionSummary
-from gstds_cache.config import SelectConfig, SelectSettings, as_type, require_settings
+from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings, as_type, require_settings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
@@ -24,7 +25,8 @@ from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.run import BatchSelector
-from gstds_cache.spectral.status import Status, describe
+from gstds_cache.spectral.status import Status
+from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
 from gstds_cache.stream.schema import ByteStream
@@ -36,6 +38,9 @@ def select(
     keep: float | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
+    access: Kind = "auto",
+    mirror: str | Path | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -52,6 +57,10 @@ def select(
         out: File to write; by default one named by the selection's digest in ``STORE.selections/``, or in
             ``$GSTDS_CACHE`` where nothing can be written beside the store.
         force: Replace a file that holds something else.
+        memory_budget: Bytes of embeddings to hold. This and the next two are for a store that is opened here.
+        access: How to read rows: all in ``memory``; from a ``mirror``, a local copy made once; or a ``window`` of
+            shards. ``auto`` takes memory where the rows fit the budget, else a mirror where the disk has room.
+        mirror: Folder of the mirror; None is ``STORE.mirror``.
         progress: True for a line on stderr, a callback, or False.
         notify: Told the plan, notes and warnings, a line each; by default warnings are logged.
         settings: As the fields of :class:`~gstds_cache.SelectConfig`.
@@ -65,7 +74,8 @@ def select(
         SolverError: A row's embedding holds NaN or Inf.
     """
     require_settings(select, SelectConfig, settings)
-    with _opened(store, keep, settings, notify) as run:
+    config = config_of(keep, settings)
+    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
         return Selection(path, run.summary(str(path)))
@@ -76,6 +86,9 @@ def stream_selection(
     stream: ByteStream,
     *,
     keep: float | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    access: Kind = "auto",
+    mirror: str | Path | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -89,6 +102,9 @@ def stream_selection(
         store: A store, or its location.
         stream: A pipe, a socket's file, or any other binary stream.
         keep: As for :func:`select`.
+        memory_budget: As for :func:`select`.
+        access: As for :func:`select`.
+        mirror: As for :func:`select`.
         progress: As for :func:`select`.
         notify: As for :func:`select`.
         settings: As for :func:`select`.
@@ -106,7 +122,8 @@ def stream_selection(
     if not hasattr(stream, "write"):
         raise UsageError(f"`stream`: got {stream!r:.80}, expected a binary stream")
     settings.setdefault("threads", 1)
-    with _opened(store, keep, settings, notify) as run:
+    config = config_of(keep, settings)
+    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
         run.deliver(stream, force=False, progress=progress)
         return run.summary("-")
 
@@ -141,19 +158,35 @@ def _share(keep: object) -> Decimal:
     return Decimal(str(share if isinstance(keep, Fraction) else keep))
 
 
+def open_store(
+    store: EmbeddingStore | str | Path, memory_budget: int, access: Kind, mirror: str | Path | None
+) -> EmbeddingStore:
+    """The store, opened unless it is.
+
+    Raises:
+        UsageError: It is, and how to read it was said besides.
+    """
+    if not isinstance(store, EmbeddingStore):
+        folder = None if mirror is None else local_file(mirror, "`mirror`")
+        return EmbeddingStore(store, memory_budget=memory_budget, access=access, mirror=folder)
+    if (memory_budget, access, mirror) != (MEMORY_BUDGET, "auto", None):
+        raise UsageError(
+            "`memory_budget`, `access` and `mirror` are for a store that is opened here; this one is open already",
+            hint="give them to EmbeddingStore, or give the store's location",
+        )
+    return store
+
+
 @contextmanager
-def _opened(
-    store: EmbeddingStore | str | Path, keep: float | None, settings: SelectSettings, notify: Notify | None
-) -> Iterator[_Run]:
+def _opened(open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None) -> Iterator[_Run]:
     """Open the store and plan the run, with its thread limits, and say what will be done.
 
     Yields:
         The run.
     """
-    begun, config, logger = time.perf_counter(), config_of(keep, settings), logging.getLogger("gstds_cache")
+    begun, logger = time.perf_counter(), logging.getLogger("gstds_cache")
     with limited_threads(config.threads or 0):
-        opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-        run = _Run(BatchSelector(opened, config), notify or logger.warning, notify or logger.info, begun)
+        run = _Run(BatchSelector(open_it(), config), notify or logger.warning, notify or logger.info, begun)
         run.announce()
         yield run
 
@@ -201,7 +234,7 @@ class _Run:
             self.warn(f"note: {note}")
         slow, batches = selector.counts.status["max_iterations"], selector.counts.batches
         if slow > 0.01 * batches:
-            self.warn(f"warning: {slow} of {batches} Fiedler vectors: {describe(Status.MAX_ITERATIONS)}")
+            self.warn(f"warning: {slow} of {batches} Fiedler vectors: {Status.MAX_ITERATIONS.describe()}")
 
     def _record_cost(self, target: Path | ByteStream, meter: EnergyMeter) -> None:
         """Record what this call took beside each of the selection's files, for the ledgers of runs that train on it."""
@@ -238,6 +271,7 @@ class _Run:
             out=out,
             selection_digest=selector.digest,
             cache_fingerprint=selector.store.fingerprint,
+            dataset_uri=selector.store.dataset_uri,
             cache_hit=counts.batches == 0,
             epochs=plan.epochs,
             total_batches=plan.total_batches,

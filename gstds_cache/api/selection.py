@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class SelectionSummary:
         out: File of the selection; ``-`` for a stream.
         selection_digest: Identity of the selection, SHA-256 as 64 hexadecimal digits.
         cache_fingerprint: Fingerprint of the store.
+        dataset_uri: Where the data set was when the store was made; None where that is not recorded.
         cache_hit: Whether nothing was computed, as the selection was made before.
         epochs: Epochs of the selection.
         total_batches: Batches of the selection; a step of training each.
@@ -45,6 +47,7 @@ class SelectionSummary:
     out: str
     selection_digest: str
     cache_fingerprint: str
+    dataset_uri: str | None
     cache_hit: bool
     epochs: int
     total_batches: int
@@ -71,7 +74,7 @@ class SelectionSummary:
 
 @dataclass(frozen=True)
 class Selection:
-    """A finished selection. Iterating yields its batches, each record checked.
+    """A finished selection. Iterating yields its batches, each record checked; its path is what ``os.fspath`` gives.
 
     ::
 
@@ -85,6 +88,10 @@ class Selection:
 
     path: Path
     summary: SelectionSummary
+
+    def __fspath__(self) -> str:
+        """Its file: whatever takes a selection's path takes this as well."""
+        return os.fspath(self.path)
 
     @property
     def digest(self) -> str:

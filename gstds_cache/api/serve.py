@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Unpack
 
-from gstds_cache.api.select_batches import config_of
-from gstds_cache.config import SelectConfig, SelectSettings, require_settings
+from gstds_cache.api.select_batches import config_of, open_store
+from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings, require_settings
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import SELECTIONS, derived_paths, first_writable
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.threads import limited_threads
+from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.security import Access, parse_address
 from gstds_cache.stream.serve import event_line, stop_on_signals
@@ -26,13 +27,16 @@ def serve(
     address: str,
     *,
     keep: float | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    access: Kind = "auto",
+    mirror: str | Path | None = None,
     metrics_port: int | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     token_file: Path | None = None,
     client_ca: Path | None = None,
     stop: threading.Event | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
 ) -> int:
     """Serve a store's selections until told to stop. Trainers name them ``grpc://HOST:PORT``.
@@ -45,6 +49,9 @@ def serve(
         store: A store, or its location.
         address: ``HOST:PORT``; port 0 takes a free one. Other hosts than loopback need TLS and a token.
         keep: As for :func:`~gstds_cache.select`.
+        memory_budget: As for :func:`~gstds_cache.select`.
+        access: As for :func:`~gstds_cache.select`.
+        mirror: As for :func:`~gstds_cache.select`.
         metrics_port: Port on loopback for metrics in Prometheus' text format.
         tls_cert: PEM certificate chain of the service.
         tls_key: Its PEM private key.
@@ -66,10 +73,10 @@ def serve(
     settings.setdefault("threads", 1)
     config = config_of(keep, settings)
     host, port = parse_address(address)
-    access = Access.from_files(host, certificate=tls_cert, key=tls_key, token=token_file, client_ca=client_ca)
+    protection = Access.from_files(host, certificate=tls_cert, key=tls_key, token=token_file, client_ca=client_ca)
     tell = notify or logging.getLogger("gstds_cache").warning
     with limited_threads(config.threads or 0), ExitStack() as stack:
-        opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
+        opened = open_store(store, memory_budget, access, mirror)
         folders = derived_paths(opened.location, SELECTIONS)
         writable = first_writable(folders)
         folder = writable.path
@@ -84,7 +91,7 @@ def serve(
             port=port,
             folder=folder,
             also=folders,
-            access=access,
+            access=protection,
             stop=stop or stack.enter_context(stop_on_signals()),
             notify=tell,
             metrics_port=metrics_port,

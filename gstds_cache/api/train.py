@@ -34,7 +34,7 @@ from gstds_cache.training.ledger import Ledger
 from gstds_cache.training.loop import train as train_network
 from gstds_cache.training.planning import plan_run
 from gstds_cache.training.report import TrainingResult, TrainReport
-from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.run_dir import LATER, RunDir, stored_config
 
 PACKAGES = ("gstds-cache", "torch", "torchvision", "timm")
 
@@ -53,7 +53,9 @@ def train(
 ) -> TrainReport:
     """Train a network on a selection of ``dataset``, each batch of kept rows one step.
 
-    Each batch of kept rows is one step of SGD with a one-cycle learning rate. Under ``torchrun`` every process makes
+    Each batch of kept rows is one step of SGD with a one-cycle learning rate. After the last one the running statistics
+    of batch normalisation, which describe the rows that were kept, are re-estimated by forward passes of
+    ``norm_samples`` random rows; the run's last checkpoint holds those. Under ``torchrun`` every process makes
     the same call and takes its share of each step; the first writes the run's directory. The first Ctrl-C stops after
     the step that is under way, with a checkpoint.
 
@@ -100,7 +102,7 @@ def train(
         notify=notify,
     )
     with opening as run, ExitStack() as held:
-        run_dir = _hold_run_dir(run, out, resume, hash_cache, held)
+        config, run_dir = _hold_run_dir(run, out, resume, hash_cache, held)
         opened = time.perf_counter() - begun  # libraries loaded, items hashed
         for note in hash_cache.notes:
             run.notify(f"note: {note}")
@@ -108,7 +110,7 @@ def train(
             result = train_network(
                 run.source,
                 run.stream,
-                run.config,
+                config,
                 run_dir,
                 evaluation=run.evaluation,
                 ranks=run.ranks,
@@ -199,8 +201,8 @@ def _measured_cost(cache: EmbeddingStore | LocationLike, header: Header) -> tupl
 
 def _hold_run_dir(
     run: OpenedRun, out: str | Path | None, resume: bool, hash_cache: HashCache, held: ExitStack
-) -> RunDir:
-    """The run's directory, held until the ledger is in it.
+) -> tuple[TrainConfig, RunDir]:
+    """The settings the run has, and its directory, held until the ledger is in it.
 
     Raises:
         FingerprintMismatchError: The selection was made from another data set.
@@ -220,12 +222,26 @@ def _hold_run_dir(
         "ranks": run.ranks.world_size,
         **{package: version(package) for package in PACKAGES},
     }
-    identity, writes = run_config(run.config, header, eval_root), run.ranks.first
 
-    def hold() -> RunDir:
-        return held.enter_context(RunDir(path, identity, provenance=provenance, resume=resume, writes=writes))
+    def hold() -> tuple[TrainConfig, RunDir]:
+        config = _as_begun(run.config, path) if resume else run.config
+        identity = run_config(config, header, eval_root)
+        run_dir = RunDir(path, identity, provenance=provenance, resume=resume, writes=run.ranks.first)
+        return config, held.enter_context(run_dir)
 
-    return run.ranks.after_first(hold)  # all look at the directory before the first writes to it
+    config, run_dir = run.ranks.after_first(hold)  # all look at the directory before the first writes to it
+    if config != run.config:
+        run.notify(
+            f"note: {path} is a run of before batch-norm statistics were re-estimated, and goes on without: they "
+            "describe the rows that are kept"
+        )
+    return config, run_dir
+
+
+def _as_begun(config: TrainConfig, path: Path) -> TrainConfig:
+    """The settings, less those that the run there was begun without."""
+    stored = stored_config(path)
+    return config if stored is None else replace(config, **{k: v for k, v in LATER.items() if k not in stored})
 
 
 @contextmanager
@@ -262,6 +278,7 @@ def _report(run: OpenedRun, result: TrainingResult, path: Path) -> TrainReport:
         select_seconds=seconds,
         select_source=source,
         gradient_samples=result.gradient_samples,
+        forward_samples=result.forward_samples,
         all_samples=result.samples_in,
         seconds=result.seconds,
         joules=result.joules,

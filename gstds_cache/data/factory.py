@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from gstds_cache.data.mapstyle import MapStyleSource, importable, mirror_safe
+from gstds_cache.data.mapstyle import MapStyleSource, mirror_safe
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import KINDS
 from gstds_cache.errors import DatasetError, GstdsError
-from gstds_cache.plugins import call_factory, load_factory
+from gstds_cache.plugins import call_factory, importable, load_factory
 
 
 def open_factory(uri: str, name: str, params: Mapping[str, str]) -> MapStyleSource:

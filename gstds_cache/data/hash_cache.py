@@ -162,20 +162,20 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _look_up(database: sqlite3.Connection, paths: list[bytes]) -> tuple[Int64[np.ndarray, " n"], np.ndarray]:
-    """Places of those of ``paths`` that are known, and the ``_ENTRY`` of each.
+    """Positions of those of ``paths`` that are known, and the ``_ENTRY`` of each.
 
     Raises:
         DatabaseError: An entry is damaged: SQLite itself has no checksums.
     """
-    places = {path: place for place, path in enumerate(paths)}
+    positions = {path: position for position, path in enumerate(paths)}
     if paths == sorted(paths):  # as those of an image folder are
         rows: Iterable[tuple[bytes, bytes, int]] = database.execute(f"{_SELECT} BETWEEN ? AND ?", (paths[0], paths[-1]))
     else:
         rows = chain.from_iterable(database.execute(f"{_SELECT} = ?", (path,)) for path in paths)
     known, entries, sums = list[int](), list[bytes](), list[int]()
     for path, entry, crc32 in rows:
-        if path in places:
-            known.append(places[path])
+        if path in positions:
+            known.append(positions[path])
             entries.append(entry)
             sums.append(crc32)
     if not set(map(type, entries)) <= {bytes} or list(map(zlib.crc32, entries)) != sums:

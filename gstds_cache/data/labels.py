@@ -281,10 +281,10 @@ class LabelColumn:
             return
         self.classes = tuple(sorted(self._codes))
         self.notes = (f"labels are text: {len(self.classes):,} classes, sorted",)
-        place = {text: place for place, text in enumerate(self.classes)}
-        places = np.array([*(place[text] for text in self._codes), NO_LABEL])  # code -1 takes the last
+        code_of = {text: code for code, text in enumerate(self.classes)}
+        codes = np.array([*(code_of[text] for text in self._codes), NO_LABEL])  # code -1 takes the last
         for start in range(0, len(labels), AT_ONCE):
-            labels[start : start + AT_ONCE] = places[labels[start : start + AT_ONCE]]
+            labels[start : start + AT_ONCE] = codes[labels[start : start + AT_ONCE]]
 
 
 def may_be_labels(values: Any, rows: int) -> bool:

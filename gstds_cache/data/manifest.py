@@ -23,11 +23,13 @@ from gstds_cache.data.subset import Subset, taken
 from gstds_cache.errors import IntegrityError
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import merkle_root
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.runtime.resources import about_us
 
 UNREADABLE = bytes(32)
 """The SHA-256 recorded for an item whose bytes could not be read."""
 
+HASH_THREADS = 4
 _BLOCK = 100
 _WAVE = 200 * _BLOCK
 _RECORDS = 1 << 16
@@ -164,8 +166,8 @@ def build_manifest(
     source: ImageSource,
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    threads: int = 4,
+    progress: Counted | None = None,
+    threads: int = HASH_THREADS,
 ) -> DatasetManifest:
     """Read and hash every item of a source.
 
@@ -191,8 +193,8 @@ def hash_items(
     source: ImageSource,
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    threads: int = 4,
+    progress: Counted | None = None,
+    threads: int = HASH_THREADS,
     read: bool = True,
 ) -> UInt8[np.ndarray, "N 32"]:
     """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.
@@ -226,9 +228,7 @@ def hash_items(
     return digests
 
 
-def _hash_all(
-    source: ImageSource, progress: Callable[[int, int], None] | None, threads: int
-) -> UInt8[np.ndarray, "N 32"]:
+def _hash_all(source: ImageSource, progress: Counted | None, threads: int) -> UInt8[np.ndarray, "N 32"]:
     files, digests = source.files, mapped.zeros((len(source), 32), np.uint8)
     _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
     return digests
@@ -238,7 +238,7 @@ def _hash_new(
     source: ImageSource,
     files: Files,
     hash_cache: HashCache,
-    progress: Callable[[int, int], None] | None,
+    progress: Counted | None,
     threads: int,
     *,
     read: bool,
@@ -268,7 +268,7 @@ def _hash_new(
 def _in_blocks(
     work: Callable[[range], None],
     rows: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Counted | None,
     threads: int,
     *touched: np.ndarray | memoryview,
 ) -> None:

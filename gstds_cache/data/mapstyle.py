@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import pickle
 import re
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +23,7 @@ from gstds_cache.data.labels import NO_LABEL, LabelColumn, first_and_last, may_b
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError, in_words
 from gstds_cache.files import mapped
+from gstds_cache.plugins import importable
 
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels")
 
@@ -310,19 +309,6 @@ class MapStyleSource:
             self._dataset = pickle.loads(state.pop("pickled"))
         self._lock, self._again = threading.Lock(), None
         self.__dict__.update(state)
-
-
-@contextlib.contextmanager
-def importable(folder: str) -> Iterator[None]:
-    """Make modules in ``folder`` importable for the length of a ``with`` block; '' changes nothing."""
-    if not folder:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def spread(rows: int, count: int) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import KINDS, ImageSource
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.files.location import expanded
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.uris import split_query
 
 __all__ = ["KINDS", "ImageSource", "open_source", "open_sources"]
@@ -21,7 +22,7 @@ def open_source(
     dataset: object,
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
     read: bool = True,
 ) -> ImageSource:
     """Open a data set.
@@ -52,7 +53,7 @@ def open_sources(
     datasets: Iterable[object],
     *,
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
     read: bool = True,
 ) -> tuple[ImageSource, ...]:
     """Open several data sets. Parts of one folder share its listing and the digests of its files.
@@ -79,7 +80,7 @@ class _Opener:
     """Opens data sets, each whole once."""
 
     hash_cache: HashCache
-    progress: Callable[[int, int], None] | None
+    progress: Counted | None
     read: bool
     wholes: dict[str, ImageSource] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -15,6 +15,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.data.subset import Subset, taken
 from gstds_cache.errors import DatasetError, UsageError, unknown_name
 from gstds_cache.files import mapped
+from gstds_cache.runtime.progress import Counted
 
 SPLITS = ("train", "test")
 DEFAULT_HOLDOUT = 0.2
@@ -62,7 +63,7 @@ def split_by_content(
     *,
     uri: str = "",
     hash_cache: HashCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
     read: bool = True,
 ) -> Subset:
     """Take the training or the test part of a source.

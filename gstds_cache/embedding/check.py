@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from gstds_cache.config import DEVICE, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
@@ -41,7 +42,13 @@ class SampleReport:
 
 
 def check_sample(
-    store: EmbeddingStore, source: ImageSource, encoder: Encoder, *, rows: int = 64, seed: int = 0, device: str = "auto"
+    store: EmbeddingStore,
+    source: ImageSource,
+    encoder: Encoder,
+    *,
+    rows: int = SAMPLE_ROWS,
+    seed: int = SAMPLE_SEED,
+    device: str = DEVICE,
 ) -> SampleReport:
     """Embed some rows again and compare them with the stored ones by cosine.
 

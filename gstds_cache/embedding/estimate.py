@@ -7,9 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,76 +20,12 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.store.embed_report import Estimate, size_text
 
 IMAGES = 32
 DECODE_SECONDS = 1.0
 FORWARD_SECONDS = 1.0
-RECEIPT_BYTES = 600
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What embedding the rest of a data set will need.
-
-    Attributes:
-        items: Items of the data set.
-        committed: Rows that the store has already.
-        images: Images that are left.
-        batch_size: Images per forward pass; it fits the device.
-        workers: Processes that decode.
-        device: Kind of device.
-        decode_per_second: Images one process reads and decodes in a second.
-        forward_per_second: Images the model takes in a second, by itself.
-        images_per_second: What both make together.
-        seconds: Time for the images that are left.
-        disk_bytes: What will be written.
-        disk_free: Bytes free where it will be written, or None where nobody knows.
-        ram_bytes: Memory of the main process with all it holds at once.
-        ram_free: Memory it can have, or None where nobody knows.
-        vram_bytes: Memory on the GPU, or None without one.
-        vram_free: Memory it can have there.
-    """
-
-    items: int
-    committed: int
-    images: int
-    batch_size: int
-    workers: int
-    device: str
-    decode_per_second: float
-    forward_per_second: float
-    images_per_second: float
-    seconds: float
-    disk_bytes: int
-    disk_free: int | None
-    ram_bytes: int
-    ram_free: int | None
-    vram_bytes: int | None
-    vram_free: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values."""
-        return {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
-
-    def lines(self) -> list[str]:
-        """The estimate for people, in two lines or three."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        done = f" ({self.committed:,} of {self.items:,} are committed)" if self.committed else ""
-        needs = [("disk", self.disk_bytes, self.disk_free), ("memory", self.ram_bytes, self.ram_free)]
-        if self.vram_bytes is not None:
-            needs.append(("GPU memory", self.vram_bytes, self.vram_free))
-        texts = [
-            f"{name} {_size(need)}" + (f" of {_size(free)} free" if free is not None else "")
-            for name, need, free in needs
-        ]
-        short = [name for name, need, free in needs if free is not None and need > free]
-        return [
-            f"estimate: {self.images:,} images{done} at about {self.images_per_second:,.0f}/s take "
-            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} (decoding {self.decode_per_second:,.0f}/s in each of "
-            f"{max(self.workers, 1)}, the model {self.forward_per_second:,.0f}/s at batch size {self.batch_size})",
-            f"needs: {', '.join(texts)}",
-            *([f"warning: not enough {' and '.join(short)}"] if short else []),
-        ]
+COMMIT_RECORD_BYTES = 600
 
 
 def estimate_run(
@@ -172,7 +106,7 @@ def workers_for(source: ImageSource, encoder: Encoder, asked: int | None, device
 def disk_bytes(source: ImageSource, remaining_rows: int, shard_rows: int, of_a_row: int) -> int:
     """What is still to be written: whole shards with their commit records and, for a new store, the list of items."""
     shards = -(-remaining_rows // shard_rows)
-    size = shards * (shard_rows * of_a_row + RECEIPT_BYTES)
+    size = shards * (shard_rows * of_a_row + COMMIT_RECORD_BYTES)
     if remaining_rows == len(source):
         some = [source.ids[row] for row in np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int).tolist()]
         name = sum(len(item.encode()) for item in some) / len(some)
@@ -189,7 +123,8 @@ def require_disk(need: int, free: int | None, *, location: str) -> None:
     """
     if free is not None and free < need:
         raise IncompleteError(
-            f"{location}: got {_size(free)} of free disk, expected at least {_size(need)} for the rows that are left",
+            f"{location}: got {size_text(free)} of free disk, expected at least {size_text(need)} for the rows that "
+            "are left",
             hint="no image was embedded. Make room and run the same command again, or give a `cache` on another disk",
         )
 
@@ -311,14 +246,3 @@ def _free_memory() -> int | None:
         return None
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return max(0, min(limits)) + resident
-
-
-def _size(count: int) -> str:
-    size, shards = float(count), ["kB", "MB", "GB", "TB"]
-    if count < 1000:
-        return f"{count} B"
-    for shard in shards:
-        size /= 1000
-        if size < 1000 or shard == shards[-1]:
-            break
-    return f"{size:.0f} {shard}" if size >= 100 else f"{size:.1f} {shard}"

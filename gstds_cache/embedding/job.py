@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.config import EmbedConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
@@ -96,12 +96,13 @@ def require_fit(job: EmbedJob, stored: StoreMetadata) -> None:
     batch_size = stored.spec.batch_size
     fits = job.fitting(batch_size)
     if fits < batch_size:
-        new = ("--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
+        again = embed_command(job.source.uri, job.config)
+        begin = command_line(*again, "--cache", f"{stored.location}-b{fits}", "--batch-size", fits)
         raise UsageError(
             f"{stored.location} was begun with batch size {batch_size}, and {fits} is the largest that fits the memory "
             f"of {job.device}; all rows of a store are made with one batch size",
             hint="end what else uses that memory and run the same command again, which goes on from what is committed, "
-            f"or begin a new store: {command_line(*embed_command(job.source.uri, job.config), *new)}",
+            f"or begin a new store: {begin}",
         )
 
 
@@ -161,6 +162,7 @@ def find_store(location: Location) -> StoreMetadata | None:
 def embed_command(dataset: str, config: EmbedConfig) -> list[str]:
     """The command that embeds this in this way, without where and with what sizes."""
     command = ["gstds-embed", dataset]
-    for flag, value, default in (("--model", config.model, DEFAULT_MODEL), ("--dtype", config.dtype, "float16")):
-        command += [flag, value] if value != default else []
+    default = EmbedConfig()
+    command += ["--model", config.model] if config.model != default.model else []
+    command += ["--dtype", config.dtype] if config.dtype != default.dtype else []
     return command + (["--allow-untrained"] if config.allow_untrained else [])

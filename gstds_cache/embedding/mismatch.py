@@ -17,7 +17,7 @@ def explained(stored: StoreMetadata, manifest: DatasetManifest, source: ImageSou
     """Add to a mismatch in the block what is known of the items.
 
     Args:
-        stored: The store's journal.
+        stored: The store's metadata.
         manifest: The data set's items, as they are now.
         source: The data set.
 
@@ -43,8 +43,10 @@ def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: Imag
         return []
     if before.ids != manifest.ids:
         return ["the items have other ids, or another order"]
-    differ = int((before.sha256 != manifest.sha256).any(axis=1).sum())
+    other_bytes = int((before.sha256 != manifest.sha256).any(axis=1).sum())
     labels = int((before.labels != manifest.labels).sum())
-    lines = [f"of {len(manifest):,} items {differ:,} have other bytes, {labels:,} another label; the ids are the same"]
+    lines = [
+        f"of {len(manifest):,} items {other_bytes:,} have other bytes, {labels:,} another label; the ids are the same"
+    ]
     why = why_items_differ(source)
-    return [*lines, why] if why and differ else lines
+    return [*lines, why] if why and other_bytes else lines

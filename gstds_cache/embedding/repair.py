@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
+from gstds_cache.config import DEVICE
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
@@ -19,6 +19,7 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.spec import require_same
@@ -82,15 +83,15 @@ def require_same_data(
 
 
 def repair(
-    where: LocationLike,
+    where: LocationLike | StoreMetadata,
     source: ImageSource,
     encoder: Encoder,
     *,
     shards: Sequence[int] = (),
-    device: str = "auto",
+    device: str = DEVICE,
     workers: int | None = None,
     hash_cache: HashCache | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> RepairReport:
     """Hash every object of the store at ``where``, and make again what is missing or damaged.
 
@@ -98,14 +99,14 @@ def repair(
     before it was killed are not. A store that ends up with all its shards is complete again.
 
     Args:
-        where: The store.
+        where: The store; or its metadata, which is not read again.
         source: The data set it was made of.
         encoder: The model it was made with.
         shards: Shards to make again whatever their hashes.
         device: Where the model runs.
         workers: Processes that decode images; None fits the machine and the data set.
         hash_cache: Hashes of the data set that are known already.
-        progress: Called with phase, shards or images done, and how many in all.
+        progress: Called with phase, shards or images done, how many in all, and no shares of the time.
 
     Returns:
         What was done.
@@ -118,15 +119,15 @@ def repair(
             that decodes was killed, and the same call goes on.
         IntegrityError: The specification itself is damaged.
     """
-    metadata = StoreMetadata(where)
+    metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
     names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
         raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
-    show = progress or (lambda _phase, _done, _total: None)
-    before = verify(metadata, "full", progress=partial(show, "check"))
+    show: Progress = progress or (lambda _phase, _done, _total, _shares: None)
+    before = verify(metadata, "full", progress=lambda done, total: show("check", done, total, {}))
     old, _ = metadata.scan_commits()  # known from the check
     redo = sorted({*before.bad_shards, *shards, *(metadata.discarded() - old.keys())})
     expected = _expected_root(metadata)
@@ -136,17 +137,19 @@ def repair(
         return RepairReport(before, (), 0, (), before)
     manifest = require_same_data(metadata, source, encoder, hash_cache)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
-    with reopen_writer(where, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes) as writer:
+    with reopen_writer(
+        metadata.location, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes
+    ) as writer:
         run_on = resolve_device(device)
         DeterminismCheck(source, encoder.to(run_on), dtype=writer.spec.dtype).run(writer.spec.batch_size)
         task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
         new, kept, images = _replace_shards(writer, task, redo, expected, show)
         if len(kept) + len(new) == writer.spec.shards:
-            writer.finish(partial(show, "check"))
+            writer.finish(lambda done, total: show("check", done, total, {}))
         else:
             writer.end_repair()
     changed = [shard for shard in new if shard in old and old[shard].content_sha256 != new[shard].content_sha256]
-    return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(where, "full"))
+    return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(metadata.location, "full"))
 
 
 def _replace_shards(
@@ -154,7 +157,7 @@ def _replace_shards(
     task: EmbedTask,
     shards: Sequence[int],
     expected: str | None,
-    show: Callable[[str, int, int], None],
+    show: Progress,
 ) -> tuple[dict[int, CommitRecord], dict[int, CommitRecord], int]:
     """Embed and commit ``shards`` anew; all others too, unless all commit records together have the root ``expected``.
 
@@ -165,7 +168,7 @@ def _replace_shards(
     images = 0
     total = sum(len(writer.spec.rows_of(shard)) for shard in shards)
     while True:
-        task.on_batch = lambda clock, before=images, of=total: show("embed", before + clock.images, of)
+        task.on_batch = lambda clock, before=images, of=total: show("embed", before + clock.images, of, {})
         writer.discard(shards)
         writer.recover()
         new |= {commit.shard: commit for commit in task(shards)}

@@ -17,7 +17,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
-from gstds_cache.embedding.estimate import Estimate, disk_bytes, estimate_run, require_disk, workers_for
+from gstds_cache.embedding.estimate import disk_bytes, estimate_run, require_disk, workers_for
 from gstds_cache.embedding.job import (
     EmbedJob,
     check_determinism,
@@ -27,7 +27,6 @@ from gstds_cache.embedding.job import (
     resolve_spec,
     resolve_store,
 )
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
@@ -38,6 +37,7 @@ from gstds_cache.runtime.devices import describe_device, resolve_device
 from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
+from gstds_cache.store.embed_report import EmbedReport, Estimate
 from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore

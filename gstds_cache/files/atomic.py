@@ -7,6 +7,7 @@ crash of the machine may leave an old or empty file; the end of a process, howev
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -17,8 +18,8 @@ from typing import BinaryIO, Literal
 from uuid import uuid4
 
 from gstds_cache.files import mapped
-from gstds_cache.runtime.resources import writing
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 STALE = 3600.0  # seconds within which whoever writes a file writes something
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -27,6 +28,29 @@ _LENGTH = 50  # characters of the name: a file name may have 255 bytes in all
 Leftovers = Literal["stale", "all", "keep"]
 """Which temporary files of killed processes to delete first: those untouched for an hour; all, where a lock keeps other
 writers out; none, where the caller deletes them elsewhere."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file in the error of a write: a disk that is full does not say which.
+
+    Args:
+        path: What is written to.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: What the block raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (
+            error.errno in DISK_FULL | {errno.EFBIG} and error.filename is None
+        ):  # others may be of what was read meanwhile
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager

@@ -98,16 +98,6 @@ def derived_paths(location: Location, suffix: str) -> list[Path]:
     return found if root is None else [*found, root / "derived" / f"{_distinct(path.name, _real(path))}{suffix}"]
 
 
-def derived_path(location: Location, suffix: str) -> Path:
-    """The first of :func:`derived_paths`.
-
-    Raises:
-        UsageError: There is none.
-    """
-    paths = derived_paths(location, suffix)
-    return paths[0] if paths else cache_root()
-
-
 def existing_derived(location: Location) -> list[Path]:
     """Every folder and file derived from the store at ``location`` that exists."""
     paths = [path for suffix in (SELECTIONS, GUIDANCE, MIRROR, COST) for path in derived_paths(location, suffix)]

@@ -5,6 +5,7 @@ A path may begin with ``~``, also in quotes, where no shell replaces it: a folde
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ LocationLike = str | Path | Location
 """What a public call takes for a store; parsed at once."""
 
 
-def local_file(where: str | Path, what: str) -> Path:
+def local_file(where: str | os.PathLike[str], what: str) -> Path:
     """The local file or folder that ``where`` names: a path, or ``file:///path``.
 
     Args:
@@ -91,7 +92,7 @@ def local_file(where: str | Path, what: str) -> Path:
     Raises:
         UsageError: ``where`` is empty, a URL of another kind, or begins with ``~`` of a user who has no home.
     """
-    return _local(str(where), what, "a path on this machine, or file:///path")
+    return _local(os.fspath(where), what, "a path on this machine, or file:///path")
 
 
 def _local(text: str, what: str, expected: str) -> Path:

@@ -102,8 +102,8 @@ def coordinates(name: str, kept: Float64[np.ndarray, " n"], dropped: Float64[np.
         axes.set_yscale("symlog", linthresh=10)
         axes.axhline(0, color=INK, linewidth=0.8)
         ticks = [t for t in (10, 100, 1000, 10_000, 100_000) if t <= max(10, len(both) / 2)]
-        places = [-t for t in reversed(ticks)] + [0, *ticks]
-        axes.set_yticks(places, [f"{abs(t):,}" for t in places])
+        positions = [-t for t in reversed(ticks)] + [0, *ticks]
+        axes.set_yticks(positions, [f"{abs(t):,}" for t in positions])
         axes.minorticks_off()
         axes.set(xlabel="Fiedler coordinate, times root of batch size", ylabel="samples (log scale)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -129,19 +129,19 @@ def keep_rate(name: str, place: Float64[np.ndarray, " n"], stays: Bool[np.ndarra
 
 def spectral_map(
     name: str,
-    places: Float64[np.ndarray, "B 2"],
+    percentiles: Float64[np.ndarray, "B 2"],
     edges: Int64[np.ndarray, "E 2"],
     stays: Bool[np.ndarray, " B"],
 ) -> str:
     """A batch in its first two eigenvectors, by rank: raw coordinates put all but a few rows on one spot."""
 
     def draw(axes: Axes) -> None:
-        axes.add_collection(LineCollection(list(places[edges]), colors=INK, linewidths=0.4, alpha=0.16))
+        axes.add_collection(LineCollection(list(percentiles[edges]), colors=INK, linewidths=0.4, alpha=0.16))
         marks = (("o", DROPPED, ~stays, "dropped", "none", 13), ("s", KEPT, stays, "kept", KEPT, 15))
         for marker, colour, which, label, face, size in marks:
             axes.scatter(
-                places[which, 0],
-                places[which, 1],
+                percentiles[which, 0],
+                percentiles[which, 1],
                 s=size,
                 marker=marker,
                 facecolors=face,

@@ -7,7 +7,7 @@ computed when somebody asks, and what is kept is compared with what the selectio
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -15,9 +15,11 @@ from jaxtyping import Bool, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
-from gstds_cache.selection.guidance_spec import key_of, parse_guidance
+from gstds_cache.selection import catalog
+from gstds_cache.selection.guidance_spec import GuidanceKey, key_of, labels_digest, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.schedule import is_file
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import config_arguments
 from gstds_cache.store.reader import EmbeddingStore
@@ -83,7 +85,7 @@ def selector_of(
     require_store(header, fingerprint=store.fingerprint, where=str(store.location))
     settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)
-    if str(settings.get("schedule")).startswith("file:"):
+    if is_file(str(settings.get("schedule"))):
         if recompute_settings.schedule is None:
             raise UsageError(
                 f"the selection's schedule was a file, of which it knows the digest alone ({settings['schedule']})",
@@ -100,9 +102,7 @@ def selector_of(
     selector = BatchSelector(store, config)
     same_schedule = selector.plan.schedule.identity == header.settings.get("schedule")
     if same_schedule and guidance not in {None, selector.guidance_digest}:
-        selector = BatchSelector(
-            store, replace(config, guidance=_guidance_of(store, guidance, recompute_settings.guidance))
-        )
+        selector.change_guidance(*_guidance_of(store, guidance, recompute_settings.guidance))
     if selector.digest != header.selection_digest:
         raise FingerprintMismatchError(
             f"the same settings now give selection {selector.digest[:12]}, the file holds "
@@ -112,15 +112,17 @@ def selector_of(
     return selector
 
 
-def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> str:
-    """The guidance of that digest, which is not what ``auto`` would be.
+def _guidance_of(store: EmbeddingStore, digest: str, given: str | None) -> tuple[str, GuidanceKey]:
+    """The guidance of that digest, which is not what ``auto`` would be, and its digests.
 
     Raises:
         FingerprintMismatchError: It is none of those that are known here.
     """
-    for text in ("none", "probe", "uncertainty", "disagreement") if given is None else (given,):
-        if key_of(store, parse_guidance(text)).digest == digest:
-            return text
+    labels = labels_digest(store)
+    for text in sorted({*catalog.GUIDANCE_KINDS} - {"auto"}) if given is None else (given,):
+        key = key_of(store, parse_guidance(text), labels)
+        if key.digest == digest:
+            return text, key
     raise FingerprintMismatchError(
         f"the selection's guidance {digest[:12]} is "
         + ("one with parameters, or of a file" if given is None else f"not {given!r}"),

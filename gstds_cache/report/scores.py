@@ -71,8 +71,8 @@ def percentile(vector: Float64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
     """Place along the Fiedler order, from 0 to 1; equals share their mean place."""
     if len(vector) == 1:
         return np.full(1, 0.5)
-    places: Float64[np.ndarray, " B"] = (rankdata(vector, "average") - 1) / (len(vector) - 1)
-    return places
+    ranks: Float64[np.ndarray, " B"] = (rankdata(vector, "average") - 1) / (len(vector) - 1)
+    return ranks
 
 
 def spacing(vector: Float64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:

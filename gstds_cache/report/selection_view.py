@@ -21,6 +21,7 @@ from gstds_cache.report import charts
 from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, thumbnails
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.fiedler import fiedler_vectors
@@ -30,7 +31,6 @@ from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.schema import Header
 
 MOST_CLASSES = 40
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def view_selection(
     recompute_settings: RecomputeSettings = AS_RECORDED,
     most: int = 48,
     per_sheet: int = 40,
-    progress: Progress = lambda _done, _total: None,
+    progress: Counted = lambda _done, _total: None,
 ) -> SelectionView:
     """Read a selection and whatever else can be found, and draw.
 
@@ -173,8 +173,8 @@ def _from_stream(view: SelectionView, key: str, header: Header, batches: list[Se
             ),
         )
     )
-    ways = int(header.settings.get("partitions", 0))  # from the epoch of that number on, graphs come again
-    graphs = [batch for batch in batches if not ways or batch.epoch < ways]
+    batch_assignments = int(header.settings.get("partitions", 0))  # from the epoch of that number on, graphs come again
+    graphs = [batch for batch in batches if not batch_assignments or batch.epoch < batch_assignments]
     solved = [batch for batch in graphs if Status.NOT_COMPUTED not in batch.status]
     if not solved:
         return
@@ -255,7 +255,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
         rows = selector.store.gather(batch.indices).astype(np.float32)
         found = fiedler_vectors(rows, k=config.knn, q=2, laplacian=config.laplacian, seed=config.seed, threads=1)
         basis = found.basis.reshape(len(rows), 2).cpu().numpy()
-    places = 100 * np.stack([percentile(basis[:, 0]), percentile(basis[:, 1])], axis=1)
+    percentiles = 100 * np.stack([percentile(basis[:, 0]), percentile(basis[:, 1])], axis=1)
     near = batch.seen.neighbors
     assert near is not None
     ends = np.stack([np.repeat(np.arange(len(near)), near.shape[1]), near.reshape(-1)], axis=1)
@@ -265,7 +265,7 @@ def _map(view: SelectionView, key: str, selector: BatchSelector, batch: SeenBatc
             "Spectral map",
             f"Batch {batch.selection.batch_id} of epoch {batch.selection.epoch}: each row by its rank along the first "
             "two eigenvectors, with the graph's edges. Rows close to each other look alike to the reference model.",
-            (charts.spectral_map(f"{key}-map", places, edges, batch.stays),),
+            (charts.spectral_map(f"{key}-map", percentiles, edges, batch.stays),),
         )
     )
 

@@ -40,12 +40,12 @@ def thumbnails(source: ImageSource, rows: Iterable[int], coordinates: Iterable[f
     Returns:
         A thumbnail per row.
     """
-    made = []
+    pictures = []
     for row, coordinate in zip(rows, coordinates, strict=True):
         label = int(source.labels[row])
         name = f", {source.classes[label]}" if 0 <= label < len(source.classes) else ""
-        made.append(Thumbnail(_data_uri(source, row), f"{source.ids[row]}{name}, coordinate {coordinate:.4f}"))
-    return made
+        pictures.append(Thumbnail(_data_uri(source, row), f"{source.ids[row]}{name}, coordinate {coordinate:.4f}"))
+    return pictures
 
 
 def _data_uri(source: ImageSource, row: int) -> str:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with the phase, how much is done, of how much, and shares of the time by what it was spent on."""
+Counted = Callable[[int, int], None]
+"""Called with how much is done, of how much: what one phase of work reports."""
 
 
 class ProgressBar:

@@ -6,12 +6,12 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, text_of
 from gstds_cache.files import mapped
+from gstds_cache.files.atomic import DISK_FULL
 
 DISK = {
     errno.ENOSPC: "the disk is full",
@@ -22,34 +22,12 @@ DISK = {
     errno.EIO: "the disk reported an error",
     errno.EFBIG: "the file may not grow that large here",
 }
-FULL = {errno.ENOSPC, errno.EDQUOT}
 PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY}
 FILES = {errno.EMFILE, errno.ENFILE}
 OURS = FILES | {errno.ENOMEM, errno.EAGAIN}
 """Errors of reading a file that say nothing about the file: the process or the machine has too little of something."""
 
 GO_ON = "then run the same command again"
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Name the file in the error of a write: a disk that is full does not say which.
-
-    Args:
-        path: What is written to.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: What the block raised.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL | {errno.EFBIG} and error.filename is None:  # others may be of what was read meanwhile
-            error.filename = os.fspath(path)
-        raise
 
 
 def about_us(error: BaseException) -> bool:
@@ -81,8 +59,9 @@ def _memory(error: BaseException) -> GstdsError | None:
 
 
 def _files(error: BaseException) -> GstdsError | None:
-    said = isinstance(error, RuntimeError) and "Too many open files" in str(error)  # PyTorch's, of its workers
-    if getattr(error, "errno", None) not in FILES and not said:
+    # PyTorch's error, where its workers met the limit.
+    in_worker = isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    if getattr(error, "errno", None) not in FILES and not in_worker:
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     more = max(4096, 4 * soft) if hard == resource.RLIM_INFINITY else min(max(4096, 4 * soft), hard)
@@ -136,10 +115,10 @@ def out_of_memory(error: BaseException) -> bool:
 def full_disk(path: str | Path) -> str:
     """The file system that ``path`` is, or would be, on, and what is free there, in words."""
     here = Path(os.path.abspath(path))  # noqa: PTH100 - resolves no links on a disk that may not answer
-    there = next((folder for folder in (here, *here.parents) if os.path.isdir(folder)), Path("/"))  # noqa: PTH112
-    mount = next((folder for folder in (there, *there.parents) if os.path.ismount(folder)), Path("/"))
+    existing = next((folder for folder in (here, *here.parents) if os.path.isdir(folder)), Path("/"))  # noqa: PTH112
+    mount = next((folder for folder in (existing, *existing.parents) if os.path.ismount(folder)), Path("/"))
     with suppress(OSError):
-        disk = shutil.disk_usage(there)
+        disk = shutil.disk_usage(existing)
         return f"the file system at {mount} has {disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free"
     return f"the file system at {mount}"
 
@@ -148,7 +127,7 @@ def _of(error: BaseException) -> str:
     names = [os.fsdecode(name) for name in (getattr(error, "filename", None),) if isinstance(name, str | bytes)]
     if not names:
         return ""
-    about = f" ({full_disk(names[0])})" if getattr(error, "errno", None) in FULL else ""
+    about = f" ({full_disk(names[0])})" if getattr(error, "errno", None) in DISK_FULL else ""
     return f": {names[0]}{about}"
 
 
@@ -157,7 +136,7 @@ def _mend(error: OSError) -> str:
     temporary = mapped.folder()
     if temporary is not None and (name == temporary or name.startswith(f"{temporary}/pymp-")):
         return f"make room there, or set TMPDIR to a folder with room; {GO_ON}"
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return f"make room there, or name a place on another disk; {GO_ON}"
     if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
         return f"name a place that can be written, or mend that; {GO_ON}"

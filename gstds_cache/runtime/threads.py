@@ -21,20 +21,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def limit_threads(threads: int) -> None:
-    """Let this process use at most ``threads`` CPU threads; 0 changes nothing.
-
-    torch, faiss and SciPy's BLAS each keep a pool of their own; unbounded beside a training run, they slowed its steps
-    threefold on two cores.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-        threadpoolctl.threadpool_limits(threads)
-
-
 @contextmanager
 def limited_threads(threads: int) -> Iterator[None]:
-    """:func:`limit_threads` while the block lasts; then torch, faiss and BLAS have as many threads as before.
+    """Let this process use at most ``threads`` CPU threads while the block lasts; 0 changes nothing.
+
+    torch, faiss and SciPy's BLAS each keep a pool of their own; unbounded beside a training run, they slowed its steps
+    threefold on two cores. Afterwards each has as many threads as before.
 
     Yields:
         Once.

@@ -27,3 +27,6 @@ GUIDANCE = {
     "file:SCORES.npy": "numbers of your own",
     "none": "uniform",
 }
+
+GUIDANCE_KINDS = tuple(kind for kind in GUIDANCE if not kind.startswith("file:"))
+"""Those that need nothing but their name."""

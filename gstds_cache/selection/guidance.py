@@ -19,7 +19,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.files.given import reading
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance_files import load_or_train, load_or_try
-from gstds_cache.selection.guidance_spec import PROBED, SAVE_SCORES, GuidanceKey, GuidanceSpec, key_of, parse_guidance
+from gstds_cache.selection.guidance_spec import PROBED, SAVE_SCORES, GuidanceKey, GuidanceSpec
 from gstds_cache.selection.rule import Rule
 from gstds_cache.selection.rules import RULES
 from gstds_cache.selection.trial import TrialSettings
@@ -106,7 +106,7 @@ def guidance_for(spec: GuidanceSpec, rule: Rule, labels: LabelCounts, *, share: 
 
 def load_or_make_guidance(
     store: EmbeddingStore,
-    guidance: str | GuidanceKey,
+    guidance: GuidanceKey,
     *,
     threads: int = 1,
     device: torch.device | None = None,
@@ -115,7 +115,7 @@ def load_or_make_guidance(
 
     Args:
         store: Where embeddings and labels are.
-        guidance: As a user writes it, where ``auto`` is :data:`DEFAULT`; or parsed, with its digests.
+        guidance: What was asked for, with its digests.
         threads: CPU threads.
         device: Where a probe is trained.
 
@@ -125,9 +125,6 @@ def load_or_make_guidance(
     Raises:
         UsageError: The store has no labels to learn from, or a file does not fit the store.
     """
-    if isinstance(guidance, str):
-        spec = parse_guidance(guidance)
-        guidance = key_of(store, replace(spec, kind=DEFAULT) if spec.kind == "auto" else spec)
     spec, digest = guidance.spec, guidance.digest
     if spec.path is not None:
         return Guidance("file", digest, Difficulty(_own_scores(store, spec.path)), note=f"read from {spec.path}")

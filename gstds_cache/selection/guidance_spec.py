@@ -33,7 +33,6 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.uris import split_query
 
 FORMAT = 1
-FILE = "file:SCORES.npy"
 SAVE_SCORES = "np.save('scores.npy', scores), one number >= 0 for each row of the store"
 PROBED = {"probe": "loss", "uncertainty": "entropy"}
 """The kinds that take a probe, and the column of it that each reads."""
@@ -85,7 +84,7 @@ def parse_guidance(text: str) -> GuidanceSpec:
     if text.startswith("file:"):
         return GuidanceSpec("file", path=expanded(text.removeprefix("file:"), "`guidance` file:"))
     kind, parameters = split_query("`guidance`", text)
-    if kind not in catalog.GUIDANCE or kind == FILE:
+    if kind not in catalog.GUIDANCE_KINDS:
         raise unknown_name("guidance", kind, catalog.GUIDANCE)
     known: dict[str, type] = {"cutoff": float} if kind in PROBED else {}
     known |= {f.name: type(f.default) for f in fields(ProbeSettings)} if kind in PROBED else {}
@@ -127,8 +126,16 @@ def _checked(text: str, kind: str, *, cutoff: float = 0.0, **settings: Any) -> G
     return GuidanceSpec(kind, cutoff, probe)
 
 
-def key_of(store: EmbeddingStore, spec: GuidanceSpec) -> GuidanceKey:
+def key_of(store: EmbeddingStore, spec: GuidanceSpec, labels: str = "") -> GuidanceKey:
     """The digests of a guidance, without computing it.
+
+    Args:
+        store: Where embeddings and labels are.
+        spec: What was asked for.
+        labels: What :func:`labels_digest` gives, where it is known: it reads every label.
+
+    Returns:
+        The digests.
 
     Raises:
         UsageError: The file that was named cannot be read.
@@ -138,7 +145,7 @@ def key_of(store: EmbeddingStore, spec: GuidanceSpec) -> GuidanceKey:
     if spec.path is not None:
         require_file(spec.path, "`guidance` file", hint=SAVE_SCORES)
         return GuidanceKey(spec, digest_of({"kind": "file", "sha256": sha256_file(spec.path)}))
-    labels = _sha256_of(np.ascontiguousarray(part, "<i8") for part in pieces(store.labels))
+    labels = labels or labels_digest(store)
     if spec.kind == "disagreement":
         return GuidanceKey(spec, digest_of({"kind": spec.kind, "labels": labels}))
     probe = digest_of(
@@ -154,6 +161,11 @@ def key_of(store: EmbeddingStore, spec: GuidanceSpec) -> GuidanceKey:
     )
     trial = {} if spec.trial is None else {"trial": asdict(spec.trial)}
     return GuidanceKey(spec, digest_of({"kind": spec.kind, "cutoff": spec.cutoff, "probe": probe, **trial}), probe)
+
+
+def labels_digest(store: EmbeddingStore) -> str:
+    """SHA-256 of a store's labels."""
+    return _sha256_of(np.ascontiguousarray(part, "<i8") for part in pieces(store.labels))
 
 
 def recorded_settings(settings: ProbeSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -68,6 +69,18 @@ class RuleBatch:
 
     def __len__(self) -> int:
         return len(self.vector)
+
+    @property
+    def visit(self) -> int:
+        """``repeat`` by its former name."""
+        warnings.warn("RuleBatch.visit is now called repeat", FutureWarning, stacklevel=2)
+        return self.repeat
+
+    @property
+    def steady_rng(self) -> np.random.Generator:
+        """``per_batch_rng`` by its former name."""
+        warnings.warn("RuleBatch.steady_rng is now called per_batch_rng", FutureWarning, stacklevel=2)
+        return self.per_batch_rng
 
 
 def read_only(batch: RuleBatch) -> RuleBatch:

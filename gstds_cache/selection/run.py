@@ -23,7 +23,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
-from gstds_cache.selection.guidance_spec import key_of
+from gstds_cache.selection.guidance_spec import GuidanceKey, key_of
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
@@ -59,7 +59,8 @@ class BatchSelector:
         Raises:
             UsageError: The rule or schedule is unknown, or the batch size exceeds the rows that have an embedding.
         """
-        self.store, self.config, settings = store, config, ParsedSettings.parse(config)
+        self.store, self.config = store, config
+        self._settings = settings = ParsedSettings.parse(config)
         self.rule = settings.rule
         self.plan = SelectionPlan(
             EligibleRows(len(store), store.without_embedding),
@@ -77,15 +78,24 @@ class BatchSelector:
         self.knn_backend = resolve_backend(config.knn_backend, self.device)
         self.solver = _solver(config, self.device)
         labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
-        self._guidance_key = key_of(
-            store, guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
-        )
-        self.guidance_digest = self._guidance_key.digest
-        self.identity = identity(store.fingerprint, config, settings, self.guidance_digest)
-        self.digest = digest_of(self.identity)
+        spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
+        self.change_guidance(config.guidance, key_of(store, spec))
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
+
+    def change_guidance(self, guidance: str, key: GuidanceKey) -> None:
+        """Select by another guidance from now on, in the batches that are planned already.
+
+        Args:
+            guidance: As the configuration has it.
+            key: The same, with its digests.
+        """
+        self.config, self._guidance_key = replace(self.config, guidance=guidance), key
+        self.guidance_digest = key.digest
+        self.identity = identity(self.store.fingerprint, self.config, self._settings, key.digest)
+        self.digest = digest_of(self.identity)
+        self.__dict__.pop("guidance", None)  # of the one before
 
     @property
     def threads(self) -> int:

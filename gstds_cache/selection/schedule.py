@@ -178,6 +178,11 @@ class RunSchedule:
         return 1 + np.diff(np.array(share, np.int64))
 
 
+def is_file(text: str) -> bool:
+    """Whether a schedule, as a user writes it or by its identity, is a file's."""
+    return text.partition(":")[0] == "file"
+
+
 def parse_schedule(text: str) -> Schedule:
     """Parse a schedule as the table at the top of this file describes them.
 
@@ -197,7 +202,7 @@ def parse_schedule(text: str) -> Schedule:
     name, _, rest = body.partition(":")
     if name not in USAGE:
         raise unknown_name("schedule", name, USAGE)
-    if name == "file":
+    if is_file(body):
         ratios, identity = _read(expanded(rest, "`schedule` file:"))
         return Schedule(text, identity + (f"+full:{share}" if plus else ""), ratios, full=full)
     arguments = rest.split(":") if rest else []

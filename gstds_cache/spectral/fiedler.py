@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int8
 from torch import Tensor
 
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components, label_components
 from gstds_cache.graph.knn import nearest
@@ -89,9 +90,9 @@ def fiedler_of_graph(
     graph: SparseGraph,
     *,
     q: int = 1,
-    laplacian: str = "combinatorial",
-    tolerance: float = 1e-6,
-    max_iterations: int = 500,
+    laplacian: str = SelectConfig.laplacian,
+    tolerance: float = SelectConfig.tolerance,
+    max_iterations: int = SelectConfig.max_iterations,
     seed: int = 0,
     start: Float64[Tensor, "G B q"] | None = None,
     threads: int | None = None,
@@ -166,9 +167,9 @@ def fiedler_vectors(
     *,
     k: int = 10,
     q: int = 1,
-    laplacian: str = "combinatorial",
-    tolerance: float = 1e-6,
-    max_iterations: int = 500,
+    laplacian: str = SelectConfig.laplacian,
+    tolerance: float = SelectConfig.tolerance,
+    max_iterations: int = SelectConfig.max_iterations,
     seed: int = 0,
     backend: str = "auto",
     device: str | None = None,
@@ -185,7 +186,7 @@ def fiedler_vectors(
         result = fiedler_vectors(torch.randn(8, 512, 64), k=10)
         result.vector           # [8, 512] float64
         result.values[:, 0]     # [8] algebraic connectivities
-        describe(int(result.status[0]))
+        Status(int(result.status[0])).describe()
 
     Args:
         x: Finite embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype.

@@ -20,6 +20,17 @@ class Status(enum.IntFlag):
     TOO_SMALL = 16
     NOT_COMPUTED = 32
 
+    def describe(self) -> str:
+        """Spell out the flags with what to do about each, joined by ``"; "``.
+
+        Raises:
+            ValueError: A bit is set that no flag has.
+        """
+        known = sum(int(flag) for flag in Status)
+        if int(self) & ~known:
+            raise ValueError(f"status: got {int(self)}, expected a combination of flags from 0 to {known}")
+        return "; ".join(text for flag, text in REMEDY.items() if self & flag) or REMEDY[Status.CONVERGED]
+
 
 REMEDY: dict[Status, str] = {
     Status.CONVERGED: "converged: nothing to do",
@@ -42,23 +53,3 @@ REMEDY: dict[Status, str] = {
     Status.TOO_SMALL: "too_small: fewer than 4 rows have no spectrum worth cutting; raise `batch_size`",
     Status.NOT_COMPUTED: "not_computed: the rule in use needs no spectrum",
 }
-
-
-def describe(status: int) -> str:
-    """Spell out a status with what to do about it.
-
-    Args:
-        status: Any combination of :class:`Status` flags.
-
-    Returns:
-        One remedy per flag, joined by ``"; "``.
-
-    Raises:
-        ValueError: If a bit is set that no flag has.
-    """
-    known = 0
-    for flag in REMEDY:
-        known |= int(flag)
-    if status < 0 or status & ~known:
-        raise ValueError(f"status: got {status}, expected a combination of flags from 0 to {known}")
-    return "; ".join(text for flag, text in REMEDY.items() if status & flag) or REMEDY[Status.CONVERGED]

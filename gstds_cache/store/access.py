@@ -128,15 +128,15 @@ class WindowAccess:
         shards = rng.permutation(np.unique(rows // shard_rows))
         block = np.empty((min(self.capacity, len(shards)) * shard_rows, self._spec.dim), self._spec.dtype)
         for first in range(0, len(shards), self.capacity):
-            names, places = [], []
+            names, positions = [], []
             for slot, shard in enumerate(shards[first : first + self.capacity].tolist()):
                 read = self._read(shard)
                 block[slot * shard_rows : slot * shard_rows + len(read)] = read
                 low, high = np.searchsorted(rows, (shard * shard_rows, (shard + 1) * shard_rows))
                 names.append(rows[low:high])
-                places.append(rows[low:high] - shard * shard_rows + slot * shard_rows)
+                positions.append(rows[low:high] - shard * shard_rows + slot * shard_rows)
             order = rng.permutation(sum(map(len, names)))
-            yield np.concatenate(names)[order], block, np.concatenate(places)[order]
+            yield np.concatenate(names)[order], block, np.concatenate(positions)[order]
 
     def _shard(self, shard: int) -> Rows:
         if shard not in self._held:

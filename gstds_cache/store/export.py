@@ -14,6 +14,7 @@ from jaxtyping import Float
 from gstds_cache.errors import UsageError
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.store import layout
+from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import Problem, corrupt
 from gstds_cache.store.mirror import write_rows
 from gstds_cache.store.reader import EmbeddingStore
@@ -55,7 +56,7 @@ def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> 
 
 def _write_table(store: EmbeddingStore, file: Path, shards: Iterator[Float[np.ndarray, "R D"]]) -> None:
     try:
-        items = pa.ipc.open_file(pa.BufferReader(map_object(store.metadata.transport, layout.ITEMS))).read_all()
+        items = pa.ipc.open_file(pa.BufferReader(map_object(open_transport(store.location), layout.ITEMS))).read_all()
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = Problem(layout.ITEMS, f"{layout.ITEMS} does not decode ({error})")
         raise corrupt(store.location, [problem]) from error

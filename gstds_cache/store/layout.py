@@ -63,9 +63,9 @@ def metadata_objects(
 ) -> dict[str, bytes | memoryview]:
     """Objects of a store with no shard yet: the ``zarr.json`` files and the labels; the group's comes last."""
     objects, _ = _in_memory(spec, attributes)
-    made: dict[str, bytes | memoryview] = {key: data.to_bytes() for key, data in objects.items()}
-    made[LABEL] = _vector(labels.astype("<i8", copy=False))
-    return {key: made[key] for key in sorted(made, key=lambda key: (key == GROUP, key))}
+    encoded: dict[str, bytes | memoryview] = {key: data.to_bytes() for key, data in objects.items()}
+    encoded[LABEL] = _vector(labels.astype("<i8", copy=False))
+    return {key: encoded[key] for key in sorted(encoded, key=lambda key: (key == GROUP, key))}
 
 
 def shard_object(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) -> bytes:
@@ -149,9 +149,9 @@ def _vector(values: np.ndarray) -> memoryview:
             file.write(part)
         file.write(checksum.to_bytes(4, "little"))
 
-    made = mapped.written(write)
+    stored = mapped.written(write)
     mapped.release(values)
-    return made
+    return stored
 
 
 def _in_memory(spec: CacheSpec, attributes: dict[str, Any]) -> tuple[dict[str, Buffer], dict[str, zarr.Array[Any]]]:

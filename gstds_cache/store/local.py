@@ -150,8 +150,8 @@ class LocalTransport:
 
     def free_bytes(self) -> int | None:
         """What the file system says is free for this user."""
-        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.is_dir())
-        return shutil.disk_usage(there).free
+        existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.is_dir())
+        return shutil.disk_usage(existing).free
 
     def _to_write(self, key: str) -> Path:
         """Path of an object that is about to be written, in a folder that exists."""

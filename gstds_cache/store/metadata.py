@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.files.digest import canonical_json
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
 from gstds_cache.store.commit_record import CommitRecord, commits_root, counts_of
 from gstds_cache.store.factory import open_transport
 from gstds_cache.store.format import Format
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.transport import Transport, map_object
-
-Progress = Callable[[int, int], None]
 
 METADATA_KEYS = (
     layout.GROUP,
@@ -259,7 +258,7 @@ class StoreMetadata:
                 )
         return problems
 
-    def check_hashes(self, commits: dict[int, CommitRecord], progress: Progress | None = None) -> list[Problem]:
+    def check_hashes(self, commits: dict[int, CommitRecord], progress: Counted | None = None) -> list[Problem]:
         """Problems found by hashing every committed shard.
 
         Args:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gstds_cache.errors import IntegrityError
+from gstds_cache.errors import IntegrityError, command_line
 from gstds_cache.files.atomic import atomic_write, discard_leftovers
 from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.files.lock import exclusive
@@ -82,7 +82,7 @@ def _make(
             if not _matches(path, spec, commits):
                 raise IntegrityError(
                     f"{path} does not hold the rows that were written to it, or the store not those it was made of",
-                    hint="check both with: gstds-cache verify STORE --level full",
+                    hint=f"check both with: {command_line('gstds-cache', 'verify', 'STORE', '--level', 'full')}",
                 )
         # The record comes last: without it the file is checked again.
         with atomic_write(folder / RECORD, durable=False, leftovers="all") as file:

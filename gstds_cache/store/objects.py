@@ -233,7 +233,7 @@ class ObjectTransport:
                 )
             except self._obstore.exceptions.BaseError as error:
                 raise UsageError(
-                    f"{self.location}: the environment does not describe a service: {_said(error)}",
+                    f"{self.location}: the environment does not describe a service: {_message(error)}",
                     hint="check the variables whose names begin with AWS_; a key id and its secret come together",
                 ) from error
         return self._store
@@ -273,8 +273,8 @@ class ObjectTransport:
             raise self._unavailable(name, error) from error
 
     def _unavailable(self, name: str, error: Exception) -> StoreUnavailableError:
-        said = _said(error)
-        found = {pattern: re.search(pattern, said) for pattern in (STATUS, CODE)}
+        message = _message(error)
+        found = {pattern: re.search(pattern, message) for pattern in (STATUS, CODE)}
         status, code = (match[1] if match else "" for match in found.values())
         place = _endpoint() or "Amazon S3 (AWS_ENDPOINT_URL is not set)"
         if code == "NoSuchBucket":
@@ -283,17 +283,18 @@ class ObjectTransport:
                 hint="make the bucket, or check its name, AWS_ENDPOINT_URL and AWS_REGION",
             )
         # Without a key in the environment, obstore asks the machine's own metadata service for one.
-        keyless = "169.254.169.254" in said
+        keyless = "169.254.169.254" in message
         if keyless or {status, code} & REFUSALS:
             answer = " ".join(filter(None, (status, code)))
             return StoreUnavailableError(
                 f"{self.location}/{name}: "
-                + (f"no credentials: {said[:200]}" if keyless else f"{place} refused access: {answer}"),
+                + (f"no credentials: {message[:200]}" if keyless else f"{place} refused access: {answer}"),
                 hint="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and "
                 "AWS_ENDPOINT_URL, and that this key may list, read, write and delete there; ~/.aws is not read",
             )
         return StoreUnavailableError(
-            f"{self.location}/{name}: {place} does not answer as it should: {said.partition('<')[0][:400].strip(' :')}"
+            f"{self.location}/{name}: {place} does not answer as it should: "
+            + message.partition("<")[0][:400].strip(" :")
             + (f" {code}" if code else ""),
             hint="nothing that is there was lost: run the same command again. If it never answered: check "
             "AWS_ENDPOINT_URL and AWS_REGION",
@@ -327,7 +328,7 @@ def _endpoint() -> str:
     return next((value for name in names if (value := os.environ.get(name))), "")
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """What obstore says, without its structure for debugging."""
     return str(error).partition("\n\nDebug source")[0]
 

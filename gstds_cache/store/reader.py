@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from gstds_cache.config import MEMORY_BUDGET
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
 from gstds_cache.files import mapped
@@ -22,11 +22,9 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
-
-if TYPE_CHECKING:
-    from gstds_cache.embedding.report import EmbedReport  # the type of an attribute alone: see setup.cfg
 
 
 class EmbeddingStore:
@@ -56,7 +54,7 @@ class EmbeddingStore:
         where: LocationLike | StoreMetadata,
         *,
         allow_partial: bool = False,
-        memory_budget: int = 8 << 30,
+        memory_budget: int = MEMORY_BUDGET,
         access: Kind = "auto",
         mirror: Path | None = None,
     ) -> None:
@@ -75,34 +73,38 @@ class EmbeddingStore:
             ChunkCorruptError: An object is missing or of another size, or a record was altered.
             UsageError: A mirror was asked for, and the store is not complete.
         """  # noqa: DOC501
-        self.metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
-        self.location, self.spec = self.metadata.location, self.metadata.spec
-        self.kind, self.classes, self.dataset_uri = self.metadata.kind, self.metadata.classes, self.metadata.dataset_uri
+        self._metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
+        self.location, self.spec = self._metadata.location, self._metadata.spec
+        self.kind, self.classes, self.dataset_uri = (
+            self._metadata.kind,
+            self._metadata.classes,
+            self._metadata.dataset_uri,
+        )
         self.fingerprint = self.spec.fingerprint
         self.memory_budget = memory_budget
         self._opening = (self.location, allow_partial, memory_budget, access, mirror)
         self._process, self._making_access = os.getpid(), threading.Lock()
-        record = self.metadata.complete()
+        record = self._metadata.complete()
         if record is None and not allow_partial:
-            command = self.metadata.provenance.get("command", ["gstds-embed", "DATASET"])
-            committed = len(self.metadata.committed())
+            command = self._metadata.provenance.get("command", ["gstds-embed", "DATASET"])
+            committed = len(self._metadata.committed())
             raise IncompleteError(
                 f"{self.location} is not complete: {committed} of {self.spec.shards} shards are committed",
                 hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
-        self.commits = self.metadata.commits()
-        problems = self.metadata.check_sizes(self.commits)
+        self.commits = self._metadata.commits()
+        problems = self._metadata.check_sizes(self.commits)
         if record is not None:
-            problems += self.metadata.check_complete(record, self.commits)
+            problems += self._metadata.check_complete(record, self.commits)
         if problems:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back = mirror, ""
         self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
-        self.metadata.transport.mark_used()
+        self._metadata.transport.mark_used()
 
     def _choose_access(self, access: Kind, *, complete: bool) -> tuple[Kind, str]:
         """Choose how to get at rows, and say why; a place for a mirror is looked for where one may be wanted.
@@ -112,9 +114,9 @@ class EmbeddingStore:
         """
         wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
         if wanted and self._mirror is None:
-            places = derived_paths(self.location, MIRROR)
-            made = [place for place in places if os.path.isfile(place / ROWS)]  # noqa: PTH113 - Path's may raise
-            place = WritablePath(made[0]) if made else first_writable(places)
+            paths = derived_paths(self.location, MIRROR)
+            kept = [path for path in paths if os.path.isfile(path / ROWS)]  # noqa: PTH113 - Path's may raise
+            place = WritablePath(kept[0]) if kept else first_writable(paths)
             if place.path is None and access == "mirror":
                 raise UsageError(f"there is no place for a mirror: {place.note}", hint="name one: pass `mirror=FOLDER`")
             self._mirror, why = place.path, place.note
@@ -158,7 +160,7 @@ class EmbeddingStore:
             ChunkCorruptError: The object of the labels is damaged.
         """  # noqa: DOC501
         try:
-            pieces = self.metadata.transport.pieces(layout.LABEL)
+            pieces = self._metadata.transport.pieces(layout.LABEL)
             return layout.label_values(self.spec, pieces, len(self.classes))
         except (FileNotFoundError, ValueError) as error:
             problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
@@ -166,7 +168,7 @@ class EmbeddingStore:
 
     def manifest(self) -> DatasetManifest:
         """The items that the store was made of, in the order of its rows (:meth:`StoreMetadata.manifest`)."""
-        return self.metadata.manifest()
+        return self._metadata.manifest()
 
     @property
     def nbytes(self) -> int:
@@ -186,7 +188,7 @@ class EmbeddingStore:
             raise IncompleteError(f"{self.location}: shard {shard} is not committed")
         key = layout.object_key(shard)
         try:
-            return layout.read_shard(self.spec, shard, self.metadata.transport.get(key))
+            return layout.read_shard(self.spec, shard, self._metadata.transport.get(key))
         except FileNotFoundError as error:
             raise corrupt(self.location, [Problem(key, f"{key} is missing", shard)]) from error
         except ValueError as error:
@@ -244,12 +246,12 @@ class EmbeddingStore:
         names = np.empty(batch_size, np.int64)
         batch = np.empty((batch_size, self.spec.dim), np.float32)
         filled = 0
-        for rows, block, places in self._access.windows(valid, rng):
+        for rows, block, positions in self._access.windows(valid, rng):
             done = 0
             while done < len(rows):
                 take = min(batch_size - filled, len(rows) - done)
                 names[filled : filled + take] = rows[done : done + take]
-                convert_into(block[places[done : done + take]], batch[filled : filled + take])
+                convert_into(block[positions[done : done + take]], batch[filled : filled + take])
                 filled, done = filled + take, done + take
                 if filled == batch_size:
                     yield names.copy(), batch
@@ -268,10 +270,10 @@ class EmbeddingStore:
     @property
     def _access(self) -> RowAccess:
         with self._making_access:  # one thread reads the rows into memory, or makes the mirror
-            return self._made_access
+            return self._opened_access
 
     @cached_property
-    def _made_access(self) -> RowAccess:
+    def _opened_access(self) -> RowAccess:
         if self.access_kind == "mirror" and self._mirror is not None:
             try:
                 return WholeAccess("mirror", open_mirror(self._mirror, self.spec, self.commits, self.shard))
@@ -308,5 +310,5 @@ def _reopen(
 
 def _free(folder: Path) -> int:
     absolute = folder.absolute()
-    there = (path for path in (absolute, *absolute.parents) if os.path.isdir(path))  # noqa: PTH112 - Path's may raise
-    return shutil.disk_usage(next(there)).free
+    existing = (path for path in (absolute, *absolute.parents) if os.path.isdir(path))  # noqa: PTH112 - Path's may raise
+    return shutil.disk_usage(next(existing)).free

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gstds_cache.config import CHECK_LEVEL
 from gstds_cache.errors import ChunkCorruptError
-from gstds_cache.files.location import LocationLike
+from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
-from gstds_cache.store.metadata import Problem, Progress, StoreMetadata
+from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 
 Level = Literal["quick", "full", "sample"]
 
@@ -44,6 +46,11 @@ class VerifyReport:
         return vars(self) | {"problems": [str(problem) for problem in self.problems]}
 
     @property
+    def error(self) -> ChunkCorruptError | None:
+        """The error that names the problems and the command that mends them; None where all is well."""
+        return corrupt(Location.parse(self.location), self.problems) if self.problems else None
+
+    @property
     def bad_shards(self) -> list[int]:
         """Shards that have to be done again."""
         return sorted({problem.shard for problem in self.problems if problem.shard is not None})
@@ -51,9 +58,9 @@ class VerifyReport:
 
 def verify(
     where: LocationLike | StoreMetadata,
-    level: Literal["quick", "full"] = "quick",
+    level: Literal["quick", "full"] = CHECK_LEVEL,
     *,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> VerifyReport:
     """Check a store.
 

@@ -19,10 +19,11 @@ from gstds_cache.errors import (
 )
 from gstds_cache.files.digest import canonical_json, sha256_hex
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
 from gstds_cache.store.commit_record import CommitRecord, Quarantined, commits_root, counts_of, valid_of
 from gstds_cache.store.factory import open_transport
-from gstds_cache.store.metadata import METADATA_KEYS, Complete, Progress, StoreMetadata, corrupt
+from gstds_cache.store.metadata import METADATA_KEYS, Complete, StoreMetadata, corrupt
 from gstds_cache.store.spec import CacheSpec, require_same
 from gstds_cache.store.transport import Transport
 
@@ -142,7 +143,7 @@ class StoreWriter:
         self.metadata.remember(commit)
         return commit
 
-    def finish(self, progress: Progress | None = None) -> Complete:
+    def finish(self, progress: Counted | None = None) -> Complete:
         """Check every object once more, write ``valid`` and COMPLETE.
 
         Args:
@@ -183,20 +184,20 @@ class StoreWriter:
     def _same_or_refuse(self, commit: CommitRecord) -> CommitRecord:
         names = self.spec.names
         data = self._transport.get(names.commit_key(commit.shard))
-        there = CommitRecord.from_bytes(data, names, shard=commit.shard, fingerprint=self.spec.fingerprint)
-        if there == commit:
-            self.metadata.remember(there)
-            return there
+        committed = CommitRecord.from_bytes(data, names, shard=commit.shard, fingerprint=self.spec.fingerprint)
+        if committed == commit:
+            self.metadata.remember(committed)
+            return committed
         hint = "the committed one was kept; embed on one kind of machine with one set of library versions"
         key = layout.object_key(commit.shard)
-        if self._transport.sha256(key) != there.object_sha256:
+        if self._transport.sha256(key) != committed.object_sha256:
             # Another writer's commit record came between our object and our commit record. A missing object is found by
             # every reader, one with other rows by none.
             self._transport.delete(key)
             hint = f"neither was kept; make the shard anew with: {command_line('gstds-cache', 'repair', self.location)}"
         raise NondeterminismError(
             f"{self.location}: shard {commit.shard} was embedded twice with different results (content "
-            f"{there.content_sha256[:12]} is committed, {commit.content_sha256[:12]} came now)",
+            f"{committed.content_sha256[:12]} is committed, {commit.content_sha256[:12]} came now)",
             hint=hint,
         )
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.stream.schema import Header
-from gstds_cache.stream.shared_reader import WAKE, GrowingFile, SharedReader, Stopped
+from gstds_cache.stream.shared_reader import WAKE, Growing, GrowingFile, SharedReader, Stopped
 from gstds_cache.stream.writer import header_of, stored_header, storing
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 Selector = Callable[[], "BatchSelector"]
 
 
-class Shared:
+class Shared(Growing):
     """One selection that is being computed, and those who read it.
 
     Attributes:
         header: What the selection says of itself.
-        path: Where it will be when it is finished.
+        readers: How many read it.
+        stopping: Whether it is to stop.
     """
 
     def __init__(
@@ -44,10 +45,8 @@ class Shared:
         ended: Callable[[Shared], None],
     ) -> None:
         """Begin computing, in a thread, once it is this selection's turn; ``ended`` is told when that is over."""
-        self.header, self.path, self.readers = header_of(selector), path, 0
-        self.size, self.partial, self.done, self.stopping = 0, None, False, False  # type: int, Path | None, bool, bool
-        self.error: BaseException | None = None
-        self.changed = threading.Condition()
+        super().__init__(path)
+        self.header, self.readers, self.stopping = header_of(selector), 0, False
         self._turn, self._log, self._ended = turn, log, ended
         # The thread alone holds the selector: a slow reader holds this object long after the computation's end.
         self.thread = threading.Thread(target=self._compute, args=(selector,), name="selection", daemon=True)
@@ -60,9 +59,7 @@ class Shared:
         except BaseException as error:
             if not isinstance(error, Stopped):
                 self._log("failed", selection=self.header.selection_digest, error=f"{type(error).__name__}: {error}")
-            with self.changed:
-                self.error = error
-                self.changed.notify_all()
+            self.failed(error)
         finally:
             self._ended(self)
 
@@ -72,23 +69,17 @@ class Shared:
                 raise Stopped
         try:
             with storing(self.header, self.path) as stored:
-                self._grown(stored.size)
+                self.grown(stored.size)
                 with closing(selector.run(start=stored.taken_over)) as batches:  # type: ignore[type-var]
                     for selection in batches:
                         stored.write(selection)
-                        self._grown(stored.size)
+                        self.grown(stored.size)
                         if self.stopping:
                             raise Stopped
                 stored.end()
-                self._grown(stored.size, done=True)
+                self.grown(stored.size, done=True)
         finally:
             self._turn.release()
-
-    def _grown(self, size: int, *, done: bool = False) -> None:
-        with self.changed:
-            self.size, self.done = size, done
-            self.partial = self.path.with_name(f".{self.path.name}.partial")
-            self.changed.notify_all()
 
 
 class Hub:

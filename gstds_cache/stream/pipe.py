@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.runtime.resources import FULL
+from gstds_cache.files.atomic import DISK_FULL
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import GROUP_RECORDS
 from gstds_cache.stream.schema import ByteStream, Header
-from gstds_cache.stream.writer import Storing, header_of, storing
+from gstds_cache.stream.writer import Storing, header_of, partial_of, storing
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
@@ -96,7 +97,7 @@ def write_pipe(
     sink: ByteStream,
     *,
     keep: Path | None = None,
-    notify: Callable[[str], None] = lambda _text: None,
+    notify: Notify = lambda _text: None,
 ) -> Generator[SelectedBatch, None, None]:
     """Write a selection to a pipe as it is made. A reader that goes away raises BrokenPipeError.
 
@@ -132,7 +133,7 @@ class _Keeping:
         taken_over: Batches that an interrupted run had stored.
     """
 
-    def __init__(self, header: Header, path: Path | None, notify: Callable[[str], None]) -> None:
+    def __init__(self, header: Header, path: Path | None, notify: Notify) -> None:
         self.taken_over = 0
         self._header, self._path, self._notify = header, path, notify
         self._block: AbstractContextManager[Storing] | None = None
@@ -172,9 +173,9 @@ class _Keeping:
 
     def _give_up(self, error: OSError) -> None:
         self._notify(f"this selection is not kept for the next time: {error}")
-        if self._path is not None and error.errno in FULL:
+        if self._path is not None and error.errno in DISK_FULL:
             with suppress(OSError):  # the trainer beside us may need the room, for its checkpoint
-                self._path.with_name(f".{self._path.name}.partial").unlink(missing_ok=True)
+                partial_of(self._path).unlink(missing_ok=True)
 
 
 def replay(path: Path, sink: ByteStream) -> None:
@@ -190,6 +191,6 @@ def replay(path: Path, sink: ByteStream) -> None:
 
 
 def _first(keep: Path, count: int) -> Iterator[SelectedBatch]:
-    with open_selection(keep.with_name(f".{keep.name}.partial")) as stream:
+    with open_selection(partial_of(keep)) as stream:
         while stream.next_seq < count:
             yield next(iter(stream))

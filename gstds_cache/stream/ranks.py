@@ -22,6 +22,8 @@ from gstds_cache.errors import UsageError
 
 Tail = Literal["drop", "pad"]
 TAILS: tuple[Tail, ...] = ("drop", "pad")
+TAIL: Tail = "drop"
+"""What is done unless another policy is asked for."""
 
 
 def rank_slice(kept: Int64[np.ndarray, " M"], rank: int, world_size: int, tail: Tail) -> Int64[np.ndarray, " m"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -233,11 +234,17 @@ class SelectionStream:
         return True
 
 
-def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> SelectionStream:
+def is_service(text: str) -> bool:
+    """Whether a selection is named by a service's address."""
+    return text.startswith(("grpc://", "grpc+tls://"))
+
+
+def open_selection(where: str | os.PathLike[str], *, resume: ResumeToken | None = None) -> SelectionStream:
     """Open a selection.
 
     Args:
-        where: A file, ``-`` for stdin, or ``grpc://HOST:PORT`` (``grpc+tls://``, and ``/DIGEST`` for one of several).
+        where: A file, what :func:`gstds_cache.select` returned, ``-`` for stdin, or ``grpc://HOST:PORT``
+            (``grpc+tls://``, and ``/DIGEST`` for one of several).
         resume: Go on from here: where another stream's :meth:`SelectionStream.token` was taken.
 
     Returns:
@@ -248,8 +255,8 @@ def open_selection(where: str | Path, *, resume: ResumeToken | None = None) -> S
         StreamError: It is no selection.
         FingerprintMismatchError: ``resume`` is of another selection.
     """
-    text = str(where)
-    if text.startswith(("grpc://", "grpc+tls://")):
+    text = os.fspath(where)
+    if is_service(text):
         from gstds_cache.stream.flight_client import FlightSource  # Flight takes 0.1 s to import
 
         source = FlightSource(text, start=resume)

@@ -27,6 +27,8 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 
 Remainder = Literal["carry", "drop"]
 REMAINDERS: tuple[Remainder, ...] = ("carry", "drop")
+REMAINDER: Remainder = "carry"
+"""What is done unless another policy is asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PackedBatch:
     kept: Int64[np.ndarray, " size"]
 
 
-def repack(batches: Iterable[SelectedBatch], size: int, remainder: Remainder = "carry") -> Iterator[PackedBatch]:
+def repack(batches: Iterable[SelectedBatch], size: int, remainder: Remainder = REMAINDER) -> Iterator[PackedBatch]:
     """Cut the kept rows of a selection into batches of ``size``.
 
     A batch is yielded as soon as it is full, before anything else is read; after the last one the selection is read to
@@ -78,7 +80,7 @@ def repack(batches: Iterable[SelectedBatch], size: int, remainder: Remainder = "
             seq, batch_id = seq + 1, batch_id + 1
 
 
-def packed_per_epoch(kept_per_epoch: Sequence[int], size: int, remainder: Remainder = "carry") -> list[int]:
+def packed_per_epoch(kept_per_epoch: Sequence[int], size: int, remainder: Remainder = REMAINDER) -> list[int]:
     """Batches that :func:`repack` makes in each epoch, known before any of them.
 
     Args:

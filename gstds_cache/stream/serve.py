@@ -7,12 +7,13 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.flight_server import SelectionService
 from gstds_cache.stream.hub import Hub
@@ -36,7 +37,7 @@ def serve(
     also: Sequence[Path] = (),
     access: Access,
     stop: threading.Event,
-    notify: Callable[[str], None],
+    notify: Notify,
     metrics_port: int | None = None,
 ) -> int:
     """Serve a store's selections until ``stop`` is set.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from gstds_cache.errors import ProducerFailedError
-
-if TYPE_CHECKING:
-    from gstds_cache.stream.hub import Shared
+from gstds_cache.stream.writer import partial_of
 
 WAKE = 0.2  # seconds after which a waiting reader looks whether its own client is still there
 
@@ -21,10 +20,41 @@ class Stopped(Exception):
     """A reader's client is gone, or the service stops."""
 
 
+class Growing:
+    """How far a selection is that one thread writes and others read.
+
+    Attributes:
+        path: Where it will be when it is finished.
+        begun: Whether its file is there.
+        size: Bytes of the file that hold whole record batches.
+        done: Whether these are all.
+        error: What ended the writing before its end; None where nothing did.
+        changed: Notified of every change.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is written yet."""
+        self.path, self.begun, self.size, self.done = path, False, 0, False
+        self.error: BaseException | None = None
+        self.changed = threading.Condition()
+
+    def grown(self, size: int, *, done: bool = False) -> None:
+        """So many bytes are written."""
+        with self.changed:
+            self.begun, self.size, self.done = True, size, done
+            self.changed.notify_all()
+
+    def failed(self, error: BaseException) -> None:
+        """No more will be written."""
+        with self.changed:
+            self.error = error
+            self.changed.notify_all()
+
+
 class GrowingFile(io.RawIOBase):
     """The file of a selection that is being computed; reading waits for what is not there yet."""
 
-    def __init__(self, shared: Shared, wanted: Callable[[], bool]) -> None:
+    def __init__(self, shared: Growing, wanted: Callable[[], bool]) -> None:
         """Wait until there is a file, and open it.
 
         Raises:
@@ -32,10 +62,10 @@ class GrowingFile(io.RawIOBase):
             ProducerFailedError: The computation failed.
         """
         self._shared, self._wanted, self._position = shared, wanted, 0
-        self._wait(lambda: shared.partial is not None)
+        self._wait(lambda: shared.begun)
         self._whole = False
         try:
-            self._file = shared.path.with_name(f".{shared.path.name}.partial").open("rb")
+            self._file = partial_of(shared.path).open("rb")
         except FileNotFoundError:  # just now it was finished. One that is open already is read on without its name.
             self._file, self._whole = shared.path.open("rb"), True
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from gstds_cache.errors import UsageError
+from gstds_cache.selection import catalog
 from gstds_cache.stream.resume import ResumeToken
 
 LIMIT = 4096  # bytes
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 SCHEDULE = re.compile(r"[a-z]{1,16}(:[0-9eE.+-]{1,24}){1,8}")  # numbers alone: file:PATH would name a path
-GUIDANCE = re.compile(r"auto|probe|uncertainty|disagreement|none")
+GUIDANCE = re.compile("|".join(catalog.GUIDANCE_KINDS))
 RULE = re.compile(r"[a-z0-9_-]{1,64}")  # a name alone: module:function would run what the service's user did not choose
 # "partitions" is what batch_assignments were called by earlier versions.
 NUMBERS = {"batch_size": 1 << 20, "epochs": 10_000, "knn": 1 << 16, "seed": 1 << 62, "max_iterations": 100_000,

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.files.atomic import atomic_write
+from gstds_cache.files.atomic import atomic_write, writing
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, grouped
@@ -25,6 +24,11 @@ from gstds_cache.stream.schema import Header
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
+
+
+def partial_of(path: Path) -> Path:
+    """Where the selection that will be at ``path`` lies while it is made."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def header_of(selector: BatchSelector) -> Header:
@@ -139,10 +143,10 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
         StreamError: Not all batches were written.
         OSError: The disk takes no more.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f".{path.name}.lock"), of=path):
-        begun = partial.with_suffix(".tmp")
+        begun = partial.with_suffix(".tmp")  # one name for all processes: the lock lets one at a time write it
         # Named once more: closing the file tries to write what is left, and its error takes the place of the first.
         with writing(partial), begun.open("wb") as file:
             try:

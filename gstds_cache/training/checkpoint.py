@@ -9,7 +9,7 @@ import torch
 
 from gstds_cache.errors import IntegrityError
 
-OPTIONAL = frozenset({"joules"})  # not in the checkpoints of the first versions
+OPTIONAL = frozenset({"joules", "forward_samples"})  # not in the checkpoints of the first versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class Checkpoint:
         sha: Running hash over the selection's records up to this step, hexadecimal.
         seconds: Seconds by phase, over all sessions.
         joules: Joules by phase, over all sessions; None where one had no counter.
+        forward_samples: Samples that only passed forward, over all ranks. Above 0 once the running statistics of batch
+            normalisation in ``network`` are re-estimated, which is after the last step; until then they are those of
+            training, from which it goes on.
     """
 
     network: dict[str, torch.Tensor]
@@ -37,6 +40,7 @@ class Checkpoint:
     sha: str
     seconds: dict[str, float]
     joules: dict[str, float] | None = None
+    forward_samples: int = 0
 
     def to_state(self) -> dict[str, Any]:
         """What ``torch.save`` writes: one entry a field."""
@@ -72,4 +76,5 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "sha": str,
     "seconds": dict,
     "joules": (dict, type(None)),
+    "forward_samples": int,
 }

@@ -15,12 +15,12 @@ from torch import distributed, nn
 from gstds_cache.config import as_type
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.runtime.devices import resolve_device
-from gstds_cache.stream.ranks import Tail, require_rank
+from gstds_cache.stream.ranks import TAIL, Tail, require_rank
 
 T = TypeVar("T")
 
 
-def default_ranks(rank: int | None, world_size: int | None, tail: Tail = "drop") -> tuple[int, int]:
+def default_ranks(rank: int | None, world_size: int | None, tail: Tail = TAIL) -> tuple[int, int]:
     """This process's rank and the number of ranks.
 
     Where they are not given, they are torch.distributed's once a process group is there; before that, RANK and

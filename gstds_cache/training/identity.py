@@ -10,19 +10,35 @@ from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.files.digest import sha256_hex
 from gstds_cache.stream.schema import Header
+from gstds_cache.training.batch_norm import has_running_norms
 from gstds_cache.training.images import default_side
 
 NOT_IDENTITY = frozenset({"device", "workers", "memory_budget", "threads"})
 
 # How a run's default name spells the settings that are not the default ones; a setting that is not here is spelled out.
-SPELLED = {"lr": "lr", "momentum": "m", "weight_decay": "wd", "image_size": "px", "augment": "", "repack": "b"}
+SPELLED = {
+    "lr": "lr",
+    "momentum": "m",
+    "weight_decay": "wd",
+    "image_size": "px",
+    "augment": "",
+    "repack": "b",
+    "norm_samples": "norm",
+}
 
 
 def resolve_auto(config: TrainConfig, source: ImageSource) -> TrainConfig:
-    """The configuration with what was left to the data set: its images' size, and whether they may be mirrored."""
+    """The configuration with what was left to the data set: its images' size, and whether they may be mirrored.
+
+    ``norm_samples`` becomes the rows that are drawn: 0 for a network without batch normalisation, and no more than
+    there are, so that it makes another run only where it changes the outcome.
+    """
+    side = config.image_size or default_side(source)
+    drawn = min(config.norm_samples, len(source))
     return replace(
         config,
-        image_size=config.image_size or default_side(source),
+        image_size=side,
+        norm_samples=drawn if drawn and has_running_norms(config.arch, side) else 0,
         augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from gstds_cache.data.loading import PixelBatches, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.preprocessing import without_ends
 from gstds_cache.errors import UsageError
+from gstds_cache.runtime.progress import Counted
 
 MAX_ASPECT = 16  # beyond it the ends are cut off before resizing: they would not be seen, and take memory
 AHEAD = 64  # images decoded per batch while memory is filled
@@ -54,7 +55,7 @@ class ImageFeed:
         memory_budget: int,
         workers: int,
         pin: bool = False,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        progress: Counted = lambda _done, _total: None,
     ) -> None:
         """Decode everything now if it fits ``memory_budget`` bytes.
 
@@ -108,6 +109,27 @@ class ImageFeed:
                 for decoded in batches:
                     self._refuse(decoded.failures)
                     yield decoded.pixels
+
+    def decodable_batches(
+        self, rows: Iterable[Int64[np.ndarray, " _"]]
+    ) -> Generator[UInt8[torch.Tensor, "m 3 S S"], None, None]:
+        """Pixels for each batch of rows, less those of images that cannot be decoded; the same however they are held.
+
+        Args:
+            rows: Rows of each batch, int64.
+
+        Yields:
+            uint8 [m, 3, side, side] for each batch.
+        """
+        if self.in_memory:
+            for batch in rows:
+                index = torch.from_numpy(batch)
+                yield self._pixels[index[self._fine[index]]]
+        else:
+            with closing(self._decode((batch.tolist() for batch in rows), self._workers, pin=self._pin)) as batches:
+                for decoded in batches:
+                    failed = {row for row, _ in decoded.failures}
+                    yield decoded.pixels[torch.tensor([row not in failed for row in decoded.rows])]
 
     def _decode(self, rows: Iterable[Sequence[int]], workers: int, *, pin: bool) -> PixelBatches:
         shape = (3, self.side, self.side)

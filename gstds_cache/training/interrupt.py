@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gstds_cache.runtime.notify import Notify
+
 
 @contextmanager
-def stop_after_step(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def stop_after_step(notify: Notify) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a request that the loop asks for.
 
     Signals are the main thread's: in another thread nothing is changed. The handler that was there is put back.

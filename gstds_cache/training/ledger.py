@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gstds_cache.costs.records import Cost
+from gstds_cache.errors import command_line
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Ledger:
         joules_from: Where joules come from, or why there are none.
         flops_per_sample: FLOPs of one sample's forward and backward pass.
         step_seconds_per_sample: Seconds of a step, once warm, by the sample; None where none was taken.
+        forward_samples: Samples that only pass forward, for the statistics of batch normalisation.
     """
 
     planned: bool
@@ -44,6 +46,14 @@ class Ledger:
     joules_from: str
     flops_per_sample: float | None
     step_seconds_per_sample: float | None
+    forward_samples: int = 0
+
+    @property
+    def training_flops(self) -> float | None:
+        """FLOPs of training; a forward pass alone counts as a third of a sample, as backward takes twice as many."""
+        if self.flops_per_sample is None:
+            return None
+        return self.flops_per_sample * (self.gradient_samples + self.forward_samples / 3)
 
     @property
     def saved_samples(self) -> int | None:
@@ -80,6 +90,16 @@ class Ledger:
         return None if self.net_seconds is None else self.net_seconds > 0
 
     @property
+    def warning(self) -> str | None:
+        """That selection takes more time than it saves, and what to do; None where it does not or that is not known."""
+        if self.pays is not False:
+            return None
+        return (
+            f"selection takes {self.select_seconds:,.1f} s and saves {self.saved_seconds:,.1f} s of training: without "
+            f"it ({command_line('gstds-select', 'STORE', '--rule', 'random')}) this run is over sooner"
+        )
+
+    @property
     def break_even(self) -> int | None:
         """Experiments after which embedding, paid once, and a selection for each have saved more than they took.
 
@@ -92,8 +112,7 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """All fields and what follows from them, as JSON-able values."""
         names = ("saved_samples", "seconds_per_sample", "saved_seconds", "net_seconds", "pays", "break_even")
-        flops = None if self.flops_per_sample is None else self.flops_per_sample * self.gradient_samples
-        return asdict(self) | {name: getattr(self, name) for name in names} | {"training_flops": flops}
+        return asdict(self) | {name: getattr(self, name) for name in (*names, "training_flops")}
 
     def rows(self) -> list[tuple[str, str]]:
         """The table, as names and values in words."""
@@ -120,9 +139,10 @@ class Ledger:
 
     def _gradients(self) -> str:
         spent = f"{self.gradient_samples:,} samples {'to spend' if self.planned else 'spent'}"
+        forward = f"; {self.forward_samples:,} forward alone, for batch norm" if self.forward_samples else ""
         if self.all_samples is None or self.saved_samples is None:
-            return f"{spent}; saved: unknown, the selection was not read from its start"
-        return f"{spent}, {self.saved_samples:,} of {self.all_samples:,} saved ({self._share():.1%})"
+            return f"{spent}; saved: unknown, the selection was not read from its start{forward}"
+        return f"{spent}, {self.saved_samples:,} of {self.all_samples:,} saved ({self._share():.1%}){forward}"
 
     def _share(self) -> float:
         return (self.saved_samples or 0) / max(self.all_samples or 0, 1)
@@ -147,8 +167,7 @@ class Ledger:
     def _flops(self) -> str:
         if self.flops_per_sample is None:
             return "unknown: torch's counter cannot run this network without data"
-        total = self.flops_per_sample * self.gradient_samples
-        return f"{total:.3g} in training ({self.flops_per_sample:.3g} a sample, forward and backward)"
+        return f"{self.training_flops:.3g} in training ({self.flops_per_sample:.3g} a sample, forward and backward)"
 
     def _break_even(self) -> str:
         if self.net_seconds is None:

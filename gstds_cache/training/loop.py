@@ -3,7 +3,8 @@
 SGD with Nesterov momentum and a one-cycle learning rate over the total number of steps, which a selection's header
 tells before the first of them; bfloat16 autocast and channels-last on CUDA. Each data record of the stream is one
 step, or, re-packed, each full batch of kept rows. A run that is killed or interrupted continues from its last
-checkpoint; on a CPU with the same number of threads, with the same numbers to the bit.
+checkpoint; on a CPU with the same number of threads, with the same numbers to the bit. After the last step the running
+statistics of batch normalisation are re-estimated from random rows (``batch_norm.py``).
 
 Several ranks share each step's batch (``distributed.py``). Whatever their number, every kept row counts once in the
 step's gradient, so it is the same but for the order of summation, except for what sees a rank's own slice alone:
@@ -16,9 +17,9 @@ import math
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from gstds_cache.seeding import torch_seed_for
 from gstds_cache.stream.ranks import real_rows
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.training.augment import augment, largest_shift, to_input
+from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm, running_norms
 from gstds_cache.training.batches import BatchLoader, TrainingBatch
 from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.classes import count_classes
@@ -144,11 +146,11 @@ class Trainer:
         self._steps = StepReader(stream, batch_size=config.repack or None)
         self._epoch_ends = frozenset(accumulate(self._steps.per_epoch))
         self.step, self._samples, self._sha = 0, 0, ""
-        self._loss_sum, self._epoch_loss = 0.0, math.nan
+        self._loss_sum, self._epoch_loss, self._forward_samples = 0.0, math.nan, 0
         self._step_times = array("d")  # seconds by the sample, of each step of this session
 
     def run(self, interruptible: Interruptible = never_interrupted) -> TrainingResult:
-        """Take every step that is left, and measure accuracy.
+        """Take every step that is left, re-estimate the statistics of batch normalisation, and measure accuracy.
 
         Raises:
             KeyboardInterrupt: ``interruptible`` said so. What else is raised, :func:`train` says.
@@ -174,6 +176,8 @@ class Trainer:
                 if stop:
                     self._save()
                     raise KeyboardInterrupt
+        # 5. What tests the network: statistics of all rows, in the last checkpoint too.
+        self._reestimate_norms()
         return self._finish(self._evaluate())
 
     # What a subclass may replace
@@ -311,6 +315,7 @@ class Trainer:
                 ) from error
             self.step, self._samples, self._sha = checkpoint.step, checkpoint.samples, checkpoint.sha
             self._loss_sum, self._epoch_loss = checkpoint.loss_sum, checkpoint.loss
+            self._forward_samples = checkpoint.forward_samples
             for phase, value in checkpoint.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + value
             self._meter.resume(checkpoint.joules)
@@ -332,8 +337,37 @@ class Trainer:
                 sha=self._sha,
                 seconds=self.seconds,
                 joules=self._meter.joules,
+                forward_samples=self._forward_samples,
             )
         )
+
+    def _reestimate_norms(self) -> None:
+        """Give batch normalisation the statistics of random rows, once.
+
+        Every rank makes all the passes, so that neither rows nor batches depend on the number of ranks.
+        """
+        if self._forward_samples or not self.config.norm_samples or not running_norms(self.network):
+            return
+        begun = time.perf_counter()
+        batches = random_batches(len(self.source), self.config.norm_samples, self.config.seed)
+        with closing(random_inputs(self._feed, batches)) as inputs:
+            first = next(inputs, None)
+            if first is None:  # not one of the rows can be decoded
+                return
+            shown = self._showing("norms", chain([first], inputs), len(batches))
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(torch_seed_for(self.config.seed, "norms"))  # dropout that ``eval`` does not stop
+                samples = reestimate_batch_norm(self.network, shown)
+        self.ranks.same_buffers(self.network)
+        self._forward_samples = samples * self.ranks.world_size
+        self.seconds["norms"] = self.seconds.get("norms", 0.0) + time.perf_counter() - begun
+        self._meter.add("norms")
+        self._save()
+
+    def _showing(self, phase: str, values: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+        for done, value in enumerate(values, 1):
+            yield value
+            self._progress(phase, done, total, {})
 
     def _evaluate(self) -> Accuracy | None:
         if self.evaluation is None:
@@ -369,6 +403,7 @@ class Trainer:
         return TrainingResult(
             accuracy=accuracy,
             gradient_samples=self._samples,
+            forward_samples=self._forward_samples,
             steps=self.step,
             loss=self._epoch_loss,
             seconds=seconds,

@@ -81,7 +81,8 @@ def plan_run(
     if config.repack:
         gradients, per_step = sum(packed_per_epoch(header.kept_per_epoch, config.repack)) * config.repack, config.repack
     rates = measure(source, config, classes, per_step=per_step)
-    seconds = _phases(source, evaluation, config, rates, gradients)
+    forward = min(config.norm_samples, len(source))
+    seconds = _phases(source, evaluation, config, rates, gradients, forward)
     return Ledger(
         planned=True,
         embed=embed,
@@ -89,6 +90,7 @@ def plan_run(
         select_seconds=select_seconds,
         select_source=select_source,
         gradient_samples=gradients,
+        forward_samples=forward,
         all_samples=header.items * header.epochs,
         seconds=seconds | {"total": sum(seconds.values())},
         joules=None,
@@ -99,9 +101,9 @@ def plan_run(
 
 
 def _phases(
-    source: ImageSource, evaluation: ImageSource | None, config: TrainConfig, rates: Rates, gradients: int
+    source: ImageSource, evaluation: ImageSource | None, config: TrainConfig, rates: Rates, gradients: int, forward: int
 ) -> dict[str, float]:
-    """Seconds of each phase of a run that takes ``gradients`` samples."""
+    """Seconds of each phase of a run that takes ``gradients`` samples, and ``forward`` ones for batch normalisation."""
 
     def decoding(samples: int, workers: int) -> float:
         return samples * rates.decode / max(1, min(workers, cores()))
@@ -117,6 +119,7 @@ def _phases(
         "load": whole(source) if held else 0.0,
         "images": 0.0 if held else max(0.0, images),
         "step": step,
+        "norms": forward * rates.classify + (0.0 if held else decoding(forward, config.workers)),
         "eval": 0.0 if evaluation is None else whole(evaluation) + len(evaluation) * rates.classify,
     }
 

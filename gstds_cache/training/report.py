@@ -17,20 +17,23 @@ class TrainingResult:
     Attributes:
         accuracy: On the evaluation set; None where there is none.
         gradient_samples: Samples whose gradient was computed.
+        forward_samples: Samples that only passed forward, over all ranks, to re-estimate the running statistics of
+            batch normalisation; 0 where that was not done.
         steps: Optimiser steps.
         loss: Mean training loss of the last epoch.
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
-            pixels), step, eval, total.
+            pixels), step, norms (re-estimating the statistics of batch normalisation, where that is done), eval, total.
         seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but the first,
             which may load and compile kernels; None where no step was taken.
         samples_in: Samples of the batches before selection: the gradients that training on everything takes; None where
             the selection was not read from its start.
-        joules: Joules by phase: load, train, eval; None where no counter can be read.
+        joules: Joules by phase: load, train, norms, eval; None where no counter can be read.
         joules_from: The counters, or why there is none.
     """
 
     accuracy: Accuracy | None
     gradient_samples: int
+    forward_samples: int
     steps: int
     loss: float
     seconds: dict[str, float]
@@ -76,6 +79,7 @@ class TrainReport(TrainingResult):
             "test_undecodable": self.accuracy.undecodable if self.accuracy else 0,
             "test_unlabelled": self.accuracy.unlabelled if self.accuracy else 0,
             "gradient_samples": self.gradient_samples,
+            "forward_samples": self.forward_samples,
             "steps": self.steps,
             "loss": self.loss,
             "seconds": self.seconds,

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
-from gstds_cache.files.atomic import atomic_write, written_name
+from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
-from gstds_cache.runtime.resources import writing
 from gstds_cache.training.checkpoint import Checkpoint
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
+LATER: dict[str, Any] = {"norm_samples": 0}
+"""Settings that came after the first version: a configuration written without one is of a run that has this value."""
 
 
 class RunDir:
@@ -130,7 +131,7 @@ class RunDir:
         if path.exists() and not path.is_dir():
             raise UsageError(f"`out`: {path} is a file, expected a directory or nothing")
         strange = {entry.name for entry in path.iterdir() if not _own(entry.name)} if path.is_dir() else set()
-        if strange and self._stored_config() is None:
+        if strange and stored_config(path) is None:
             raise UsageError(
                 f"`out`: {path} is not empty and holds no run (but {min(strange)!r})",
                 hint="nothing was changed. Give the path of a new directory",
@@ -143,9 +144,11 @@ class RunDir:
             UsageError: It is not to be resumed.
             FingerprintMismatchError: It has another configuration.
         """
-        path, stored, config = self.path, self._stored_config(), self._config
+        path, stored, config = self.path, stored_config(self.path), self._config
         if stored is not None and not self._resume:
             raise UsageError(f"`out`: {path} holds a run", hint="pass `resume=True` to continue it, or another `out`")
+        if stored is not None:
+            stored = {name: value for name, value in LATER.items() if name in config} | stored
         if stored is not None and stored != config:
             names = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
             raise FingerprintMismatchError(
@@ -161,7 +164,7 @@ class RunDir:
         for entry in self.path.iterdir():
             if _temporary(entry.name):
                 entry.unlink(missing_ok=True)
-        if self._stored_config() is None:
+        if stored_config(self.path) is None:
             self._replace(CONFIG, self._text.encode())
             (self.path / METRICS).unlink(missing_ok=True)
         self._resume = True  # what is there from now on is this run
@@ -173,7 +176,7 @@ class RunDir:
             IntegrityError: It cannot be read, or is no checkpoint.
         """
         path = self.path / CHECKPOINT
-        if self._stored_config() is None:
+        if stored_config(self.path) is None:
             return None
         try:
             return Checkpoint.from_state(torch.load(path, map_location="cpu", weights_only=True))
@@ -212,25 +215,26 @@ class RunDir:
             lines = [line for line, fields in parsed if fields["step"] < step and not fields.get("final")]
             self._replace(METRICS, "".join(lines).encode())
 
-    def _stored_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that is there. One without a checkpoint holds nothing to continue or lose.
-
-        Raises:
-            UsageError: The file is there and is something else.
-        """
-        path = self.path / CONFIG
-        if not path.exists() or not (self.path / CHECKPOINT).exists():
-            return None
-        try:
-            config: dict[str, Any] = dict(json.loads(path.read_text())["config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is no configuration of a run", hint="pass another `out`") from error
-        return config
-
     def _replace(self, name: str, data: bytes | memoryview) -> None:
         path = self.path / name
         with atomic_write(path, durable=True, leftovers="all") as file:
             file.write(data)
+
+
+def stored_config(run_dir: Path) -> dict[str, Any] | None:
+    """The configuration of the run in a directory. One without a checkpoint holds nothing to continue or lose.
+
+    Raises:
+        UsageError: The file is there and is something else.
+    """
+    path = run_dir / CONFIG
+    if not path.exists() or not (run_dir / CHECKPOINT).exists():
+        return None
+    try:
+        config: dict[str, Any] = dict(json.loads(path.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no configuration of a run", hint="pass another `out`") from error
+    return config
 
 
 def _own(name: str) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sized
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Sampler
 
 from gstds_cache.config import as_type
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.stream.ranks import Tail, rank_slice
+from gstds_cache.stream.ranks import TAIL, Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
-from gstds_cache.stream.repack import Remainder
+from gstds_cache.stream.repack import REMAINDER, Remainder
 from gstds_cache.training.distributed import default_ranks
 from gstds_cache.training.steps import StepReader, require_items
 
@@ -45,20 +45,20 @@ class SelectedBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        selection: str | Path | SelectionStream,
+        selection: str | os.PathLike[str] | SelectionStream,
         *,
         batch_size: int | None = None,
-        remainder: Remainder = "carry",
+        remainder: Remainder = REMAINDER,
         rank: int | None = None,
         world_size: int | None = None,
-        tail: Tail = "drop",
+        tail: Tail = TAIL,
         dataset: Sized | None = None,
     ) -> None:
         """Open a selection.
 
         Args:
-            selection: A file, an address (``grpc://HOST:PORT``), or a stream that is open already (a pipe, say), which
-                can be read once and by this process alone.
+            selection: A file, what :func:`gstds_cache.select` returned, an address (``grpc://HOST:PORT``), or a stream
+                that is open already (a pipe, say), which can be read once and by this process alone.
             batch_size: Re-pack what is kept into global batches of exactly this many rows, over all ranks together;
                 None leaves each batch of the selection one step.
             remainder: When re-packing, whether the rows left at an epoch's end are put at the head of the next epoch
@@ -133,7 +133,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
         if self.epoch >= self.epochs:
             raise StreamError(
                 f"the selection has {self.epochs} epochs, and all were used",
-                hint="select more: gstds-select STORE --epochs N; or start over: sampler.seek(0)",
+                hint="select more `epochs`, or start over: sampler.seek(0)",
             )
         epoch, last = self.epoch, self._steps.step_of(self.epoch, self._steps.per_epoch[self.epoch])
         begun = self._steps.position.step

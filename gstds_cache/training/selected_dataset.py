@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from gstds_cache.errors import FingerprintMismatchError, UsageError
-from gstds_cache.stream.ranks import Tail, rank_slice
+from gstds_cache.stream.ranks import TAIL, Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
-from gstds_cache.stream.repack import Remainder
+from gstds_cache.stream.repack import REMAINDER, Remainder
 from gstds_cache.training.distributed import default_ranks
 from gstds_cache.training.steps import StepReader, require_items
 
@@ -49,13 +49,13 @@ class SelectedDataset(IterableDataset[Any]):
     def __init__(
         self,
         dataset: MapStyle,
-        selection: str | Path | SelectionStream,
+        selection: str | os.PathLike[str] | SelectionStream,
         *,
         batch_size: int | None = None,
-        remainder: Remainder = "carry",
+        remainder: Remainder = REMAINDER,
         rank: int | None = None,
         world_size: int | None = None,
-        tail: Tail = "drop",
+        tail: Tail = TAIL,
         collate: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
         """Open a selection; arguments as in :class:`~gstds_cache.training.sampler.SelectedBatchSampler`.

@@ -6,14 +6,13 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gstds_cache.config import as_type
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
-from gstds_cache.stream.repack import PackedBatch, Remainder, packed_per_epoch, repack
+from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
 
 REMEMBERED = 4096  # positions kept for state_dict(step): more than any DataLoader prefetches
 STATE_FORMAT = 1
@@ -57,7 +56,11 @@ class StepReader:
     _batches: Iterator[SelectedBatch | PackedBatch]
 
     def __init__(
-        self, selection: str | Path | SelectionStream, *, batch_size: int | None = None, remainder: Remainder = "carry"
+        self,
+        selection: str | os.PathLike[str] | SelectionStream,
+        *,
+        batch_size: int | None = None,
+        remainder: Remainder = REMAINDER,
     ) -> None:
         """Open a selection and read its header.
 
@@ -71,7 +74,7 @@ class StepReader:
             StreamError: It is no selection.
         """
         batch_size = as_type("batch_size", batch_size, int | None)
-        self._where = None if isinstance(selection, SelectionStream) else selection
+        self._where = None if isinstance(selection, SelectionStream) else os.fspath(selection)
         self._stream: SelectionStream | None = selection if isinstance(selection, SelectionStream) else None
         if self._stream is not None and self._stream.next_seq:
             raise UsageError(
@@ -90,7 +93,7 @@ class StepReader:
     @property
     def reopens(self) -> bool:
         """Whether the selection can be opened again, by anyone who knows where it is."""
-        return self._where is not None and str(self._where) != "-"
+        return self._where is not None and self._where != "-"
 
     def __iter__(self) -> Iterator[SelectedBatch | PackedBatch]:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 import re
 import signal
 import threading
@@ -23,6 +24,8 @@ from click.testing import CliRunner
 from small_store import fill
 
 from gstds_cache.api import select_batches as module
+from gstds_cache.api.export import export_scores
+from gstds_cache.api.report import write_report
 from gstds_cache.api.select_batches import select, stream_selection
 from gstds_cache.api.serve import serve
 from gstds_cache.config import SelectConfig
@@ -34,6 +37,7 @@ from gstds_cache.store.access import KINDS
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.writer import header_of
+from gstds_cache.training.sampler import SelectedBatchSampler
 
 SMALL = {"batch_size": 8, "epochs": 2, "knn": 3, "device": "cpu"}
 QUICK = SMALL | {"rule": "random"}
@@ -67,6 +71,32 @@ def test_a_selection_is_made_once_and_found_from_then_on(store, monkeypatch) -> 
     stream = io.BytesIO()
     assert stream_selection(store, stream, progress=False, **QUICK).cache_hit
     assert stream.getvalue() == made.path.read_bytes()
+
+
+def test_a_selection_goes_where_its_path_does(store, tmp_path) -> None:
+    made = select(store, progress=False, **QUICK)
+    with open_selection(made) as stream:
+        assert stream.header.selection_digest == made.digest
+    sampler = SelectedBatchSampler(made)
+    assert pickle.loads(pickle.dumps(sampler)).total_steps == sampler.total_steps == made.total_steps
+    assert export_scores(store, made, tmp_path / "scores.arrow", device="cpu", progress=False).epochs == made.epochs
+    assert write_report(made, out=tmp_path / "page.html", batches=3, device="cpu", progress=False).selections == 1
+
+
+def test_how_a_store_is_read_is_said_where_it_is_opened(store, tmp_path) -> None:
+    lines: list[str] = []
+    mirror = tmp_path / "mirror"
+    made = select(store, memory_budget=0, mirror=mirror, progress=False, notify=lines.append, **QUICK)
+    assert any(str(mirror) in line for line in lines if line.startswith("rows: "))
+    stream = io.BytesIO()
+    assert stream_selection(store, stream, memory_budget=0, access="window", progress=False, **QUICK).cache_hit
+    assert made.path.read_bytes() == stream.getvalue()
+    opened = EmbeddingStore(store)
+    for reading in ({"memory_budget": 1}, {"access": "memory"}, {"mirror": mirror}):
+        with pytest.raises(UsageError, match="open already"):
+            select(opened, progress=False, **reading, **QUICK)
+    with pytest.raises(UsageError, match="open already"):
+        serve(opened, "127.0.0.1:0", access="memory", **QUICK)
 
 
 def test_a_stream_gets_the_bytes_of_the_file_and_leaves_the_file(store) -> None:

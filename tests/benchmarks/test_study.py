@@ -60,7 +60,7 @@ def test_every_setting_is_one_and_steps_do_not_depend_on_the_ratio() -> None:
 
 
 def test_methods_are_the_baselines_and_every_rule() -> None:
-    assert len(BASELINES) == 13
+    assert len(BASELINES) == 15
     assert find_method("coverage@linear:0.5:0.9").schedule == "linear:0.5:0.9"
     assert find_method("coverage").embeds
     assert not find_method("random").embeds
@@ -166,7 +166,7 @@ def test_the_document_says_what_the_lines_say() -> None:
 def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> None:
     command = [
         *(str(ROOT / "benchmarks" / "study" / "__main__.py"), "glyphs-smoke", "--seeds", "1"),
-        *("--methods", "full,random,infobatch,el2n,forgetting,selective-backprop"),
+        *("--methods", "full,random,infobatch,seta,orderdp,el2n,forgetting,selective-backprop"),
         *("--folder", str(tmp_path / "study"), "--results", str(tmp_path / "results")),
     ]
     where = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
@@ -176,15 +176,22 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> 
     path = tmp_path / "results" / "glyphs-smoke.jsonl"
     lines = read_lines(path)
     runs = {one["method"]: one for one in lines if one["kind"] == "run"}
-    assert set(runs) == {"full", "random", "infobatch", "el2n", "forgetting", "selective-backprop"}
+    assert set(runs) == {"full", "random", "infobatch", "seta", "orderdp", "el2n", "forgetting", "selective-backprop"}
     assert [one["need"] for one in lines if one["kind"] == "scores"] == ["early", "forgetting"]
     assert runs["full"]["gradient_samples"] == 2 * 832
     assert runs["random"]["gradient_samples"] == runs["el2n"]["gradient_samples"] == 2 * 832 // 4
     assert runs["selective-backprop"]["forward_samples"] == 2 * 832
+    assert {run["norm_samples"] for run in runs.values()} == {832}
+    assert all(run["seconds"]["norms"] > 0 for run in runs.values())
+    assert runs["full"]["curve"][-1] == pytest.approx(runs["full"]["test_accuracy"], abs=1e-5)
     assert 0 < runs["infobatch"]["gradient_samples"] < 2 * 832
+    for name in ("seta", "orderdp"):  # of two epochs the last and the first are at random: SeTa's budget is exact
+        assert runs[name]["forward_samples"] == 0
+        assert runs[name]["gradient_samples"] == 32 * runs[name]["steps"]
+        assert 0 <= 2 * 832 // 4 - runs[name]["gradient_samples"] < 3 * 32  # few are left at the end
     assert all(math.isfinite(run["loss"]) and run["commit"] for run in runs.values())
     out, errors = forks.start(command, **where).communicate(300)
-    assert "0 runs to do, 6 there" in out, errors
+    assert "0 runs to do, 8 there" in out, errors
     assert read_lines(path) == lines
     text = render(tmp_path / "results")
     assert "| el2n | 1 |" in text

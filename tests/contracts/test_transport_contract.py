@@ -50,14 +50,14 @@ def test_it_is_one(transport: Transport, where: str) -> None:
 
 
 def test_a_place_with_nothing_in_it(transport: Transport) -> None:
-    assert not transport.exists("units/0")
+    assert not transport.exists("shards/0")
     assert transport.sizes() == {}
-    assert transport.sizes("units/") == {}
-    with pytest.raises(FileNotFoundError, match="units/0"):
-        transport.get("units/0")
-    with pytest.raises(FileNotFoundError, match="units/0"):
-        transport.sha256("units/0")
-    transport.delete("units/0")
+    assert transport.sizes("shards/") == {}
+    with pytest.raises(FileNotFoundError, match="shards/0"):
+        transport.get("shards/0")
+    with pytest.raises(FileNotFoundError, match="shards/0"):
+        transport.sha256("shards/0")
+    transport.delete("shards/0")
     assert transport.collect_temporaries() == 0
 
 
@@ -65,12 +65,12 @@ def test_a_place_with_nothing_in_it(transport: Transport) -> None:
     "data", [b"", b"\0", bytes(range(256)), b"\r\n" * 9, b"7" * (6 << 20)], ids=["0", "1", "all", "lines", "6MB"]
 )
 def test_what_is_put_is_there(transport: Transport, where: str, s3_server: S3Server, data: bytes) -> None:
-    transport.put("units/c/0", data)
-    assert transport.exists("units/c/0")
-    assert transport.get("units/c/0") == data
-    assert transport.sha256("units/c/0") == hashlib.sha256(data).hexdigest()
-    assert transport.sizes() == {"units/c/0": len(data)}
-    assert from_outside(where, "units/c/0", s3_server) == data
+    transport.put("shards/c/0", data)
+    assert transport.exists("shards/c/0")
+    assert transport.get("shards/c/0") == data
+    assert transport.sha256("shards/c/0") == hashlib.sha256(data).hexdigest()
+    assert transport.sizes() == {"shards/c/0": len(data)}
+    assert from_outside(where, "shards/c/0", s3_server) == data
 
 
 def test_pieces_are_the_whole(transport: Transport) -> None:
@@ -129,7 +129,7 @@ def test_put_replaces_what_was_put_if_absent(transport: Transport) -> None:
 
 
 def test_get_many_keeps_the_order(transport: Transport) -> None:
-    keys = [f"commits/{unit}.json" for unit in range(25)]
+    keys = [f"commits/{shard}.json" for shard in range(25)]
     for key in keys:
         transport.put(key, key.encode() * 3)
     wanted = [*reversed(keys), keys[0], keys[0]]
@@ -141,13 +141,13 @@ def test_get_many_keeps_the_order(transport: Transport) -> None:
 
 
 def test_sizes_are_of_one_folder(transport: Transport) -> None:
-    units = {f"units/c/{unit}/0": unit for unit in range(20)}  # more than a page of a listing
-    for key, size in (units | {"units.json": 3, "units2/c/0": 4, "unit": 5}).items():
+    shards = {f"shards/c/{shard}/0": shard for shard in range(20)}  # more than a page of a listing
+    for key, size in (shards | {"shards.json": 3, "shards2/c/0": 4, "shard": 5}).items():
         transport.put(key, b"x" * size)
-    assert transport.sizes("units/") == transport.sizes("units/c/") == units
-    assert transport.sizes("units/c/1/") == {"units/c/1/0": 1}
+    assert transport.sizes("shards/") == transport.sizes("shards/c/") == shards
+    assert transport.sizes("shards/c/1/") == {"shards/c/1/0": 1}
     assert transport.sizes("nothing/") == {}
-    assert transport.sizes() == units | {"units.json": 3, "units2/c/0": 4, "unit": 5}
+    assert transport.sizes() == shards | {"shards.json": 3, "shards2/c/0": 4, "shard": 5}
 
 
 def test_delete(transport: Transport) -> None:

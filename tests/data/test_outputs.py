@@ -16,7 +16,7 @@ from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.run import embed_dataset
-from gstds_cache.files.derived import derived_path
+from gstds_cache.files.derived import derived_paths
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store import layout, mirror
 from gstds_cache.store.export import export_rows
@@ -24,6 +24,7 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import kept_paths
 from gstds_cache.stream.writer import write_file
 from gstds_cache.training import run_dir as runs
+from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.run_dir import RunDir
 
 
@@ -65,13 +66,13 @@ def test_a_store_and_what_goes_with_it(root: Path, tiny_model: str, place: str) 
     list(write_file(selector, root / "selections" / "s.arrow"))
     (root / "tables").mkdir()
     export_rows(store, root / "tables" / "x.parquet")
-    derived_path(store.location, ".guidance").mkdir()
+    derived_paths(store.location, ".guidance")[0].mkdir()
     after = folder(root)
     assert identity(after) == before
     assert any("passed over" in note and f"{place} (a store)" in note for note in after.notes)
     assert embed(root, root / place, tiny_model).cache_hit
     shutil.move(root / place, root / "renamed")
-    shutil.rmtree(derived_path(store.location, ".guidance"))  # empty, and no longer beside its store
+    shutil.rmtree(derived_paths(store.location, ".guidance")[0])  # empty, and no longer beside its store
     assert identity(folder(root)) == before
 
 
@@ -95,7 +96,9 @@ def test_a_run(root: Path, where: str, state: str) -> None:
             return
         run_dir.begin()
         if state == "whole":
-            run_dir.save_checkpoint({"step": 1})
+            run_dir.save_checkpoint(
+                Checkpoint(network={}, optimizer={}, step=1, samples=2, loss_sum=0.5, loss=0.5, sha="", seconds={})
+            )
             shutil.copy(root / "a" / "0.png", root / where / "chart.png")
     source = folder(root)
     assert identity(source) == before

@@ -439,7 +439,10 @@ def test_a_worker_that_is_stopped_is_named_and_killed_in_the_end(monkeypatch, ca
         with pytest.raises(KeyboardInterrupt):
             next(batches)
     assert "which decodes rows 4 to 7, has not answered for 0 seconds" in caplog.text
-    assert multiprocessing.active_children() == []
+    begun = time.monotonic()
+    while multiprocessing.active_children():  # killed; on a busy machine it is collected a moment later
+        assert time.monotonic() - begun < 30
+        time.sleep(0.05)
 
 
 def test_a_system_without_room_for_processes_is_told(monkeypatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from forked import Forks
 from gstds_cache.cli.train_command import main
@@ -20,6 +21,9 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import SelectionWriter
+from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
+from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.network import build_network
 
 DRIVER = Path(__file__).parents[1] / "shared" / "ranks_driver.py"
 KEPT = [[13, 7, 30], [22, 3, 17], [9, 26, 11], [21, 5, 14]]  # 3 rows are fewer than four ranks; none divides by four
@@ -93,6 +97,23 @@ def test_ranks_miss_nothing_and_take_nothing_twice(ran) -> None:
         packed = [list(chain(*(rank["drop"][step] for rank in ranks))) for step in range(len(ranks[0]["drop"]))]
         flat = list(chain(*batches))
         assert list(chain(*packed)) == flat[: len(flat) // 8 * 8]
+
+
+def test_ranks_end_with_the_batch_norm_statistics_that_one_process_computes(forks: Forks, tmp_path: Path) -> None:
+    write(tmp_path / "s.arrow")
+    small = ("--arch", "conv3", "--image-size", "16", "--norm-samples", "600")  # the last one counts
+    two = torchrun(forks, 2, tmp_path, tmp_path / "s.arrow", *small)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout.splitlines()[-1])["forward_samples"] == 2 * 600  # each rank makes all the passes
+    assert "statistics re-estimated by forward passes of random rows (1,200 samples)" in two.stdout
+    state = torch.load(tmp_path / "ranks" / "checkpoint.pt", weights_only=True)["network"]
+    source = open_source("digits")
+    network = build_network("conv3", classes=10, side=16, seed=0)
+    network.load_state_dict({n: v if "running_" not in n else torch.ones_like(v) for n, v in state.items()})
+    feed = ImageFeed(source, side=16, memory_budget=1 << 24, workers=0)
+    assert reestimate_batch_norm(network, random_inputs(feed, random_batches(len(source), 600, 0))) == 600
+    for name, values in network.state_dict().items():
+        torch.testing.assert_close(values, state[name])
 
 
 def test_another_number_of_ranks_goes_on_to_the_same_losses(ran) -> None:

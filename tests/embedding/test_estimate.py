@@ -10,10 +10,11 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data import loading
 from gstds_cache.data.loading import default_workers
 from gstds_cache.embedding import run
-from gstds_cache.embedding.estimate import Estimate, disk_bytes, estimate_run, fitting_batch_size, require_disk
+from gstds_cache.embedding.estimate import disk_bytes, estimate_run, fitting_batch_size, require_disk
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import EncoderError, FingerprintMismatchError, IncompleteError, UsageError
+from gstds_cache.store.embed_report import Estimate
 from gstds_cache.store.local import LocalTransport
 from gstds_cache.store.metadata import StoreMetadata
 

@@ -40,7 +40,7 @@ def test_large_arrays_are_mapped_zeros_and_small_ones_memory() -> None:
     assert mapped.zeros((LARGE, 4), np.int64).shape == (LARGE, 4)
 
 
-def test_let_go_takes_pages_out_of_the_process() -> None:
+def test_release_takes_pages_out_of_the_process() -> None:
     array = mapped.zeros((32 << 20,), np.uint8)
     before = resident("RssAnon"), resident("RssFile")
     array[:] = 7
@@ -49,6 +49,24 @@ def test_let_go_takes_pages_out_of_the_process() -> None:
     assert full[0] - before[0] < 1 << 20
     assert full[1] - resident("RssFile") > 31 << 20
     assert int(array.sum()) == 7 * len(array)
+
+
+def test_without_tmpdir_files_lie_in_var_tmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def folders() -> list[str]:
+        """The folders of the files without a name that this process has mapped."""
+        maps = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+        return [str(Path(words[5]).parent) for words in maps if len(words) == 6 and words[5].endswith("(deleted)")]
+
+    before = folders().count("/var/tmp")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    named = mapped.zeros((LARGE,), np.int64)
+    assert str(tmp_path) in folders()
+    assert folders().count("/var/tmp") == before
+    monkeypatch.delenv("TMPDIR")
+    default = mapped.zeros((LARGE,), np.int64)
+    assert folders().count("/var/tmp") == before + 1
+    assert map_object(named)
+    assert map_object(default)
 
 
 @pytest.mark.parametrize("size", [0, 1, mapped.SMALL, mapped.SMALL + 1, 3 * mapped.PIECE + 5])

@@ -21,7 +21,8 @@ from gstds_cache.data.files import Files, FileSource
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_USAGE, UsageError
 from gstds_cache.files import mapped
-from gstds_cache.runtime.resources import explain, writing
+from gstds_cache.files.atomic import writing
+from gstds_cache.runtime.resources import explain
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule

@@ -17,10 +17,10 @@ from small_store import make_spec
 from gstds_cache.config import SelectConfig
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import UsageError
-from gstds_cache.files.derived import derived_path
+from gstds_cache.files.derived import derived_paths
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
-from gstds_cache.selection.guidance import disagreement, load_or_make_guidance
+from gstds_cache.selection.guidance import DEFAULT, Guidance, disagreement, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.linear_probe import ProbeSettings, assign_folds, probe_columns
 from gstds_cache.selection.rows import EligibleRows
@@ -48,6 +48,10 @@ def write_store(where: Path, labels: np.ndarray, rows: np.ndarray) -> None:
             bad = [Quarantined(7, "item/7", "broken")] if shard == 0 else []
             writer.commit(shard, rows[span.start : span.stop].astype(spec.dtype), bad)
         writer.finish()
+
+
+def guidance_of(store: EmbeddingStore, text: str) -> Guidance:
+    return load_or_make_guidance(store, key_of(store, parse_guidance(text)))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,7 @@ def test_folds_share_out_every_class_evenly(clusters, monkeypatch) -> None:
 def test_nothing_is_left_of_a_probe_that_cannot_be_trained(clusters, tmp_path) -> None:
     write_store(tmp_path / "s.store", np.full(N, -1), clusters[1])
     with pytest.raises(UsageError, match="0 labelled rows of 0 classes"):
-        load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
+        guidance_of(EmbeddingStore(tmp_path / "s.store"), QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["s.store"]
 
 
@@ -146,18 +150,18 @@ def test_the_same_bytes_whatever_the_threads_and_the_access(store, tmp_path) -> 
 
 
 def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatch) -> None:
-    made = load_or_make_guidance(store, QUICK)
+    made = guidance_of(store, QUICK)
     assert made.seconds > 0
     assert made.kind == "probe"
     monkeypatch.setattr("gstds_cache.selection.guidance_files.probe_columns", None)
-    found = load_or_make_guidance(EmbeddingStore(tmp_path / "s.store"), QUICK)
+    found = guidance_of(EmbeddingStore(tmp_path / "s.store"), QUICK)
     assert found.seconds == 0
     assert found.digest == made.digest == key_of(store, parse_guidance(QUICK)).digest
     assert found.of_rows.all().tobytes() == made.of_rows.all().tobytes()
     assert found.columns.tobytes() == made.columns.tobytes()
     assert np.isfinite(found.of_rows.all()).all()
     # The same probe serves the other measure too.
-    uncertain = load_or_make_guidance(store, QUICK.replace("probe?", "uncertainty?"))
+    uncertain = guidance_of(store, QUICK.replace("probe?", "uncertainty?"))
     assert uncertain.seconds == 0
     assert uncertain.digest != made.digest
     there = store.valid == OK
@@ -166,8 +170,8 @@ def test_it_is_kept_beside_the_store_and_found_again(store, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "record", "foreign"])
 def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
-    made = load_or_make_guidance(store, QUICK).of_rows.all()
-    folder = derived_path(store.location, ".guidance")
+    made = guidance_of(store, QUICK).of_rows.all()
+    folder = derived_paths(store.location, ".guidance")[0]
     (rows,), (record,) = folder.glob("*.npy"), folder.glob("*.json")
     content = bytearray(rows.read_bytes())
     if damage == "flip":
@@ -181,16 +185,16 @@ def test_a_damaged_file_is_made_again_and_said_so(store, damage) -> None:
         record.write_text("{")
     if damage == "foreign":
         record.write_text(json.dumps({"digest": "0", "sha256": "0"}))
-    again = load_or_make_guidance(store, QUICK)
+    again = guidance_of(store, QUICK)
     assert "made again" in again.note
     assert again.of_rows.all().tobytes() == made.tobytes()
-    assert load_or_make_guidance(store, QUICK).note.startswith("found")
+    assert guidance_of(store, QUICK).note.startswith("found")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npy"]
 
 
 def test_a_cutoff_takes_the_hardest_for_mislabelled(store) -> None:
-    plain = load_or_make_guidance(store, QUICK).of_rows.all()
-    cut = load_or_make_guidance(store, QUICK + "&cutoff=0.1").of_rows.all()
+    plain = guidance_of(store, QUICK).of_rows.all()
+    cut = guidance_of(store, QUICK + "&cutoff=0.1").of_rows.all()
     hardest = np.argsort(-np.where(store.valid == OK, plain, -1), kind="stable")[: int(0.1 * (N - 1))]
     assert (cut[hardest] == 0).all()
     others = np.setdiff1d(np.flatnonzero(store.valid == OK), hardest)
@@ -279,10 +283,10 @@ def test_guidance_is_not_accepted_and_ignored(store) -> None:
 def test_scores_of_ones_own_that_do_not_fit(store, tmp_path, scores, words: str) -> None:
     np.save(tmp_path / "own.npy", scores)
     with pytest.raises(UsageError, match=words):
-        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+        guidance_of(store, f"file:{tmp_path / 'own.npy'}")
     (tmp_path / "own.npy").write_bytes(b"no numbers")
     with pytest.raises(UsageError, match="does not read"):
-        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+        guidance_of(store, f"file:{tmp_path / 'own.npy'}")
 
 
 def _archive(path) -> None:
@@ -316,7 +320,7 @@ def _archive(path) -> None:
 def test_a_file_of_scores_that_is_none(store, tmp_path, write, words: str) -> None:
     write(tmp_path / "own.npy")
     with pytest.raises(UsageError, match=words) as caught:
-        load_or_make_guidance(store, f"file:{tmp_path / 'own.npy'}")
+        guidance_of(store, f"file:{tmp_path / 'own.npy'}")
     assert str(tmp_path / "own.npy") in str(caught.value)
 
 
@@ -388,7 +392,7 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
             selector.guidance.note
         )
         # Found again, without another trial; a record that is damaged is made again.
-        record = next(derived_path(store.location, ".guidance").glob(f"{selector.guidance_digest[:16]}.trial.json"))
+        record = next(derived_paths(store.location, ".guidance")[0].glob(f"{selector.guidance_digest[:16]}.trial.json"))
         monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
         assert BatchSelector(store, selector.config).guidance.note.startswith("guidance is")
         record.write_bytes(record.read_bytes()[:-9])
@@ -401,7 +405,7 @@ def test_guidance_that_does_not_help_is_left_out_and_what_was_asked_for_by_name_
 def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypatch) -> None:
     write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
     store = EmbeddingStore(tmp_path / "s.store")
-    load_or_make_guidance(store, "auto")  # the probe is there
+    guidance_of(store, DEFAULT)  # the probe is there
 
     def read_only(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -410,7 +414,7 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     first, second = (BatchSelector(store, replace(CONFIG, guidance="auto")).guidance.note for _ in range(2))
     assert first == second
     assert first.startswith("guidance is")
-    assert not list(derived_path(store.location, ".guidance").glob("*.trial.json"))
+    assert not list(derived_paths(store.location, ".guidance")[0].glob("*.trial.json"))
 
 
 def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch) -> None:
@@ -419,7 +423,7 @@ def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch)
     config = replace(CONFIG, guidance="auto", rule="cells")
     made = BatchSelector(store, config)
     note = made.guidance.note.partition(";")[0]
-    (record,) = derived_path(store.location, ".guidance").glob("*.trial.json")
+    (record,) = derived_paths(store.location, ".guidance")[0].glob("*.trial.json")
     facts = json.loads(record.read_bytes())
     facts["alike"], facts["differ"] = facts.pop("uniform"), facts.pop("discordant")
     record.write_text(json.dumps(facts))

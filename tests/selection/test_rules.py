@@ -308,3 +308,11 @@ def test_what_a_rule_of_ones_own_raises_is_told_with_its_place(tmp_path, monkeyp
         find_rule(f"{name}:mine").choose(RuleBatch(np.zeros(9), 4))
     with pytest.raises(UsageError, match="expected 4 different positions"):
         find_rule(f"{name}:scalar").choose(RuleBatch(np.zeros(9), 4))
+
+
+def test_former_names_of_a_batch_still_work() -> None:
+    batch = RuleBatch(np.zeros(4), 2, repeat=3)
+    with pytest.warns(FutureWarning, match="now called repeat"):
+        assert batch.visit == 3
+    with pytest.warns(FutureWarning, match="now called per_batch_rng"):
+        assert batch.steady_rng is batch.per_batch_rng

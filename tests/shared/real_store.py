@@ -15,12 +15,12 @@ from gstds_cache.data.decode import UndecodableError
 from gstds_cache.embedding import estimate
 from gstds_cache.embedding.repair import RepairReport
 from gstds_cache.embedding.repair import repair as repair_shards
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.store import layout
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.format import CURRENT
 from gstds_cache.store.writer import StoreWriter
 

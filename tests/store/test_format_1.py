@@ -17,12 +17,12 @@ from real_store import BAD, ITEMS, Images, objects_of, shards_written
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.data.outputs import Listing
-from gstds_cache.embedding.report import EmbedReport
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store import layout
 from gstds_cache.store.describe import summarise
+from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.format import FORMATS
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store

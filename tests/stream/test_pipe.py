@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -13,10 +14,11 @@ from small_store import fill
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import ProducerFailedError
 from gstds_cache.selection.run import BatchSelector
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.pipe import AHEAD, replay, write_pipe
 from gstds_cache.stream.reader import SelectionStream, open_selection
-from gstds_cache.stream.writer import header_of, stored_header, write_file
+from gstds_cache.stream.writer import Storing, header_of, partial_of, stored_header, write_file
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,27 @@ def test_a_place_that_cannot_keep_it_is_said_and_the_pipe_served(store: Embeddin
     thread.join()
     assert not errors
     assert "not kept" in notes[0]
+
+
+def test_a_disk_that_fills_ends_the_keeping_and_the_pipe_is_served(store, tmp_path, monkeypatch) -> None:
+    write = Storing.write
+
+    def full_at_10(self: Storing, *selections: SelectedBatch) -> None:
+        if selections[0].seq == 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *selections)
+
+    monkeypatch.setattr(Storing, "write", full_at_10)
+    source, sink = pipe()
+    notes: list[str] = []
+    thread, errors = produce(selector(store), sink, keep=tmp_path / "kept.arrow", notify=notes.append)
+    with source:
+        assert len(kept(SelectionStream(source))) == selector(store).plan.total_batches
+    thread.join()
+    assert not errors
+    assert [note for note in notes if "No space left on device" in note] == notes != []
+    assert not list(tmp_path.glob("*.arrow"))
+    assert not partial_of(tmp_path / "kept.arrow").exists()  # the room is given back
 
 
 def test_a_stalled_reader_holds_the_producer_back_and_a_vanished_one_ends_it(store: EmbeddingStore) -> None:

@@ -54,6 +54,10 @@ def test_a_selection_that_costs_more_than_it_saves_never_pays() -> None:
     ledger = replace(LEDGER, select_seconds=31.0)
     assert (ledger.pays, ledger.break_even) == (False, None)
     assert table(ledger)["break-even"].startswith("never: selection takes 31.0 s and saves 30.0 s")
+    assert str(ledger.warning).startswith(
+        "selection takes 31.0 s and saves 30.0 s of training: without it (gstds-select "
+    )
+    assert (LEDGER.warning, replace(LEDGER, select_seconds=None).warning) == (None, None)
 
 
 @pytest.mark.parametrize(

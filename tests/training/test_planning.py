@@ -42,8 +42,8 @@ def test_what_is_held_is_decoded_once(plan) -> None:
     ledger, per_step = plan(CONFIG)
     assert (ledger.gradient_samples, per_step) == (KEPT, KEPT // 12)
     assert ledger.seconds == {
-        "load": ROWS * 8.0, "images": 0.0, "step": KEPT * 2.0, "eval": ROWS * 9.0,
-        "total": ROWS * 17.0 + KEPT * 2.0,
+        "load": ROWS * 8.0, "images": 0.0, "step": KEPT * 2.0, "norms": ROWS * 1.0,
+        "eval": ROWS * 9.0, "total": ROWS * 18.0 + KEPT * 2.0,
     }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def test_what_is_held_is_decoded_once(plan) -> None:
 def test_steps_wait_for_what_decoding_beside_them_takes_longer(plan, workers: int, waiting: float) -> None:
     ledger, _ = plan(replace(CONFIG, workers=workers, memory_budget=0))
     assert (ledger.seconds["load"], ledger.seconds["images"]) == (0.0, waiting)
+    assert ledger.seconds["norms"] == ROWS * (1.0 + 8.0 / max(1, min(workers, 4)))
     assert ledger.seconds["eval"] == ROWS * 9.0  # a few small images are decoded by this process
 
 

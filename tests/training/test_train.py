@@ -119,7 +119,7 @@ def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
     report = run(source, selection, tmp_path / "run")
     assert len(calls) == report.steps
     assert report.seconds["step"] > 1
-    assert 0 < report.seconds_per_sample * report.gradient_samples < report.seconds["step"] - 0.9
+    assert 0 < report.seconds_per_sample * calls[0] < 0.5
 
 
 def test_a_network_learns_what_can_be_learnt(array_source, tiny_model, tmp_path) -> None:
@@ -226,15 +226,15 @@ def test_undecodable_test_images_are_left_out_and_counted(source, selection, tmp
 def test_test_images_without_a_label_are_left_out_and_counted(source, selection, tmp_path, array_source, bad) -> None:
     half = array_source(30, bad=bad)
     half.labels[:15] = -1
-    alike = array_source(30)
+    same_images = array_source(30)
     accuracy = run(source, selection, tmp_path / "run", evaluation=half).accuracy
     assert (accuracy.items, accuracy.unlabelled, accuracy.undecodable) == (15 - len(bad), 15, len(bad))
     assert accuracy.value is None if bad else accuracy.value >= 0
     if not bad:
-        alike.labels[:15] = (alike.labels[:15] + 1) % 3  # wrong labels, which count
+        same_images.labels[:15] = (same_images.labels[:15] + 1) % 3  # wrong labels, which count
         network = build_network(CONFIG.arch, classes=3, side=16, seed=0)
         network.load_state_dict(weights(tmp_path / "run"))
-        rows = evaluate(network, alike, torch.device("cpu"), side=16, workers=0)
+        rows = evaluate(network, same_images, torch.device("cpu"), side=16, workers=0)
         assert (rows.items, rows.unlabelled) == (30, 0)
         assert 0 <= round(rows.value * 30) - round(accuracy.value * 15) <= 15
 

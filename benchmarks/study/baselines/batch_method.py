@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,10 +59,13 @@ class BatchMethod(ABC):
     Attributes:
         name: What it is called.
         needs_losses: Whether :class:`Offer` has to hold the learner's losses.
+        step_rows: Samples of each step: rows chosen wait until that many are together, and no step follows a batch
+            where they are fewer. 0: each batch's step is taken on what was chosen from it.
     """
 
     name: str
     needs_losses: bool
+    step_rows: int = 0
 
     @abstractmethod
     def choose(self, offer: Offer) -> Choice:
@@ -108,6 +111,33 @@ class ChosenRows:
     labels: Int64[torch.Tensor, " M"]
     weights: Float32[torch.Tensor, " M"] | None
     forward_samples: int
+
+    def parted(self, count: int) -> tuple[ChosenRows, ChosenRows]:
+        """The first ``count`` rows, and the others."""
+        first, others = (
+            replace(
+                self,
+                rows=self.rows[part],
+                pixels=self.pixels[part],
+                labels=self.labels[part],
+                weights=None if self.weights is None else self.weights[part],
+            )
+            for part in (slice(count), slice(count, None))
+        )
+        return first, others
+
+    def followed_by(self, other: ChosenRows) -> ChosenRows:
+        """The rows of both. Either both have weights or neither."""
+        weights = None
+        if self.weights is not None and other.weights is not None:
+            weights = torch.cat([self.weights, other.weights])
+        return ChosenRows(
+            rows=np.concatenate([self.rows, other.rows]),
+            pixels=torch.cat([self.pixels, other.pixels]),
+            labels=torch.cat([self.labels, other.labels]),
+            weights=weights,
+            forward_samples=self.forward_samples + other.forward_samples,
+        )
 
 
 def choose_rows(

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer
+from benchmarks.study.baselines.epoch_method import START
 
-START = 3.0
 ANNEAL = 0.875  # share of the epochs after which nothing is pruned
 
 

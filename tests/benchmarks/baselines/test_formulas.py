@@ -20,11 +20,13 @@ from benchmarks.study.baselines.forgetting import ForgettingCounter  # noqa: E40
 from benchmarks.study.baselines.infobatch import InfoBatch  # noqa: E402
 from benchmarks.study.baselines.jest import Jest, draw_in_chunks  # noqa: E402
 from benchmarks.study.baselines.k_centre import k_centre  # noqa: E402
+from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.prototypicality import nearest_distance, prototypicality  # noqa: E402
 from benchmarks.study.baselines.proxy_mask import ProxyMask  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
 from benchmarks.study.baselines.selective_backprop import SelectiveBackprop, chances  # noqa: E402
+from benchmarks.study.baselines.seta import SeTa, by_difficulty, random_share  # noqa: E402
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +66,88 @@ def test_infobatch_decides_by_the_mean_at_the_epochs_start_and_ends_on_everythin
     assert method.choose(offer([1, 3], epoch=1)).positions.tolist() == [1]  # the mean is still 2.5, not 1.75
     assert method.choose(offer([1, 3], epoch=2)).positions.tolist() == [0, 1]  # now 1.75
     assert method.choose(offer([0, 1, 2, 3], epoch=7)).weights is None  # 7 of 8 is the last 12.5 %
+
+
+def kept_in_epoch(method, items, *, batch, epochs, epoch, seed=0):
+    """Rows a method chooses when it is offered all rows in batches, in an order of its own."""
+    order = np.random.default_rng(99 + epoch).permutation(items)
+    parts = np.array_split(order, range(batch, items, batch))
+    return np.concatenate(
+        [
+            part[method.choose(offer(part, epoch=epoch, epochs=epochs, seed=seed + i)).positions]
+            for i, part in enumerate(parts)
+        ]
+    )
+
+
+def test_orderdp_keeps_the_top_of_a_random_share() -> None:
+    method = OrderDP(items=100, ratio=0.75, step=8)
+    losses = RNG.permutation(100).astype(np.float32)
+    losses[:10] = 3.0  # never seen
+    method.observe(np.arange(10, 100), losses[10:], np.ones(90, bool))
+    shares = []
+    for seed in range(50):
+        kept = kept_in_epoch(method, 100, batch=30, epochs=60, epoch=seed, seed=seed)
+        # Naively: the first batch's random numbers draw 80 of the 100, sorted by their losses, the first 25 stay.
+        drawn = np.random.default_rng(seed).permutation(100)[:80].tolist()
+        naive = sorted(drawn, key=lambda row: -losses[row])[:25]
+        assert sorted(kept.tolist()) == sorted(naive)
+        shares.append(int(losses.argmax()) in kept)
+    assert abs(np.mean(shares) - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 50)
+    assert len(kept_in_epoch(OrderDP(100, 0.1, 8), 100, batch=30, epochs=2, epoch=0)) == 90  # more than the share
+    assert OrderDP(100, 0.75, 8).step_rows == 8
+
+
+def test_orderdp_prunes_at_random_until_a_loss_is_known() -> None:
+    first = [kept_in_epoch(OrderDP(40, 0.75, 4), 40, batch=16, epochs=8, epoch=0, seed=seed) for seed in range(400)]
+    counts = np.bincount(np.concatenate(first), minlength=40)
+    assert len(first[0]) == 10
+    assert (np.abs(counts / 400 - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / 400)).all()
+
+
+def test_seta_slides_a_window_over_groups_of_like_losses() -> None:
+    # Ten clear groups of ten rows: k-means can only find them, so the naive version sorts and cuts.
+    level = RNG.permutation(np.repeat(np.arange(10), 10))
+    losses = (level + RNG.uniform(-0.05, 0.05, 100)).astype(np.float32)
+    method = SeTa(items=100, ratio=0.5, step=8)
+    epochs = 16
+    share = random_share(0.5, epochs)
+    assert share == pytest.approx(0.5 * 16 / (1 + 2 + 13 * 0.5))  # epochs 0, 14 and 15 take the whole share
+    for epoch in range(epochs):
+        kept = kept_in_epoch(method, 100, batch=25, epochs=epochs, epoch=epoch, seed=1000 * epoch)
+        drawn = np.random.default_rng(1000 * epoch).permutation(100)[: int(share * 100)]
+        if epoch == 0 or epoch >= 14:
+            naive = drawn
+        else:
+            start = epoch % 6  # ten groups, a window of five: six places
+            naive = [row for row in drawn if start <= level[row] < start + 5]
+        assert sorted(kept.tolist()) == sorted(naive)
+        if epoch == 0:
+            method.observe(np.arange(100), losses, np.ones(100, bool))
+
+
+def test_seta_groups_are_those_of_the_least_squares() -> None:
+    losses = np.array([5.0, 0.1, 0.2, 4.0, 0.15, 1.1, 1.0], np.float32)
+    ordered = np.sort(losses)
+    best = min(  # all ways to cut seven sorted numbers into three
+        ((a, b) for a in range(1, 6) for b in range(a + 1, 7)),
+        key=lambda cut: sum(((part - part.mean()) ** 2).sum() for part in np.split(ordered, cut)),
+    )
+    naive = [int(np.searchsorted(best, np.searchsorted(ordered, loss), side="right")) for loss in losses]
+    assert by_difficulty(losses, 3).tolist() == naive == [2, 0, 0, 2, 0, 1, 1]
+    assert by_difficulty(np.full(5, 3.0, np.float32), 10).tolist() == [0] * 5  # all alike: one group
+    assert sorted(by_difficulty(np.array([2, 1, 2], np.float32), 10).tolist()) == [0, 1, 1]
+
+
+def test_setas_share_spends_the_budget_where_groups_are_alike() -> None:
+    for ratio, epochs in ((0.75, 8), (0.5, 30), (0.9, 8)):
+        method, rows = SeTa(1000, ratio, 8), np.arange(1000)
+        kept = 0
+        for epoch in range(epochs):
+            kept += len(kept_in_epoch(method, 1000, batch=500, epochs=epochs, epoch=epoch, seed=epoch))
+            method.observe(rows, (rows % 10).astype(np.float32), np.ones(1000, bool))
+        assert kept / (1000 * epochs) == pytest.approx(1 - ratio, rel=0.05)
+    assert random_share(0.1, 8) == 1.0  # a window of half the groups cannot keep 90 %
 
 
 def test_rho_loss_takes_the_largest_reducible_losses() -> None:

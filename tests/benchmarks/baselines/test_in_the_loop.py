@@ -14,10 +14,13 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
+from benchmarks.study.baselines.epoch_method import START, EpochMethod  # noqa: E402
 from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
-from benchmarks.study.baselines.infobatch import START, InfoBatch  # noqa: E402
+from benchmarks.study.baselines.infobatch import InfoBatch  # noqa: E402
+from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
+from benchmarks.study.baselines.seta import SeTa  # noqa: E402
 from benchmarks.study.trainer import train_once  # noqa: E402
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
 from gstds_cache.embedding.run import embed_dataset  # noqa: E402
@@ -94,6 +97,74 @@ def test_a_method_sees_the_losses_of_what_it_chose(source, everything, tmp_path)
     result, _ = run(source, everything, tmp_path / "run", method=method)
     assert result.gradient_samples < ITEMS * EPOCHS
     assert not np.any(method.scores == START)
+
+
+class Few(EpochMethod):
+    """Half of the rows in epoch 0, seven rows in epoch 1, then none."""
+
+    name = "few"
+    rows = (np.arange(0, ITEMS, 2), np.arange(0, ITEMS, 11), np.arange(0))
+
+    def __init__(self, step: int) -> None:
+        super().__init__(ITEMS, step)
+        self.steps: list[list[int]] = []
+
+    def rows_of(self, epoch, epochs, rng):
+        return self.rows[epoch]
+
+    def observe(self, rows, losses, correct):
+        super().observe(rows, losses, correct)
+        self.steps.append(rows.tolist())
+
+
+def test_rows_wait_until_a_step_is_full(source, everything, tmp_path) -> None:
+    ends: list[int] = []
+    method = Few(step=5)
+    result, forward_samples = run(
+        source, everything, tmp_path / "run", method=method, after_epoch=lambda _: ends.append(len(method.steps))
+    )
+    with open_selection(everything) as stream:
+        offered = [(batch.epoch, list(map(int, batch.kept))) for batch in stream]
+    naive, waiting = [], []
+    for epoch, rows in offered:
+        waiting += [row for row in rows if row in set(method.rows[epoch].tolist())]
+        if len(waiting) >= 5:
+            naive.append(waiting[:5])
+            waiting = waiting[5:]
+    assert method.steps == naive
+    assert 0 < ends[0] <= ends[1] <= ends[2] == len(naive)
+    assert len(naive) < len(offered)
+    assert (result.gradient_samples, result.steps) == (5 * len(naive), len(naive))
+    assert forward_samples == 0
+    assert np.isfinite(result.loss)
+
+
+def test_a_batch_without_a_step_changes_no_weight(source, everything, tmp_path) -> None:
+    method, ends = Few(step=9), []
+    run(
+        source,
+        everything,
+        tmp_path / "run",
+        method=method,
+        after_epoch=lambda network: ends.append((len(method.steps), next(network.parameters()).detach().clone())),
+    )
+    assert [steps for steps, _ in ends] == [3, 4, 4]
+    assert not torch.equal(ends[0][1], ends[1][1])
+    assert torch.equal(ends[1][1], ends[2][1])  # momentum and weight decay rest too
+
+
+@pytest.mark.parametrize("make", [OrderDP, SeTa])
+def test_last_losses_are_those_of_training(source, everything, tmp_path, make) -> None:
+    method = make(ITEMS, 0.5, 12)
+    result, forward_samples = run(source, everything, tmp_path / "run", method=method)
+    seen = method.scores != START
+    assert forward_samples == 0
+    assert ITEMS // 2 <= seen.sum() <= ITEMS
+    assert np.isfinite(method.scores).all()
+    assert result.gradient_samples <= 0.7 * ITEMS * EPOCHS
+    again = make(ITEMS, 0.5, 12)
+    run(source, everything, tmp_path / "again", method=again)
+    assert np.array_equal(method.scores, again.scores)
 
 
 def test_the_learner_is_asked_about_what_the_step_sees(source) -> None:
