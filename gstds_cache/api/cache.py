@@ -103,7 +103,7 @@ def describe_store(store: LocationLike) -> StoreSummary:
         StoreNotFoundError: There is none.
         IntegrityError: Its specification or a commit record is damaged.
     """
-    return summarise(store)
+    return summarise(Location.parse(store, "`store`"))
 
 
 def list_derived(store: LocationLike) -> list[Path]:
@@ -180,7 +180,7 @@ def remove_store(store: LocationLike) -> RemoveReport:
         StoreNotFoundError: There is no store; nothing was removed.
         IncompleteError: Another process is writing it.
     """
-    location = Location.parse(store, "`store`")
+    location = Location.parse(store, "`store`").absolute()
     derived = existing_derived(location)
     objects = remove_objects(location)
     remaining = [why for path in derived if (why := _remove(path))]

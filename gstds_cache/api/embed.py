@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
@@ -31,7 +31,7 @@ def embed(
     dataset: Any,
     cache: LocationLike | None = None,
     *,
-    reuse: Sequence[LocationLike] = (),
+    reuse: LocationLike | Sequence[LocationLike] = (),
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[EmbedSettings],
@@ -65,7 +65,7 @@ def embed(
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
     """
-    others = (reuse,) if isinstance(reuse, LocationLike) else tuple(reuse)
+    others = tuple(reuse) if isinstance(reuse, Iterable) and not isinstance(reuse, str | bytes) else (reuse,)
     config, notify = EmbedConfig(**settings), notify or log
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")

@@ -60,7 +60,8 @@ def serve(
         ``os._exit``.
 
     Raises:
-        UsageError: A setting or the address cannot be meant, or needs more protection than was given.
+        UsageError: A setting or the address cannot be meant, or needs more protection than was given; or ``stop`` is
+            missing outside the main thread.
     """
     settings.setdefault("threads", 1)
     config = config_of(keep, settings)

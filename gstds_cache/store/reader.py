@@ -80,6 +80,7 @@ class EmbeddingStore:
         self.kind, self.classes, self.dataset_uri = self.metadata.kind, self.metadata.classes, self.metadata.dataset_uri
         self.fingerprint = self.spec.fingerprint
         self.memory_budget = memory_budget
+        mirror = None if mirror is None else Path(mirror).absolute()
         self._opening = (self.location, allow_partial, memory_budget, access, mirror)
         self._process, self._making_access = os.getpid(), threading.Lock()
         record = self.metadata.complete()
@@ -135,6 +136,9 @@ class EmbeddingStore:
 
     def __len__(self) -> int:
         return self.spec.items
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.location)!r}, {len(self)} x {self.spec.dim}, {self.spec.dtype})"
 
     @property
     def quarantined(self) -> list[Quarantined]:
