@@ -180,7 +180,7 @@ def remove_store(store: LocationLike) -> RemoveReport:
         StoreNotFoundError: There is no store; nothing was removed.
         IncompleteError: Another process is writing it.
     """
-    location = Location.parse(store, "`store`").absolute()
+    location = Location.parse(store, "`store`")
     derived = existing_derived(location)
     objects = remove_objects(location)
     remaining = [why for path in derived if (why := _remove(path))]

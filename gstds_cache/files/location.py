@@ -131,7 +131,9 @@ def file_to_write(where: str | os.PathLike[str], what: str) -> Path:
     if os.path.isdir(path):  # noqa: PTH112 - Path's may raise
         raise UsageError(f"{what}: {path} is a folder, expected a file to write")
     if not os.path.isdir(path.parent):  # noqa: PTH112 - Path's may raise
-        raise UsageError(f"{what}: got {path}, but there is no folder {path.parent}", hint="make the folder first")
+        raise UsageError(
+            f"{what}: got {path}, but there is no folder {path.parent}", hint="check the path, or make the folder"
+        )
     return path
 
 

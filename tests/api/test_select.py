@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from click.testing import CliRunner
 from small_store import fill
 
-from gstds_cache.api import select as module
+from gstds_cache.api import select_batches as module
 from gstds_cache.api.select_batches import select, stream_selection
 from gstds_cache.api.serve import serve
 from gstds_cache.config import SelectConfig
@@ -40,6 +41,32 @@ QUICK = SMALL | {"rule": "random"}
 def store(tmp_path: Path) -> Path:
     fill(tmp_path / "store")
     return tmp_path / "store"
+
+
+def test_a_selection_is_a_short_value_and_stays_where_it_was(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = EmbeddingStore("store")
+    made, found = (select(opened, out="s.arrow", progress=False, notify=lambda _: None, **QUICK) for _ in range(2))
+    assert made.summary != found.summary  # one was computed, the other found
+    assert len({made, found}) == 1
+    assert repr(made) == f"Selection('{tmp_path}/s.arrow', epochs=2, total_steps=6)"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(list(made)) == 6
+    assert repr(made.sampler()).endswith("epochs=2, total_steps=6, rank=0 of 1)")
+    beside = select(opened, progress=False, notify=lambda _: None, **(QUICK | {"seed": 1}))
+    assert beside.path.parent == tmp_path / "store.selections"
+    assert not list(Path().iterdir())
+    with open_selection(made.path) as stream:
+        next(iter(stream))
+        assert repr(stream) == f"SelectionStream({made.digest[:16]}, batch 1 of 6)"
+
+
+def test_a_service_outside_the_main_thread_needs_to_be_told_when_to_stop(store) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(serve, store, "127.0.0.1:0", **QUICK)
+        with pytest.raises(UsageError, match="`stop`: got None outside the main thread"):
+            done.result()
 
 
 def test_a_selection_is_made_once_and_found_from_then_on(store, monkeypatch) -> None:

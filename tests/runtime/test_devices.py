@@ -55,7 +55,7 @@ def test_blocks_that_overlap_in_two_threads_leave_what_was_before(blas_alone: bo
                 assert len(list(results)) == 8
             else:
                 results.__exit__(None, None, None)
-                assert torch_and_pools() == before
+                assert torch.get_num_threads() == 3  # OpenMP's number is this new thread's own
         except BaseException as error:
             failed.append(error)
             raise

@@ -149,7 +149,7 @@ def test_removing_takes_what_was_derived_however_the_store_is_named(
         path.write_text("{}")
         paths.append(path)
     assert len(paths) == (4 if spelling.lower() == "s3" else 8)
-    assert sorted(existing_derived(Location.parse(where))) == sorted(paths)
+    assert sorted(existing_derived(Location.parse(where).absolute())) == sorted(paths)
     done = CliRunner().invoke(main, ["rm", where, "--yes"])
     assert done.exit_code == 0, done.output
     assert not any(path.exists() for path in paths)
