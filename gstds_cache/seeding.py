@@ -7,9 +7,13 @@ NumPy's SeedSequence, so neighbouring seeds and epochs are independent streams (
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import numpy as np
 import torch
+
+GLOBAL_NUMBERS = threading.RLock()
+"""Held by whoever seeds torch's, NumPy's or Python's global generator: these are shared by all threads of a process."""
 
 
 def _words(seed: int, key: tuple[int | str, ...]) -> list[int]:

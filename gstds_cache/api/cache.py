@@ -104,7 +104,7 @@ def describe_store(store: LocationLike) -> StoreSummary:
         StoreNotFoundError: There is none.
         IntegrityError: Its specification or a commit record is damaged.
     """
-    return summarise(store)
+    return summarise(Location.parse(store, "`store`"))
 
 
 def list_derived(store: LocationLike) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
@@ -30,7 +30,7 @@ def embed(
     dataset: Any,
     cache: LocationLike | None = None,
     *,
-    reuse: Sequence[LocationLike] = (),
+    reuse: LocationLike | Sequence[LocationLike] = (),
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[EmbedSettings],
@@ -65,7 +65,8 @@ def embed(
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
     """
     require_settings(embed, EmbedConfig, settings)
-    others = (reuse,) if isinstance(reuse, LocationLike) else as_tuple("reuse", reuse, "locations of stores")
+    single = not isinstance(reuse, Iterable) or isinstance(reuse, str | bytes)
+    others = (reuse,) if single else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.config import DEVICE
-from gstds_cache.files.location import LocationLike, local_file
+from gstds_cache.files.location import LocationLike, file_to_write
 from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
 from gstds_cache.runtime.progress import Progress, showing
@@ -79,12 +79,12 @@ def export_store(store: LocationLike | EmbeddingStore, file: str | Path, *, repl
         What was written.
 
     Raises:
-        UsageError: The ending is another, or ``file`` exists.
+        UsageError: The ending is another, or ``file`` exists, is a folder or in one that does not exist.
         ChunkCorruptError: A shard is damaged.
         IncompleteError: The store is not complete.
     """
+    path = file_to_write(file, "`file`")
     opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-    path = local_file(file, "`file`")
     size = export_rows(opened, path, replace=replace)
     return ExportReport(path, len(opened), opened.spec.dim, opened.spec.dtype, len(opened.without_embedding), size)
 
@@ -122,7 +122,7 @@ def export_scores(
         StreamError: The selection is damaged.
         FingerprintMismatchError: The store is not the selection's, or gives other rows here.
     """
-    path = local_file(file, "`file`")
+    path = file_to_write(file, "`file`")
     check_target(path, replace=replace)
     opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
     settings = RecomputeSettings(device=device, guidance=guidance, schedule=schedule)

@@ -16,7 +16,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_sources
 from gstds_cache.errors import UsageError
-from gstds_cache.files.location import LocationLike, local_file
+from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
@@ -124,7 +124,7 @@ def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) 
     """Where the store is, which the selection has to be from."""
     if cache is None:
         return None
-    opened = cache if isinstance(cache, EmbeddingStore) else StoreMetadata(cache)
+    opened = cache if isinstance(cache, EmbeddingStore) else StoreMetadata(Location.parse(cache, "`cache`"))
     require_store(header, fingerprint=opened.spec.fingerprint, where=str(opened.location))
     return str(opened.location)
 

@@ -12,7 +12,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
-from gstds_cache.files.location import LocationLike, local_file
+from gstds_cache.files.location import Location, LocationLike, file_to_write, local_file
 from gstds_cache.report.recompute import RecomputeSettings
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.reader import EmbeddingStore
@@ -78,7 +78,7 @@ def write_report(
         IntegrityError: A run is damaged.
         FingerprintMismatchError: A store is not the selection's, or gives other rows here.
     """
-    file = local_file(out, "`out`")
+    file = file_to_write(out, "`out`")
     if not what:
         raise UsageError("`what`: got nothing, expected selections or run directories")
     if batches < 3:
@@ -94,6 +94,8 @@ def write_report(
     from gstds_cache.report.run_view import read_run
     from gstds_cache.report.selection_view import view_selection
 
+    if cache is not None and not isinstance(cache, EmbeddingStore):
+        cache = Location.parse(cache, "`cache`")
     hash_cache = HashCache(hashes_folder())
     paths = [local_file(path, "`what`") for path in what]
     runs = [read_run(path, number) for number, path in enumerate((p for p in paths if p.is_dir()), 1)]

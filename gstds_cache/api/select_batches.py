@@ -78,7 +78,7 @@ def select(
     with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
-        return Selection(path, run.summary(str(path)))
+        return Selection(path.absolute(), run.summary(str(path)))
 
 
 def stream_selection(
@@ -248,7 +248,7 @@ class _Run:
             seconds=time.perf_counter() - self.begun,
             joules=meter.total,
             device=str(selector.device),
-            store=str(selector.store.location.absolute()),
+            store=str(selector.store.location.path or selector.store.location),
             joules_from=meter.source,
         )
         kept = kept_paths(selector)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +82,15 @@ class Selection:
         loader = DataLoader(dataset, batch_sampler=selection.sampler())
 
     Attributes:
-        path: Its file; :func:`~gstds_cache.open_selection` reads it.
-        summary: What the call that gave it did.
+        path: Its file, absolute; :func:`~gstds_cache.open_selection` reads it.
+        summary: What the call that gave it did. Selections of the same file are equal, whichever call gave them.
     """
 
     path: Path
-    summary: SelectionSummary
+    summary: SelectionSummary = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"Selection({str(self.path)!r}, epochs={self.epochs}, total_steps={self.total_steps})"
 
     def __fspath__(self) -> str:
         """Its file: whatever takes a selection's path takes this as well."""

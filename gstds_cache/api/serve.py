@@ -67,7 +67,8 @@ def serve(
         ``os._exit``.
 
     Raises:
-        UsageError: A setting or the address cannot be meant, or needs more protection than was given.
+        UsageError: A setting or the address cannot be meant, or needs more protection than was given; or ``stop`` is
+            missing outside the main thread.
     """
     require_settings(serve, SelectConfig, settings)
     settings.setdefault("threads", 1)

@@ -25,6 +25,7 @@ from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.runtime.devices import describe_device
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
+from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_dataset
 from gstds_cache.stream.schema import Header
@@ -59,6 +60,9 @@ def train(
     the same call and takes its share of each step; the first writes the run's directory. The first Ctrl-C stops after
     the step that is under way, with a checkpoint.
 
+    A process trains once at a time, as a run needs torch's global random numbers to itself: a call in a second thread
+    waits until the first one ends. So does what builds a model there, such as :func:`gstds_cache.embed`.
+
     Args:
         dataset: The data set the selection was made from: a URI, such as ``imagefolder:PATH``, or any map-style object.
         selection: What :func:`gstds_cache.select` returned, a file, ``-`` for stdin, or a service's address
@@ -89,7 +93,7 @@ def train(
         KeyboardInterrupt: It was interrupted; the same call with ``resume=True`` goes on.
     """
     require_settings(train, TrainConfig, settings)
-    begun, hash_cache = time.perf_counter(), HashCache(hashes_folder())
+    hash_cache = HashCache(hashes_folder())
     opening = open_run(
         dataset,
         selection,
@@ -101,7 +105,9 @@ def train(
         progress=progress,
         notify=notify,
     )
-    with opening as run, ExitStack() as held:
+    with GLOBAL_NUMBERS, ExitStack() as held:
+        begun = time.perf_counter()
+        run = held.enter_context(opening)
         config, run_dir = _hold_run_dir(run, out, resume, hash_cache, held)
         opened = time.perf_counter() - begun  # libraries loaded, items hashed
         for note in hash_cache.notes:
@@ -166,7 +172,7 @@ def estimate_training(
         progress=progress,
         notify=notify,
     )
-    with opening as run:
+    with GLOBAL_NUMBERS, opening as run:
         seconds, source = _recorded_cost(run.select_cost)
         if seconds is None and cache is not None:
             seconds, source = _measured_cost(cache, run.stream.header)

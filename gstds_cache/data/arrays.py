@@ -31,6 +31,9 @@ class ArraySource:
         """None: a payload is not a file."""
         return None
 
+    def __repr__(self) -> str:
+        return f"ArraySource({self.uri!r}, {len(self)} items)"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -84,6 +84,9 @@ class FileSource:
     mirror_safe: bool = True
     notes: Sequence[str] = ()
 
+    def __repr__(self) -> str:
+        return f"FileSource({self.uri!r}, {len(self)} items)"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -100,6 +100,9 @@ class MapStyleSource:
         """None: what the dataset reads is its own affair."""
         return None
 
+    def __repr__(self) -> str:
+        return f"MapStyleSource({self.uri!r}, {len(self)} items)"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -59,6 +59,9 @@ class Subset:
         files = self.base.files
         return files and files.part(map(int, self.rows))
 
+    def __repr__(self) -> str:
+        return f"Subset({self.uri!r}, {len(self)} items)"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -102,7 +102,7 @@ def embed_dataset(
     if where is None:
         assert root is not None
         where = root / _default_name(source, encoder, manifest, config)
-    location = Location.parse(where)
+    location = Location.parse(where, "`cache`").absolute()
     stored = find_store(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)

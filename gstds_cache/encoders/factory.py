@@ -26,6 +26,7 @@ from gstds_cache.files.digest import sha256_file
 from gstds_cache.files.location import expanded
 from gstds_cache.plugins import call_factory, load_factory, own_code
 from gstds_cache.runtime.resources import out_of_memory
+from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
@@ -290,8 +291,8 @@ def _features_and_dtype(
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Random numbers that are the same each time, whichever of the usual sources a factory draws from."""
-    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that others draw from
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_NUMBERS, torch.random.fork_rng(devices=[]):
+        plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that others draw from
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002

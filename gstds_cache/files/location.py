@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from gstds_cache.errors import UsageError
@@ -27,30 +28,37 @@ class Location:
         path: The directory; None for a bucket.
         bucket: Name of the bucket; empty for a directory.
         prefix: What the keys in the bucket begin with, without a slash at either end; empty for a directory.
+        typed: The directory as the user named it, where ``path`` was made absolute.
     """
 
     path: Path | None
     bucket: str = ""
     prefix: str = ""
+    typed: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def parse(cls, where: LocationLike, name: str = "store") -> Location:
+    def parse(cls, where: LocationLike, name: str = "`store`") -> Location:
         """Parse what a user named.
 
         Args:
-            where: A path, ``file:///path`` or ``s3://bucket/prefix``, the schemes in any case; or a location.
+            where: A path, ``file:///path`` or ``s3://bucket/prefix``, the schemes in any case; a location; or an open
+                store.
             name: What is named, for errors, e.g. ```cache```.
 
         Returns:
             The location.
 
         Raises:
-            UsageError: ``where`` is empty, a URL of another kind or with too few slashes, a bucket without a prefix or
-                with one that some services would change, or begins with ``~`` of a user who has no home.
+            UsageError: ``where`` is of another type, empty, a URL of another kind or with too few slashes, a bucket
+                without a prefix or with one that some services would change, or begins with ``~`` of a user who has no
+                home.
         """
         if isinstance(where, Location):
             return where
-        text = str(where)
+        opened = getattr(where, "location", None)
+        if isinstance(opened, Location):
+            return opened
+        text = _text_of(where, name, "a path, file:///path, s3://bucket/prefix or an open store")
         if text[:5].lower() != "s3://":
             return cls(_local(text, name, "a path, file:///path or s3://bucket/prefix"))
         match = BUCKET.fullmatch(text)
@@ -63,11 +71,13 @@ class Location:
         return cls(None, match["bucket"], "/".join(parts))
 
     def __str__(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}" if self.path is None else str(self.path)
+        return f"s3://{self.bucket}/{self.prefix}" if self.path is None else str(self.typed or self.path)
 
     def absolute(self) -> Location:
-        """The same location whatever the current directory is."""
-        return self if self.path is None else Location(self.path.absolute())
+        """The same location whatever the current directory is; its name stays the one that the user typed."""
+        if self.path is None or self.path.is_absolute():
+            return self
+        return Location(self.path.absolute(), typed=self.path)
 
     @property
     def name(self) -> str:
@@ -75,7 +85,14 @@ class Location:
         return self.prefix.rpartition("/")[2] if self.path is None else self.path.name
 
 
-LocationLike = str | Path | Location
+@runtime_checkable
+class HasLocation(Protocol):
+    """An open store, whose location is meant."""
+
+    location: Location
+
+
+LocationLike = str | os.PathLike[str] | Location | HasLocation
 """What a public call takes for a store; parsed at once."""
 
 
@@ -90,9 +107,47 @@ def local_file(where: str | os.PathLike[str], what: str) -> Path:
         The path.
 
     Raises:
-        UsageError: ``where`` is empty, a URL of another kind, or begins with ``~`` of a user who has no home.
+        UsageError: ``where`` is no path, is empty, a URL of another kind, or begins with ``~`` of a user who has no
+            home.
     """
-    return _local(os.fspath(where), what, "a path on this machine, or file:///path")
+    expected = "a path on this machine, or file:///path"
+    return _local(_text_of(where, what, expected), what, expected)
+
+
+def file_to_write(where: str | os.PathLike[str], what: str) -> Path:
+    """:func:`local_file` for a file that will be written, refused before any work where that is impossible.
+
+    Args:
+        where: As the user gave it.
+        what: What is named, for errors, e.g. ```out```.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: ``where`` names no file on this machine, a folder, or a file in a folder that does not exist.
+    """
+    path = local_file(where, what)
+    if os.path.isdir(path):  # noqa: PTH112 - Path's may raise
+        raise UsageError(f"{what}: {path} is a folder, expected a file to write")
+    if not os.path.isdir(path.parent):  # noqa: PTH112 - Path's may raise
+        raise UsageError(
+            f"{what}: got {path}, but there is no folder {path.parent}", hint="check the path, or make the folder"
+        )
+    return path
+
+
+def _text_of(where: object, what: str, expected: str) -> str:
+    """The text of a path. Anything has a ``str()``, which must not become the name of a folder.
+
+    Raises:
+        UsageError: It is no path.
+    """
+    text = os.fspath(where) if isinstance(where, str | os.PathLike) else where
+    if not isinstance(text, str):
+        got = "None" if text is None else type(text).__name__
+        raise UsageError(f"{what}: got {got}, expected {expected}")
+    return text
 
 
 def _local(text: str, what: str, expected: str) -> Path:

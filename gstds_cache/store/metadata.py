@@ -112,7 +112,7 @@ class StoreMetadata:
             StoreNotFoundError: There is no store.
             IntegrityError: The specification is damaged.
         """
-        self.location = Location.parse(where)
+        self.location = Location.parse(where).absolute()
         self.transport = transport or open_transport(self.location)
         self._commits: dict[int, CommitRecord] = {}
         try:

@@ -82,6 +82,7 @@ class EmbeddingStore:
         )
         self.fingerprint = self.spec.fingerprint
         self.memory_budget = memory_budget
+        mirror = None if mirror is None else Path(mirror).absolute()
         self._opening = (self.location, allow_partial, memory_budget, access, mirror)
         self._process, self._making_access = os.getpid(), threading.Lock()
         record = self._metadata.complete()
@@ -137,6 +138,9 @@ class EmbeddingStore:
 
     def __len__(self) -> int:
         return self.spec.items
+
+    def __repr__(self) -> str:
+        return f"EmbeddingStore({str(self.location)!r}, {len(self)} x {self.spec.dim}, {self.spec.dtype})"
 
     @property
     def quarantined(self) -> list[Quarantined]:

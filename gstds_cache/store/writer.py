@@ -228,7 +228,7 @@ def open_writer(
         FingerprintMismatchError: The store at ``where`` holds something else.
         IncompleteError: Another process is writing the store.
     """
-    location = Location.parse(where)
+    location = Location.parse(where).absolute()
     transport = open_transport(location)
     if not transport.exists(layout.GROUP):
         _require_room(location, transport)

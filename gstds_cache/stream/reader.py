@@ -63,6 +63,10 @@ class SelectionStream:
         if resume is not None:
             self._resume(resume)
 
+    def __repr__(self) -> str:
+        header = self.header
+        return f"SelectionStream({header.selection_digest[:16]}, batch {self.next_seq} of {header.total_batches})"
+
     def close(self) -> None:
         """Close the file, pipe or connection."""
         self._source.close()

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.errors import UsageError
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.flight_server import SelectionService
@@ -88,7 +89,15 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     Yields:
         The event.
+
+    Raises:
+        UsageError: This is not the main thread.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "`stop`: got None outside the main thread, where no signal can stop the service",
+            hint="pass a threading.Event, and set it to stop",
+        )
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

@@ -86,6 +86,10 @@ class SelectedBatchSampler(Sampler[list[int]]):
         if dataset is not None:
             _require_dataset(self._steps, dataset)
 
+    def __repr__(self) -> str:
+        numbers = f"epochs={self.epochs}, total_steps={self.total_steps}, rank={self.rank} of {self.world_size}"
+        return f"SelectedBatchSampler({self.header.selection_digest[:16]}, {numbers})"
+
     @property
     def step(self) -> int:
         """Batches yielded so far, over all epochs; with DataLoader workers, more than were trained on."""

@@ -78,6 +78,10 @@ class SelectedDataset(IterableDataset[Any]):
         """Batches of one iteration."""
         return self.total_steps
 
+    def __repr__(self) -> str:
+        numbers = f"total_steps={self.total_steps}, rank={self.rank} of {self.world_size}"
+        return f"SelectedDataset({self.header.selection_digest[:16]}, {numbers})"
+
     def __iter__(self) -> Iterator[Any]:
         """An iterator over the batches of this process's worker; it has ``state_dict`` for torchdata's loader."""
         return SelectedBatches(self, self._steps)

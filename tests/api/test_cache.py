@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from gstds_cache.api.repair import repair_store
 from gstds_cache.costs.records import store_costs
 from gstds_cache.errors import FingerprintMismatchError, StoreNotFoundError, UsageError
 from gstds_cache.store import layout
+from gstds_cache.store.reader import EmbeddingStore
 
 
 @pytest.fixture
@@ -92,6 +94,30 @@ def test_an_argument_that_cannot_be_meant_is_named(tmp_path: Path, call, argumen
         call(tmp_path / "store", progress=False, **arguments)
     assert str(caught.value) == message
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_open_store_stands_for_its_location(
+    store: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.parent)
+    opened, typed = EmbeddingStore(store.name), describe_store(store)
+    assert (str(opened.location), opened.location.path) == (store.name, store)
+    assert repr(opened) == f"EmbeddingStore('photos.store', 60 x {opened.spec.dim}, float16)"
+    monkeypatch.chdir(image_folder)
+    assert opened.gather(np.array([0])).shape == (1, opened.spec.dim)
+    assert replace(describe_store(opened), location="", last_used=0.0) == replace(typed, location="", last_used=0.0)
+    assert list_derived(opened) == list_derived(store)
+    assert verify_store(opened, level="sample", rows=2, progress=False).problems == ()
+    assert repair_store(opened, workers=0, progress=False).shards == ()
+    uri = f"imagefolder:{image_folder}"
+    again = embed(
+        uri, opened, progress=False, notify=lambda _: None, model=MODEL, batch_size=4, shard_rows=8, workers=0
+    )
+    assert (again.location, again.report.cache_hit) == (opened.location, True)
+    with pytest.raises(UsageError, match="`file`: .* is a folder"):
+        export_store(opened, store.parent)
+    remove_store(opened)
+    assert not store.exists()
 
 
 def test_damage_is_a_part_of_the_report_and_is_repaired(store: Path, image_folder: Path, tmp_path: Path) -> None:

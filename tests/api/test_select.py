@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -47,6 +48,32 @@ QUICK = SMALL | {"rule": "random"}
 def store(tmp_path: Path) -> Path:
     fill(tmp_path / "store")
     return tmp_path / "store"
+
+
+def test_a_selection_is_a_short_value_and_stays_where_it_was(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = EmbeddingStore("store")
+    made, found = (select(opened, out="s.arrow", progress=False, notify=lambda _: None, **QUICK) for _ in range(2))
+    assert made.summary != found.summary  # one was computed, the other found
+    assert len({made, found}) == 1
+    assert repr(made) == f"Selection('{tmp_path}/s.arrow', epochs=2, total_steps=6)"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(list(made)) == 6
+    assert repr(made.sampler()).endswith("epochs=2, total_steps=6, rank=0 of 1)")
+    beside = select(opened, progress=False, notify=lambda _: None, **(QUICK | {"seed": 1}))
+    assert beside.path.parent == tmp_path / "store.selections"
+    assert not list(Path().iterdir())
+    with open_selection(made.path) as stream:
+        next(iter(stream))
+        assert repr(stream) == f"SelectionStream({made.digest[:16]}, batch 1 of 6)"
+
+
+def test_a_service_outside_the_main_thread_needs_to_be_told_when_to_stop(store) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(serve, store, "127.0.0.1:0", **QUICK)
+        with pytest.raises(UsageError, match="`stop`: got None outside the main thread"):
+            done.result()
 
 
 def test_a_selection_is_made_once_and_found_from_then_on(store, monkeypatch) -> None:

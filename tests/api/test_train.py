@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def selection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_second_thread_trains_after_the_first(selection) -> None:
+    """Their steps would share torch's global random numbers."""
+    phases, begun = [], threading.Event()
+
+    def run(name: str) -> None:
+        def progress(*_: object) -> None:
+            phases.append(name)
+            begun.set()
+            time.sleep(0.01)  # room for the other one
+
+        train(DATASET, selection, out=name, notify=lambda _: None, **(SETTINGS | {"progress": progress}))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("a", "b")]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert phases == sorted(phases)
+    assert set(phases) == {"a", "b"}
 
 
 def test_a_call_trains_writes_its_ledger_and_goes_on(selection) -> None:

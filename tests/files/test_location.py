@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import cache_root, derived_paths, find_cache_root, first_writable, hashes_folder, keep
-from gstds_cache.files.location import Location, expanded, local_file
+from gstds_cache.files.location import Location, expanded, file_to_write, local_file
 
 
 def test_paths_and_urls_are_what_they_say(monkeypatch) -> None:
@@ -56,6 +59,55 @@ def test_what_cannot_be_meant_is_refused(text, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         Location.parse(text)
     assert words in str(caught.value)
+
+
+NO_PATHS = """
+from pathlib import Path
+import numpy as np
+from gstds_cache.api.cache import describe_store, list_stores, remove_store
+from gstds_cache.errors import UsageError
+from gstds_cache.files.location import Location, file_to_write, local_file
+
+for value in (3, 1.5, b"x", ["a"], None, np.zeros(2), object()):
+    got = "None" if value is None else type(value).__name__
+    calls = [(parse, "`cache`") for parse in (Location.parse, local_file, file_to_write)]
+    for call, name in [*calls, (describe_store, "`store`"), (remove_store, "`store`")]:
+        try:
+            call(value, name) if name == "`cache`" else call(value)
+        except UsageError as error:
+            assert str(error).startswith(f"{name}: got {got}, expected a path"), error
+        else:
+            raise AssertionError((call, value))
+assert not list(Path().iterdir())
+"""
+
+
+def test_only_a_path_names_a_place(tmp_path: Path) -> None:
+    """As a user calls it: the tests' own check of types would refuse these first."""
+    subprocess.run([sys.executable, "-c", NO_PATHS], cwd=tmp_path, check=True)
+
+
+def test_an_open_store_and_any_path_like_name_their_place() -> None:
+    place = Location(Path("a"))
+    assert Location.parse(SimpleNamespace(location=place)) is place
+    assert Location.parse(PurePosixPath("a")) == place
+    assert local_file(PurePosixPath("a"), "`out`") == Path("a")
+
+
+def test_an_absolute_location_is_still_called_what_was_typed(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    location = Location.parse("a").absolute()
+    assert location == Location(tmp_path / "a")
+    assert str(location) == "a"
+    assert location.absolute() is location
+
+
+def test_a_file_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`file`: .* is a folder"):
+        file_to_write(tmp_path, "`file`")
+    with pytest.raises(UsageError, match=f"`file`: .* no folder {tmp_path}/no"):
+        file_to_write(tmp_path / "no" / "x.npy", "`file`")
+    assert file_to_write(tmp_path / "x.npy", "`file`") == tmp_path / "x.npy"
 
 
 def test_where_a_file_is_expected_a_bucket_is_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 import threadpoolctl
 import torch
 
-from gstds_cache.runtime.threads import in_threads
+from gstds_cache.runtime.threads import in_threads, limited_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -30,6 +30,65 @@ def test_every_library_has_one_thread_inside_and_what_it_had_afterwards() -> Non
         inside = list(in_threads(lambda _: (set(pool_sizes()), torch.get_num_threads()), range(4), 2))
         assert inside == [({1}, 1)] * 4
         assert pool_sizes() == before
+
+
+def torch_and_pools() -> list[int]:
+    return [torch.get_num_threads(), *pool_sizes()]
+
+
+@pytest.mark.parametrize("blas_alone", [False, True])
+def test_blocks_that_overlap_in_two_threads_leave_what_was_before(blas_alone: bool) -> None:
+    """The first block begins first and ends first: what the second found on entering is the first one's limit."""
+    inside, over, failed = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        try:
+            if blas_alone:
+                results = in_threads(lambda item: item, range(9), 1)
+                next(results)
+            else:
+                results = limited_threads(1)
+                results.__enter__()
+            inside.set()
+            assert over.wait(20)
+            if blas_alone:
+                assert len(list(results)) == 8
+            else:
+                results.__exit__(None, None, None)
+                assert torch.get_num_threads() == 3  # OpenMP's number is this new thread's own
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    torch_before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with threadpoolctl.threadpool_limits(3):
+            before = torch_and_pools()
+            assert set(before) == {3}
+            thread = threading.Thread(target=second)
+            with limited_threads(2):
+                assert set(torch_and_pools()) == {2}
+                thread.start()
+                assert inside.wait(20)
+            assert torch.get_num_threads() == 3
+            over.set()
+            thread.join()
+            assert not failed
+            assert torch_and_pools() == before
+    finally:
+        torch.set_num_threads(torch_before)
+
+
+def test_a_block_inside_another_gives_back_the_outer_limit() -> None:
+    before = torch_and_pools()
+    with limited_threads(3):
+        assert list(in_threads(lambda _: set(pool_sizes()), range(2), 1)) == [{1}] * 2
+        assert set(torch_and_pools()) == {3}
+        with limited_threads(2):
+            assert set(torch_and_pools()) == {2}
+        assert set(torch_and_pools()) == {3}
+    assert torch_and_pools() == before
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -145,11 +145,11 @@ def test_removing_takes_what_was_derived_however_the_store_is_named(
     for path in paths:
         path.mkdir(parents=True)
         (path / "file").write_bytes(b"1")
-    for path in store_costs(where):
+    for path in store_costs(store):
         path.write_text("{}")
         paths.append(path)
     assert len(paths) == (4 if spelling.lower() == "s3" else 8)
-    assert sorted(existing_derived(Location.parse(where))) == sorted(paths)
+    assert sorted(existing_derived(Location.parse(store))) == sorted(paths)
     done = CliRunner().invoke(main, ["rm", where, "--yes"])
     assert done.exit_code == 0, done.output
     assert not any(path.exists() for path in paths)
