@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
@@ -65,7 +66,7 @@ def embed(
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
     """
     require_settings(embed, EmbedConfig, settings)
-    single = not isinstance(reuse, Iterable) or isinstance(reuse, str | bytes)
+    single = isinstance(reuse, str | os.PathLike | Location | EmbeddingStore)
     others = (reuse,) if single else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
     _require_locations(cache, others)

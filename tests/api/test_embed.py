@@ -15,7 +15,7 @@ from gstds_cache.api.embed import embed, estimate_embedding
 from gstds_cache.api.repair import repair_store
 from gstds_cache.config import EmbedSettings
 from gstds_cache.costs.records import recall_store
-from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.errors import FingerprintMismatchError, IncompleteError, UsageError
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.writer import StoreWriter
@@ -117,9 +117,9 @@ def test_stores_to_reuse_that_cannot_be_meant(image_folder: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("no_type_checks")
-def test_an_open_store_to_reuse_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_an_open_store_to_reuse_stands_for_its_location(tmp_path: Path) -> None:
     fill(tmp_path / "other.store")
-    with pytest.raises(UsageError, match="^`reuse`: got .*, expected locations of stores"):
+    with pytest.raises(FingerprintMismatchError, match="^`reuse`: the rows of .*other.store were made in another way"):
         embed("digits", reuse=EmbeddingStore(tmp_path / "other.store"), progress=False, **SMALL)
 
 
