@@ -109,7 +109,9 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
     assert ledger == trained["ledger"]
     assert (ledger["embed"]["samples"], ledger["embed"]["reused"], ledger["saved_samples"]) == (60, 0, 129)
     assert ledger["select_seconds"] > 0
-    assert ledger["training_flops"] == plan["training_flops"] > 0
+    # The plan does not know yet which images cannot be decoded, of those that batch normalisation looks at again.
+    assert ledger["training_flops"] == pytest.approx(plan["training_flops"], rel=0.02)
+    assert plan["training_flops"] > 0
     # An experiment this small cannot pay for its selection, and both say so.
     assert (plan["pays"], ledger["pays"]) == (False, False)
     assert "warning: selection takes" in planned.stderr

@@ -180,7 +180,7 @@ def test_no_command_needs_a_home(tmp_path: Path, here: Path, image_folder: Path,
     )
     assert codes(ended) == [0] * 6 + [2] * 5, ended
     assert "GSTDS_CACHE" in ended[6].stderr
-    assert "--cache STORE" in ended[6].stderr
+    assert "give --cache" in ended[6].stderr
     for one in ended[7:]:
         assert "~nobodyatall" in one.stderr
     assert not [path.name for path in here.iterdir() if path.name.startswith(("~", "None"))]

@@ -190,7 +190,7 @@ def test_a_killed_repair_of_an_unfinished_store_is_finished_by_repair_and_the_re
         (store / key).unlink()  # a run that did not come to shard 3
     flip(store / layout.object_key(1))
 
-    def stop(_phase: str, _done: int, _total: int) -> None:
+    def stop(_phase: str, _done: int, _total: int, _shares: object) -> None:
         if not (store / layout.object_key(1)).exists():
             raise KeyboardInterrupt
 
