@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from faiss_on_cpu import on_cpu
 
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.graph import faiss_search
 from gstds_cache.graph.knn import BACKENDS, by_candidates, knn_graph, search_torch
 
 GPU = pytest.param(
@@ -24,11 +26,22 @@ ON_CUDA = pytest.param(
 
 
 @pytest.fixture(
-    params=[("faiss-cpu", "cpu"), ("torch", "cpu"), ("torch stacked", "cpu"), ON_CUDA, TORCH_ON_CUDA, GPU],
+    params=[
+        ("faiss-cpu", "cpu"),
+        ("faiss-gpu", "cpu"),
+        ("torch", "cpu"),
+        ("torch stacked", "cpu"),
+        ON_CUDA,
+        TORCH_ON_CUDA,
+        GPU,
+    ],
     ids="-on-".join,
 )
 def search(request, monkeypatch):
     backend, device = request.param
+    if request.param == ("faiss-gpu", "cpu"):
+        on_cpu(monkeypatch)
+        monkeypatch.setattr(faiss_search, "require_faiss", lambda backend: None)
     # What torch does on CUDA runs on a CPU as well.
     monkeypatch.setitem(BACKENDS, "torch stacked", lambda rows, k: by_candidates(search_torch, rows, k))
     return lambda x, k: knn_graph(x.to(device), k, backend=backend)

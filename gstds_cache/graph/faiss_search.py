@@ -1,0 +1,255 @@
+"""Searches by faiss: exact, within each graph of a stack. The only file that imports faiss, and not before it is asked.
+
+On a GPU a search of 512 rows is a few short kernels, and starting them takes the host longer than they run. So a stack
+is spread over *lanes*: each has a CUDA stream and faiss's scratch memory of its own, and is fed by a thread of its own,
+since faiss works outside Python's lock. Results are written where they belong in two tensors of the stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from gstds_cache.errors import UsageError
+from gstds_cache.graph.neighbors import Candidates
+from gstds_cache.runtime.threads import cores
+
+LARGEST_K = 2048  # GPU_MAX_SELECTION_K of faiss
+LANES = 8
+"""At most so many on each GPU. One product of 512 x 512 occupies an eighth of a large one."""
+
+SMALLEST_SCRATCH, LARGEST_SCRATCH = 8 << 20, 1536 << 20
+"""Bytes of a lane's scratch memory; faiss never keeps more than the latter, and beyond it allocates at each call."""
+
+INSTALL = "pip install faiss-gpu; without it choose `knn_backend='auto'` or `'torch'`"
+
+
+def gpus() -> int:
+    """GPUs that faiss sees; 0 where faiss is missing or was built without them."""
+    try:
+        import faiss
+    except Exception:
+        return 0
+    return int(faiss.get_num_gpus())
+
+
+def require_faiss(backend: str) -> None:
+    """Make sure that faiss can run a backend here.
+
+    Args:
+        backend: ``faiss-cpu`` or ``faiss-gpu``.
+
+    Raises:
+        UsageError: There is no faiss, it cannot be loaded, or it sees no GPU where it needs one.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{backend} was asked for, but faiss is not installed", hint=INSTALL) from error
+    except Exception as error:
+        raise UsageError(f"{backend} was asked for, but faiss cannot be loaded: {error}", hint=INSTALL) from error
+    if backend == "faiss-gpu" and faiss.get_num_gpus() == 0:
+        raise UsageError(
+            "faiss-gpu was asked for, but faiss sees no GPU on this machine",
+            hint="choose auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
+        )
+
+
+def search_faiss_cpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
+    """The largest inner products by ``faiss.knn``.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32, any device.
+        candidates: Rows to find, self included, at most B.
+
+    Returns:
+        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
+    """
+    import faiss
+
+    host = rows.cpu().numpy()
+    results = [faiss.knn(graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT) for graph in host]
+    similarity, index = (torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*results, strict=True))
+    return similarity, index
+
+
+def search_faiss_gpu(rows: Float[Tensor, "G B D"], candidates: int) -> Candidates:
+    """The largest inner products by faiss on a GPU, without a copy through the host and without waiting for the GPU.
+
+    Any number of threads may call it. What follows on the current stream sees the results.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32 or float16 (products are summed in float32); moved to the current CUDA
+            device if they are elsewhere.
+        candidates: Rows to find, self included, at most B and at most ``LARGEST_K``.
+
+    Returns:
+        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
+    """
+    on_gpu = _on_gpu(rows).contiguous()
+    shape = (*rows.shape[:2], candidates)
+    similarity = torch.empty(shape, dtype=torch.float32, device=on_gpu.device)
+    index = torch.empty(shape, dtype=torch.int64, device=on_gpu.device)
+    _lanes_of(on_gpu.device).search(on_gpu, similarity, index)
+    return similarity.to(rows.device), index.to(rows.device)
+
+
+def _on_gpu(rows: Float[Tensor, "G B D"]) -> Float[Tensor, "G B D"]:
+    return rows if rows.is_cuda else rows.to("cuda")
+
+
+@functools.cache
+def _lanes_of(device: torch.device) -> Lanes:
+    """One set for each GPU, for the life of the process."""
+    return Lanes(device)
+
+
+@dataclass(eq=False)
+class _Lane:
+    """What one series of searches needs for itself.
+
+    Attributes:
+        resources: faiss's scratch memory and cuBLAS handle, ordered by ``stream``.
+        stream: Where its kernels go.
+        search: faiss's description of a search; only the places of rows and results differ from graph to graph.
+        scratch: Bytes of scratch memory that it has.
+    """
+
+    resources: Any
+    stream: Any
+    search: Any
+    scratch: int
+
+    def make_ready(self, needed: int, rows: Float[Tensor, "G B D"], candidates: int, device: torch.device) -> None:
+        """Describe the searches of a stack, and have so much scratch memory for them, up to ``LARGEST_SCRATCH``.
+
+        What is missing faiss would allocate, and free, in every call; both wait for the GPU.
+        """
+        import faiss
+
+        needed = min(needed, LARGEST_SCRATCH)
+        if self.scratch < needed:
+            self.scratch = min(LARGEST_SCRATCH, 1 << (needed - 1).bit_length())
+            self.resources.setTempMemory(self.scratch)
+        search = self.search
+        search.metric, search.device = faiss.METRIC_INNER_PRODUCT, device.index
+        search.k, search.dims = candidates, rows.shape[2]
+        search.numVectors = search.numQueries = rows.shape[1]
+        half = rows.dtype == torch.float16
+        search.vectorType = search.queryType = faiss.DistanceDataType_F16 if half else faiss.DistanceDataType_F32
+        search.outIndicesType = faiss.IndicesDataType_I64
+
+    def find(
+        self,
+        graph: int,
+        rows: Float[Tensor, "G B D"],
+        similarity: Float32[Tensor, "G B c"],
+        index: Int64[Tensor, "G B c"],
+    ) -> None:
+        """Start the search of one graph of the stack."""
+        import faiss
+
+        search = self.search
+        search.vectors = search.queries = faiss.cast_integer_to_void_ptr(_address(rows, graph))
+        search.outDistances = faiss.cast_integer_to_float_ptr(_address(similarity, graph))
+        search.outIndices = faiss.cast_integer_to_idx_t_ptr(_address(index, graph))
+        faiss.bfKnn(self.resources, search)
+
+
+def _address(stack: Tensor, graph: int) -> int:
+    return stack.data_ptr() + graph * stack.stride(0) * stack.element_size()
+
+
+class Lanes:
+    """The lanes of one GPU, and the threads that feed them. Any number of threads may search; they take turns."""
+
+    def __init__(self, device: torch.device, lanes: int = LANES, threads: int | None = None) -> None:
+        """Take streams and little memory; faiss takes the scratch memory with the first search.
+
+        Args:
+            device: The GPU, with its number.
+            lanes: How many.
+            threads: How many feed them, each some of the lanes; 1 is the thread that searches. By default as many as
+                there are cores for, up to one a lane.
+        """
+        self._device, self._backend = device, getattr(torch, device.type)
+        self._turn = threading.Lock()
+        self._lanes = [self._new_lane() for _ in range(lanes)]
+        self._threads = min(lanes, cores() if threads is None else threads)
+        # No thread starts before it is needed. faiss goes back to a thread's GPU after each call: to another it would
+        # cost memory on that one.
+        self._pool = ThreadPoolExecutor(self._threads, "faiss", self._backend.set_device, (device,))
+
+    def _new_lane(self) -> _Lane:
+        import faiss
+
+        resources, stream = faiss.StandardGpuResources(), self._backend.Stream(device=self._device)
+        resources.setPinnedMemory(0)  # 256 MiB by default, for copies from the host, of which there are none
+        resources.setTempMemory(SMALLEST_SCRATCH)
+        resources.setDefaultStream(self._device.index, faiss.cast_integer_to_cudastream_t(stream.cuda_stream))
+        return _Lane(resources, stream, faiss.GpuDistanceParams(), SMALLEST_SCRATCH)
+
+    def search(
+        self, rows: Float[Tensor, "G B D"], similarity: Float32[Tensor, "G B c"], index: Int64[Tensor, "G B c"]
+    ) -> None:
+        """Fill ``similarity`` and ``index``, as seen by what is put on the current stream from now on.
+
+        Args:
+            rows: On this GPU, contiguous, float32 or float16.
+            similarity: Where the ``c`` largest products of each row go, contiguous.
+            index: Where the numbers of their rows go, contiguous.
+        """
+        needed = scratch_bytes(*rows.shape[1:], similarity.shape[2])
+        lanes = self._lanes[: max(1, min(len(rows), LARGEST_SCRATCH // needed))]  # a few large graphs fill a GPU
+        threads = min(self._threads, len(lanes))
+
+        def feed(thread: int) -> None:
+            mine = lanes[thread::threads]
+            for first in range(0, len(rows), len(lanes)):
+                for graph, lane in zip(range(first + thread, len(rows), threads), mine, strict=False):
+                    lane.find(graph, rows, similarity, index)
+
+        with self._turn, self._around(lanes):
+            for lane in lanes:
+                lane.make_ready(needed, rows, similarity.shape[2], self._device)
+            if threads == 1:
+                feed(0)
+                return
+            fed = [self._pool.submit(feed, thread) for thread in range(threads)]
+            try:
+                for one in fed:
+                    one.result()
+            finally:
+                wait(fed)  # they write to memory that is the caller's
+
+    @contextmanager
+    def _around(self, lanes: list[_Lane]) -> Iterator[None]:
+        """Lanes begin after what the current stream holds by now, and what it gets from now on waits for them."""
+        current = self._backend.current_stream(self._device)
+        for lane in lanes:
+            lane.stream.wait_stream(current)
+        try:
+            yield
+        finally:
+            for lane in lanes:
+                current.wait_stream(lane.stream)
+
+
+def scratch_bytes(nodes: int, dim: int, candidates: int) -> int:
+    """What faiss takes at once for one graph: two tiles of similarities, and what was found in each tile.
+
+    A tile is up to 512 rows (1,024 where D is at most 32) by up to 131,072 columns.
+    """
+    rows, columns = min(nodes, 512 if dim > 32 else 1024), min(nodes, 1 << 17)
+    found = rows * candidates * -(-nodes // columns) * (4 + 8)
+    return 2 * (4 * rows * columns + found) + 4 * nodes + (64 << 10)

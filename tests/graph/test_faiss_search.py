@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import faiss
+import pytest
+import torch
+from faiss_on_cpu import bf_knn, lanes, on_cpu
+
+from gstds_cache.errors import UsageError
+from gstds_cache.graph import faiss_search
+from gstds_cache.graph.faiss_search import LARGEST_SCRATCH, scratch_bytes, search_faiss_cpu, search_faiss_gpu
+from gstds_cache.graph.knn import knn_graph, resolve_backend
+from gstds_cache.graph.neighbors import normalized_rows
+
+
+def unit_rows(graphs, nodes, dim=8):
+    return normalized_rows(torch.randn(graphs, nodes, dim, generator=torch.Generator().manual_seed(graphs)))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("graphs", [1, 7, 8, 21])
+def test_every_graph_is_searched_and_its_results_stand_in_its_place(monkeypatch, graphs, threads):
+    on_cpu(monkeypatch)
+    made = lanes(threads=threads)
+    monkeypatch.setattr(faiss_search, "_lanes_of", lambda device: made)
+    rows = unit_rows(graphs, 40)
+    for _ in range(2):  # lanes are used again
+        similarity, index = search_faiss_gpu(rows, 6)
+        expected_similarity, expected_index = search_faiss_cpu(rows, 6)
+        assert torch.equal(index, expected_index)
+        assert torch.equal(similarity, expected_similarity)
+
+
+def test_rows_in_float16_are_read_as_they_are(monkeypatch):
+    on_cpu(monkeypatch)
+    rows = unit_rows(3, 40).half()
+    similarity, index = search_faiss_gpu(rows, 6)
+    expected_similarity, expected_index = search_faiss_cpu(rows.float(), 6)
+    assert torch.equal(index, expected_index)
+    assert torch.equal(similarity, expected_similarity)
+    transposed = rows.mT.contiguous().mT
+    assert torch.equal(search_faiss_gpu(transposed, 6)[1], expected_index)
+
+
+def test_lanes_wait_for_the_stream_that_asks_and_it_waits_for_them(monkeypatch):
+    log = on_cpu(monkeypatch)
+    made = lanes(4)
+    del log[:]
+    rows = unit_rows(3, 20)
+    found = torch.empty(3, 20, 5), torch.empty(3, 20, 5, dtype=torch.int64)
+    made.search(rows, *found)
+    # Three of the four are needed.
+    assert [entry[1:] for entry in log[:3]] == [("waits for", "current")] * 3
+    assert [entry[0] for entry in log[3:6]] == ["search"] * 3
+    assert len({entry[1] for entry in log[3:6]}) == 3
+    assert log[6:] == [("current", "waits for", entry[0]) for entry in log[:3]]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_error_comes_out_after_all_searches_have_ended(monkeypatch, threads):
+    begun, going = threading.Semaphore(0), []
+
+    def search(resources, description):
+        if not going:
+            going.append(1)
+            begun.release()
+            raise RuntimeError("alloc fail")
+        bf_knn(resources, description)
+        going.append(1)
+
+    log = on_cpu(monkeypatch, search)
+    made = lanes(4, threads=threads)
+    rows = unit_rows(4, 20)
+    found = torch.empty(4, 20, 5), torch.empty(4, 20, 5, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="alloc fail"):
+        made.search(rows, *found)
+    assert len(going) == (4 if threads == 4 else 1)
+    assert [entry[:2] for entry in log[-4:]] == [("current", "waits for")] * 4
+    made.search(rows, *found)
+    assert torch.equal(found[1], search_faiss_cpu(rows, 5)[1])
+
+
+def test_threads_that_search_at_once_take_turns(monkeypatch):
+    log = on_cpu(monkeypatch)
+    stacks, found = [unit_rows(graphs, 30) for graphs in (5, 6, 7, 9)], {}
+    search_faiss_gpu(stacks[0], 4)
+    del log[:]
+    asking = [
+        threading.Thread(target=lambda rows=rows: found.update({len(rows): search_faiss_gpu(rows, 4)}))
+        for rows in stacks
+    ]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    for rows in stacks:
+        assert torch.equal(found[len(rows)][1], search_faiss_cpu(rows, 4)[1])
+    # Between the first wait of a stack and its last search no other stack waits or searches.
+    kinds = "".join("s" if entry[0] == "search" else "c" if entry[0] == "current" else "l" for entry in log)
+    assert sorted(len(part) for part in kinds.replace("cl", "c l").split()) == sorted(
+        len(rows) + 2 * min(len(rows), faiss_search.LANES) for rows in stacks
+    )
+
+
+def test_scratch_memory_grows_with_the_graphs_and_large_ones_share_fewer_lanes(monkeypatch):
+    searched, rooms = [], []
+    log = on_cpu(monkeypatch, lambda resources, description: searched.append(id(resources)))
+    monkeypatch.setattr(faiss.StandardGpuResources, "setTempMemory", lambda self, size: rooms.append(size))
+    made = lanes(8, threads=1)
+    assert rooms == [8 << 20] * 8
+    for nodes, lanes_used, room in [(512, 8, []), (2048, 8, [16 << 20] * 8), (100_000, 3, [512 << 20] * 3)]:
+        del searched[:], rooms[:], log[:]
+        found = torch.empty(9, nodes, 3), torch.empty(9, nodes, 3, dtype=torch.int64)
+        made.search(torch.empty(9, nodes, 40), *found)
+        assert (len(searched), len(set(searched)), rooms) == (9, lanes_used, room)
+    assert scratch_bytes(512, 1280, 12) < 8 << 20
+    del rooms[:], searched[:]
+    monkeypatch.setattr(faiss_search, "scratch_bytes", lambda *_: 5 * LARGEST_SCRATCH)
+    for _ in range(2):
+        made.search(torch.empty(2, 10, 2), torch.empty(2, 10, 1), torch.empty(2, 10, 1, dtype=torch.int64))
+    assert (len(set(searched)), rooms) == (1, [LARGEST_SCRATCH])
+
+
+def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(UsageError, match="faiss sees no GPU") as error:
+        knn_graph(torch.ones(1, 3, 2), 1, backend="faiss-gpu")
+    assert "auto, torch or faiss-cpu" in error.value.hint
+
+
+@pytest.mark.parametrize("backend", ["faiss-cpu", "faiss-gpu"])
+def test_without_faiss_the_rest_works_and_its_backends_say_what_to_install(monkeypatch, tmp_path, backend):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UsageError, match=f"{backend} was asked for, but faiss is not installed") as error:
+        knn_graph(torch.ones(1, 3, 2), 1, backend=backend)
+    assert "pip install faiss-gpu" in error.value.hint
+    assert resolve_backend("auto", torch.device("cuda")) != "faiss-gpu"
+    assert knn_graph(torch.ones(1, 3, 2), 1).neighbors.tolist() == [[[1], [0], [0]]]
+
+    monkeypatch.delitem(sys.modules, "faiss")
+    (tmp_path / "faiss").mkdir()
+    (tmp_path / "faiss" / "__init__.py").write_text("raise RuntimeError('libcublas.so.12 is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="faiss cannot be loaded: libcublas.so.12 is missing"):
+        resolve_backend(backend, torch.device("cuda"))
+    assert resolve_backend("auto", torch.device("cuda")) != "faiss-gpu"
+
+
+def test_faiss_is_loaded_when_it_is_asked_for():
+    program = (
+        "import sys, torch; from gstds_cache.graph.knn import knn_graph, resolve_backend; knn_graph(torch.ones(3, 2), 1);"
+        "assert 'faiss' not in sys.modules; resolve_backend('faiss-cpu', torch.device('cpu')); "
+        "assert 'faiss' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
