@@ -8,6 +8,7 @@ since faiss works outside Python's lock. Results are written where they belong i
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -191,8 +192,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(self._threads, "faiss", self._backend.set_device, (device,))
 
     def _new_lane(self) -> _Lane:
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")  # its types lack what it has on a GPU alone
         resources, stream = faiss.StandardGpuResources(), self._backend.Stream(device=self._device)
         resources.setPinnedMemory(0)  # 256 MiB by default, for copies from the host, of which there are none
         resources.setTempMemory(SMALLEST_SCRATCH)
@@ -209,7 +209,8 @@ class Lanes:
             similarity: Where the ``c`` largest products of each row go, contiguous.
             index: Where the numbers of their rows go, contiguous.
         """
-        needed = scratch_bytes(*rows.shape[1:], similarity.shape[2])
+        _, nodes, dim = rows.shape
+        needed = scratch_bytes(nodes, dim, similarity.shape[2])
         lanes = self._lanes[: max(1, min(len(rows), LARGEST_SCRATCH // needed))]  # a few large graphs fill a GPU
         threads = min(self._threads, len(lanes))
 

@@ -41,7 +41,7 @@ def search(request, monkeypatch):
     backend, device = request.param
     if request.param == ("faiss-gpu", "cpu"):
         on_cpu(monkeypatch)
-        monkeypatch.setattr(faiss_search, "require_faiss", lambda backend: None)
+        monkeypatch.setattr(faiss_search, "require_faiss", lambda _backend: None)
     # What torch does on CUDA runs on a CPU as well.
     monkeypatch.setitem(BACKENDS, "torch stacked", lambda rows, k: by_candidates(search_torch, rows, k))
     return lambda x, k: knn_graph(x.to(device), k, backend=backend)

@@ -25,7 +25,7 @@ def unit_rows(graphs, nodes, dim=8):
 def test_every_graph_is_searched_and_its_results_stand_in_its_place(monkeypatch, graphs, threads):
     on_cpu(monkeypatch)
     made = lanes(threads=threads)
-    monkeypatch.setattr(faiss_search, "_lanes_of", lambda device: made)
+    monkeypatch.setattr(faiss_search, "_lanes_of", lambda _device: made)
     rows = unit_rows(graphs, 40)
     for _ in range(2):  # lanes are used again
         similarity, index = search_faiss_gpu(rows, 6)
@@ -107,8 +107,8 @@ def test_threads_that_search_at_once_take_turns(monkeypatch):
 
 def test_scratch_memory_grows_with_the_graphs_and_large_ones_share_fewer_lanes(monkeypatch):
     searched, rooms = [], []
-    log = on_cpu(monkeypatch, lambda resources, description: searched.append(id(resources)))
-    monkeypatch.setattr(faiss.StandardGpuResources, "setTempMemory", lambda self, size: rooms.append(size))
+    log = on_cpu(monkeypatch, lambda resources, _description: searched.append(id(resources)))
+    monkeypatch.setattr(faiss.StandardGpuResources, "setTempMemory", lambda _self, size: rooms.append(size))
     made = lanes(8, threads=1)
     assert rooms == [8 << 20] * 8
     for nodes, lanes_used, room in [(512, 8, []), (2048, 8, [16 << 20] * 8), (100_000, 3, [512 << 20] * 3)]:
@@ -151,8 +151,8 @@ def test_without_faiss_the_rest_works_and_its_backends_say_what_to_install(monke
 
 def test_faiss_is_loaded_when_it_is_asked_for():
     program = (
-        "import sys, torch; from gstds_cache.graph.knn import knn_graph, resolve_backend; knn_graph(torch.ones(3, 2), 1);"
-        "assert 'faiss' not in sys.modules; resolve_backend('faiss-cpu', torch.device('cpu')); "
-        "assert 'faiss' in sys.modules"
+        "import sys, torch; from gstds_cache.graph.knn import knn_graph, resolve_backend;"
+        "knn_graph(torch.ones(3, 2), 1); assert 'faiss' not in sys.modules;"
+        "resolve_backend('faiss-cpu', torch.device('cpu')); assert 'faiss' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

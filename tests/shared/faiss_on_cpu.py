@@ -17,8 +17,10 @@ KINDS = {faiss.DistanceDataType_F32: np.float32, faiss.DistanceDataType_F16: np.
 class Stream:
     """A stream that only writes down who waits for whom."""
 
-    def __init__(self, log, name=None):
-        self.log, self.name, self.cuda_stream = log, name or f"stream {len(log)}", 0
+    cuda_stream = 0
+
+    def __init__(self, log, name="", device=None):
+        self.log, self.name, self.device = log, name or f"stream {len(log)}", device
         log.append((self.name, "new"))
 
     def wait_stream(self, other):
@@ -44,7 +46,7 @@ def bf_knn(resources, search):
 
 
 def on_cpu(monkeypatch, search=bf_knn):
-    """Let ``search_faiss_gpu`` run on tensors of the CPU; returns the log of its streams, in which searches stand too."""
+    """Let ``search_faiss_gpu`` run on tensors of the CPU; returns the log of streams and searches."""
     log = []
 
     def logged(resources, description):
@@ -53,10 +55,10 @@ def on_cpu(monkeypatch, search=bf_knn):
 
     current = Stream(log, "current")
     monkeypatch.setattr(faiss, "bfKnn", logged)
-    monkeypatch.setattr(torch.cpu, "Stream", lambda device: Stream(log))
-    monkeypatch.setattr(torch.cpu, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cpu, "Stream", functools.partial(Stream, log))
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda _device: current)
     monkeypatch.setattr(faiss_search, "_on_gpu", lambda rows: rows)
-    monkeypatch.setattr(faiss_search, "_lanes_of", functools.cache(lambda device: lanes()))
+    monkeypatch.setattr(faiss_search, "_lanes_of", functools.cache(lambda _device: lanes()))
     return log
 
 
