@@ -137,7 +137,7 @@ def test_without_faiss_the_rest_works_and_its_backends_say_what_to_install(monke
     with pytest.raises(UsageError, match=f"{backend} was asked for, but faiss is not installed") as error:
         knn_graph(torch.ones(1, 3, 2), 1, backend=backend)
     assert "pip install faiss-gpu" in error.value.hint
-    assert resolve_backend("auto", torch.device("cuda")) != "faiss-gpu"
+    assert resolve_backend("auto", torch.device("cuda"), 9000, 10) != "faiss-gpu"
     assert knn_graph(torch.ones(1, 3, 2), 1).neighbors.tolist() == [[[1], [0], [0]]]
 
     monkeypatch.delitem(sys.modules, "faiss")
@@ -145,14 +145,14 @@ def test_without_faiss_the_rest_works_and_its_backends_say_what_to_install(monke
     (tmp_path / "faiss" / "__init__.py").write_text("raise RuntimeError('libcublas.so.12 is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match="faiss cannot be loaded: libcublas.so.12 is missing"):
-        resolve_backend(backend, torch.device("cuda"))
-    assert resolve_backend("auto", torch.device("cuda")) != "faiss-gpu"
+        resolve_backend(backend, torch.device("cuda"), 9000, 10)
+    assert resolve_backend("auto", torch.device("cuda"), 9000, 10) != "faiss-gpu"
 
 
 def test_faiss_is_loaded_when_it_is_asked_for():
     program = (
         "import sys, torch; from gstds_cache.graph.knn import knn_graph, resolve_backend;"
         "knn_graph(torch.ones(3, 2), 1); assert 'faiss' not in sys.modules;"
-        "resolve_backend('faiss-cpu', torch.device('cpu')); assert 'faiss' in sys.modules"
+        "resolve_backend('faiss-cpu', torch.device('cpu'), 9, 1); assert 'faiss' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

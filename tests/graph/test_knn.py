@@ -19,12 +19,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 )
 def test_auto_backend(monkeypatch, device, gpus, expected):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
-    assert resolve_backend("auto", device) == expected
+    assert resolve_backend("auto", device, 512, 10) == expected
 
 
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(UsageError, match="unknown kNN backend 'fais-cpu'.*faiss-cpu") as error:
-        resolve_backend("fais-cpu", CPU)
+        resolve_backend("fais-cpu", CPU, 512, 10)
     assert "'faiss-cpu'" in error.value.hint
 
 
