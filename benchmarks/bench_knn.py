@@ -12,7 +12,7 @@ none. On CUDA the stack has 65,536 rows, and these stand beside the backends:
     bmm and topk                    the product in float32, and the 12 largest of each row; ties are left as they come
     torch's search                  what the torch backend does, with ties settled
     faiss.knn_gpu                   faiss's own call, one graph after the other on one stream, results stacked
-    faiss-gpu, ... lanes            the backend's search without ties settled, by number of lanes and threads
+    faiss-gpu, ... streams          the backend's search without ties settled, by number of streams and threads
     faiss-gpu, float16              the same of float16 rows, which are unit length only to three digits
     ties                            what settling ties takes of faiss-gpu and torch
 """
@@ -33,14 +33,14 @@ from harness import interleaved, limit_threads, parser, report
 
 from gstds_cache.graph import faiss_search
 from gstds_cache.graph.cuda import why_not_graphs
-from gstds_cache.graph.faiss_search import LANES, Lanes
+from gstds_cache.graph.faiss_search import STREAMS, SearchStreams
 from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch, top_k
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.allocator import keep_freed_memory
 from gstds_cache.runtime.threads import cores
 
 ROWS_ON_CUDA = 1 << 16
-LANES_AND_THREADS = ((1, 1), (4, 1), (LANES, 1), (4, 4), (LANES, 4), (LANES, LANES))
+STREAMS_AND_THREADS = ((1, 1), (4, 1), (STREAMS, 1), (4, 4), (STREAMS, 4), (STREAMS, STREAMS))
 Way = Callable[[], object]
 
 
@@ -83,9 +83,9 @@ def searches(rows: torch.Tensor, knn: int) -> dict[str, Way]:
         return [torch.stack(part) for part in zip(*found, strict=True)]
 
     ways["faiss.knn_gpu"] = knn_gpu
-    for number, threads in LANES_AND_THREADS:
-        lanes = Lanes(rows.device, number, threads)
-        ways[f"faiss-gpu, {number} lanes, {threads} threads"] = lambda lanes=lanes: lanes.search(
+    for number, threads in STREAMS_AND_THREADS:
+        streams = SearchStreams(rows.device, number, threads)
+        ways[f"faiss-gpu, {number} streams, {threads} threads"] = lambda streams=streams: streams.search(
             rows, similarity, index
         )
     ways["faiss-gpu, float16"] = lambda: faiss_search.search_faiss_gpu(half, candidates)

@@ -1,8 +1,8 @@
 """Searches by faiss: exact, within each graph of a stack. The only file that imports faiss, and not before it is asked.
 
 On a GPU a search of 512 rows is a few short kernels, and starting them takes the host longer than they run. So a stack
-is spread over *lanes*: each has a CUDA stream and faiss's scratch memory of its own, and is fed by a thread of its own,
-since faiss works outside Python's lock. Results are written where they belong in two tensors of the stack.
+is spread over several CUDA streams, each with scratch memory of its own for faiss, and fed by several threads, since
+faiss works outside Python's lock. Results are written where they belong in two tensors of the stack.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gstds_cache.graph.neighbors import Candidates
 from gstds_cache.runtime.threads import cores
 
 LARGEST_K = 2048  # GPU_MAX_SELECTION_K of faiss
-LANES = 8
-"""At most so many on each GPU. One product of 512 x 512 occupies an eighth of a large one."""
+STREAMS = 8
+"""CUDA streams on each GPU. One product of 512 x 512 occupies an eighth of a large one."""
 
 SMALLEST_SCRATCH, LARGEST_SCRATCH = 8 << 20, 1536 << 20
-"""Bytes of a lane's scratch memory; faiss never keeps more than the latter, and beyond it allocates at each call."""
+"""Bytes of a stream's scratch memory; faiss never keeps more than the latter, and beyond it allocates at each call."""
 
 INSTALL = "pip install faiss-gpu; without it choose `knn_backend='auto'` or `'torch'`"
 
@@ -101,7 +101,7 @@ def search_faiss_gpu(rows: Float[Tensor, "G B D"], candidates: int) -> Candidate
     shape = (*rows.shape[:2], candidates)
     similarity = torch.empty(shape, dtype=torch.float32, device=on_gpu.device)
     index = torch.empty(shape, dtype=torch.int64, device=on_gpu.device)
-    _lanes_of(on_gpu.device).search(on_gpu, similarity, index)
+    _streams_of(on_gpu.device).search(on_gpu, similarity, index)
     return similarity.to(rows.device), index.to(rows.device)
 
 
@@ -110,24 +110,24 @@ def _on_gpu(rows: Float[Tensor, "G B D"]) -> Float[Tensor, "G B D"]:
 
 
 @functools.cache
-def _lanes_of(device: torch.device) -> Lanes:
+def _streams_of(device: torch.device) -> SearchStreams:
     """One set for each GPU, for the life of the process."""
-    return Lanes(device)
+    return SearchStreams(device)
 
 
 @dataclass(eq=False)
-class _Lane:
-    """What one series of searches needs for itself.
+class _SearchStream:
+    """A CUDA stream, and what searches on it need for themselves.
 
     Attributes:
-        resources: faiss's scratch memory and cuBLAS handle, ordered by ``stream``.
-        stream: Where its kernels go.
+        resources: faiss's scratch memory and cuBLAS handle.
+        cuda: The CUDA stream, which orders the use of both.
         search: faiss's description of a search; only the places of rows and results differ from graph to graph.
         scratch: Bytes of scratch memory that it has.
     """
 
     resources: Any
-    stream: Any
+    cuda: Any
     search: Any
     scratch: int
 
@@ -171,33 +171,33 @@ def _address(stack: Tensor, graph: int) -> int:
     return stack.data_ptr() + graph * stack.stride(0) * stack.element_size()
 
 
-class Lanes:
-    """The lanes of one GPU, and the threads that feed them. Any number of threads may search; they take turns."""
+class SearchStreams:
+    """The streams of one GPU, and the threads that feed them. Any number of threads may search; they take turns."""
 
-    def __init__(self, device: torch.device, lanes: int = LANES, threads: int | None = None) -> None:
+    def __init__(self, device: torch.device, streams: int = STREAMS, threads: int | None = None) -> None:
         """Take streams and little memory; faiss takes the scratch memory with the first search.
 
         Args:
             device: The GPU, with its number.
-            lanes: How many.
-            threads: How many feed them, each some of the lanes; 1 is the thread that searches. By default as many as
-                there are cores for, up to one a lane.
+            streams: How many.
+            threads: How many feed them, each some of the streams; 1 is the thread that searches. By default as many as
+                there are cores for, up to one a stream.
         """
         self._device, self._backend = device, getattr(torch, device.type)
         self._turn = threading.Lock()
-        self._lanes = [self._new_lane() for _ in range(lanes)]
-        self._threads = min(lanes, cores() if threads is None else threads)
+        self._streams = [self._new_stream() for _ in range(streams)]
+        self._threads = min(streams, cores() if threads is None else threads)
         # No thread starts before it is needed. faiss goes back to a thread's GPU after each call: to another it would
         # cost memory on that one.
         self._pool = ThreadPoolExecutor(self._threads, "faiss", self._backend.set_device, (device,))
 
-    def _new_lane(self) -> _Lane:
+    def _new_stream(self) -> _SearchStream:
         faiss: Any = importlib.import_module("faiss")  # its types lack what it has on a GPU alone
         resources, stream = faiss.StandardGpuResources(), self._backend.Stream(device=self._device)
         resources.setPinnedMemory(0)  # 256 MiB by default, for copies from the host, of which there are none
         resources.setTempMemory(SMALLEST_SCRATCH)
         resources.setDefaultStream(self._device.index, faiss.cast_integer_to_cudastream_t(stream.cuda_stream))
-        return _Lane(resources, stream, faiss.GpuDistanceParams(), SMALLEST_SCRATCH)
+        return _SearchStream(resources, stream, faiss.GpuDistanceParams(), SMALLEST_SCRATCH)
 
     def search(
         self, rows: Float[Tensor, "G B D"], similarity: Float32[Tensor, "G B c"], index: Int64[Tensor, "G B c"]
@@ -211,18 +211,18 @@ class Lanes:
         """
         _, nodes, dim = rows.shape
         needed = scratch_bytes(nodes, dim, similarity.shape[2])
-        lanes = self._lanes[: max(1, min(len(rows), LARGEST_SCRATCH // needed))]  # a few large graphs fill a GPU
-        threads = min(self._threads, len(lanes))
+        streams = self._streams[: max(1, min(len(rows), LARGEST_SCRATCH // needed))]  # a few large graphs fill a GPU
+        threads = min(self._threads, len(streams))
 
         def feed(thread: int) -> None:
-            mine = lanes[thread::threads]
-            for first in range(0, len(rows), len(lanes)):
-                for graph, lane in zip(range(first + thread, len(rows), threads), mine, strict=False):
-                    lane.find(graph, rows, similarity, index)
+            mine = streams[thread::threads]
+            for first in range(0, len(rows), len(streams)):
+                for graph, stream in zip(range(first + thread, len(rows), threads), mine, strict=False):
+                    stream.find(graph, rows, similarity, index)
 
-        with self._turn, self._around(lanes):
-            for lane in lanes:
-                lane.make_ready(needed, rows, similarity.shape[2], self._device)
+        with self._turn, self._around(streams):
+            for stream in streams:
+                stream.make_ready(needed, rows, similarity.shape[2], self._device)
             if threads == 1:
                 feed(0)
                 return
@@ -234,16 +234,16 @@ class Lanes:
                 wait(fed)  # they write to memory that is the caller's
 
     @contextmanager
-    def _around(self, lanes: list[_Lane]) -> Iterator[None]:
-        """Lanes begin after what the current stream holds by now, and what it gets from now on waits for them."""
+    def _around(self, streams: list[_SearchStream]) -> Iterator[None]:
+        """Streams begin after what the current stream holds by now, and what it gets from now on waits for them."""
         current = self._backend.current_stream(self._device)
-        for lane in lanes:
-            lane.stream.wait_stream(current)
+        for stream in streams:
+            stream.cuda.wait_stream(current)
         try:
             yield
         finally:
-            for lane in lanes:
-                current.wait_stream(lane.stream)
+            for stream in streams:
+                current.wait_stream(stream.cuda)
 
 
 def scratch_bytes(nodes: int, dim: int, candidates: int) -> int:

@@ -7,7 +7,7 @@ import threading
 import faiss
 import pytest
 import torch
-from faiss_on_cpu import bf_knn, lanes, on_cpu
+from faiss_on_cpu import bf_knn, on_cpu, streams
 
 from gstds_cache.errors import UsageError
 from gstds_cache.graph import faiss_search
@@ -24,10 +24,10 @@ def unit_rows(graphs, nodes, dim=8):
 @pytest.mark.parametrize("graphs", [1, 7, 8, 21])
 def test_every_graph_is_searched_and_its_results_stand_in_its_place(monkeypatch, graphs, threads):
     on_cpu(monkeypatch)
-    made = lanes(threads=threads)
-    monkeypatch.setattr(faiss_search, "_lanes_of", lambda _device: made)
+    made = streams(threads=threads)
+    monkeypatch.setattr(faiss_search, "_streams_of", lambda _device: made)
     rows = unit_rows(graphs, 40)
-    for _ in range(2):  # lanes are used again
+    for _ in range(2):  # streams are used again
         similarity, index = search_faiss_gpu(rows, 6)
         expected_similarity, expected_index = search_faiss_cpu(rows, 6)
         assert torch.equal(index, expected_index)
@@ -45,9 +45,9 @@ def test_rows_in_float16_are_read_as_they_are(monkeypatch):
     assert torch.equal(search_faiss_gpu(transposed, 6)[1], expected_index)
 
 
-def test_lanes_wait_for_the_stream_that_asks_and_it_waits_for_them(monkeypatch):
+def test_streams_wait_for_the_one_that_asks_and_it_waits_for_them(monkeypatch):
     log = on_cpu(monkeypatch)
-    made = lanes(4)
+    made = streams(4)
     del log[:]
     rows = unit_rows(3, 20)
     found = torch.empty(3, 20, 5), torch.empty(3, 20, 5, dtype=torch.int64)
@@ -72,7 +72,7 @@ def test_an_error_comes_out_after_all_searches_have_ended(monkeypatch, threads):
         going.append(1)
 
     log = on_cpu(monkeypatch, search)
-    made = lanes(4, threads=threads)
+    made = streams(4, threads=threads)
     rows = unit_rows(4, 20)
     found = torch.empty(4, 20, 5), torch.empty(4, 20, 5, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="alloc fail"):
@@ -101,21 +101,21 @@ def test_threads_that_search_at_once_take_turns(monkeypatch):
     # Between the first wait of a stack and its last search no other stack waits or searches.
     kinds = "".join("s" if entry[0] == "search" else "c" if entry[0] == "current" else "l" for entry in log)
     assert sorted(len(part) for part in kinds.replace("cl", "c l").split()) == sorted(
-        len(rows) + 2 * min(len(rows), faiss_search.LANES) for rows in stacks
+        len(rows) + 2 * min(len(rows), faiss_search.STREAMS) for rows in stacks
     )
 
 
-def test_scratch_memory_grows_with_the_graphs_and_large_ones_share_fewer_lanes(monkeypatch):
+def test_scratch_memory_grows_with_the_graphs_and_large_ones_share_fewer_streams(monkeypatch):
     searched, rooms = [], []
     log = on_cpu(monkeypatch, lambda resources, _description: searched.append(id(resources)))
     monkeypatch.setattr(faiss.StandardGpuResources, "setTempMemory", lambda _self, size: rooms.append(size))
-    made = lanes(8, threads=1)
+    made = streams(8, threads=1)
     assert rooms == [8 << 20] * 8
-    for nodes, lanes_used, room in [(512, 8, []), (2048, 8, [16 << 20] * 8), (100_000, 3, [512 << 20] * 3)]:
+    for nodes, streams_used, room in [(512, 8, []), (2048, 8, [16 << 20] * 8), (100_000, 3, [512 << 20] * 3)]:
         del searched[:], rooms[:], log[:]
         found = torch.empty(9, nodes, 3), torch.empty(9, nodes, 3, dtype=torch.int64)
         made.search(torch.empty(9, nodes, 40), *found)
-        assert (len(searched), len(set(searched)), rooms) == (9, lanes_used, room)
+        assert (len(searched), len(set(searched)), rooms) == (9, streams_used, room)
     assert scratch_bytes(512, 1280, 12) < 8 << 20
     del rooms[:], searched[:]
     monkeypatch.setattr(faiss_search, "scratch_bytes", lambda *_: 5 * LARGEST_SCRATCH)

@@ -58,10 +58,10 @@ def on_cpu(monkeypatch, search=bf_knn):
     monkeypatch.setattr(torch.cpu, "Stream", functools.partial(Stream, log))
     monkeypatch.setattr(torch.cpu, "current_stream", lambda _device: current)
     monkeypatch.setattr(faiss_search, "_on_gpu", lambda rows: rows)
-    monkeypatch.setattr(faiss_search, "_lanes_of", functools.cache(lambda _device: lanes()))
+    monkeypatch.setattr(faiss_search, "_streams_of", functools.cache(lambda _device: streams()))
     return log
 
 
-def lanes(*arguments, **options):
-    """Lanes of a device that is the CPU."""
-    return faiss_search.Lanes(torch.device("cpu", 0), *arguments, **options)
+def streams(*arguments, **options):
+    """SearchStreams of a device that is the CPU."""
+    return faiss_search.SearchStreams(torch.device("cpu", 0), *arguments, **options)
