@@ -156,3 +156,37 @@ def test_faiss_is_loaded_when_it_is_asked_for():
         "resolve_backend('faiss-cpu', torch.device('cpu'), 9, 1); assert 'faiss' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU, and faiss for it")]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(torch.float32, marks=ON_A_GPU), pytest.param(torch.float16, marks=ON_A_GPU)]
+)
+def test_on_a_gpu_rows_may_still_be_on_their_way_and_results_follow(kind):
+    """Rows are computed late on a stream of our own, and results read there at once, with nobody waiting in between."""
+    rows = unit_rows(19, 200, 64)
+    expected_similarity, expected_index = search_faiss_cpu(rows.to(kind).float(), 6)
+    source = rows.to("cuda", kind)
+    mine = torch.cuda.Stream()
+    mine.wait_stream(torch.cuda.current_stream())
+    for _ in range(3):
+        with torch.cuda.stream(mine):
+            torch.cuda._sleep(20_000_000)  # some 10 ms
+            similarity, index = search_faiss_gpu(source * 1, 6)
+            similarity, index = similarity * 1, index * 1
+        mine.synchronize()
+        torch.testing.assert_close(similarity.cpu(), expected_similarity, atol=2e-6, rtol=0)
+        assert (index.cpu() == expected_index).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("nodes", [pytest.param(nodes, marks=ON_A_GPU) for nodes in (2_000, 9_000, 20_000)])
+def test_on_a_gpu_graphs_of_any_size_are_searched_beside_each_other(nodes):
+    rows = unit_rows(3, nodes, 48)
+    found = knn_graph(rows.to("cuda"), 10, backend="faiss-gpu")
+    expected = knn_graph(rows[:1], 10, backend="torch")
+    assert (found.neighbors[:1].cpu() == expected.neighbors).float().mean() > 0.999
+    alone = knn_graph(rows[1:2].to("cuda"), 10, backend="faiss-gpu")
+    assert torch.equal(alone.neighbors[0], found.neighbors[1])
+    assert torch.equal(alone.similarities[0], found.similarities[1])
