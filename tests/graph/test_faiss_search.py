@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 
-import faiss
 import pytest
 import torch
 from faiss_on_cpu import bf_knn, on_cpu, streams
@@ -14,6 +13,8 @@ from gstds_cache.graph import faiss_search
 from gstds_cache.graph.faiss_search import LARGEST_SCRATCH, scratch_bytes, search_faiss_cpu, search_faiss_gpu
 from gstds_cache.graph.knn import knn_graph, resolve_backend
 from gstds_cache.graph.neighbors import normalized_rows
+
+faiss = pytest.importorskip("faiss")
 
 
 def unit_rows(graphs, nodes, dim=8):

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import pytest
 import torch
 
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.graph import knn
+from gstds_cache.graph import faiss_search, knn
 from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, top_k
 from gstds_cache.graph.neighbors import normalized_rows
 
@@ -18,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [(CPU, 0, "torch"), (CPU, 2, "torch"), (CUDA, 0, "torch"), (CUDA, 1, "faiss-gpu")],
 )
 def test_auto_backend(monkeypatch, device, gpus, expected):
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
+    monkeypatch.setattr(faiss_search, "gpus", lambda: gpus)
     assert resolve_backend("auto", device, 512, 10) == expected
 
 

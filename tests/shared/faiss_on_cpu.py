@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 
-import faiss
 import numpy as np
 import torch
 
 from gstds_cache.graph import faiss_search
-
-KINDS = {faiss.DistanceDataType_F32: np.float32, faiss.DistanceDataType_F16: np.float16}
 
 
 class Stream:
@@ -34,12 +31,15 @@ def _at(pointer, shape, kind):
 
 def bf_knn(resources, search):
     """``faiss.bfKnn`` by ``faiss.knn``: the same description of a search, at the same addresses."""
+    import faiss
+
+    kinds = {faiss.DistanceDataType_F32: np.float32, faiss.DistanceDataType_F16: np.float16}
     assert isinstance(resources, faiss.StandardGpuResources)
     assert search.vectorType == search.queryType
     assert search.outIndicesType == faiss.IndicesDataType_I64
     assert search.numVectors == search.numQueries
     assert int(search.vectors) == int(search.queries)
-    rows = _at(search.vectors, (search.numVectors, search.dims), KINDS[search.vectorType]).astype(np.float32)
+    rows = _at(search.vectors, (search.numVectors, search.dims), kinds[search.vectorType]).astype(np.float32)
     found = (search.numQueries, search.k)
     similarity, index = _at(search.outDistances, found, np.float32), _at(search.outIndices, found, np.int64)
     similarity[:], index[:] = faiss.knn(rows, rows, search.k, metric=search.metric)
@@ -47,6 +47,8 @@ def bf_knn(resources, search):
 
 def on_cpu(monkeypatch, search=bf_knn):
     """Let ``search_faiss_gpu`` run on tensors of the CPU; returns the log of streams and searches."""
+    import faiss  # not by tests of other backends, on a machine without it
+
     log = []
 
     def logged(resources, description):
