@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 )
 def test_auto_backend(monkeypatch, device, gpus, expected):
     monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: gpus)
-    assert resolve_backend("auto", device) == expected
+    assert resolve_backend("auto", device, 512, 10) == expected
 
 
 def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
@@ -29,7 +29,7 @@ def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
 
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(UsageError, match="unknown kNN backend 'fais-cpu'.*faiss-cpu") as error:
-        resolve_backend("fais-cpu", CPU)
+        resolve_backend("fais-cpu", CPU, 512, 10)
     assert "'faiss-cpu'" in error.value.hint
 
 
