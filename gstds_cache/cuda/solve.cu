@@ -442,9 +442,9 @@ extern "C" __global__ void BOUNDS fiedler_block(
         iteration++;
         // W = p(D^-1 A) D^-1 R, p the Chebyshev polynomial for [low, 2]: 2 bounds the spectrum of D^-1 A (Gershgorin).
         // Harder graphs get more of it.
-        const int degree = iteration <= FEW ? 4 : iteration <= MORE ? (M <= 4 ? 16 : 24) : iteration <= MANY ? 48 : 96;
-        const float low = iteration <= FEW ? 0.2f : iteration <= MORE ? (M <= 4 ? 0.02f : 0.01f)
-                          : iteration <= MANY ? 0.002f : 0.0005f;
+        const int stage = iteration <= FEW ? 0 : iteration <= MORE ? 1 : iteration <= MANY ? 2 : 3;
+        const int degree = stage == 0 ? 4 : stage == 1 ? (M <= 4 ? 16 : 24) : stage == 2 ? 48 : 96;
+        const float low = stage == 0 ? 0.2f : stage == 1 ? (M <= 4 ? 0.02f : 0.01f) : stage == 2 ? 0.002f : 0.0005f;
         const float centre = (2 + low) / 2, radius = (2 - low) / 2, sigma = centre / radius;
         EACH(t, B * M) {
             int i = t / M, v = t % M;
