@@ -47,7 +47,11 @@ class BatchSelector:
         knn_backend: The kNN backend, never ``auto``.
         solver: Where graphs are solved.
         graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
+        pending: Batches after the one that a run handed over last which it need not wait for: who writes batches to a
+            file takes them together.
     """
+
+    pending = 0
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
         """Parse the configuration, check it against the store and plan the run; nothing is computed yet.
@@ -145,7 +149,8 @@ class BatchSelector:
                     self.counts.elapsed += time.perf_counter() - begun
                     if selections is None:
                         return
-                    for selection, seen in selections:
+                    for left, (selection, seen) in zip(range(len(selections) - 1, -1, -1), selections, strict=True):
+                        self.pending = left
                         labels = kept = np.zeros(0, np.int64)
                         if seen.labels is not None and not self._labels_are_ids:
                             labels, kept = seen.labels, self._labels_of(selection.kept)
