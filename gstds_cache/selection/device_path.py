@@ -11,36 +11,33 @@ than writing and reading them would.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64, UInt16
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError
 from gstds_cache.graph.cuda import GraphStack, graph_stack, unsigned
 from gstds_cache.graph.neighbors import require_finite
-from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.counts import SelectionCounts
-from gstds_cache.selection.cuda_rule import SQUARED, Draws, finish, keep_of_cells
+from gstds_cache.selection.cuda_rule import Draws, finish, keep_of_cells
 from gstds_cache.selection.device_rows import Rows, upload
 from gstds_cache.selection.guidance import Guidance
-from gstds_cache.selection.plan import BatchPlan, PlannedStack, SelectionPlan
+from gstds_cache.selection.plan import PlannedStack, SelectionPlan
 from gstds_cache.selection.rule import Rule, round_ties
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.selection.strata import GOLDEN
-from gstds_cache.spectral.block import BlockRitz, solve_stack
-from gstds_cache.spectral.fiedler import fiedler_of_stack, status_of
-from gstds_cache.spectral.result import FiedlerResult, Ritz
+from gstds_cache.spectral.block import BlockRitz, fiedler_of_stack, solve_stack
+from gstds_cache.spectral.result import FiedlerResult, Ritz, status_of
 from gstds_cache.spectral.status import Status
 
 IN_FLIGHT = 2
@@ -55,21 +52,23 @@ class SolvedStack:
 
     Attributes:
         planned: The batches.
-        values: Eigenvalues, ``[G, Q]``.
-        residual: Relative residuals, ``[G, Q]``.
+        value: Lowest nontrivial eigenvalue of each, ``[G]``.
+        residual: Relative residual of its eigenvector, ``[G]``.
         status: Flags of each, int8 [G].
         positions: What the rule keeps of each, from the start, ``[G, M]``; None where the rule runs on the CPU.
         score: Their Fiedler coordinates, float32 [G, M].
+        vector: Fiedler coordinates of all rows, ``[G, B]``; only with a floor for classes.
         spectra: What the CPU computed or is to look at, by the batch's place in the stack: of all batches where the
             rule runs there, else of those whose graph did not converge.
     """
 
     planned: PlannedStack
-    values: Float64[np.ndarray, "G Q"]
-    residual: Float64[np.ndarray, "G Q"]
+    value: Float64[np.ndarray, " G"]
+    residual: Float64[np.ndarray, " G"]
     status: np.ndarray
     positions: UInt16[np.ndarray, "G M"] | None
     score: np.ndarray | None
+    vector: np.ndarray | None
     spectra: dict[int, Spectrum]
 
 
@@ -97,6 +96,7 @@ class DevicePath:
         *,
         rule: Rule,
         labels: np.ndarray,
+        dim: int,
         device: torch.device,
     ) -> None:
         """Compute nothing yet.
@@ -109,10 +109,11 @@ class DevicePath:
             on_cpu: Computes the batches of another size.
             rule: The run's rule.
             labels: Label of each row of the store, -1 where there is none.
+            dim: Numbers of a row.
             device: Where all of it runs.
         """
         self._config, self._plan, self._counts, self._rows, self._on_cpu = config, plan, counts, rows, on_cpu
-        self._rule, self._labels, self._device = rule, labels, device
+        self._rule, self._labels, self._dim, self._device = rule, labels, dim, device
         self._vectors, self._cuda = max(1, rule.vectors), device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in range(IN_FLIGHT)] if self._cuda else []
         self._turn = 0
@@ -137,10 +138,10 @@ class DevicePath:
         if guidance is not None:
             self._place(guidance)
         flying: deque[_InFlight | tuple[PlannedStack, Future[list[Spectrum]]]] = deque()
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "openmp")) as beside:
             for planned in self._plan.stacks(start, at_once or self._at_once()):
                 if planned.indices.shape[1] != self._plan.batch_size:
-                    flying.append((planned, beside.submit(self._alone, list(planned))))
+                    flying.append((planned, beside.submit(self._on_cpu.of, list(planned))))
                 else:
                     flying.append(self._queue(planned, guidance))
                 while len(flying) > IN_FLIGHT:  # the stack after next is queued before one is waited for
@@ -152,7 +153,7 @@ class DevicePath:
         if not self._cuda:
             return WITHOUT_DEVICE
         # A stack that fills the device, and no more memory than there is.
-        nodes, knn, dim = self._plan.batch_size, self._config.knn, self._on_cpu.dim
+        nodes, knn, dim = self._plan.batch_size, self._config.knn, self._dim
         each = nodes * (4 * dim + 32 * knn + 16 * self._vectors + 64)
         free, _ = torch.cuda.mem_get_info(self._device)
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -248,11 +249,12 @@ class DevicePath:
         self._counts.solved(host["iterations"].tolist())
         return SolvedStack(
             planned=planned,
-            values=host["values"].numpy(),
-            residual=host["residual"].numpy(),
+            value=host["values"][:, 0].numpy(),
+            residual=host["residual"][:, 0].numpy(),
             status=status,
             positions=host["positions"].numpy().view(np.uint16) if "positions" in host else None,
             score=host["score"].numpy() if "score" in host else None,
+            vector=host["vector"].numpy() if "vector" in host else None,
             spectra=spectra,
         )
 
@@ -323,10 +325,6 @@ class DevicePath:
         )
         return FiedlerResult(**{f.name: getattr(result, f.name).cpu() for f in fields(FiedlerResult)})
 
-    def _alone(self, batches: list[BatchPlan]) -> list[Spectrum]:
-        with limited_threads(1):
-            return self._on_cpu.of(batches)
-
     def _refuse(self, planned: PlannedStack) -> None:
         """Name the rows that hold NaN or Inf.
 
@@ -341,11 +339,12 @@ class DevicePath:
 def _of_spectra(planned: PlannedStack, spectra: list[Spectrum]) -> SolvedStack:
     return SolvedStack(
         planned=planned,
-        values=np.stack([spectrum.values for spectrum in spectra]),
-        residual=np.array([[spectrum.residual] for spectrum in spectra]),
+        value=np.array([spectrum.values[0] for spectrum in spectra]),
+        residual=np.array([spectrum.residual for spectrum in spectra]),
         status=np.array([int(spectrum.status) for spectrum in spectra], np.int8),
         positions=None,
         score=None,
+        vector=None,
         spectra=dict(enumerate(spectra)),
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,30 +23,6 @@ from gstds_cache.store.reader import EmbeddingStore
 
 SHARE = 0.6  # of the memory that is free on a device, for rows: the rest is for what is made of them
 STREAMED_BYTES = 256 << 20  # of rows that are copied at once
-
-
-class Rows(Protocol):
-    """Where a stack's rows come from."""
-
-    reason: str
-
-    def of(
-        self, indices: Int64[np.ndarray, "G B"], which: Int32[Tensor, "G B"]
-    ) -> tuple[Float[Tensor, "G B D"], Float32[Tensor, "G B"] | None]:
-        """Rows on the device, ``[G, B, D]``, in the order of its current stream, and 1 / length of each.
-
-        Args:
-            indices: Rows of the store, ``[G, B]``.
-            which: The same on the device.
-
-        Returns:
-            The rows, and their lengths' inverses where they are known.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of threads."""
-        ...
 
 
 class DeviceRows:
@@ -82,15 +57,28 @@ class DeviceRows:
         self._refuse_nan(store, inverse)
         self.reason = f"all on {device}, {store.nbytes / 1e6:,.1f} MB of rows"
 
+    def most(self, nodes: int) -> int:
+        """As many as there are."""
+        return len(self._rows) // nodes + 1
+
+    def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
+        """Back from the device: the store need not be read into memory for a few rows."""
+        torch.from_numpy(out).copy_(self._rows[torch.from_numpy(rows).to(self._rows.device)])
+
     def of(
         self, indices: Int64[np.ndarray, "G B"], which: Int32[Tensor, "G B"]
     ) -> tuple[Float[Tensor, "G B D"], Float32[Tensor, "G B"] | None]:
-        """Gathered on the device."""
+        """Rows in the order of the device's current stream.
+
+        Args:
+            indices: Rows of the store, ``[G, B]``.
+            which: The same on the device.
+
+        Returns:
+            The rows, ``[G, B, D]``, and 1 / length of each; None for float32 rows.
+        """
         rows = self._rows.index_select(0, which.flatten()).view(*which.shape, -1)
         return rows, None if self._inverse is None else self._inverse.take(which.long())
-
-    def close(self) -> None:
-        """Rows stay for the next run."""
 
     @staticmethod
     def _refuse_nan(store: EmbeddingStore, inverse: Float32[Tensor, " N"]) -> None:
@@ -111,14 +99,13 @@ class StreamedRows:
         reason: What is where, in words.
     """
 
-    def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1, why: str = "") -> None:
+    def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1) -> None:
         """Nothing is read yet.
 
         Args:
             store: The store.
             device: Where the rows go.
             threads: Threads that gather.
-            why: Why not all rows are on the device, for ``reason``.
         """
         self._store, self._device = store, device
         self._cuda = device.type == "cuda"
@@ -126,12 +113,21 @@ class StreamedRows:
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._slots: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
-        self.reason = f"{store.access_reason}; copied to {device} batch by batch" + (f", {why}" if why else "")
+        self.reason = f"{store.access_reason}; copied to {device} batch by batch"
+
+    def most(self, nodes: int) -> int:
+        """As many as a buffer holds."""
+        spec = self._store.spec
+        return max(1, STREAMED_BYTES // (nodes * spec.dim * np.dtype(spec.dtype).itemsize))
+
+    def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
+        """From the store."""
+        self._store.gather(rows, out)
 
     def of(
         self, indices: Int64[np.ndarray, "G B"], which: Int32[Tensor, "G B"]
     ) -> tuple[Float[Tensor, "G B D"], Float32[Tensor, "G B"] | None]:
-        """Gathered into one of two buffers, the other of which may still be on its way to the device."""
+        """As :meth:`DeviceRows.of`, by way of one of two buffers; the other may still be on its way to the device."""
         slot, copied = self._slot(indices.size)
         if copied is not None:
             copied.synchronize()
@@ -152,10 +148,6 @@ class StreamedRows:
         self._turn ^= 1
         return rows, None
 
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
     def _slot(self, rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
         spec = self._store.spec
         if len(self._slots) < 2 or self._slots[self._turn][0].numel() < rows * spec.dim:
@@ -166,6 +158,56 @@ class StreamedRows:
                     copied.synchronize()
             self._slots = [(buffer, None) for buffer in made]
         return self._slots[self._turn]
+
+
+Rows = DeviceRows | StreamedRows
+
+
+def choose_rows(store: EmbeddingStore, device: torch.device) -> tuple[bool, str]:
+    """Whether all rows of a store go to a device, and why, in words.
+
+    Args:
+        store: The store, which was opened with an ``access``.
+        device: Where rows are wanted.
+
+    Returns:
+        Whether they are uploaded once, and the reason.
+
+    Raises:
+        UsageError: They were asked for there, and do not fit.
+    """
+    asked, size = store.access_asked, f"{store.nbytes / 1e6:,.1f} MB of rows"
+    if asked not in {"auto", "device"}:
+        return False, f"{store.access_reason}; copied to {device} batch by batch"
+    if device.type != "cuda":
+        return True, f"all on {device}, {size}"
+    free = torch.cuda.mem_get_info(device)[0]
+    room = f"{free * SHARE / 1e6:,.1f} MB of the memory that is free on {device}"
+    if store.nbytes <= free * SHARE:
+        return True, f"all on {device}, {size}; they may take {room}"
+    if asked == "device":
+        raise UsageError(
+            f"`access='device'`: got {size}, expected no more than {room}",
+            hint="leave `access` out: rows are then copied there batch by batch",
+        )
+    return False, f"{store.access_reason}; copied to {device} batch by batch, since {size} are more than {room}"
+
+
+def open_rows(store: EmbeddingStore, device: torch.device, *, threads: int) -> Rows:
+    """Rows on a device, as :func:`choose_rows` says.
+
+    Args:
+        store: The store.
+        device: Where they go.
+        threads: CPU threads that read.
+
+    Returns:
+        The rows.
+    """
+    all_there, reason = choose_rows(store, device)
+    rows: Rows = (DeviceRows if all_there else StreamedRows)(store, device, threads=threads)
+    rows.reason = reason
+    return rows
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
