@@ -30,7 +30,7 @@ from gstds_cache.graph.neighbors import require_finite
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.cuda_rule import Draws, finish, keep_of_cells
-from gstds_cache.selection.device_rows import Rows, upload
+from gstds_cache.selection.device_rows import Rows, picked, upload
 from gstds_cache.selection.guidance import Guidance
 from gstds_cache.selection.plan import PlannedStack, SelectionPlan
 from gstds_cache.selection.rule import Rule, round_ties
@@ -137,6 +137,8 @@ class DevicePath:
         """
         if guidance is not None:
             self._place(guidance)
+        if self._cuda:
+            torch.cuda.synchronize(self._device)  # what was uploaded on one stream both use
         flying: deque[_InFlight | tuple[PlannedStack, Future[list[Spectrum]]]] = deque()
         with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "openmp")) as beside:
             for planned in self._plan.stacks(start, at_once or self._at_once()):
@@ -167,8 +169,6 @@ class DevicePath:
             self._difficulty = torch.from_numpy(guidance.of_rows.all()).to(self._device)
         if guidance.kind == "disagreement":
             self._labels_on_device = torch.from_numpy(np.asarray(self._labels, np.int64)).to(self._device)
-        if self._cuda:
-            torch.cuda.synchronize(self._device)  # what one stream uploaded both use
 
     def _on_stream(self) -> AbstractContextManager[object]:
         if not self._cuda:
@@ -178,7 +178,8 @@ class DevicePath:
 
     def _mark(self, marks: list[torch.cuda.Event]) -> None:
         if self._cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
+            # Whoever waits sleeps meanwhile: other threads may need the core.
+            marks.append(torch.cuda.Event(enable_timing=True, blocking=True))
             marks[-1].record()
 
     def _queue(self, planned: PlannedStack, guidance: Guidance | None) -> _InFlight:
@@ -221,9 +222,9 @@ class DevicePath:
         plan, device = self._plan, self._device
         difficulty = None
         if self._difficulty is not None:
-            difficulty = self._difficulty.take(which.long()).double()
+            difficulty = picked(self._difficulty, which).double()
         elif self._labels_on_device is not None:
-            difficulty = _disagreement(self._labels_on_device.take(which.long()), unsigned(graphs.neighbors))
+            difficulty = _disagreement(picked(self._labels_on_device, which), unsigned(graphs.neighbors))
         repeat = planned.epoch // plan.batch_assignments if plan.batch_assignments else np.zeros_like(planned.epoch)
         return Draws(
             guidance=difficulty,

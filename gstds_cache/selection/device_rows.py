@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
 from gstds_cache.errors import SolverError, UsageError
@@ -22,6 +22,7 @@ from gstds_cache.runtime.threads import in_threads
 from gstds_cache.store.reader import EmbeddingStore
 
 SHARE = 0.6  # of the memory that is free on a device, for rows: the rest is for what is made of them
+MOST_ROWS = 1 << 31  # that a stack is numbered in
 STREAMED_BYTES = 256 << 20  # of rows that are copied at once
 
 
@@ -58,8 +59,8 @@ class DeviceRows:
         self.reason = f"all on {device}, {store.nbytes / 1e6:,.1f} MB of rows"
 
     def most(self, nodes: int) -> int:
-        """As many as there are."""
-        return len(self._rows) // nodes + 1
+        """Batches of ``nodes`` rows that may be asked for at once: any number."""
+        return MOST_ROWS // nodes
 
     def gather(self, rows: Int64[np.ndarray, " B"], out: Float[np.ndarray, "B D"]) -> None:
         """Back from the device: the store need not be read into memory for a few rows."""
@@ -78,7 +79,7 @@ class DeviceRows:
             The rows, ``[G, B, D]``, and 1 / length of each; None for float32 rows.
         """
         rows = self._rows.index_select(0, which.flatten()).view(*which.shape, -1)
-        return rows, None if self._inverse is None else self._inverse.take(which.long())
+        return rows, None if self._inverse is None else picked(self._inverse, which)
 
     @staticmethod
     def _refuse_nan(store: EmbeddingStore, inverse: Float32[Tensor, " N"]) -> None:
@@ -116,7 +117,7 @@ class StreamedRows:
         self.reason = f"{store.access_reason}; copied to {device} batch by batch"
 
     def most(self, nodes: int) -> int:
-        """As many as a buffer holds."""
+        """Batches of ``nodes`` rows that may be asked for at once: those that a buffer holds."""
         spec = self._store.spec
         return max(1, STREAMED_BYTES // (nodes * spec.dim * np.dtype(spec.dtype).itemsize))
 
@@ -216,6 +217,11 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.clone()
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def picked(x: Shaped[Tensor, " N"], which: Int32[Tensor, "G B"]) -> Shaped[Tensor, "G B"]:
+    """The elements at ``which``."""
+    return x.index_select(0, which.flatten()).view(which.shape)
 
 
 def _inverse(rows: Float[Tensor, "R D"]) -> Float32[Tensor, " R"]:
