@@ -27,11 +27,7 @@ STREAMED_BYTES = 256 << 20  # of rows that are copied at once
 
 
 class DeviceRows:
-    """All rows of a store on a device.
-
-    Attributes:
-        reason: What is where, in words.
-    """
+    """All rows of a store on a device."""
 
     def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1) -> None:
         """Read the store once, shard by shard, and upload it.
@@ -56,7 +52,6 @@ class DeviceRows:
             inverse[span.start : span.stop] = _inverse(part)
         self._inverse = inverse if dtype == torch.float16 else None
         self._refuse_nan(store, inverse)
-        self.reason = f"all on {device}, {store.nbytes / 1e6:,.1f} MB of rows"
 
     def most(self, nodes: int) -> int:
         """Batches of ``nodes`` rows that may be asked for at once: any number."""
@@ -96,11 +91,7 @@ class DeviceRows:
 
 
 class StreamedRows:
-    """The rows of each stack: gathered by the CPU into pinned memory, and copied while the stack before is computed.
-
-    Attributes:
-        reason: What is where, in words.
-    """
+    """The rows of each stack: gathered by the CPU into pinned memory, and copied while the stack before is computed."""
 
     def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1) -> None:
         """Nothing is read yet.
@@ -116,7 +107,6 @@ class StreamedRows:
         self._stream = new_stream(device) if self._cuda else None
         self._slots: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
-        self.reason = f"{store.access_reason}; copied to {device} batch by batch"
 
     def most(self, nodes: int) -> int:
         """Batches of ``nodes`` rows that may be asked for at once: those that a buffer holds."""
@@ -196,23 +186,6 @@ def choose_rows(store: EmbeddingStore, device: torch.device) -> tuple[bool, str]
             hint="leave `access` out: rows are then copied there batch by batch",
         )
     return False, f"{store.access_reason}; copied to {device} batch by batch, since {size} are more than {room}"
-
-
-def open_rows(store: EmbeddingStore, device: torch.device, *, threads: int) -> Rows:
-    """Rows on a device, as :func:`choose_rows` says.
-
-    Args:
-        store: The store.
-        device: Where they go.
-        threads: CPU threads that read.
-
-    Returns:
-        The rows.
-    """
-    all_there, reason = choose_rows(store, device)
-    rows: Rows = (DeviceRows if all_there else StreamedRows)(store, device, threads=threads)
-    rows.reason = reason
-    return rows
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

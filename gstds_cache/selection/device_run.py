@@ -15,7 +15,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.selection.cuda_rule import why_not_ruled
 from gstds_cache.selection.device_batches import Choose, HoldFloor, count_labels_into, selections_of
 from gstds_cache.selection.device_path import DevicePath
-from gstds_cache.selection.device_rows import Rows, choose_rows, open_rows
+from gstds_cache.selection.device_rows import DeviceRows, Rows, StreamedRows, choose_rows
 from gstds_cache.selection.guidance import Guidance
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.spectra import Spectra
@@ -61,15 +61,26 @@ class DeviceRun:
         return not self.why_not and not why_not_ruled(self._of.device, self._of.rule)
 
     @cached_property
+    def _choice(self) -> tuple[bool, str]:
+        return choose_rows(self._of.store, self._of.device)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether all rows of the store are there, or will be."""
+        return not self.why_not and self._choice[0]
+
+    @property
     def rows_reason(self) -> str:
         """Where rows are while batches are selected, and why, in words."""
-        return self._of.store.access_reason if self.why_not else choose_rows(self._of.store, self._of.device)[1]
+        return self._of.store.access_reason if self.why_not else self._choice[1]
 
     @cached_property
     def rows(self) -> Rows:
         """The store's rows; they stay for the next run."""
         counts, begun = self._of.counts, time.perf_counter()
-        rows = open_rows(self._of.store, self._of.device, threads=self._of.cpu_threads)
+        rows = (DeviceRows if self.has_rows else StreamedRows)(
+            self._of.store, self._of.device, threads=self._of.cpu_threads
+        )
         counts.seconds["gather"] += time.perf_counter() - begun
         counts.elapsed += time.perf_counter() - begun
         return rows

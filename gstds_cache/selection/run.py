@@ -214,7 +214,7 @@ class BatchSelector:
     def slow_order(self) -> str:
         """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
         store, window = self.store, self.plan.order.window
-        if store.access_kind != "window":
+        if store.access_kind != "window" or self.device_run.has_rows:
             return ""
         if window is None:
             return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
