@@ -83,9 +83,8 @@ __device__ __forceinline__ Span span(int node, int level, int cells) {  // b == 
     return {a, b};
 }
 
-// NumPy's sum of float64 in memory order: pairwise above 128 numbers, eight lanes below.
+// NumPy's sum of at least 8 float64 in memory order: pairwise above 128 numbers, eight lanes below.
 __device__ double numpy_sum_of_few(const double *x, int n) {
-    if (n < 8) { double s = -0.0; for (int i = 0; i < n; i++) s += x[i]; return s; }
     double r[8];
     for (int l = 0; l < 8; l++) r[l] = x[l];
     int i = 8;

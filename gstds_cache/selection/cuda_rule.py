@@ -74,7 +74,7 @@ def finish(basis: Float64[Tensor, "G Q B"]) -> None:
     """Give eigenvectors the sign of ``canonical_sign`` and round their ties as ``round_ties`` does, in place."""
     graphs, vectors, nodes = basis.shape
     kernel = build.kernel("rule.cu", "finish_block", device=basis.device)
-    kernel(graphs, THREADS, vectors * CHUNKS * 12, nodes, vectors, basis)
+    kernel(graphs, THREADS, finish_bytes(vectors), nodes, vectors, basis)
 
 
 def keep_of_cells(
@@ -122,6 +122,11 @@ def keep_of_cells(
         kept.score,
     )
     return kept
+
+
+def finish_bytes(vectors: int) -> int:
+    """Bytes of shared memory of a block that finishes so many eigenvectors (cuda/rule.cu: finish_bytes)."""
+    return vectors * CHUNKS * 12
 
 
 def cells_bytes(nodes: int, vectors: int, most: int, *, far: bool) -> int:
