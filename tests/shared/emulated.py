@@ -192,7 +192,7 @@ def cells_launch(keep: int, *, threads: int, far: bool = False, nodes: int = 70)
             torch.arange(4).view(2, 2),
             torch.rand(2, dtype=torch.float64, generator=gen),
             torch.tensor([keep, max(1, keep - 1)], dtype=torch.int32),
-            torch.zeros(2, 3, nodes + 1, dtype=torch.float64) if far else None,
+            torch.zeros(2, 3, nodes + 1 + keep, dtype=torch.float64) if far else None,
             torch.zeros(2, keep, dtype=torch.int16),
             torch.zeros(2, keep),
         ],
