@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -19,6 +18,12 @@ from torch import Tensor
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.graph.compiled import nearest_in_rows
 from gstds_cache.graph.neighbors import KnnGraph, as_stack, normalized_rows
+
+WITHOUT_FAISS = ""
+try:
+    import faiss
+except ImportError as error:  # torch finds neighbours as well: an error only where faiss is asked for by name
+    WITHOUT_FAISS = str(error)
 
 Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
@@ -217,12 +222,19 @@ def resolve_backend(name: str, device: torch.device) -> str:
         a CPU took a quarter to a half of the time of faiss (benchmarks/results/knn.json).
 
     Raises:
-        UsageError: If the name is unknown, or faiss-gpu is asked for where faiss sees no GPU.
+        UsageError: If the name is unknown, or faiss is asked for where it cannot be imported, or faiss-gpu where it
+            sees no GPU.
     """  # noqa: DOC501
     if name == "auto":
-        return "faiss-gpu" if device.type == "cuda" and faiss.get_num_gpus() > 0 else "torch"
+        on_gpu = device.type == "cuda" and not WITHOUT_FAISS and faiss.get_num_gpus() > 0
+        return "faiss-gpu" if on_gpu else "torch"
     if name not in BACKENDS:
         raise unknown_name("kNN backend", name, ("auto", *BACKENDS))
+    if name.startswith("faiss") and WITHOUT_FAISS:
+        raise UsageError(
+            f"{name} was asked for, but faiss cannot be imported: {WITHOUT_FAISS}",
+            hint="choose auto or torch, or install faiss-gpu: pip install 'faiss-gpu>=1.11'",
+        )
     if name == "faiss-gpu" and faiss.get_num_gpus() == 0:
         raise UsageError(
             "faiss-gpu was asked for, but faiss sees no GPU on this machine",
