@@ -1,0 +1,148 @@
+"""The figures of ``on_gpu.py`` beside their targets, out of the parts' results; a part that is missing is a gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table.
+
+    Attributes:
+        what: What is measured.
+        part: In which part.
+        path: The keys that lead to it in that part's result; a number, or a dictionary of ``median``, ``min``, ``max``.
+        target: What it should be.
+        most: True where it should be at most that.
+        unit: Of both.
+        scale: What the value is multiplied by.
+    """
+
+    what: str
+    part: str
+    path: tuple[str, ...]
+    target: float
+    most: bool = False
+    unit: str = ""
+    scale: float = 1.0
+
+
+def number(value: float) -> str:
+    """Three digits are enough."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def found(result: Result, path: Sequence[str]) -> Any:
+    """What a path of keys leads to, or None."""
+    for key in path:
+        if not isinstance(result, dict) or key not in result:
+            return None
+        result = result[key]
+    return result
+
+
+def of_spread(value: Any, scale: float, pick: str = "median") -> float | None:
+    """A number out of a number or a spread; None where there is neither."""
+    value = value.get(pick) if isinstance(value, dict) else value
+    return float(value) * scale if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def line(figure: Figure, parts: dict[str, Result]) -> str:
+    """One row of the table."""
+    part = parts.get(figure.part, {})
+    value = found(part.get("result") or {}, figure.path)
+    middle = of_spread(value, figure.scale)
+    target = f"{'<=' if figure.most else '>='} {number(figure.target)} {figure.unit}".strip()
+    if middle is None:
+        why = part.get("status", "not run")
+        return f"| {figure.what} | not measured ({figure.part}: {why}) | {target} | |"
+    ends = [of_spread(value, figure.scale, pick) for pick in ("min", "max")] if isinstance(value, dict) else []
+    spread = f" ({number(min(ends))} to {number(max(ends))})" if ends and None not in ends else ""
+    met = middle <= figure.target if figure.most else middle >= figure.target
+    return f"| {figure.what} | {number(middle)}{spread} {figure.unit} | {target} | {'yes' if met else '**no**'} |"
+
+
+def solve_figures(size: int, q: int, target: float) -> list[Figure]:
+    """The solver's time at one size and its ratio to the CPU's."""
+    at = (f"solve, B={size}, Q={q}",)
+    what = f"solve, B = {size}, Q = {q}"
+    return [
+        Figure(f"{what}, a graph", "throughput", (*at, "us_per_graph", "kernel"), target, True, "us"),
+        Figure(f"{what}, all CPU cores over it", "throughput", (*at, "over_kernel", "cpu, all cores"), 20, unit="x"),
+    ]
+
+
+FIGURES: list[Figure] = [
+    *solve_figures(512, 1, 10),
+    *solve_figures(512, 8, 60),
+    Figure("neighbours and graph, B = 512, a graph", "throughput",
+           ("neighbours, B=512", "us_per_graph", "kernels, products and graph"), 10, True, "us"),
+    Figure("neighbours and graph, faiss.knn_gpu over it", "throughput",
+           ("neighbours, B=512", "over_kernels", "faiss.knn_gpu"), 30, unit="x"),
+    Figure("neighbours and graph, bmm and topk over it", "throughput",
+           ("neighbours, B=512", "over_kernels", "bmm and topk, float32"), 20, unit="x"),
+]  # fmt: skip
+
+
+def verdicts(parts: dict[str, Result]) -> list[str]:
+    """Lines on what has no number: correctness, tests, sanitizers."""
+    told = []
+    correct = parts.get("correct", {}).get("result") or {}
+    if checks := correct.get("checks"):
+        wrong = [name for name, good in checks.items() if not good]
+        told.append(f"correct: {len(checks) - len(wrong)} of {len(checks)} checks hold" + failing(wrong))
+    tests = parts.get("tests", {}).get("result") or {}
+    if "counts" in tests:
+        counts = ", ".join(f"{number} {word}" for word, number in tests["counts"].items())
+        told.append(f"tests: {counts}" + failing(tests["failed"]))
+    for name in ("memcheck", "racecheck"):
+        result = parts.get(name, {}).get("result") or {}
+        told += [f"{name}: {result['errors']} errors"] if result.get("errors") is not None else []
+    return told
+
+
+def failing(names: list[str]) -> str:
+    """The names of what failed, after a colon."""
+    return "; not: " + "; ".join(names[:8]) if names else ""
+
+
+def peers(parts: dict[str, Result]) -> list[str]:
+    """A table of everything that was timed in the same run as the kernels."""
+    result = parts.get("throughput", {}).get("result") or {}
+    lines = []
+    for name, case in result.items():
+        if isinstance(case, dict) and "us_per_graph" in case:
+            times = ", ".join(f"{way} {number(spent['median'])}" for way, spent in case["us_per_graph"].items())
+            lines.append(f"- {name}, us a graph: {times}")
+    return lines
+
+
+def versions(parts: dict[str, Result]) -> str:
+    """Processor, cores and versions of the first part that tells them."""
+    for part in parts.values():
+        if environment := (part.get("result") or {}).get("environment"):
+            return ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
+    return "unknown"
+
+
+def summary(state: Result) -> str:
+    """The whole page, Markdown."""
+    parts: dict[str, Result] = state["parts"]
+    card = state.get("gpu") or {}
+    head = ", ".join(f"{name} {value}" for name, value in card.items()) or "none: run without one"
+    ran = [
+        f"{name} {part['status']}" + (f" ({part['seconds']} s)" if "seconds" in part else f" ({part.get('why', '')})")
+        for name, part in parts.items()
+    ]
+    rows = [line(figure, parts) for figure in FIGURES]
+    sections: list[Callable[[Result], list[str]]] = [verdicts, peers]
+    text = [f"GPU: {head}", f"commit {state.get('commit') or 'unknown'}; {versions(parts)}", "parts: " + ", ".join(ran)]
+    told = [told for section in sections for told in section(parts)]
+    table = ["| what | measured: median (smallest to largest) | target | met |", "|---|---|---|---|", *rows]
+    return "\n\n".join([*text, "\n".join(table), "\n".join(told)]) + "\n"
