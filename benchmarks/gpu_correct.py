@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from batches import made_up
 from gpu_kernels import (
-    K,
     TOLERANCE,
+    K,
     arguments_of,
     dense_laplacian,
     device_of,
@@ -146,8 +146,8 @@ def kept_rows(rows: Tensor, rule: str, size: int, batches: int, device: torch.de
     from gstds_cache.store.reader import EmbeddingStore
 
     config = SelectConfig(
-        batch_size=size, epochs=1 + batches * size // (len(rows) // 2), batch_assignments=0, device=str(device), rule=rule,
-        guidance="none",
+        batch_size=size, epochs=1 + batches * size // (len(rows) // 2), batch_assignments=0, device=str(device),
+        rule=rule, guidance="none",
     )  # fmt: skip
     kept: list[np.ndarray] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from harness import parser
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.cuda import build, launch
 from gstds_cache.graph import cuda as graph_cuda
 from gstds_cache.graph.cuda import GraphStack
 from gstds_cache.spectral import block
@@ -23,7 +25,7 @@ from gstds_cache.spectral.block import BlockRitz, solve_stack
 
 K = SelectConfig.knn
 TOLERANCE = 1e-6
-EMULATED_B = 64
+SHARED_BYTES = 227 << 10  # of a block, of the GPU that a smoke run emulates
 
 
 def arguments_of(text: str | None) -> argparse.Namespace:
@@ -42,9 +44,15 @@ def device_of(arguments: argparse.Namespace) -> Iterator[torch.device]:
         yield torch.device("cuda", torch.cuda.current_device())
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
-    from emulated import emulated_kernels
+    from emulated import WHY_NOT, EmulatedKernels
 
-    with emulated_kernels():
+    if WHY_NOT:
+        raise SystemExit(f"--smoke emulates the kernels: {WHY_NOT}")
+    folder = build.place_of_cubins().path or Path(tempfile.mkdtemp())
+    with (
+        changed(build, "kernel", EmulatedKernels(folder)),
+        changed(launch, "shared_memory_limit", lambda _: SHARED_BYTES),
+    ):
         yield torch.device("cpu")
 
 

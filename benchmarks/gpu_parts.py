@@ -27,10 +27,11 @@ class Part:
         command: The program and its words; ``{out}``, ``{seconds}`` and ``{data}`` are filled in.
         limit: Seconds it may take.
         least: With fewer seconds left it is not started.
-        smoke: Words added for a smoke run; None where the program does not exist on a machine without a GPU.
+        smoke: Words added for a smoke run.
         needs: Files or folders of ``--data`` without which it is left out.
         times_the_cpu: It measures compiled CPU code, so that has to be compiled by then.
         read: From the output to the result, for programs that write no JSON.
+        environment: Variables set for it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Part:
     needs: tuple[str, ...] = ()
     times_the_cpu: bool = False
     read: Callable[[str], dict[str, Any]] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
     def words(self, out: Path, seconds: float, arguments: argparse.Namespace) -> list[str]:
         """The command as it is started."""
@@ -63,12 +65,16 @@ def script(name: str, *words: str) -> tuple[str, ...]:
     return (sys.executable, str(HERE / name), "--out", "{out}", *words)
 
 
-def sanitizer(tool: str) -> tuple[str, ...]:
+def sanitizer(name: str) -> Part:
     """compute-sanitizer over the small case, where no tensor's end is in the memory of another."""
-    return (
-        "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
-        *script("gpu_small.py"),
-    )  # fmt: skip
+    command = ("compute-sanitizer", "--tool", name, "--error-exitcode", "9", *script("gpu_small.py"))
+    return Part(name, command, 60, 25, read=read_sanitizer, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+
+
+def tests_of_the_gpu() -> list[str]:
+    """Test files with a test that is marked ``gpu``: collecting all others takes longer than running these."""
+    files = sorted((HERE.parent / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(HERE.parent)) for path in files if "mark.gpu" in path.read_text()]
 
 
 def read_log(part: Part, text: str, out: Path) -> dict[str, Any]:
@@ -119,7 +125,6 @@ TESTS = (
     # Deprecations in the versions of a machine that we did not choose are no failure there.
     "-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning", "-W", "ignore::FutureWarning",
 )  # fmt: skip
-SMALL_TESTS = ("tests/contracts/test_knn_contract.py",)
 
 ALL = (
     Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 80, 20,
@@ -128,9 +133,9 @@ ALL = (
          needs=("cifar16.npy",), times_the_cpu=True),
     Part("path", script("bench_path.py"), 80, 30, times_the_cpu=True),
     Part("trainer", script("bench_trainer.py"), 100, 40, needs=("cifar10",)),
-    Part("tests", TESTS, 90, 30, smoke=SMALL_TESTS, read=read_tests),
-    Part("memcheck", sanitizer("memcheck"), 60, 25, read=read_sanitizer),
-    Part("racecheck", sanitizer("racecheck"), 60, 25, read=read_sanitizer),
+    Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
+    sanitizer("memcheck"),
+    sanitizer("racecheck"),
     Part("embedding", script("bench_embed_gpu.py"), 80, 40, needs=("cifar10",)),
     Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "8",
                      *script("gpu_small.py", "--full")), 60, 20, read=read_profile),

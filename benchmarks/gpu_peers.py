@@ -27,12 +27,11 @@ class Solvers:
     reached is told beside their times.
     """
 
-    def __init__(self, graphs: list[np.ndarray], q: int, tolerance: float, device: torch.device) -> None:
-        """Take dense float64 Laplacians ``[B, B]``."""
-        self.q, self.tolerance, self.device = q, tolerance, device
-        self.dense = torch.from_numpy(np.stack(graphs)).to(device)
-        self.value = [float(v) for v in np.linalg.eigvalsh(graphs[0])[1:2]] * len(graphs)
-        self.start = torch.from_numpy(np.random.default_rng(0).normal(size=(len(graphs[0]), q + 1))).to(device)
+    def __init__(self, dense: Tensor, q: int, tolerance: float, values: list[float]) -> None:
+        """Take Laplacians, ``[G, B, B]`` float64, and the lowest nontrivial eigenvalue of each."""
+        self.dense, self.q, self.tolerance, self.value = dense, q, tolerance, values
+        self.device = dense.device
+        self.start = torch.from_numpy(np.random.default_rng(0).normal(size=(dense.shape[1], q + 1))).to(dense.device)
 
     def ways(self) -> dict[str, Way]:
         """Every peer by name."""

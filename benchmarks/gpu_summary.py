@@ -127,7 +127,8 @@ def versions(parts: dict[str, Result]) -> str:
     """Processor, cores and versions of the first part that tells them."""
     for part in parts.values():
         if environment := (part.get("result") or {}).get("environment"):
-            return ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
+            told = {name: value for name, value in environment.items() if value is not None and name != "commit"}
+            return ", ".join(f"{name} {value}" for name, value in told.items())
     return "unknown"
 
 

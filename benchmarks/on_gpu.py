@@ -97,8 +97,9 @@ class Run:
         begun, seen = time.monotonic(), 0.0
         with printed.open("wb") as file:
             process = subprocess.Popen(
-                words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+                words, cwd=ROOT, env=os.environ | dict(part.environment), stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
             try:
                 while process.poll() is None and time.monotonic() - begun < seconds:
                     time.sleep(0.2)
