@@ -19,6 +19,7 @@ import torch
 from batches import batches_of
 from harness import interleaved, limit_threads, parser, report
 
+from gstds_cache.graph.cuda import why_not_graphs
 from gstds_cache.graph.knn import BACKENDS, by_candidates, nearest, resolve_backend, search_torch
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.allocator import keep_freed_memory
@@ -39,7 +40,10 @@ def main() -> None:
     keep_freed_memory()  # as our commands do; it holds for everyone in this process
     limit_threads(cores())
     device, by_size = torch.device(arguments.device), {}
-    names = [name for name in BACKENDS if name != "faiss-gpu" or faiss.get_num_gpus()]
+    largest = max(arguments.batch_sizes)
+    refused = {"faiss-gpu"} if faiss.get_num_gpus() == 0 else set()
+    refused |= {"cuda"} if why_not_graphs(device, largest, arguments.knn) else set()
+    names = [name for name in BACKENDS if name not in refused]
 
     def wait() -> None:
         if device.type == "cuda":
@@ -75,7 +79,15 @@ def main() -> None:
                 for name in names
             },
         }
-    report("knn", {"knn": arguments.knn, "auto": resolve_backend("auto", device), "by_batch_size": by_size}, arguments)
+    report(
+        "knn",
+        {
+            "knn": arguments.knn,
+            "auto": resolve_backend("auto", device, largest, arguments.knn),
+            "by_batch_size": by_size,
+        },
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting("max_iterations", "Of LOBPCG, before solving densely.")
 @setting("device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
 @setting("knn_backend")
-@setting("solver", "Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.")
+@setting("solver", "Where eigenvectors are computed. auto: on a GPU where its kernels run, else on the CPU.")
 @click.option(
     "--memory-budget",
     type=click.IntRange(min=0),

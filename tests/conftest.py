@@ -13,13 +13,13 @@ from uuid import uuid4
 import jaxtyping
 import pytest
 import torch
-from emulated import WHY_NOT, EmulatedKernels
+from emulated import H100_SHARED_MEMORY, WHY_NOT, EmulatedKernels
 from forked import FORKS, Forked, Forks
 from hypothesis import settings
 from images import TINY_ENCODER, ArraySource, make_images
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
 
-from gstds_cache.cuda import build
+from gstds_cache.cuda import build, launch
 
 # CI judges a change by the same examples every time; a run by hand looks for new ones.
 settings.register_profile("gstds", deadline=None, print_blob=True, derandomize="CI" in os.environ)
@@ -43,6 +43,8 @@ def emulated_kernels(_compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(WHY_NOT)
     kernels = EmulatedKernels(_compiled_kernels)
     monkeypatch.setattr(build, "kernel", kernels)
+    monkeypatch.setattr(build, "why_not", lambda device: "")  # noqa: ARG005
+    monkeypatch.setattr(launch, "shared_memory_limit", lambda device: H100_SHARED_MEMORY)  # noqa: ARG005
     return kernels
 
 

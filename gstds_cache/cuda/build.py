@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 
-from gstds_cache.cuda.launch import Kernel
+from gstds_cache.cuda.launch import Kernel, with_index
 from gstds_cache.errors import KernelError, in_words
 from gstds_cache.files import mapped
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import WritablePath, find_cache_root, first_writable, is_private
 
 FOLDER = Path(__file__).parent
-OPTIONS = ("--std=c++17", "-lineinfo")
+OPTIONS = ("-std=c++17", "-lineinfo")
 HASH_BYTES = 32
 
 _INCLUDED = re.compile(r'^\s*#include "([^"]+\.cuh)"', re.MULTILINE)
 _compiling = threading.Lock()
+_kernels: dict[tuple[str, str, tuple[str, ...], int], Kernel | KernelError] = {}
 
 
 def kernel(source: str, function: str, defines: tuple[str, ...] = (), *, device: torch.device) -> Kernel:
@@ -49,18 +50,23 @@ def kernel(source: str, function: str, defines: tuple[str, ...] = (), *, device:
         KernelError: It cannot be compiled or loaded here; the message says why, and ends with the compiler's log where
             there is one.
     """
-    index = getattr(device, "index", None)
-    if index is None:  # torch's types do not say that it may be
-        index = torch.cuda.current_device()
     with _compiling:
-        return _kernel(source, function, defines, index)
+        return _kernel(source, function, defines, with_index(device).index)
 
 
-@cache
 def _kernel(source: str, function: str, defines: tuple[str, ...], index: int) -> Kernel:
-    device = torch.device("cuda", index)
-    major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(cubin(source, f"sm_{major}{minor}", defines), function, device)
+    key = (source, function, defines, index)
+    if key not in _kernels:
+        device = torch.device("cuda", index)
+        try:
+            major, minor = torch.cuda.get_device_capability(device)
+            _kernels[key] = Kernel(cubin(source, f"sm_{major}{minor}", defines), function, device)
+        except KernelError as error:  # kept as well: compiling again would take as long, and fail again
+            _kernels[key] = error
+    found = _kernels[key]
+    if isinstance(found, KernelError):
+        raise KernelError(found.message, hint=found.hint)
+    return found
 
 
 @cache
@@ -147,7 +153,7 @@ def compile_cubin(source: str, architecture: str, defines: Iterable[str] = ()) -
         )
     )
     try:
-        options = [f"--gpu-architecture={architecture}", "--ptxas-options=-v", *OPTIONS, *(f"-D{d}" for d in defines)]
+        options = [f"-arch={architecture}", "-Xptxas=-v", *OPTIONS, *(f"-D{d}" for d in defines)]
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _filled(nvrtc.nvrtcGetProgramLogSize(program), lambda room: nvrtc.nvrtcGetProgramLog(program, room))
         text = log.decode(errors="replace").strip("\0\n")

@@ -23,8 +23,15 @@
 #define BRIDGE_FLOOR 1e-3f
 #define LOW (-3.0f)  // below every cosine
 
+// Bytes of shared memory of a block, to the byte; as graph/cuda.py has it. With SPILL the lists of neighbours, which are
+// most of it, lie in a workspace in global memory.
+extern "C" __host__ __device__ int graph_lists_bytes(int B) { return ROUND(B * KNN * 2) + ROUND(B * KNN * 4); }
 extern "C" __host__ __device__ int graph_bytes(int B) {
-    return ROUND(B * KNN * 2) + ROUND(B * KNN * 4) + 4 * ROUND((B + 1) * 4) + 3 * ROUND(B * 2) + ROUND(B * 4);
+    int n = 4 * ROUND((B + 1) * 4) + 3 * ROUND(B * 2) + ROUND(B * 4);
+#ifndef SPILL
+    n += graph_lists_bytes(B);
+#endif
+    return n;
 }
 
 extern "C" __global__ void BOUNDS graph_block(
@@ -39,8 +46,11 @@ extern "C" __global__ void BOUNDS graph_block(
     int *__restrict__ components,        // [G]; before bridging; negative where edges or bridges have no room
     uint16_t *__restrict__ label_all,    // [G][B] lowest node of each node's component
     int *__restrict__ bridge_ends,       // [G][bridge_room][2]: room
-    float *__restrict__ bridge_weight)   // [G][bridge_room]: room
-{
+    float *__restrict__ bridge_weight    // [G][bridge_room]: room
+#ifdef SPILL
+    , char *workspace                    // graph_lists_bytes() of each graph
+#endif
+) {
     SHARED_MEMORY(memory);
     const long long graph = blockIdx.x;
     const float *p = products + graph * B * B;
@@ -49,8 +59,13 @@ extern "C" __global__ void BOUNDS graph_block(
     bridge_ends += graph * bridge_room * 2; bridge_weight += graph * bridge_room;
     char *at = memory;
     #define TAKE(type, name, count) type *name = (type *)at; at += ROUND((int)sizeof(type) * (count))
+#ifdef SPILL
+    uint16_t *near = (uint16_t *)(workspace + graph * graph_lists_bytes(B));
+    float *cosine = (float *)((char *)near + ROUND(B * KNN * 2));
+#else
     TAKE(uint16_t, near, B * KNN);  // [k][B], by rising index: row i's are near[a * B + i]
     TAKE(float, cosine, B * KNN);
+#endif
     TAKE(int, crow, B + 1); TAKE(int, length, B + 1); TAKE(int, label, B + 1); TAKE(int, next, B + 1);
     TAKE(uint16_t, inside, B); TAKE(uint16_t, entered, B); TAKE(uint16_t, closest, B);
     TAKE(float, best, B);

@@ -177,12 +177,23 @@ class Kernel:
             self._allowed = shared_bytes
 
 
-@cache
+def with_index(device: torch.device) -> torch.device:
+    """A CUDA device with its number: ``cuda`` is the current one."""
+    return (
+        device if device.type != "cuda" or str(device) != "cuda" else torch.device("cuda", torch.cuda.current_device())
+    )
+
+
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one block may have on a CUDA device."""
+    return _shared_memory_limit(with_index(device).index)
+
+
+@cache
+def _shared_memory_limit(index: int) -> int:
     from cuda.bindings import driver
 
     what = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    torch.cuda.current_stream(device)  # torch has called cuInit
-    handle = succeeded(driver.cuDeviceGet(device.index), f"asking about {device}")
-    return int(succeeded(driver.cuDeviceGetAttribute(what, handle), f"asking about {device}"))
+    torch.cuda.current_stream(index)  # torch has called cuInit
+    handle = succeeded(driver.cuDeviceGet(index), f"asking about GPU {index}")
+    return int(succeeded(driver.cuDeviceGetAttribute(what, handle), f"asking about GPU {index}"))

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -17,13 +18,8 @@ from torch import Tensor
 
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.graph.compiled import nearest_in_rows
+from gstds_cache.graph.cuda import log_fallback, nearest_by_kernels, why_not_graphs
 from gstds_cache.graph.neighbors import KnnGraph, as_stack, normalized_rows
-
-WITHOUT_FAISS = ""
-try:
-    import faiss
-except ImportError as error:  # torch finds neighbours as well: an error only where faiss is asked for by name
-    WITHOUT_FAISS = str(error)
 
 Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
@@ -204,54 +200,70 @@ def search_faiss_gpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candida
 
 
 BACKENDS: dict[str, Nearest] = {
+    "cuda": nearest_by_kernels,
     "faiss-cpu": lambda rows, k: by_candidates(search_faiss_cpu, rows, k),
     "faiss-gpu": lambda rows, k: by_candidates(search_faiss_gpu, rows, k, FAISS_GPU_LARGEST_K),
     "torch": nearest_by_torch,
 }
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
+def resolve_backend(name: str, device: torch.device, nodes: int, k: int) -> str:
     """Turn a name into a backend that can run here.
 
     Args:
         name: ``auto`` or a key of ``BACKENDS``.
         device: Where the embeddings are.
+        nodes: Rows of a graph, of the largest one.
+        k: Neighbours per row.
 
     Returns:
-        A key of ``BACKENDS``; ``auto`` is faiss-gpu for embeddings on CUDA where faiss sees a GPU, else torch, which on
-        a CPU took a quarter to a half of the time of faiss (benchmarks/results/knn.json).
+        A key of ``BACKENDS``. ``auto`` is, for embeddings on CUDA, cuda up to 8,192 rows and 32 neighbours, else
+        faiss-gpu where faiss sees a GPU, else torch; on a CPU torch, which took a quarter to a half of the time of
+        faiss (benchmarks/results/knn.json).
 
     Raises:
-        UsageError: If the name is unknown, or faiss is asked for where it cannot be imported, or faiss-gpu where it
-            sees no GPU.
+        UsageError: If the name is unknown, or cuda or faiss-gpu is asked for where it cannot run.
     """  # noqa: DOC501
     if name == "auto":
-        on_gpu = device.type == "cuda" and not WITHOUT_FAISS and faiss.get_num_gpus() > 0
-        return "faiss-gpu" if on_gpu else "torch"
+        if device.type != "cuda":
+            return "torch"
+        reason = why_not_graphs(device, nodes, k)
+        log_fallback(device, reason)
+        return ("faiss-gpu" if faiss.get_num_gpus() > 0 else "torch") if reason else "cuda"
     if name not in BACKENDS:
         raise unknown_name("kNN backend", name, ("auto", *BACKENDS))
-    if name.startswith("faiss") and WITHOUT_FAISS:
-        raise UsageError(
-            f"{name} was asked for, but faiss cannot be imported: {WITHOUT_FAISS}",
-            hint="choose auto or torch, or install faiss-gpu: pip install 'faiss-gpu>=1.11'",
-        )
     if name == "faiss-gpu" and faiss.get_num_gpus() == 0:
         raise UsageError(
             "faiss-gpu was asked for, but faiss sees no GPU on this machine",
             hint="choose auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
         )
+    if name == "cuda" and (reason := why_not_graphs(device, nodes, k)):
+        raise UsageError(f"cuda was asked for as kNN backend, which cannot run: {reason}", hint="choose auto")
     return name
 
 
-def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
+def nearest(rows: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
     """:func:`knn_graph` of rows that have unit length already, as :func:`~.neighbors.normalized_rows` makes them.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32; of any length for the backend cuda.
+        k: Neighbours per row, >= 1; clipped to B - 1.
+        backend: As :func:`knn_graph` takes it.
+
+    Returns:
+        The graphs, on the device of ``rows``.
 
     Raises:
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
     """
+    _require_neighbors(k)
+    _, nodes, _ = rows.shape
+    return BACKENDS[resolve_backend(backend, rows.device, nodes, k)](rows, min(k, nodes - 1))
+
+
+def _require_neighbors(k: int) -> None:
     if k < 1:
         raise UsageError(f"`k`: got {k}, expected at least 1", hint="neighbours of each row, e.g. `k=10`")
-    return BACKENDS[resolve_backend(backend, rows.device)](rows, min(k, rows.shape[1] - 1))
 
 
 def knn_graph(
@@ -270,7 +282,7 @@ def knn_graph(
         x: Embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype, NumPy or torch; normalised
             here in float32. Zero rows have similarity 0 to everything.
         k: Neighbours per row, >= 1; clipped to B - 1.
-        backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        backend: ``auto``, ``cuda``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
 
     Returns:
@@ -280,4 +292,7 @@ def knn_graph(
         UsageError: If ``k`` < 1, ``x`` is empty, or the backend is unknown or cannot run here.
         SolverError: If a row holds NaN or Inf.
     """
-    return nearest(normalized_rows(as_stack(x, device)), k, backend=backend)
+    _require_neighbors(k)
+    stack = as_stack(x, device)
+    name = resolve_backend(backend, stack.device, stack.shape[1], k)
+    return nearest(stack if name == "cuda" else normalized_rows(stack), k, backend=name)

@@ -31,9 +31,11 @@ from gstds_cache.selection.rule import RuleBatch, read_only
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
+from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
+AUTO_SOLVES_ON_CUDA = True  # where the kernels run: measured in benchmarks/results/
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 
 
@@ -75,8 +77,9 @@ class BatchSelector:
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
         self.device = resolve_device(config.device)
-        self.knn_backend = resolve_backend(config.knn_backend, self.device)
-        self.solver = _solver(config, self.device)
+        largest = max(self.plan.rows_in(0), self.plan.rows_in(self.plan.batches_per_epoch - 1))
+        self.knn_backend = resolve_backend(config.knn_backend, self.device, largest, config.knn)
+        self.solver = _solver(config, self.device, largest, max(1, self.rule.vectors))
         labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))
@@ -277,14 +280,22 @@ class BatchSelector:
         return selection, seen
 
 
-def _solver(config: SelectConfig, device: torch.device) -> torch.device:
+def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: int) -> torch.device:
     """Where graphs are solved.
+
+    Args:
+        config: The configuration.
+        device: Where neighbours are found.
+        largest: Rows of the largest batch.
+        vectors: Eigenvectors wanted.
 
     Raises:
         UsageError: On a GPU, where neighbours are not found on one.
     """
-    if config.solver != "cuda":
+    if config.solver == "cpu" or (config.solver == "auto" and not AUTO_SOLVES_ON_CUDA):
         return torch.device("cpu")
+    if config.solver == "auto":
+        return torch.device("cpu") if why_not_solved(device, largest, vectors) else device
     if device.type != "cuda":
         raise UsageError(
             f"`solver='cuda'`: `device={config.device!r}` is {device} here",

@@ -27,16 +27,6 @@ def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
     assert "auto, torch or faiss-cpu" in error.value.hint
 
 
-@pytest.mark.parametrize("backend", ["faiss-cpu", "faiss-gpu"])
-def test_without_faiss_only_a_search_by_faiss_is_refused(monkeypatch, backend):
-    monkeypatch.delattr(knn, "faiss")
-    monkeypatch.setattr(knn, "WITHOUT_FAISS", "No module named 'faiss'")
-    assert (resolve_backend("auto", CPU), resolve_backend("auto", CUDA)) == ("torch", "torch")
-    with pytest.raises(UsageError, match=f"{backend} was asked for, .*: No module named 'faiss'") as error:
-        knn_graph(torch.ones(1, 3, 2), 1, backend=backend)
-    assert "auto or torch" in error.value.hint
-
-
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(UsageError, match="unknown kNN backend 'fais-cpu'.*faiss-cpu") as error:
         resolve_backend("fais-cpu", CPU)

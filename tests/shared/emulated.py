@@ -17,6 +17,7 @@ from gstds_cache.errors import KernelError
 HERE = Path(__file__).parents[1] / "cuda"
 COMPILER = shutil.which("g++")
 WHY_NOT = "" if COMPILER else "needs g++, which is not installed"
+H100_SHARED_MEMORY = 227 << 10
 SCHEDULES = {"ascending": 0, "descending": 1, "shuffled": 2}
 PROBLEMS = {1: "threads stopped at different barriers", 2: "wrote beyond its shared memory", 3: "wrong arguments"}
 
