@@ -46,8 +46,10 @@ class Part:
 
     def words(self, out: Path, seconds: float, arguments: argparse.Namespace) -> list[str]:
         """The command as it is started."""
-        filled = {"out": str(out), "seconds": f"{seconds - 3:.0f}", "data": str(arguments.data)}
-        words = [word.format(**filled) for word in self.command]
+        filled = {"{out}": str(out), "{seconds}": f"{seconds - 3:.0f}", "{data}": str(arguments.data)}
+        words = list(self.command)
+        for place, value in filled.items():
+            words = [word.replace(place, value) for word in words]
         return words + list(self.smoke) if arguments.smoke else words
 
     def missing(self, arguments: argparse.Namespace) -> str:

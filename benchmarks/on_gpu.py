@@ -60,6 +60,7 @@ ROOT = Path(__file__).parents[1]
 TAIL = 4000  # characters of a failed part's output that go into the JSON
 LOG_ROOM = 1 << 20  # bytes of a part's output that go into the log: its end
 GRACE = 5.0  # seconds between asking a part to end and killing it
+SMOKE = 4  # times the time limit of a part where kernels are emulated, and compiled code may have to be made first
 DONE = ("done", "left out")  # no reason to run a part again
 
 
@@ -217,7 +218,7 @@ def main(words: list[str] | None = None) -> int:
             else:
                 if compiling is not None and part.times_the_cpu:
                     compiling.wait(90)
-                run.run(part, min(part.limit, left))
+                run.run(part, min(part.limit * (SMOKE if arguments.smoke else 1), left))
             run.save()
             entry = run.parts[name]
             told = entry.get("why") or f"{entry['seconds']} s of {entry['limit_s']}"
