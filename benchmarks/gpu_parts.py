@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-KERNELS = "regex:graph|solve|fiedler|cells|rule"
+KERNELS = "regex:^(graph|fiedler|finish|cells)_block$"
 """What the profiler looks at: our kernels by name, none of torch's."""
 
 
@@ -28,6 +28,8 @@ class Part:
         limit: Seconds it may take.
         least: With fewer seconds left it is not started.
         smoke: Words added for a smoke run.
+        instead: The whole command of a smoke run, where words are not enough.
+        optional: Words added where the file that is named first is there.
         needs: Files or folders of ``--data`` without which it is left out.
         times_the_cpu: It measures compiled CPU code, so that has to be compiled by then.
         read: From the output to the result, for programs that write no JSON.
@@ -43,14 +45,20 @@ class Part:
     times_the_cpu: bool = False
     read: Callable[[str], dict[str, Any]] | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    instead: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def words(self, out: Path, seconds: float, arguments: argparse.Namespace) -> list[str]:
         """The command as it is started."""
         filled = {"{out}": str(out), "{seconds}": f"{seconds - 3:.0f}", "{data}": str(arguments.data)}
         words = list(self.command)
+        if arguments.smoke:
+            words = list(self.instead) or words + list(self.smoke)
+        elif self.optional and (arguments.data / self.optional[0]).exists():
+            words += self.optional[1:]
         for place, value in filled.items():
             words = [word.replace(place, value) for word in words]
-        return words + list(self.smoke) if arguments.smoke else words
+        return words
 
     def missing(self, arguments: argparse.Namespace) -> str:
         """What this part cannot run without and is not there, in words; empty where all is there."""
@@ -83,6 +91,12 @@ def read_log(part: Part, text: str, out: Path) -> dict[str, Any]:
     """A part's result: the JSON it wrote, and what its output tells."""
     written = json.loads(out.read_text()) if out.exists() else {}
     return written | (part.read(text) if part.read else {})
+
+
+def read_last_line(text: str) -> dict[str, Any]:
+    """The JSON object that our commands end with."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {}
 
 
 def read_tests(text: str) -> dict[str, Any]:
@@ -122,6 +136,7 @@ def read_profile(text: str) -> dict[str, Any]:
     return {"launches": launches}
 
 
+EMBED = (sys.executable, "-c", "from gstds_cache.cli.embed_command import main; main()")
 TESTS = (
     sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "-rfEs", "--durations=5",
     # Deprecations in the versions of a machine that we did not choose are no failure there.
@@ -134,7 +149,14 @@ ALL = (
     Part("throughput", script("gpu_throughput.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 110, 40,
          needs=("cifar16.npy",), times_the_cpu=True),
     Part("path", script("bench_path.py"), 80, 30, times_the_cpu=True),
-    Part("trainer", script("bench_trainer.py"), 100, 40, needs=("cifar10",)),
+    # What the trainer's selection is made from.
+    Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
+                   "timm:tf_efficientnet_lite0?size=96", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
+         instead=(*EMBED, "digits", "--cache", "{out}.store", "--model", "timm:test_resnet", "--allow-untrained",
+                  "--device", "cpu", "--json"), read=read_last_line),
+    Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
+                           "--seconds", "{seconds}"), 100, 40, needs=("cifar10",),
+         optional=("cifar10.store", "--store", "{data}/cifar10.store")),
     Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
     sanitizer("memcheck"),
     sanitizer("racecheck"),

@@ -18,7 +18,7 @@ class Figure:
         what: What is measured.
         part: In which part.
         path: The keys that lead to it in that part's result; a number, or a dictionary of ``median``, ``min``, ``max``.
-        target: What it should be.
+        target: What it should be; None where there is no number for it.
         most: True where it should be at most that.
         unit: Of both.
         scale: What the value is multiplied by.
@@ -27,7 +27,7 @@ class Figure:
     what: str
     part: str
     path: tuple[str, ...]
-    target: float
+    target: float | None
     most: bool = False
     unit: str = ""
     scale: float = 1.0
@@ -58,14 +58,18 @@ def line(figure: Figure, parts: dict[str, Result]) -> str:
     part = parts.get(figure.part, {})
     value = found(part.get("result") or {}, figure.path)
     middle = of_spread(value, figure.scale)
-    target = f"{'<=' if figure.most else '>='} {number(figure.target)} {figure.unit}".strip()
+    bound = "<=" if figure.most else ">="
+    target = "" if figure.target is None else f"{bound} {number(figure.target)} {figure.unit}".strip()
     if middle is None:
         why = part.get("status", "not run")
         return f"| {figure.what} | not measured ({figure.part}: {why}) | {target} | |"
     ends = [of_spread(value, figure.scale, pick) for pick in ("min", "max")] if isinstance(value, dict) else []
     spread = f" ({number(min(ends))} to {number(max(ends))})" if ends and None not in ends else ""
+    measured = f"{number(middle)}{spread} {figure.unit}".strip()
+    if figure.target is None:
+        return f"| {figure.what} | {measured} | | |"
     met = middle <= figure.target if figure.most else middle >= figure.target
-    return f"| {figure.what} | {number(middle)}{spread} {figure.unit} | {target} | {'yes' if met else '**no**'} |"
+    return f"| {figure.what} | {measured} | {target} | {'yes' if met else '**no**'} |"
 
 
 def solve_figures(size: int, q: int, target: float) -> list[Figure]:
@@ -87,6 +91,13 @@ FIGURES: list[Figure] = [
            ("neighbours, B=512", "over_kernels", "faiss.knn_gpu"), 30, unit="x"),
     Figure("neighbours and graph, bmm and topk over it", "throughput",
            ("neighbours, B=512", "over_kernels", "bmm and topk, float32"), 20, unit="x"),
+    Figure("trainer, small network, over a bare loop", "trainer", ("conv7", "trainer_over_bare"), 0.95),
+    Figure("trainer, ResNet-18, over a bare loop", "trainer", ("resnet18", "trainer_over_bare"), 0.95),
+    *[
+        Figure(f"CIFAR-10, small network, {what}: {name}", "trainer", ("accuracy", name, what), None, unit=unit)
+        for name in ("bare", "trainer", "half of each batch", "half of each batch, as many steps")
+        for what, unit in (("seconds", "s"), ("accuracy", ""))
+    ],
 ]  # fmt: skip
 
 
@@ -113,13 +124,19 @@ def failing(names: list[str]) -> str:
 
 
 def peers(parts: dict[str, Result]) -> list[str]:
-    """A table of everything that was timed in the same run as the kernels."""
+    """Everything that was timed in the same run as the kernels, and how exact it was."""
     result = parts.get("throughput", {}).get("result") or {}
     lines = []
     for name, case in result.items():
-        if isinstance(case, dict) and "us_per_graph" in case:
-            times = ", ".join(f"{way} {number(spent['median'])}" for way, spent in case["us_per_graph"].items())
-            lines.append(f"- {name}, us a graph: {times}")
+        if not isinstance(case, dict) or "us_per_graph" not in case:
+            continue
+        exact = case.get("largest_residual", {})
+        times = [
+            f"{way}: {number(spent['median'])}" + (f" (residual {exact[way]:.1e})" if way in exact else "")
+            for way, spent in case["us_per_graph"].items()
+        ]
+        times += [f"{way}: left out ({why})" for way, why in case.get("left_out", {}).items()]
+        lines.append(f"- {name}, us a graph: " + "; ".join(times))
     return lines
 
 
