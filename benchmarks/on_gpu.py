@@ -178,6 +178,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--smoke", action="store_true", help="on a CPU, kernels emulated, a few seconds a part")
     arguments = made.parse_args(words)
     arguments.parts = arguments.parts.split(",")
+    arguments.out, arguments.data = arguments.out.resolve(), arguments.data.resolve()  # parts run in another folder
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         made.error(f"--parts: got {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
     if arguments.commit:
