@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
@@ -82,6 +82,29 @@ class SelectionCounts:
         self.status.update(flag.name.lower() for flag in batch.status if flag.name)
         if batch.status == Status.CONVERGED:
             self.status["converged"] += 1
+
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Count seconds by phase that were measured elsewhere."""
+        with self._lock:
+            for phase, value in seconds.items():
+                self.seconds[phase] += value
+
+    def add_stack(
+        self, batches: Sequence[SelectedBatch], labels: Int[np.ndarray, " R"], kept_labels: Int[np.ndarray, " K"]
+    ) -> None:
+        """Count batches, as :meth:`add` does one by one, with the labels of the rows of all of them."""
+        seen, kept = (np.bincount(part.astype(np.int64) + 1) for part in (labels, kept_labels))
+        kept = np.append(kept, np.zeros(max(0, len(seen) - len(kept)), np.int64))
+        for code in np.flatnonzero(seen).tolist():
+            before = self.classes.get(code - 1, (0, 0))
+            self.classes[code - 1] = before[0] + int(seen[code]), before[1] + int(kept[code])
+        self.batches += len(batches)
+        self.rows += sum(batch.n_in for batch in batches)
+        self.kept += sum(len(batch.kept) for batch in batches)
+        for status, count in Counter(batch.status for batch in batches).items():
+            self.status.update({flag.name.lower(): count for flag in status if flag.name})
+            if status == Status.CONVERGED:
+                self.status["converged"] += count
 
     def share(self, status: Status) -> float:
         """Batches with this flag over all batches."""

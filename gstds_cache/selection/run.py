@@ -21,6 +21,10 @@ from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
+from gstds_cache.selection.cuda_rule import why_not_ruled
+from gstds_cache.selection.device_batches import map_pairs, pieces_of, selections_of
+from gstds_cache.selection.device_path import DevicePath
+from gstds_cache.selection.device_rows import Rows, choose_rows, open_rows
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, key_of
@@ -32,6 +36,7 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.block import why_not_solved
+from gstds_cache.spectral.fiedler import DENSE_BY_DESIGN
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -49,7 +54,11 @@ class BatchSelector:
         knn_backend: The kNN backend, never ``auto``.
         solver: Where graphs are solved.
         graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
+        pending: Batches after the one that a run handed over last which it need not wait for: who writes batches to a
+            file takes them together.
     """
+
+    pending = 0
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
         """Parse the configuration, check it against the store and plan the run; nothing is computed yet.
@@ -86,6 +95,8 @@ class BatchSelector:
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
+        if store.access_asked == "device" and self.why_not_on_device:
+            raise UsageError(f"`access='device'`: {self.why_not_on_device}", hint="leave `access` out")
 
     def change_guidance(self, guidance: str, key: GuidanceKey) -> None:
         """Select by another guidance from now on, in the batches that are planned already.
@@ -125,8 +136,39 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
+        if self.rule_on_device:
+            yield from self._run_on_device(start)
+            return
         for selection, _seen in self.watch(start):
             yield selection
+
+    def _run_on_device(self, start: int) -> Iterator[SelectedBatch]:
+        """:meth:`run` where the rule runs on the device as well: nothing is made for a single batch but the result."""
+        guidance, floor = self.guidance, self.config.min_per_class
+        with closing(self._new_spectra()) as spectra:
+            stacks = self._new_device_path(spectra).solved(start, guidance)
+            while True:
+                begun = time.perf_counter()
+                stack = next(stacks, None)
+                if stack is None:
+                    return
+                ready = selections_of(
+                    stack,
+                    lambda batch, spectrum: self._choose(batch, spectrum)[0],
+                    labels=self._labels,
+                    floor=floor,
+                    hold=self._hold_floor,
+                )
+                labels = kept = np.zeros(0, np.int64)
+                if not self._labels_are_ids:
+                    labels = self._labels[stack.planned.indices].ravel()
+                    kept = self._labels[np.concatenate([batch.kept for batch in ready])]
+                self.counts.add_stack(ready, labels, kept)
+                self.counts.elapsed += time.perf_counter() - begun
+                for selection in ready:
+                    # Those that follow come faster than a record batch of one could be written.
+                    self.pending = self.plan.total_batches - selection.seq - 1
+                    yield selection
 
     def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
@@ -140,7 +182,11 @@ class BatchSelector:
         guidance = self.guidance  # before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
-            done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
+            if spectra is not None and not self.why_not_on_device:
+                pieces = pieces_of(self._new_device_path(spectra).solved(start, None))
+                done = in_threads(partial(map_pairs, self._choose), pieces, self._cpu_threads)
+            else:
+                done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
             try:
                 while True:
                     begun = time.perf_counter()
@@ -148,7 +194,8 @@ class BatchSelector:
                     self.counts.elapsed += time.perf_counter() - begun
                     if selections is None:
                         return
-                    for selection, seen in selections:
+                    for left, (selection, seen) in zip(range(len(selections) - 1, -1, -1), selections, strict=True):
+                        self.pending = left
                         labels = kept = np.zeros(0, np.int64)
                         if seen.labels is not None and not self._labels_are_ids:
                             labels, kept = seen.labels, self._labels_of(selection.kept)
@@ -159,15 +206,61 @@ class BatchSelector:
                 self.graphs_note = spectra.note if spectra is not None else ""
 
     def _new_spectra(self) -> Spectra:
+        """What computes spectra: where the device path does, those of batches of another size, on the CPU."""
+        on_device, cpu = not self.why_not_on_device, torch.device("cpu")
         return Spectra(
             self.store,
             self.config,
             self.plan,
             self.counts,
             vectors=max(1, self.rule.vectors),
+            device=cpu if on_device else self.device,
+            solver=cpu if on_device else self.solver,
+            backend="torch" if on_device else self.knn_backend,
+            gather=self._device_rows.gather if on_device else None,
+        )
+
+    @cached_property
+    def why_not_on_device(self) -> str:
+        """Why not all of a batch's path runs on the device, in words; empty where it does."""
+        vectors = max(1, self.rule.vectors)
+        if not self.rule.vectors and self._guidance_key.spec.kind != "disagreement":
+            return f"rule {self.rule.name} makes no graph"
+        if self.knn_backend != "cuda" or self.solver != self.device:
+            return f"neighbours are found by {self.knn_backend}, and graphs solved on {self.solver}"
+        if self.plan.batch_size <= DENSE_BY_DESIGN:
+            return f"graphs of up to {DENSE_BY_DESIGN} rows are solved on the CPU"
+        return why_not_solved(self.device, self.plan.batch_size, vectors)
+
+    @cached_property
+    def rule_on_device(self) -> bool:
+        """Whether the rule runs on the device as well."""
+        return not self.why_not_on_device and not why_not_ruled(self.device, self.rule)
+
+    @cached_property
+    def rows_reason(self) -> str:
+        """Where rows are while batches are selected, and why."""
+        return self.store.access_reason if self.why_not_on_device else choose_rows(self.store, self.device)[1]
+
+    @cached_property
+    def _device_rows(self) -> Rows:
+        begun = time.perf_counter()
+        rows = open_rows(self.store, self.device, threads=self._cpu_threads)
+        self.counts.seconds["gather"] += time.perf_counter() - begun
+        self.counts.elapsed += time.perf_counter() - begun
+        return rows
+
+    def _new_device_path(self, spectra: Spectra) -> DevicePath:
+        return DevicePath(
+            self.config,
+            self.plan,
+            self.counts,
+            self._device_rows,
+            spectra,
+            rule=self.rule,
+            labels=self._labels,
+            dim=self.store.spec.dim,
             device=self.device,
-            solver=self.solver,
-            backend=self.knn_backend,
         )
 
     @property
@@ -262,10 +355,7 @@ class BatchSelector:
         seen = self._see(batch, spectrum)
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
-            where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-            classes = self.store.classes
-            labels = self._labels_of(batch.indices)
-            positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
+            positions = self._hold_floor(batch, positions)
         selection = SelectedBatch(
             seq=batch.seq,
             epoch=batch.epoch,
@@ -278,6 +368,11 @@ class BatchSelector:
             residual=float("nan") if spectrum is None else spectrum.residual,
         )
         return selection, seen
+
+    def _hold_floor(self, batch: BatchPlan, positions: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
+        where = f"batch {batch.batch_id} of epoch {batch.epoch}"
+        labels = self._labels_of(batch.indices)
+        return hold_floor(positions, labels, self.config.min_per_class, self.store.classes, where)
 
 
 def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: int) -> torch.device:

@@ -87,9 +87,17 @@ def _pad(x: Float64[Tensor, "*head q"], q: int, value: float) -> Float64[Tensor,
     return torch.nn.functional.pad(x, (0, q - x.shape[-1]), value=value)
 
 
-def _status(
+def status_of(
     ritz: Ritz, fallback: Bool[Tensor, " G"], components: Int64[Tensor, " G"], nodes: int
 ) -> Int8[Tensor, " G"]:
+    """How solving each graph ended, as flags.
+
+    Args:
+        ritz: What was found; its vectors are not looked at.
+        fallback: Which graphs were solved densely after an iteration, ``[G]`` bool.
+        components: Components of each graph before bridging, ``[G]`` int64.
+        nodes: Nodes of a graph.
+    """
     gap = ritz.second - ritz.values[:, 0]
     degenerate = gap.isfinite() & (gap <= DEGENERATE_GAP * ritz.second)
     status = torch.zeros(len(fallback), dtype=torch.int8, device=fallback.device)
@@ -117,6 +125,6 @@ def result_of(ritz: Ritz, q: int, fallback: Bool[Tensor, " G"], components: Int6
         basis=_pad(canonical_sign(ritz.basis), q, 0.0),
         residual=_pad(ritz.residual, q, 0.0),
         iterations=ritz.iterations,
-        status=_status(ritz, fallback, components, ritz.basis.shape[1]),
+        status=status_of(ritz, fallback, components, ritz.basis.shape[1]),
         components=components,
     )
