@@ -179,7 +179,9 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     result["shares_us_per_batch"] = shares(store, config, device, epoch)
     for name, changes in {"one vector": {"rule": "coverage"}, "normalized": {"laplacian": "normalized"}}.items():
         if left() > arguments.seconds * 0.4:
-            other = BatchSelector(store, replace(config, **({"guidance": "none"} if "rule" in changes else {}), **changes))
+            other = BatchSelector(
+                store, replace(config, **({"guidance": "none"} if "rule" in changes else {}), **changes)
+            )
             other.__dict__["_device_rows"] = selector._device_rows
             timed(other, 1)
             result[f"path, {name}"] = microseconds([timed(other, epoch) for _ in range(2)], size)

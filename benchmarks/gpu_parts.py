@@ -148,7 +148,8 @@ ALL = (
          needs=("cifar16.npy",)),
     Part("throughput", script("gpu_throughput.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 110, 40,
          needs=("cifar16.npy",), times_the_cpu=True),
-    Part("path", script("bench_path.py"), 80, 30, times_the_cpu=True),
+    Part("path", script("bench_path.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 100, 45,
+         needs=("cifar16.npy",), times_the_cpu=True),
     # What the trainer's selection is made from.
     Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
                    "timm:tf_efficientnet_lite0?size=96", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
@@ -160,7 +161,7 @@ ALL = (
     Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
-    Part("embedding", script("bench_embed_gpu.py"), 80, 40, needs=("cifar10",)),
+    Part("embedding", script("bench_embed_gpu.py"), 100, 50),
     Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "8",
                      *script("gpu_small.py", "--full")), 60, 20, read=read_profile),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,24 +48,29 @@ def found(result: Result, path: Sequence[str]) -> Any:
     return result
 
 
-def of_spread(value: Any, scale: float, pick: str = "median") -> float | None:
-    """A number out of a number or a spread; None where there is neither."""
-    value = value.get(pick) if isinstance(value, dict) else value
-    return float(value) * scale if isinstance(value, int | float) and math.isfinite(value) else None
+def ends(value: Any, scale: float) -> list[float]:
+    """Median, smallest and largest of a spread or a list; a number alone; nothing where there is none of these."""
+    if isinstance(value, dict):
+        value = [value.get(name) for name in ("median", "min", "max")]
+    elif isinstance(value, list) and value:
+        value = [statistics.median(value), min(value), max(value)]
+    else:
+        value = [value]
+    numbers = [float(one) * scale for one in value if isinstance(one, int | float) and math.isfinite(one)]
+    return numbers if len(numbers) == len(value) else []
 
 
 def line(figure: Figure, parts: dict[str, Result]) -> str:
     """One row of the table."""
     part = parts.get(figure.part, {})
-    value = found(part.get("result") or {}, figure.path)
-    middle = of_spread(value, figure.scale)
+    values = ends(found(part.get("result") or {}, figure.path), figure.scale)
     bound = "<=" if figure.most else ">="
     target = "" if figure.target is None else f"{bound} {number(figure.target)} {figure.unit}".strip()
-    if middle is None:
+    if not values:
         why = part.get("status", "not run")
         return f"| {figure.what} | not measured ({figure.part}: {why}) | {target} | |"
-    ends = [of_spread(value, figure.scale, pick) for pick in ("min", "max")] if isinstance(value, dict) else []
-    spread = f" ({number(min(ends))} to {number(max(ends))})" if ends and None not in ends else ""
+    middle = values[0]
+    spread = f" ({number(values[1])} to {number(values[2])})" if len(values) == 3 else ""
     measured = f"{number(middle)}{spread} {figure.unit}".strip()
     if figure.target is None:
         return f"| {figure.what} | {measured} | | |"
@@ -91,12 +97,26 @@ FIGURES: list[Figure] = [
            ("neighbours, B=512", "over_kernels", "faiss.knn_gpu"), 30, unit="x"),
     Figure("neighbours and graph, bmm and topk over it", "throughput",
            ("neighbours, B=512", "over_kernels", "bmm and topk, float32"), 20, unit="x"),
+    Figure("whole path, rows on the device, million samples/s", "path", ("path", "million_samples_per_second"), 10),
+    Figure("the same, written to a file", "path", ("path_to_a_file", "million_samples_per_second"), None),
+    Figure("an epoch of 1.28 million rows", "path", ("path", "seconds"), 1, True, "s"),
+    Figure("the same, written to a file", "path", ("path_to_a_file", "seconds"), None, unit="s"),
+    Figure("the same by all CPU cores, us a batch", "path", ("beside_the_cpu", "us_per_batch"), None, unit="us"),
     Figure("trainer, small network, over a bare loop", "trainer", ("conv7", "trainer_over_bare"), 0.95),
     Figure("trainer, ResNet-18, over a bare loop", "trainer", ("resnet18", "trainer_over_bare"), 0.95),
     *[
         Figure(f"CIFAR-10, small network, {what}: {name}", "trainer", ("accuracy", name, what), None, unit=unit)
         for name in ("bare", "trainer", "half of each batch", "half of each batch, as many steps")
         for what, unit in (("seconds", "s"), ("accuracy", ""))
+    ],
+    *[
+        Figure(f"embedding, {size:g} megapixels, {decoder}: {what}", "embedding",
+               (f"{size:g} megapixels", "embed", decoder, key), target)
+        for size in (0.2, 12.0) for decoder in ("nvjpeg", "pillow")
+        for what, key, target in (
+            ("over the slower of forward and decode", "over_limit", 0.9 if decoder == "nvjpeg" else None),
+            ("images/s", "images_per_second", None),
+        )
     ],
 ]  # fmt: skip
 
@@ -140,6 +160,13 @@ def peers(parts: dict[str, Result]) -> list[str]:
     return lines
 
 
+def shares(parts: dict[str, Result]) -> list[str]:
+    """What each step of the whole path takes of a batch."""
+    found = (parts.get("path", {}).get("result") or {}).get("shares_us_per_batch", {})
+    steps = ", ".join(f"{step} {number(spent)}" for step, spent in found.items())
+    return [f"path, us a batch by step, one stack at a time: {steps}"] if found else []
+
+
 def versions(parts: dict[str, Result]) -> str:
     """Processor, cores and versions of the first part that tells them."""
     for part in parts.values():
@@ -159,7 +186,7 @@ def summary(state: Result) -> str:
         for name, part in parts.items()
     ]
     rows = [line(figure, parts) for figure in FIGURES]
-    sections: list[Callable[[Result], list[str]]] = [verdicts, peers]
+    sections: list[Callable[[Result], list[str]]] = [verdicts, shares, peers]
     text = [f"GPU: {head}", f"commit {state.get('commit') or 'unknown'}; {versions(parts)}", "parts: " + ", ".join(ran)]
     told = [told for section in sections for told in section(parts)]
     table = ["| what | measured: median (smallest to largest) | target | met |", "|---|---|---|---|", *rows]
