@@ -139,6 +139,7 @@ def read_profile(text: str) -> dict[str, Any]:
 EMBED = (sys.executable, "-c", "from gstds_cache.cli.embed_command import main; main()")
 TESTS = (
     sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "-rfEs", "--durations=5",
+    "-n", "4", "--dist", "loadfile",
     # Deprecations in the versions of a machine that we did not choose are no failure there.
     "-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning", "-W", "ignore::FutureWarning",
 )  # fmt: skip

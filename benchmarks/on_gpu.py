@@ -10,7 +10,7 @@ of --seconds is not started, and is named.
 
 The machine: Linux, x86-64, Python 3.11 or later; a GPU of compute capability 8.0 or later with its driver; torch >= 2.8
 with CUDA, torchvision, cuda-bindings, CuPy, numba, pyarrow, scikit-learn, scipy, timm, safetensors, threadpoolctl,
-jaxtyping, lazy-loader, click, pytest and hypothesis; compute-sanitizer and ncu from CUDA's toolkit.
+jaxtyping, lazy-loader, click, pytest with pytest-xdist, and hypothesis; compute-sanitizer and ncu from CUDA's toolkit.
 What has to be brought along, apart from a checkout of this repository (4 MB):
 
     wheels/           zarr (and what it needs: donfig, google-crc32c, msgspec, numcodecs), beartype,     21 MB
