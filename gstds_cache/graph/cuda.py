@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gstds_cache.cuda import build, launch
 from gstds_cache.errors import KernelError
+from gstds_cache.graph.components import BRIDGE_FLOOR
 from gstds_cache.graph.laplacian import SparseGraph
 from gstds_cache.graph.neighbors import KnnGraph, normalized_rows, require_finite, require_rows
 from gstds_cache.runtime.notify import log_once
@@ -145,11 +146,12 @@ def why_not_graphs(device: torch.device, nodes: int, k: int) -> str:
     Args:
         device: Any device.
         nodes: Rows of a graph, B.
-        k: Neighbours of a row, >= 1.
+        k: Neighbours of a row, as they are asked for: the other rows at most.
     """
     reason = build.why_not(device)
     if reason:
         return reason
+    k = max(0, min(k, nodes - 1))
     if nodes > LARGEST_GRAPH or k > LARGEST_K:
         return f"{nodes:,} rows and {k} neighbours are more than {LARGEST_GRAPH:,} and {LARGEST_K}"
     try:
@@ -360,11 +362,13 @@ def stack_of(graph: SparseGraph) -> GraphStack | None:
         graph: G graphs of B nodes.
 
     Returns:
-        The same graphs, on the same device; None where a weight is no float32, or a graph has too many nodes.
+        The same graphs, on the same device; None where a weight is neither a float32, as cosines are, nor
+        the least of a bridge, or where a graph has too many nodes.
     """
     nodes = graph.nodes
     weight = graph.weight.float()
-    if nodes > LARGEST_GRAPH or not bool((weight.double() == graph.weight).all()):
+    exact = (weight.double() == graph.weight) | (graph.weight == BRIDGE_FLOOR)
+    if nodes > LARGEST_GRAPH or not bool(exact.all()):
         return None
     crow = graph.crow.unfold(0, nodes + 1, nodes)
     first, edges = crow[:, 0], crow[:, -1] - crow[:, 0]

@@ -187,7 +187,7 @@ def fiedler_vectors(
         "seed": seed,
     }
     _, nodes, _ = batches.shape
-    name = resolve_backend(backend, batches.device, nodes, max(k, 1))
+    name = resolve_backend(backend, batches.device, nodes, k)
     if name == "cuda" and k >= 1 and nodes > DENSE_BY_DESIGN and not why_not_solved(batches.device, nodes, q):
         graphs = graph_stack(batches, min(k, nodes - 1))
         return fiedler_of_stack(graphs, solve_stack(graphs, q, **options), batches, threads=threads, **options)

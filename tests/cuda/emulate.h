@@ -52,17 +52,28 @@ template <typename Body> static int emulated_block(int threads, int, Body body) 
 }
 static long emulated_barriers() { return 0; }
 #else
+#include <csetjmp>
 #include <functional>
 #include <ucontext.h>
 static Dim threadIdx, blockIdx, blockDim, gridDim;
-struct Fibre { ucontext_t at; std::vector<char> stack; bool done; long barriers; };
+// A context gives a fibre its stack; from then on jumps, which make no system calls, go to and fro.
+struct Fibre { ucontext_t entry; jmp_buf at; std::vector<char> stack; bool begun, done; long barriers; };
 static std::vector<Fibre> fibres;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::function<void()> emulated_body;
+__attribute__((noinline)) static void emulated_resume(Fibre *fibre) {
+    if (_setjmp(scheduler)) return;
+    if (fibre->begun) _longjmp(fibre->at, 1);
+    fibre->begun = true;
+    setcontext(&fibre->entry);
+}
+__attribute__((noinline)) static void emulated_pause(Fibre *fibre) {
+    if (!_setjmp(fibre->at)) _longjmp(scheduler, 1);
+}
 static void __syncthreads() {
     int me = threadIdx.x;
     fibres[me].barriers++;
-    if (blockDim.x > 1) swapcontext(&fibres[me].at, &scheduler);
+    if (blockDim.x > 1) emulated_pause(&fibres[me]);
 }
 static int emulated_or[2];  // the barrier's number tells which: the other is cleared meanwhile
 static long emulated_cleared;
@@ -76,7 +87,12 @@ static int __syncthreads_or(int x) {
     __syncthreads();
     return any;
 }
-static void emulated_enter() { int me = threadIdx.x; emulated_body(); fibres[me].done = true; }
+static void emulated_enter() {
+    int me = threadIdx.x;
+    emulated_body();
+    fibres[me].done = true;
+    _longjmp(scheduler, 1);
+}
 static uint64_t emulated_state;
 static int emulated_random(int n) {
     emulated_state ^= emulated_state << 13; emulated_state ^= emulated_state >> 7; emulated_state ^= emulated_state << 17;
@@ -91,11 +107,11 @@ template <typename Body> static int emulated_block(int threads, int schedule, Bo
     std::vector<int> order(threads);
     for (int t = 0; t < threads; t++) {
         Fibre &f = fibres[t];
-        f.done = false; f.barriers = 0;
+        f.begun = f.done = false; f.barriers = 0;
         f.stack.resize(256 << 10);
-        getcontext(&f.at);
-        f.at.uc_stack.ss_sp = f.stack.data(); f.at.uc_stack.ss_size = f.stack.size(); f.at.uc_link = &scheduler;
-        makecontext(&f.at, emulated_enter, 0);
+        getcontext(&f.entry);
+        f.entry.uc_stack.ss_sp = f.stack.data(); f.entry.uc_stack.ss_size = f.stack.size(); f.entry.uc_link = nullptr;
+        makecontext(&f.entry, emulated_enter, 0);
         order[t] = schedule == 1 ? threads - 1 - t : t;
     }
     for (int left = threads; left;) {
@@ -103,7 +119,7 @@ template <typename Body> static int emulated_block(int threads, int schedule, Bo
         for (int t : order) {
             if (fibres[t].done) continue;
             threadIdx.x = t;
-            swapcontext(&scheduler, &fibres[t].at);
+            emulated_resume(&fibres[t]);
             if (fibres[t].done) left--;
         }
         for (int t = 0; t < threads; t++)  // all at the same barrier, or all at the end

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from gstds_cache.cuda import build
 from gstds_cache.cuda.launch import Kernel
 from gstds_cache.errors import KernelError
+from gstds_cache.graph.cuda import graph_bytes, lists_bytes
+from gstds_cache.spectral.block import solve_bytes
 
 HERE = Path(__file__).parents[1] / "cuda"
 COMPILER = shutil.which("g++")
@@ -67,6 +71,11 @@ class EmulatedKernel(Kernel):
         if problem:
             raise KernelError(f"{self.function}: {PROBLEMS[problem]}")
 
+    def run(self, launch: Launch, threads: int | None = None, schedule: str = "ascending") -> None:
+        """Launch with so many emulated threads."""
+        self.threads, self.schedule = threads, schedule
+        self(launch.grid, threads or launch.threads, launch.shared, *launch.arguments)
+
     def blocks_at_once(self, threads: int, shared_bytes: int) -> int:
         return 1
 
@@ -104,7 +113,7 @@ def compile_emulated(
     making = out.with_name(f"{out.name}.{torch.initial_seed() & 0xFFFF}.making")
     subprocess.run(
         [
-            COMPILER, "-std=c++20", "-O2", "-w", "-pthread", *kind, *flags, "-DEMULATE", f'-DSOURCE="{source}"',
+            COMPILER, "-std=c++20", "-O1", "-w", "-pthread", *kind, *flags, "-DEMULATE", f'-DSOURCE="{source}"',
             f"-DFUNCTION={function}", *(f"-D{define}" for define in defines), f"-I{texts}", f"-I{HERE}",
             str(HERE / "emulate.cpp"), "-o", str(making),
         ],
@@ -128,3 +137,109 @@ class EmulatedKernels:
         if key not in self.kernels:
             self.kernels[key] = EmulatedKernel(compile_emulated(self.folder, *key), function)
         return self.kernels[key]
+
+
+@dataclass
+class Launch:
+    """A launch of a kernel, for a kernel or as a file for a program (``compile_emulated(program=True)``).
+
+    Attributes:
+        grid: Blocks.
+        threads: Threads of a block.
+        shared: Bytes of shared memory.
+        arguments: In the kernel's order.
+    """
+
+    grid: int
+    threads: int
+    shared: int
+    arguments: list[Any]
+
+    def write(self, path: Path) -> None:
+        """Write it as tests/cuda/emulate.cpp reads it."""
+        data = [struct.pack("=iiiii", self.grid, self.threads, self.shared, 0, len(self.arguments))]
+        for argument in self.arguments:
+            if argument is None or isinstance(argument, torch.Tensor):
+                held = b"" if argument is None else argument.numpy().tobytes()
+                data.append(struct.pack("=iq", 1, len(held)) + held)
+            else:
+                held = struct.pack("=d" if isinstance(argument, float) else "=i", argument)
+                data.append(struct.pack("=iq", 0, len(held)) + held)
+        path.write_bytes(b"".join(data))
+
+
+def graph_launch(
+    products: torch.Tensor,
+    inverse: torch.Tensor | None,
+    k: int,
+    *,
+    held: int = 10,
+    edges: int | None = None,
+    bridges: int | None = None,
+    spill: bool = False,
+    threads: int = 64,
+) -> tuple[Launch, dict[str, torch.Tensor]]:
+    """A launch of graph_block, and its outputs by name."""
+    graphs, nodes, _ = products.shape
+    edges = 2 * nodes * k if edges is None else edges
+    bridges = nodes - 1 if bridges is None else bridges
+    out = {
+        "neighbors": torch.zeros(graphs, nodes, k, dtype=torch.int16),
+        "similarities": torch.zeros(graphs, nodes, k),
+        "crow": torch.zeros(graphs, nodes + 1, dtype=torch.int32),
+        "col": torch.zeros(graphs, edges, dtype=torch.int16),
+        "weight": torch.zeros(graphs, edges),
+        "components": torch.zeros(graphs, dtype=torch.int32),
+        "label": torch.zeros(graphs, nodes, dtype=torch.int16),
+    }
+    room = [torch.zeros(graphs, bridges, 2, dtype=torch.int32), torch.zeros(graphs, bridges)]
+    if spill:
+        room.append(torch.full((graphs * lists_bytes(nodes, held),), 0xFF, dtype=torch.uint8))
+    shared = graph_bytes(nodes, held, spill=spill)
+    arguments = [nodes, k, edges, bridges, products, inverse, *out.values(), *room]
+    return Launch(graphs, threads, shared, arguments), out
+
+
+def solve_launch(
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    weight: torch.Tensor,
+    q: int,
+    *,
+    m: int,
+    normalized: bool = False,
+    tolerance: float = 1e-6,
+    most: int = 500,
+    shared: int | None = None,
+    threads: int = 64,
+) -> tuple[Launch, dict[str, torch.Tensor]]:
+    """A launch of fiedler_block, and its outputs by name; ``shared`` leaves the rest to a workspace (SPILL)."""
+    graphs, nodes, edges = len(crow), crow.shape[1] - 1, col.shape[1]
+    needed = solve_bytes(nodes, edges, m, normalized=normalized)
+    start = torch.randn(nodes, m, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = {
+        "values": torch.zeros(graphs, q, dtype=torch.float64),
+        "basis": torch.zeros(graphs, q, nodes, dtype=torch.float64),
+        "residual": torch.zeros(graphs, q, dtype=torch.float64),
+        "second": torch.zeros(graphs, dtype=torch.float64),
+        "iterations": torch.zeros(graphs, dtype=torch.int32),
+        "converged": torch.zeros(graphs, dtype=torch.int32),
+    }
+    far = None if shared is None else torch.full((graphs * needed,), 0xFF, dtype=torch.uint8)
+    shared = needed if shared is None else shared
+    arguments = [
+        nodes,
+        q,
+        edges,
+        int(normalized),
+        tolerance,
+        most,
+        shared,
+        far,
+        crow,
+        col,
+        weight,
+        start,
+        *out.values(),
+    ]
+    return Launch(graphs, threads, shared, arguments), out
