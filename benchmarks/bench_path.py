@@ -3,8 +3,8 @@
     python benchmarks/bench_path.py [--rows ROWS.npy] [--count 1280000] [--batch-size 512] [--seconds 100]
 
 A store of COUNT rows is made from ROWS, float16 [N, D], each repeated with noise, so that batches are those of a large
-data set. The rule is the default one, drawing by a difficulty that is given for every row. Beside the GPU the same batches
-are selected by all CPU cores, for as long as time allows. With --smoke a CPU runs the kernels, compiled by g++.
+data set. The rule is the default one, drawing by a difficulty that is given for every row. Beside the GPU the same
+batches are selected by all CPU cores, for as long as time allows. With --smoke a CPU runs the kernels, compiled by g++.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def shares(store: EmbeddingStore, config: SelectConfig, device: torch.device, ba
     if device.type == "cuda":
         # The products are a part of "graph": alone, on as many graphs.
         stack = selector.plan.stack(0, min(batches, 256))
-        rows, _ = selector._device_rows.of(stack.indices, upload(stack.indices.astype(np.int32), device))
+        rows, _ = selector.device_run.rows.of(stack.indices, upload(stack.indices.astype(np.int32), device))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         products(rows)
         marks[0].record()
@@ -161,12 +161,12 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     )
     opening = time.perf_counter()
     selector = BatchSelector(store, config)
-    assert selector.rule_on_device, selector.why_not_on_device
+    assert selector.device_run.has_rule, selector.device_run.why_not
     timed(selector, 1)
     result["seconds_to_the_first_batch"] = time.perf_counter() - opening
     epoch = selector.plan.total_batches
     result["path"] = {
-        "rows": selector.rows_reason,
+        "rows": selector.device_run.rows_reason,
         "batches": epoch,
         **microseconds([timed(selector, epoch) for _ in range(trials)], size),
     }
@@ -182,7 +182,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
             other = BatchSelector(
                 store, replace(config, **({"guidance": "none"} if "rule" in changes else {}), **changes)
             )
-            other.__dict__["_device_rows"] = selector._device_rows
+            other.device_run.__dict__["rows"] = selector.device_run.rows
             timed(other, 1)
             result[f"path, {name}"] = microseconds([timed(other, epoch) for _ in range(2)], size)
     if left() > arguments.seconds * 0.25:

@@ -11,6 +11,7 @@ import threading
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int64, UInt64
 
@@ -84,6 +85,7 @@ def keys_for(seed: int, purpose: str, *numbers: Int64[np.ndarray, " G"]) -> UInt
     return _seed_sequence_state(entropy, graphs)
 
 
+Words = npt.NDArray[np.uint32]
 _MASK, _POOL = 0xFFFFFFFF, 4
 
 
@@ -91,22 +93,22 @@ def _bits(word: int) -> int:
     return max(word.bit_length(), 1)
 
 
-def _seed_sequence_state(entropy: list[np.ndarray], graphs: int) -> UInt64[np.ndarray, "G 2"]:
+def _seed_sequence_state(entropy: list[Words], graphs: int) -> UInt64[np.ndarray, "G 2"]:
     """``SeedSequence(entropy).generate_state(2, np.uint64)`` for many at once.
 
     (M. E. O'Neill, "Developing a seed_seq Alternative", 2015; NumPy promises that it stays as it is.)
     """
     constant = 0x43B0D7E5
 
-    def hashed(value: np.ndarray, multiplier: int) -> np.ndarray:
+    def hashed(value: Words, multiplier: int) -> Words:
         nonlocal constant
         value = value ^ np.uint32(constant)
         constant = constant * multiplier & _MASK
         value = value * np.uint32(constant)
         return value ^ (value >> np.uint32(16))
 
-    def mixed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        value = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
+    def mixed(x: Words, y: Words) -> Words:
+        value: Words = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
         return value ^ (value >> np.uint32(16))
 
     entropy = entropy + [np.zeros(graphs, np.uint32)] * (_POOL - len(entropy))

@@ -17,7 +17,7 @@
 #define BOUNDS
 #define UNROLL
 #else
-#define BOUNDS __launch_bounds__(512, 2)
+#define BOUNDS __launch_bounds__(512, KNN <= 16 ? 2 : 1)
 #define UNROLL _Pragma("unroll")
 #endif
 #define BRIDGE_FLOOR 1e-3f

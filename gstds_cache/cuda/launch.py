@@ -50,7 +50,8 @@ def _packing(kinds: str) -> struct.Struct:
 class _Arguments(threading.local):
     """Memory for a thread's packed arguments, and their addresses as ``cuLaunchKernel`` takes them."""
 
-    def __init__(self, most: int = 64) -> None:
+    def __init__(self, device: torch.device, most: int = 64) -> None:
+        torch.cuda.current_stream(device).query()  # the device's context becomes this thread's, as launching takes it
         self.values = ctypes.create_string_buffer(most * SLOT)
         start = ctypes.addressof(self.values)
         self._addresses = (ctypes.c_void_p * most)(*(start + SLOT * n for n in range(most)))
@@ -81,7 +82,8 @@ class Kernel:
         from cuda.bindings import driver
 
         self.function, self.device = function, device
-        self._driver, self._arguments, self._lock, self._allowed = driver, _Arguments(), threading.Lock(), 0
+        self._driver, self._lock, self._allowed = driver, threading.Lock(), 0
+        self._arguments = _Arguments(device)
         attributes = driver.CUfunction_attribute
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # the device's context is there from here on

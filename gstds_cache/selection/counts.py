@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
 
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
@@ -90,14 +90,18 @@ class SelectionCounts:
                 self.seconds[phase] += value
 
     def add_stack(
-        self, batches: Sequence[SelectedBatch], labels: Int[np.ndarray, " R"], kept_labels: Int[np.ndarray, " K"]
+        self, batches: Sequence[SelectedBatch], seen: Int64[np.ndarray, " C1"], kept: Int64[np.ndarray, " C1"]
     ) -> None:
-        """Count batches, as :meth:`add` does one by one, with the labels of the rows of all of them."""
-        seen, kept = (np.bincount(part.astype(np.int64) + 1) for part in (labels, kept_labels))
-        kept = np.append(kept, np.zeros(max(0, len(seen) - len(kept)), np.int64))
-        for code in np.flatnonzero(seen).tolist():
-            before = self.classes.get(code - 1, (0, 0))
-            self.classes[code - 1] = before[0] + int(seen[code]), before[1] + int(kept[code])
+        """Count batches, as :meth:`add` does one by one.
+
+        Args:
+            batches: The batches.
+            seen: Rows that they held, by label from -1 on.
+            kept: Rows that stayed, likewise.
+        """
+        for place in np.flatnonzero(seen).tolist():
+            before = self.classes.get(place - 1, (0, 0))
+            self.classes[place - 1] = before[0] + int(seen[place]), before[1] + int(kept[place])
         self.batches += len(batches)
         self.rows += sum(batch.n_in for batch in batches)
         self.kept += sum(len(batch.kept) for batch in batches)

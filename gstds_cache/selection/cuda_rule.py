@@ -1,6 +1,7 @@
 """The default rule by CUDA kernels (cuda/rule.cu), one thread block a graph; nothing waits for the device.
 
-What is kept equals what :mod:`gstds_cache.selection.strata` keeps for the same eigenvectors, guidance and random numbers.
+What is kept equals what :mod:`gstds_cache.selection.strata` keeps for the same eigenvectors, guidance and random
+numbers.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def finish(basis: Float64[Tensor, "G Q B"]) -> None:
     kernel(graphs, THREADS, vectors * CHUNKS * 12, nodes, vectors, basis)
 
 
-def keep_of_cells(rule: Rule, basis: Float64[Tensor, "G Q B"], values: Float64[Tensor, "G Q"], draws: Draws) -> KeptRows:
+def keep_of_cells(
+    rule: Rule, basis: Float64[Tensor, "G Q B"], values: Float64[Tensor, "G Q"], draws: Draws
+) -> KeptRows:
     """The rows that ``cells`` or ``cells-squared`` keeps of each batch.
 
     Args:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int64, UInt16
 
-from gstds_cache.selection.device_path import SolvedStack
+from gstds_cache.graph.compiled import compiled
+from gstds_cache.selection.device_results import SolvedStack
 from gstds_cache.selection.plan import BatchPlan
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.spectra import Spectrum
@@ -16,7 +17,6 @@ from gstds_cache.spectral.status import Status
 
 STATUS = [Status(number) for number in range(64)]  # making a flag takes as long as the rest of a batch
 PIECE = 8  # batches whose rules one thread runs
-COUNTED_AT_ONCE = 1 << 22  # numbers of a table of graphs and classes
 
 R = TypeVar("R")
 Choose = Callable[[BatchPlan, Spectrum], SelectedBatch]
@@ -82,20 +82,63 @@ def _held(stack: SolvedStack, n: int, batch: BatchPlan, selection: SelectedBatch
 def _short(stack: SolvedStack, labels: Int[np.ndarray, " N"], floor: int) -> Int64[np.ndarray, " U"]:
     """Batches of which a class keeps less than the floor, and less than it has."""
     assert stack.positions is not None
-    planned, classes = stack.planned, int(labels.max(initial=-1)) + 2
-    stays: Bool[np.ndarray, "G M"] = np.arange(stack.positions.shape[1]) < planned.keep[:, None]
-    short = []
-    for first in range(0, len(planned), max(1, COUNTED_AT_ONCE // classes)):
-        some = slice(first, first + max(1, COUNTED_AT_ONCE // classes))
-        of_rows = labels[planned.indices[some]].astype(np.int64) + 1
-        graphs = len(of_rows)
-        of_rows += classes * np.arange(graphs)[:, None]
-        kept = np.take_along_axis(of_rows, stack.positions[some].astype(np.int64), axis=1)[stays[some]]
-        present, have = (
-            np.bincount(x.ravel(), minlength=graphs * classes).reshape(graphs, classes)[:, 1:] for x in (of_rows, kept)
-        )
-        short.append(np.flatnonzero((have < np.minimum(present, floor)).any(axis=1)) + first)
-    return np.concatenate(short)
+    planned, short = stack.planned, np.zeros(len(stack.planned), np.bool_)
+    classes = int(labels.max(initial=-1)) + 1
+    short_into(labels, planned.indices, stack.positions, planned.keep, floor, classes, short)
+    return np.flatnonzero(short)
+
+
+@compiled()
+def short_into(
+    labels: Int[np.ndarray, " N"],
+    indices: Int64[np.ndarray, "G B"],
+    positions: UInt16[np.ndarray, "G M"],
+    keep: Int64[np.ndarray, " G"],
+    floor: int,
+    classes: int,
+    short: Bool[np.ndarray, " G"],
+) -> None:
+    """Say of each batch whether a class keeps less than a floor of its rows, and less than it has.
+
+    Args:
+        labels: Label of each row of the store, below ``classes``; -1 where there is none.
+        indices: Rows of the batches, ``[G, B]``.
+        positions: Which of them stay, from the start, ``[G, M]``.
+        keep: How many, ``[G]``.
+        floor: Rows that are to stay of each class.
+        classes: Classes.
+        short: Where the answers go, ``[G]``.
+    """
+    missing = np.zeros(classes, np.int64)
+    for g in range(len(indices)):
+        for i in range(indices.shape[1]):
+            label = labels[indices[g, i]]
+            if label >= 0:
+                missing[label] = min(missing[label] + 1, floor)
+        for m in range(keep[g]):
+            label = labels[indices[g, positions[g, m]]]
+            if label >= 0:
+                missing[label] -= 1
+        for i in range(indices.shape[1]):
+            label = labels[indices[g, i]]
+            if label >= 0:
+                short[g] |= missing[label] > 0
+                missing[label] = 0
+
+
+@compiled()
+def count_labels_into(
+    labels: Int[np.ndarray, " N"], rows: Int64[np.ndarray, " R"], counts: Int64[np.ndarray, " C1"]
+) -> None:
+    """Count rows by their label: label c in place c + 1, those without one in place 0.
+
+    Args:
+        labels: Label of each row of the store, from -1 on.
+        rows: Rows of the store.
+        counts: Where they are added up, ``[C + 1]``.
+    """
+    for i in range(len(rows)):
+        counts[labels[rows[i]] + 1] += 1
 
 
 def pieces_of(stacks: Iterable[SolvedStack]) -> Iterator[list[tuple[BatchPlan, Spectrum]]]:

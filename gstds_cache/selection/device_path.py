@@ -1,12 +1,12 @@
 """The path of a batch where all of it runs on a GPU: rows, products, graph, eigenvectors, and the default rule.
 
 Batches go in stacks, whose kernels are queued without a wait. Two stacks are in flight, on two streams: while the host
-plans the next stack and hands over the one before, the device computes, and where the last graphs of a stack leave some of
-its processors idle the next stack begins. What comes back is copied to pinned memory, and an event tells when it is there.
+plans the next stack and hands over the one before, the device computes, and where the last graphs of a stack leave
+processors idle the next stack begins. What comes back is copied to pinned memory; an event tells when it is there.
 
-Graphs that do not converge, and only those, are solved on the CPU. So are the last batches of epochs, which are of another
-size: a stack of one graph would keep a GPU waiting. Spectra are not kept for later epochs: computing them takes less time
-than writing and reading them would.
+Graphs that do not converge, and only those, are solved on the CPU. So are the last batches of epochs, which are of
+another size: a stack of one graph would keep a GPU waiting. Spectra are not kept for later epochs: computing them takes
+less time than writing and reading them would.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt16
+from jaxtyping import Int64
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -30,57 +31,20 @@ from gstds_cache.graph.neighbors import require_finite
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.cuda_rule import Draws, finish, keep_of_cells
-from gstds_cache.selection.device_rows import Rows, picked, upload
+from gstds_cache.selection.device_results import InFlight, SolvedStack, of_spectra
+from gstds_cache.selection.device_rows import Rows, new_event, new_stream, picked, upload
 from gstds_cache.selection.guidance import Guidance
 from gstds_cache.selection.plan import PlannedStack, SelectionPlan
-from gstds_cache.selection.rule import Rule, round_ties
+from gstds_cache.selection.rule import Rule
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.selection.strata import GOLDEN
 from gstds_cache.spectral.block import BlockRitz, fiedler_of_stack, solve_stack
-from gstds_cache.spectral.result import FiedlerResult, Ritz, status_of
-from gstds_cache.spectral.status import Status
+from gstds_cache.spectral.result import FiedlerResult
 
 IN_FLIGHT = 2
 GRAPHS_A_PROCESSOR = 8  # of a stack: the last of them leave a device idle for a part of an eighth of its time
 WITHOUT_DEVICE = 64  # graphs of a stack where kernels are emulated
 SHARE = 0.4  # of the memory that is free beside the rows, for stacks in flight
-
-
-@dataclass(frozen=True, eq=False)
-class SolvedStack:
-    """What came back of a stack of batches of one size.
-
-    Attributes:
-        planned: The batches.
-        value: Lowest nontrivial eigenvalue of each, ``[G]``.
-        residual: Relative residual of its eigenvector, ``[G]``.
-        status: Flags of each, int8 [G].
-        positions: What the rule keeps of each, from the start, ``[G, M]``; None where the rule runs on the CPU.
-        score: Their Fiedler coordinates, float32 [G, M].
-        vector: Fiedler coordinates of all rows, ``[G, B]``; only with a floor for classes.
-        spectra: What the CPU computed or is to look at, by the batch's place in the stack: of all batches where the
-            rule runs there, else of those whose graph did not converge.
-    """
-
-    planned: PlannedStack
-    value: Float64[np.ndarray, " G"]
-    residual: Float64[np.ndarray, " G"]
-    status: np.ndarray
-    positions: UInt16[np.ndarray, "G M"] | None
-    score: np.ndarray | None
-    vector: np.ndarray | None
-    spectra: dict[int, Spectrum]
-
-
-@dataclass(frozen=True, eq=False)
-class _InFlight:
-    """A stack that is being computed: what is kept of it on the device, and where it arrives on the host."""
-
-    planned: PlannedStack
-    graphs: GraphStack
-    solved: BlockRitz
-    host: dict[str, Tensor]
-    marks: list[torch.cuda.Event]
 
 
 class DevicePath:
@@ -115,7 +79,7 @@ class DevicePath:
         self._config, self._plan, self._counts, self._rows, self._on_cpu = config, plan, counts, rows, on_cpu
         self._rule, self._labels, self._dim, self._device = rule, labels, dim, device
         self._vectors, self._cuda = max(1, rule.vectors), device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(IN_FLIGHT)] if self._cuda else []
+        self._streams = [new_stream(device) for _ in range(IN_FLIGHT)] if self._cuda else []
         self._turn = 0
         self._difficulty: Tensor | None = None
         self._labels_on_device: Tensor | None = None
@@ -139,7 +103,7 @@ class DevicePath:
             self._place(guidance)
         if self._cuda:
             torch.cuda.synchronize(self._device)  # what was uploaded on one stream both use
-        flying: deque[_InFlight | tuple[PlannedStack, Future[list[Spectrum]]]] = deque()
+        flying: deque[InFlight | tuple[PlannedStack, Future[list[Spectrum]]]] = deque()
         with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "openmp")) as beside:
             for planned in self._plan.stacks(start, at_once or self._at_once()):
                 if planned.indices.shape[1] != self._plan.batch_size:
@@ -178,11 +142,10 @@ class DevicePath:
 
     def _mark(self, marks: list[torch.cuda.Event]) -> None:
         if self._cuda:
-            # Whoever waits sleeps meanwhile: other threads may need the core.
-            marks.append(torch.cuda.Event(enable_timing=True, blocking=True))
+            marks.append(new_event())
             marks[-1].record()
 
-    def _queue(self, planned: PlannedStack, guidance: Guidance | None) -> _InFlight:
+    def _queue(self, planned: PlannedStack, guidance: Guidance | None) -> InFlight:
         config, marks = self._config, list[torch.cuda.Event]()
         with self._on_stream():
             self._mark(marks)
@@ -206,19 +169,19 @@ class DevicePath:
             if guidance is None:
                 found |= {"basis": solved.basis, "neighbors": graphs.neighbors, "similarities": graphs.similarities}
             else:
-                kept = keep_of_cells(self._rule, solved.basis, solved.values, self._draws(planned, guidance, graphs, which))
+                kept = keep_of_cells(self._rule, solved.basis, solved.values, self._draws(planned, graphs, which))
                 found |= {"positions": kept.positions, "score": kept.score}
                 if config.min_per_class:
                     found["vector"] = solved.basis[:, 0]
             host = {name: self._download(tensor) for name, tensor in found.items()}
             self._mark(marks)
-        return _InFlight(planned, graphs, solved, host, marks)
+        return InFlight(planned, graphs, solved, host, marks)
 
     def _download(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
         return host.copy_(tensor, non_blocking=True)
 
-    def _draws(self, planned: PlannedStack, guidance: Guidance, graphs: GraphStack, which: Tensor) -> Draws:
+    def _draws(self, planned: PlannedStack, graphs: GraphStack, which: Tensor) -> Draws:
         plan, device = self._plan, self._device
         difficulty = None
         if self._difficulty is not None:
@@ -234,78 +197,22 @@ class DevicePath:
             most=int(planned.keep.max()),
         )
 
-    def _arrived(self, item: _InFlight | tuple[PlannedStack, Future[list[Spectrum]]]) -> SolvedStack:
-        if not isinstance(item, _InFlight):
+    def _arrived(self, item: InFlight | tuple[PlannedStack, Future[list[Spectrum]]]) -> SolvedStack:
+        if not isinstance(item, InFlight):
             planned, computed = item
-            return _of_spectra(planned, computed.result())
+            return of_spectra(planned, computed.result())
         if item.marks:
             item.marks[-1].synchronize()
-            spans = [a.elapsed_time(b) / 1e3 for a, b in zip(item.marks, item.marks[1:], strict=False)]
+            spans = [a.elapsed_time(b) / 1e3 for a, b in pairwise(item.marks)]
             self._counts.spent(dict(zip(("gather", "graph", "solve", "rule"), spans, strict=True)))
-        host, planned = item.host, item.planned
-        if not bool(host["finite"]):
-            self._refuse(planned)
+        if not bool(item.host["finite"]):
+            self._refuse(item.planned)
         with self._counts.timed("solve", torch.device("cpu")):
-            status, spectra = self._checked(item)
-        self._counts.solved(host["iterations"].tolist())
-        return SolvedStack(
-            planned=planned,
-            value=host["values"][:, 0].numpy(),
-            residual=host["residual"][:, 0].numpy(),
-            status=status,
-            positions=host["positions"].numpy().view(np.uint16) if "positions" in host else None,
-            score=host["score"].numpy() if "score" in host else None,
-            vector=host["vector"].numpy() if "vector" in host else None,
-            spectra=spectra,
-        )
+            solved = item.arrived(self._again)
+        self._counts.solved(item.host["iterations"].tolist())
+        return solved
 
-    def _checked(self, item: _InFlight) -> tuple[np.ndarray, dict[int, Spectrum]]:
-        """Status of each graph; and the spectra of those that were solved again, which take their places in ``host``."""
-        host, graphs = item.host, len(item.planned)
-        ok = (host["converged"] == 1) & (host["components"] > 0)
-        status = status_of(
-            Ritz(
-                values=host["values"],
-                basis=host["values"].new_zeros(graphs, 0, self._vectors),
-                residual=host["residual"],
-                second=host["second"],
-                iterations=host["iterations"].long(),
-                converged=ok,
-            ),
-            torch.zeros_like(ok),
-            host["components"].long(),
-            item.planned.indices.shape[1],
-        )
-        again: list[int] = (~ok).nonzero().flatten().tolist()
-        solved = self._again(item, again) if again else None
-        if solved is not None:
-            for name in ("values", "residual", "iterations", "components"):
-                host[name][again] = getattr(solved, name).to(host[name].dtype)
-            status[again] = solved.status
-            if "basis" in host:
-                host["basis"][again] = torch.stack([torch.from_numpy(round_ties(b.numpy())) for b in solved.basis]).mT
-        spectra = {}
-        wanted = range(graphs) if "basis" in host else again
-        for graph in wanted:
-            place = None if "basis" in host or solved is None else again.index(graph)
-            spectra[graph] = self._spectrum(item, graph, status, None if place is None else solved.basis[place])
-        return status.numpy(), spectra
-
-    def _spectrum(self, item: _InFlight, graph: int, status: Tensor, basis: Tensor | None) -> Spectrum:
-        host = item.host
-        near = host["neighbors"] if "neighbors" in host else item.graphs.neighbors[graph : graph + 1].cpu()
-        similarities = host["similarities"] if "similarities" in host else item.graphs.similarities[graph : graph + 1].cpu()
-        place = graph if "neighbors" in host else 0
-        return Spectrum(
-            basis=np.ascontiguousarray(host["basis"][graph].numpy().T) if basis is None else round_ties(basis.numpy()),
-            values=host["values"][graph].numpy(),
-            residual=float(host["residual"][graph, 0]),
-            status=Status(int(status[graph])),
-            neighbors=near[place].numpy().view(np.uint16).astype(np.int32),
-            similarities=similarities[place].numpy(),
-        )
-
-    def _again(self, item: _InFlight, graphs: list[int]) -> FiedlerResult:
+    def _again(self, item: InFlight, graphs: list[int]) -> FiedlerResult:
         """Some of a stack's graphs solved on the CPU."""
         planned = item.planned.indices[graphs]
         some = torch.tensor(graphs, device=self._device)
@@ -337,21 +244,13 @@ class DevicePath:
         raise SolverError("a row of the store holds NaN or Inf", hint="check the store: gstds-cache verify STORE")
 
 
-def _of_spectra(planned: PlannedStack, spectra: list[Spectrum]) -> SolvedStack:
-    return SolvedStack(
-        planned=planned,
-        value=np.array([spectrum.values[0] for spectrum in spectra]),
-        residual=np.array([spectrum.residual for spectrum in spectra]),
-        status=np.array([int(spectrum.status) for spectrum in spectra], np.int8),
-        positions=None,
-        score=None,
-        vector=None,
-        spectra=dict(enumerate(spectra)),
-    )
+def _disagreement(labels: Int64[Tensor, "G B"], neighbors: Int64[Tensor, "G B k"]) -> Tensor:
+    """:func:`gstds_cache.selection.guidance.disagreement` of a stack, ``[G, B]`` float64.
 
-
-def _disagreement(labels: Tensor, neighbors: Tensor) -> Tensor:
-    """:func:`gstds_cache.selection.guidance.disagreement` of a stack, ``[G, B]`` float64, from ``[G, B]``, ``[G, B, k]``."""
+    Args:
+        labels: ``[G, B]`` int64.
+        neighbors: ``[G, B, k]`` int64.
+    """
     theirs = labels.gather(1, neighbors.flatten(1)).view(neighbors.shape)
     comparable = (theirs >= 0) & (labels[:, :, None] >= 0)
     other = (comparable & (theirs != labels[:, :, None])).sum(dim=2)

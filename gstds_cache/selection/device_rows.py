@@ -1,8 +1,8 @@
 """Rows of a store on a CUDA device: all of them, uploaded once, or those of each stack, copied under the computing.
 
-A float16 row of 1,280 takes 2.5 KB, so that some 25 million of them fit a device of 80 GB; gathering a batch of 512 there
-takes about 1 us. Through PCIe it takes 26 us, and the host's gathering before that 130 us of a core. Rows stay as they are
-stored: products of float16 are exact in float32, and are divided by the rows' lengths afterwards.
+A float16 row of 1,280 takes 2.5 KB, so that some 15 million of them fit beside the rest on a device of 80 GB. Gathering
+a batch of 512 there takes about 1 us; through PCIe it takes 26, and the host's gathering before that 130 us of a core.
+Rows stay as they are stored: products of float16 are exact in float32, and are divided by the rows' lengths afterwards.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ STREAMED_BYTES = 256 << 20  # of rows that are copied at once
 
 
 class DeviceRows:
-    """All rows of a store on a device.
-
-    Attributes:
-        reason: What is where, in words.
-    """
+    """All rows of a store on a device."""
 
     def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1) -> None:
         """Read the store once, shard by shard, and upload it.
@@ -56,7 +52,6 @@ class DeviceRows:
             inverse[span.start : span.stop] = _inverse(part)
         self._inverse = inverse if dtype == torch.float16 else None
         self._refuse_nan(store, inverse)
-        self.reason = f"all on {device}, {store.nbytes / 1e6:,.1f} MB of rows"
 
     def most(self, nodes: int) -> int:
         """Batches of ``nodes`` rows that may be asked for at once: any number."""
@@ -67,7 +62,9 @@ class DeviceRows:
         torch.from_numpy(out).copy_(self._rows[torch.from_numpy(rows).to(self._rows.device)])
 
     def of(
-        self, indices: Int64[np.ndarray, "G B"], which: Int32[Tensor, "G B"]
+        self,
+        indices: Int64[np.ndarray, "G B"],  # noqa: ARG002 - the other way to get at rows looks at these
+        which: Int32[Tensor, "G B"],
     ) -> tuple[Float[Tensor, "G B D"], Float32[Tensor, "G B"] | None]:
         """Rows in the order of the device's current stream.
 
@@ -94,11 +91,7 @@ class DeviceRows:
 
 
 class StreamedRows:
-    """The rows of each stack: gathered by the CPU into pinned memory, and copied while the stack before is computed.
-
-    Attributes:
-        reason: What is where, in words.
-    """
+    """The rows of each stack: gathered by the CPU into pinned memory, and copied while the stack before is computed."""
 
     def __init__(self, store: EmbeddingStore, device: torch.device, *, threads: int = 1) -> None:
         """Nothing is read yet.
@@ -111,10 +104,9 @@ class StreamedRows:
         self._store, self._device = store, device
         self._cuda = device.type == "cuda"
         self._pool = ThreadPoolExecutor(threads)
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = new_stream(device) if self._cuda else None
         self._slots: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
-        self.reason = f"{store.access_reason}; copied to {device} batch by batch"
 
     def most(self, nodes: int) -> int:
         """Batches of ``nodes`` rows that may be asked for at once: those that a buffer holds."""
@@ -126,7 +118,9 @@ class StreamedRows:
         self._store.gather(rows, out)
 
     def of(
-        self, indices: Int64[np.ndarray, "G B"], which: Int32[Tensor, "G B"]
+        self,
+        indices: Int64[np.ndarray, "G B"],
+        which: Int32[Tensor, "G B"],  # noqa: ARG002
     ) -> tuple[Float[Tensor, "G B D"], Float32[Tensor, "G B"] | None]:
         """As :meth:`DeviceRows.of`, by way of one of two buffers; the other may still be on its way to the device."""
         slot, copied = self._slot(indices.size)
@@ -139,7 +133,7 @@ class StreamedRows:
             rows = torch.empty(shape, dtype=held.dtype, device=self._device)
             rows.copy_(held, non_blocking=True)
             if self._stream is not None:
-                copied = torch.cuda.Event()
+                copied = new_event()
                 copied.record()
                 self._slots[self._turn] = slot, copied
         if self._stream is not None and copied is not None:
@@ -194,29 +188,22 @@ def choose_rows(store: EmbeddingStore, device: torch.device) -> tuple[bool, str]
     return False, f"{store.access_reason}; copied to {device} batch by batch, since {size} are more than {room}"
 
 
-def open_rows(store: EmbeddingStore, device: torch.device, *, threads: int) -> Rows:
-    """Rows on a device, as :func:`choose_rows` says.
-
-    Args:
-        store: The store.
-        device: Where they go.
-        threads: CPU threads that read.
-
-    Returns:
-        The rows.
-    """
-    all_there, reason = choose_rows(store, device)
-    rows: Rows = (DeviceRows if all_there else StreamedRows)(store, device, threads=threads)
-    rows.reason = reason
-    return rows
-
-
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device in the order of its current stream, without waiting for it."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return host.clone()
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of work on a CUDA device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event() -> torch.cuda.Event:
+    """An event with a time; whoever waits for it sleeps, as other threads may need the core."""
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
 
 def picked(x: Shaped[Tensor, " N"], which: Int32[Tensor, "G B"]) -> Shaped[Tensor, "G B"]:

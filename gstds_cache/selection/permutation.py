@@ -52,7 +52,7 @@ class Permutation:
     def of(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """What stands at any places, int64 [B]; ``places`` may be overwritten."""
         if self._array is not None:
-            return self._array[places]
+            return np.take(self._array, places)
         out = places
         wide = math.isqrt(self._n - 1) + 1
         encipher_into(out, self._n, wide, -(-self._n // wide), self._keys)

@@ -76,10 +76,11 @@ class PlannedStack:
         return len(self.seq)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        numbers = zip(*(a.tolist() for a in (self.seq, self.epoch, self.batch_id)), strict=True)
-        others = zip(*(a.tolist() for a in (self.keep, self.assignment, self.group)), strict=True)
-        for first, rows, last in zip(numbers, self.indices, others, strict=True):
-            yield BatchPlan(*first, rows, *last)
+        numbers = (self.seq, self.epoch, self.batch_id, self.keep, self.assignment, self.group)
+        for (seq, epoch, batch_id, keep, assignment, group), indices in zip(
+            zip(*(part.tolist() for part in numbers), strict=True), self.indices, strict=True
+        ):
+            yield BatchPlan(seq, epoch, batch_id, indices, keep, assignment, group)
 
 
 class SelectionPlan:

@@ -21,10 +21,8 @@ from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
-from gstds_cache.selection.cuda_rule import why_not_ruled
-from gstds_cache.selection.device_batches import map_pairs, pieces_of, selections_of
-from gstds_cache.selection.device_path import DevicePath
-from gstds_cache.selection.device_rows import Rows, choose_rows, open_rows
+from gstds_cache.selection.device_batches import map_pairs, pieces_of
+from gstds_cache.selection.device_run import DeviceRun
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, key_of
@@ -36,7 +34,6 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.block import why_not_solved
-from gstds_cache.spectral.fiedler import DENSE_BY_DESIGN
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -54,6 +51,7 @@ class BatchSelector:
         knn_backend: The kNN backend, never ``auto``.
         solver: Where graphs are solved.
         graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
+        device_run: What of it runs on a device from rows to results.
         pending: Batches after the one that a run handed over last which it need not wait for: who writes batches to a
             file takes them together.
     """
@@ -95,8 +93,7 @@ class BatchSelector:
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
-        if store.access_asked == "device" and self.why_not_on_device:
-            raise UsageError(f"`access='device'`: {self.why_not_on_device}", hint="leave `access` out")
+        self.device_run = DeviceRun(self, count_labels=not labels.one_each)
 
     def change_guidance(self, guidance: str, key: GuidanceKey) -> None:
         """Select by another guidance from now on, in the batches that are planned already.
@@ -112,12 +109,18 @@ class BatchSelector:
         self.__dict__.pop("guidance", None)  # of the one before
 
     @property
-    def threads(self) -> int:
-        """Threads that work on batches: where graphs are solved on a GPU one, else those of the configuration."""
-        return self._cpu_threads if self.solver.type == "cpu" else 1
+    def guidance_looks_at_graphs(self) -> bool:
+        """Whether a row's difficulty depends on its neighbours in the batch."""
+        return self._guidance_key.spec.kind == "disagreement"
 
     @property
-    def _cpu_threads(self) -> int:
+    def threads(self) -> int:
+        """Threads that work on batches: where graphs are solved on a GPU one, else those of the configuration."""
+        return self.cpu_threads if self.solver.type == "cpu" else 1
+
+    @property
+    def cpu_threads(self) -> int:
+        """CPU threads that may be used."""
         return self.config.threads or cores()
 
     def run(self, start: int = 0) -> Iterator[SelectedBatch]:
@@ -136,39 +139,27 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
-        if self.rule_on_device:
+        if self.device_run.has_rule:
             yield from self._run_on_device(start)
             return
         for selection, _seen in self.watch(start):
             yield selection
 
     def _run_on_device(self, start: int) -> Iterator[SelectedBatch]:
-        """:meth:`run` where the rule runs on the device as well: nothing is made for a single batch but the result."""
-        guidance, floor = self.guidance, self.config.min_per_class
-        with closing(self._new_spectra()) as spectra:
-            stacks = self._new_device_path(spectra).solved(start, guidance)
-            while True:
-                begun = time.perf_counter()
-                stack = next(stacks, None)
-                if stack is None:
-                    return
-                ready = selections_of(
-                    stack,
-                    lambda batch, spectrum: self._choose(batch, spectrum)[0],
-                    labels=self._labels,
-                    floor=floor,
-                    hold=self._hold_floor,
-                )
-                labels = kept = np.zeros(0, np.int64)
-                if not self._labels_are_ids:
-                    labels = self._labels[stack.planned.indices].ravel()
-                    kept = self._labels[np.concatenate([batch.kept for batch in ready])]
-                self.counts.add_stack(ready, labels, kept)
-                self.counts.elapsed += time.perf_counter() - begun
-                for selection in ready:
-                    # Those that follow come faster than a record batch of one could be written.
-                    self.pending = self.plan.total_batches - selection.seq - 1
-                    yield selection
+        """:meth:`run` where the rule runs on the device as well: nothing is made for a single batch but the result.
+
+        Yields:
+            The batches in order.
+        """
+
+        def choose(batch: BatchPlan, spectrum: Spectrum) -> SelectedBatch:
+            return self._choose(batch, spectrum)[0]
+
+        for ready in self.device_run.selections(start, self.guidance, choose, self._hold_floor):
+            for selection in ready:
+                # Those that follow come faster than a record batch of one could be written.
+                self.pending = self.plan.total_batches - selection.seq - 1
+                yield selection
 
     def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
@@ -182,9 +173,9 @@ class BatchSelector:
         guidance = self.guidance  # before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
-            if spectra is not None and not self.why_not_on_device:
-                pieces = pieces_of(self._new_device_path(spectra).solved(start, None))
-                done = in_threads(partial(map_pairs, self._choose), pieces, self._cpu_threads)
+            if spectra is not None and not self.device_run.why_not:
+                pieces = pieces_of(self.device_run.path(spectra).solved(start, None))
+                done = in_threads(partial(map_pairs, self._choose), pieces, self.cpu_threads)
             else:
                 done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
             try:
@@ -206,68 +197,24 @@ class BatchSelector:
                 self.graphs_note = spectra.note if spectra is not None else ""
 
     def _new_spectra(self) -> Spectra:
-        """What computes spectra: where the device path does, those of batches of another size, on the CPU."""
-        on_device, cpu = not self.why_not_on_device, torch.device("cpu")
+        if not self.device_run.why_not:
+            return self.device_run.spectra_on_cpu()
         return Spectra(
             self.store,
             self.config,
             self.plan,
             self.counts,
             vectors=max(1, self.rule.vectors),
-            device=cpu if on_device else self.device,
-            solver=cpu if on_device else self.solver,
-            backend="torch" if on_device else self.knn_backend,
-            gather=self._device_rows.gather if on_device else None,
-        )
-
-    @cached_property
-    def why_not_on_device(self) -> str:
-        """Why not all of a batch's path runs on the device, in words; empty where it does."""
-        vectors = max(1, self.rule.vectors)
-        if not self.rule.vectors and self._guidance_key.spec.kind != "disagreement":
-            return f"rule {self.rule.name} makes no graph"
-        if self.knn_backend != "cuda" or self.solver != self.device:
-            return f"neighbours are found by {self.knn_backend}, and graphs solved on {self.solver}"
-        if self.plan.batch_size <= DENSE_BY_DESIGN:
-            return f"graphs of up to {DENSE_BY_DESIGN} rows are solved on the CPU"
-        return why_not_solved(self.device, self.plan.batch_size, vectors)
-
-    @cached_property
-    def rule_on_device(self) -> bool:
-        """Whether the rule runs on the device as well."""
-        return not self.why_not_on_device and not why_not_ruled(self.device, self.rule)
-
-    @cached_property
-    def rows_reason(self) -> str:
-        """Where rows are while batches are selected, and why."""
-        return self.store.access_reason if self.why_not_on_device else choose_rows(self.store, self.device)[1]
-
-    @cached_property
-    def _device_rows(self) -> Rows:
-        begun = time.perf_counter()
-        rows = open_rows(self.store, self.device, threads=self._cpu_threads)
-        self.counts.seconds["gather"] += time.perf_counter() - begun
-        self.counts.elapsed += time.perf_counter() - begun
-        return rows
-
-    def _new_device_path(self, spectra: Spectra) -> DevicePath:
-        return DevicePath(
-            self.config,
-            self.plan,
-            self.counts,
-            self._device_rows,
-            spectra,
-            rule=self.rule,
-            labels=self._labels,
-            dim=self.store.spec.dim,
             device=self.device,
+            solver=self.solver,
+            backend=self.knn_backend,
         )
 
     @property
     def slow_order(self) -> str:
         """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
         store, window = self.store, self.plan.order.window
-        if store.access_kind != "window":
+        if store.access_kind != "window" or self.device_run.has_rows:
             return ""
         if window is None:
             return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
@@ -290,7 +237,7 @@ class BatchSelector:
             UsageError: The store has no labels to learn from.
         """
         begun = time.perf_counter()
-        guidance = load_or_make_guidance(self.store, self._guidance_key, threads=self._cpu_threads, device=self.device)
+        guidance = load_or_make_guidance(self.store, self._guidance_key, threads=self.cpu_threads, device=self.device)
         if self._labels_are_ids and guidance.kind == "none" and self.rule.needs_guidance:
             guidance = replace(guidance, note="none, since hardly two items have the same label: labels look like ids")
         self.counts.seconds["guidance"] += time.perf_counter() - begun

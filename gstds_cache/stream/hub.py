@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from gstds_cache.errors import IncompleteError, UsageError
-from gstds_cache.stream.schema import Header
 from gstds_cache.stream.record_writer import computed
+from gstds_cache.stream.schema import Header
 from gstds_cache.stream.shared_reader import WAKE, Growing, GrowingFile, SharedReader, Stopped
 from gstds_cache.stream.writer import header_of, stored_header, storing
 

@@ -120,8 +120,9 @@ def grouped(selections: Iterable[SelectedBatch]) -> Iterator[list[SelectedBatch]
 
 
 def computed(selector: BatchSelector, start: int) -> Iterator[list[SelectedBatch]]:
-    """Select from batch ``start`` on, and hand over at once what is ready: a record batch of one takes 100 us, a
-    batch's share of a full one 7.
+    """Select from batch ``start`` on, and hand over together what is ready together.
+
+    A record batch of one batch takes 100 us, a batch's share of a full one 7.
 
     Args:
         selector: The run.

@@ -2,8 +2,8 @@
 
 While it is made, a selection lies in ``.NAME.partial``, in record batches of what was ready. When it is whole it is
 read once more, checked, and written in full groups under its name: so a finished file has the same bytes however often
-the making was interrupted, and is read at full speed. A GPU makes batches so fast that they come in full groups from the
-first to the last: then the file is whole as it is, and only gets its name.
+the making was interrupted, and is read at full speed. A GPU makes batches so fast that they come in full groups from
+the first to the last: then the file is whole as it is, and only gets its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The path of a batch on a device, with the kernels compiled by g++ and all tensors on the CPU: the lines that a GPU runs."""
+"""The path of a batch on a device: the lines that a GPU runs, with the kernels compiled by g++ and tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         request.getfixturevalue("emulated_kernels")
         monkeypatch.setattr(fiedler, "why_not_solved", lambda *_: "this is the CPU")
         selector = BatchSelector(store, replace(CONFIG, knn_backend="cuda", **changes))
-        assert not selector.why_not_on_device
+        assert not selector.device_run.why_not
         return selector
 
     return make
@@ -59,10 +59,10 @@ def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("rule", ["cells", "cells-squared", "coverage", "spread"])
 def test_the_same_rows_as_on_the_cpu(store: EmbeddingStore, on_device, rule: str) -> None:
     reference = BatchSelector(store, replace(CONFIG, rule=rule))
-    assert reference.why_not_on_device
+    assert reference.device_run.why_not
     theirs = list(reference.run())
     selector = on_device(store, rule=rule)
-    assert selector.rule_on_device == rule.startswith("cells")
+    assert selector.device_run.has_rule == rule.startswith("cells")
     ours = list(selector.run())
     assert [len(s.kept) for s in ours] == [len(s.kept) for s in theirs]
     same = [np.isin(a.kept, b.kept).mean() for a, b in zip(ours, theirs, strict=True)]
@@ -101,7 +101,7 @@ def test_guidance_floors_and_assignments(store, on_device, tmp_path, guidance, a
     theirs = list(BatchSelector(store, replace(CONFIG, **changes)).run())
     selector = on_device(store, **changes)
     ours = list(selector.run())
-    assert selector.rule_on_device
+    assert selector.device_run.has_rule
     same = [np.isin(a.kept, b.kept).mean() for a, b in zip(ours, theirs, strict=True)]
     assert np.mean(same) >= 0.99, same
     # The rule and the floor on the device are those of the CPU for the same eigenvectors.
@@ -129,10 +129,10 @@ def test_rows_that_are_copied_batch_by_batch_give_the_same(store: EmbeddingStore
     copied = EmbeddingStore(store.location, access="memory")
     selector = on_device(copied)
     assert everything(list(selector.run())) == everything(list(whole.run()))
-    assert isinstance(selector._device_rows, StreamedRows)
-    assert isinstance(whole._device_rows, DeviceRows)
-    assert "batch by batch" in selector.rows_reason
-    assert "all on cpu" in whole.rows_reason
+    assert isinstance(selector.device_run.rows, StreamedRows)
+    assert isinstance(whole.device_run.rows, DeviceRows)
+    assert "batch by batch" in selector.device_run.rows_reason
+    assert "all on cpu" in whole.device_run.rows_reason
 
 
 def test_rows_on_the_device_are_for_a_path_that_is_all_there(store: EmbeddingStore, on_device) -> None:
@@ -141,7 +141,7 @@ def test_rows_on_the_device_are_for_a_path_that_is_all_there(store: EmbeddingSto
         BatchSelector(asked, CONFIG)
     with pytest.raises(UsageError, match=r"`access='device'`: rule random makes no graph"):
         BatchSelector(asked, replace(CONFIG, rule="random"))
-    assert isinstance(on_device(asked)._device_rows, DeviceRows)
+    assert isinstance(on_device(asked).device_run.rows, DeviceRows)
 
 
 def test_a_file_written_in_whole_groups_has_the_bytes_of_one_that_was_interrupted(
