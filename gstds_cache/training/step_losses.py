@@ -1,0 +1,148 @@
+"""Losses of steps: known at once on a CPU; on a GPU read in blocks, one block late, so that the host never waits.
+
+A host that asks for each step's loss gives the GPU no work while it waits for the answer. Here the losses of a block of
+steps are copied to page-locked memory behind the steps, and read when the next block is handed over: then the copy is
+long done, and the GPU still has that next block to do. Blocks take about a quarter of a second, so that several ranks,
+which agree on stopping along with the losses, do so in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor, distributed
+
+from gstds_cache.runtime.devices import to_device
+from gstds_cache.training.distributed import Ranks
+
+BLOCK_SECONDS = 0.25
+MOST_STEPS = 64  # of a block
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known after a step.
+
+    Attributes:
+        losses: Steps and their losses, the mean over the step's rows of all ranks, in order; each step once.
+        stop: Whether to stop now; the same on every rank.
+    """
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    stop: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block on its way to the host.
+
+    Attributes:
+        first: Its first step.
+        values: Losses, then two numbers of the ranks: how many want to stop, and how long rank 0 wants a block to be.
+        arrived: Waits until they are there.
+    """
+
+    first: int
+    values: Float64[Tensor, " n+2"]
+    arrived: Callable[[], object]
+
+
+class StepLosses:
+    """Collects the losses of steps.
+
+    All ranks have to call :meth:`add` and :meth:`end_block` after the same steps; :meth:`wait` concerns this rank alone.
+    """
+
+    def __init__(self, ranks: Ranks, *, deferred: bool | None = None) -> None:
+        """Nothing is collected yet.
+
+        Args:
+            ranks: This rank.
+            deferred: Whether losses are read in blocks; None, where the device is a GPU.
+        """
+        self._ranks = ranks
+        self.deferred = ranks.device.type == "cuda" if deferred is None else deferred
+        self._losses: list[Float32[Tensor, ""]] = []  # of the block that is collected
+        self._block_steps, self._first, self._stop = 1, 0, False
+        self._begun = time.perf_counter()
+        self._sent: _Block | None = None
+
+    def add(self, step: int, loss: Float32[Tensor, ""], stop: bool) -> Known:
+        """Take over a step's loss.
+
+        Args:
+            step: The step.
+            loss: This rank's part of its loss times the number of ranks.
+            stop: Whether this rank wants to stop.
+
+        Returns:
+            What is known by now. One rank alone stops at once; several do when all know of it.
+        """
+        if not self.deferred:
+            value, wanted = self._ranks.sums([float(loss.detach()) / self._ranks.world_size, float(stop)])
+            return Known([(step, value)], bool(wanted))
+        if not self._losses:
+            self._first = step
+        self._losses.append(loss.detach())
+        self._stop |= stop
+        alone = self._ranks.world_size == 1
+        if len(self._losses) < self._block_steps:
+            return Known(stop=stop and alone)
+        known = self.end_block()
+        return Known(known.losses, stop if alone else known.stop)
+
+    def end_block(self) -> Known:
+        """Send what is collected on its way, and read what was sent before."""
+        if not self._losses:
+            return Known()
+        sent, self._sent = self._sent, self._send()
+        known = Known() if sent is None else self._read(sent)
+        now = time.perf_counter()
+        # Rank 0's wish, which comes back to every rank with the block's losses.
+        self._seconds_per_step = (now - self._begun) / len(self._losses)
+        self._losses, self._begun = [], now
+        return known
+
+    def wait(self) -> list[tuple[int, float]]:
+        """Steps and losses of all that was taken over and is not known yet; this rank waits for its device.
+
+        In the middle of a block, which happens where a selection ends in an error, several ranks do not add up its
+        losses: this rank's stand for all.
+        """
+        known: list[tuple[int, float]] = []
+        if self._ranks.world_size == 1:
+            known += self.end_block().losses
+        if self._sent is not None:
+            known += self._read(self._sent).losses
+            self._sent = None
+        known += [(self._first + place, float(loss)) for place, loss in enumerate(self._losses)]
+        self._losses = []
+        return known
+
+    _seconds_per_step = 0.0
+
+    def _send(self) -> _Block:
+        steps = MOST_STEPS if not self._seconds_per_step else round(BLOCK_SECONDS / self._seconds_per_step)
+        wish = float(min(max(steps, 1), MOST_STEPS)) if self._ranks.first else 0.0
+        extra = to_device(torch.tensor([float(self._stop), wish], dtype=torch.float64), self._ranks.device)
+        self._stop = False
+        values = torch.cat([torch.stack(self._losses).double() / self._ranks.world_size, extra])
+        if self._ranks.world_size > 1:
+            distributed.all_reduce(values)
+        if values.device.type != "cuda":
+            return _Block(self._first, values, lambda: None)
+        here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        here.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Block(self._first, here, arrived.synchronize)
+
+    def _read(self, block: _Block) -> Known:
+        block.arrived()
+        *losses, stop, steps = block.values.tolist()
+        self._block_steps = max(1, int(steps))
+        return Known(list(enumerate(losses, block.first)), stop > 0)
