@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import to_device
 from gstds_cache.runtime.progress import Counted
-from gstds_cache.training.augment import draw, largest_shift
+from gstds_cache.training.augment import draw
 from gstds_cache.training.images import ImageFeed
 
 SHARE = 0.5
-"""Share of a GPU's free memory that images may take; the rest is the network's, its activations' and the optimiser's."""
+"""Share of a GPU's free memory that images may take; the rest is for network, activations and optimiser."""
 
 Gather = Callable[[UInt8[Tensor, "N S S 3"], Int64[Tensor, "4 m"], int], UInt8[Tensor, "m 3 S S"]]
 

@@ -104,7 +104,12 @@ def conv7(classes: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.GELU()]
     before = stem
     for width in (64, 256, 256):
-        layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+        layers += [
+            nn.Conv2d(before, width, 3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+        ]
         layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
         before = width
     network = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), _Divided(before, classes))

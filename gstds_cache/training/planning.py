@@ -106,7 +106,6 @@ def _phases(
     source: ImageSource, evaluation: ImageSource | None, config: TrainConfig, rates: Rates, gradients: int, forward: int
 ) -> dict[str, float]:
     """Seconds of each phase of a run that takes ``gradients`` samples, and ``forward`` ones for batch normalisation."""
-
     device = resolve_device(config.device)
     workers, side = decoding_workers(config.workers, device), config.image_size
 

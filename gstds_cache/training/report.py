@@ -22,7 +22,8 @@ class TrainingResult:
         steps: Optimiser steps.
         loss: Mean training loss of the last epoch.
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
-            pixels), warm-up (the steps that load and compile kernels), step (the others), norms (re-estimating the statistics of batch normalisation, where that is done), eval, total.
+            pixels), warm-up (steps that load and compile kernels), step (the others), norms (re-estimating the
+            statistics of batch normalisation, where that is done), eval, total.
         seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but those of the
             warm-up; None where no step was taken.
         samples_in: Samples of the batches before selection: the gradients that training on everything takes; None where

@@ -54,7 +54,7 @@ class _Block:
 class StepLosses:
     """Collects the losses of steps.
 
-    All ranks have to call :meth:`add` and :meth:`end_block` after the same steps; :meth:`wait` concerns this rank alone.
+    All ranks have to call :meth:`add` and :meth:`end_block` after the same steps; :meth:`wait` is this rank's alone.
     """
 
     def __init__(self, ranks: Ranks, *, deferred: bool | None = None) -> None:
@@ -137,7 +137,7 @@ class StepLosses:
             return _Block(self._first, values, lambda: None)
         here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         here.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return _Block(self._first, here, arrived.synchronize)
 

@@ -51,7 +51,7 @@ class StepTimes:
         self.phase = "warm-up" if new else "step"
         self._events = None
         if self._device.type == "cuda" and not new and self._steps % EVERY == 1 and len(self._timed) < MOST:
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events = _timer(), _timer()
             self._events[0].record()
         self._begun = time.perf_counter()
 
@@ -89,3 +89,7 @@ class StepTimes:
 
     _begun = 0.0
     _events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
