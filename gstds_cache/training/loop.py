@@ -58,7 +58,7 @@ from gstds_cache.training.step_times import StepTimes
 from gstds_cache.training.steps import StepReader
 
 CHECKPOINT_SECONDS = 10.0
-"""Age of the last checkpoint up to which a run on a GPU saves no other at an epoch's end: that takes many steps' time."""
+"""A run on a GPU whose last checkpoint is younger saves none at an epoch's end: one takes as long as many steps."""
 
 StopAsked = Callable[[], bool]
 Interruptible = Callable[[], AbstractContextManager[StopAsked]]

@@ -47,7 +47,7 @@ class _Block:
     """
 
     first: int
-    values: Float64[Tensor, " n+2"]
+    values: Float64[Tensor, " _"]
     arrived: Callable[[], object]
 
 
@@ -99,13 +99,12 @@ class StepLosses:
         """Send what is collected on its way, and read what was sent before."""
         if not self._losses:
             return Known()
-        sent, self._sent = self._sent, self._send()
-        known = Known() if sent is None else self._read(sent)
-        now = time.perf_counter()
-        # Rank 0's wish, which comes back to every rank with the block's losses.
-        self._seconds_per_step = (now - self._begun) / len(self._losses)
-        self._losses, self._begun = [], now
-        return known
+        # From one such moment to the next, with the wait for an earlier block: what the GPU takes, where that is longer.
+        seconds = time.perf_counter() - self._begun
+        self._begun += seconds
+        sent, self._sent = self._sent, self._send(round(BLOCK_SECONDS * len(self._losses) / seconds))
+        self._losses = []
+        return Known() if sent is None else self._read(sent)
 
     def wait(self) -> list[tuple[int, float]]:
         """Steps and losses of all that was taken over and is not known yet; this rank waits for its device.
@@ -123,12 +122,10 @@ class StepLosses:
         self._losses = []
         return known
 
-    _seconds_per_step = 0.0
-
-    def _send(self) -> _Block:
-        steps = MOST_STEPS if not self._seconds_per_step else round(BLOCK_SECONDS / self._seconds_per_step)
-        wish = float(min(max(steps, 1), MOST_STEPS)) if self._ranks.first else 0.0
-        extra = to_device(torch.tensor([float(self._stop), wish], dtype=torch.float64), self._ranks.device)
+    def _send(self, steps: int) -> _Block:
+        """Send the block; with it rank 0's wish for a number of steps, which comes back to every rank."""
+        wish = steps if self._ranks.first else 0
+        extra = to_device(torch.tensor([self._stop, wish], dtype=torch.float64), self._ranks.device)
         self._stop = False
         values = torch.cat([torch.stack(self._losses).double() / self._ranks.world_size, extra])
         if self._ranks.world_size > 1:
@@ -144,5 +141,6 @@ class StepLosses:
     def _read(self, block: _Block) -> Known:
         block.arrived()
         *losses, stop, steps = block.values.tolist()
-        self._block_steps = max(1, int(steps))
+        # Twice as long at most: until the host has waited for a block, it takes steps to be as quick as asking for them.
+        self._block_steps = max(1, min(int(steps), 2 * self._block_steps, MOST_STEPS))
         return Known(list(enumerate(losses, block.first)), stop > 0)
