@@ -64,9 +64,14 @@ def draw(
         Rows and columns that each image is moved by, 0 to ``2 * shift``, and 1 where it is mirrored, on the CPU.
     """
     rng = torch_rng_for(seed, "augment", step)
-    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)[positions]
-    flipped = (torch.rand(drawn, generator=rng)[positions] < 0.5) & mirror
-    return torch.stack([offset[:, 0], offset[:, 1], flipped.long()])
+    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)
+    flipped = (torch.rand(drawn, generator=rng) < 0.5) & mirror
+    draws = torch.stack([offset[:, 0], offset[:, 1], flipped])
+    return draws if len(positions) == drawn and _in_order(positions) else draws[:, positions]
+
+
+def _in_order(positions: Int64[np.ndarray, " M"]) -> bool:
+    return bool((positions == np.arange(len(positions))).all())
 
 
 def largest_shift(config: TrainConfig) -> int:

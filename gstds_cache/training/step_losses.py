@@ -99,7 +99,7 @@ class StepLosses:
         """Send what is collected on its way, and read what was sent before."""
         if not self._losses:
             return Known()
-        # From one such moment to the next, with the wait for an earlier block: what the GPU takes, where that is longer.
+        # From one such moment to the next, with the wait for an earlier block: what the GPU takes, where that is more.
         seconds = time.perf_counter() - self._begun
         self._begun += seconds
         sent, self._sent = self._sent, self._send(round(BLOCK_SECONDS * len(self._losses) / seconds))
@@ -141,6 +141,6 @@ class StepLosses:
     def _read(self, block: _Block) -> Known:
         block.arrived()
         *losses, stop, steps = block.values.tolist()
-        # Twice as long at most: until the host has waited for a block, it takes steps to be as quick as asking for them.
+        # At most twice as long: until the host has waited for a block, steps seem as quick as asking for them.
         self._block_steps = max(1, min(int(steps), 2 * self._block_steps, MOST_STEPS))
         return Known(list(enumerate(losses, block.first)), stop > 0)

@@ -303,9 +303,10 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., 
 
 
 def as_before(run_dir: Path) -> None:
-    """Make a run's files those of a version that did not know the setting."""
+    """Make a run's files those of a version that did not know the setting, nor those that came after it."""
     config = json.loads((run_dir / "config.json").read_text())
-    del config["config"]["norm_samples"]
+    for later in ("norm_samples", "label_smoothing", "precision"):
+        del config["config"][later]
     (run_dir / "config.json").write_text(json.dumps(config))
     state = checkpoint(run_dir)
     del state["forward_samples"]
