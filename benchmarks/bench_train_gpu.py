@@ -185,7 +185,7 @@ def run_bare(data: Data, config: TrainConfig, batch: int, steps: int) -> tuple[n
     forward: Callable[[Tensor], Tensor] = scores
     take: Callable[..., Tensor] = gather
     if config.compile != "off":
-        forward, take = torch.compile(scores, mode=config.compile), torch.compile(gather, mode=config.compile)
+        forward, take = torch.compile(scores, mode=config.compile), torch.compile(gather)
     lower = resolved_precision(config, device) == "bfloat16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=lower)
     begun = warm = time.perf_counter()
@@ -203,9 +203,9 @@ def run_bare(data: Data, config: TrainConfig, batch: int, steps: int) -> tuple[n
         loss = nn.functional.cross_entropy(found, data.labels[rows], label_smoothing=config.label_smoothing)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * one_cycle(step, steps)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     data.wait()
     ended = time.perf_counter()
     return network, ended - warm, ended - begun

@@ -324,14 +324,15 @@ class Trainer:
         seed = torch_seed_for(self.config.seed, "step", self.step, *rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for devices of every kind: 0.2 ms
         if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or torch.cuda.current_device()].manual_seed(seed)
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
 
     def _update(self, loss: Float32[Tensor, ""]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * one_cycle(self.step, self._steps.total)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now: gradients that a CUDA graph wrote end with its step
 
     def _note(self, losses: Iterable[tuple[int, float]]) -> None:
         """Take over losses that became known, and log the epochs that end with them.
@@ -400,7 +401,8 @@ class Trainer:
 
         self._scores = compiled(scores, self.config.compile)
         if isinstance(self._feed, DeviceImages):
-            self._feed.gather = compiled(gather, self.config.compile)
+            # No CUDA graph, which would copy its inputs, all images among them, in every step.
+            self._feed.gather = compiled(gather, "off" if self.config.compile == "off" else "default")
         self.network.train()
         self.run_dir.begin()
         self.run_dir.drop_metrics_from(self.step + 1)

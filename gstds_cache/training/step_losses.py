@@ -135,7 +135,7 @@ class StepLosses:
         here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         here.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(values.device))  # not of the current device, which may be another
         return _Block(self._first, here, arrived.synchronize)
 
     def _read(self, block: _Block) -> Known:

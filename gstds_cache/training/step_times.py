@@ -52,7 +52,7 @@ class StepTimes:
         self._events = None
         if self._device.type == "cuda" and not new and self._steps % EVERY == 1 and len(self._timed) < MOST:
             self._events = _timer(), _timer()
-            self._events[0].record()
+            self._events[0].record(torch.cuda.current_stream(self._device))
         self._begun = time.perf_counter()
 
     def end(self, samples: int) -> float:
@@ -68,7 +68,7 @@ class StepTimes:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._begun
         if self._events is not None:
-            self._events[1].record()
+            self._events[1].record(torch.cuda.current_stream(self._device))
             self._timed.append((*self._events, samples))
         if self.phase == "step" and self._device.type != "cuda":
             self._per_sample.append(seconds / samples)
