@@ -53,7 +53,7 @@ from gstds_cache.training.run_dir import RunDir
 
 SIDE, WARM = 32, 5  # steps before the clock starts
 RECIPE = TrainConfig(
-    arch="conv7", lr=0.8, weight_decay=1e-3, label_smoothing=0.2, image_size=SIDE, augment="crop+flip", images="device"
+    arch="conv7", lr=0.6, weight_decay=1e-3, label_smoothing=0.2, image_size=SIDE, augment="crop+flip", images="device"
 )
 
 
@@ -254,7 +254,9 @@ def accuracy(
 ) -> dict[str, Any]:
     """Seconds and accuracy of the recipe: the bare loop, the trainer on everything, the trainer on a selection."""
     steps = len(data.labels) // batch
-    found: dict[str, Any] = {"recipe": {"epochs": epochs, "batch": batch, "lr": config.lr}}
+    found: dict[str, Any] = {
+        "recipe": {"epochs": epochs, "batch": batch, "lr": config.lr, "weight_decay": config.weight_decay}
+    }
     with tempfile.TemporaryDirectory() as folder:
         everything = write_everything(Path(folder) / "all.arrow", len(data.labels), batch, epochs, steps)
         runs: dict[str, list[tuple[float, float]]] = {"bare": [], "trainer": []}
@@ -293,7 +295,7 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     few, many = (8, 8) if arguments.smoke else (100, 400)
     yield "conv7", lambda: throughput(data, small, batch, many, trials)
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
-    full = replace(small, norm_samples=RECIPE.norm_samples)
+    full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
     yield "accuracy", lambda: accuracy(data, full, batch, arguments.epochs, min(trials, 2), store)
     if not arguments.smoke:  # compiling takes a minute on a CPU
         yield (
@@ -313,6 +315,8 @@ def main() -> None:
     made.add_argument("--store", help="embeddings of the training set, to select from")
     made.add_argument("--batch", type=int, default=512)
     made.add_argument("--epochs", type=int, default=12)
+    made.add_argument("--lr", type=float, default=RECIPE.lr, help="of the recipe")
+    made.add_argument("--weight-decay", type=float, default=RECIPE.weight_decay, help="of the recipe")
     made.add_argument("--seconds", type=float, default=100.0, help="no part is begun after these")
     made.add_argument("--device", default="auto")
     made.add_argument("--resnet", default="resnet18")

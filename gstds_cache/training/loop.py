@@ -191,14 +191,13 @@ class Trainer:
                     loss, samples = self.batch_loss(batch)
                     self._update(loss)
                 # 3. Ranks agree on the loss and on stopping, or one would wait for another for ever.
-                known = self._losses.add(self.step, loss, stop_asked())
-                self._note(known.losses)
+                self._note(self._losses.add(self.step, loss, stop_asked()))
                 self._count(batch, samples, self.times.end(max(samples, 1)))
                 # 4. The epoch's end, and whoever wants to stop.
                 if self.step in self._epoch_ends:
                     self.end_epoch(batch.epoch)
                 self._show_progress()
-                if known.stop:
+                if self._losses.stop:
                     self._save()
                     raise KeyboardInterrupt
         # 5. What tests the network: statistics of all rows, in the last checkpoint too.
@@ -251,7 +250,9 @@ class Trainer:
     def end_epoch(self, epoch: int) -> None:
         """Write down the epoch's loss once it is known, and save a checkpoint; on a GPU, if the last one is old."""
         self._ended.append((self.step, epoch, self._samples))
-        self._note(self._losses.end_block().losses)
+        begun = time.perf_counter()
+        self._note(self._losses.end_block())
+        self.seconds["step"] += time.perf_counter() - begun
         last = self.step == self._steps.total
         if last or not self._losses.deferred or time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS:
             self._save()
@@ -408,7 +409,9 @@ class Trainer:
         self.run_dir.drop_metrics_from(self.step + 1)
 
     def _save(self) -> None:
-        self._note(self._losses.wait())
+        begun = time.perf_counter()
+        self._note(self._losses.wait())  # for steps that the GPU has still to take
+        self.seconds["step"] += time.perf_counter() - begun
         self._saved_at = time.monotonic()
         self.run_dir.save_checkpoint(
             Checkpoint(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float32, Float64
@@ -23,17 +24,8 @@ BLOCK_SECONDS = 0.25
 MOST_STEPS = 64  # of a block
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is known after a step.
-
-    Attributes:
-        losses: Steps and their losses, the mean over the step's rows of all ranks, in order; each step once.
-        stop: Whether to stop now; the same on every rank.
-    """
-
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    stop: bool = False
+Losses: TypeAlias = list[tuple[int, float]]
+"""Steps and their losses, the mean over the step's rows of all ranks, in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +44,13 @@ class _Block:
 
 
 class StepLosses:
-    """Collects the losses of steps.
+    """Collects the losses of steps; each becomes known once.
 
     All ranks have to call :meth:`add` and :meth:`end_block` after the same steps; :meth:`wait` is this rank's alone.
+
+    Attributes:
+        deferred: Whether losses are read in blocks.
+        stop: Whether to stop now, the same on every rank: one rank alone stops when it wants to, several when all know.
     """
 
     def __init__(self, ranks: Ranks, *, deferred: bool | None = None) -> None:
@@ -66,57 +62,63 @@ class StepLosses:
         """
         self._ranks = ranks
         self.deferred = ranks.device.type == "cuda" if deferred is None else deferred
+        self.stop = False
         self._losses: list[Float32[Tensor, ""]] = []  # of the block that is collected
-        self._block_steps, self._first, self._stop = 1, 0, False
+        self._block_steps, self._first, self._wants_stop = 1, 0, False
         self._begun = time.perf_counter()
         self._sent: _Block | None = None
 
-    def add(self, step: int, loss: Float32[Tensor, ""], stop: bool) -> Known:
+    def add(self, step: int, loss: Float32[Tensor, ""], wants_stop: bool) -> Losses:
         """Take over a step's loss.
 
         Args:
             step: The step.
             loss: This rank's part of its loss times the number of ranks.
-            stop: Whether this rank wants to stop.
+            wants_stop: Whether this rank wants to stop.
 
         Returns:
-            What is known by now. One rank alone stops at once; several do when all know of it.
+            What became known.
         """
         if not self.deferred:
-            value, wanted = self._ranks.sums([float(loss.detach()) / self._ranks.world_size, float(stop)])
-            return Known([(step, value)], bool(wanted))
+            value, wanted = self._ranks.sums([float(loss.detach()) / self._ranks.world_size, float(wants_stop)])
+            self.stop = bool(wanted)
+            return [(step, value)]
         if not self._losses:
             self._first = step
         self._losses.append(loss.detach())
-        self._stop |= stop
-        alone = self._ranks.world_size == 1
-        if len(self._losses) < self._block_steps:
-            return Known(stop=stop and alone)
-        known = self.end_block()
-        return Known(known.losses, stop if alone else known.stop)
+        self._wants_stop |= wants_stop
+        self.stop |= wants_stop and self._ranks.world_size == 1
+        return self.end_block() if len(self._losses) >= self._block_steps else []
 
-    def end_block(self) -> Known:
-        """Send what is collected on its way, and read what was sent before."""
+    def end_block(self) -> Losses:
+        """Send what is collected on its way, and read what was sent before.
+
+        Returns:
+            What became known.
+        """
         if not self._losses:
-            return Known()
+            return []
         # From one such moment to the next, with the wait for an earlier block: what the GPU takes, where that is more.
         seconds = time.perf_counter() - self._begun
         self._begun += seconds
         sent, self._sent = self._sent, self._send(round(BLOCK_SECONDS * len(self._losses) / seconds))
         self._losses = []
-        return Known() if sent is None else self._read(sent)
+        return [] if sent is None else self._read(sent)
 
-    def wait(self) -> list[tuple[int, float]]:
-        """Steps and losses of all that was taken over and is not known yet; this rank waits for its device.
+    def wait(self) -> Losses:
+        """Wait for the device, until all that was taken over is known.
 
         In the middle of a block, which happens where a selection ends in an error, several ranks do not add up its
         losses: this rank's stand for all.
+
+        Returns:
+            What became known.
         """
-        known: list[tuple[int, float]] = []
+        known: Losses = []
         if self._ranks.world_size == 1:
-            known += self.end_block().losses
+            known += self.end_block()
         if self._sent is not None:
-            known += self._read(self._sent).losses
+            known += self._read(self._sent)
             self._sent = None
         known += [(self._first + place, float(loss)) for place, loss in enumerate(self._losses)]
         self._losses = []
@@ -125,8 +127,7 @@ class StepLosses:
     def _send(self, steps: int) -> _Block:
         """Send the block; with it rank 0's wish for a number of steps, which comes back to every rank."""
         wish = steps if self._ranks.first else 0
-        extra = to_device(torch.tensor([self._stop, wish], dtype=torch.float64), self._ranks.device)
-        self._stop = False
+        extra = to_device(torch.tensor([self._wants_stop, wish], dtype=torch.float64), self._ranks.device)
         values = torch.cat([torch.stack(self._losses).double() / self._ranks.world_size, extra])
         if self._ranks.world_size > 1:
             distributed.all_reduce(values)
@@ -138,9 +139,10 @@ class StepLosses:
         arrived.record(torch.cuda.current_stream(values.device))  # not of the current device, which may be another
         return _Block(self._first, here, arrived.synchronize)
 
-    def _read(self, block: _Block) -> Known:
+    def _read(self, block: _Block) -> Losses:
         block.arrived()
         *losses, stop, steps = block.values.tolist()
+        self.stop |= stop > 0
         # At most twice as long: until the host has waited for a block, steps seem as quick as asking for them.
         self._block_steps = max(1, min(int(steps), 2 * self._block_steps, MOST_STEPS))
-        return Known(list(enumerate(losses, block.first)), stop > 0)
+        return list(enumerate(losses, block.first))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.data import loading
 from gstds_cache.errors import DivergedError, UsageError
 from gstds_cache.runtime.devices import to_device
 from gstds_cache.stream.reader import open_selection
@@ -28,7 +32,7 @@ from gstds_cache.training.batch_norm import random_batches, random_inputs
 from gstds_cache.training.device_images import DeviceImages, held_on_device
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.identity import run_config
-from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.images import ImageFeed, decoding_workers
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.run_dir import RunDir
@@ -228,7 +232,7 @@ def test_blocks_give_each_loss_once_and_grow_to_a_quarter_of_a_second() -> None:
     known: list[tuple[int, float]] = []
     behind = []
     for step in range(300):
-        known += losses.add(step, torch.tensor(float(step)), stop=False).losses
+        known += losses.add(step, torch.tensor(float(step)), wants_stop=False)
         behind.append(step + 1 - len(known))
     assert max(behind) > MOST_STEPS  # the last block is on its way, and another is collected
     assert max(behind) <= 2 * MOST_STEPS
@@ -238,8 +242,44 @@ def test_blocks_give_each_loss_once_and_grow_to_a_quarter_of_a_second() -> None:
     slow, blocks = StepLosses(Ranks(CPU), deferred=True), []
     for step in range(5):
         time.sleep(0.2)
-        blocks.append(len(slow.add(step, torch.tensor(0.0), stop=False).losses))
+        blocks.append(len(slow.add(step, torch.tensor(0.0), wants_stop=False)))
     assert blocks == [0, 1, 1, 1, 1]
+
+
+def test_ranks_know_the_same_and_stop_at_the_same_step(monkeypatch) -> None:
+    """Two ranks, each a thread; the second wants to stop at its 60th step."""
+    barrier, parts, added = threading.Barrier(2), {}, threading.local()
+
+    def all_reduce(values: torch.Tensor) -> None:
+        parts[added.rank] = values.clone()
+        barrier.wait(20)
+        values.copy_(parts[0] + parts[1])
+        barrier.wait(20)
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+
+    def work(rank: int) -> tuple[int, list[tuple[int, float]]]:
+        added.rank = rank
+        losses, known = StepLosses(Ranks(CPU, rank, 2), deferred=True), []
+        for step in range(1000):
+            known += losses.add(step, torch.tensor(float(step + 2 * rank)), rank == 1 and step == 60)
+            if step % 50 == 49:
+                known += losses.end_block()
+            if losses.stop:
+                return step, known + losses.wait()
+        raise AssertionError("nobody stopped")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert first == second
+    assert 60 < first[0] <= 60 + 2 * MOST_STEPS
+    assert first[1] == [(step, step + 1.0) for step in range(first[0] + 1)]  # the mean over both ranks
+
+
+@pytest.mark.parametrize(("asked", "device", "workers"), [(None, "cpu", 1), (None, "cuda", 6), (3, "cuda", 3)])
+def test_beside_a_gpu_every_core_but_two_decodes(monkeypatch, asked, device, workers) -> None:
+    monkeypatch.setattr(loading, "cores", lambda: 8)
+    assert decoding_workers(asked, torch.device(device)) == workers
 
 
 # What a step asks of its device
