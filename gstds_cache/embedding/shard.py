@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import tee
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -121,6 +121,7 @@ class _Flight:
     copied: torch.cuda.Event | None = None
 
 
+@runtime_checkable
 class ShardWriter(Protocol):
     """What commits shards: :class:`gstds_cache.store.writer.StoreWriter`, or another process's."""
 
