@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from gstds_cache.errors import EncoderError, IncompleteError, UsageError
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
 from gstds_cache.store.spec import CacheSpec
 
+START = "spawn"  # A CUDA context does not survive a fork.
 GRACE = 5.0
 """Seconds that a process has to end in."""
 
@@ -135,7 +136,7 @@ class SeveralDevices:
                 yield commit
                 yield from _drained(results)
             for helper in helpers:
-                helper.join()
+                helper.finish()
             yield from _drained(results)
         finally:
             dealt.stop()
@@ -166,14 +167,14 @@ class _Helper(threading.Thread):
     ) -> None:
         super().__init__(name=f"gstds-{device}", daemon=True)
         self._task, self._shards, self._results, self._clock, self._device = task, shards, results, clock, device
-        spawn = multiprocessing.get_context("spawn")  # A CUDA context does not survive a fork.
-        self._asking, asking = spawn.Pipe()
-        self._committing, committing = spawn.Pipe()
+        self._asking, asking = multiprocessing.Pipe()
+        self._committing, committing = multiprocessing.Pipe()
         self._theirs = (asking, committing)
-        self._process: SpawnProcess = spawn.Process(
+        self._process: BaseProcess = multiprocessing.get_context(START).Process(  # type: ignore[attr-defined]
             target=_embed_shards, args=(setup, str(device), asking, committing), name=self.name
         )
         self._ended = threading.Event()
+        self._under_way = 0  # shards that it was given and has not sent back
 
     def run(self) -> None:
         """Start the process, and serve it until it is done."""
@@ -210,6 +211,7 @@ class _Helper(threading.Thread):
         self, shard: int, rows: Float[np.ndarray, "R D"], quarantined: tuple[Quarantined, ...], clock: dict[str, Any]
     ) -> None:
         commit = self._task.writer.commit(shard, rows, quarantined)
+        self._under_way -= 1
         self._committing.send(commit)
         vars(self._clock).update(clock)
         self._clock.shards += 1
@@ -219,6 +221,7 @@ class _Helper(threading.Thread):
         shard = next(self._shards, None)
         if shard is None:
             return None
+        self._under_way += 1
         known = self._task.known
         return shard, None if known is None else known(self._task.writer.spec.rows_of(shard))
 
@@ -231,6 +234,11 @@ class _Helper(threading.Thread):
             hint="look for its last message above; a script that calls embed() with several devices has to do so under "
             "if __name__ == '__main__'. Nothing committed is lost: the same command goes on",
         )
+
+    def finish(self) -> None:
+        """Wait until it is done with its shards; not for its start, where it has none and there are no more."""
+        while self.is_alive() and self._under_way:
+            self.join(0.05)
 
     def end(self) -> None:
         """End the process, if it has not ended."""
