@@ -29,7 +29,11 @@ from gstds_cache.runtime.threads import cores
 _log = logging.getLogger(__name__)
 PixelTransform = Callable[[Image.Image], torch.Tensor]
 PART = 16
-"""Rows that a worker is asked for at once, at least: some 0.1 s of decoding photographs of 0.2 megapixels."""
+"""Rows of a part: a batch of no more is not cut; one that is cut has a part for each worker, of so many at least."""
+PART_SECONDS = 0.25
+"""What a part should take beside a GPU, where there is always somebody to ask for the next."""
+FIRST_PART = 4
+"""Rows of a part there, until it is known how long one takes."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ class PixelBatches(Iterator[PixelBatch]):
         self._workers, self._shape, self._batches, self._pin = workers, shape, batches, pin
         self._pending: deque[PendingBatch] = deque()
         self._left: deque[Sequence[int]] = deque()
+        self._timed, self._seconds = 0, 0.0  # rows decoded by workers, and how long they took
         self.workers = 0 if workers.pool is None else workers.pool.size
         self._ask()
 
@@ -253,11 +258,11 @@ class PixelBatches(Iterator[PixelBatch]):
     def _ask(self) -> None:
         """Ask for as many batches as may be under way."""
         pool = self._workers.pool
-        while pool is not None and pool.has_room and self._parts_ahead() < 2 * AHEAD * pool.size:
+        while pool is not None and pool.has_room and self._parts_ahead() < self._most_ahead(pool):
             rows = next(self._batches, None)
             if rows is None:
                 return
-            size = max(PART, -(-len(rows) // pool.size))
+            size = self._part_rows(pool, len(rows))
             starts = range(0, len(rows), size)
             batch = PendingBatch(rows, len(starts), len(rows), self._empty(len(rows)))
             self._pending.append(batch)
@@ -267,6 +272,19 @@ class PixelBatches(Iterator[PixelBatch]):
     def _parts_ahead(self) -> int:
         """Parts of the batches behind the first: while one takes long, the workers go on with those, up to a limit."""
         return sum(batch.parts for batch in islice(self._pending, 1, None))
+
+    def _most_ahead(self, pool: Pool) -> int:
+        return 2 * AHEAD * pool.size
+
+    def _part_rows(self, pool: Pool, count: int) -> int:
+        """Rows of a part of a batch of so many."""
+        most = max(PART, -(-count // pool.size))
+        if not self._pin or count <= PART:
+            # Who asks may be away for as long as a forward pass takes on a CPU: two parts are what a worker has then.
+            return most
+        if not self._timed:
+            return FIRST_PART
+        return min(most, max(1, round(PART_SECONDS * self._timed / max(self._seconds, 1e-9))))
 
     def _collect(self, pool: Pool) -> None:
         """Take what is there."""
@@ -302,9 +320,11 @@ class PixelBatches(Iterator[PixelBatch]):
         else:
             failures, seconds = filled.reply
             stop = start + len(filled.part.rows)
-            batch.pixels[start:stop].view(-1).copy_(filled.memory)
+            # By NumPy, in this thread alone: torch's would wait for cores, all of which decode.
+            batch.pixels[start:stop].numpy().reshape(-1)[:] = filled.memory.numpy()
             batch.failures.update(failures)
             batch.seconds += seconds
+            self._timed, self._seconds = self._timed + stop - start, self._seconds + seconds
         batch.left -= len(filled.part.rows)
         pool.release(filled)
         self._ask()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import own_stream
 from gstds_cache.runtime.resources import about_us, out_of_memory
 
+PART = 64
+"""Files that the device is given at once: its decoder works on several side by side."""
+AHEAD = 16
+"""Parts that may be under way of the batches behind the first, whose pixels take memory of the device."""
 PART_BYTES = 64 << 20
 PART_DECODED_BYTES = 512 << 20
 """Files of one part, and what they are decoded to, end at about so much: 14 photographs of 12 megapixels."""
@@ -144,9 +149,7 @@ class DeviceBatches(PixelBatches):
             device: Where.
         """
         self._device, self._preprocessing = device, preprocessing
-        cuda = device.type == "cuda"
-        self._decoding_stream: torch.cuda.Stream | None = own_stream(device) if cuda else None
-        self._resizing_stream: torch.cuda.Stream | None = own_stream(device) if cuda else None
+        self._decoding_stream, self._resizing_stream = _streams(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gstds-decode")
         self._arrived: deque[Filled] = deque()
         self._decoding: deque[tuple[Filled, Future[list[torch.Tensor | None]]]] = deque()
@@ -166,6 +169,12 @@ class DeviceBatches(PixelBatches):
         self._decoding.clear()
         self._let_go(0)
         super()._drop()
+
+    def _part_rows(self, _pool: Pool, _count: int) -> int:
+        return PART
+
+    def _most_ahead(self, _pool: Pool) -> int:
+        return AHEAD
 
     def _take(self, pool: Pool, filled: Filled) -> None:
         """Have a part decoded."""
@@ -289,6 +298,12 @@ class DeviceBatches(PixelBatches):
             current.wait_stream(self._resizing_stream)
             batch.pixels.record_stream(current)
         return super()._done(batch)
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream | None, torch.cuda.Stream | None]:
+    """Streams for decoding, whose memory nothing else may have, and for resizing."""
+    return (own_stream(device), own_stream(device)) if device.type == "cuda" else (None, None)
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:

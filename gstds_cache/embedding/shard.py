@@ -27,6 +27,7 @@ from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
 from gstds_cache.runtime.devices import own_stream
 from gstds_cache.runtime.resources import GO_ON, explain, out_of_memory
+from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
 from gstds_cache.store.spec import CacheSpec
 
@@ -186,7 +187,9 @@ class EmbedTask:
         """  # noqa: DOC501
         self.clock = Clock(workers=self.workers)
         try:
-            yield from self._run(shards)
+            # Beside a GPU this process computes next to nothing, and more threads would wait for cores that decode.
+            with limited_threads(1 if self.device.type == "cuda" else 0):
+                yield from self._run(shards)
         except (OSError, RuntimeError, MemoryError) as error:
             incomplete = self._incomplete(error, len(shards) if isinstance(shards, Sized) else self.clock.shards)
             if incomplete is None:
