@@ -247,7 +247,7 @@ def main() -> None:
     made.add_argument("--device", default="auto")
     arguments = made.parse_args()
     if arguments.smoke:
-        arguments.sizes, arguments.images, arguments.model = [0.02, 1.0], [64, 64], "timm:test_resnet"
+        arguments.sizes, arguments.images, arguments.model = [0.02, 1.0], [64, 32], "timm:test_resnet"
         arguments.seconds, arguments.workers = 0.2, 2
     arguments.resolved = resolve_device(arguments.device)
     stand_in(arguments.resolved)
