@@ -199,6 +199,10 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
     found: dict[str, Any] = {"decode": {"pillow": decode_on_all_cores(source, encoder, arguments.seconds)}}
     yield found
     found["forward"] = forward_rate(model, device, size, arguments.seconds / 2)
+    if device.type == "cuda":  # what is left on the table: with it a row's last bits would differ from run to run
+        torch.backends.cudnn.benchmark = True
+        found["forward_with_cudnn_benchmark"] = forward_rate(model, device, size, arguments.seconds / 2)
+        torch.backends.cudnn.benchmark = False
     yield found
     by_device = open_encoder(model, allow_untrained=True).to(device)
     decoding.decode_by(by_device, "nvjpeg", device)

@@ -126,8 +126,9 @@ class JpegReader:
             with io.FileIO(self.source.files.path(row)) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     return None
-                start = file.read(2)
-                return start + file.readall() if start == b"\xff\xd8" else None
+                is_jpeg = file.read(2) == b"\xff\xd8"
+                file.seek(0)
+                return file.readall() if is_jpeg else None
         except OSError as error:
             if about_us(error):
                 raise

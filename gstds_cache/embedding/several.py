@@ -312,6 +312,8 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
             run_on = torch.device(device)
             encoder = _same_encoder(setup, run_on)
             workers = start_workers(setup.source, encoder, setup.workers)  # before there is a CUDA context
+            if run_on.type == "cuda":
+                torch.cuda.set_device(run_on)  # else page-locked memory would have a context on the first GPU as well
             try_decoder(encoder, run_on)
             asked = _Asked(asking, setup.spec)
             writer = _CommittedElsewhere(committing, setup.spec, asked)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import ArraySource
+from slow_images import Buggy, Deadly, Slow, Waiting
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.embedding import several
@@ -44,34 +43,6 @@ def left_over() -> list[str]:
     ]
 
 
-class Slow(ArraySource):
-    """So slow to read that another process is there long before this one is done."""
-
-    def image(self, row: int):
-        threading.Event().wait(0.1)
-        return super().image(row)
-
-
-class Deadly(Slow):
-    """Its images end a process that is not the one that made it, nor that one's child."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.home = os.getpid()
-
-    def image(self, row: int):
-        if self.home not in {os.getpid(), os.getppid()}:
-            os.kill(os.getppid(), signal.SIGKILL)
-        return super().image(row)
-
-
-class Buggy(Deadly):
-    def image(self, row: int):
-        if self.home != os.getpid():
-            raise KeyError("a bug of mine")
-        return Slow.image(self, row)
-
-
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the other processes, which have no GPU here: to import the packages anew takes seconds."""
@@ -90,7 +61,7 @@ def test_two_devices_make_the_store_that_one_makes(config, tmp_path, monkeypatch
 
     monkeypatch.setattr(several.SeveralDevices, "run", watched)
     report = embed_dataset(
-        Slow(260, bad=BAD),
+        Waiting(260, bad=BAD, uri=str(tmp_path / "other")),
         replace(config, device="cpu,cpu"),
         where=tmp_path / "two",
         reuse=[tmp_path / "small"],
