@@ -179,7 +179,7 @@ def workers_option(function: F) -> F:
         default="auto",
         show_default=True,
         help="Processes that decode images, 0 for none beside this one. auto: one for every four cores, at least one; "
-        "with CUDA all cores but two; none for a few small images.",
+        "with CUDA one for every core; none for a few small images.",
     )(function)
 
 

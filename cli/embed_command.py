@@ -14,7 +14,6 @@ from gstds_cache.runtime.progress import shares_text
 
 from .common import (
     Command,
-    device_option,
     json_option,
     notify,
     print_json,
@@ -65,7 +64,13 @@ pixels instead of the model's own size, in a fraction of the time.
     help="The store: a directory, or s3://BUCKET/PREFIX. [default: a directory named by data set, model and their "
     "contents, in $GSTDS_CACHE]",
 )
-@device_option
+@setting_option(EmbedConfig, "device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:0,1.")
+@setting_option(
+    EmbedConfig,
+    "decoder",
+    help="What decodes images: Pillow in worker processes, or nvJPEG on the GPU, whose pixels differ a little; either "
+    "has stores of its own.",
+)
 @setting_option(
     EmbedConfig,
     "batch_size",

@@ -151,7 +151,9 @@ class EmbedConfig:
         shard_rows: Rows per shard, rounded up to a multiple of ``batch_size``; None takes the store's
             own, or about 4 MB a shard.
         workers: Processes that decode images; 0 decodes in this process, None fits the machine and the data set.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several GPUs, as ``cuda:0,1``.
+        decoder: What decodes images: ``pillow``, in processes, or ``nvjpeg``, on the GPU, which leaves what is no usual
+            JPEG to Pillow. Their pixels differ, so each has stores of its own.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
     """
@@ -161,6 +163,7 @@ class EmbedConfig:
     shard_rows: int | None = None
     workers: int | None = None
     device: str = DEVICE
+    decoder: Literal["pillow", "nvjpeg"] = "pillow"
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
 
@@ -310,6 +313,7 @@ class EmbedSettings(TypedDict, total=False):
     shard_rows: int | None
     workers: int | None
     device: str
+    decoder: Literal["pillow", "nvjpeg"]
     dtype: Literal["float16", "float32"]
     allow_untrained: bool
 

@@ -20,7 +20,7 @@ from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
 from gstds_cache.files.location import Location, LocationLike
-from gstds_cache.runtime.devices import describe_device, resolve_device
+from gstds_cache.runtime.devices import describe_device, resolve_devices
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, ProgressBar, showing
 from gstds_cache.store.embed_report import EmbedReport, Estimate
@@ -72,7 +72,8 @@ def embed(
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
-    meter = EnergyMeter(resolve_device(config.device))
+    devices = resolve_devices(config.device)
+    meter = EnergyMeter(*devices)
     with showing(progress, "images", check="shards") as show, _default_place(root):
 
         def report_progress(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
@@ -103,7 +104,7 @@ def embed(
     assert report is not None
     notes = [*report.notes, *hash_cache.notes]
     if not report.cache_hit:
-        notes += _record_cost(report, meter, describe_device(resolve_device(config.device)))
+        notes += _record_cost(report, meter, ", ".join(map(describe_device, devices)))
     for note in notes:
         notify(f"note: {note}")
     return store

@@ -10,12 +10,14 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.check import SampleReport, check_sample
+from gstds_cache.embedding.decoding import decode_by, try_decoder
 from gstds_cache.embedding.repair import RepairReport, repair, require_same_data
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike
+from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
@@ -58,7 +60,7 @@ def repair_store(
     model, device = as_type("model", model, str | None), as_type("device", device, str)
     hash_cache = HashCache(hashes_folder())
     metadata = StoreMetadata(store)
-    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
     with showing(progress, "images", check="shards") as show:
         return repair(
             metadata,
@@ -79,22 +81,26 @@ def compare_sample(
     metadata = StoreMetadata(store)
     opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
-    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache)
+    source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
     require_same_data(metadata, source, encoder, hash_cache)
     return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
 
 
 def _source_and_encoder(
-    store: StoreMetadata, dataset: Any, model: str | None, hash_cache: HashCache
+    store: StoreMetadata, dataset: Any, model: str | None, hash_cache: HashCache, device: str
 ) -> tuple[ImageSource, Encoder]:
     """The data set and the model that a store was made with, from where they were then or where they are now.
 
     Raises:
-        UsageError: Nobody says where one of them is.
+        UsageError: Nobody says where one of them is; or the store's decoder is not on this device.
     """
     dataset = store.dataset_uri if dataset is None else dataset
     model = model or store.model_uri
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
         raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")
-    return open_source(dataset, hash_cache=hash_cache), open_encoder(model, allow_untrained=True)
+    encoder = open_encoder(model, allow_untrained=True)
+    run_on = resolve_device(device)
+    decode_by(encoder, store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"), run_on)
+    try_decoder(encoder, run_on)
+    return open_source(dataset, hash_cache=hash_cache), encoder

@@ -1,4 +1,4 @@
-"""Processes that fill memory with pixels: each has a pipe of its own, and memory that it shares with its parent.
+"""Processes that fill memory with what rows hold: each has a pipe of its own, and memory shared with its parent.
 
 PyTorch's DataLoader hands tensors over as files in /dev/shm, from a thread whose errors are printed and forgotten:
 where there is no room (64 MB are Docker's default), its reader waits for ever. Here nothing lies in /dev/shm, neither
@@ -33,46 +33,82 @@ from gstds_cache.data.copies import OpenFiles
 from gstds_cache.errors import GstdsError, IncompleteError
 
 AHEAD = 2
-"""Batches that each worker has been asked for: one it works on, one that waits."""
+"""Parts that each worker has been asked for: one it works on, one that waits."""
 SILENCE = 60.0
-"""Seconds without a word from a worker, after which the user is told; it is waited for all the same."""
+"""Seconds without a word from any worker, after which the user is told; they are waited for all the same."""
 PATIENCE = 600.0
-"""Seconds without a word from a worker after which it is given up."""
+"""Seconds without a word from any worker after which the one whose part is the oldest is given up."""
 _GRACE = 5.0
 
-Fill = Callable[[Sequence[int], UInt8[torch.Tensor, "B ..."]], Any]
-"""Fills memory with the pixels of some rows, and returns what else there is to say of them."""
+Room = Callable[[int], UInt8[torch.Tensor, " size"]]
+"""Gives memory of so many bytes, which is the parent's to read once the work on a part is done. Called once at most."""
+Fill = Callable[[Sequence[int], Room], Any]
+"""Fills memory with what some rows hold, and returns what else there is to say of them."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows that one worker is asked for.
+
+    Attributes:
+        number: How many parts were asked for before.
+        rows: The rows.
+        tag: Whatever the one who asks wants to know when the part is filled.
+    """
+
+    number: int
+    rows: Sequence[int]
+    tag: Any
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a worker made of a part. The memory is the worker's again once it is released (:meth:`Pool.release`).
+
+    Attributes:
+        part: The part.
+        memory: What the worker wrote.
+        reply: What it says besides.
+        error: What it, or reading its memory, raised; then there is no reply.
+    """
+
+    part: Part
+    memory: UInt8[torch.Tensor, " size"]
+    reply: Any
+    error: Exception | None
+    worker: _Worker
+    turn: int
+
+
 class Pool:
-    """Workers that fill memory with pixels of rows, batch after batch, in order.
+    """Workers that fill memory with what rows hold, part after part: whichever worker is free gets the next part.
 
     Attributes:
         size: Number of workers.
     """
 
-    def __init__(self, prepare: Callable[[], Fill], shape: tuple[int, ...], size: int) -> None:
+    def __init__(self, prepare: Callable[[], Fill], size: int) -> None:
         """Start the workers.
 
         Args:
-            prepare: Called in each worker, for what it is to do.
-            shape: Shape of one row's pixels.
+            prepare: Called in each worker at its start, for what it is to do.
             size: Number of workers.
 
         Raises:
             IncompleteError: The system has no room for so many processes or open files.
         """
-        self.size, self._shape = size, shape
+        self.size = size
         self._owner = os.getpid()
         self._workers: list[_Worker] = []
-        self._asked: deque[tuple[_Worker, Sequence[int]]] = deque()
+        self._waiting: deque[Part] = deque()  # for a worker
+        self._ready: deque[_Worker] = deque()  # have answered, and were not read
         self._number = 0
         files = OpenFiles.now()
         try:
             for _ in range(size):
-                self._workers.append(_Worker(prepare, shape, self._workers, files))
+                self._workers.append(_Worker(prepare, self._workers, files))
         except OSError as error:
             refused = len(self._workers) + 1
             self.close()
@@ -87,55 +123,63 @@ class Pool:
 
     @property
     def has_room(self) -> bool:
-        """Whether another batch can be asked for."""
-        return len(self._asked) < AHEAD * self.size
+        """Whether a worker would have nothing to go on with unless another part is asked for."""
+        return len(self._waiting) + sum(len(worker.asked) for worker in self._workers) < AHEAD * self.size
 
-    def ask(self, rows: Sequence[int]) -> None:
-        """Ask for a batch. The workers take turns, so that whose it is needs no lock and no queue for all.
+    def ask(self, rows: Sequence[int], tag: Any = None) -> None:
+        """Ask for a part.
 
         Args:
             rows: Its rows.
+            tag: Comes back with it.
         """
-        worker = self._workers[self._number % self.size]
-        with suppress(OSError):  # Its end is told when it is waited for.
-            worker.pipe.send((self._number // self.size % AHEAD, rows))
+        self._waiting.append(Part(self._number, rows, tag))
         self._number += 1
-        self._asked.append((worker, rows))
+        self._deal()
 
-    @property
-    def pending(self) -> list[Sequence[int]]:
-        """Rows of the batches that were asked for and not taken."""
-        return [rows for _, rows in self._asked]
+    def ask_rest(self, part: Part, rows: Sequence[int], tag: Any) -> None:
+        """Ask for what a worker had no room for, ahead of all that waits."""
+        self._waiting.appendleft(Part(part.number, rows, tag))
+        self._deal()
 
-    def take(self, *, pin: bool) -> tuple[Sequence[int], UInt8[torch.Tensor, "B ..."], Any]:
-        """Wait for the batch that was asked for first.
+    def wait(self, *, block: bool = True) -> Filled | None:
+        """The next part that is filled, whichever it is.
 
         Args:
-            pin: Whether the pixels go into page-locked memory, for a GPU.
+            block: Whether to wait for one.
 
         Returns:
-            Its rows, its pixels [B, ...], and what else the worker says of them.
+            It, or None where there is none yet.
 
         Raises:
-            IncompleteError: A worker has ended, or its memory ran out.
-            NotCopiedError: A worker has no data set object of its own.
-        """  # noqa: DOC501
-        worker, rows = self._asked[0]
-        turn = (self._number - len(self._asked)) // self.size % AHEAD
-        reply = self._receive(worker)
-        if isinstance(reply, _Failed):
-            raise _explained(reply.error, worker, rows) from None
+            IncompleteError: A worker has ended, or none says a word.
+        """
+        if not self._ready:
+            self._listen(block)
+        if not self._ready:
+            return None
+        worker = self._ready.popleft()
         try:
-            # Copied out at once: the worker may write there again as soon as it is asked for more.
-            pixels = torch.empty((len(rows), *self._shape), dtype=torch.uint8, pin_memory=pin)
-            pixels.view(-1).copy_(worker.memories[turn].bytes(pixels.numel()))
+            size, reply = worker.pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended(worker) from None
+        turn, part = worker.asked.popleft()
+        nothing = torch.empty(0, dtype=torch.uint8)
+        if isinstance(reply, _Failed):
+            return Filled(part, nothing, None, _explained(reply.error, worker, part.rows), worker, turn)
+        try:
+            memory = worker.memories[turn].bytes(size) if size else nothing
+            return Filled(part, memory, reply, None, worker, turn)
         except (OSError, RuntimeError, MemoryError) as error:
-            raise _explained(error, worker, rows) from error
-        self._asked.popleft()
-        return rows, pixels, reply
+            return Filled(part, nothing, None, _explained(error, worker, part.rows), worker, turn)
+
+    def release(self, filled: Filled) -> None:
+        """Let the worker write again to the memory of a part, and give it another."""
+        filled.worker.free.append(filled.turn)
+        self._deal()
 
     def close(self) -> None:
-        """End the workers: each after the batch it is at, and what does not end within seconds is killed."""
+        """End the workers: each after the part it is at, and what does not end within seconds is killed."""
         if os.getpid() != self._owner:  # A worker has a copy of this, and is not to end the others.
             return
         workers, self._workers = self._workers, []
@@ -150,34 +194,51 @@ class Pool:
     def __del__(self) -> None:
         self.close()
 
-    def _receive(self, worker: _Worker) -> Any:
+    def _deal(self) -> None:
+        """Give parts that wait to workers that have memory for them, those with the least to do first."""
+        while self._waiting:
+            worker = min((worker for worker in self._workers if worker.free), key=lambda w: len(w.asked), default=None)
+            if worker is None:
+                return
+            part, turn = self._waiting.popleft(), worker.free.popleft()
+            worker.asked.append((turn, part))
+            with suppress(OSError):  # Its end is told when it is waited for.
+                worker.pipe.send((turn, part.rows))
+
+    def _listen(self, block: bool) -> None:
+        """Note which workers have answered."""
         silent = 0.0
-        ends = {other.process.sentinel: other for other in self._workers}
+        pipes = {worker.pipe: worker for worker in self._workers}
+        ends = {worker.process.sentinel: worker for worker in self._workers}
         while True:
-            ready = connection.wait([worker.pipe, *ends], SILENCE)
-            if worker.pipe in ready:
-                with suppress(EOFError, OSError):
-                    return worker.pipe.recv()
-                raise self._ended(worker)
+            ready = connection.wait([*pipes, *ends], SILENCE if block else 0)
+            self._ready.extend(pipes[pipe] for pipe in ready if pipe in pipes)
             for end in ready:
-                raise self._ended(ends[end])  # type: ignore[index]
+                if not self._ready and end in ends:
+                    raise self._ended(ends[end])
+            if self._ready or not block:
+                return
             silent += SILENCE
-            rows = self._asked[0][1]
-            if silent >= PATIENCE:
-                raise IncompleteError(
-                    f"the process {worker.process.pid}, which decodes rows {_span(rows)}, has not answered for "
-                    f"{silent:.0f} seconds",
-                    hint="a file system that does not answer, or a lock that was held when the process was forked: "
-                    "pass `workers=0`. Nothing committed is lost: the same command goes on",
-                )
-            _log.warning(
-                "warning: the process %d, which decodes rows %s, has not answered for %.0f seconds (a file system that "
-                "does not answer? a stopped process? a lock that was held when it was forked? `workers=0` shares "
-                "none); waiting for it, Ctrl-C ends this",
-                worker.process.pid,
-                _span(rows),
-                silent,
+            self._complain(silent)
+
+    def _complain(self, silent: float) -> None:
+        asked = [(worker.asked[0][1], worker) for worker in self._workers if worker.asked]
+        part, worker = min(asked, key=lambda pair: pair[0].number)
+        if silent >= PATIENCE:
+            raise IncompleteError(
+                f"the process {worker.process.pid}, which decodes rows {_span(part.rows)}, has not answered for "
+                f"{silent:.0f} seconds",
+                hint="a file system that does not answer, or a lock that was held when the process was forked: "
+                "pass `workers=0`. Nothing committed is lost: the same command goes on",
             )
+        _log.warning(
+            "warning: the process %d, which decodes rows %s, has not answered for %.0f seconds (a file system that "
+            "does not answer? a stopped process? a lock that was held when it was forked? `workers=0` shares "
+            "none); waiting for it, Ctrl-C ends this",
+            worker.process.pid,
+            _span(part.rows),
+            silent,
+        )
 
     def _ended(self, worker: _Worker) -> IncompleteError:
         worker.process.join(_GRACE)
@@ -193,7 +254,7 @@ class Pool:
                 hint = "a file that it had mapped was cut short, or memory ran out (in a container, its shm size)"
             else:
                 hint = "a library that reads or decodes images crashed: `workers=0` shows where"
-        rows = [_span(rows) for other, rows in self._asked if other is worker]
+        rows = [_span(part.rows) for _, part in worker.asked]
         at = f", which was to decode rows {' and '.join(rows)}," if rows else ""
         return IncompleteError(
             f"a process that decodes images (pid {worker.process.pid}){at} {how}",
@@ -204,17 +265,15 @@ class Pool:
 class _Worker:
     """A worker as its parent sees it."""
 
-    def __init__(
-        self, prepare: Callable[[], Fill], shape: tuple[int, ...], others: Sequence[_Worker], files: OpenFiles
-    ) -> None:
+    def __init__(self, prepare: Callable[[], Fill], others: Sequence[_Worker], files: OpenFiles) -> None:
         # What is open already is closed by the garbage collector where the rest does not come about.
         fork = multiprocessing.get_context("fork")
         self.memories = [_Memory() for _ in range(AHEAD)]
+        self.free = deque(range(AHEAD))  # memories that no part is in
+        self.asked: deque[tuple[int, Part]] = deque()  # memory and part, in the order of their answers
         self.pipe, theirs = fork.Pipe()
         try:
-            self.process = fork.Process(
-                target=_serve, args=(prepare, shape, theirs, self, tuple(others), files), daemon=True
-            )
+            self.process = fork.Process(target=_serve, args=(prepare, theirs, self, tuple(others), files), daemon=True)
             with warnings.catch_warnings():
                 # Python 3.12 warns of fork in a process with threads. Workers decode and do nothing else.
                 warnings.filterwarnings(
@@ -279,13 +338,19 @@ class _Failed:
     error: Exception
 
 
+class _Claimed:
+    """The room of one part, and how much of it was asked for."""
+
+    def __init__(self, memory: _Memory) -> None:
+        self._memory, self.size = memory, 0
+
+    def __call__(self, size: int) -> UInt8[torch.Tensor, " size"]:
+        self.size = size
+        return self._memory.bytes(size)
+
+
 def _serve(
-    prepare: Callable[[], Fill],
-    shape: tuple[int, ...],
-    pipe: Connection,
-    this: _Worker,
-    others: Sequence[_Worker],
-    files: OpenFiles,
+    prepare: Callable[[], Fill], pipe: Connection, this: _Worker, others: Sequence[_Worker], files: OpenFiles
 ) -> None:
     """What a worker does: fill memory as it is asked to, until its parent says so or has gone.
 
@@ -298,24 +363,29 @@ def _serve(
     this.pipe.close()
     for other in others:
         other.forget()
-    fill: Fill | None = None
+    failed = fill = None
+    try:
+        files.open_anew()
+        fill = prepare()  # At once: the first part may be asked for only when the model is ready.
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # Panics of libraries written in Rust are no Exception.
+        failed = _Failed(portable_error(error))
     with suppress(EOFError, ConnectionError):  # The parent has gone: go, without a word.
         while (asked := pipe.recv()) is not None:
             turn, rows = asked
+            room, reply = _Claimed(this.memories[turn]), failed
             try:
-                if fill is None:
-                    files.open_anew()
-                    fill = prepare()
-                size = len(rows) * torch.Size(shape).numel()
-                reply = fill(rows, this.memories[turn].bytes(size).view(len(rows), *shape))
+                if fill is not None:
+                    reply = fill(rows, room)
             except (SystemExit, KeyboardInterrupt):
                 raise
-            except BaseException as error:  # Panics of libraries written in Rust are no Exception.
-                reply = _Failed(_portable(error))
-            pipe.send(reply)
+            except BaseException as error:
+                reply = _Failed(portable_error(error))
+            pipe.send((room.size, reply))
 
 
-def _portable(error: BaseException) -> Exception:
+def portable_error(error: BaseException) -> Exception:
     """The error with its trace as a note, or, where it does not pickle, another that says the same."""
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, Exception):

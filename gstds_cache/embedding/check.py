@@ -12,6 +12,7 @@ from gstds_cache.config import DEVICE, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.decoding import pixels_of
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.shard import NO_FEATURES
 from gstds_cache.encoders.encoder import Encoder
@@ -105,7 +106,7 @@ def _embed_again(
     reasons: dict[int, str] = {}
     for position, row in enumerate(part):
         try:
-            pixels[position] = encoder.spec.preprocessing.pixels(source.image(row))
+            pixels[position] = pixels_of(source, encoder, row)
         except UndecodableError as error:
             reasons[position] = error.reason
     decoded = [position for position in range(len(part)) if position not in reasons]

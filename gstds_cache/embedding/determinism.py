@@ -16,6 +16,7 @@ from jaxtyping import Float32, UInt8
 
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.decoding import pixels_of
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import EncoderError, IncompleteError, in_words
 from gstds_cache.runtime.resources import out_of_memory
@@ -135,7 +136,7 @@ def _decoded(source: ImageSource, encoder: Encoder) -> tuple[tuple[int, ...], UI
     pixels, begun = [], time.perf_counter()
     for row in spaced:
         with suppress(UndecodableError):
-            pixels.append(encoder.spec.preprocessing.pixels(source.image(row)))
+            pixels.append(pixels_of(source, encoder, row))
             rows.append(row)
         if time.perf_counter() - begun > DECODE_SECONDS:
             break

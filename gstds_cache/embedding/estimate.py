@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from gstds_cache.config import EmbedConfig
-from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.loading import default_workers, worth_workers
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.decoding import sample_pixels
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.runtime.notify import Notify
@@ -64,7 +64,8 @@ def estimate_run(
     images = pixels[torch.arange(batch_size) % len(pixels)]
     with _peak_memory(device) as vram:
         forward = _forward_rate(encoder.to(device), images)
-    together = max(workers, 1) * decode
+    # Of a device that decodes, the rate is what it decodes, and its workers read.
+    together = decode if encoder.spec.preprocessing.decoder != "pillow" else max(workers, 1) * decode
     overlap = device.type == "cuda" and workers > 0
     rate = min(forward, together) if overlap else 1 / (1 / forward + 1 / together)
     shard_bytes = shard_rows * row_bytes(encoder, config)
@@ -88,6 +89,7 @@ def estimate_run(
         ram_free=_free_memory(),
         vram_bytes=vram.get("used"),
         vram_free=vram.get("free"),
+        decoder=encoder.spec.preprocessing.decoder,
     )
 
 
@@ -184,21 +186,12 @@ def _fits(encoder: Encoder, device: torch.device, batch_size: int, attempt: Call
 
 
 def _decode_rate(source: ImageSource, encoder: Encoder) -> tuple[float, torch.Tensor]:
-    """Images per second of reading and decoding in this process, and the pixels of those that decode."""
+    """Images per second of reading and decoding in this process or on the device, and pixels of those that decode."""
     rows = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist()
     # The middle before the quarters before the eighths: wherever time is up, what was measured lies evenly.
     order = [rows[i] for i in sorted(range(len(rows)), key=lambda i: f"{i:06b}"[::-1])]
-    pixels, done, begun, spent = [torch.zeros(encoder.input_shape, dtype=torch.uint8)], 0, time.perf_counter(), 0.0
-    for number, row in enumerate([order[0], *order]):
-        with suppress(UndecodableError):
-            pixels.append(encoder.spec.preprocessing.pixels(source.image(row)))
-        if number == 0:
-            begun = time.perf_counter()  # the first image loads codecs, and does not count
-            continue
-        done, spent = done + 1, time.perf_counter() - begun
-        if spent > DECODE_SECONDS:
-            break
-    return done / max(spent, 1e-9), torch.stack(pixels[1:] or pixels)
+    rate, pixels = sample_pixels(source, encoder, order, DECODE_SECONDS)
+    return rate, torch.stack(pixels or [torch.zeros(encoder.input_shape, dtype=torch.uint8)])
 
 
 def _forward_rate(encoder: Encoder, images: torch.Tensor) -> float:

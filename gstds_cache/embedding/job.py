@@ -18,6 +18,7 @@ from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
 from gstds_cache.files.location import Location
+from gstds_cache.runtime.devices import resolve_devices
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.format import CURRENT
 from gstds_cache.store.metadata import StoreMetadata
@@ -48,6 +49,11 @@ class EmbedJob:
     def fitting(self, batch_size: int, notify: Notify | None = None) -> int:
         """The largest of ``batch_size``, a half, a quarter, ... that fits; the pass that shows it is not wasted."""
         return fitting_batch_size(self.encoder, self.device, batch_size, notify, self.determinism.first_pass)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices; ``device`` is the first."""
+        return resolve_devices(self.config.device)
 
     @property
     def batch_size(self) -> int | None:
@@ -165,4 +171,5 @@ def embed_command(dataset: str, config: EmbedConfig) -> list[str]:
     default = EmbedConfig()
     command += ["--model", config.model] if config.model != default.model else []
     command += ["--dtype", config.dtype] if config.dtype != default.dtype else []
+    command += ["--decoder", config.decoder] if config.decoder != default.decoder else []
     return command + (["--allow-untrained"] if config.allow_untrained else [])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
+from gstds_cache.data.loading import Workers
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder
 from gstds_cache.embedding.estimate import disk_bytes, estimate_run, require_disk, workers_for
 from gstds_cache.embedding.job import (
     EmbedJob,
@@ -28,12 +31,14 @@ from gstds_cache.embedding.job import (
     resolve_store,
 )
 from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.embedding.several import DeviceSetup, SeveralDevices
 from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.digest import digest_of
 from gstds_cache.files.location import Location, LocationLike
-from gstds_cache.runtime.devices import describe_device, resolve_device
+from gstds_cache.runtime.devices import describe_device, resolve_devices
 from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
@@ -68,7 +73,7 @@ def embed_dataset(
         where: The store: a directory, or a URL; None makes a name from data set, model and fingerprint under ``root``.
         root: The folder of stores that are named by their contents; needed where ``where`` is None.
         reuse: Other stores, complete or not; rows of the same bytes by the same encoder are taken over.
-        executor: Where shards run; in this process by default.
+        executor: Where shards run; in this process by default, and in others where ``config`` names several devices.
         progress: Called with phase, images done, images in all, and shares of the time (:meth:`Clock.shares`; empty
             while hashing).
         notify: Called with lines for the user before the work begins: an estimate, a batch size that did not fit.
@@ -79,7 +84,7 @@ def embed_dataset(
 
     Raises:
         ValueError: Neither ``where`` nor ``root`` is given.
-        UsageError: ``where`` is no place for a store, or the model does not fit the device.
+        UsageError: ``where`` is no place for a store, the model does not fit the device, or there is no such decoder.
         EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store holds something else, or a store of ``reuse`` was made in another way.
         ChunkCorruptError: A store is damaged.
@@ -91,12 +96,13 @@ def embed_dataset(
         raise ValueError("where or root is needed")
     begun = time.perf_counter()
     progress = progress or (lambda _phase, _done, _total, _shares: None)
-    device = resolve_device(config.device)
+    device = resolve_devices(config.device)[0]
     manifest = build_manifest(
         source, hash_cache=hash_cache, progress=lambda done, total: progress("hash", done, total, {})
     )
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
+    decode_by(encoder, config.decoder, device)
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
@@ -106,25 +112,27 @@ def embed_dataset(
     stored = find_store(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    spec, hit = resolve_store(job, stored, manifest)
-    if hit is not None:
-        job.seconds["total"] = time.perf_counter() - begun
-        hit.report = _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
-        return hit
-    estimating = time.perf_counter()
-    estimate = _estimate_rest(job, location, stored, spec)
-    job.seconds["estimate"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - estimating
-    attributes = {
-        "kind": manifest.kind,
-        "classes": list(manifest.classes),
-        "provenance": _provenance(source.uri, config, device),
-    }
-    items = manifest.to_arrow()
-    with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
-        del items
-        task, before = _fill(job, writer, executor or LocalExecutor(), progress)
-        finishing = time.perf_counter()
-        writer.finish(lambda done, total: progress("check", done, total, {}))
+    with _workers_ahead(job, stored) as workers:
+        try_decoder(encoder, device)
+        spec, hit = resolve_store(job, stored, manifest)
+        if hit is not None:
+            job.seconds["total"] = time.perf_counter() - begun
+            hit.report = _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
+            return hit
+        estimating = time.perf_counter()
+        estimate = _estimate_rest(job, location, stored, spec)
+        job.seconds["estimate"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - estimating
+        attributes = {
+            "kind": manifest.kind,
+            "classes": list(manifest.classes),
+            "provenance": _provenance(source.uri, config, job.devices),
+        }
+        items = manifest.to_arrow()
+        with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
+            del items
+            task, before = _fill(job, writer, workers, executor, progress)
+            finishing = time.perf_counter()
+            writer.finish(lambda done, total: progress("check", done, total, {}))
     store = EmbeddingStore(writer.metadata)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
@@ -157,8 +165,10 @@ def estimate_dataset(
         EncoderError: The model cannot be built, or its rows mean nothing.
         FingerprintMismatchError: The store at ``where`` holds something else, as far as can be seen without hashing.
     """
-    device = resolve_device(config.device)
+    device = resolve_devices(config.device)[0]
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
+    decode_by(encoder, config.decoder, device)
+    try_decoder(encoder, device)
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     location = None if where is None else Location.parse(where)
     stored = None if location is None else find_store(location)
@@ -171,6 +181,32 @@ def estimate_dataset(
     check_determinism(job, spec)
     folder = location or (None if root is None else Location(root))
     return _estimate(job, spec, folder, _committed_rows(stored))
+
+
+@contextmanager
+def _workers_ahead(job: EmbedJob, stored: StoreMetadata | None) -> Iterator[Workers | None]:
+    """Start the processes that decode, unless the store is complete: none is needed to find it.
+
+    They start while the model goes to its device and warms up, and before there is a CUDA context: forking 14 processes
+    took 0.9 s of a process with one model's memory, and more with a GPU's mapped as well.
+
+    Yields:
+        The processes, which have ended when the block ends.
+    """
+    complete = None
+    with suppress(ChunkCorruptError):
+        complete = None if stored is None else stored.complete()
+    if complete is not None:
+        yield None
+        return
+    with closing(start_workers(job.source, job.encoder, _workers_of_a_device(job))) as workers:
+        yield workers
+
+
+def _workers_of_a_device(job: EmbedJob) -> int:
+    """Processes that decode for one device: an equal share of all."""
+    workers = workers_for(job.source, job.encoder, job.config.workers, job.device)
+    return min(workers, max(1, workers // len(job.devices)))
 
 
 def _estimate_rest(job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
@@ -241,27 +277,48 @@ def _report(
     )
 
 
-def _fill(job: EmbedJob, writer: StoreWriter, executor: Executor, progress: Progress) -> tuple[EmbedTask, int]:
+def _fill(
+    job: EmbedJob, writer: StoreWriter, workers: Workers | None, executor: Executor | None, progress: Progress
+) -> tuple[EmbedTask, int]:
     """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
     spec = writer.spec
     committed = writer.recover()
     before = sum(len(spec.rows_of(shard)) for shard in committed)
+    count = _workers_of_a_device(job)
+    several = _several_devices(job, spec, count) if executor is None and len(job.devices) > 1 else None
+    clocks = [] if several is None else several.clocks
 
     def on_batch(clock: Clock) -> None:
-        progress("embed", before + clock.images + clock.reused, spec.items, clock.shares())
+        done = sum(one.images + one.reused for one in (clock, *clocks))
+        progress("embed", before + done, spec.items, clock.shares())
 
     task = EmbedTask(
         job.source,
         job.encoder,
         writer,
         device=job.device,
-        workers=workers_for(job.source, job.encoder, job.config.workers, job.device),
+        workers=count if workers is None else workers,
         known=job.known,
         on_batch=on_batch,
     )
-    for _commit in executor.run(task, [shard for shard in range(spec.shards) if shard not in committed]):
+    shards = [shard for shard in range(spec.shards) if shard not in committed]
+    for _commit in (several or executor or LocalExecutor()).run(task, shards):
         pass
+    for clock in clocks:
+        task.clock.add(clock)
+    if job.config.decoder != "pillow" and task.clock.on_device < task.clock.images:
+        job.notify(
+            f"note: `decoder={job.config.decoder}` decoded {task.clock.on_device:,} of {task.clock.images:,} images; "
+            "Pillow had the others, which are no JPEGs of a kind that a device decodes"
+        )
     return task, before
+
+
+def _several_devices(job: EmbedJob, spec: CacheSpec, workers: int) -> SeveralDevices:
+    config = job.config
+    knows = job.known is not None
+    setup = DeviceSetup(job.source, config.model, config.allow_untrained, config.decoder, spec, workers, knows)
+    return SeveralDevices(setup, job.devices[1:])
 
 
 def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManifest, config: EmbedConfig) -> str:
@@ -273,13 +330,13 @@ def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManife
     return f"{words[0][:20]}-{words[1][:28]}-{identity}"
 
 
-def _provenance(dataset: str, config: EmbedConfig, device: torch.device) -> dict[str, Any]:
+def _provenance(dataset: str, config: EmbedConfig, devices: tuple[torch.device, ...]) -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
     return {
         "dataset": dataset,
         "model": config.model,
         "command": embed_command(dataset, config),
-        "device": describe_device(device),
+        "device": ", ".join(map(describe_device, devices)),
         "python": platform.python_version(),
         **versions,
     }

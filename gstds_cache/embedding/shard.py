@@ -2,29 +2,34 @@
 
 Three things go on at once: worker processes decode the batches to come, this thread runs the model, and one thread
 commits the shard before. On a GPU the model's kernels run behind this thread as well: it queues a batch, and only then
-waits for the rows of the batch before.
+waits for the rows of the batch before; pixels are copied there while the batch before is in the model.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import tee
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from gstds_cache.data.loading import PixelBatch, PixelBatches, pixel_batches
+from gstds_cache.data.loading import PixelBatch, PixelBatches, Workers
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.decoding import open_batches, start_workers
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
+from gstds_cache.runtime.devices import own_stream
 from gstds_cache.runtime.resources import GO_ON, explain, out_of_memory
+from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
-from gstds_cache.store.writer import StoreWriter
+from gstds_cache.store.spec import CacheSpec
 
 Known = Callable[[range], tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]]
 NO_FEATURES = "no features: the model gives zeros alone for this image"
@@ -49,6 +54,7 @@ class Clock:
         images: Images put through the model.
         shards: Shards committed.
         reused: Rows of the shards done so far that were known already.
+        on_device: Images that the device decoded.
         started: When embedding began (``time.perf_counter``).
         ended: When it ended; 0 while it goes on.
     """
@@ -62,12 +68,18 @@ class Clock:
     images: int = 0
     shards: int = 0
     reused: int = 0
+    on_device: int = 0
     started: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
 
     def elapsed(self) -> float:
         """Seconds from the start to the end, or to now."""
         return (self.ended or time.perf_counter()) - self.started
+
+    def add(self, other: Clock) -> None:
+        """Add what another process did beside this one; the time of the main thread stays this one's."""
+        for name in ("decode", "commit", "workers", "images", "shards", "reused", "on_device"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def shares(self) -> dict[str, float]:
         """What share of the time was spent how: of the workers' time for decode, of the wall clock for the others."""
@@ -110,6 +122,22 @@ class _Flight:
     copied: torch.cuda.Event | None = None
 
 
+@runtime_checkable
+class ShardWriter(Protocol):
+    """What commits shards: :class:`gstds_cache.store.writer.StoreWriter`, or another process's."""
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What the store holds."""
+        ...
+
+    def commit(
+        self, shard: int, rows: Float[np.ndarray, "R D"], quarantined: Sequence[Quarantined] = ()
+    ) -> CommitRecord:
+        """Commit one shard."""
+        ...
+
+
 class EmbedTask:
     """Embeds shards of one store: an :class:`gstds_cache.runtime.executor.Executor` task."""
 
@@ -117,10 +145,10 @@ class EmbedTask:
         self,
         source: ImageSource,
         encoder: Encoder,
-        writer: StoreWriter,
+        writer: ShardWriter,
         *,
         device: torch.device,
-        workers: int,
+        workers: int | Workers,
         known: Known | None = None,
         on_batch: Callable[[Clock], None] | None = None,
     ) -> None:
@@ -131,20 +159,23 @@ class EmbedTask:
             encoder: The reference model, which is moved to ``device``.
             writer: The store.
             device: Where the model runs.
-            workers: Processes that decode.
+            workers: Processes that decode: how many, or those that were started already, for the first call.
             known: For a range of rows, which of them [R] are known already, and those rows' embeddings [K, D] in order;
                 they are neither decoded nor embedded. Asked once for each shard, and twice for one that is known whole.
             on_batch: Called after every batch.
         """
         self.source, self.encoder, self.writer = source, encoder.to(device), writer
-        self.device, self.workers, self.known, self.on_batch = device, workers, known, on_batch
+        self.device, self.known, self.on_batch = device, known, on_batch
+        self._started = workers if isinstance(workers, Workers) else None
+        self.workers = workers if isinstance(workers, int) else workers.size
+        self._upload = _Upload(device) if device.type == "cuda" else None
         self.clock = Clock()
 
-    def __call__(self, shards: Sequence[int]) -> Iterator[CommitRecord]:
+    def __call__(self, shards: Iterable[int]) -> Iterator[CommitRecord]:
         """Embed and commit ``shards`` one after the other.
 
         Args:
-            shards: Shards to embed.
+            shards: Shards to embed; read a few ahead.
 
         Yields:
             The commit record of each shard, once it is durable, in order.
@@ -156,9 +187,11 @@ class EmbedTask:
         """  # noqa: DOC501
         self.clock = Clock(workers=self.workers)
         try:
-            yield from self._run(shards)
+            # Beside a GPU this process computes next to nothing, and more threads would wait for cores that decode.
+            with limited_threads(1 if self.device.type == "cuda" else 0):
+                yield from self._run(shards)
         except (OSError, RuntimeError, MemoryError) as error:
-            incomplete = self._incomplete(error, len(shards))
+            incomplete = self._incomplete(error, len(shards) if isinstance(shards, Sized) else self.clock.shards)
             if incomplete is None:
                 raise
             raise incomplete from error
@@ -183,16 +216,12 @@ class EmbedTask:
         again = "" if explained.hint.endswith(GO_ON) else f", {GO_ON}"
         return IncompleteError(explained.message, hint=f"{explained.hint}{again}: {done}")
 
-    def _run(self, shards: Sequence[int]) -> Iterator[CommitRecord]:
-        plan = _Plan(self.writer, self.known)
-        batches = pixel_batches(
-            self.source,
-            self.encoder.spec.preprocessing.pixels,
-            self.encoder.input_shape,
-            (rows for shard in shards for rows in plan.look_ahead(shard)),
-            workers=self.workers,
-            pin=self.device.type == "cuda",
-        )
+    def _run(self, shards: Iterable[int]) -> Iterator[CommitRecord]:
+        plan = _Plan(self.writer.spec, self.known)
+        shards, ahead = tee(shards)
+        workers, self._started = self._started or start_workers(self.source, self.encoder, self.workers), None
+        rows = (rows for shard in ahead for rows in plan.look_ahead(shard))
+        batches = open_batches(workers, self.encoder, rows, self.device)
         in_flight: deque[_Flight] = deque()
         # Whatever ends this block (an error, Ctrl-C, a caller who has enough) ends the thread and the workers too. A
         # commit that has begun is finished: it is a whole shard.
@@ -223,7 +252,9 @@ class EmbedTask:
             self.clock.waiting += loaded - begun
             self.clock.decode += batch.seconds
             self.clock.workers = batches.workers
-            features = self.encoder.queue(_filled_up(batch.pixels, self.writer.spec.batch_size))
+            self.clock.on_device += batch.on_device
+            pixels = batch.pixels if self._upload is None else self._upload(batch.pixels)
+            features = self.encoder.queue(_filled_up(pixels, self.writer.spec.batch_size))
             # For a GPU: into page-locked memory, or the copy would wait for the forward pass.
             here = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.device.type == "cuda")
             here.copy_(features, non_blocking=True)
@@ -270,14 +301,32 @@ class EmbedTask:
         work.quarantined += [Quarantined(row, self.source.ids[row], failures[row]) for row in sorted(failures)]
 
 
+class _Upload:
+    """Copies pixels to a GPU beside what it computes, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, own_stream(device)
+
+    def __call__(self, pixels: UInt8[torch.Tensor, "n 3 H W"]) -> UInt8[torch.Tensor, "n 3 H W"]:
+        """``pixels`` on the device; what the current stream does next waits for them, and this does not."""
+        if pixels.is_cuda:
+            return pixels
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            there = pixels.to(self._device, non_blocking=True)
+        current.wait_stream(self._stream)
+        there.record_stream(current)  # Else their memory would be taken for the next batch while the model reads it.
+        return there
+
+
 class _Plan:
     """Shards' work, prepared by whoever needs it first: the loader, which looks for rows to decode, or the main loop.
 
     Both are the same thread.
     """
 
-    def __init__(self, writer: StoreWriter, known: Known | None) -> None:
-        self._spec, self._known = writer.spec, known
+    def __init__(self, spec: CacheSpec, known: Known | None) -> None:
+        self._spec, self._known = spec, known
         self._work: dict[int, ShardWork] = {}
         self._nothing_to_do: set[int] = set()
 
@@ -317,7 +366,7 @@ class CommitThread:
     waits for what is under way and ends the thread.
     """
 
-    def __init__(self, writer: StoreWriter, clock: Clock) -> None:
+    def __init__(self, writer: ShardWriter, clock: Clock) -> None:
         self._writer, self._clock = writer, clock
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="gstds-commit")
         self._pending: Future[CommitRecord] | None = None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float32, UInt8
 from torch import nn
 
 from gstds_cache.encoders.module import TAKES, make_ready, run
-from gstds_cache.encoders.preprocessing import Preprocessing
+from gstds_cache.encoders.preprocessing import DEVICE_FILTERS, Preprocessing
 from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
 from gstds_cache.runtime.resources import out_of_memory
@@ -80,6 +80,31 @@ class Encoder:
     def input_shape(self) -> tuple[int, int, int]:
         """Shape [3, H, W] of one image's pixels."""
         return (3, *self.spec.preprocessing.crop)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    def decoded_by(self, decoder: Literal["pillow", "nvjpeg"], version: str) -> Encoder:
+        """Say that a device decodes the images, and torch resizes them; returns self.
+
+        Args:
+            decoder: Which.
+            version: The version of the decoder.
+
+        Raises:
+            EncoderError: torch has no such filter for images.
+        """
+        preprocessing = self.spec.preprocessing
+        if preprocessing.interpolation not in DEVICE_FILTERS:
+            raise EncoderError(
+                f"{self.spec.model}: got {preprocessing.interpolation!r} as filter of its resize, which a device has "
+                f"not, expected one of {', '.join(DEVICE_FILTERS)}",
+                hint="use `decoder='pillow'`",
+            )
+        self.spec = replace(self.spec, preprocessing=replace(preprocessing, decoder=decoder, decoder_version=version))
+        return self
 
     def to(self, device: torch.device) -> Encoder:
         """Move the model to ``device``; returns self."""

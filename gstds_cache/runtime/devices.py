@@ -19,14 +19,40 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: The name is none of these, or there is no such device.
     """
-    if name == "auto":
+    return _resolved(name, name, "auto, cpu, cuda or cuda:N")
+
+
+def resolve_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that ``name`` means on this machine.
+
+    Args:
+        name: As for :func:`resolve_device`, or several with commas between: ``cuda:0,1`` is ``cuda:0,cuda:1``.
+
+    Returns:
+        The devices, one at least.
+
+    Raises:
+        UsageError: There is no such device, or a GPU is named twice.
+    """
+    expected = "auto, cpu, cuda, cuda:N or cuda:N,M,..."
+    parts = name.split(",")
+    words = [f"cuda:{part}" if number and part.isdecimal() else part for number, part in enumerate(parts)]
+    devices = tuple(_resolved(word, name, expected) for word in words)
+    gpus = [device.index or 0 for device in devices if device.type == "cuda"]
+    if len(set(gpus)) < len(gpus) or len({device.type for device in devices}) > 1:
+        raise UsageError(f"`device`: got {name!r}, expected different GPUs")
+    return devices
+
+
+def _resolved(word: str, name: str, expected: str) -> torch.device:
+    if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(word)
     except RuntimeError as error:
-        raise UsageError(f"`device`: got {name!r}, expected auto, cpu, cuda or cuda:N") from error
+        raise UsageError(f"`device`: got {name!r}, expected {expected}") from error
     if device.type not in {"cpu", "cuda"}:
-        raise UsageError(f"`device`: got {name!r}, expected auto, cpu, cuda or cuda:N")
+        raise UsageError(f"`device`: got {name!r}, expected {expected}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"`device`: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices",
@@ -45,3 +71,11 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU's beside the current one, which goes first where both have something to do.
+
+    PyTorch hands out a few dozen streams in turn: keep it, rather than make another.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ class Estimate:
         batch_size: Images per forward pass; it fits the device.
         workers: Processes that decode.
         device: Kind of device.
-        decode_per_second: Images one process reads and decodes in a second.
+        decode_per_second: Images one process reads and decodes in a second; or the device, where that decodes.
         forward_per_second: Images the model takes in a second, by itself.
         images_per_second: What both make together.
         seconds: Time for the images that are left.
@@ -32,6 +32,7 @@ class Estimate:
         ram_free: Memory it can have, or None where nobody knows.
         vram_bytes: Memory on the GPU, or None without one.
         vram_free: Memory it can have there.
+        decoder: What decodes.
     """
 
     items: int
@@ -50,6 +51,7 @@ class Estimate:
     ram_free: int | None
     vram_bytes: int | None
     vram_free: int | None
+    decoder: str = "pillow"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -66,11 +68,12 @@ class Estimate:
             f"{name} {size_text(need)}" + (f" of {size_text(free)} free" if free is not None else "")
             for name, need, free in needs
         ]
+        where = f"in each of {max(self.workers, 1)}" if self.decoder == "pillow" else f"with {self.decoder}"
         short = [name for name, need, free in needs if free is not None and need > free]
         return [
             f"estimate: {self.images:,} images{done} at about {self.images_per_second:,.0f}/s take "
-            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} (decoding {self.decode_per_second:,.0f}/s in each of "
-            f"{max(self.workers, 1)}, the model {self.forward_per_second:,.0f}/s at batch size {self.batch_size})",
+            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} (decoding {self.decode_per_second:,.0f}/s {where}, "
+            f"the model {self.forward_per_second:,.0f}/s at batch size {self.batch_size})",
             f"needs: {', '.join(texts)}",
             *([f"warning: not enough {' and '.join(short)}"] if short else []),
         ]

@@ -520,3 +520,44 @@ def test_a_loader_that_nobody_needs_any_more_ends_its_workers() -> None:
     assert len(multiprocessing.active_children()) == 2
     del batches
     assert multiprocessing.active_children() == []
+
+
+def process_number(_image: Image.Image) -> torch.Tensor:
+    """The number of the process that decodes, in three bytes."""
+    return torch.tensor([os.getpid() >> shift & 255 for shift in (0, 8, 16)], dtype=torch.uint8).view(3, 1, 1)
+
+
+def test_a_batch_is_decoded_by_all_processes() -> None:
+    with closing(decoded(Plain(), 4, [range(96), range(8)], shape=(3, 1, 1), transform=process_number)) as batches:
+        processes = {tuple(pixels.flatten().tolist()) for pixels in next(batches).pixels}
+        assert len(processes) == 4
+        assert len({tuple(pixels.flatten().tolist()) for pixels in next(batches).pixels}) == 1  # not worth to be shared
+
+
+def test_slow_images_hold_up_no_other_process_and_what_is_ahead_has_a_limit(tmp_path) -> None:
+    seen = tmp_path / "seen"
+
+    def act(row: int) -> None:
+        with seen.open("a") as file:
+            file.write(".")
+        time.sleep(2.0 if row == 0 else 0.001)
+
+    spans = [range(16), *[range(16, 32)] * 99]
+    with closing(decoded(Plain(act), 3, spans, **TINY)) as batches:
+        assert next(batches).rows == tuple(range(16))
+        done = seen.stat().st_size // 16
+        assert 8 < done < 40  # By turns it would have been five.
+        begun = time.monotonic()
+        assert all(next(batches).rows == tuple(range(16, 32)) for _ in range(8))
+        assert time.monotonic() - begun < 1.0
+
+
+def test_an_error_is_told_when_its_batch_is_the_next(tmp_path) -> None:
+    def broken() -> None:
+        raise KeyError("a bug of mine")
+
+    spans = [range(start, start + 10) for start in range(0, 100, 10)]
+    with closing(decoded(at(55, broken), 3, spans, **TINY)) as batches:
+        assert [next(batches).rows[0] for _ in range(5)] == [0, 10, 20, 30, 40]
+        with pytest.raises(KeyError, match="a bug of mine"):
+            next(batches)

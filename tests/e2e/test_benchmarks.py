@@ -38,6 +38,9 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
             assert result["cases"][case]["by_rows"]["600"]["ms_per_batch"]["median"] > 0
     if path.stem == "bench_embed":
         assert result["embed_over_limit"]["median"] > 0
+    if path.stem == "bench_embed_gpu":
+        for size in ("0.02 megapixels", "1 megapixels"):
+            assert all(result[size]["embed"][way]["over_limit"]["median"] > 0 for way in ("pillow", "nvjpeg"))
     if path.stem == "bench_gpu":
         assert min(result["path, B=32"]["same_rows_kept_as_on_the_cpu"].values()) >= 0.99
         assert result["solver, B=32"]["q=1"]["cosine_of_vectors"]["min"] > 0.999

@@ -194,7 +194,7 @@ def test_memory_that_runs_out_on_the_way_loses_nothing(array_source, watched, tm
 
 
 @pytest.mark.parametrize(
-    ("device", "cores", "workers"), [("cpu", 1, 1), ("cpu", 2, 1), ("cpu", 16, 4), ("cuda", 2, 1), ("cuda", 16, 14)]
+    ("device", "cores", "workers"), [("cpu", 1, 1), ("cpu", 2, 1), ("cpu", 16, 4), ("cuda", 2, 2), ("cuda", 16, 16)]
 )
 def test_workers_that_nobody_chose_fit_the_machine(monkeypatch, device, cores, workers) -> None:
     monkeypatch.setattr(loading, "cores", lambda: cores)

@@ -19,7 +19,7 @@ from gstds_cache.data.manifest import build_manifest
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.embedding.shard import Clock, EmbedTask, out_of_memory
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import IncompleteError
+from gstds_cache.errors import FingerprintMismatchError, IncompleteError
 from gstds_cache.store import layout
 from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
@@ -94,6 +94,29 @@ def test_a_shard_is_committed_while_the_next_is_embedded(array_source, watched, 
     assert (order, most[0]) == ([0, 1, 2, 3, 4], 1)
     assert task.clock.commit > 0
     assert commit_threads() == []
+
+
+def test_decoders_start_before_the_model_and_not_for_a_store_that_is_there(array_source, watched, tmp_path) -> None:
+    children: list[int] = []
+    watched.ON_FORWARD = lambda: children.append(len(multiprocessing.active_children()))
+    config = config_of(watched.URI, workers=2)
+    embed_dataset(array_source(20), config, where=tmp_path / "s")
+    tried = children.count(0)  # the factory's own check of the model, which tells the shape of what they decode
+    assert children == [0] * tried + [2] * (len(children) - tried)
+    assert len(children) - tried == 2 + 5  # the determinism check, and the batches
+    assert multiprocessing.active_children() == []
+    del children[:]
+    assert embed_dataset(array_source(20), config, where=tmp_path / "s").report.cache_hit
+    assert set(children) == {0}
+
+
+def test_decoders_end_where_the_run_is_refused(array_source, watched, tmp_path) -> None:
+    embed_dataset(array_source(20), config_of(watched.URI), where=tmp_path / "s")
+    (tmp_path / "s" / CURRENT.commit_key(0)).unlink()
+    (tmp_path / "s" / layout.COMPLETE).unlink()
+    with pytest.raises(FingerprintMismatchError):
+        embed_dataset(array_source(20), config_of(watched.URI, workers=2, dtype="float32"), where=tmp_path / "s")
+    assert multiprocessing.active_children() == []
 
 
 def test_an_error_of_a_commit_stops_the_run_soon(array_source, watched, tmp_path, monkeypatch) -> None:
