@@ -245,9 +245,11 @@ def _hold_run_dir(
 
 
 def _as_begun(config: TrainConfig, path: Path) -> TrainConfig:
-    """The settings, less those that the run there was begun without."""
+    """The settings; without re-estimated statistics where the run there was begun before there were any."""
     stored = stored_config(path)
-    return config if stored is None else replace(config, **{k: v for k, v in LATER.items() if k not in stored})
+    if stored is None or "norm_samples" in stored:
+        return config
+    return replace(config, norm_samples=LATER["norm_samples"])
 
 
 @contextmanager

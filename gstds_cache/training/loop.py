@@ -19,6 +19,7 @@ import time
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from itertools import accumulate, chain
 
 import numpy as np
@@ -42,12 +43,13 @@ from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.classes import count_classes
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.evaluate import Accuracy, evaluate
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.images import ImageFeed
 from gstds_cache.training.network import build_network, check_network, norms_frozen
 from gstds_cache.training.optimizer import build_optimizer, one_cycle
 from gstds_cache.training.report import TrainingResult, waiting_shares
 from gstds_cache.training.run_dir import RunDir
-from gstds_cache.training.steps import StepReader
+from gstds_cache.training.steps import StepReader, remainder_of
 
 StopAsked = Callable[[], bool]
 Interruptible = Callable[[], AbstractContextManager[StopAsked]]
@@ -143,7 +145,9 @@ class Trainer:
         check_network(self.network, config.arch, config.image_size, classes, self.device)
         self.optimizer = build_optimizer(self.network, config)
         self.autocast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-        self._steps = StepReader(stream, batch_size=config.repack or None)
+        draws = partial(Feedback, draw=config.draw, importance=config.importance_weights)
+        remainder = remainder_of(stream.header)
+        self._steps = StepReader(stream, batch_size=config.repack or None, remainder=remainder, feedback=draws)
         self._epoch_ends = frozenset(accumulate(self._steps.per_epoch))
         self.step, self._samples, self._sha = 0, 0, ""
         self._loss_sum, self._epoch_loss, self._forward_samples = 0.0, math.nan, 0
@@ -158,7 +162,7 @@ class Trainer:
         self._restore()
         loader = BatchLoader(self._steps, self._feed, self.ranks, self.seconds)
         callers_random_numbers = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-        with callers_random_numbers, interruptible() as stop_asked, closing(loader.batches()) as batches:
+        with callers_random_numbers, interruptible() as stop_asked, closing(loader.all_batches()) as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
                 started = time.perf_counter()
@@ -171,9 +175,11 @@ class Trainer:
                 self._count(batch, value, samples, time.perf_counter() - started)
                 # 4. The epoch's end, and whoever wants to stop.
                 if self.step in self._epoch_ends:
+                    self._end_feedback()
                     self.end_epoch(batch.epoch)
                 self._show_progress()
                 if stop:
+                    self._share_losses()
                     self._save()
                     raise KeyboardInterrupt
         # 5. What tests the network: statistics of all rows, in the last checkpoint too.
@@ -206,12 +212,26 @@ class Trainer:
         target = self.targets(batch)
         pixels = self.augmented(self.pixels(batch), (batch.positions, batch.size))
         logits = self.logits(pixels)
+        if self._steps.feedback is not None:
+            return self._reported(self._steps.feedback, batch, logits, target), batch.size
         if self.ranks.world_size == 1:
             return nn.functional.cross_entropy(logits, target), batch.size
         # Rows that were repeated to make slices equal count for nothing.
         own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
         loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum")
         return loss * self.ranks.world_size / batch.size, batch.size
+
+    def _reported(
+        self, feedback: Feedback, batch: TrainingBatch, logits: Float32[Tensor, "m C"], target: Int64[Tensor, " m"]
+    ) -> Float32[Tensor, ""]:
+        """The loss that a step on candidates descends; the loss of each row is reported, and waits on the device."""
+        own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
+        losses = nn.functional.cross_entropy(logits[:own], target[:own], reduction="none")
+        feedback.report(self.step + 1, batch.rows[:own], losses)
+        if self.config.importance_weights:
+            weights = torch.from_numpy(feedback.weights_of(batch.rows[:own]))
+            losses = losses * weights.to(self.device, non_blocking=True)
+        return losses.sum() * self.ranks.world_size / batch.size
 
     def end_epoch(self, epoch: int) -> None:
         """Write down the epoch's loss, and save a checkpoint."""
@@ -252,11 +272,24 @@ class Trainer:
             scores: Tensor = self.model(to_input(pixels)).float()
         return scores
 
+    def _share_losses(self) -> None:
+        """Let every rank know the losses of all, as the first one's checkpoint is that of all."""
+        if self._steps.feedback is not None:
+            self._steps.feedback.share(self.ranks.gather if self.ranks.world_size > 1 else None)
+
+    def _end_feedback(self) -> None:
+        """Draw the next epoch by the losses of this one."""
+        if self._steps.feedback is not None:
+            self._share_losses()
+            self._steps.feedback.end_epoch(self._steps.position.epoch)
+
     def _next_batch(self, batches: Generator[TrainingBatch, None, None], stop_asked: StopAsked) -> TrainingBatch | None:
         try:
             batch = next(batches, None)
         except (StreamError, IncompleteError):
-            self._save()
+            # Of several ranks one may be alone here, and know no losses but its own: the last checkpoint stays.
+            if self._steps.feedback is None or self.ranks.world_size == 1:
+                self._save()
             if stop_asked():  # Ctrl-C ended the producer at the other end of the pipe as well
                 raise KeyboardInterrupt from None
             raise
@@ -319,6 +352,8 @@ class Trainer:
             for phase, value in checkpoint.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + value
             self._meter.resume(checkpoint.joules)
+            if self._steps.feedback is not None:
+                self._steps.feedback.load(checkpoint.feedback)
             self._steps.seek(self.step, self._sha)
         self.model = self.ranks.wrap(self.network)
         self.network.train()
@@ -338,6 +373,7 @@ class Trainer:
                 seconds=self.seconds,
                 joules=self._meter.joules,
                 forward_samples=self._forward_samples,
+                feedback=None if self._steps.feedback is None else self._steps.feedback.state(),
             )
         )
 
