@@ -45,6 +45,7 @@ from .errors import UsageError as UsageError
 from .graph.knn import knn_graph as knn_graph
 from .graph.neighbors import KnnGraph as KnnGraph
 from .runtime.allocator import keep_freed_memory as keep_freed_memory
+from .selection.draws import Draw as Draw
 from .selection.rule import Rule as Rule
 from .selection.rule import RuleBatch as RuleBatch
 from .spectral.fiedler import fiedler_vectors as fiedler_vectors

@@ -92,6 +92,15 @@ class Draw:
     needs_prior: bool = True
     source: str = ""
 
+    def __call__(
+        self,
+        last: Float64[np.ndarray, " b"],
+        reference: Float64[np.ndarray, " b"],
+        prior: Float64[np.ndarray, " b"],
+    ) -> Float64[np.ndarray, " b"]:
+        """The scores of rows that were trained on."""
+        return self.score(last, reference, prior)
+
     def scores(
         self, candidates: Candidates, last: Float32[np.ndarray, " B"] | Float64[np.ndarray, " B"]
     ) -> Float64[np.ndarray, " B"]:

@@ -25,7 +25,7 @@ from gstds_cache.selection.draws import Draw, draw_rows, find_draw, importance_w
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.schema import Header
 
-Reported = tuple[int, Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]
+Reported = tuple[int, Int64[np.ndarray, " _"], Float32[np.ndarray, " _"]]
 Gather = Callable[[list[Reported]], list[list[Reported]]]
 """Gives each rank's value, in order, to every rank; all ranks have to ask."""
 

@@ -55,20 +55,21 @@ class BatchReports:
         """Draw the rows of ``epoch`` from now on; what was reported of the one before is complete.
 
         Raises:
-            UsageError: A part of the batches was reported, so that it is not known which.
+            UsageError: A part of the batches was reported, so that it is not known which; or another part than on other
+                ranks.
         """
         feedback = self.feedback
         if epoch <= feedback.epoch:
             return
         missing = len(self._waiting)
+        if missing or feedback.unshared:  # other ranks may wait for this one at the end of their epoch
+            self._share(wanted=self._world_size > 1 and _joined())
         if missing and feedback.reported:
             raise UsageError(
                 f"{missing} of {missing + feedback.reported} batches of epoch {feedback.epoch} were not reported: "
                 "losses may have been taken for other rows'",
                 hint="call sampler.report(losses) after every step, or never",
             )
-        if missing or feedback.unshared:
-            self._share(wanted=self._world_size > 1 and _joined())
         self._note_unreported(missing, epoch)
         feedback.end_epoch(epoch)
         self._waiting.clear()
