@@ -23,6 +23,7 @@ from gstds_cache.selection.selected_batch import Candidates
 
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
+APART = 4000.0  # more than logarithms of float64 and Gumbel numbers are apart
 LARGEST_WEIGHT = 5.0  # of a row that was drawn although that was unlikely: above, its gradient outweighs the others'
 
 Score = Callable[
@@ -201,11 +202,10 @@ def draw_rows(
     """
     # The Gumbel-max trick: of any set of rows, the largest number is a draw in proportion to weight.
     keys = np.log(_weights(scores)) + rng.gumbel(size=len(scores))
-    shares = quotas(candidates, rng)
-    order = np.lexsort((-keys, candidates.stratum))
-    stratum = candidates.stratum[order]
-    first = np.searchsorted(stratum, stratum)  # where each row's stratum begins
-    return np.sort(order[np.arange(len(order)) - first < shares[stratum]])
+    shares, sizes = quotas(candidates, rng), np.bincount(candidates.stratum)
+    order = np.argsort(candidates.stratum * APART - keys)  # one sort: by stratum, the largest numbers first
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[place < np.repeat(shares, sizes)])
 
 
 def quotas(candidates: Candidates, rng: np.random.Generator) -> Int64[np.ndarray, " S"]:

@@ -45,9 +45,8 @@ class Checkpoint:
     feedback: dict[str, Any] | None = None
 
     def to_state(self) -> dict[str, Any]:
-        """What ``torch.save`` writes: one entry a field, and none for losses that there are not."""
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
-        return state if self.feedback is not None else {k: v for k, v in state.items() if k != "feedback"}
+        """What ``torch.save`` writes: one entry a field."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_state(cls, state: object) -> Checkpoint:
