@@ -62,14 +62,31 @@ Examples:
     help="Side in pixels. [default: the images' own where they are equal squares up to 64, else 64]",
 )
 @setting_option(TrainConfig, "augment", help="auto mirrors where that keeps an image's label.")
+@setting_option(TrainConfig, "label_smoothing", help="Share of the target that is spread over all classes.")
 @device_option
-@setting_option(TrainConfig, "workers", help="Processes that decode images.")
+@setting_option(TrainConfig, "precision", help="auto is bfloat16 (autocast) on CUDA, float32 on a CPU.")
+@setting_option(
+    TrainConfig,
+    "compile",
+    help="Compile the network with torch.compile in this mode, which needs a C compiler; reduce-overhead replays CUDA "
+    "graphs, one a batch size: give --repack as well.",
+)
+@setting_option(
+    TrainConfig,
+    "images",
+    help="Where decoded images are held; auto is the GPU where they take half of its free memory at most.",
+)
+@setting_option(
+    TrainConfig,
+    "workers",
+    help="Processes that decode images. [default: 1; beside a GPU every core but two]",
+)
 @click.option(
     "--memory-budget",
     type=int,
     default=TrainConfig.memory_budget >> 20,
     show_default=True,
-    help="MiB of decoded images to hold.",
+    help="MiB of decoded images to hold in main memory.",
 )
 @setting_option(
     TrainConfig,

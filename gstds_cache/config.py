@@ -274,9 +274,16 @@ class TrainConfig:
         image_size: Side of the square training image in pixels; 0 takes the images' own where they are equal squares up
             to 64, else 64.
         augment: ``none``, ``crop`` (random shifts), ``crop+flip``; ``auto`` mirrors where the data set allows it.
+        label_smoothing: Share of the target that is spread over all classes, 0 to below 1 (Szegedy et al. 2016).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        workers: Processes that decode images where the data set does not fit ``memory_budget``.
-        memory_budget: Bytes of decoded images that may be held in memory.
+        precision: ``float32``, or ``bfloat16`` (autocast: weights, sums and losses stay float32); ``auto`` is bfloat16
+            on CUDA and float32 on a CPU.
+        compile: ``default`` or ``reduce-overhead`` compiles the network with ``torch.compile`` in that mode;
+            ``reduce-overhead`` also replays CUDA graphs, one for each batch size. It needs a C compiler.
+        images: Where decoded images are held: on the ``device``, or on the ``host`` (within ``memory_budget``, else
+            decoded as they are needed). ``auto`` is a GPU where they take half of its free memory at most.
+        workers: Processes that decode images; None is 1 on a CPU, and beside a GPU every core but two.
+        memory_budget: Bytes of decoded images that may be held in main memory.
         threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
             batch of the selection one step.
@@ -296,8 +303,12 @@ class TrainConfig:
     weight_decay: float = 5e-4
     image_size: int = 0
     augment: Literal["auto", "none", "crop", "crop+flip"] = "auto"
+    label_smoothing: float = 0.0
     device: str = DEVICE
-    workers: int = 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    images: Literal["auto", "device", "host"] = "auto"
+    workers: int | None = None
     memory_budget: int = 2 << 30
     threads: int = 0
     repack: int = 0
@@ -314,7 +325,8 @@ class TrainConfig:
         _require(0 <= self.momentum < 1, "`momentum`", self.momentum, "from 0 to below 1")
         _require(0 <= self.weight_decay <= LARGEST_RATE, "`weight_decay`", self.weight_decay, f"0 to {LARGEST_RATE:g}")
         _require_range("`image_size`", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
-        _require_range("`workers`", self.workers, 0, MOST_WORKERS)
+        _require(0 <= self.label_smoothing < 1, "`label_smoothing`", self.label_smoothing, "from 0 to below 1")
+        _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
         _require(self.memory_budget >= 0, "`memory_budget`", self.memory_budget, "0 or more")
         _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
@@ -365,8 +377,12 @@ class TrainSettings(TypedDict, total=False):
     weight_decay: float
     image_size: int
     augment: Literal["auto", "none", "crop", "crop+flip"]
+    label_smoothing: float
     device: str
-    workers: int
+    precision: Literal["auto", "float32", "bfloat16"]
+    compile: Literal["off", "default", "reduce-overhead"]
+    images: Literal["auto", "device", "host"]
+    workers: int | None
     memory_budget: int
     threads: int
     repack: int

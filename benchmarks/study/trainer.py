@@ -78,12 +78,12 @@ class StudyTrainer(Trainer):
             chosen = self._waiting.followed_by(chosen)
         seconds = time.perf_counter() - begun
         self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
-        self.seconds["step"] -= seconds  # the loop counts the whole step
+        self.seconds[self.times.phase] -= seconds  # the loop counts the whole step
         if self._method.step_rows:
             chosen, self._waiting = chosen.parted(self._method.step_rows)
             if len(chosen.rows) < self._method.step_rows:
                 self._waiting = chosen
-                return torch.tensor(self._last_loss), 0
+                return torch.tensor(self._last_loss, device=self.device), 0
         loss = weighted_loss(self._method, chosen, self.logits(chosen.pixels))
         self._last_loss = float(loss.detach())
         return loss, len(chosen.rows)
@@ -92,10 +92,9 @@ class StudyTrainer(Trainer):
         if loss.requires_grad:  # else no step is taken
             super()._update(loss)
 
-    def _count(self, batch: TrainingBatch, loss: float, samples: int, seconds: float) -> None:
+    def _count(self, batch: TrainingBatch, samples: int, seconds: float) -> None:
         # Of a batch without a step only the time counts; the learning rate's schedule goes on, batch by batch.
-        super()._count(batch, loss, max(samples, 1), seconds)
-        self._samples -= samples == 0
+        super()._count(batch, samples, seconds)
         self.steps_taken += samples > 0
 
     def end_epoch(self, epoch: int) -> None:

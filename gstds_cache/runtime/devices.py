@@ -38,3 +38,10 @@ def resolve_device(name: str) -> torch.device:
 def describe_device(device: torch.device) -> str:
     """A device's name for provenance: the GPU's, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``values`` on ``device``; the host does not wait for a GPU, as it does for a copy from memory that may move."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.runtime.devices import to_device
 from gstds_cache.seeding import torch_rng_for
 
 
@@ -35,16 +36,42 @@ def augment(
     """
     count, _, side, _ = pixels.shape
     positions, drawn = part or (np.arange(count), count)
-    rng = torch_rng_for(seed, "augment", step)
-    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)[positions].to(pixels.device)
-    flipped = (torch.rand(drawn, generator=rng)[positions] < 0.5).to(pixels.device) & mirror
+    draws = draw(positions, drawn, shift=shift, mirror=mirror, seed=seed, step=step)
+    top, left, flipped = to_device(draws, pixels.device)
     pixel = torch.arange(side, device=pixels.device)
-    rows = pixel + offset[:, :1]
-    columns = torch.where(flipped[:, None], side - 1 - pixel, pixel) + offset[:, 1:]
+    rows = pixel + top[:, None]
+    columns = torch.where(flipped[:, None] != 0, side - 1 - pixel, pixel) + left[:, None]
     # float16 holds 0..255 exactly; reflection padding has no uint8 kernel.
     padded = torch.nn.functional.pad(pixels.half(), (shift,) * 4, mode="reflect").to(torch.uint8) if shift else pixels
     image = torch.arange(count, device=pixels.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def draw(
+    positions: Int64[np.ndarray, " M"], drawn: int, *, shift: int, mirror: bool, seed: int, step: int
+) -> Int64[torch.Tensor, "3 M"]:
+    """The random numbers of one step's augmentation, the same on every device.
+
+    Args:
+        positions: Where the images stand in the step's batch.
+        drawn: Images in that batch, over all ranks.
+        shift: As for :func:`augment`, as are the others.
+        mirror: Whether to mirror.
+        seed: The run's seed.
+        step: The step.
+
+    Returns:
+        Rows and columns that each image is moved by, 0 to ``2 * shift``, and 1 where it is mirrored, on the CPU.
+    """
+    rng = torch_rng_for(seed, "augment", step)
+    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)
+    flipped = (torch.rand(drawn, generator=rng) < 0.5) & mirror
+    draws = torch.stack([offset[:, 0], offset[:, 1], flipped])
+    return draws if len(positions) == drawn and _in_order(positions) else draws[:, positions]
+
+
+def _in_order(positions: Int64[np.ndarray, " M"]) -> bool:
+    return bool((positions == np.arange(len(positions))).all())
 
 
 def largest_shift(config: TrainConfig) -> int:

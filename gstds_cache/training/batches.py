@@ -25,7 +25,8 @@ class TrainingBatch:
     Attributes:
         epoch: Epoch, from 0.
         rows: Rows of the data set that this rank takes, int64 [m].
-        pixels: Their pixels, uint8 [m, 3, S, S], not augmented, on the CPU.
+        pixels: Their pixels, uint8 [m, 3, S, S], not augmented, on the CPU; None where the device holds all images, and
+            the step takes them there.
         positions: Where those rows stand in the global batch, int64 [m].
         size: Rows of the global batch, over all ranks (M).
         sha: Running hash over the selection's records up to this step, hexadecimal.
@@ -33,7 +34,7 @@ class TrainingBatch:
 
     epoch: int
     rows: Int64[np.ndarray, " m"]
-    pixels: UInt8[Tensor, "m 3 S S"]
+    pixels: UInt8[Tensor, "m 3 S S"] | None
     positions: Int64[np.ndarray, " m"]
     size: int
     sha: str
@@ -70,6 +71,11 @@ class BatchLoader:
             IncompleteError: A process that decodes was killed or had no memory.
             UsageError: An image cannot be decoded.
         """
+        if self._feed.on_device:
+            for rows in self._rows():
+                self._feed.require_decodable(rows)
+                yield self._batch(None)
+            return
         with closing(self._feed.batches(self._rows())) as pixel_batches:
             while True:
                 begun, indices = time.perf_counter(), self._seconds["indices"]
@@ -78,9 +84,12 @@ class BatchLoader:
                 self._seconds["images"] += waited - (self._seconds["indices"] - indices)
                 if pixels is None:
                     return
-                epoch, kept, sha = self._ahead.popleft()
-                positions = self._positions(len(kept))
-                yield TrainingBatch(epoch, kept[positions], pixels, positions, len(kept), sha)
+                yield self._batch(pixels)
+
+    def _batch(self, pixels: UInt8[Tensor, "m 3 S S"] | None) -> TrainingBatch:
+        epoch, kept, sha = self._ahead.popleft()
+        positions = self._positions(len(kept))
+        return TrainingBatch(epoch, kept[positions], pixels, positions, len(kept), sha)
 
     def all_batches(self) -> Generator[TrainingBatch, None, None]:
         """Yield the batches of all epochs; of candidates, an epoch's begin when the losses of the one before are in.

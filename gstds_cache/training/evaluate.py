@@ -11,6 +11,7 @@ from torch import nn
 
 from gstds_cache.data.loading import pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
+from gstds_cache.runtime.devices import to_device
 from gstds_cache.training.augment import to_input
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.images import SquarePixels
@@ -65,15 +66,17 @@ def evaluate(
     labelled = np.flatnonzero(source.labels >= 0)
     batches = [labelled[start : start + BATCH].tolist() for start in range(0, len(labelled), BATCH)]
     batches = batches[ranks.rank :: ranks.world_size]
-    right, items, undecodable = 0, 0, 0
-    workers = worth_workers(source, side, workers)
-    decoded = pixel_batches(source, SquarePixels(side), (3, side, side), batches, workers=workers, pin=False)
+    items, undecodable = 0, 0
+    rightly = torch.zeros((), dtype=torch.int64, device=device)  # counted there, so that the host does not wait
+    workers, pin = worth_workers(source, side, workers), device.type == "cuda"
+    decoded = pixel_batches(source, SquarePixels(side), (3, side, side), batches, workers=workers, pin=pin)
     with closing(decoded):
         for batch in decoded:
             failed = {row for row, _ in batch.failures}
-            fine = torch.tensor([row not in failed for row in batch.rows])
-            predicted = network(to_input(batch.pixels[fine].to(device))).argmax(1).cpu()
-            right += int((predicted == labels[list(batch.rows)][fine]).sum())
-            items, undecodable = items + int(fine.sum()), undecodable + len(failed)
-    right, items, undecodable = (int(count) for count in ranks.sums([right, items, undecodable]))
+            rows = [row for row in batch.rows if row not in failed]
+            pixels = batch.pixels[[row not in failed for row in batch.rows]] if failed else batch.pixels
+            predicted = network(to_input(to_device(pixels, device))).argmax(1)
+            rightly += (predicted == to_device(labels[rows], device)).sum()
+            items, undecodable = items + len(rows), undecodable + len(failed)
+    right, items, undecodable = (int(count) for count in ranks.sums([int(rightly), items, undecodable]))
     return Accuracy(right / items if items else None, items, undecodable, len(source) - len(labelled))

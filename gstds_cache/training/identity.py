@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.files.digest import sha256_hex
+from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.batch_norm import has_running_norms
 from gstds_cache.training.images import default_side
 
-NOT_IDENTITY = frozenset({"device", "workers", "memory_budget", "threads", "draw"})
+NOT_IDENTITY = frozenset({"device", "compile", "images", "workers", "memory_budget", "threads", "draw"})
 
 # How a run's default name spells the settings that are not the default ones; a setting that is not here is spelled out.
 SPELLED = {
@@ -22,6 +25,8 @@ SPELLED = {
     "weight_decay": "wd",
     "image_size": "px",
     "augment": "",
+    "label_smoothing": "ls",
+    "precision": "",
     "repack": "b",
     "norm_samples": "norm",
     "importance_weights": "weights",
@@ -29,7 +34,7 @@ SPELLED = {
 
 
 def resolve_auto(config: TrainConfig, source: ImageSource) -> TrainConfig:
-    """The configuration with what was left to the data set: its images' size, and whether they may be mirrored.
+    """The configuration with what was left open: images' size, whether they may be mirrored, the device's precision.
 
     ``norm_samples`` becomes the rows that are drawn: 0 for a network without batch normalisation, and no more than
     there are, so that it makes another run only where it changes the outcome.
@@ -39,9 +44,17 @@ def resolve_auto(config: TrainConfig, source: ImageSource) -> TrainConfig:
     return replace(
         config,
         image_size=side,
+        precision=resolved_precision(config, resolve_device(config.device)),
         norm_samples=drawn if drawn and has_running_norms(config.arch, side) else 0,
         augment=("crop+flip" if source.mirror_safe else "crop") if config.augment == "auto" else config.augment,
     )
+
+
+def resolved_precision(config: TrainConfig, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The precision a run has; ``auto`` is the device's."""
+    if config.precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return config.precision
 
 
 def run_config(config: TrainConfig, header: Header, eval_root: str | None) -> dict[str, Any]:
@@ -62,7 +75,7 @@ def run_config(config: TrainConfig, header: Header, eval_root: str | None) -> di
 
 def default_run_dir(config: TrainConfig, source: ImageSource, header: Header, eval_root: str | None) -> Path:
     """``runs/ARCH-SELECTION-sSEED``, and each setting that differs from a default run of that network and seed."""
-    usual = resolve_auto(TrainConfig(arch=config.arch, seed=config.seed), source)
+    usual = resolve_auto(TrainConfig(arch=config.arch, seed=config.seed, device=config.device), source)
     return Path("runs") / default_name(run_config(config, header, eval_root), run_config(usual, header, None))
 
 

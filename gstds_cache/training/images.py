@@ -14,10 +14,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.loading import PixelBatches, pixel_batches, worth_workers
+from gstds_cache.data.loading import PixelBatches, default_workers, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.preprocessing import without_ends
 from gstds_cache.errors import UsageError
+from gstds_cache.runtime.devices import to_device
 from gstds_cache.runtime.progress import Counted
 
 MAX_ASPECT = 16  # beyond it the ends are cut off before resizing: they would not be seen, and take memory
@@ -64,27 +65,57 @@ class ImageFeed:
             side: Side of the square images in pixels.
             memory_budget: Bytes of decoded images that may be held.
             workers: Processes that decode.
-            pin: Whether batches that are not held go into page-locked memory, for a GPU.
+            pin: Whether batches go into page-locked memory, for a GPU.
             progress: Called with images decoded and images in all while memory is filled.
         """
-        self.side, self._source, self._workers, self._pin = side, source, workers, pin
+        self._set_up(source, side, workers, pin=pin)
         self.in_memory = len(source) * 3 * side * side <= memory_budget
+        if self.in_memory:
+            self._fill(torch.empty((len(source), 3, side, side), dtype=torch.uint8), progress)
+
+    def _set_up(self, source: ImageSource, side: int, workers: int, *, pin: bool) -> None:
+        self.side, self._source, self._workers, self._pin = side, source, workers, pin
+        self.in_memory = True
         self._failed: dict[int, str] = {}
         self._fine = torch.ones(len(source), dtype=torch.bool)
-        if self.in_memory:
-            self._pixels = torch.empty((len(source), 3, side, side), dtype=torch.uint8)
-            spans = [range(start, min(start + AHEAD, len(source))) for start in range(0, len(source), AHEAD)]
-            with closing(self._decode(spans, worth_workers(source, side, workers), pin=False)) as batches:
-                for batch in batches:
-                    self._pixels[list(batch.rows)] = batch.pixels
-                    self._failed.update(batch.failures)
-                    progress(batch.rows[-1] + 1, len(source))
-            self._fine[list(self._failed)] = False
+
+    def _fill(self, pixels: UInt8[torch.Tensor, "N 3 S S"], progress: Counted) -> None:
+        """Decode every image into ``pixels``, which may be on any device."""
+        self._pixels, count = pixels, len(self._source)
+        spans = [range(start, min(start + AHEAD, count)) for start in range(0, count, AHEAD)]
+        with closing(self._decode(spans, worth_workers(self._source, self.side, self._workers), pin=False)) as batches:
+            for span, batch in zip(spans, batches, strict=True):
+                pixels[span.start : span.stop] = batch.pixels
+                self._failed.update(batch.failures)
+                progress(span.stop, count)
+        self._fine[list(self._failed)] = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the images are where the network is."""
+        return False
 
     @property
     def decodable(self) -> Bool[np.ndarray, " N"]:
         """Which images could be decoded, where all are held in memory; else nobody knows yet, and all are True."""
         return self._fine.numpy()
+
+    def require_decodable(self, rows: Int64[np.ndarray, " M"]) -> None:
+        """Refuse rows that could not be decoded; where images are not held, nobody knows yet.
+
+        Raises:
+            UsageError: One of them could not.
+        """
+        if self._failed and not bool(self.decodable[rows].all()):
+            self._refuse((row, self._failed[row]) for row in rows.tolist() if row in self._failed)
+
+    def pixels(self, rows: Int64[np.ndarray, " M"]) -> UInt8[torch.Tensor, "M 3 S S"]:
+        """Pixels of rows, where all images are held: on the device that holds them, page-locked for another one."""
+        index = to_device(torch.from_numpy(rows), self._pixels.device)
+        if not self._pin:
+            return self._pixels[index]
+        taken = torch.empty((len(rows), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=True)
+        return torch.index_select(self._pixels, 0, index, out=taken)
 
     def batches(self, rows: Iterable[Int64[np.ndarray, " M"]]) -> Generator[UInt8[torch.Tensor, "M 3 S S"], None, None]:
         """Pixels for each batch of rows.
@@ -100,10 +131,8 @@ class ImageFeed:
         """
         if self.in_memory:
             for batch in rows:
-                index = torch.from_numpy(batch)
-                if not bool(self._fine[index].all()):
-                    self._refuse((row, self._failed[row]) for row in batch.tolist() if row in self._failed)
-                yield self._pixels[index]
+                self.require_decodable(batch)
+                yield self.pixels(batch)
         else:
             with closing(self._decode((batch.tolist() for batch in rows), self._workers, pin=self._pin)) as batches:
                 for decoded in batches:
@@ -123,8 +152,7 @@ class ImageFeed:
         """
         if self.in_memory:
             for batch in rows:
-                index = torch.from_numpy(batch)
-                yield self._pixels[index[self._fine[index]]]
+                yield self.pixels(batch[self.decodable[batch]])
         else:
             with closing(self._decode((batch.tolist() for batch in rows), self._workers, pin=self._pin)) as batches:
                 for decoded in batches:
@@ -153,3 +181,10 @@ def default_side(source: ImageSource) -> int:
             continue
     width, height = min(sizes, default=(64, 64))
     return width if len(sizes) == 1 and width == height and 8 <= width <= 64 else 64
+
+
+def decoding_workers(workers: int | None, device: torch.device) -> int:
+    """Processes that decode for a run: as many as were asked for, else 1 on a CPU, whose cores the steps need."""
+    if workers is not None:
+        return workers
+    return default_workers(device) if device.type == "cuda" else 1

@@ -1,10 +1,14 @@
 """Training on a selection: the whole run, top to bottom.
 
 SGD with Nesterov momentum and a one-cycle learning rate over the total number of steps, which a selection's header
-tells before the first of them; bfloat16 autocast and channels-last on CUDA. Each data record of the stream is one
+tells before the first of them; channels last, and bfloat16 autocast on CUDA. Each data record of the stream is one
 step, or, re-packed, each full batch of kept rows. A run that is killed or interrupted continues from its last
 checkpoint; on a CPU with the same number of threads, with the same numbers to the bit. After the last step the running
 statistics of batch normalisation are re-estimated from random rows (``batch_norm.py``).
+
+On CUDA no step waits for the device: images are there (``device_images.py``), losses are read in blocks
+(``step_losses.py``), and a checkpoint, for which the host has to wait, is saved at an epoch's end only if the last one
+is some seconds old.
 
 Several ranks share each step's batch (``distributed.py``). Whatever their number, every kept row counts once in the
 step's gradient, so it is the same but for the order of summation, except for what sees a rank's own slice alone:
@@ -14,9 +18,8 @@ batch normalisation on a CPU, and dropout.
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from array import array
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -31,7 +34,7 @@ from gstds_cache.config import TrainConfig
 from gstds_cache.costs.energy import EnergyMeter, used_device
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DivergedError, IncompleteError, IntegrityError, StreamError, UsageError
-from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.devices import resolve_device, to_device
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.stream.ranks import real_rows
@@ -41,15 +44,23 @@ from gstds_cache.training.batch_norm import random_batches, random_inputs, reest
 from gstds_cache.training.batches import BatchLoader, TrainingBatch
 from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.classes import count_classes
+from gstds_cache.training.compiled import Scores, compiled, explained
+from gstds_cache.training.device_images import DeviceImages, gather, held_on_device
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.evaluate import Accuracy, evaluate
 from gstds_cache.training.feedback import Feedback
-from gstds_cache.training.images import ImageFeed
+from gstds_cache.training.identity import resolved_precision
+from gstds_cache.training.images import ImageFeed, decoding_workers
 from gstds_cache.training.network import build_network, check_network, norms_frozen
-from gstds_cache.training.optimizer import build_optimizer, one_cycle
+from gstds_cache.training.optimizer import build_optimizer, load_optimizer, one_cycle
 from gstds_cache.training.report import TrainingResult, waiting_shares
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.step_losses import StepLosses
+from gstds_cache.training.step_times import StepTimes
 from gstds_cache.training.steps import StepReader, remainder_of
+
+CHECKPOINT_SECONDS = 10.0
+"""A run on a GPU whose last checkpoint is younger saves none at an epoch's end: one takes as long as many steps."""
 
 StopAsked = Callable[[], bool]
 Interruptible = Callable[[], AbstractContextManager[StopAsked]]
@@ -112,10 +123,14 @@ class Trainer:
         device: Where the network is.
         network: The network; ``model`` is the same with gradients averaged over ranks.
         seconds: Seconds by phase, over all sessions of the run.
-        step: Steps taken, over all sessions of the run.
+        step: Steps taken, over all sessions of the run; on a GPU, asked for.
+        times: How long steps take.
+        row_losses: Called in each step with its batch and the losses of its rows, float32 [m] on the device, if set.
     """
 
     model: nn.Module
+    _scores: Scores
+    row_losses: Callable[[TrainingBatch, Float32[Tensor, " m"]], None] | None = None
 
     def __init__(
         self,
@@ -137,21 +152,31 @@ class Trainer:
         self._meter = EnergyMeter(*self.ranks.gather(used_device(self.device)))
         begun = time.perf_counter()
         self._feed = self.open_feed()
-        self.seconds = {"load": time.perf_counter() - begun, "indices": 0.0, "images": 0.0, "step": 0.0, "eval": 0.0}
+        self.seconds = {"load": time.perf_counter() - begun}
+        self.seconds |= dict.fromkeys(("indices", "images", "warm-up", "step", "eval"), 0.0)
         self._meter.add("load")
         self._labels = torch.from_numpy(source.labels)
+        self._all_labelled = int(self._labels.min()) >= 0
+        self._device_labels = self._labels.to(self.device) if self._feed.on_device else None
         network = build_network(config.arch, classes=classes, side=config.image_size, seed=config.seed)
         self.network = network.to(self.device).to(memory_format=torch.channels_last)
         check_network(self.network, config.arch, config.image_size, classes, self.device)
         self.optimizer = build_optimizer(self.network, config)
-        self.autocast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        lower = resolved_precision(config, self.device) == "bfloat16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if lower else nullcontext()
         draws = partial(Feedback, draw=config.draw, importance=config.importance_weights)
         remainder = remainder_of(stream.header)
         self._steps = StepReader(stream, batch_size=config.repack or None, remainder=remainder, feedback=draws)
+        if self._steps.feedback is not None:
+            self.row_losses = self._report
         self._epoch_ends = frozenset(accumulate(self._steps.per_epoch))
         self.step, self._samples, self._sha = 0, 0, ""
         self._loss_sum, self._epoch_loss, self._forward_samples = 0.0, math.nan, 0
-        self._step_times = array("d")  # seconds by the sample, of each step of this session
+        self._losses = StepLosses(self.ranks)
+        self._known = 0  # steps whose losses are known
+        self._ended: deque[tuple[int, int, int]] = deque()  # epochs whose losses are not: step, epoch, samples
+        self._saved_at = -math.inf
+        self.times = StepTimes(self.device, compiled=config.compile != "off")
 
     def run(self, interruptible: Interruptible = never_interrupted) -> TrainingResult:
         """Take every step that is left, re-estimate the statistics of batch normalisation, and measure accuracy.
@@ -165,20 +190,21 @@ class Trainer:
         with callers_random_numbers, interruptible() as stop_asked, closing(loader.all_batches()) as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
-                started = time.perf_counter()
+                self.times.begin(len(batch.rows))
                 # 2. One step: forward, backward, the optimiser.
                 self._key_random_numbers()
-                loss, samples = self.batch_loss(batch)
-                self._update(loss)
+                with explained(self.config.compile, when=self.times.phase == "warm-up"):
+                    loss, samples = self.batch_loss(batch)
+                    self._update(loss)
                 # 3. Ranks agree on the loss and on stopping, or one would wait for another for ever.
-                value, stop = self.ranks.sums([float(loss.detach()) / self.ranks.world_size, float(stop_asked())])
-                self._count(batch, value, samples, time.perf_counter() - started)
+                self._note(self._losses.add(self.step, loss, stop_asked()))
+                self._count(batch, samples, self.times.end(max(samples, 1)))
                 # 4. The epoch's end, and whoever wants to stop.
                 if self.step in self._epoch_ends:
                     self._end_feedback()
                     self.end_epoch(batch.epoch)
                 self._show_progress()
-                if stop:
+                if self._losses.stop:
                     self._share_losses()
                     self._save()
                     raise KeyboardInterrupt
@@ -189,14 +215,23 @@ class Trainer:
     # What a subclass may replace
 
     def open_feed(self) -> ImageFeed:
-        """Where pixels come from: decoded now where they fit into memory."""
+        """Where pixels come from: decoded now where they fit onto the device or into memory."""
+        config, workers = self.config, decoding_workers(self.config.workers, self.device)
+
+        def progress(done: int, total: int) -> None:
+            self._progress("load", done, total, {})
+
+        if held_on_device(config.images, len(self.source), config.image_size, self.device):
+            return DeviceImages(
+                self.source, side=config.image_size, workers=workers, device=self.device, progress=progress
+            )
         return ImageFeed(
             self.source,
-            side=self.config.image_size,
-            memory_budget=self.config.memory_budget,
-            workers=self.config.workers,
+            side=config.image_size,
+            memory_budget=config.memory_budget,
+            workers=workers,
             pin=self.device.type == "cuda",
-            progress=lambda done, total: self._progress("load", done, total, {}),
+            progress=progress,
         )
 
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
@@ -209,39 +244,53 @@ class Trainer:
             The mean cross-entropy of the step's rows (of several ranks, this rank's part of it, times their number, as
             gradients are averaged), float32 []; and how many rows the step counts, over all ranks.
         """
-        target = self.targets(batch)
-        pixels = self.augmented(self.pixels(batch), (batch.positions, batch.size))
-        logits = self.logits(pixels)
-        if self._steps.feedback is not None:
-            return self._reported(self._steps.feedback, batch, logits, target), batch.size
+        pixels, target = self.inputs(batch)
+        logits, smoothing = self.logits(pixels), self.config.label_smoothing
+        if self.row_losses is not None:
+            self.row_losses(batch, nn.functional.cross_entropy(logits.detach(), target, reduction="none"))
+        if self.config.importance_weights and self._steps.feedback is not None:
+            return self._weighted(self._steps.feedback, batch, logits, target), batch.size
         if self.ranks.world_size == 1:
-            return nn.functional.cross_entropy(logits, target), batch.size
+            return nn.functional.cross_entropy(logits, target, label_smoothing=smoothing), batch.size
         # Rows that were repeated to make slices equal count for nothing.
         own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
-        loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum")
+        loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum", label_smoothing=smoothing)
         return loss * self.ranks.world_size / batch.size, batch.size
 
-    def _reported(
-        self, feedback: Feedback, batch: TrainingBatch, logits: Float32[Tensor, "m C"], target: Int64[Tensor, " m"]
-    ) -> Float32[Tensor, ""]:
-        """The loss that a step on candidates descends; the loss of each row is reported, and waits on the device."""
+    def _report(self, batch: TrainingBatch, losses: Float32[Tensor, " m"]) -> None:
+        """Report the losses of candidates; they wait on the device for the epoch's end."""
+        assert self._steps.feedback is not None
         own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
-        losses = nn.functional.cross_entropy(logits[:own], target[:own], reduction="none")
-        feedback.report(self.step + 1, batch.rows[:own], losses)
-        if self.config.importance_weights:
-            weights = torch.from_numpy(feedback.weights_of(batch.rows[:own]))
-            losses = losses * weights.to(self.device, non_blocking=True)
-        return losses.sum() * self.ranks.world_size / batch.size
+        self._steps.feedback.report(self.step + 1, batch.rows[:own], losses[:own])
 
     def end_epoch(self, epoch: int) -> None:
-        """Write down the epoch's loss, and save a checkpoint."""
-        self._epoch_loss, self._loss_sum = self._loss_sum / self._steps.per_epoch[epoch], 0.0
-        self.run_dir.log(
-            {"epoch": epoch, "step": self.step, "loss": self._epoch_loss, "gradient_samples": self._samples}
-        )
-        self._save()
+        """Write down the epoch's loss once it is known, and save a checkpoint; on a GPU, if the last one is old."""
+        self._ended.append((self.step, epoch, self._samples))
+        begun = time.perf_counter()
+        self._note(self._losses.end_block())
+        self.seconds["step"] += time.perf_counter() - begun
+        last = self.step == self._steps.total
+        if last or not self._losses.deferred or time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS:
+            self._save()
 
     # The parts of a step
+
+    def inputs(self, batch: TrainingBatch) -> tuple[UInt8[Tensor, "m 3 S S"], Int64[Tensor, " m"]]:
+        """A batch's augmented pixels and classes, on the device.
+
+        Raises:
+            UsageError: A row has no label.
+        """
+        part = (batch.positions, batch.size)
+        if batch.pixels is not None or not isinstance(self._feed, DeviceImages) or self._device_labels is None:
+            target = self.targets(batch)
+            return self.augmented(self.pixels(batch), part), target
+        self._require_labels(batch)
+        mirror, seed = self.config.augment == "crop+flip", self.config.seed
+        pixels, rows = self._feed.augmented(
+            batch.rows, shift=largest_shift(self.config), mirror=mirror, seed=seed, step=self.step, part=part
+        )
+        return pixels, self._device_labels[rows]
 
     def targets(self, batch: TrainingBatch) -> Int64[Tensor, " m"]:
         """Classes of a batch's rows, int64 [m] on the device.
@@ -249,15 +298,20 @@ class Trainer:
         Raises:
             UsageError: A row has no label.
         """
-        target = self._labels[torch.from_numpy(batch.rows)]
-        if int(target.min()) < 0:
-            row = int(batch.rows[int(target.argmin())])
+        self._require_labels(batch)
+        return to_device(self._labels[torch.from_numpy(batch.rows)], self.device)
+
+    def _require_labels(self, batch: TrainingBatch) -> None:
+        if self._all_labelled:
+            return
+        labels = self.source.labels[batch.rows]
+        if int(labels.min()) < 0:
+            row = int(batch.rows[int(labels.argmin())])
             raise UsageError(f"item {self.source.ids[row]!r} (row {row}) has no label; training needs one")
-        return target.to(self.device, non_blocking=True)
 
     def pixels(self, batch: TrainingBatch) -> UInt8[Tensor, "m 3 S S"]:
         """A batch's pixels on the device, uint8 [m, 3, S, S]."""
-        return batch.pixels.to(self.device, non_blocking=True)
+        return to_device(self._feed.pixels(batch.rows) if batch.pixels is None else batch.pixels, self.device)
 
     def augmented(
         self, pixels: UInt8[Tensor, "m 3 S S"], part: tuple[Int64[np.ndarray, " m"], int] | None = None
@@ -269,8 +323,16 @@ class Trainer:
     def logits(self, pixels: UInt8[Tensor, "m 3 S S"]) -> Float32[Tensor, "m C"]:
         """Scores of the classes, float32 [m, C]."""
         with self.autocast, norms_frozen(self.network, when=len(pixels) == 1):
-            scores: Tensor = self.model(to_input(pixels)).float()
-        return scores
+            return self._scores(pixels)
+
+    def _weighted(
+        self, feedback: Feedback, batch: TrainingBatch, logits: Float32[Tensor, "m C"], target: Int64[Tensor, " m"]
+    ) -> Float32[Tensor, ""]:
+        """The loss of a step on candidates, each row weighted by 1 / its chance of having been drawn."""
+        own, smoothing = real_rows(batch.size, self.ranks.rank, self.ranks.world_size), self.config.label_smoothing
+        losses = nn.functional.cross_entropy(logits[:own], target[:own], reduction="none", label_smoothing=smoothing)
+        weights = to_device(torch.from_numpy(feedback.weights_of(batch.rows[:own])), self.device)
+        return (losses * weights).sum() * self.ranks.world_size / batch.size
 
     def _share_losses(self) -> None:
         """Let every rank know the losses of all, as the first one's checkpoint is that of all."""
@@ -298,30 +360,46 @@ class Trainer:
     def _key_random_numbers(self) -> None:
         """Dropout and its like repeat on resume, and differ from rank to rank."""
         rank = [self.ranks.rank] if self.ranks.rank else []
-        torch.manual_seed(torch_seed_for(self.config.seed, "step", self.step, *rank))
+        seed = torch_seed_for(self.config.seed, "step", self.step, *rank)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for devices of every kind: 0.2 ms
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
 
     def _update(self, loss: Float32[Tensor, ""]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * one_cycle(self.step, self._steps.total)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now: gradients that a CUDA graph wrote end with its step
 
-    def _count(self, batch: TrainingBatch, loss: float, samples: int, seconds: float) -> None:
-        """Count a step that was taken.
+    def _note(self, losses: Iterable[tuple[int, float]]) -> None:
+        """Take over losses that became known, and log the epochs that end with them.
 
         Raises:
-            DivergedError: Its loss is NaN or infinite.
+            DivergedError: One is NaN or infinite. No checkpoint was saved since.
         """
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the training loss is {loss} at step {self.step} of {self._steps.total}",
-                hint=f"train again with a lower `lr` (it was {self.config.lr}) into another `out`",
-            )
+        for step, loss in losses:
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"the training loss is {loss} at step {step} of {self._steps.total}",
+                    hint=f"train again with a lower `lr` (it was {self.config.lr}) into another `out`",
+                )
+            self._loss_sum += loss
+            self._known = step + 1
+            self._log_ended()
+        self._log_ended()
+
+    def _log_ended(self) -> None:
+        while self._ended and self._ended[0][0] == self._known:
+            step, epoch, samples = self._ended.popleft()
+            self._epoch_loss, self._loss_sum = self._loss_sum / self._steps.per_epoch[epoch], 0.0
+            self.run_dir.log({"epoch": epoch, "step": step, "loss": self._epoch_loss, "gradient_samples": samples})
+
+    def _count(self, batch: TrainingBatch, samples: int, seconds: float) -> None:
+        """Count a step that was taken."""
         self.step, self._samples, self._sha = self.step + 1, self._samples + samples, batch.sha
-        self._loss_sum += loss
-        self.seconds["step"] += seconds
-        self._step_times.append(seconds / samples)
+        self.seconds[self.times.phase] += seconds
         self._meter.add("train")
 
     def _show_progress(self) -> None:
@@ -340,7 +418,7 @@ class Trainer:
         if checkpoint is not None:
             try:
                 self.network.load_state_dict(checkpoint.network)
-                self.optimizer.load_state_dict(checkpoint.optimizer)
+                load_optimizer(self.optimizer, checkpoint.optimizer)
             except (RuntimeError, ValueError, KeyError) as error:
                 raise IntegrityError(
                     f"the checkpoint in {self.run_dir.path} is of another network: {str(error).partition(chr(10))[0]}",
@@ -354,13 +432,27 @@ class Trainer:
             self._meter.resume(checkpoint.joules)
             if self._steps.feedback is not None:
                 self._steps.feedback.load(checkpoint.feedback)
+            self._known = self.step
             self._steps.seek(self.step, self._sha)
-        self.model = self.ranks.wrap(self.network)
+        self.model = model = self.ranks.wrap(self.network)
+
+        def scores(pixels: UInt8[Tensor, "m 3 S S"]) -> Float32[Tensor, "m C"]:
+            found: Tensor = model(to_input(pixels)).float()
+            return found
+
+        self._scores = compiled(scores, self.config.compile)
+        if isinstance(self._feed, DeviceImages):
+            # No CUDA graph, which would copy its inputs, all images among them, in every step.
+            self._feed.gather = compiled(gather, "off" if self.config.compile == "off" else "default")
         self.network.train()
         self.run_dir.begin()
         self.run_dir.drop_metrics_from(self.step + 1)
 
     def _save(self) -> None:
+        begun = time.perf_counter()
+        self._note(self._losses.wait())  # for steps that the GPU has still to take
+        self.seconds["step"] += time.perf_counter() - begun
+        self._saved_at = time.monotonic()
         self.run_dir.save_checkpoint(
             Checkpoint(
                 network=self.network.state_dict(),
@@ -414,7 +506,7 @@ class Trainer:
             self.evaluation,
             self.device,
             side=self.config.image_size,
-            workers=self.config.workers,
+            workers=decoding_workers(self.config.workers, self.device),
             ranks=self.ranks,
         )
         self.seconds["eval"] += time.perf_counter() - started
@@ -425,7 +517,6 @@ class Trainer:
         """Write the last line of the metrics, and sum up."""
         total = self.seconds | {"total": sum(self.seconds.values())}
         seconds = {phase: round(value, 3) for phase, value in total.items()}
-        warm = self._step_times[1:] or self._step_times
         self.run_dir.drop_metrics_from(self._steps.total + 1)
         self.run_dir.log(
             {
@@ -443,7 +534,7 @@ class Trainer:
             steps=self.step,
             loss=self._epoch_loss,
             seconds=seconds,
-            seconds_per_sample=statistics.median(warm) if warm else None,
+            seconds_per_sample=self.times.seconds_per_sample(),
             samples_in=self.stream.rows_in,
             joules=self._meter.joules,
             joules_from=self._meter.source,

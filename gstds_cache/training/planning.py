@@ -23,8 +23,10 @@ from gstds_cache.stream.repack import packed_per_epoch
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.augment import augment, largest_shift, to_input
 from gstds_cache.training.classes import count_classes
+from gstds_cache.training.device_images import held_on_device
 from gstds_cache.training.flops import flops_per_sample
-from gstds_cache.training.images import SquarePixels
+from gstds_cache.training.identity import resolved_precision
+from gstds_cache.training.images import SquarePixels, decoding_workers
 from gstds_cache.training.ledger import Ledger
 from gstds_cache.training.network import build_network
 from gstds_cache.training.optimizer import build_optimizer
@@ -108,22 +110,25 @@ def _phases(
     source: ImageSource, evaluation: ImageSource | None, config: TrainConfig, rates: Rates, gradients: int, forward: int
 ) -> dict[str, float]:
     """Seconds of each phase of a run that takes ``gradients`` samples, and ``forward`` ones for batch normalisation."""
+    device = resolve_device(config.device)
+    workers, side = decoding_workers(config.workers, device), config.image_size
 
-    def decoding(samples: int, workers: int) -> float:
-        return samples * rates.decode / max(1, min(workers, cores()))
+    def decoding(samples: int, processes: int) -> float:
+        return samples * rates.decode / max(1, min(processes, cores()))
 
     def whole(data: ImageSource) -> float:
-        return decoding(len(data), worth_workers(data, config.image_size, config.workers))
+        return decoding(len(data), worth_workers(data, side, workers))
 
-    held = len(source) * 3 * config.image_size**2 <= config.memory_budget
+    held = held_on_device(config.images, len(source), side, device)
+    held = held or len(source) * 3 * side * side <= config.memory_budget
     step = gradients * rates.step
     # Workers decode ahead of the steps, which then wait for what decoding takes longer than they do.
-    images = decoding(gradients, config.workers) - (step if config.workers else 0.0)
+    images = decoding(gradients, workers) - (step if workers else 0.0)
     return {
         "load": whole(source) if held else 0.0,
         "images": 0.0 if held else max(0.0, images),
         "step": step,
-        "norms": forward * rates.classify + (0.0 if held else decoding(forward, config.workers)),
+        "norms": forward * rates.classify + (0.0 if held else decoding(forward, workers)),
         "eval": 0.0 if evaluation is None else whole(evaluation) + len(evaluation) * rates.classify,
     }
 
@@ -158,14 +163,16 @@ def measure(source: ImageSource, config: TrainConfig, classes: int, *, per_step:
     network = build_network(config.arch, classes=classes, side=side, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, config)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    lower = resolved_precision(config, device) == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16) if lower else nullcontext()
     shift = largest_shift(config)
     network.train(per_step > 1)  # batch statistics of one sample are undefined
 
     def step() -> None:
         moved = augment(pixels.to(device), shift=shift, mirror=config.augment == "crop+flip", seed=0, step=0)
         with autocast:
-            loss = nn.functional.cross_entropy(network(to_input(moved)).float(), target)
+            scores = network(to_input(moved)).float()
+            loss = nn.functional.cross_entropy(scores, target, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -22,9 +22,10 @@ class TrainingResult:
         steps: Optimiser steps.
         loss: Mean training loss of the last epoch.
         seconds: Time by phase: load (decoding into memory), indices (waiting for the selection), images (waiting for
-            pixels), step, norms (re-estimating the statistics of batch normalisation, where that is done), eval, total.
-        seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but the first,
-            which may load and compile kernels; None where no step was taken.
+            pixels), warm-up (steps that load and compile kernels), step (the others), norms (re-estimating the
+            statistics of batch normalisation, where that is done), eval, total.
+        seconds_per_sample: Of a step once warm, by the sample: the median over this session's steps but those of the
+            warm-up; None where no step was taken.
         samples_in: Samples of the batches before selection: the gradients that training on everything takes; None where
             the selection was not read from its start.
         joules: Joules by phase: load, train, norms, eval; None where no counter can be read.
@@ -93,5 +94,5 @@ class TrainReport(TrainingResult):
 
 def waiting_shares(seconds: dict[str, float]) -> dict[str, float]:
     """Shares of the time of all steps that were spent waiting, of the seconds by phase."""
-    spent = sum(seconds[phase] for phase in ("indices", "images", "step"))
+    spent = sum(seconds.get(phase, 0.0) for phase in ("indices", "images", "warm-up", "step"))
     return {phase: seconds[phase] / max(spent, 1e-9) for phase in ("indices", "images")}

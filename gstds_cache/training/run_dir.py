@@ -21,8 +21,10 @@ from gstds_cache.training.checkpoint import Checkpoint
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
-LATER: dict[str, Any] = {"norm_samples": 0, "importance_weights": False}
+LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False}
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
+UNRECORDED = ("precision",)
+"""Settings that followed from the device alone: a configuration written without one agrees with any."""
 
 
 class RunDir:
@@ -148,7 +150,8 @@ class RunDir:
         if stored is not None and not self._resume:
             raise UsageError(f"`out`: {path} holds a run", hint="pass `resume=True` to continue it, or another `out`")
         if stored is not None:
-            stored = {name: value for name, value in LATER.items() if name in config} | stored
+            unrecorded = {name: config[name] for name in UNRECORDED if name in config}
+            stored = unrecorded | {name: value for name, value in LATER.items() if name in config} | stored
         if stored is not None and stored != config:
             names = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
             raise FingerprintMismatchError(

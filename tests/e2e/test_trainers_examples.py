@@ -62,6 +62,12 @@ def test_plain_pytorch_with_persistent_workers(selection, run) -> None:
     assert re.findall(r"epoch (\d): 4 steps", text) == ["0", "1", "2"]
 
 
+def test_a_data_set_on_the_device_without_a_loader(selection, run) -> None:
+    text = run("device_dataset.py", selection[0], str(ITEMS))
+    assert f"steps: 12 of 12; gradients: {sum(map(sum, KEPT))} of {sum(map(sum, KEPT))}" in text
+    assert re.findall(r"epoch (\d): 4 steps, loss \d\.\d{3}", text) == ["0", "1", "2"]
+
+
 def test_torchdata_goes_on_in_the_middle_of_an_epoch(selection, run) -> None:
     result = json.loads(run("torchdata_resume.py", selection[0], str(ITEMS)))
     assert result == {"stopped after": 5, "steps": 12, "the same batches": True}

@@ -113,7 +113,8 @@ def test_importance_weights_weight_the_loss_of_each_row(source, selection, tmp_p
 
     def watched(logits, target, **options):
         losses = entropy(logits, target, **options)
-        seen.append(losses.detach())
+        if logits.requires_grad:  # the others are only reported
+            seen.append(losses.detach())
         return losses
 
     monkeypatch.setattr(nn.functional, "cross_entropy", watched)

@@ -1,0 +1,64 @@
+"""``torch.compile`` for what a step does, and what a user is told where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from gstds_cache.errors import UsageError
+
+Scores = Callable[[Tensor], Tensor]
+Mode = Literal["off", "default", "reduce-overhead"]
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def compiled(function: F, mode: Mode) -> F:
+    """``function``, compiled on its first call; for any batch size from the second size on.
+
+    Args:
+        function: What is computed.
+        mode: The setting ``compile``.
+
+    Returns:
+        A function that computes the same up to rounding, or ``function`` itself.
+    """
+    if mode == "off":
+        return function
+    return torch.compile(function, mode=mode)  # type: ignore[return-value]
+
+
+@contextmanager
+def explained(mode: Mode, *, when: bool) -> Iterator[None]:
+    """What ``torch.compile`` raises becomes an error with a remedy.
+
+    Args:
+        mode: The setting ``compile``.
+        when: Whether this step may compile.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: It could not compile.
+    """  # noqa: DOC501 - what comes after the warm-up is passed on
+    if mode == "off":
+        yield
+        return
+    if mode == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        if not when:
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"`compile`: torch cannot compile this network here: {first}",
+            hint="it needs a C compiler (gcc or clang); pass `compile=off` to train without",
+        ) from error
