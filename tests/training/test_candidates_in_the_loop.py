@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from gstds_cache.errors import TruncatedStreamError, UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.stream.reader import open_selection
+from gstds_cache.training import loop
 from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.loop import train
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.step_losses import StepLosses
 
 CONFIG = TrainConfig(arch="timm:test_resnet", image_size=16, augment="crop+flip", lr=0.02, device="cpu", workers=0)
 
@@ -150,3 +153,12 @@ def test_a_checkpoint_without_its_losses_is_refused(source, selection, tmp_path)
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
     with pytest.raises(UsageError, match="for its losses"):
         run(source, selection, tmp_path / "run")
+
+
+def test_images_on_the_device_and_losses_read_in_blocks_train_the_same_network(
+    source, selection, tmp_path, monkeypatch
+) -> None:
+    run(source, selection, tmp_path / "host", replace(CONFIG, importance_weights=True))
+    monkeypatch.setattr(loop, "StepLosses", partial(StepLosses, deferred=True))
+    run(source, selection, tmp_path / "device", replace(CONFIG, importance_weights=True, images="device"))
+    assert_same_run(tmp_path / "host", tmp_path / "device")
