@@ -30,6 +30,8 @@ SAMPLE_ROWS = 64  # that a check embeds again
 SAMPLE_SEED = 0
 REPORT_BATCHES = 48  # that a report computes again
 REPORT_FILE = "report.html"
+ADVICE_RATIOS = (0.5, 0.75, 0.9)
+ADVICE_EPOCHS = 8
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
 MOST_ROWS = 1 << 24  # of a shard, a batch, a training step
