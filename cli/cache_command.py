@@ -1,4 +1,4 @@
-"""``gstds-cache``: list, describe, verify, repair, export and remove stores."""
+"""``gstds-cache``: list, describe, verify, repair, export and remove stores; advise on them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from gstds_cache.config import CHECK_LEVEL, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, command_line
 
+from .advise_command import advise
 from .common import (
     Command,
     Group,
@@ -32,6 +33,7 @@ STORE is a directory or s3://bucket/prefix.
 Examples:
   gstds-cache ls
   gstds-cache info photos.store
+  gstds-cache advise photos.store
   gstds-cache verify photos.store --level full
   gstds-cache repair photos.store
   gstds-cache export photos.store photos.parquet
@@ -252,6 +254,7 @@ def repair_command(
         ctx.exit(EXIT_INCOMPLETE)
 
 
+main.add_command(advise)
 main.add_command(export)
 main.add_command(report)
 

@@ -43,6 +43,7 @@ Examples:
   gstds-select photos.store --schedule linear:0.5:0.9 --epochs 20 --seed 1
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-select photos.store --serve 127.0.0.1:8815   (then: gstds-train ... --selection grpc://127.0.0.1:8815)
+  gstds-select photos.store --draw loss-minus-reference   (gstds-train draws by the losses it has seen)
   gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
 
 The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
@@ -77,6 +78,13 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 )
 @setting("knn", "Neighbours of each row in the batch's graph.")
 @setting("rule", "How rows are chosen: " + "; ".join(f"{name}: {text}" for name, text in catalog.RULES.items()) + ".")
+@setting(
+    "draw",
+    "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, in proportion to: "
+    + "; ".join(f"{name}: {text}" for name, text in catalog.DRAWS.items())
+    + "; or module:function. Instead of --rule.",
+)
+@setting("strata", "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph.")
 @setting(
     "guidance",
     "Difficulty, for rules that look at it: "
@@ -197,9 +205,10 @@ def _dropped(summary: SelectionSummary) -> str:
 def _print(summary: SelectionSummary, as_json: bool) -> None:
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.status.items())) or "none computed"
     piped = summary.out == "-"
+    chosen = "training draws" if summary.rule.startswith("draw ") else "kept"
     rows = {
         "selection": f"{summary.selection_digest[:12]} of store {summary.cache_fingerprint[:12]}",
-        "this run": f"{summary.batches:,} batches, kept {summary.kept:,} of {summary.rows:,} "
+        "this run": f"{summary.batches:,} batches, {chosen} {summary.kept:,} of {summary.rows:,} "
         f"({summary.samples_per_second:,.0f} samples/s)",
         "Fiedler": status,
         "graphs": f"{summary.graphs_found:,} of {summary.batches:,} batches reused those of earlier epochs"

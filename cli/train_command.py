@@ -108,6 +108,17 @@ Examples:
     help="Random rows that re-estimate the statistics of batch normalisation before testing; 0 leaves those of the "
     "rows that were kept.",
 )
+@setting_option(
+    TrainConfig,
+    "draw",
+    metavar="MODULE:FUNCTION",
+    help="The selection's own draw function, which it names and cannot have run by itself.",
+)
+@setting_option(
+    TrainConfig,
+    "importance_weights",
+    help="Weight losses by 1 / the chance of a row to be drawn, capped. For a selection made with --draw.",
+)
 @click.option(
     "--out",
     type=LocalPath(),

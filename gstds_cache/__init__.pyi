@@ -1,3 +1,5 @@
+from .api.advise import Advice as Advice
+from .api.advise import advise as advise
 from .api.cache import RemoveReport as RemoveReport
 from .api.cache import StoreList as StoreList
 from .api.cache import describe_store as describe_store
@@ -46,6 +48,8 @@ from .errors import UsageError as UsageError
 from .graph.knn import knn_graph as knn_graph
 from .graph.neighbors import KnnGraph as KnnGraph
 from .runtime.allocator import keep_freed_memory as keep_freed_memory
+from .selection.advice import Forecast as Forecast
+from .selection.draws import Draw as Draw
 from .selection.rule import Rule as Rule
 from .selection.rule import RuleBatch as RuleBatch
 from .spectral.fiedler import fiedler_vectors as fiedler_vectors

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
+STRATA = 8
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""
 DEVICE = "auto"
@@ -29,12 +30,15 @@ SAMPLE_ROWS = 64  # that a check embeds again
 SAMPLE_SEED = 0
 REPORT_BATCHES = 48  # that a report computes again
 REPORT_FILE = "report.html"
+ADVICE_RATIOS = (0.5, 0.75, 0.9)
+ADVICE_EPOCHS = 8
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
 MOST_IMAGES = 1 << 16  # of one forward pass
 MOST_ROWS = 1 << 24  # of a shard, a batch, a training step
 MOST_EPOCHS = 100_000
 MOST_WORKERS = 1024
 MOST_THREADS = 4096
+MOST_STRATA = 1 << 12
 LARGEST_SIDE = 4096  # pixels
 LARGEST_RATE = 1e12  # of learning, and of decay
 
@@ -188,6 +192,10 @@ class SelectConfig:
             that look at a graph, else 0.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
+        draw: Select candidates, of which the trainer draws in each epoch, by the losses that it had before: what it
+            draws in proportion to (selection/draws.py). Takes the place of ``rule``. None selects kept rows.
+        strata: Spectral strata of a batch of which the trainer draws in proportion to their size; 1 makes no graph.
+            Only with ``draw``.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
@@ -211,6 +219,8 @@ class SelectConfig:
     batch_assignments: int | None = None
     knn: int = 10
     rule: str = DEFAULT_RULE
+    draw: str | None = None
+    strata: int = STRATA
     guidance: str = "auto"
     min_per_class: int = 0
     seed: int = 0
@@ -235,10 +245,25 @@ class SelectConfig:
         )
         _require_range("`batch_assignments`", self.batch_assignments, 0, MOST_EPOCHS)
         _require(self.min_per_class >= 0, "`min_per_class`", self.min_per_class, "0 or more")
+        _require_range("`strata`", self.strata, 1, MOST_STRATA)
+        self._check_draw()
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require(0 < self.tolerance < 1, "`tolerance`", self.tolerance, "between 0 and 1, both excluded")
         _require_range("`max_iterations`", self.max_iterations, 1, 1_000_000)
         _require_range("`threads`", self.threads, 0, MOST_THREADS)
+
+    def _check_draw(self) -> None:
+        """Refuse what says nothing with, or without, ``draw``.
+
+        Raises:
+            UsageError: There is such a setting.
+        """
+        if self.draw is None:
+            _require(self.strata == STRATA, "`strata`", self.strata, "no such setting without `draw`")
+            return
+        hint = "leave it out: with `draw` the trainer chooses the rows, in each epoch anew"
+        _require(self.rule == DEFAULT_RULE, "`rule`", self.rule, "no rule beside `draw`", hint)
+        _require(self.min_per_class == 0, "`min_per_class`", self.min_per_class, "0 with `draw`", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +295,10 @@ class TrainConfig:
         norm_samples: Random rows of the data set, unaugmented, whose forward passes re-estimate the running statistics
             of batch normalisation after the last step: without that they describe the rows that were kept. 0 leaves
             them so. Changes nothing in networks without batch normalisation.
+        draw: The selection's own draw function, ``module:function``: a selection names it, and cannot have it run. None
+            for the draws that have a name.
+        importance_weights: Weight each row's loss by 1 / its probability of having been drawn, capped, with mean 1 in a
+            batch. Only for candidates.
     """
 
     arch: str = "resnet18"
@@ -289,6 +318,8 @@ class TrainConfig:
     threads: int = 0
     repack: int = 0
     norm_samples: int = 4096
+    draw: str | None = None
+    importance_weights: bool = False
 
     def __post_init__(self) -> None:
         _as_declared(self)
@@ -328,6 +359,8 @@ class SelectSettings(TypedDict, total=False):
     batch_assignments: int | None
     knn: int
     rule: str
+    draw: str | None
+    strata: int
     guidance: str
     min_per_class: int
     seed: int
@@ -360,3 +393,5 @@ class TrainSettings(TypedDict, total=False):
     threads: int
     repack: int
     norm_samples: int
+    draw: str | None
+    importance_weights: bool

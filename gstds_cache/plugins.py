@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.errors import GstdsError, UsageError, in_words, unknown_name
+from gstds_cache.files.digest import sha256_file
 
 # Frames in these folders say nothing about where a user's own code went wrong.
 _NOT_THEIRS = (f"{sysconfig.get_path('stdlib')}/", f"{Path(__file__).parent}/", "<")
@@ -98,6 +99,15 @@ def call_factory(
             ) from error
     with own_code(call, kind):
         return factory(**params)
+
+
+def source_digest(function: Callable[..., Any]) -> str:
+    """SHA-256 of the file a function is written in, so that a changed function is another identity; '' without one."""
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        return ""
+    return sha256_file(Path(file)) if file and Path(file).is_file() else ""
 
 
 def _nothing(_error: BaseException) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
+from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
 
+DRAW = re.compile(
+    r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+]+))?(?P<weights>\+weights)?(@(?P<schedule>.+))?"
+)
 INFOBATCH_KEEPS = 0.6  # about what it keeps at r = 0.5: its batches are cut so that steps have the others' size
 
 
@@ -26,6 +31,9 @@ class Method:
         embeds: Whether it needs the cache of embeddings.
         batch_assignments: For ``rule``: ways the rows are dealt out to batches; None for the rule's own.
         needs: Scores to prepare: ``probe``, ``early`` networks, ``forgetting`` counts.
+        draw: For ``rule``: rows are not kept by a rule but drawn so, by the losses that training reports.
+        strata: For ``draw``: spectral strata.
+        importance_weights: For ``draw``: whether losses are weighted.
     """
 
     name: str
@@ -36,6 +44,9 @@ class Method:
     embeds: bool = False
     batch_assignments: int | None = None
     needs: frozenset[str] = frozenset()
+    draw: str | None = None
+    strata: int = SelectConfig.strata
+    importance_weights: bool = False
 
 
 BASELINES = {
@@ -63,11 +74,15 @@ BASELINES = {
 def find_method(name: str) -> Method:
     """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
+    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]`` draws by training losses.
+
     Raises:
         UsageError: There is no such baseline or rule.
     """
     if name in BASELINES:
         return BASELINES[name]
+    if name.startswith("draw:"):
+        return _drawing(name)
     rest, _, batch_assignments = name.partition("%")
     before, _, schedule = rest.partition("@")
     rule_name, _, guidance = before.partition("/")
@@ -87,4 +102,29 @@ def find_method(name: str) -> Method:
         embeds=rule.vectors > 0 or bool(needs),
         needs=needs,
         batch_assignments=int(batch_assignments) if batch_assignments else None,
+    )
+
+
+def _drawing(name: str) -> Method:
+    """A method that draws by training losses.
+
+    Raises:
+        UsageError: It is not spelled so, or there is no such draw.
+    """
+    parts = DRAW.fullmatch(name)
+    if parts is None:
+        raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]")
+    draw, strata = find_draw(parts["draw"]), int(parts["strata"] or SelectConfig.strata)
+    probe = draw.needs_reference or draw.needs_prior
+    return Method(
+        name,
+        "rule",
+        rule=SelectConfig.rule,
+        schedule=parts["schedule"] or "",
+        guidance=parts["guidance"] or SelectConfig.guidance,
+        embeds=strata > 1 or probe,
+        needs=frozenset({"probe"}) if probe else frozenset[str](),
+        draw=draw.name,
+        strata=strata,
+        importance_weights=parts["weights"] is not None,
     )

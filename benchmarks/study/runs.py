@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
         cpu["select"] = time.process_time() - cpu_begun - sum(cpu.values())
         chooser = _chooser(task, method, data, scores)
-        config = data.setting.train_config(task.seed)
+        config = replace(data.setting.train_config(task.seed), importance_weights=method.importance_weights)
         curve: list[float] = []
         last: list[nn.Module] = []
 
@@ -105,7 +105,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "kind": "run",
             "setting": task.setting,
             "method": task.method,
-            "rule": method.rule,
+            "rule": f"draw {method.draw}" if method.draw else method.rule,
             "guidance": method.guidance if method.needs else "none",
             "schedule": method.schedule or f"constant:{task.ratio}",
             "ratio": task.ratio,
@@ -142,6 +142,8 @@ def _selection(
         full = task.method == "full"
         config = SelectConfig(
             rule=method.rule,
+            draw=method.draw,
+            strata=method.strata,
             guidance=method.guidance,
             schedule=method.schedule or f"constant:{task.ratio}",
             batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),
@@ -151,7 +153,8 @@ def _selection(
             threads=1,
             batch_assignments=method.batch_assignments,
         )
-        _ = BatchSelector(data.store, config).guidance  # a trial for such runs, where none was made yet, is paid for
+        selector = BatchSelector(data.store, config)
+        _ = selector.guidance, selector.reference  # a trial for such runs, where none was made yet, is paid for
         begun, cpu_begun = time.perf_counter(), time.process_time()
         next(BatchSelector(data.store, config).run())
         seconds["warm-up"], cpu["warm-up"] = time.perf_counter() - begun, time.process_time() - cpu_begun

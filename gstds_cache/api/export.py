@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gstds_cache.config import DEVICE
+from gstds_cache.errors import UsageError
 from gstds_cache.files.location import LocationLike, file_to_write
 from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
@@ -118,7 +119,8 @@ def export_scores(
         What was written.
 
     Raises:
-        UsageError: ``file`` cannot be written, or this version does not know the selection's settings.
+        UsageError: ``file`` cannot be written, or this version does not know the selection's settings, or the selection
+            is of candidates.
         StreamError: The selection is damaged.
         FingerprintMismatchError: The store is not the selection's, or gives other rows here.
     """
@@ -129,6 +131,11 @@ def export_scores(
     scores = SampleScores(len(opened))
     with open_selection(selection) as stream, showing(progress, "batches") as show:
         header = stream.header
+        if header.candidates:
+            raise UsageError(
+                "the selection offers candidates: which rows are trained on is decided while training, by their losses",
+                hint="give a selection of kept rows",
+            )
         for batch in watch_again(selector_of(opened, header, settings), stream):
             scores.add(batch)
             show("score", batch.selection.seq + 1, header.total_batches, {})

@@ -26,6 +26,7 @@ from gstds_cache.stream.reader import SelectionStream, is_service, open_selectio
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.classes import count_classes
 from gstds_cache.training.distributed import Ranks, process_group
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.flops import flops_per_sample, step_threads
 from gstds_cache.training.identity import resolve_auto
 
@@ -111,6 +112,7 @@ def open_run(
         other = rest[0] if rest else None
         classes = count_classes(source, other)
         stream = held.enter_context(open_selection(where))
+        _check_draws(config, stream.header)
         store = _checked_store(cache, stream.header)
         config = resolve_auto(config, source)
         flops = flops_per_sample(config.arch, classes=classes, side=config.image_size)
@@ -118,6 +120,22 @@ def open_run(
         costs = _costs(stream.header, where, store)
         tell = (notify or log) if ranks.first else _tell_nobody
         yield OpenedRun(source, other, stream, where, config, ranks, flops, *costs, show, tell)
+
+
+def _check_draws(config: TrainConfig, header: Header) -> None:
+    """Refuse settings for candidates where the selection keeps rows, and draws that cannot be made, early.
+
+    Raises:
+        UsageError: It keeps rows; or its draw is unknown here.
+    """
+    if header.candidates:
+        Feedback(header, draw=config.draw)
+    elif config.draw is not None or config.importance_weights:
+        name = "`importance_weights`" if config.draw is None else "`draw`"
+        raise UsageError(
+            f"{name}: the selection keeps rows, and draws none by losses",
+            hint="leave it out, or select candidates: `draw='loss-minus-reference'` when selecting",
+        )
 
 
 def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) -> str | None:

@@ -49,6 +49,8 @@ def select(
 ) -> Selection:
     """Shuffle a store's rows into batches, remove a share of each by its graph's Fiedler vector, write what stays.
 
+    With ``draw`` all rows of each batch are written, as candidates, and the trainer draws those that it trains on.
+
     A selection that was made before from the same store and settings is found, and nothing is computed. One that was
     interrupted goes on where it stopped. While the call runs, torch and BLAS have no more threads than ``threads``;
     when it returns they have what they had.
@@ -208,9 +210,10 @@ class _Run:
         """Say what will be done, and what is slow about it."""
         selector, plan = self.selector, self.selector.plan
         share, saved = plan.total_kept / plan.total_rows, plan.total_rows - plan.total_kept
+        chosen = f"rule {selector.rule.name}; keeps" if selector.draw is None else f"{selector.rule.name}; draws"
         self.inform(
-            f"plan: {plan.total_batches:,} batches of {plan.batch_size:,} in {plan.epochs} epochs, rule "
-            f"{selector.rule.name}; keeps {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for "
+            f"plan: {plan.total_batches:,} batches of {plan.batch_size:,} in {plan.epochs} epochs, "
+            f"{chosen} {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for "
             f"each batch; saves {saved:,} ({1 - share:.1%})"
         )
         self.inform(f"rows: {selector.device_run.rows_reason}")

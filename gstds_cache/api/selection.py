@@ -28,15 +28,15 @@ class SelectionSummary:
         epochs: Epochs of the selection.
         total_batches: Batches of the selection; a step of training each.
         total_rows: Rows of all of them before selection.
-        total_kept: Rows that stay of these.
+        total_kept: Rows that stay of these, or are to be drawn of them while training.
         batches: Batches computed by this call; fewer than all where an interrupted call had left some.
         rows: Rows of these before selection.
-        kept: Rows that stay of these.
+        kept: Rows that stay of these, or are to be drawn.
         samples_per_second: ``rows`` over the seconds of selecting.
         classes: By class, rows ``seen`` by this call and rows ``kept``.
         status: Batches of this call by the status of their Fiedler vector.
         graphs_found: Batches of this call whose graph came from an earlier epoch.
-        rule: Rule.
+        rule: Rule; ``draw NAME`` where a trainer draws.
         guidance: Digest of the guidance; ``none`` without.
         guidance_note: Where guidance came from; empty where this call looked at none.
         knn_backend: kNN backend.

@@ -116,6 +116,8 @@ def view_selection(
     view = SelectionView(file.name, _facts(header, file))
     _from_stream(view, key, header, batches)
     store, why = _find_store(file, header, cache)
+    if header.candidates:
+        store, why = None, "Of candidates, which rows are trained on is decided while training, by their losses."
     if store is None:
         for title in ("Kept and dropped along the Fiedler coordinate", "Spectral map", "Keep rates by class"):
             view.panels.append(Panel(title, "", missing=why))
@@ -146,13 +148,21 @@ def view_selection(
 
 def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
     settings = header.settings
-    names = {"rule": "rule", "schedule": "schedule", "batch_size": "batch size", "knn": "neighbours", "seed": "seed"}
+    names = {
+        "rule": "rule",
+        "draw": "draw",
+        "strata": "strata",
+        "schedule": "schedule",
+        "batch_size": "batch size",
+        "knn": "neighbours",
+        "seed": "seed",
+    }
     cost = recall(selection_costs(file), header.selection_digest)
     return [
         *((text, str(settings[name])) for name, text in names.items() if name in settings),
         ("epochs", f"{header.epochs:,} of {header.batches_per_epoch:,} batches"),
         ("items", f"{header.items:,}"),
-        ("kept", f"{header.total_kept:,} samples"),
+        ("drawn while training" if header.candidates else "kept", f"{header.total_kept:,} samples"),
         ("selection took", f"{cost.seconds:,.1f} s" if cost else "unknown"),
         ("digest", header.selection_digest[:16]),
         ("cache", header.cache_fingerprint[:16]),
@@ -161,7 +171,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
 
 def _from_stream(view: SelectionView, key: str, header: Header, batches: list[SelectedBatch]) -> None:
     n_in = np.array([batch.n_in for batch in batches], dtype=np.int64)
-    kept = np.array([len(batch.kept) for batch in batches], dtype=np.int64)
+    kept = np.array([batch.count for batch in batches], dtype=np.int64)
     saved = 1 - kept.sum() / n_in.sum()
     view.panels.append(
         Panel(

@@ -1,4 +1,4 @@
-"""Rules and kinds of guidance by the names that a user types. Loads nothing: a command's help shows them."""
+"""Rules, draws and kinds of guidance by the names that a user types. Loads nothing: a command's help shows them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ RULES = {
     "guided": "drawn by guidance; computes no graph",
     "random": "uniformly random; computes no graph",
 }
+
+DRAWS = {
+    "loss-minus-reference": "last training loss minus reference loss, not below 0",
+    "damped-loss": "last training loss, times 1 / (1 + exp(3 (reference loss - 2)))",
+    "loss": "last training loss",
+    "prior": "guidance alone",
+    "uniform": "all rows alike",
+}
+"""What rows of a batch are drawn in proportion to, while training."""
 
 GUIDANCE = {
     "auto": "uncertainty where rows have labels and a probe learns no worse from rows drawn by it, else none",

@@ -26,7 +26,7 @@ class SelectionCounts:
     Attributes:
         batches: Batches done.
         rows: Rows they held.
-        kept: Rows that stayed.
+        kept: Rows that stayed; of candidates, those that a trainer is to draw.
         status: Batches by status flag; a batch with two flags counts in both.
         iterations: Batches by LOBPCG iterations, of those that have been solved.
         reused: Batches whose graph was there from an earlier epoch.
@@ -78,7 +78,7 @@ class SelectionCounts:
             self.classes[label] = seen + count, stayed + kept.get(label, 0)
         self.batches += 1
         self.rows += batch.n_in
-        self.kept += len(batch.kept)
+        self.kept += batch.count
         self.status.update(flag.name.lower() for flag in batch.status if flag.name)
         if batch.status == Status.CONVERGED:
             self.status["converged"] += 1

@@ -59,7 +59,9 @@ class DeviceRun:
     def has_rule(self) -> bool:
         """Whether the rule runs there as well."""
         of = self._of
-        return not self.why_not and not why_not_ruled(of.device, of.rule, of.plan.batch_size, of.plan.most_kept)
+        if self.why_not or of.draw is not None:  # candidates are all rows of a batch
+            return False
+        return not why_not_ruled(of.device, of.rule, of.plan.batch_size, of.plan.most_kept)
 
     @cached_property
     def _choice(self) -> tuple[bool, str]:

@@ -6,16 +6,13 @@ share of each batch is removed by its Fiedler vector; the readings of that below
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.errors import UsageError, unknown_name
-from gstds_cache.files.digest import sha256_file
-from gstds_cache.plugins import load_factory, own_code
+from gstds_cache.plugins import load_factory, own_code, source_digest
 from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.selection import catalog
 from gstds_cache.selection.catalog import SPREAD
@@ -100,16 +97,7 @@ def find_rule(name: str) -> Rule:
         return RULES[name]
     loaded = load_factory(name, "rule", RULES)
     own = loaded if isinstance(loaded, Rule) else Rule(name, "your own", loaded)
-    return replace(own, name=name, choose=_checked(name, own.choose), source=_source(own.choose))
-
-
-def _source(function: Choose) -> str:
-    """SHA-256 of the file a function is written in, so that a changed rule is another selection."""
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:
-        return ""
-    return sha256_file(Path(file)) if file and Path(file).is_file() else ""
+    return replace(own, name=name, choose=_checked(name, own.choose), source=source_digest(own.choose))
 
 
 def _checked(name: str, choose: Choose) -> Choose:

@@ -24,16 +24,19 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.device_batches import map_pairs, pieces_of
 from gstds_cache.selection.device_run import DeviceRun
+from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
-from gstds_cache.selection.guidance_spec import GuidanceKey, key_of
+from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.rule import RuleBatch, read_only
-from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.selected_batch import Candidates, SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
+from gstds_cache.selection.spread import weights
+from gstds_cache.selection.strata import cells_of
 from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -47,6 +50,8 @@ class BatchSelector:
 
     Attributes:
         plan: The run's batches.
+        rule: How rows are chosen; with ``draw`` what is looked at for candidates.
+        draw: What a trainer draws by of the candidates that are selected; None where rows are kept.
         digest: Identity of the selection: the store's fingerprint and every setting that decides the outcome.
         counts: Totals so far.
         knn_backend: The kNN backend, never ``auto``.
@@ -71,7 +76,7 @@ class BatchSelector:
         """
         self.store, self.config = store, config
         self._settings = settings = ParsedSettings.parse(config)
-        self.rule = settings.rule
+        self.rule, self.draw = settings.rule, settings.draw
         self.plan = SelectionPlan(
             EligibleRows(len(store), store.without_embedding),
             batch_size=config.batch_size,
@@ -89,6 +94,7 @@ class BatchSelector:
         self.knn_backend = resolve_backend(config.knn_backend, self.device, largest, config.knn)
         self.solver = _solver(config, self.device, largest, max(1, self.rule.vectors))
         labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
+        self._label_counts = labels
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))
         self.counts, self.graphs_note = SelectionCounts(), ""
@@ -105,7 +111,9 @@ class BatchSelector:
         """
         self.config, self._guidance_key = replace(self.config, guidance=guidance), key
         self.guidance_digest = key.digest
-        self.identity = identity(self.store.fingerprint, self.config, self._settings, key.digest)
+        self._reference_key = self._key_of_reference(key)
+        reference = "" if self._reference_key is None else self._reference_key.probe
+        self.identity = identity(self.store.fingerprint, self.config, self._settings, key.digest, reference)
         self.digest = digest_of(self.identity)
         self.__dict__.pop("guidance", None)  # of the one before
 
@@ -171,7 +179,7 @@ class BatchSelector:
         Yields:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
-        guidance = self.guidance  # before the threads start
+        guidance, _ = self.guidance, self.reference  # before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
             if spectra is not None and not self.device_run.why_not:
@@ -189,7 +197,7 @@ class BatchSelector:
                     for left, (selection, seen) in zip(range(len(selections) - 1, -1, -1), selections, strict=True):
                         self.pending = left
                         labels = kept = np.zeros(0, np.int64)
-                        if seen.labels is not None and not self._labels_are_ids:
+                        if seen.labels is not None and not self._labels_are_ids and selection.candidates is None:
                             labels, kept = seen.labels, self._labels_of(selection.kept)
                         self.counts.add(selection, labels, kept)
                         yield selection, seen
@@ -244,6 +252,35 @@ class BatchSelector:
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
         return guidance
+
+    @cached_property
+    def reference(self) -> Difficulty | None:
+        """The rows' reference losses: found beside the store, or computed now; None where no draw looks at them."""
+        if self._reference_key is None:
+            return None
+        begun = time.perf_counter()
+        probe = load_or_make_guidance(self.store, self._reference_key, threads=self._cpu_threads, device=self.device)
+        self.counts.seconds["guidance"] += time.perf_counter() - begun
+        self.counts.elapsed += time.perf_counter() - begun
+        return probe.of_rows
+
+    def _key_of_reference(self, guidance: GuidanceKey) -> GuidanceKey | None:
+        """The digests of the probe whose losses are the reference; it is that of the guidance, where that has one.
+
+        Raises:
+            UsageError: The store has no labels to learn from.
+        """
+        if self.draw is None or not self.draw.needs_reference:
+            return None
+        labels = self._label_counts
+        if labels.different < 2 or labels.one_each:
+            raise UsageError(
+                f"`draw={self.draw.name!r}` looks at reference losses, and {self.store.location} has no labels that a "
+                "probe could learn",
+                hint="use `draw='loss'`, which looks at training losses alone",
+            )
+        spec = guidance.spec if guidance.probe else GuidanceSpec("probe")
+        return key_of(self.store, replace(spec, kind="probe", cutoff=0.0, trial=None))
 
     def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
         """Full batches are stacked; the other last batch of an epoch stands alone.
@@ -301,6 +338,8 @@ class BatchSelector:
 
     def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[SelectedBatch, RuleBatch]:
         seen = self._see(batch, spectrum)
+        if self.draw is not None:
+            return self._offer(batch, spectrum, seen), seen
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
             positions = self._hold_floor(batch, positions)
@@ -321,6 +360,30 @@ class BatchSelector:
         where = f"batch {batch.batch_id} of epoch {batch.epoch}"
         labels = self._labels_of(batch.indices)
         return hold_floor(positions, labels, self.config.min_per_class, self.store.classes, where)
+
+    def _offer(self, batch: BatchPlan, spectrum: Spectrum | None, seen: RuleBatch) -> SelectedBatch:
+        """All rows of a batch, with what a trainer draws by."""
+        rows, count = batch.indices, len(batch.indices)
+        stratum = np.zeros(count, np.int16)
+        if spectrum is not None:
+            order, bounds = cells_of(seen, min(self.config.strata, count))
+            stratum[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        prior = np.ones(count) if seen.guidance is None else weights(seen)
+        reference = np.full(count, np.nan) if self.reference is None else self.reference.of(rows)
+        return SelectedBatch(
+            seq=batch.seq,
+            epoch=batch.epoch,
+            batch_id=batch.batch_id,
+            n_in=count,
+            kept=rows,
+            score=None,
+            status=Status.NOT_COMPUTED if spectrum is None else spectrum.status,
+            value=float("nan") if spectrum is None else float(spectrum.values[0]),
+            residual=float("nan") if spectrum is None else spectrum.residual,
+            candidates=Candidates(
+                batch.keep, stratum, reference.astype(np.float32), (prior / prior.mean()).astype(np.float32)
+            ),
+        )
 
 
 def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: int) -> torch.device:

@@ -5,25 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int16, Int64
 
 from gstds_cache.spectral.status import Status
 
 
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a trainer needs to draw rows of a batch by the losses it has seen; in the order of the batch's rows.
+
+    Attributes:
+        keep: How many rows are to be drawn (M).
+        stratum: Stratum of each row, from 0, int16 [B].
+        reference: Held-out loss of each row under the reference model, float32 [B]; NaN where it is not known.
+        prior: How much a row counts before its loss is known, relative to the others, >= 0, float32 [B].
+    """
+
+    keep: int
+    stratum: Int16[np.ndarray, " B"]
+    reference: Float32[np.ndarray, " B"]
+    prior: Float32[np.ndarray, " B"]
+
+    def problem(self, rows: Int64[np.ndarray, " B"]) -> str:
+        """What does not fit together, or does not fit the batch's ``rows``; empty where all does."""
+        lengths = {len(self.stratum), len(self.reference), len(self.prior)}
+        if lengths != {len(rows)}:
+            return f"{len(rows)} rows have {sorted(lengths)} strata, reference losses and priors"
+        if not 1 <= self.keep <= len(rows):
+            return f"{self.keep} of {len(rows)} rows are to be drawn"
+        if (self.stratum < 0).any() or np.isinf(self.reference).any() or not np.isfinite(self.prior).all():
+            return "a stratum is below 0, or a reference loss or a prior is no number"
+        if (self.prior < 0).any():
+            return "a prior is below 0"
+        return "" if len(np.unique(rows)) == len(rows) else "a row is there twice"
+
+
 @dataclass(frozen=True)
 class SelectedBatch:
-    """What stays of one batch.
+    """What stays of one batch; or, with ``candidates``, all of it, of which a trainer draws what it trains on.
 
     Attributes:
         seq: Position in the whole run, from 0.
         epoch: Epoch, from 0.
         batch_id: Position in the epoch, from 0.
         n_in: Rows before selection (B).
-        kept: Rows of the store that stay, int64 [M], in the batch's order.
-        score: Their Fiedler coordinates, float32 [M]; None where no spectrum was computed.
+        kept: Rows of the store that stay, int64 [M], in the batch's order; with ``candidates`` all of them, [B].
+        score: Their Fiedler coordinates, float32 [M]; None where no spectrum was computed, and with ``candidates``.
         status: How the batch's Fiedler vector was found.
         value: Algebraic connectivity of the batch's graph; NaN where no spectrum was computed.
         residual: Relative residual of the Fiedler pair; NaN where no spectrum was computed.
+        candidates: What rows are drawn by; None where ``kept`` is what stays.
     """
 
     seq: int
@@ -35,3 +66,9 @@ class SelectedBatch:
     status: Status
     value: float
     residual: float
+    candidates: Candidates | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows that a trainer trains on: those that stay, or those that it draws."""
+        return len(self.kept) if self.candidates is None else self.candidates.keep

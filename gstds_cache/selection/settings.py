@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from gstds_cache.config import SelectConfig
+from gstds_cache.selection.catalog import SPREAD
+from gstds_cache.selection.draws import Draw, find_draw
 from gstds_cache.selection.guidance_spec import GuidanceSpec, parse_guidance
 from gstds_cache.selection.order import Order, parse_order
-from gstds_cache.selection.rule import Rule
+from gstds_cache.selection.rule import Rule, RuleBatch
 from gstds_cache.selection.rules import find_rule
 from gstds_cache.selection.schedule import Schedule, parse_schedule
 
@@ -24,7 +28,8 @@ class ParsedSettings:
     """The settings of a configuration that are text, parsed.
 
     Attributes:
-        rule: The rule.
+        rule: The rule; with ``draw`` one that says what strata and prior look at.
+        draw: What rows of candidates are drawn in proportion to; None where rows are kept by the rule.
         schedule: Filter ratio over the run.
         order: Order of an epoch.
         guidance: What was asked for, which may be ``auto``.
@@ -32,6 +37,7 @@ class ParsedSettings:
     """
 
     rule: Rule
+    draw: Draw | None
     schedule: Schedule
     order: Order
     guidance: GuidanceSpec
@@ -44,9 +50,11 @@ class ParsedSettings:
         Raises:
             UsageError: A rule, schedule, order or guidance is unknown, or a file that it names cannot be read.
         """
-        rule, assignments = find_rule(config.rule), config.batch_assignments
+        draw, assignments = None if config.draw is None else find_draw(config.draw), config.batch_assignments
+        rule = find_rule(config.rule) if draw is None else _offering(draw, config.strata)
         return cls(
             rule=rule,
+            draw=draw,
             schedule=parse_schedule(config.schedule),
             order=parse_order(config.order),
             guidance=parse_guidance(config.guidance),
@@ -54,7 +62,19 @@ class ParsedSettings:
         )
 
 
-def identity(fingerprint: str, config: SelectConfig, settings: ParsedSettings, guidance: str) -> dict[str, Any]:
+def _offering(draw: Draw, strata: int) -> Rule:
+    """What a draw wants to know of a batch, in a rule's terms: eigenvectors for its strata, guidance for its prior."""
+
+    def all_rows(batch: RuleBatch) -> np.ndarray:
+        return np.arange(len(batch))
+
+    vectors = SPREAD if strata > 1 else 0
+    return Rule(f"draw {draw.name}", draw.summary, all_rows, vectors, needs_guidance=draw.needs_prior)
+
+
+def identity(
+    fingerprint: str, config: SelectConfig, settings: ParsedSettings, guidance: str, reference: str = ""
+) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values.
 
     Args:
@@ -62,6 +82,7 @@ def identity(fingerprint: str, config: SelectConfig, settings: ParsedSettings, g
         config: The configuration.
         settings: The same, parsed.
         guidance: Digest of the guidance.
+        reference: Digest of the probe that reference losses are of; empty where there are none.
     """
     select = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY} | {
         "schedule": settings.schedule.identity,
@@ -70,6 +91,12 @@ def identity(fingerprint: str, config: SelectConfig, settings: ParsedSettings, g
         "batch_assignments": settings.batch_assignments,
     }
     select = {RECORDED_AS.get(name, name): value for name, value in select.items()}
+    # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
+    for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
+        del select[name]
+    if settings.draw is not None:
+        select |= {"draw_source": settings.draw.source} if settings.draw.source else {}
+        return {"algorithm": ALGORITHM, "cache": fingerprint, "select": select, "reference": reference}
     source = {"rule_source": settings.rule.source} if settings.rule.source else {}
     return {"algorithm": ALGORITHM, "cache": fingerprint, "select": select, **source}
 
@@ -77,4 +104,4 @@ def identity(fingerprint: str, config: SelectConfig, settings: ParsedSettings, g
 def config_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a selection's header, or of a ticket, by the names that :class:`SelectConfig` has for them."""
     names = {old: new for new, old in RECORDED_AS.items()}
-    return {names.get(name, name): value for name, value in recorded.items()}
+    return {names.get(name, name): value for name, value in recorded.items() if name != "draw_source"}

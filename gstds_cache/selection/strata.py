@@ -27,7 +27,7 @@ def cells(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     Cells come from halving: a set that is to give m rows is cut across the eigenvector along which it is widest, so
     that the two sides give m // 2 and the rest, and hold rows in that proportion.
     """
-    return _one_of_each(batch, *_cells(batch), power=1.0)
+    return _one_of_each(batch, *cells_of(batch, batch.keep), power=1.0)
 
 
 def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -36,7 +36,7 @@ def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     Drawn from the whole batch, squared weights keep too few of the easy rows; one row of each cell stays whatever its
     weight (docs/method.md has both, measured).
     """
-    return _one_of_each(batch, *_cells(batch), power=2.0)
+    return _one_of_each(batch, *cells_of(batch, batch.keep), power=2.0)
 
 
 def guided(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
@@ -46,9 +46,14 @@ def guided(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     return np.sort(np.argsort(-drawn, kind="stable")[: batch.keep])
 
 
-def _cells(batch: RuleBatch) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " M1"]]:
+def cells_of(batch: RuleBatch, count: int) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " M1"]]:
+    """Cut a batch into ``count`` cells of about equal size; as :func:`halve` gives them.
+
+    Returns:
+        The positions sorted by cell, and the cells' bounds in them.
+    """
     order = np.arange(len(batch))
-    bounds = np.empty(batch.keep + 1, np.int64)
+    bounds = np.empty(count + 1, np.int64)
     halve(coordinates(batch), order, bounds)
     return order, bounds
 

@@ -20,6 +20,7 @@ from gstds_cache.errors import (
 )
 from gstds_cache.files.location import local_file
 from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.stream.candidate_records import CandidateRows
 from gstds_cache.stream.records import NO_RECORD, STATUS, Kind, Rows, next_hash, sha_words
 from gstds_cache.stream.resume import ResumeToken
 from gstds_cache.stream.schema import ByteStream, Header
@@ -59,6 +60,7 @@ class SelectionStream:
         self._kept_before = [0, *accumulate(self.header.kept_per_epoch)]
         self.next_seq, self._kept, self._hash = 0, 0, NO_RECORD
         self.rows_in: int | None = 0
+        self._rows = CandidateRows if self.header.candidates else Rows
         self._failed, self._selections = False, self._guarded()
         if resume is not None:
             self._resume(resume)
@@ -141,7 +143,7 @@ class SelectionStream:
 
     def _checked(self) -> Iterator[SelectedBatch]:
         items, running, last = self.header.items, NO_RECORD, -1
-        make, status_of = object.__new__, STATUS.get
+        make, status_of, offers = object.__new__, STATUS.get, self.header.candidates
         while True:
             rows, reason = self._read()
             outside, damaged = rows.outside(items), rows.damaged
@@ -167,8 +169,10 @@ class SelectionStream:
                     raise StreamError(
                         f"selection record {seq} names no row, one outside 0..{items - 1}, or an unknown status"
                     )
+                if offers and (problem := score.problem(kept)):
+                    raise StreamError(f"selection record {seq} cannot be drawn from: {problem}", hint=AGAIN)
                 self._hash = sha256(before + packed).digest()  # next_hash, without the price of a call
-                self._kept += len(kept)
+                self._kept += score.keep if offers else len(kept)
                 self.next_seq = seq + 1
                 if self.rows_in is not None:
                     self.rows_in += n_in
@@ -179,10 +183,11 @@ class SelectionStream:
                     batch_id=batch_id,
                     n_in=n_in,
                     kept=kept,
-                    score=score,
+                    score=None if offers else score,
                     status=status,
                     value=value,
                     residual=residual,
+                    candidates=score if offers else None,
                 )
                 yield selection
 
@@ -198,7 +203,7 @@ class SelectionStream:
                 hint=f"the producer was killed or the file was cut; {AGAIN}",
             ) from error
         try:
-            return Rows(batch), reason
+            return self._rows(batch), reason
         except ValueError as error:
             raise StreamError(f"selection record after batch {self.next_seq} is damaged: {error}") from error
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from gstds_cache.errors import StreamError
 from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.stream.candidate_records import encode_candidates
 from gstds_cache.stream.records import (
     GROUP_RECORDS,
     GROUP_ROWS,
@@ -40,7 +41,7 @@ class SelectionWriter:
 
     def __init__(self, sink: ByteStream, header: Header) -> None:
         self.header, self.next_seq = header, 0
-        self._sink = sink
+        self._sink, self._encode = sink, encode_candidates if header.candidates else encode
         self._writer = pa.ipc.new_stream(sink, header.to_schema())
         sink.flush()
         self._hash = NO_RECORD
@@ -56,9 +57,11 @@ class SelectionWriter:
         for selection in selections:
             if selection.seq != self.next_seq:
                 raise StreamError(f"batch {selection.seq} written, expected batch {self.next_seq}")
+            if (selection.candidates is not None) != self.header.candidates:
+                raise StreamError(f"batch {selection.seq}: candidates and kept rows do not go into one selection")
             records.append(Record.data(selection))
             self.next_seq += 1
-            self._kept_in_epoch += len(selection.kept)
+            self._kept_in_epoch += selection.count
             if self.next_seq % self.header.batches_per_epoch == 0:
                 records.append(Record.mark(Kind.EPOCH_END, self.next_seq, selection.epoch, [self._kept_in_epoch]))
                 self._kept, self._kept_in_epoch = self._kept + self._kept_in_epoch, 0
@@ -86,7 +89,7 @@ class SelectionWriter:
         if self.next_seq != self.header.total_batches:
             raise StreamError(f"{self.next_seq} batches written, the header promises {self.header.total_batches}")
         words = [self.next_seq, self._kept, *sha_words(self._hash)]
-        batch, _ = encode([Record.mark(Kind.STREAM_END, self.next_seq, self.header.epochs - 1, words)])
+        batch, _ = self._encode([Record.mark(Kind.STREAM_END, self.next_seq, self.header.epochs - 1, words)])
         self._writer.write_batch(batch)
         self._writer.close()
         self._sink.flush()
@@ -94,11 +97,11 @@ class SelectionWriter:
     def fail(self, reason: str) -> None:
         """Write an error record."""
         mark = Record.mark(Kind.ERROR, self.next_seq, -1, [])
-        self._writer.write_batch(mark.to_batch(), custom_metadata={"error": reason.encode()[:4096]})
+        self._writer.write_batch(self._encode([mark])[0], custom_metadata={"error": reason.encode()[:4096]})
         self._sink.flush()
 
     def _put(self, records: Sequence[Record]) -> None:
-        batch, packed = encode(records)
+        batch, packed = self._encode(records)
         self._writer.write_batch(batch)
         self._sink.flush()
         for body in packed:

@@ -18,7 +18,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.selected_batch import Candidates, SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import FIELDS
 
@@ -64,6 +64,7 @@ class Record:
     status: int
     value: float
     residual: float
+    candidates: Candidates | None = None
 
     @classmethod
     def data(cls, selection: SelectedBatch) -> Record:
@@ -79,6 +80,7 @@ class Record:
             int(selection.status),
             selection.value,
             selection.residual,
+            selection.candidates,
         )
 
     @classmethod
@@ -87,7 +89,7 @@ class Record:
         return cls(seq, epoch, -1, kind, 0, np.array(numbers, np.int64), None, 0, float("nan"), float("nan"))
 
     def to_batch(self) -> pa.RecordBatch:
-        """The record as an Arrow record batch of one row."""
+        """The record as an Arrow record batch of one row, of a selection of kept rows."""
         return encode([self])[0]
 
 
@@ -156,8 +158,8 @@ class Rows:
         for name, array in column.items():
             if name != "score" and array.null_count:
                 raise ValueError(f"column {name} holds nulls")
-        starts, self.kept = _values(column["kept"])
-        score_starts, score = _values(column["score"])
+        starts, self.kept = values_of(column["kept"])
+        score_starts, score = values_of(column["score"])
         numbers = np.empty(batch.num_rows, NUMBERS)
         plain = []
         for name in ("seq", "epoch", "batch_id", "kind", "n_in", "status", "value", "residual"):
@@ -185,7 +187,7 @@ class Rows:
         return frozenset((np.searchsorted(self.starts, bad, side="right") - 1).tolist()) if bad.size else frozenset()
 
 
-def _values(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+def values_of(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets from 0, and a writable copy of what lies between the first and the last."""
     offsets = column.offsets.to_numpy().astype(np.int64)
     values = column.values.to_numpy()[offsets[0] : offsets[-1]].copy()

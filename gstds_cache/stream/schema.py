@@ -12,6 +12,9 @@ kind      ``seq``            ``kept``
 2 end     number of batches  [batches, rows kept, and the running SHA-256 as four big-endian signed 64-bit words]
 3 error   the next batch's   [] (the message is in the record's custom metadata, key ``error``)
 ========  =================  ====================================================================================
+
+A selection of candidates (format 3) has other columns: ``rows`` are all rows of a batch, and ``keep`` says how many of
+them a trainer draws, by their ``stratum``, ``reference`` loss and ``prior``. Its marks have their numbers in ``rows``.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import pyarrow as pa
 from gstds_cache.errors import StreamError
 
 FORMAT = 2
+CANDIDATES_FORMAT = 3
 ByteStream = BinaryIO | io.IOBase  # a binary file, a pipe, or io.BytesIO
 
 
@@ -44,6 +48,18 @@ FIELDS = pa.schema(
         pa.field("crc", pa.uint32(), nullable=False),
     ]
 )
+CANDIDATE_FIELDS = pa.schema(
+    [
+        *(FIELDS.field(name) for name in ("seq", "epoch", "batch_id", "kind", "n_in")),
+        pa.field("keep", pa.int32(), nullable=False),
+        pa.field("rows", FIELDS.field("kept").type, nullable=False),
+        pa.field("stratum", pa.list_(pa.field("item", pa.int16(), nullable=False)), nullable=False),
+        pa.field("reference", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        pa.field("prior", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        *(FIELDS.field(name) for name in ("status", "value", "residual", "crc")),
+    ]
+)
+_COLUMNS = {FORMAT: FIELDS, CANDIDATES_FORMAT: CANDIDATE_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,10 @@ class Header:
         epochs: Epochs.
         batches_per_epoch: Batches of each epoch.
         total_batches: Data records of the whole stream.
-        total_kept: Rows kept in the whole stream.
-        kept_per_epoch: Rows kept in each epoch.
+        total_kept: Rows kept in the whole stream; of candidates, those to be drawn.
+        kept_per_epoch: The same of each epoch.
         settings: Every setting of the selection.
-        format: Version of this schema.
+        format: Version of the schema: 2 for kept rows, 3 for candidates.
     """
 
     cache_fingerprint: str
@@ -78,9 +94,15 @@ class Header:
     settings: dict[str, Any]
     format: int = FORMAT
 
+    @property
+    def candidates(self) -> bool:
+        """Whether the stream offers candidates, of which a trainer draws, and not rows that stay."""
+        return self.format == CANDIDATES_FORMAT
+
     def to_schema(self) -> pa.Schema:
         """The Arrow schema with this header as metadata."""
-        return FIELDS.with_metadata({f"gstds.{key}": json.dumps(value) for key, value in asdict(self).items()})
+        metadata = {f"gstds.{key}": json.dumps(value) for key, value in asdict(self).items()}
+        return _COLUMNS.get(self.format, FIELDS).with_metadata(metadata)
 
     @classmethod
     def from_schema(cls, schema: pa.Schema) -> Header:
@@ -96,13 +118,14 @@ class Header:
             raise StreamError(f"the selection's header is damaged: {error}") from error
         if "format" not in fields:
             raise StreamError("this Arrow stream is no selection: its schema has no gstds metadata")
-        if fields["format"] != FORMAT:
+        form = fields["format"]
+        if form not in list(_COLUMNS):  # a damaged one may be anything
             raise StreamError(
-                f"selection format {fields['format']} is not supported, expected {FORMAT}",
+                f"selection format {form} is not supported, expected {FORMAT} or {CANDIDATES_FORMAT}",
                 hint="select again with this version: gstds-select STORE",
             )
-        if not schema.remove_metadata().equals(FIELDS):
-            raise StreamError(f"the selection's columns are not format {FORMAT}'s: got {schema.names}")
+        if not schema.remove_metadata().equals(_COLUMNS[form]):
+            raise StreamError(f"the selection's columns are not format {form}'s: got {schema.names}")
         if not isinstance(fields.get("kept_per_epoch"), list):
             raise StreamError("the selection's header is damaged: kept_per_epoch is no list")
         try:

@@ -22,7 +22,7 @@ GUIDANCE = re.compile("|".join(catalog.GUIDANCE_KINDS))
 RULE = re.compile(r"[a-z0-9_-]{1,64}")  # a name alone: module:function would run what the service's user did not choose
 # "partitions" is what batch_assignments were called by earlier versions.
 NUMBERS = {"batch_size": 1 << 20, "epochs": 10_000, "knn": 1 << 16, "seed": 1 << 62, "max_iterations": 100_000,
-           "min_per_class": 1 << 20, "batch_assignments": 10_000, "partitions": 10_000}  # fmt: skip
+           "min_per_class": 1 << 20, "strata": 1 << 12, "batch_assignments": 10_000, "partitions": 10_000}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Ticket:
 def _settings(fields: object) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UsageError(f"ticket, select: got a JSON {type(fields).__name__}, expected an object")
-    _known("ticket, select", fields, (*NUMBERS, "schedule", "rule", "laplacian", "tolerance", "order", "guidance"))
+    _known(
+        "ticket, select", fields, (*NUMBERS, "schedule", "rule", "draw", "laplacian", "tolerance", "order", "guidance")
+    )
     for name, value in fields.items():
         if name in NUMBERS:
             good = type(value) is int and 0 <= value <= NUMBERS[name]

@@ -21,7 +21,7 @@ from gstds_cache.files.lock import exclusive
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.record_writer import SelectionWriter, computed, grouped, is_full
-from gstds_cache.stream.schema import Header
+from gstds_cache.stream.schema import CANDIDATES_FORMAT, FORMAT, Header
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
@@ -47,6 +47,7 @@ def header_of(selector: BatchSelector) -> Header:
         total_kept=plan.total_kept,
         kept_per_epoch=plan.kept_per_epoch,
         settings=selector.identity["select"],
+        format=FORMAT if selector.draw is None else CANDIDATES_FORMAT,
     )
 
 

@@ -91,8 +91,18 @@ class BatchLoader:
         positions = self._positions(len(kept))
         return TrainingBatch(epoch, kept[positions], pixels, positions, len(kept), sha)
 
+    def all_batches(self) -> Generator[TrainingBatch, None, None]:
+        """Yield the batches of all epochs; of candidates, an epoch's begin when the losses of the one before are in.
+
+        Yields:
+            Each step's batch.
+        """
+        while self.steps.position.step < self.steps.total:
+            yield from self.batches()
+
     def _rows(self) -> Iterator[Int64[np.ndarray, " m"]]:
-        while True:
+        feedback = self.steps.feedback
+        while feedback is None or self.steps.position.epoch <= feedback.epoch:  # may be ahead of the steps
             begun = time.perf_counter()
             batch = next(self.steps, None)
             self._seconds["indices"] += time.perf_counter() - begun

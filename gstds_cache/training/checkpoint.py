@@ -9,7 +9,7 @@ import torch
 
 from gstds_cache.errors import IntegrityError
 
-OPTIONAL = frozenset({"joules", "forward_samples"})  # not in the checkpoints of the first versions
+OPTIONAL = frozenset({"joules", "forward_samples", "feedback"})  # not in the checkpoints of the first versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Checkpoint:
         forward_samples: Samples that only passed forward, over all ranks. Above 0 once the running statistics of batch
             normalisation in ``network`` are re-estimated, which is after the last step; until then they are those of
             training, from which it goes on.
+        feedback: The losses that candidates are drawn by (``Feedback.state``); None where rows are kept ones.
     """
 
     network: dict[str, torch.Tensor]
@@ -41,6 +42,7 @@ class Checkpoint:
     seconds: dict[str, float]
     joules: dict[str, float] | None = None
     forward_samples: int = 0
+    feedback: dict[str, Any] | None = None
 
     def to_state(self) -> dict[str, Any]:
         """What ``torch.save`` writes: one entry a field."""
@@ -77,4 +79,5 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "seconds": dict,
     "joules": (dict, type(None)),
     "forward_samples": int,
+    "feedback": (dict, type(None)),
 }

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from itertools import accumulate, chain
 
 import numpy as np
@@ -47,6 +48,7 @@ from gstds_cache.training.compiled import Scores, compiled, explained
 from gstds_cache.training.device_images import DeviceImages, gather, held_on_device
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.evaluate import Accuracy, evaluate
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.identity import resolved_precision
 from gstds_cache.training.images import ImageFeed, decoding_workers
 from gstds_cache.training.network import build_network, check_network, norms_frozen
@@ -55,7 +57,7 @@ from gstds_cache.training.report import TrainingResult, waiting_shares
 from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.step_losses import StepLosses
 from gstds_cache.training.step_times import StepTimes
-from gstds_cache.training.steps import StepReader
+from gstds_cache.training.steps import StepReader, remainder_of
 
 CHECKPOINT_SECONDS = 10.0
 """A run on a GPU whose last checkpoint is younger saves none at an epoch's end: one takes as long as many steps."""
@@ -162,7 +164,11 @@ class Trainer:
         self.optimizer = build_optimizer(self.network, config)
         lower = resolved_precision(config, self.device) == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16) if lower else nullcontext()
-        self._steps = StepReader(stream, batch_size=config.repack or None)
+        draws = partial(Feedback, draw=config.draw, importance=config.importance_weights)
+        remainder = remainder_of(stream.header)
+        self._steps = StepReader(stream, batch_size=config.repack or None, remainder=remainder, feedback=draws)
+        if self._steps.feedback is not None:
+            self.row_losses = self._report
         self._epoch_ends = frozenset(accumulate(self._steps.per_epoch))
         self.step, self._samples, self._sha = 0, 0, ""
         self._loss_sum, self._epoch_loss, self._forward_samples = 0.0, math.nan, 0
@@ -181,7 +187,7 @@ class Trainer:
         self._restore()
         loader = BatchLoader(self._steps, self._feed, self.ranks, self.seconds)
         callers_random_numbers = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-        with callers_random_numbers, interruptible() as stop_asked, closing(loader.batches()) as batches:
+        with callers_random_numbers, interruptible() as stop_asked, closing(loader.all_batches()) as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
                 self.times.begin(len(batch.rows))
@@ -195,9 +201,11 @@ class Trainer:
                 self._count(batch, samples, self.times.end(max(samples, 1)))
                 # 4. The epoch's end, and whoever wants to stop.
                 if self.step in self._epoch_ends:
+                    self._end_feedback()
                     self.end_epoch(batch.epoch)
                 self._show_progress()
                 if self._losses.stop:
+                    self._share_losses()
                     self._save()
                     raise KeyboardInterrupt
         # 5. What tests the network: statistics of all rows, in the last checkpoint too.
@@ -240,12 +248,20 @@ class Trainer:
         logits, smoothing = self.logits(pixels), self.config.label_smoothing
         if self.row_losses is not None:
             self.row_losses(batch, nn.functional.cross_entropy(logits.detach(), target, reduction="none"))
+        if self.config.importance_weights and self._steps.feedback is not None:
+            return self._weighted(self._steps.feedback, batch, logits, target), batch.size
         if self.ranks.world_size == 1:
             return nn.functional.cross_entropy(logits, target, label_smoothing=smoothing), batch.size
         # Rows that were repeated to make slices equal count for nothing.
         own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
         loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum", label_smoothing=smoothing)
         return loss * self.ranks.world_size / batch.size, batch.size
+
+    def _report(self, batch: TrainingBatch, losses: Float32[Tensor, " m"]) -> None:
+        """Report the losses of candidates; they wait on the device for the epoch's end."""
+        assert self._steps.feedback is not None
+        own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
+        self._steps.feedback.report(self.step + 1, batch.rows[:own], losses[:own])
 
     def end_epoch(self, epoch: int) -> None:
         """Write down the epoch's loss once it is known, and save a checkpoint; on a GPU, if the last one is old."""
@@ -309,11 +325,33 @@ class Trainer:
         with self.autocast, norms_frozen(self.network, when=len(pixels) == 1):
             return self._scores(pixels)
 
+    def _weighted(
+        self, feedback: Feedback, batch: TrainingBatch, logits: Float32[Tensor, "m C"], target: Int64[Tensor, " m"]
+    ) -> Float32[Tensor, ""]:
+        """The loss of a step on candidates, each row weighted by 1 / its chance of having been drawn."""
+        own, smoothing = real_rows(batch.size, self.ranks.rank, self.ranks.world_size), self.config.label_smoothing
+        losses = nn.functional.cross_entropy(logits[:own], target[:own], reduction="none", label_smoothing=smoothing)
+        weights = to_device(torch.from_numpy(feedback.weights_of(batch.rows[:own])), self.device)
+        return (losses * weights).sum() * self.ranks.world_size / batch.size
+
+    def _share_losses(self) -> None:
+        """Let every rank know the losses of all, as the first one's checkpoint is that of all."""
+        if self._steps.feedback is not None:
+            self._steps.feedback.share(self.ranks.gather if self.ranks.world_size > 1 else None)
+
+    def _end_feedback(self) -> None:
+        """Draw the next epoch by the losses of this one."""
+        if self._steps.feedback is not None:
+            self._share_losses()
+            self._steps.feedback.end_epoch(self._steps.position.epoch)
+
     def _next_batch(self, batches: Generator[TrainingBatch, None, None], stop_asked: StopAsked) -> TrainingBatch | None:
         try:
             batch = next(batches, None)
         except (StreamError, IncompleteError):
-            self._save()
+            # Of several ranks one may be alone here, and know no losses but its own: the last checkpoint stays.
+            if self._steps.feedback is None or self.ranks.world_size == 1:
+                self._save()
             if stop_asked():  # Ctrl-C ended the producer at the other end of the pipe as well
                 raise KeyboardInterrupt from None
             raise
@@ -392,6 +430,8 @@ class Trainer:
             for phase, value in checkpoint.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + value
             self._meter.resume(checkpoint.joules)
+            if self._steps.feedback is not None:
+                self._steps.feedback.load(checkpoint.feedback)
             self._known = self.step
             self._steps.seek(self.step, self._sha)
         self.model = model = self.ranks.wrap(self.network)
@@ -425,6 +465,7 @@ class Trainer:
                 seconds=self.seconds,
                 joules=self._meter.joules,
                 forward_samples=self._forward_samples,
+                feedback=None if self._steps.feedback is None else self._steps.feedback.state(),
             )
         )
 

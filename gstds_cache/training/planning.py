@@ -30,6 +30,7 @@ from gstds_cache.training.images import SquarePixels, decoding_workers
 from gstds_cache.training.ledger import Ledger
 from gstds_cache.training.network import build_network
 from gstds_cache.training.optimizer import build_optimizer
+from gstds_cache.training.steps import remainder_of
 
 IMAGES = 64  # decoded to learn how long one takes
 SECONDS = 2.0  # for which steps are repeated; at least two are taken after the first, which warms up
@@ -81,7 +82,10 @@ def plan_run(
     classes = count_classes(source, evaluation)
     gradients, per_step = header.total_kept, max(1, header.total_kept // header.total_batches)
     if config.repack:
-        gradients, per_step = sum(packed_per_epoch(header.kept_per_epoch, config.repack)) * config.repack, config.repack
+        gradients, per_step = (
+            sum(packed_per_epoch(header.kept_per_epoch, config.repack, remainder_of(header))) * config.repack,
+            config.repack,
+        )
     rates = measure(source, config, classes, per_step=per_step)
     forward = min(config.norm_samples, len(source))
     seconds = _phases(source, evaluation, config, rates, gradients, forward)

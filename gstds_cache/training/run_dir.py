@@ -21,7 +21,7 @@ from gstds_cache.training.checkpoint import Checkpoint
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
-LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0}
+LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False}
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
 UNRECORDED = ("precision",)
 """Settings that followed from the device alone: a configuration written without one agrees with any."""

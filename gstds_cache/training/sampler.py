@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
+import torch
+from jaxtyping import Float32
 from torch.utils.data import Sampler
 
 from gstds_cache.config import as_type
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.stream.ranks import TAIL, Tail, rank_slice
+from gstds_cache.stream.ranks import TAIL, Tail, rank_slice, real_rows
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import REMAINDER, Remainder
 from gstds_cache.training.distributed import default_ranks
+from gstds_cache.training.feedback import Feedback
+from gstds_cache.training.reports import BatchReports, Losses
 from gstds_cache.training.steps import StepReader, require_items
 
 
 class SelectedBatchSampler(Sampler[list[int]]):
-    """Yields the kept rows of each batch, an epoch of the selection per iteration.
+    """Yields the rows to train on of each batch, an epoch of the selection per iteration.
 
     ::
 
@@ -29,6 +34,9 @@ class SelectedBatchSampler(Sampler[list[int]]):
 
     ``dataset[i]`` has to be item i of the data set that was embedded. Do not make the DataLoader again for each epoch
     with ``shuffle`` or a ``batch_size``: order and batches are the selection's.
+
+    Of a selection of candidates (``draw="loss-minus-reference"``, say) the rows of each epoch are drawn by the losses
+    that were reported up to the end of the epoch before: call :meth:`report` after each step.
 
     Under several ranks the *global* batch is the selection's (or ``batch_size``), and each rank yields its slice of it,
     equally many rows and steps on every rank.
@@ -53,6 +61,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
         world_size: int | None = None,
         tail: Tail = TAIL,
         dataset: Sized | None = None,
+        draw: str | None = None,
+        importance_weights: bool = False,
     ) -> None:
         """Open a selection.
 
@@ -70,16 +80,24 @@ class SelectedBatchSampler(Sampler[list[int]]):
                 out, ``pad`` repeats its first ones.
             dataset: Checked to be the data set the selection was made from: by its number of items, or, where it is
                 one of this package's image sources, by the hash of every item.
+            draw: The selection's own draw function, ``module:function``: a selection names it, and cannot have it run.
+            importance_weights: Whether :meth:`weights` will be asked.
 
         Raises:
-            UsageError: There is no such selection, or the numbers cannot be meant.
+            UsageError: There is no such selection, or the numbers cannot be meant, or are for candidates alone.
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` is another one.
         """
         self.rank, self.world_size = default_ranks(rank, world_size, tail)
         self.tail: Tail = tail
-        self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder)
+        draws = partial(Feedback, draw=draw, importance=as_type("importance_weights", importance_weights, bool))
+        self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder, feedback=draws)
         self.header = self._steps.header
+        self._reports: BatchReports | None = None
+        if self._steps.feedback is not None:
+            self._reports = BatchReports(self._steps.feedback, rank=self.rank, world_size=self.world_size)
+        elif draw is not None or importance_weights:
+            _of_candidates(self._reports, "`importance_weights`" if draw is None else "`draw`")
         self.epochs, self.total_steps = self.header.epochs, self._steps.total
         self.epoch = 0
         self._may_start_here = True
@@ -148,13 +166,82 @@ class SelectedBatchSampler(Sampler[list[int]]):
                 hint=f"iterate each epoch to its end, or say where to go on: sampler.seek({epoch})",
             )
         self._may_start_here = False
+        if self._reports is not None:
+            self._reports.begin(epoch)
         if begun == last:
             self.epoch += 1  # re-packing left this epoch without a full batch
         for _ in range(begun, last):
             batch = next(self._steps)
             if self._steps.position.step == last:
                 self.epoch = epoch + 1
-            yield rank_slice(batch.kept, self.rank, self.world_size, self.tail).tolist()
+            rows = rank_slice(batch.kept, self.rank, self.world_size, self.tail)
+            if self._reports is not None:
+                padded = self.tail == "pad"
+                own = real_rows(len(batch.kept), self.rank, self.world_size) if padded else len(rows)
+                self._reports.yielded(self._steps.position.step, rows, own)
+            yield rows.tolist()
+
+    def report(self, losses: Losses, *, step: int | None = None) -> None:
+        """Report the losses of the batch that was just trained on: of candidates, the next epoch is drawn by them.
+
+        They are copied where they are, and looked at when the epoch ends, so a step does not wait for a GPU. The last
+        report of an epoch ends it; under several ranks these share their losses then, so each has to report.
+
+        - Never reported: rows are drawn by their prior alone, and a note says so. Batches of an epoch that were
+          reported in part: an error when the next one begins.
+        - A loss that is NaN or infinite leaves its row the one that it had, and a note tells how many.
+
+        Args:
+            losses: The loss of each row, [m], on any device; ``cross_entropy(logits, labels, reduction="none")``.
+            step: Steps trained with this one, over all epochs, to be checked: it is an error where the batch that waits
+                for its report is another.
+
+        Raises:
+            UsageError: The selection has no candidates, or all batches are reported, or the batch has another number of
+                rows, or is another one.
+        """
+        reports = _of_candidates(self._reports, "`losses`")
+        last = self._steps.position.step >= self._steps.step_of(self._drawn, self._steps.per_epoch[self._drawn])
+        reports.report(losses, step, last=last)
+
+    def weights(self) -> Float32[torch.Tensor, " m"]:
+        """Importance weights of the batch that is trained on now: 1 / the chance of a row to be drawn, capped.
+
+        Their mean over a batch of the selection is 1. ``loss = (losses * sampler.weights()).mean()``, before
+        :meth:`report`: it is the batch whose report is next.
+
+        Returns:
+            float32 [m] on the CPU.
+
+        Raises:
+            UsageError: The selection has no candidates, no batch waits for its report, or ``importance_weights`` was
+                not set.
+        """
+        return _of_candidates(self._reports, "`importance_weights`").weights()
+
+    def share_losses(self) -> None:
+        """Give every rank the losses reported so far, so that any rank may save the state in the middle of an epoch.
+
+        All ranks have to call it. At an epoch's end, the last report does it.
+
+        Raises:
+            UsageError: The selection has no candidates, or the ranks reported different numbers of batches.
+        """
+        _of_candidates(self._reports, "losses").share()
+
+    @property
+    def losses(self) -> Float32[torch.Tensor, " N"]:
+        """The losses that the rows of this epoch are drawn by, float32 [N]; NaN for rows without one.
+
+        Raises:
+            UsageError: The selection has no candidates.
+        """
+        return torch.from_numpy(_of_candidates(self._reports, "losses").feedback.losses.copy())
+
+    @property
+    def _drawn(self) -> int:
+        """The epoch whose rows are drawn."""
+        return 0 if self._reports is None else min(self._reports.feedback.epoch, self.epochs - 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: epochs follow from iterating, and a state that was loaded must not be undone.
@@ -171,10 +258,14 @@ class SelectedBatchSampler(Sampler[list[int]]):
             batch: The batch in it, from 0.
 
         Raises:
-            UsageError: There is none, or it lies behind in a stream that cannot be opened again.
+            UsageError: There is none, or it lies behind in a stream that cannot be opened again; or, of candidates, the
+                losses that it was drawn by are not known any more.
         """
         epoch, batch = as_type("epoch", epoch, int), as_type("batch", batch, int)
-        self._steps.seek(self._steps.step_of(epoch, batch))
+        step = self._steps.step_of(epoch, batch)
+        if self._reports is not None:
+            self._reports.go_to(epoch, step)
+        self._steps.seek(step)
         self.epoch, self._may_start_here = epoch, True
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -186,13 +277,22 @@ class SelectedBatchSampler(Sampler[list[int]]):
 
         The state holds no rank: it can be loaded with another world size, as long as the global batch is the same.
 
+        Of candidates it holds the losses as well: 6 bytes a row, and 16 for each row that was trained on in this epoch.
+        Report the step before the state is taken, and say ``step=``. Under several ranks in the middle of an epoch,
+        call :meth:`share_losses` on all of them before; else the state holds one rank's losses, and can be loaded by
+        this rank alone.
+
         Args:
             step: Steps trained so far over all epochs, where more were yielded; None for all that were yielded.
 
         Raises:
-            UsageError: That step was not yielded, or too long ago (4,096 steps are remembered).
+            UsageError: That step was not yielded, or too long ago (4,096 steps are remembered); or its losses are not
+                reported yet.
         """
-        return self._steps.state_dict(step)
+        state = self._steps.state_dict(step)
+        if self._reports is not None:
+            state |= {"feedback": self._reports.state(step, self._steps.step_of(self._drawn))}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next iteration yields the rest of that epoch.
@@ -202,8 +302,28 @@ class SelectedBatchSampler(Sampler[list[int]]):
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
         """
+        if self._reports is not None:
+            if not isinstance(state, Mapping):
+                raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
+            losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
+            self._steps.check_state(state)
+            self._reports.load(losses)
         self._steps.load_state_dict(state)
         self.epoch, self._may_start_here = self._steps.position.epoch, True
+
+
+def _of_candidates(reports: BatchReports | None, what: str) -> BatchReports:
+    """The reports of a selection of candidates.
+
+    Raises:
+        UsageError: The selection is one of kept rows.
+    """
+    if reports is None:
+        raise UsageError(
+            f"{what}: the selection keeps rows, and draws none by losses",
+            hint="select candidates: draw='loss-minus-reference', or gstds-select STORE --draw loss-minus-reference",
+        )
+    return reports
 
 
 def _require_dataset(steps: StepReader, dataset: Sized) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gstds_cache.config import as_type
@@ -13,6 +13,8 @@ from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
+from gstds_cache.stream.schema import Header
+from gstds_cache.training.feedback import Feedback
 
 REMEMBERED = 4096  # positions kept for state_dict(step): more than any DataLoader prefetches
 STATE_FORMAT = 1
@@ -49,6 +51,7 @@ class StepReader:
         total: Steps of the whole run.
         batch_size: Rows of every batch where they are re-packed, else None.
         position: Where it is.
+        feedback: Draws the rows of candidates; None where the selection's rows are kept ones.
     """
 
     position: Position
@@ -61,16 +64,19 @@ class StepReader:
         *,
         batch_size: int | None = None,
         remainder: Remainder = REMAINDER,
+        feedback: Callable[[Header], Feedback] | None = None,
     ) -> None:
         """Open a selection and read its header.
 
         Args:
             selection: A file, an address, or a stream that is open already.
             batch_size: Re-pack into batches of this many rows; None leaves the selection's own.
-            remainder: What happens to the rows left at an epoch's end when re-packing.
+            remainder: What happens to the rows left at an epoch's end when re-packing; of candidates they are dropped.
+            feedback: Makes what draws the rows of candidates; None where nobody can report losses.
 
         Raises:
-            UsageError: There is no such selection, or not one batch of that size would be full.
+            UsageError: There is no such selection, or not one batch of that size would be full; or it offers
+                candidates, and they cannot be drawn so.
             StreamError: It is no selection.
         """
         batch_size = as_type("batch_size", batch_size, int | None)
@@ -83,12 +89,28 @@ class StepReader:
             )
         self.batch_size, self.remainder = batch_size, remainder
         self.header = self._open().header
+        self.feedback = self._new_feedback(feedback)
         if batch_size is None:
             self.per_epoch = [self.header.batches_per_epoch] * self.header.epochs
         else:
             self.per_epoch = packed_per_epoch(self.header.kept_per_epoch, batch_size, remainder)
         self.total = sum(self.per_epoch)
         self._start()
+
+    def _new_feedback(self, make: Callable[[Header], Feedback] | None) -> Feedback | None:
+        if not self.header.candidates:
+            return None
+        if make is None:
+            raise UsageError(
+                "the selection offers candidates, whose rows are drawn by losses that are reported while training",
+                hint="use SelectedBatchSampler, and call sampler.report(losses) after each step",
+            )
+        if self.batch_size is not None and self.remainder != "drop":
+            raise UsageError(
+                f"`remainder`: got {self.remainder!r}, but candidates are drawn epoch by epoch",
+                hint="pass `remainder='drop'`: rows that fill no batch at an epoch's end are left out",
+            )
+        return make(self.header)
 
     @property
     def reopens(self) -> bool:
@@ -205,6 +227,17 @@ class StepReader:
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection, or of other batches.
         """
+        self.check_state(state)
+        self.seek(state["step"], state["sha256"])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` would refuse, before anything is changed.
+
+        Raises:
+            UsageError: This is no state at all.
+            StreamError: It is of something else.
+            FingerprintMismatchError: It is of another selection.
+        """
         if not isinstance(state, Mapping):
             raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
         mine = self.state_dict()
@@ -218,7 +251,6 @@ class StepReader:
                 )
         if type(state["step"]) is not int or not isinstance(state["sha256"], str):
             raise UsageError(f"`state`: got the step {state['step']!r:.80}, expected what state_dict() returned")
-        self.seek(state["step"], state["sha256"])
 
     def __getstate__(self) -> dict[str, Any]:
         """An open file stays behind: whoever gets the copy opens the selection anew.
@@ -255,10 +287,8 @@ class StepReader:
 
     def _start(self) -> None:
         assert self._stream is not None
-        if self.batch_size is None:
-            self._batches = iter(self._stream)
-        else:
-            self._batches = repack(self._stream, self.batch_size, self.remainder)
+        batches = iter(self._stream) if self.feedback is None else _drawn(self._stream, self.feedback)
+        self._batches = batches if self.batch_size is None else repack(batches, self.batch_size, self.remainder)
         first = next((epoch for epoch, steps in enumerate(self.per_epoch) if steps), 0)
         self.position = Position(0, first, 0, 0, self._stream.running_sha256)
         self._passed = deque([self.position], maxlen=REMEMBERED)
@@ -266,6 +296,17 @@ class StepReader:
     def _read_out(self) -> None:
         if next(self._batches, None) is not None:
             raise StreamError("the selection goes on after its last epoch")
+
+
+def _drawn(batches: Iterator[SelectedBatch] | SelectionStream, feedback: Feedback) -> Iterator[SelectedBatch]:
+    """Yields each batch of candidates as the rows that are drawn of it."""
+    for batch in batches:
+        yield replace(batch, kept=feedback.rows_of(batch), candidates=None)
+
+
+def remainder_of(header: Header) -> Remainder:
+    """What happens to the rows left at an epoch's end when a selection is re-packed, unless it is said."""
+    return "drop" if header.candidates else REMAINDER
 
 
 def require_items(expected: int, dataset: Sized) -> None:

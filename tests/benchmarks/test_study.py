@@ -64,8 +64,15 @@ def test_methods_are_the_baselines_and_every_rule() -> None:
     assert find_method("coverage@linear:0.5:0.9").schedule == "linear:0.5:0.9"
     assert find_method("coverage").embeds
     assert not find_method("random").embeds
-    with pytest.raises(UsageError, match="no method"):
-        find_method("nonsense")
+    for wrong in ("nonsense", "draw:loss^", "draw:loss+more"):
+        with pytest.raises(UsageError, match="no method"):
+            find_method(wrong)
+    with pytest.raises(UsageError, match="unknown draw"):
+        find_method("draw:nonsense")
+    drawn = find_method("draw:damped-loss^4/none+weights@linear:0.5:0.9")
+    assert (drawn.draw, drawn.strata, drawn.guidance, drawn.importance_weights) == ("damped-loss", 4, "none", True)
+    assert (drawn.schedule, drawn.embeds, drawn.needs) == ("linear:0.5:0.9", True, {"probe"})
+    assert not find_method("draw:uniform^1").embeds
 
 
 def test_tasks_are_interleaved_seed_by_seed_and_full_runs_once() -> None:

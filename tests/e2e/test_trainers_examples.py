@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import offered
 import pytest
 from forked import Forks
 
@@ -95,3 +96,9 @@ def test_lightning_is_refused_until_told_not_to_replace_the_sampler(selection, r
     for a, b, rows in zip(first, second, batches, strict=True):
         assert len(a) == len(b)
         assert a + b == np.resize(rows, 2 * len(a)).tolist()
+
+
+def test_reported_losses_resume_to_the_same_weights(tmp_path, run) -> None:
+    offered.write(tmp_path / "candidates.arrow")
+    text = run("report_losses.py", str(tmp_path / "candidates.arrow"), str(offered.ITEMS))
+    assert "steps: 12; gone on with after step 6: the same weights" in text

@@ -43,10 +43,10 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_numbers(
     whole = run(array_source(72), uneven[0], tmp_path / "whole")
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     # The entries that training wrote from the first version on; the others came later.
-    assert set(state) - {"joules", "forward_samples"} == {
+    assert set(state) - {"joules", "forward_samples", "feedback"} == {
         "network", "optimizer", "step", "samples", "loss_sum", "loss", "sha", "seconds"
     }  # fmt: skip
-    del state["joules"], state["forward_samples"]
+    del state["joules"], state["forward_samples"], state["feedback"]
     torch.save(state | {"method": {}, "forward_samples": 0}, stopped / "checkpoint.pt")  # as the study's had as well
     resumed = run(array_source(72), uneven[0], stopped)
     assert resumed["step"] == whole["step"] == 12

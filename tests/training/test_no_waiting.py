@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import offered
 import pytest
 import torch
 from torch import distributed
@@ -369,6 +370,16 @@ def test_losses_of_rows_are_given_on_the_device_in_the_order_of_the_batch(
     assert not last.requires_grad
     means = [float(losses.mean()) for _, losses in given[-4:]]
     assert sum(means) / 4 == pytest.approx(result.loss, rel=1e-5)
+
+
+def test_losses_of_candidates_are_read_when_their_epoch_ends_and_weights_are_only_sent(
+    source, tmp_path, deferred, reads_of_steps
+) -> None:
+    watched, found = reads_of_steps
+    config = replace(CONFIG, importance_weights=True)
+    run(source, offered.write(tmp_path / "s.arrow"), tmp_path / "run", config, kind=watched)
+    assert set(found) <= {"tolist"}, found
+    assert found["tolist"] <= 3
 
 
 def test_evaluation_reads_one_number(source, monkeypatch) -> None:

@@ -1,0 +1,157 @@
+"""``gstds_cache.advise``: is selection likely to pay on this data, and which one?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gstds_cache.config import ADVICE_EPOCHS, ADVICE_RATIOS, DEVICE, MOST_EPOCHS, as_tuple, as_type
+from gstds_cache.data.label_counts import LabelCounts
+from gstds_cache.errors import UsageError, command_line
+from gstds_cache.files.location import LocationLike
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.runtime.threads import cores, limited_threads
+from gstds_cache.selection.advice import FULL, RANDOM, RULE, Forecast, forecasts
+from gstds_cache.selection.difficulty import Difficulty
+from gstds_cache.selection.guidance import load_or_make_guidance
+from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
+from gstds_cache.store.reader import EmbeddingStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What selection is likely to give, by small probes on the cached embeddings; nothing was trained besides.
+
+    Attributes:
+        store: Where the store is.
+        rows: Labelled rows with an embedding.
+        classes: Classes among them.
+        probe_accuracy: Share of held-out rows that a linear probe on all embeddings predicts rightly.
+        forecasts: ``full`` first, then each way of drawing at each ratio.
+        seconds: What this took.
+    """
+
+    store: str
+    rows: int
+    classes: int
+    probe_accuracy: float
+    forecasts: tuple[Forecast, ...]
+    seconds: float
+
+    @property
+    def best(self) -> Forecast | None:
+        """The way that is furthest ahead of random by its interval's lower end; None where none is ahead."""
+        ahead = [forecast for forecast in self.forecasts if forecast.helps]
+        return max(ahead, key=lambda forecast: forecast.over_random - forecast.margin, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """What to do, in a sentence."""
+        best = self.best
+        if best is None:
+            return (
+                "do not select: from no draw that was tried a probe learned clearly more than from as many random rows"
+            )
+        return (
+            f"select: {best.way} at a filter ratio of {best.ratio:g} is ahead of random rows by {best.over_random:.1%} "
+            f"(+- {best.margin:.1%})"
+        )
+
+    @property
+    def command(self) -> str:
+        """What to type: the selection that is advised, or training on everything."""
+        best = self.best
+        if best is None:
+            return command_line("gstds-select", self.store, "--rule", "random", "--schedule", "constant:0")
+        words = ["gstds-select", self.store, "--keep", f"{1 - best.ratio:g}"]
+        return command_line(*words, *([] if best.way == RULE else ["--draw", best.way]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values, and the verdict."""
+        return asdict(self) | {"verdict": self.verdict, "command": self.command}
+
+
+def advise(
+    store: LocationLike | EmbeddingStore,
+    *,
+    ratios: Sequence[float] = ADVICE_RATIOS,
+    epochs: int = ADVICE_EPOCHS,
+    device: str = DEVICE,
+    threads: int = 0,
+    progress: Progress | bool | None = True,
+) -> Advice:
+    """Say before anything is trained whether selection is likely to pay on this data, and which one.
+
+    Linear probes learn from the cached embeddings of up to 16,384 rows: from all of them, and from as many as stay at
+    each ratio, drawn at random and in other ways; they are judged on rows that they never saw. They tell the sign of a
+    difference, not its size: how well this agrees with networks has not been measured yet.
+
+    Args:
+        store: A store, or its location.
+        ratios: Shares of each epoch that are left out, each above 0 and below 1.
+        epochs: Passes over the data set that the run would make.
+        device: Where products are computed.
+        threads: CPU threads; 0 for all there are. Their number changes nothing.
+        progress: As for :func:`gstds_cache.select`; counts probes.
+
+    Returns:
+        The advice.
+
+    Raises:
+        UsageError: An argument cannot be meant, or the store has no labels that a probe could learn.
+        StoreNotFoundError: There is no store.
+        IncompleteError: The store is not complete.
+    """
+    begun = time.perf_counter()
+    shares = tuple(as_type("ratios", ratio, float) for ratio in as_tuple("ratios", ratios, "shares from 0 to 1"))
+    epochs, threads = as_type("epochs", epochs, int), as_type("threads", threads, int)
+    if not shares or not all(0 < share < 1 for share in shares) or len(set(shares)) != len(shares):
+        raise UsageError(f"`ratios`: got {ratios!r}, expected different shares above 0 and below 1")
+    if not 1 <= epochs <= MOST_EPOCHS or threads < 0:
+        raise UsageError(f"`epochs`, `threads`: got {epochs} and {threads}, expected 1 or more, and 0 or more")
+    opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
+    labels = LabelCounts.of(opened.labels)
+    if labels.different < 2 or labels.one_each:
+        raise UsageError(
+            f"{opened.location} has no labels that a probe could learn", hint="give a store of images with classes"
+        )
+    where = resolve_device(device)
+    with limited_threads(threads), showing(progress, "probes") as show:
+        probe = load_or_make_guidance(
+            opened, key_of(opened, GuidanceSpec("probe")), threads=threads or cores(), device=where
+        )
+        assert probe.columns is not None
+        known = np.isfinite(probe.columns["loss"])
+        found = forecasts(
+            opened,
+            Difficulty(probe.columns["entropy"]).all(),
+            Difficulty(probe.columns["loss"]).all(),
+            ratios=shares,
+            epochs=epochs,
+            threads=threads or cores(),
+            device=where,
+            progress=lambda done, total: show("advise", done, total, {}),
+        )
+    return Advice(
+        store=str(opened.location.path or opened.location),
+        rows=int(known.sum()),
+        classes=labels.different,
+        probe_accuracy=float((probe.columns["predicted"] == opened.labels)[known].mean()),
+        forecasts=tuple(found),
+        seconds=round(time.perf_counter() - begun, 3),
+    )
+
+
+def table(advice: Advice) -> list[tuple[str, ...]]:
+    """The forecasts as rows of words, a heading first."""
+    rows: list[tuple[str, ...]] = [("ratio", "drawn", "held-out accuracy", "minus random, 95 % interval")]
+    for forecast in advice.forecasts:
+        low, high = forecast.over_random - forecast.margin, forecast.over_random + forecast.margin
+        versus = "" if forecast.way in {FULL, RANDOM} else f"{forecast.over_random:+.2%} [{low:+.2%}, {high:+.2%}]"
+        rows.append((f"{forecast.ratio:g}", forecast.way, f"{forecast.accuracy:.2%}", versus))
+    return rows

@@ -1,0 +1,224 @@
+"""Which batch a report of losses belongs to: the earliest that was yielded and is not reported yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import distributed
+
+from gstds_cache.errors import UsageError
+from gstds_cache.runtime.notify import log
+from gstds_cache.training.feedback import Feedback, Reported
+
+Losses = torch.Tensor | np.ndarray | Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Yielded:
+    """A batch that was yielded.
+
+    Attributes:
+        step: Steps of the run with this one.
+        rows: This rank's rows, int64 [m].
+        own: How many of them count; the others are repeated from other ranks.
+    """
+
+    step: int
+    rows: Int64[np.ndarray, " m"]
+    own: int
+
+
+class BatchReports:
+    """Matches reports to batches, and ends epochs.
+
+    A DataLoader reads ahead, so several batches may wait for their report; they are trained in the order in which they
+    were yielded. It never reads past the epoch's end, so the last report of an epoch comes before the next is drawn.
+    """
+
+    def __init__(self, feedback: Feedback, *, rank: int, world_size: int) -> None:
+        """Nothing was yielded yet."""
+        self.feedback, self._rank, self._world_size = feedback, rank, world_size
+        self._waiting: deque[_Yielded] = deque()
+        self._told = False
+
+    def yielded(self, step: int, rows: Int64[np.ndarray, " m"], own: int) -> None:
+        """Count a batch that is yielded now."""
+        self._waiting.append(_Yielded(step, rows, own))
+
+    def begin(self, epoch: int) -> None:
+        """Draw the rows of ``epoch`` from now on; what was reported of the one before is complete.
+
+        Raises:
+            UsageError: A part of the batches was reported, so that it is not known which; or another part than on other
+                ranks.
+        """
+        feedback = self.feedback
+        if epoch <= feedback.epoch:
+            return
+        missing = len(self._waiting)
+        if missing or feedback.unshared:  # other ranks may wait for this one at the end of their epoch
+            self._share(wanted=self._world_size > 1 and _joined())
+        if missing and feedback.reported:
+            raise UsageError(
+                f"{missing} of {missing + feedback.reported} batches of epoch {feedback.epoch} were not reported: "
+                "losses may have been taken for other rows'",
+                hint="call sampler.report(losses) after every step, or never",
+            )
+        self._note_unreported(missing, epoch)
+        feedback.end_epoch(epoch)
+        self._waiting.clear()
+
+    def _note_unreported(self, missing: int, epoch: int) -> None:
+        blind = bool(np.isnan(self.feedback.losses).all())
+        if self._told or not self.feedback.draw.needs_losses or not (missing or blind):
+            return
+        self._told = True
+        log(
+            f"note: no losses were reported before epoch {epoch}: its rows are drawn by their prior alone"
+            if blind
+            else f"note: no losses were reported in epoch {epoch - 1}: epoch {epoch} is drawn by earlier ones"
+        )
+
+    def report(self, losses: Losses, step: int | None, *, last: bool) -> None:
+        """Take the losses of the earliest batch that waits for them.
+
+        Args:
+            losses: The loss of each of this rank's rows, [m].
+            step: Steps trained with this one, which is checked; None for no check.
+            last: Whether the epoch's last batch was yielded.
+
+        Raises:
+            UsageError: No batch waits, or it has another number of rows, or is another one.
+        """
+        if not self._waiting:
+            raise UsageError(
+                "`losses`: got a report, but every batch that was yielded is reported already",
+                hint="call sampler.report(losses) once after each step",
+            )
+        batch, values = self._waiting[0], _as_tensor(losses)
+        if step is not None and step != batch.step:
+            raise UsageError(
+                f"`step`: got the losses of step {step}, expected those of step {batch.step}",
+                hint="report each step once, in the order of the batches",
+            )
+        if values.shape != (len(batch.rows),):
+            raise UsageError(
+                f"`losses`: got {list(values.shape)}, expected [{len(batch.rows)}]: one for each row of the batch of "
+                f"step {batch.step}",
+                hint="losses = cross_entropy(logits, labels, reduction='none'); where another library slices batches, "
+                "gather them from all processes first",
+            )
+        if self._world_size > 1 and not _joined():
+            raise UsageError(
+                f"`losses`: {self._world_size} ranks cannot share losses without a process group",
+                hint="call torch.distributed.init_process_group before training",
+            )
+        self.feedback.report(batch.step, batch.rows[: batch.own], values[: batch.own])
+        self._waiting.popleft()
+        if last and not self._waiting:
+            self._share(wanted=self._world_size > 1)
+            self.feedback.end_epoch()
+
+    def share(self) -> None:
+        """Give every rank the losses that all reported in this epoch so far; all ranks have to ask."""
+        self._share(wanted=self._world_size > 1)
+
+    def weights(self) -> Float32[torch.Tensor, " m"]:
+        """Importance weights of the batch that :meth:`report` comes for next, float32 [m] on the CPU.
+
+        Raises:
+            UsageError: No batch waits, or weights were not asked for.
+        """
+        if not self._waiting:
+            raise UsageError("there are no importance weights: no batch waits for its report")
+        return torch.from_numpy(self.feedback.weights_of(self._waiting[0].rows))
+
+    def state(self, step: int | None, first: int) -> dict[str, Any]:
+        """The losses for a state after ``step`` steps.
+
+        Args:
+            step: Steps trained; None for all that were yielded.
+            first: Steps before the epoch that is drawn.
+
+        Returns:
+            JSON-able values. Where other ranks hold losses besides, it says which rank may load it.
+
+        Raises:
+            UsageError: The losses at that step are not known any more, or not yet.
+        """
+        feedback = self.feedback
+        if step is not None and step < first:
+            raise UsageError(
+                f"state after step {step}: epoch {feedback.epoch} began after step {first}, and earlier losses are gone"
+            )
+        unreported = [batch.step for batch in self._waiting if step is not None and batch.step <= step]
+        if unreported and feedback.reported:
+            raise UsageError(
+                f"state after step {step}: the losses of step {unreported[0]} are not reported yet",
+                hint="call sampler.report(losses) before sampler.state_dict(step=...)",
+            )
+        alone = self._world_size > 1 and feedback.unshared
+        return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+
+    def load(self, state: object) -> None:
+        """Go on where :meth:`state` was taken.
+
+        Raises:
+            UsageError: This is no such state, or that of one rank among others.
+        """
+        if not isinstance(state, dict) or "rank" not in state:
+            raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
+        if state["rank"] not in (None, [self._rank, self._world_size]):
+            raise UsageError(
+                f"the state holds the losses of rank {state['rank']} alone (rank, ranks), this is rank {self._rank} of "
+                f"{self._world_size}",
+                hint="save at an epoch's end, or call sampler.share_losses() on every rank before state_dict()",
+            )
+        self.feedback.load({name: value for name, value in state.items() if name != "rank"})
+        self._waiting.clear()
+
+    def go_to(self, epoch: int, step: int) -> None:
+        """Go to the step after ``step``, in ``epoch``.
+
+        Raises:
+            UsageError: The losses that the epoch was drawn by are not known any more.
+        """
+        feedback = self.feedback
+        if epoch > feedback.epoch:
+            self.begin(epoch)
+        elif epoch < feedback.epoch and epoch:
+            raise UsageError(
+                f"epoch {epoch} cannot be drawn again: the losses are those at the beginning of epoch {feedback.epoch}",
+                hint="load the state that was saved then, or start over: sampler.seek(0)",
+            )
+        elif epoch < feedback.epoch:
+            feedback.reset()
+        feedback.drop_from(step)
+        self._waiting.clear()
+
+    def _share(self, *, wanted: bool) -> None:
+        self.feedback.share(_gather if wanted else None)
+
+
+def _as_tensor(losses: Losses) -> torch.Tensor:
+    try:
+        return torch.as_tensor(losses)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"`losses`: got {losses!r:.80}, expected a tensor, one number for each row") from error
+
+
+def _joined() -> bool:
+    """Whether there is a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _gather(mine: list[Reported]) -> list[list[Reported]]:
+    every: list[list[Reported]] = [mine] * distributed.get_world_size()
+    distributed.all_gather_object(every, mine)
+    return every

@@ -1,0 +1,92 @@
+"""``gstds-cache advise``: probes that draw in several ways, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gstds_cache.cli.cache_command import main
+
+from gstds_cache.api.advise import Advice, advise, table
+from gstds_cache.api.embed import embed
+from gstds_cache.config import EmbedConfig
+from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.errors import UsageError
+from gstds_cache.selection.advice import WAYS, Forecast, compared
+from gstds_cache.store.reader import EmbeddingStore
+
+QUICK = {"ratios": (0.5, 0.9), "epochs": 2, "device": "cpu", "progress": False}
+
+
+@pytest.fixture
+def store(tiny_model, tmp_path, monkeypatch) -> EmbeddingStore:
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    return embed("digits?split=test", tmp_path / "store", model=tiny_model, workers=0, device="cpu", progress=False)
+
+
+def test_every_way_is_tried_at_every_ratio_and_the_same_on_any_number_of_threads(store) -> None:
+    one, two = (advise(store, threads=threads, **QUICK) for threads in (1, 2))
+    assert one.forecasts == two.forecasts
+    assert [(f.way, f.ratio) for f in one.forecasts] == [
+        ("full", 0.0), *((way, ratio) for ratio in (0.5, 0.9) for way in WAYS)
+    ]  # fmt: skip
+    assert (one.rows, one.classes) == (385, 10)
+    full, by_way = one.forecasts[0], {(f.way, f.ratio): f for f in one.forecasts}
+    assert 0.3 < full.accuracy <= one.probe_accuracy + 0.2
+    assert by_way["random", 0.9].accuracy < full.accuracy  # a tenth of a few rows is too little for a probe
+    assert all(f.over_random == f.margin == 0 for f in one.forecasts if f.way == "random")
+    assert len(table(one)) == 1 + len(one.forecasts)
+
+
+def test_a_difference_and_its_interval_are_mcnemars() -> None:
+    rng = np.random.default_rng(0)
+    right, random = rng.random(1000) < 0.8, rng.random(1000) < 0.7
+    found = compared("loss", 0.5, right, random)
+    difference = right.astype(float) - random
+    assert found.over_random == pytest.approx(difference.mean())
+    assert found.margin == pytest.approx(1.96 * difference.std() / np.sqrt(1000))
+    assert found.accuracy == right.mean()
+
+
+@pytest.mark.parametrize(
+    ("over", "margin", "way", "words", "command"),
+    [
+        (0.02, 0.01, "damped-loss", "select: damped-loss", "--keep 0.25 --draw damped-loss"),
+        (0.02, 0.01, "default", "select: default", "--keep 0.25"),
+        (0.02, 0.03, "damped-loss", "do not select", "--rule random --schedule constant:0"),
+        (-0.02, 0.01, "damped-loss", "do not select", "--rule random --schedule constant:0"),
+    ],
+)
+def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margin, way, words, command) -> None:
+    forecasts = (Forecast("full", 0.0, 0.9, 0.0, 0.0), Forecast(way, 0.75, 0.8, over, margin))
+    advice = Advice(store="s", rows=1, classes=2, probe_accuracy=0.9, forecasts=forecasts, seconds=0.0)
+    assert advice.verdict.startswith(words)
+    assert advice.command == f"gstds-select s {command}"
+
+
+def test_arguments_and_stores_that_cannot_be_meant_are_refused(store, array_source, tiny_model, tmp_path) -> None:
+    for wrong in ({"ratios": ()}, {"ratios": (0.5, 1.0)}, {"ratios": (0.5, 0.5)}, {"epochs": 0}, {"threads": -1}):
+        with pytest.raises(UsageError, match="expected"):
+            advise(store, **(QUICK | wrong))
+    source = array_source(64)
+    source.labels[:] = -1
+    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
+    embed_dataset(source, config, where=tmp_path / "plain")
+    with pytest.raises(UsageError, match="no labels that a probe could learn"):
+        advise(tmp_path / "plain", **QUICK)
+
+
+def test_the_command_prints_a_table_the_advice_and_what_to_type(store) -> None:
+    words = ["advise", str(store.location), "--ratio", "0.5", "--epochs", "1", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["ratio", "drawn", "held-out", "accuracy", "minus", "random,", "95", "%", "interval"]
+    result = json.loads(lines[-1])
+    assert result["verdict"] in done.stdout
+    assert f"next: {result['command']}" in lines
+    assert len(result["forecasts"]) == 1 + len(WAYS)
+    assert Path(result["store"]) == Path(str(store.location))

@@ -1,0 +1,172 @@
+"""Draws: scores, strata and chances, each against its definition written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gstds_cache.errors import UsageError
+from gstds_cache.seeding import rng_for
+from gstds_cache.selection.draws import (
+    DRAWS,
+    FLOOR,
+    Draw,
+    draw_rows,
+    find_draw,
+    importance_weights,
+    inclusion,
+    quotas,
+)
+from gstds_cache.selection.selected_batch import Candidates
+
+NAN = float("nan")
+
+
+def candidates(keep: int, stratum: list[int] | np.ndarray, reference=0.0, prior=1.0) -> Candidates:
+    count = len(stratum)
+    return Candidates(
+        keep,
+        np.asarray(stratum, np.int16),
+        np.broadcast_to(np.asarray(reference, np.float32), (count,)).copy(),
+        np.broadcast_to(np.asarray(prior, np.float32), (count,)).copy(),
+    )
+
+
+def test_scores_are_the_formulas_and_rows_never_seen_have_the_mean_of_those_that_were_times_prior() -> None:
+    batch = candidates(2, [0] * 5, reference=[0.5, 3.0, 2.0, 0.0, 1.0], prior=[1, 1, 1, 0.5, 2])
+    last = np.array([2.0, 1.0, 4.0, NAN, NAN], np.float32)
+    damped = [2 / (1 + np.exp(3 * (0.5 - 2))), 1 / (1 + np.exp(3.0)), 4 / 2]
+    expected = {
+        "loss-minus-reference": [1.5, 0.0, 2.0],
+        "damped-loss": damped,
+        "loss": [2.0, 1.0, 4.0],
+    }
+    for name, seen in expected.items():
+        mean = np.mean(seen)
+        np.testing.assert_allclose(DRAWS[name].scores(batch, last), [*seen, 0.5 * mean, 2 * mean], rtol=1e-6)
+    np.testing.assert_array_equal(DRAWS["prior"].scores(batch, last), batch.prior)
+    np.testing.assert_array_equal(DRAWS["uniform"].scores(batch, last), np.ones(5))
+    for draw in DRAWS.values():
+        if draw.needs_losses:
+            np.testing.assert_array_equal(draw.scores(batch, np.full(5, NAN)), batch.prior)
+
+
+def test_a_huge_reference_loss_damps_to_nothing_without_overflow() -> None:
+    scores = DRAWS["damped-loss"].scores(candidates(1, [0, 0], reference=[1e4, 0.0]), np.array([5.0, 5.0]))
+    assert 0 <= scores[0] < 1e-20 < scores[1]
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 1000), st.floats(0, 1))
+def test_each_draw_is_of_the_right_size_in_all_and_in_each_stratum(count, strata, seed, share) -> None:
+    rng = np.random.default_rng(seed)
+    keep = max(1, int(share * count))
+    batch = candidates(keep, rng.integers(0, strata, count))
+    scores = rng.choice([0.0, 0.0, 1.0, 1e-9, 1e9], count)
+    drawn = draw_rows(batch, scores, rng_for(seed))
+    assert len(drawn) == keep
+    assert (np.diff(drawn) > 0).all()
+    given_, sizes = np.bincount(batch.stratum[drawn], minlength=strata), np.bincount(batch.stratum, minlength=strata)
+    assert (np.abs(given_ - keep * sizes / count) < 1).all()
+    np.testing.assert_array_equal(drawn, draw_rows(batch, scores, rng_for(seed)))
+    weights = importance_weights(batch, scores, drawn)
+    assert weights.mean() == pytest.approx(1, abs=1e-5)
+    assert (weights > 0).all()
+
+
+def test_strata_with_equal_remainders_give_the_odd_rows_in_turn() -> None:
+    batch = candidates(10, np.repeat(np.arange(8), 4))
+    total = sum(quotas(batch, rng_for(seed)) for seed in range(400))
+    assert total.sum() == 4000
+    assert (np.abs(total - 500) < 60).all()
+
+
+def test_rows_are_drawn_in_proportion_to_score_and_a_little_for_all() -> None:
+    batch = candidates(1, [0, 0, 0, 0])
+    scores = np.array([0.0, 1.0, 2.0, 5.0])
+    counts = np.bincount(
+        np.concatenate([draw_rows(batch, scores, rng_for(0, seed)) for seed in range(8000)]), minlength=4
+    )
+    weight = scores + FLOOR * scores.mean()
+    np.testing.assert_allclose(counts / 8000, weight / weight.sum(), atol=0.02)
+    assert counts[0] > 0
+
+
+def test_importance_weights_follow_from_how_often_rows_are_drawn() -> None:
+    rng = np.random.default_rng(0)
+    batch = candidates(24, np.repeat(np.arange(3), 32))
+    scores = rng.gamma(1.0, 1.0, 96)
+    often = np.zeros(96)
+    for seed in range(4000):
+        often[draw_rows(batch, scores, rng_for(1, seed))] += 1
+    chance = inclusion(scores + FLOOR * scores.mean(), batch.stratum, np.array([8, 8, 8]))
+    assert chance.sum() == pytest.approx(24, abs=0.01)
+    np.testing.assert_allclose(chance, often / 4000, atol=0.04)
+    # An unbiased mean of something that depends on the score, where the drawn rows' own mean is far off.
+    values, estimates, plain = scores**2, [], []
+    for seed in range(1500):
+        drawn = draw_rows(batch, scores, rng_for(2, seed))
+        estimates.append((values[drawn] * importance_weights(batch, scores, drawn)).mean())
+        plain.append(values[drawn].mean())
+    assert abs(np.mean(estimates) - values.mean()) < 0.15 * abs(np.mean(plain) - values.mean())
+
+
+def test_a_stratum_that_gives_all_its_rows_gives_them_for_certain() -> None:
+    chance = inclusion(np.array([1.0, 2.0, 3.0, 1.0]), np.array([0, 0, 1, 1]), np.array([2, 1]))
+    np.testing.assert_allclose(chance[:2], 1.0)
+    np.testing.assert_allclose(chance[2:].sum(), 1.0, atol=1e-3)
+
+
+OWN = """
+import numpy as np
+from gstds_cache.selection.draws import Draw
+
+def ratio(last, reference, prior):
+    return last / (reference + 1)
+
+def negative(last, reference, prior):
+    return last - 100
+
+def short(last, reference, prior):
+    return last[:-1]
+
+without = Draw("without", "no reference", lambda last, reference, prior: last**2, needs_reference=False)
+"""
+
+
+def test_ones_own_function_is_a_draw_and_what_it_returns_is_checked(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "own_draws.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    batch, last = candidates(1, [0, 0], reference=[1.0, 3.0]), np.array([2.0, 2.0])
+    own = find_draw("own_draws:ratio")
+    np.testing.assert_allclose(own.scores(batch, last), [1.0, 0.5])
+    assert len(own.source) == 64
+    assert not find_draw("own_draws:without").needs_reference
+    for name in ("negative", "short"):
+        with pytest.raises(UsageError, match="expected 2 finite numbers >= 0, one for each row"):
+            find_draw(f"own_draws:{name}").scores(batch, last)
+    with pytest.raises(UsageError, match="damped-loss"):
+        find_draw("damped-los")
+
+
+def test_candidates_that_do_not_fit_together_say_what_does_not() -> None:
+    rows = np.array([4, 7, 9])
+    assert not candidates(2, [0, 1, 1]).problem(rows)
+    for wrong, words in (
+        (candidates(2, [0, 1]), "3 rows have [2] strata"),
+        (candidates(4, [0, 1, 1]), "4 of 3 rows are to be drawn"),
+        (candidates(2, [0, -1, 1]), "a stratum is below 0"),
+        (candidates(2, [0, 1, 1], reference=np.inf), "is no number"),
+        (candidates(2, [0, 1, 1], prior=NAN), "is no number"),
+        (candidates(2, [0, 1, 1], prior=-1), "a prior is below 0"),
+    ):
+        assert words in wrong.problem(rows)
+    assert candidates(2, [0, 1, 1]).problem(np.array([4, 7, 4])) == "a row is there twice"
+    assert not candidates(2, [0, 1, 1], reference=NAN).problem(rows)  # not known
+
+
+def test_every_draw_has_a_name_that_a_commands_help_shows() -> None:
+    assert all(isinstance(draw, Draw) and draw.name == name and draw.summary for name, draw in DRAWS.items())

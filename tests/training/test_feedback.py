@@ -1,0 +1,368 @@
+"""``sampler.report``: what is drawn depends on the losses of the epochs before, and on nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import offered
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, UsageError
+from gstds_cache.seeding import rng_for
+from gstds_cache.selection.draws import DRAWS, draw_rows
+from gstds_cache.stream.reader import open_selection
+from gstds_cache.training import reports
+from gstds_cache.training.sampler import SelectedBatchSampler
+from gstds_cache.training.selected_dataset import SelectedDataset
+
+
+class Rows(Dataset):
+    """Item i is i."""
+
+    def __len__(self) -> int:
+        return offered.ITEMS
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return offered.write(tmp_path / "s.arrow")
+
+
+def loss_of(rows, step: int) -> torch.Tensor:
+    """The losses of a run that forgets nothing and learns a little with each step."""
+    return torch.as_tensor([1 + (row * 7919 % 101) / 20 - step / 50 for row in rows], dtype=torch.float32)
+
+
+def train(sampler: SelectedBatchSampler, *, steps: int = 10**9, start: int = 0) -> list[list[int]]:
+    """The batches of up to so many steps, all reported."""
+    batches: list[list[int]] = []
+    for _ in range(sampler.epoch, sampler.epochs):
+        for rows in sampler:
+            sampler.report(loss_of(rows, start + len(batches)))
+            batches.append(rows)
+            if len(batches) == steps:
+                return batches
+    return batches
+
+
+def naive(draw: str = "loss-minus-reference") -> list[list[int]]:
+    """The same by the definition: a table, changed when an epoch ends."""
+    table, later, batches = np.full(offered.ITEMS, np.nan), {}, []
+    for seq in range(offered.EPOCHS * offered.BATCHES):
+        batch = offered.batch(seq)
+        if batch.batch_id == 0:
+            for row, loss in later.items():
+                table[row] = loss
+            later = {}
+        scores = DRAWS[draw].scores(batch.candidates, table[batch.kept])
+        rows = batch.kept[draw_rows(batch.candidates, scores, rng_for(0, "draw", batch.epoch, batch.batch_id))].tolist()
+        later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
+        batches.append(rows)
+    return batches
+
+
+def test_rows_are_drawn_by_the_losses_at_the_end_of_the_epoch_before(path) -> None:
+    sampler = SelectedBatchSampler(path, dataset=Rows())
+    assert torch.isnan(sampler.losses).all()
+    batches = train(sampler)
+    assert batches == naive()
+    assert [len(rows) for rows in batches] == [*offered.KEEP] * 3
+    known = ~torch.isnan(sampler.losses)
+    assert set(torch.nonzero(known).flatten().tolist()) == {row for rows in batches for row in rows}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_reads_ahead_draws_the_same_rows(path, workers) -> None:
+    sampler = SelectedBatchSampler(path)
+    loader = DataLoader(Rows(), batch_sampler=sampler, num_workers=workers, prefetch_factor=3 if workers else None)
+    batches: list[list[int]] = []
+    for _ in range(sampler.epochs):
+        for rows in loader:
+            sampler.report(loss_of(rows.tolist(), len(batches)), step=len(batches) + 1)
+            batches.append(rows.tolist())
+    assert batches == naive()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 11, 12])
+def test_a_state_from_any_step_goes_on_to_the_same_rows(path, stop) -> None:
+    first = SelectedBatchSampler(path)
+    batches = train(first, steps=stop)
+    text = json.dumps(first.state_dict(step=stop))
+    again = SelectedBatchSampler(path)
+    again.load_state_dict(json.loads(text))
+    assert batches + train(again, start=stop) == naive()
+    assert json.dumps(again.state_dict(step=12)) == json.dumps(_finished(path))
+
+
+def _finished(path: Path) -> dict[str, object]:
+    sampler = SelectedBatchSampler(path)
+    train(sampler)
+    return sampler.state_dict()
+
+
+def test_a_state_of_fewer_steps_than_were_reported_holds_no_later_losses(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=7)
+    again = SelectedBatchSampler(path)
+    again.load_state_dict(sampler.state_dict(step=6))
+    assert batches[:6] + train(again, start=6) == naive()
+    with pytest.raises(UsageError, match="epoch 1 began after step 4, and earlier losses are gone"):
+        sampler.state_dict(step=3)
+
+
+def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    loader = StatefulDataLoader(Rows(), batch_sampler=sampler)
+    batches: list[list[int]] = []
+    for rows in loader:
+        sampler.report(loss_of(rows.tolist(), len(batches)))
+        batches.append(rows.tolist())
+        if len(batches) == 2:
+            break
+    state = sampler.state_dict(step=2)
+    again = SelectedBatchSampler(path)
+    again.load_state_dict(state)
+    assert batches + train(again, start=2) == naive()
+
+
+def test_seeking_back_in_an_epoch_draws_it_again_and_to_the_beginning_starts_over(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=6)
+    sampler.seek(1)
+    again = train(sampler, start=4)
+    assert again == naive()[4:]
+    with pytest.raises(UsageError, match="epoch 1 cannot be drawn again"):
+        sampler.seek(1)
+    sampler.seek(0)
+    assert torch.isnan(sampler.losses).all()
+    assert train(sampler) == naive()
+
+
+def test_a_stream_that_is_open_and_a_pickled_sampler_draw_the_same(path) -> None:
+    with open_selection(path) as stream:
+        assert train(SelectedBatchSampler(stream)) == naive()
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=5)
+    copy = pickle.loads(pickle.dumps(sampler))
+    copy.seek(1, 1)
+    assert batches + train(copy, start=5) == naive()
+
+
+def test_repacked_batches_are_full_and_drop_the_rest_of_each_epoch(path) -> None:
+    sampler = SelectedBatchSampler(path, batch_size=10, remainder="drop")
+    batches = train(sampler)
+    assert [len(rows) for rows in batches] == [10] * 6
+    first = [row for rows in naive()[:4] for row in rows]
+    assert batches[0] + batches[1] == first[:20]
+    stopped = SelectedBatchSampler(path, batch_size=10, remainder="drop")
+    begun = train(stopped, steps=3)
+    again = SelectedBatchSampler(path, batch_size=10, remainder="drop")
+    again.load_state_dict(stopped.state_dict(step=3))
+    assert begun + train(again, start=3) == batches
+    with pytest.raises(UsageError, match="drawn epoch by epoch"):
+        SelectedBatchSampler(path, batch_size=10)
+
+
+# Reports that are not what they should be
+
+
+def test_never_reporting_draws_by_the_prior_and_says_so_once(path, caplog) -> None:
+    sampler = SelectedBatchSampler(path)
+    with caplog.at_level(logging.WARNING, "gstds_cache"):
+        batches = [rows for _ in range(3) for rows in sampler]
+    assert [record.message for record in caplog.records] == [
+        "note: no losses were reported before epoch 1: its rows are drawn by their prior alone"
+    ]
+    plain = offered.write(path.with_name("prior.arrow"), "prior")
+    caplog.clear()
+    other = SelectedBatchSampler(plain)
+    assert batches == [rows for _ in range(3) for rows in other]
+    assert not caplog.records  # a draw that looks at no losses misses none
+
+
+def test_an_epoch_without_reports_after_one_with_them_draws_by_the_earlier_ones(path, caplog) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=4)
+    before = sampler.losses
+    with caplog.at_level(logging.WARNING, "gstds_cache"):
+        for _ in range(2):
+            list(sampler)
+    assert "no losses were reported in epoch 1: epoch 2 is drawn by earlier ones" in caplog.text
+    torch.testing.assert_close(sampler.losses, before, equal_nan=True)
+
+
+def test_reporting_a_part_of_an_epoch_is_an_error_when_the_next_begins(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    for number, rows in enumerate(sampler):
+        if number != 2:
+            sampler.report(loss_of(rows, 0)[: len(rows)]) if number < 2 else None
+    with pytest.raises(UsageError, match="2 of 4 batches of epoch 0 were not reported"):
+        next(iter(sampler))
+
+
+def test_a_report_too_many_or_of_another_size_or_step_is_refused_and_changes_nothing(path, no_type_checks) -> None:
+    sampler = SelectedBatchSampler(path)
+    with pytest.raises(UsageError, match="every batch that was yielded is reported already"):
+        sampler.report([1.0])
+    rows = next(iter(sampler))
+    for wrong, words in (
+        (torch.ones(len(rows) + 1), rf"got \[{len(rows) + 1}\], expected \[{len(rows)}\]"),
+        (torch.tensor(1.5), r"got \[\], expected"),
+        (torch.ones(len(rows), 1), rf"got \[{len(rows)}, 1\]"),
+        ("much", "got 'much'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sampler.report(wrong)
+    with pytest.raises(UsageError, match="got the losses of step 2, expected those of step 1"):
+        sampler.report(loss_of(rows, 0), step=2)
+    sampler.report(loss_of(rows, 0).numpy(), step=1)
+    with pytest.raises(UsageError, match="is reported already"):
+        sampler.report(loss_of(rows, 0))
+
+
+def test_losses_that_are_no_numbers_leave_rows_what_they_had(path, caplog) -> None:
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=4)
+    before = sampler.losses
+    drawn = []
+    with caplog.at_level(logging.WARNING, "gstds_cache"):
+        for rows in sampler:
+            losses = loss_of(rows, 0)
+            losses[0], losses[1] = float("nan"), float("inf")
+            sampler.report(losses)
+            drawn.append(rows)
+    assert "8 of 24 losses reported in epoch 1 are NaN or infinite" in caplog.text
+    for rows in drawn:
+        torch.testing.assert_close(sampler.losses[rows[:2]], before[rows[:2]], equal_nan=True)
+        torch.testing.assert_close(sampler.losses[rows[2:]], loss_of(rows[2:], 0))
+    assert batches
+
+
+def test_a_state_asks_for_the_report_of_its_last_step(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    batches = iter(sampler)
+    sampler.report(loss_of(next(batches), 0))
+    next(batches)
+    with pytest.raises(UsageError, match="the losses of step 2 are not reported yet"):
+        sampler.state_dict(step=2)
+
+
+def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=5)
+    state = sampler.state_dict(step=5)
+
+    def load(**changes) -> None:
+        SelectedBatchSampler(path).load_state_dict(state | {"feedback": state["feedback"] | changes})
+
+    load()
+    for changes in ({"sha256": "0" * 64}, {"steps": [[5, 3]]}, {"rows": "!"}, {"steps": 3}):
+        with pytest.raises(IntegrityError, match="losses in it are damaged"):
+            load(**changes)
+    with pytest.raises(UsageError, match="got the losses of 0 rows"):
+        load(losses="")
+    with pytest.raises(UsageError, match="for its losses"):
+        SelectedBatchSampler(path).load_state_dict({k: v for k, v in state.items() if k != "feedback"})
+    other = offered.write(tmp_path / "other.arrow", selection_digest="e" * 64)
+    with pytest.raises(FingerprintMismatchError, match="selection_digest"):
+        SelectedBatchSampler(other).load_state_dict(state)
+
+
+# Weights, own functions, other readers
+
+
+def test_weights_are_of_the_batch_that_is_reported_next(path) -> None:
+    sampler = SelectedBatchSampler(path, importance_weights=True)
+    for _ in range(2):
+        for rows in sampler:
+            weights = sampler.weights()
+            assert len(weights) == len(rows)
+            assert weights.mean() == pytest.approx(1, abs=1e-5)
+            assert weights.dtype == torch.float32
+            sampler.report(loss_of(rows, 0))
+    assert weights.std() > 0
+    with pytest.raises(UsageError, match="no batch waits"):
+        sampler.weights()
+    plain = SelectedBatchSampler(path)
+    next(iter(plain))
+    with pytest.raises(UsageError, match="importance_weights"):
+        plain.weights()
+
+
+def test_a_selection_never_has_code_of_its_naming_run(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_score.py").write_text("def score(last, reference, prior):\n    return last * 0 + 1\n")
+    monkeypatch.chdir(tmp_path)
+    path = offered.write(tmp_path / "s.arrow", "own_score:score")
+    with pytest.raises(UsageError, match="a function of your own, which a selection cannot have run by itself"):
+        SelectedBatchSampler(path)
+    with pytest.raises(FingerprintMismatchError, match="its file was changed"):  # this selection records no file
+        SelectedBatchSampler(path, draw="own_score:score")
+    with pytest.raises(FingerprintMismatchError, match="the selection was made for 'own_score:score'"):
+        SelectedBatchSampler(path, draw="loss")
+    named = offered.write(tmp_path / "n.arrow", "no-such-draw")
+    with pytest.raises(UsageError, match="unknown draw"):
+        SelectedBatchSampler(named)
+    for settings in ({}, {"draw": 3}):
+        broken = offered.write(tmp_path / "b.arrow", settings=settings)
+        with pytest.raises(StreamError, match="says not how to draw them"):
+            SelectedBatchSampler(broken)
+
+
+def test_what_cannot_report_refuses_candidates_and_kept_rows_take_no_reports(path, uneven) -> None:
+    with pytest.raises(UsageError, match="use SelectedBatchSampler"):
+        SelectedDataset(Rows(), path)
+    kept = SelectedBatchSampler(uneven[0])
+    next(iter(kept))
+    for call in (lambda: kept.report([1.0]), kept.weights, kept.share_losses, lambda: kept.losses):
+        with pytest.raises(UsageError, match="the selection keeps rows"):
+            call()
+    for argument in ({"draw": "loss"}, {"importance_weights": True}):
+        with pytest.raises(UsageError, match="the selection keeps rows"):
+            SelectedBatchSampler(uneven[0], **argument)
+
+
+# Ranks: one process that stands for each in turn; tests/e2e/test_feedback_ranks.py has real ones
+
+
+def test_a_rank_alone_saves_a_state_that_no_other_takes(path, monkeypatch) -> None:
+    monkeypatch.setattr(reports, "_joined", lambda: True)
+    sampler = SelectedBatchSampler(path, rank=0, world_size=2)
+    rows = next(iter(sampler))
+    sampler.report(loss_of(rows, 0))
+    state = sampler.state_dict(step=1)
+    SelectedBatchSampler(path, rank=0, world_size=2).load_state_dict(state)
+    with pytest.raises(UsageError, match=r"holds the losses of rank \[0, 2\] alone"):
+        SelectedBatchSampler(path, rank=1, world_size=2).load_state_dict(state)
+
+
+def test_ranks_without_a_process_group_cannot_report(path) -> None:
+    sampler = SelectedBatchSampler(path, rank=0, world_size=2)
+    rows = next(iter(sampler))
+    with pytest.raises(UsageError, match="cannot share losses without a process group"):
+        sampler.report(loss_of(rows, 0))
+
+
+def test_a_slice_padded_from_other_ranks_reports_its_own_rows_alone(path, monkeypatch) -> None:
+    monkeypatch.setattr(reports, "_joined", lambda: True)
+    sampler = SelectedBatchSampler(path, rank=3, world_size=4, tail="pad")  # 6 rows: 2, 2, 2, and none of its own
+    rows = next(iter(sampler))
+    assert len(rows) == 2
+    sampler.report(loss_of(rows, 0))
+    assert json.loads(json.dumps(sampler.state_dict(step=1)))["feedback"]["steps"] == [[1, 0]]
+
+
+def test_the_settings_of_a_header_decide_the_draw(path, tmp_path) -> None:
+    damped = offered.write(tmp_path / "damped.arrow", "damped-loss")
+    assert train(SelectedBatchSampler(damped)) == naive("damped-loss") != naive()
+    assert replace(offered.header(), seed=1).candidates
