@@ -259,7 +259,7 @@ class BatchSelector:
         if self._reference_key is None:
             return None
         begun = time.perf_counter()
-        probe = load_or_make_guidance(self.store, self._reference_key, threads=self._cpu_threads, device=self.device)
+        probe = load_or_make_guidance(self.store, self._reference_key, threads=self.cpu_threads, device=self.device)
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
         return probe.of_rows
