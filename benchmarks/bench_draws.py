@@ -1,0 +1,231 @@
+"""Accuracy at a quarter of the gradients: rows drawn by training losses beside random ones, the default rule and all rows.
+
+    python benchmarks/bench_draws.py imagefolder:cifar/train imagefolder:cifar/test --store STORE --out draws.json
+
+``conv7`` at 32 pixels, batches of 512 of which 128 are trained on, ``--epochs`` passes. Every method gets the same number
+of learning rates, one seed each, on a tenth of the training set that is held out; the best is run with ``--seeds`` seeds
+on the test set. ``all, as many gradients`` trains on all rows of a quarter of the passes, ``all, 4 x`` in all passes.
+
+Several processes share the GPU, for a small network leaves most of it idle, so seconds are no measurement here. Each run
+is a line in ``OUT.lines`` as it ends; called again, runs that are there are not made again. ``--seconds`` ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_train_gpu import RECIPE, Data, decoded, run_trainer, write_everything
+from harness import parser, report, spread
+
+from gstds_cache import embed, select
+from gstds_cache.config import TrainConfig
+from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.store.reader import EmbeddingStore
+
+BATCH, KEEP = 512, 0.25
+RATES = (0.1, 0.2, 0.4)
+STAGES = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose rows.
+
+    Attributes:
+        name: What the result calls it.
+        settings: For ``gstds_cache.select``; None trains on all rows.
+        passes: Share of the epochs.
+    """
+
+    name: str
+    settings: dict[str, Any] | None
+    passes: float = 1.0
+
+
+METHODS = (
+    Method("random", {"rule": "random"}),
+    Method("loss-minus-reference, 8 strata", {"draw": "loss-minus-reference"}),
+    Method("default rule", {}),
+    Method("all, as many gradients", None, KEEP),
+    Method("damped-loss, 8 strata", {"draw": "damped-loss"}),
+    Method("loss, 8 strata", {"draw": "loss"}),
+    Method("loss-minus-reference, no strata", {"draw": "loss-minus-reference", "strata": 1}),
+    Method("all, 4 x the gradients", None),
+)
+
+
+def folder_of(stage: str, arguments: argparse.Namespace) -> Path:
+    """Where a stage's selections are."""
+    return Path(arguments.work) / stage
+
+
+def split(train: str, work: Path) -> tuple[str, str]:
+    """Nine tenths of a folder's images and the rest, as folders of hard links."""
+    root = Path(train.partition(":")[2])
+    uris = [f"imagefolder:{work / 'held-out' / part}" for part in ("train", "test")]
+    if not (work / "held-out").exists():
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            for number, file in enumerate(sorted(folder.iterdir())):
+                to = work / "held-out.making" / ("test" if number % 10 == 0 else "train") / folder.name
+                to.mkdir(parents=True, exist_ok=True)
+                os.link(file, to / file.name)
+        (work / "held-out.making").rename(work / "held-out")
+    return uris[0], uris[1]
+
+
+def sets_of(stage: str, arguments: argparse.Namespace) -> tuple[str, str]:
+    """What a stage trains on, and what it is measured on."""
+    if stage == "test":
+        return arguments.train, arguments.test
+    return split(arguments.train, Path(arguments.work))
+
+
+def prepare(stage: str, arguments: argparse.Namespace, device: torch.device) -> None:
+    """Everything that the runs of a stage share: decoded images, the store, the selections."""
+    train, test = sets_of(stage, arguments)
+    for uri in (train, test):
+        decoded(uri, device)
+    store = arguments.store
+    if stage == "validation":
+        whole = EmbeddingStore(store)
+        store = Path(arguments.work) / "held-out.store"
+        embed(train, store, reuse=[whole], progress=False, model=arguments.model)
+    folder = folder_of(stage, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    items, step = len(EmbeddingStore(store)), round(BATCH * KEEP)
+    for number, method in enumerate(METHODS):
+        path, epochs = folder / f"{number}.arrow", max(1, round(arguments.epochs * method.passes))
+        if path.exists():
+            continue
+        if method.settings is None:
+            write_everything(path, items, step, epochs, items // step)
+        else:
+            begun = time.perf_counter()
+            select(store, keep=KEEP, epochs=epochs, batch_size=BATCH, out=path, progress=False, **method.settings)
+            print(stage, method.name, f"selected in {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
+def runs(stage: str, best: dict[str, float], arguments: argparse.Namespace) -> Iterator[tuple[int, float, int]]:
+    """Method, learning rate and seed of each run, the methods in turn."""
+    trials = RATES if stage == "validation" else range(1, 1 + arguments.seeds)
+    for trial in trials:
+        for number, method in enumerate(METHODS):
+            if stage == "validation":
+                yield number, float(trial), 0
+            elif method.name in best:
+                yield number, best[method.name], int(trial)
+
+
+def lines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What has been measured."""
+    path = Path(f"{arguments.out}.lines")
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):  # cut off while it was written
+            found.append(json.loads(line))
+    return found
+
+
+def best_rates(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each method that has been run with all learning rates, the best on the held-out rows."""
+    best = {}
+    for method in METHODS:
+        mine = {line["lr"]: line["accuracy"] for line in found
+                if line["stage"] == "validation" and line["method"] == method.name}  # fmt: skip
+        if len(mine) == len(RATES):
+            best[method.name] = max(mine, key=lambda rate: mine[rate])
+    return best
+
+
+def work(arguments: argparse.Namespace, device: torch.device) -> None:
+    """One process's share of a stage's runs."""
+    stage, number, of = arguments.worker.split(",")
+    data = Data(*(decoded(uri, device) for uri in sets_of(stage, arguments)), device)
+    found = lines(arguments)
+    made = {(line["stage"], line["method"], line["lr"], line["seed"]) for line in found}
+    todo = [run for run in runs(stage, best_rates(found), arguments)
+            if (stage, METHODS[run[0]].name, *run[1:]) not in made]  # fmt: skip
+    config = replace(RECIPE, arch=arguments.arch, device=str(device), norm_samples=4096, label_smoothing=0.0, weight_decay=5e-4)
+    for index, rate, seed in todo[int(number) :: int(of)]:
+        if time.time() > arguments.until:
+            return
+        trainer, seconds, _ = run_trainer(data, folder_of(stage, arguments) / f"{index}.arrow", own(config, rate, seed))
+        line = {"stage": stage, "method": METHODS[index].name, "lr": rate, "seed": seed,
+                "accuracy": data.accuracy(trainer.network), "steps": trainer.step, "seconds": seconds}  # fmt: skip
+        with Path(f"{arguments.out}.lines").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def own(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
+    """The configuration of one run."""
+    return replace(config, lr=rate, seed=seed)
+
+
+def result_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All methods beside each other."""
+    found = lines(arguments)
+    best = best_rates(found)
+    result: dict[str, Any] = {"epochs": arguments.epochs, "batch": BATCH, "keep": KEEP, "rates": RATES, "lines": found}
+    for method in METHODS:
+        shares = [line["accuracy"] for line in found if line["stage"] == "test" and line["method"] == method.name]
+        result[method.name] = {
+            "lr": best.get(method.name),
+            "validation": {line["lr"]: line["accuracy"] for line in found
+                           if line["stage"] == "validation" and line["method"] == method.name},
+            "test": spread(shares) | {"deviation": float(np.std(shares, ddof=1))} if len(shares) > 1 else shares,
+        }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("train")
+    made.add_argument("test")
+    made.add_argument("--store", required=True, help="embeddings of the training set")
+    made.add_argument("--model", default="timm:tf_efficientnet_lite0?size=96", help="that it was made with")
+    made.add_argument("--work", default="/tmp/draws", help="folder for selections, on the file system of the images")
+    made.add_argument("--arch", default=RECIPE.arch)
+    made.add_argument("--epochs", type=int, default=16)
+    made.add_argument("--seeds", type=int, default=5)
+    made.add_argument("--processes", type=int, default=4)
+    made.add_argument("--seconds", type=float, default=200.0)
+    made.add_argument("--device", default="auto")
+    made.add_argument("--worker", help=argparse.SUPPRESS)
+    made.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    arguments = made.parse_args()
+    if arguments.out is None:
+        made.error("--out FILE: where lines are kept")
+    device = resolve_device(arguments.device)
+    if arguments.worker:
+        work(arguments, device)
+        return
+    until = time.time() + arguments.seconds
+    for stage in STAGES:
+        prepare(stage, arguments, device)
+        workers = [
+            subprocess.Popen([sys.executable, *sys.argv, "--worker", f"{stage},{number},{arguments.processes}",
+                              "--until", str(until)])  # fmt: skip
+            for number in range(arguments.processes)
+        ]
+        for worker in workers:
+            worker.wait()
+        result = result_of(arguments)
+        Path(arguments.out).write_text(json.dumps(result, indent=1))
+        print(stage, json.dumps({name: value for name, value in result.items() if name != "lines"}), file=sys.stderr)
+    report("draws", result, arguments)
+
+
+if __name__ == "__main__":
+    main()
