@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
-from gstds_cache.spectral import fiedler
+from gstds_cache.spectral import dense, fiedler
 from gstds_cache.spectral.fiedler import fiedler_of_graph, fiedler_vectors
 from gstds_cache.spectral.status import Status
 
@@ -157,7 +158,7 @@ def test_a_known_vector_to_start_from_saves_iterations(q):
 
 
 def test_beyond_the_dense_limit_the_status_says_not_converged(monkeypatch):
-    monkeypatch.setattr(fiedler, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(dense, "DENSE_LIMIT", 100)
     result = finite(fiedler_of_graph(path(400), max_iterations=5))
     assert status(result) == [Status.MAX_ITERATIONS]
     assert result.residual.max() > 1e-4
@@ -348,7 +349,7 @@ GRAPHS = st.one_of(
 )
 
 
-@pytest.mark.parametrize("solver", ["compiled", "torch"])
+@pytest.mark.parametrize("solver", ["compiled", "torch", "block"])
 @settings(
     deadline=None,
     max_examples=150,
@@ -361,11 +362,16 @@ GRAPHS = st.one_of(
     st.sampled_from(["combinatorial", "normalized"]),
     st.integers(0, 2**32),
 )
-def test_accurate_or_the_status_says_otherwise(monkeypatch, solver, drawn, b, q, laplacian, seed):
-    if solver == "torch":  # what CUDA runs
+def test_accurate_or_the_status_says_otherwise(request, monkeypatch, solver, drawn, b, q, laplacian, seed):
+    if solver == "torch":  # what CUDA runs without kernels
         monkeypatch.setattr(fiedler, "lobpcg_compiled", by_torch)
     make, *arguments = drawn
     graph = make(np.random.default_rng(seed), b, *arguments)
+    if solver == "block":
+        request.getfixturevalue("emulated_kernels")
+        # Weights as cosines have them: others do not go to the kernel.
+        edges = (graph.row, graph.col, graph.weight.float().double())
+        graph = replace(SparseGraph.from_edges(*edges, (1, graph.nodes)), component=graph.component)
     result = finite(fiedler_of_graph(graph, q=q, laplacian=laplacian, seed=seed, max_iterations=200))
     dense = Laplacian(graph, laplacian).dense(0).numpy()
     values, vectors = scipy.linalg.eigh(dense)
