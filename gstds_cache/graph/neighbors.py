@@ -13,6 +13,9 @@ from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.compiled import normalize_half_rows_into, normalize_rows_into
 from gstds_cache.runtime.devices import resolve_device
 
+Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
+"""What a search of a stack found for each row: similarities and row numbers, the row itself among them."""
+
 ROWS_NAMED = 10
 
 

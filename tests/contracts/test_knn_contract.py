@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from faiss_on_cpu import on_cpu
 
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.graph import faiss_search
 from gstds_cache.graph.knn import BACKENDS, by_candidates, knn_graph, search_torch
 
 GPU = pytest.param(
@@ -32,6 +34,7 @@ KERNELS = pytest.param(
 @pytest.fixture(
     params=[
         ("faiss-cpu", "cpu"),
+        ("faiss-gpu", "cpu"),
         ("torch", "cpu"),
         ("torch stacked", "cpu"),
         ("cuda", "cpu"),
@@ -44,6 +47,9 @@ KERNELS = pytest.param(
 )
 def search(request, monkeypatch):
     backend, device = request.param
+    if (backend, device) == ("faiss-gpu", "cpu"):
+        on_cpu(monkeypatch)
+        monkeypatch.setattr(faiss_search, "require_faiss", lambda _backend: None)
     if (backend, device) == ("cuda", "cpu"):
         request.getfixturevalue("emulated_kernels")
     # What torch does on CUDA runs on a CPU as well.

@@ -9,7 +9,7 @@ import torch
 
 from gstds_cache.cuda import build, launch
 from gstds_cache.errors import KernelError, SolverError, UsageError
-from gstds_cache.graph import cuda, knn
+from gstds_cache.graph import cuda, faiss_search
 from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.cuda import graph_stack, inverse_lengths, products, stack_of, unsigned, why_not_graphs
 from gstds_cache.graph.knn import knn_graph, nearest, resolve_backend
@@ -151,7 +151,7 @@ def said(caplog):
     ("nodes", "k", "expected"), [(512, 10, "cuda"), (8192, 32, "cuda"), (8193, 10, "faiss-gpu"), (512, 33, "faiss-gpu")]
 )
 def test_auto_on_a_gpu(emulated_kernels, monkeypatch, said, nodes, k, expected):
-    monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss_search, "gpus", lambda: 1)
     with said.at_level(logging.WARNING):
         assert resolve_backend("auto", GPU, nodes, k) == expected
     assert bool(said.messages) == (expected != "cuda")
@@ -159,7 +159,7 @@ def test_auto_on_a_gpu(emulated_kernels, monkeypatch, said, nodes, k, expected):
 
 def test_auto_where_kernels_do_not_run_says_why_once(monkeypatch, said):
     monkeypatch.setattr(build, "why_not", lambda device: "the driver is of 2014")  # noqa: ARG005
-    monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 0)
+    monkeypatch.setattr(faiss_search, "gpus", lambda: 0)
     for _ in range(3):
         assert resolve_backend("auto", GPU, 512, 10) == "torch"
     assert said.messages == [
@@ -184,7 +184,7 @@ def test_a_kernel_that_does_not_compile(monkeypatch, said):
     monkeypatch.setattr(build, "why_not", lambda device: "")  # noqa: ARG005
     monkeypatch.setattr(build, "kernel", fails)
     monkeypatch.setattr(launch, "shared_memory_limit", lambda device: 227 << 10)  # noqa: ARG005
-    monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss_search, "gpus", lambda: 1)
     assert resolve_backend("auto", GPU, 512, 10) == "faiss-gpu"
     assert "the log" in said.text
     with pytest.raises(UsageError, match="does not compile graph.cu\nthe log"):
