@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
-from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.errors import UsageError, in_words, unknown_name
 from gstds_cache.graph import faiss_search
 from gstds_cache.graph.compiled import nearest_in_rows
 from gstds_cache.graph.cuda import log_fallback, nearest_by_kernels, why_not_graphs
@@ -207,10 +207,19 @@ def nearest(rows: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> K
 
     Raises:
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
+        OutOfMemoryError: A device's memory is too small for a backend other than cuda, of which the CPU takes over.
     """
     _require_neighbors(k)
     _, nodes, _ = rows.shape
-    return BACKENDS[resolve_backend(backend, rows.device, nodes, k)](rows, min(k, nodes - 1))
+    name = resolve_backend(backend, rows.device, nodes, k)
+    k = min(k, nodes - 1)
+    try:
+        return BACKENDS[name](rows, k)
+    except torch.OutOfMemoryError as error:
+        if name != "cuda":
+            raise
+        log_fallback(rows.device, in_words(error))
+    return nearest_by_torch(normalized_rows(rows.cpu()), k).to(rows.device)
 
 
 def _require_neighbors(k: int) -> None:

@@ -31,6 +31,10 @@ class KnnGraph:
     neighbors: Int64[Tensor, "G B K"]
     similarities: Float32[Tensor, "G B K"]
 
+    def to(self, device: torch.device) -> KnnGraph:
+        """The same graphs on a device."""
+        return KnnGraph(neighbors=self.neighbors.to(device), similarities=self.similarities.to(device))
+
 
 def as_stack(x: Float[Tensor, "*G B D"] | Float[np.ndarray, "*G B D"], device: str | None = None) -> Tensor:
     """``[G, B, D]`` of one batch or several, from NumPy or torch, on a device.

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.errors import SolverError, UsageError, in_words
 from gstds_cache.graph.components import bridge_components, label_components
 from gstds_cache.graph.cuda import graph_stack, log_fallback
 from gstds_cache.graph.knn import nearest, resolve_backend
@@ -189,8 +189,12 @@ def fiedler_vectors(
     _, nodes, _ = batches.shape
     name = resolve_backend(backend, batches.device, nodes, k)
     if name == "cuda" and k >= 1 and nodes > DENSE_BY_DESIGN and not why_not_solved(batches.device, nodes, q):
-        graphs = graph_stack(batches, min(k, nodes - 1))
-        return fiedler_of_stack(graphs, solve_stack(graphs, q, **options), batches, threads=threads, **options)
+        try:
+            graphs = graph_stack(batches, min(k, nodes - 1))
+            return fiedler_of_stack(graphs, solve_stack(graphs, q, **options), batches, threads=threads, **options)
+        except torch.OutOfMemoryError as error:
+            log_fallback(batches.device, in_words(error))
+        return fiedler_vectors(batches.cpu(), k=k, q=q, threads=threads, **options).to(batches.device)
     rows = normalized_rows(batches)
     graph, _ = bridge_components(symmetrise(nearest(rows, k, backend=name)), rows)
     return fiedler_of_graph(graph, q=q, threads=threads, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float64, Int8, Int64
@@ -61,6 +61,10 @@ class FiedlerResult:
     iterations: Int64[Tensor, " G"]
     status: Int8[Tensor, " G"]
     components: Int64[Tensor, " G"]
+
+    def to(self, device: torch.device) -> FiedlerResult:
+        """The same result on a device."""
+        return FiedlerResult(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     @property
     def vector(self) -> Float64[Tensor, "G B"]:

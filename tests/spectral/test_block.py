@@ -12,7 +12,9 @@ import torch
 
 from gstds_cache.cuda import build, launch
 from gstds_cache.errors import KernelError, SolverError, UsageError
+from gstds_cache.graph import cuda, knn
 from gstds_cache.graph.cuda import graph_stack, log_fallback
+from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph
 from gstds_cache.runtime.notify import log_once
 from gstds_cache.spectral import block, fiedler
@@ -220,3 +222,22 @@ def test_a_kernel_that_does_not_compile_is_said_once_and_done_without(monkeypatc
         assert (fiedler_of_graph(path(60)).status == 0).all()
     assert len(said.messages) == 1
     assert "its log" in said.messages[0]
+
+
+def test_too_little_memory_on_the_gpu_is_said_and_the_cpu_takes_over(emulated_kernels, monkeypatch, said):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    reasons = []
+    x = batches(g=2)
+    expected = fiedler_vectors(x, k=6)
+    near = knn_graph(x, 6)
+    for module in (fiedler, cuda):
+        monkeypatch.setattr(module, "graph_stack", full)
+    for module in (fiedler, knn):
+        monkeypatch.setattr(module, "log_fallback", lambda device, reason: reasons.append((str(device), reason)))
+    result = fiedler_vectors(x, k=6, backend="cuda")
+    assert torch.equal(result.status, expected.status)
+    torch.testing.assert_close(result.values, expected.values)
+    assert torch.equal(knn_graph(x, 6, backend="cuda").neighbors, near.neighbors)
+    assert reasons == [("cpu", "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB.")] * 2

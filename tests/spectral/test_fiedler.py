@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -348,7 +349,7 @@ GRAPHS = st.one_of(
 )
 
 
-@pytest.mark.parametrize("solver", ["compiled", "torch"])
+@pytest.mark.parametrize("solver", ["compiled", "torch", "block"])
 @settings(
     deadline=None,
     max_examples=150,
@@ -361,11 +362,16 @@ GRAPHS = st.one_of(
     st.sampled_from(["combinatorial", "normalized"]),
     st.integers(0, 2**32),
 )
-def test_accurate_or_the_status_says_otherwise(monkeypatch, solver, drawn, b, q, laplacian, seed):
-    if solver == "torch":  # what CUDA runs
+def test_accurate_or_the_status_says_otherwise(request, monkeypatch, solver, drawn, b, q, laplacian, seed):
+    if solver == "torch":  # what CUDA runs without kernels
         monkeypatch.setattr(fiedler, "lobpcg_compiled", by_torch)
     make, *arguments = drawn
     graph = make(np.random.default_rng(seed), b, *arguments)
+    if solver == "block":
+        request.getfixturevalue("emulated_kernels")
+        # Weights as cosines have them: others do not go to the kernel.
+        edges = (graph.row, graph.col, graph.weight.float().double())
+        graph = replace(SparseGraph.from_edges(*edges, (1, graph.nodes)), component=graph.component)
     result = finite(fiedler_of_graph(graph, q=q, laplacian=laplacian, seed=seed, max_iterations=200))
     dense = Laplacian(graph, laplacian).dense(0).numpy()
     values, vectors = scipy.linalg.eigh(dense)
