@@ -13,7 +13,7 @@ import torch
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.selection import device_path
+from gstds_cache.selection import device_path, throughput
 from gstds_cache.selection.device_rows import DeviceRows, StreamedRows
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import SelectedBatch
@@ -203,3 +203,10 @@ def test_on_a_gpu_the_rows_are_those_of_the_cpu_in_every_stack(store: EmbeddingS
     assert everything(select(EmbeddingStore(store.location, access="memory"))) == everything(ours)
     monkeypatch.setattr(device_path, "GRAPHS_A_PROCESSOR", 1 / 100)
     assert everything(select(store)) == everything(ours)
+
+
+def test_the_rate_of_a_run_is_that_of_its_stacks(store: EmbeddingStore, on_device) -> None:
+    selector = on_device(store)
+    rate = throughput.samples_per_second(selector)
+    assert rate == pytest.approx(selector.counts.rows / selector.counts.elapsed, rel=0.9)
+    assert selector.counts.rows == 3 * 298
