@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
@@ -39,9 +40,16 @@ class DeviceRun:
         Raises:
             UsageError: Rows were asked for on a device, and the run does not happen there.
         """
-        self._of, self._count_labels = selector, count_labels
+        # The selector holds this: the other way round as well, neither would be gone before a garbage collection.
+        self._selector, self._count_labels = weakref.ref(selector), count_labels
         if selector.store.access_asked == "device" and self.why_not:
             raise UsageError(f"`access='device'`: {self.why_not}", hint="leave `access` out")
+
+    @property
+    def _of(self) -> BatchSelector:
+        selector = self._selector()
+        assert selector is not None
+        return selector
 
     @cached_property
     def why_not(self) -> str:
