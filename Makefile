@@ -28,10 +28,11 @@ test: $(VENV)/.installed
 study-tables: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.study.tables
 
-# Every kill point, every byte, thousands of orders of events. GSTDS_FAULT_SEED=N draws the same points again.
+# Every kill point, every byte, thousands of orders of events, every barrier of a CUDA kernel. GSTDS_FAULT_SEED=N draws
+# the same points again.
 faults: $(VENV)/.installed
-	@echo "== faults: about half an hour on 2 cores"
-	$(BIN)/python -m pytest tests/faults tests/e2e/test_rubbish.py -m "faults or not faults"
+	@echo "== faults: about three quarters of an hour on 2 cores"
+	$(BIN)/python -m pytest tests/faults tests/cuda tests/e2e/test_rubbish.py -m "faults or not faults"
 
 lint: $(VENV)/.installed
 	@echo "== ruff and import-linter: seconds"

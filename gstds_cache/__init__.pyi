@@ -34,6 +34,7 @@ from .errors import FingerprintMismatchError as FingerprintMismatchError
 from .errors import GstdsError as GstdsError
 from .errors import IncompleteError as IncompleteError
 from .errors import IntegrityError as IntegrityError
+from .errors import KernelError as KernelError
 from .errors import NondeterminismError as NondeterminismError
 from .errors import ProducerFailedError as ProducerFailedError
 from .errors import SolverError as SolverError

@@ -22,10 +22,25 @@
 #endif
 #define BRIDGE_FLOOR 1e-3f
 #define LOW (-3.0f)  // below every cosine
+#define AHEAD 8         // products asked for at once: each takes longer to arrive than to be looked at
+#define WORDS(B) (((B) + 31) / 32)
+#define RUN 32          // lengths summed by one thread
+// Who is among whose nearest as bits: bit j % 32 of CHOSEN(i, j) is set where j is one of the nearest of i, by a similarity
+// above 0.
+#define CHOSEN(i, j) chosen[(j) / 32 * B + (i)]
+#ifdef EMULATE
+#define POPCOUNT __builtin_popcount
+#define LOWEST(word) __builtin_ctz(word)
+#else
+#define POPCOUNT __popc
+#define LOWEST(word) (__ffs((int)(word)) - 1)
+#endif
 
 // Bytes of shared memory of a block, to the byte; as graph/cuda.py has it. With SPILL the lists of neighbours, which are
 // most of it, lie in a workspace in global memory.
-extern "C" __host__ __device__ int graph_lists_bytes(int B) { return ROUND(B * KNN * 2) + ROUND(B * KNN * 4); }
+extern "C" __host__ __device__ int graph_lists_bytes(int B) {
+    return ROUND(B * KNN * 2) + ROUND(B * KNN * 4) + ROUND(B * WORDS(B) * 4);
+}
 extern "C" __host__ __device__ int graph_bytes(int B) {
     int n = 4 * ROUND((B + 1) * 4) + 3 * ROUND(B * 2) + ROUND(B * 4);
 #ifndef SPILL
@@ -50,7 +65,7 @@ extern "C" __global__ void BOUNDS graph_block(
 #ifdef SPILL
     , char *workspace                    // graph_lists_bytes() of each graph
 #endif
-) {
+    ) {
     SHARED_MEMORY(memory);
     const long long graph = blockIdx.x;
     const float *p = products + graph * B * B;
@@ -62,9 +77,11 @@ extern "C" __global__ void BOUNDS graph_block(
 #ifdef SPILL
     uint16_t *near = (uint16_t *)(workspace + graph * graph_lists_bytes(B));
     float *cosine = (float *)((char *)near + ROUND(B * KNN * 2));
+    unsigned *chosen = (unsigned *)((char *)cosine + ROUND(B * KNN * 4));
 #else
     TAKE(uint16_t, near, B * KNN);  // [k][B], by rising index: row i's are near[a * B + i]
     TAKE(float, cosine, B * KNN);
+    TAKE(unsigned, chosen, B * WORDS(B));
 #endif
     TAKE(int, crow, B + 1); TAKE(int, length, B + 1); TAKE(int, label, B + 1); TAKE(int, next, B + 1);
     TAKE(uint16_t, inside, B); TAKE(uint16_t, entered, B); TAKE(uint16_t, closest, B);
@@ -76,22 +93,30 @@ extern "C" __global__ void BOUNDS graph_block(
         float value[KNN];
         int name[KNN];
         for (int a = 0; a < KNN; a++) { value[a] = LOW; name[a] = 0; }
-        for (int j = 0; j < B; j++) {
-            if (j == i) continue;
-            float c = COSINE(j, i);
+        for (int first = 0; first < B; first += AHEAD) {
+          float ahead[AHEAD];
+          UNROLL
+          for (int a = 0; a < AHEAD; a++) ahead[a] = first + a < B ? COSINE(first + a, i) : LOW;
+          UNROLL
+          for (int a = 0; a < AHEAD; a++) {
+            int j = first + a;
+            float c = j == i ? LOW : ahead[a];
             if (c > value[KNN - 1]) {  // KNN places are kept, k of them are written: no index that is not a constant
                 int n = j;
                 bool in = false;  // from the first smaller one on, each moves down by a place: equals stay in order
                 UNROLL
-                for (int a = 0; a < KNN; a++) {
-                    in = in || c > value[a];
-                    if (in) { float v = value[a]; int m = name[a]; value[a] = c; name[a] = n; c = v; n = m; }
+                for (int b = 0; b < KNN; b++) {
+                    in = in || c > value[b];
+                    if (in) { float v = value[b]; int m = name[b]; value[b] = c; name[b] = n; c = v; n = m; }
                 }
             }
+          }
         }
+        for (int word = 0; word < WORDS(B); word++) chosen[word * B + i] = 0;
         for (int a = 0; a < KNN; a++) if (a < k) {
             neighbors[(graph * B + i) * k + a] = (uint16_t)name[a];
             similarities[(graph * B + i) * k + a] = value[a];
+            if (value[a] > 0) CHOSEN(i, name[a]) |= 1u << name[a] % 32;
             int b = a;  // by rising index, where the union looks for them
             while (b > 0 && near[(b - 1) * B + i] > name[a]) {
                 near[b * B + i] = near[(b - 1) * B + i];
@@ -110,27 +135,46 @@ extern "C" __global__ void BOUNDS graph_block(
         if (pass == 2 && bridges == 0) break;
         for (int fill = pass == 0 ? 0 : pass == 1 ? 1 : 0; fill < (pass == 0 ? 1 : 2); fill++) {
             EACH(i, B) {
-                int a = 0, n = 0, to = fill ? crow[i] : 0;
+                int n = 0, to = fill ? crow[i] : 0;
                 int partner = B; float joined = 0;
                 for (int b = 0; b < bridges; b++) {  // the lowest partner by a bridge
                     int u = bridge_ends[2 * b], v = bridge_ends[2 * b + 1], other = u == i ? v : v == i ? u : B;
                     if (other < partner) { partner = other; joined = bridge_weight[b]; }
                 }
-                for (int j = 0; j < B; j++) {
-                    float w = 0;
-                    if (a < k && near[a * B + i] == j) w = cosine[a++ * B + i];
-                    for (int b = 0; b < k; b++) if (near[b * B + j] == i) w = fmaxf(w, cosine[b * B + j]);
-                    if (j == partner) {
-                        w = joined;
+                for (int first = 0, a = 0; first < B; first += 32) {
+                    unsigned own = CHOSEN(i, first), all = own;
+                    for (int j = first; j < first + 32 && j < B; j++) all |= (CHOSEN(j, i) >> i % 32 & 1) << j % 32;
+                    for (; partner < first + 32 && partner < B && !fill;) {  // bridges, counted: they join what was apart
                         int last = partner;
+                        all |= 1u << last % 32;
                         partner = B;
                         for (int b = 0; b < bridges; b++) {
                             int u = bridge_ends[2 * b], v = bridge_ends[2 * b + 1], other = u == i ? v : v == i ? u : B;
-                            if (other > last && other < partner) { partner = other; joined = bridge_weight[b]; }
+                            if (other > last && other < partner) partner = other;
                         }
                     }
-                    if (w > 0 && j != i) {
-                        if (fill && to + n < edges_room) { col_all[to + n] = (uint16_t)j; weight_all[to + n] = w; }
+                    if (!fill) { n += POPCOUNT(all); continue; }
+                    while (all || partner < first + 32 && partner < B) {
+                        int j = all ? first + LOWEST(all) : B;
+                        float w = 0;
+                        if (partner < j) {
+                            j = partner;
+                            w = joined;
+                            partner = B;
+                            for (int b = 0; b < bridges; b++) {
+                                int u = bridge_ends[2 * b], v = bridge_ends[2 * b + 1], other = u == i ? v : v == i ? u : B;
+                                if (other > j && other < partner) { partner = other; joined = bridge_weight[b]; }
+                            }
+                        } else {
+                            all &= all - 1;
+                            if (own >> j % 32 & 1) {
+                                while (near[a * B + i] != j) a++;
+                                w = cosine[a * B + i];
+                            }
+                            if (CHOSEN(j, i) >> i % 32 & 1)
+                                for (int b = 0; b < k; b++) if (near[b * B + j] == i) w = fmaxf(w, cosine[b * B + j]);
+                        }
+                        if (to + n < edges_room) { col_all[to + n] = (uint16_t)j; weight_all[to + n] = w; }
                         n++;
                     }
                 }
@@ -138,8 +182,20 @@ extern "C" __global__ void BOUNDS graph_block(
             }
             SYNC();
             if (!fill) {
-                // sums of the lengths, in place of a scan: B^2 / 2 additions by B threads
-                EACH(i, B + 1) { int s = 0; for (int j = 0; j < i; j++) s += length[j]; crow[i] = s; crow_all[i] = s; }
+                // where each row begins: sums of runs of lengths, then of those before and of the run's own
+                EACH(run, (B + RUN - 1) / RUN) {
+                    int s = 0;
+                    for (int j = run * RUN; j < run * RUN + RUN && j < B; j++) s += length[j];
+                    next[run] = s;
+                }
+                SYNC();
+                EACH(i, B + 1) {
+                    int s = 0;
+                    for (int run = 0; run < i / RUN; run++) s += next[run];
+                    for (int j = i / RUN * RUN; j < i; j++) s += length[j];
+                    crow[i] = s;
+                    crow_all[i] = s;
+                }
                 SYNC();
                 if (crow[B] > edges_room) {  // uniform
                     EACH(i, 1) components[graph] = -1;

@@ -183,7 +183,7 @@ def aligned(size: int) -> int:
 
 def lists_bytes(nodes: int, held: int) -> int:
     """Bytes of a graph's lists of neighbours (cuda/graph.cu: graph_lists_bytes)."""
-    return aligned(nodes * held * 2) + aligned(nodes * held * 4)
+    return aligned(nodes * held * 2) + aligned(nodes * held * 4) + aligned(nodes * -(-nodes // 32) * 4)
 
 
 def graph_bytes(nodes: int, held: int, *, spill: bool) -> int:

@@ -16,6 +16,7 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
+from gstds_cache.graph.cuda import log_fallback
 from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.threads import cores, in_threads
@@ -337,7 +338,9 @@ def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: i
     if config.solver == "cpu" or (config.solver == "auto" and not AUTO_SOLVES_ON_CUDA):
         return torch.device("cpu")
     if config.solver == "auto":
-        return torch.device("cpu") if why_not_solved(device, largest, vectors) else device
+        reason = why_not_solved(device, largest, vectors)
+        log_fallback(device, reason)
+        return torch.device("cpu") if reason else device
     if device.type != "cuda":
         raise UsageError(
             f"`solver='cuda'`: `device={config.device!r}` is {device} here",

@@ -79,10 +79,11 @@ def solve_bytes(nodes: int, edges: int, m: int, *, normalized: bool) -> int:
         normalized: Whether it is the normalized Laplacian.
     """
     k = 3 * m
-    sizes = [nodes * m * 8, nodes * 8, *[k * k * 8] * 3, *[k * 8] * 2, k * m * 8, *[m * 8] * 2, (2 * m + 4) * 8]
-    sizes += [*[nodes * m * 4] * 4, edges * 4, nodes * 4, (nodes + 1) * 4, edges * 2, nodes * 2]
+    sizes = [nodes * m * 8, nodes * 8, *[k * k * 8] * 2, *[k * 8] * 2, k * m * 8, *[m * 8] * 2, (2 * m + 4) * 8]
+    sizes += [*[nodes * m * 4] * 2, *[max(nodes * m, 2 * k * k) * 4] * 2]
+    sizes += [edges * 4, nodes * 4, (nodes + 1) * 4, edges * 2, nodes * 2]
     sizes += [nodes * 8] * 2 if normalized else []
-    sizes += [min(k * m, SUMS_AT_ONCE) * CHUNKS * 8]
+    sizes += [(k * k + min(k * m, SUMS_AT_ONCE) * CHUNKS) * 8]
     return sum(map(aligned, sizes))
 
 

@@ -167,7 +167,7 @@ def fiedler_vectors(
         tolerance: Residual of a pair relative to its eigenvalue.
         max_iterations: LOBPCG iterations before the dense fallback.
         seed: Seed of the start.
-        backend: kNN backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        backend: kNN backend: ``auto``, ``cuda``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
         threads: CPU threads of the solver; as many as torch uses by default.
 

@@ -17,6 +17,7 @@ from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.files import mapped
+from gstds_cache.runtime.notify import log_once
 from gstds_cache.selection import run as run_module
 from gstds_cache.selection import spectra, throughput
 from gstds_cache.selection.rule import RuleBatch
@@ -323,6 +324,20 @@ def test_the_digest_covers_what_decides_the_outcome_and_nothing_else(store: Embe
 def test_solving_on_a_gpu_needs_one(store: EmbeddingStore) -> None:
     with pytest.raises(UsageError, match="`solver='cuda'`: `device='cpu'` is cpu here"):
         BatchSelector(store, replace(CONFIG, device="cpu", solver="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("solver", "reason", "expected"),
+    [("auto", "", "cuda"), ("auto", "an old driver", "cpu"), ("cpu", "", "cpu"), ("cuda", "an old driver", "cuda")],
+)
+def test_auto_solves_on_a_gpu_where_its_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, solver: str, reason: str, expected: str
+) -> None:
+    monkeypatch.setattr(run_module, "why_not_solved", lambda *_: reason)
+    log_once.cache_clear()
+    device = torch.device("cuda", 0)
+    assert run_module._solver(replace(CONFIG, solver=solver), device, 512, 1).type == expected
+    assert ("an old driver" in caplog.text) == (solver == "auto" and bool(reason))
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
-from gstds_cache.spectral import fiedler
+from gstds_cache.spectral import dense, fiedler
 from gstds_cache.spectral.fiedler import fiedler_of_graph, fiedler_vectors
 from gstds_cache.spectral.status import Status
 
@@ -157,7 +157,7 @@ def test_a_known_vector_to_start_from_saves_iterations(q):
 
 
 def test_beyond_the_dense_limit_the_status_says_not_converged(monkeypatch):
-    monkeypatch.setattr(fiedler, "DENSE_LIMIT", 100)
+    monkeypatch.setattr(dense, "DENSE_LIMIT", 100)
     result = finite(fiedler_of_graph(path(400), max_iterations=5))
     assert status(result) == [Status.MAX_ITERATIONS]
     assert result.residual.max() > 1e-4
