@@ -83,9 +83,8 @@ __device__ __forceinline__ Span span(int node, int level, int cells) {  // b == 
     return {a, b};
 }
 
-// NumPy's sum of float64 in memory order: pairwise above 128 numbers, eight lanes below.
+// NumPy's sum of at least 8 float64 in memory order: pairwise above 128 numbers, eight lanes below.
 __device__ double numpy_sum_of_few(const double *x, int n) {
-    if (n < 8) { double s = -0.0; for (int i = 0; i < n; i++) s += x[i]; return s; }
     double r[8];
     for (int l = 0; l < 8; l++) r[l] = x[l];
     int i = 8;
@@ -135,11 +134,11 @@ __device__ void uniforms(const uint64 *key, int number, double *out) {
     out[2] = (double)(c2 >> 11) * unit; out[3] = (double)(c3 >> 11) * unit;
 }
 
-// Bytes of shared memory, to the byte; ``most``: of the graphs' keeps. Without ``far`` the points are in it.
+// Bytes of shared memory, to the byte; ``most``: of the graphs' keeps. Without ``far`` points and spreads are in it.
 extern "C" __host__ __device__ int cells_bytes(int B, int Q, int most, int far) {
     int n = ROUND(B * 8) + ROUND((B + 1) * 8) + ROUND((most + 1) * 4) + ROUND((most + 3) / 4 * 32);
-    n += ROUND(most * Q * 8) + ROUND(most * 4) + 3 * ROUND(B * 2) + ROUND((B / CHUNKS + 2) * 4) + ROUND(8);
-    return n + (far ? 0 : ROUND(Q * (B + 1) * 8));
+    n += ROUND(most * 4) + 3 * ROUND(B * 2) + ROUND((B / CHUNKS + 2) * 4) + ROUND(8);
+    return n + (far ? 0 : ROUND(Q * (B + 1 + most) * 8));
 }
 
 extern "C" __global__ void cells_block(
@@ -150,7 +149,7 @@ extern "C" __global__ void cells_block(
     const uint64 *__restrict__ keys,       // [G][2] of each batch's generator (seeding.py)
     const double *__restrict__ turned,     // [G] how far the draws have gone on since the batch first came
     const int *__restrict__ keeps,         // [G] rows that stay, 1 to most
-    double *__restrict__ far,              // [G][Q][B + 1]: room for the points, where shared memory has none; else null
+    double *__restrict__ far,              // [G][Q][B + 1 + most]: room, where shared memory has none; else null
     uint16_t *__restrict__ kept,           // [G][most] ascending
     float *__restrict__ score)             // [G][most] the first coordinate of each
 {
@@ -162,10 +161,11 @@ extern "C" __global__ void cells_block(
     char *at = memory;
     #define TAKE(type, name, count) type *name = (type *)at; at += ROUND((int)sizeof(type) * (count))
     TAKE(double, weight, B); TAKE(double, reached, B + 1); TAKE(int, bounds, most + 1);
-    TAKE(double, along, (most + 3) / 4 * 4); TAKE(double, spread, most * Q); TAKE(int, widest, most);
+    TAKE(double, along, (most + 3) / 4 * 4); TAKE(int, widest, most);
     TAKE(uint16_t, order, B); TAKE(uint16_t, next, B); TAKE(uint16_t, node, B); TAKE(int, counted, B / CHUNKS + 2);
     TAKE(double, mean, 1);
-    double *points = far ? far + graph * Q * stride : (double *)at;
+    double *points = far ? far + graph * Q * (stride + most) : (double *)at;
+    double *spread = points + Q * stride;  // [node][Q]
     double *seen = reached;  // until the cells are there
 
     EACH(i, B) { order[i] = (uint16_t)i; next[i] = (uint16_t)i; node[i] = 0; weight[i] = guidance ? guidance[i] : 1.0; }

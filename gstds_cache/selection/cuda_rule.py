@@ -55,14 +55,24 @@ class KeptRows:
     score: Float32[Tensor, "G M"]
 
 
-def why_not_ruled(device: torch.device, rule: Rule) -> str:
-    """Why there is no kernel for a rule on a device, in words; empty where there is one. It is compiled, if need be."""
+def why_not_ruled(device: torch.device, rule: Rule, nodes: int, most: int) -> str:
+    """Why the kernel cannot run a rule on a device, in words; empty where it can. It is compiled, if need be.
+
+    Args:
+        device: Any device.
+        rule: Any rule.
+        nodes: Rows of a batch, B.
+        most: Rows that stay of a batch, at most.
+    """
     if rule not in SQUARED:
         return f"rule {rule.name} runs on the CPU"
     reason = build.why_not(device)
     if reason:
         return reason
     try:
+        limit, needed = launch.shared_memory_limit(device), cells_bytes(nodes, max(1, rule.vectors), most, far=True)
+        if needed > limit:
+            return f"a block has {limit:,} bytes of shared memory here, and {most:,} of {nodes:,} rows need {needed:,}"
         build.kernel("rule.cu", "finish_block", device=device)
         build.kernel("rule.cu", "cells_block", device=device)
     except KernelError as error:
@@ -74,7 +84,7 @@ def finish(basis: Float64[Tensor, "G Q B"]) -> None:
     """Give eigenvectors the sign of ``canonical_sign`` and round their ties as ``round_ties`` does, in place."""
     graphs, vectors, nodes = basis.shape
     kernel = build.kernel("rule.cu", "finish_block", device=basis.device)
-    kernel(graphs, THREADS, vectors * CHUNKS * 12, nodes, vectors, basis)
+    kernel(graphs, THREADS, finish_bytes(vectors), nodes, vectors, basis)
 
 
 def keep_of_cells(
@@ -97,7 +107,7 @@ def keep_of_cells(
     far = None
     if shared > launch.shared_memory_limit(device):
         shared = cells_bytes(nodes, vectors, draws.most, far=True)
-        far = torch.empty(graphs, vectors, nodes + 1, dtype=torch.float64, device=device)
+        far = torch.empty(graphs, vectors, nodes + 1 + draws.most, dtype=torch.float64, device=device)
     kept = KeptRows(
         positions=torch.zeros(graphs, draws.most, dtype=torch.int16, device=device),
         score=torch.zeros(graphs, draws.most, device=device),
@@ -124,6 +134,11 @@ def keep_of_cells(
     return kept
 
 
+def finish_bytes(vectors: int) -> int:
+    """Bytes of shared memory of a block that finishes so many eigenvectors (cuda/rule.cu: finish_bytes)."""
+    return vectors * CHUNKS * 12
+
+
 def cells_bytes(nodes: int, vectors: int, most: int, *, far: bool) -> int:
     """Bytes of shared memory of a block (cuda/rule.cu: cells_bytes).
 
@@ -131,10 +146,10 @@ def cells_bytes(nodes: int, vectors: int, most: int, *, far: bool) -> int:
         nodes: Rows of a batch, B.
         vectors: Eigenvectors, Q.
         most: Rows that stay, at most.
-        far: Whether the points lie in global memory.
+        far: Whether points and their spreads lie in global memory.
     """
-    sizes = [nodes * 8, (nodes + 1) * 8, (most + 1) * 4, -(-most // 4) * 32, most * vectors * 8, most * 4]
-    sizes += [*[nodes * 2] * 3, (nodes // CHUNKS + 2) * 4, 8, *([] if far else [vectors * (nodes + 1) * 8])]
+    sizes = [nodes * 8, (nodes + 1) * 8, (most + 1) * 4, -(-most // 4) * 32, most * 4]
+    sizes += [*[nodes * 2] * 3, (nodes // CHUNKS + 2) * 4, 8, *([] if far else [vectors * (nodes + 1 + most) * 8])]
     return sum(-(-size // 16) * 16 for size in sizes)
 
 

@@ -125,7 +125,7 @@ class DevicePath:
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         fit = int(free * SHARE) // (each * (IN_FLIGHT + 1))
-        return max(1, min(GRAPHS_A_PROCESSOR * processors, fit, self._rows.most(nodes)))
+        return max(1, min(int(GRAPHS_A_PROCESSOR * processors), fit, self._rows.most(nodes)))
 
     def _place(self, guidance: Guidance) -> None:
         """Put what the rule looks at on the device."""

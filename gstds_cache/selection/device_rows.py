@@ -23,6 +23,7 @@ from gstds_cache.store.reader import EmbeddingStore
 
 SHARE = 0.6  # of the memory that is free on a device, for rows: the rest is for what is made of them
 MOST_ROWS = 1 << 31  # that a stack is numbered in
+CHECKED_ROWS = 1 << 16  # at once
 STREAMED_BYTES = 256 << 20  # of rows that are copied at once
 
 
@@ -43,13 +44,16 @@ class DeviceRows:
         spec = store.spec
         dtype = getattr(torch, spec.dtype)
         self._rows = torch.zeros(len(store), spec.dim, dtype=dtype, device=device)
-        inverse = torch.zeros(len(store), device=device)
         shards = sorted(store.commits)
         for shard, block in zip(shards, in_threads(store.shard, shards, threads), strict=True):
             span = spec.rows_of(shard)
-            part = self._rows[span.start : span.stop]
-            part.copy_(torch.from_numpy(np.array(block)))  # read-only arrays are none of torch's
-            inverse[span.start : span.stop] = _inverse(part)
+            # Arrays that are read-only are none of torch's.
+            self._rows[span.start : span.stop].copy_(torch.from_numpy(np.array(block)))
+        inverse = torch.empty(len(store), device=device)
+        for first in range(0, len(store), CHECKED_ROWS):
+            # A sum's order depends on how many there are, if they are few: the last piece reaches back.
+            some = slice(max(0, min(first, len(store) - CHECKED_ROWS)), first + CHECKED_ROWS)
+            inverse[some] = _inverse(self._rows[some])
         self._inverse = inverse if dtype == torch.float16 else None
         self._refuse_nan(store, inverse)
 

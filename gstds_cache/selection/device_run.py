@@ -58,7 +58,8 @@ class DeviceRun:
     @cached_property
     def has_rule(self) -> bool:
         """Whether the rule runs there as well."""
-        return not self.why_not and not why_not_ruled(self._of.device, self._of.rule)
+        of = self._of
+        return not self.why_not and not why_not_ruled(of.device, of.rule, of.plan.batch_size, of.plan.most_kept)
 
     @cached_property
     def _choice(self) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Int64
@@ -199,6 +199,11 @@ class SelectionPlan:
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
         return int(self._piece(seq // PIECE)[1][seq % PIECE])
+
+    @cached_property
+    def most_kept(self) -> int:
+        """The most rows that stay of any batch."""
+        return max(int(self._piece(n)[1].max()) for n in range(-(-self.total_batches // PIECE)))
 
     def ratio(self, seq: int) -> float:
         """The schedule's filter ratio at batch ``seq``."""

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from emulated import WHY_NOT, compile_emulated, graph_launch, solve_launch
+from emulated import WHY_NOT, cells_launch, compile_emulated, finish_launch, graph_launch, solve_launch
 
 from gstds_cache.cuda import build
 from gstds_cache.graph.cuda import stack_of
@@ -48,19 +48,26 @@ def solve_launches():
     return [*full, solve_launch(path.crow, path.col, path.weight, 1, m=2, most=1, tolerance=1e-9), few]
 
 
-@pytest.mark.parametrize(
-    ("source", "function", "defines", "launches"),
-    [
-        ("graph.cu", "graph_block", ("KNN=10",), graph_launches),
-        ("solve.cu", "fiedler_block", ("M=2",), solve_launches),
-    ],
-)
-def test_every_line_is_run(source, function, defines, launches, tmp_path):
-    flags = ("--coverage", "-O0", "-fno-inline", "-dumpbase", "kernel")
-    program = compile_emulated(tmp_path, source, function, defines, flags=flags, program=True)
-    for number, (launch, _) in enumerate(launches()):
-        launch.write(tmp_path / f"arguments{number}")
-        subprocess.run([program, tmp_path / f"arguments{number}"], check=True, timeout=60)
+def cells_launches():
+    sizes = ((12, 70), (1, 70), (5, 300))
+    return [(cells_launch(keep, threads=8, nodes=nodes), None) for keep, nodes in sizes]
+
+
+KERNELS = {
+    "graph.cu": [("graph_block", ("KNN=10",), graph_launches)],
+    "solve.cu": [("fiedler_block", ("M=2",), solve_launches)],
+    "rule.cu": [("finish_block", (), lambda: [(finish_launch(threads=8), None)]), ("cells_block", (), cells_launches)],
+}
+
+
+@pytest.mark.parametrize("source", list(KERNELS))
+def test_every_line_is_run(source, tmp_path):
+    for function, defines, launches in KERNELS[source]:
+        flags = ("--coverage", "-O0", "-fno-inline", "-dumpbase", function)
+        program = compile_emulated(tmp_path, source, function, defines, flags=flags, program=True)
+        for number, (launch, _) in enumerate(launches()):
+            launch.write(tmp_path / f"arguments{number}")
+            subprocess.run([program, tmp_path / f"arguments{number}"], check=True, timeout=60)
     found = subprocess.run(
         ["gcov", "--json-format", "--stdout", *map(str, tmp_path.glob("*.gcda"))],
         cwd=tmp_path, capture_output=True, text=True, check=True,

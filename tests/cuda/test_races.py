@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import WHY_NOT, Launch, compile_emulated, graph_launch, solve_launch
+from emulated import WHY_NOT, Launch, cells_launch, compile_emulated, finish_launch, graph_launch, solve_launch
 
 from gstds_cache.cuda import build
 from gstds_cache.graph.cuda import stack_of
@@ -26,7 +26,11 @@ pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 SANITIZER = ("-fsanitize=thread", "-DEMULATE_THREADS")
 THREADS = 5  # of no relation to the sizes of arrays: a thread meets what others wrote
 RACE = 66  # exit code
-KERNELS = {"graph.cu": ("graph_block", ("KNN=4",)), "solve.cu": ("fiedler_block", ("M=2",))}
+KERNELS = {
+    "graph.cu": {"graph_block": ("KNN=4",)},
+    "solve.cu": {"fiedler_block": ("M=2",)},
+    "rule.cu": {"finish_block": (), "cells_block": ()},
+}
 
 
 def graph_launches() -> list[Launch]:
@@ -55,23 +59,30 @@ def solve_launches() -> list[Launch]:
     ]
 
 
-LAUNCHES = {"graph.cu": graph_launches, "solve.cu": solve_launches}
+LAUNCHES = {
+    "graph_block": graph_launches,
+    "fiedler_block": solve_launches,
+    "finish_block": lambda: [finish_launch(threads=THREADS)],
+    "cells_block": lambda: [
+        cells_launch(keep, threads=THREADS, far=far) for keep, far in ((12, False), (1, False), (70, True))
+    ],
+}
 
 
 def races(source: str, folder: Path, texts: Path = build.FOLDER) -> str:
     """What the sanitizer reports; empty for nothing."""
-    function, defines = KERNELS[source]
-    program = compile_emulated(folder, source, function, defines, texts=texts, flags=SANITIZER, program=True)
     environment = {**os.environ, "TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE}"}
-    for launch in LAUNCHES[source]():
-        arguments = folder / "arguments"
-        launch.write(arguments)
-        done = subprocess.run(
-            [program, arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        if done.returncode == RACE:
-            return done.stderr
-        assert done.returncode == 0, done.stderr
+    for function, defines in KERNELS[source].items():
+        program = compile_emulated(folder, source, function, defines, texts=texts, flags=SANITIZER, program=True)
+        for launch in LAUNCHES[function]():
+            arguments = folder / "arguments"
+            launch.write(arguments)
+            done = subprocess.run(
+                [program, arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
+            if done.returncode == RACE:
+                return done.stderr
+            assert done.returncode == 0, done.stderr
     return ""
 
 
@@ -84,7 +95,7 @@ def barriers(source: str) -> list[tuple[str, int]]:
     """File and offset of each barrier in a kernel's texts."""
     found = []
     for name, text in build.source_texts(source).items():
-        if source == "graph.cu" and name == "block.cuh":
+        if source != "solve.cu" and name == "block.cuh":
             continue  # its sums, which are solve.cu's
         found += [(name, match.start()) for match in re.finditer(r"(?<!define )\bSYNC\(\);", text)]
     return found

@@ -8,7 +8,7 @@ import torch
 
 from gstds_cache.cuda import launch
 from gstds_cache.seeding import keys_for, rng_for
-from gstds_cache.selection.cuda_rule import CHUNKS, Draws, cells_bytes, finish, keep_of_cells
+from gstds_cache.selection.cuda_rule import Draws, cells_bytes, finish, finish_bytes, keep_of_cells
 from gstds_cache.selection.rule import RuleBatch, round_ties
 from gstds_cache.selection.rules import RULES
 from gstds_cache.selection.strata import GOLDEN
@@ -91,7 +91,7 @@ def test_the_rows_are_those_of_the_rule_on_a_cpu(emulated_kernels, monkeypatch, 
 
 def test_the_bytes_of_a_block_are_those_of_the_kernel(emulated_kernels) -> None:
     library = emulated_kernels("rule.cu", "cells_block").library
-    assert library.finish_bytes(8) == 8 * CHUNKS * 12
+    assert library.finish_bytes(8) == finish_bytes(8)
     for rows, q, most, far in ((33, 1, 1, 0), (512, 8, 128, 0), (700, 3, 700, 1), (8192, 8, 2048, 1)):
         assert cells_bytes(rows, q, most, far=bool(far)) == library.cells_bytes(rows, q, most, far)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embedding.run import embed_dataset
@@ -180,3 +181,25 @@ def test_a_row_that_is_no_number_is_named(store: EmbeddingStore, on_device, monk
         opened = EmbeddingStore(store.location, access=access)
         with pytest.raises(SolverError, match=r"rows \[.*\] .*hold NaN or Inf"):
             list(on_device(opened).run())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_rows_are_those_of_the_cpu_in_every_stack(store: EmbeddingStore, monkeypatch) -> None:
+    np.save(store.location.path.parent / "scores.npy", np.random.default_rng(0).random(300))
+    changes = {"epochs": 8, "guidance": f"file:{store.location.path.parent / 'scores.npy'}", "min_per_class": 2}
+    theirs = list(BatchSelector(store, replace(CONFIG, **changes)).run())
+
+    def select(opened: EmbeddingStore) -> list[SelectedBatch]:
+        selector = BatchSelector(opened, replace(CONFIG, **changes, device="cuda"))
+        assert selector.device_run.has_rule, selector.device_run.why_not
+        return list(selector.run())
+
+    ours = select(store)
+    assert np.mean([np.isin(a.kept, b.kept).mean() for a, b in zip(ours, theirs, strict=True)]) >= 0.99
+    assert [s.status for s in ours] == [s.status for s in theirs]
+    watched = BatchSelector(store, replace(CONFIG, **changes, device="cuda")).watch()
+    assert everything([selection for selection, _ in watched]) == everything(ours)
+    assert everything(select(EmbeddingStore(store.location, access="memory"))) == everything(ours)
+    monkeypatch.setattr(device_path, "GRAPHS_A_PROCESSOR", 1 / 100)
+    assert everything(select(store)) == everything(ours)

@@ -16,6 +16,7 @@ from gstds_cache.cuda import build
 from gstds_cache.cuda.launch import Kernel
 from gstds_cache.errors import KernelError
 from gstds_cache.graph.cuda import graph_bytes, lists_bytes
+from gstds_cache.selection.cuda_rule import cells_bytes, finish_bytes
 from gstds_cache.spectral.block import solve_bytes
 
 HERE = Path(__file__).parents[1] / "cuda"
@@ -166,6 +167,41 @@ class Launch:
                 held = struct.pack("=d" if isinstance(argument, float) else "=i", argument)
                 data.append(struct.pack("=iq", 0, len(held)) + held)
         path.write_bytes(b"".join(data))
+
+
+def finish_launch(*, threads: int) -> Launch:
+    """A launch of finish_block (cuda/rule.cu), of two graphs of 70 nodes and 3 eigenvectors."""
+    return Launch(2, threads, finish_bytes(3), [70, 3, _eigenvectors()])
+
+
+def cells_launch(keep: int, *, threads: int, far: bool = False, nodes: int = 70) -> Launch:
+    """A launch of cells_block (cuda/rule.cu) that keeps so many of the rows of such graphs, at random weights."""
+    gen = torch.Generator().manual_seed(1)
+    return Launch(
+        2,
+        threads,
+        cells_bytes(nodes, 3, keep, far=far),
+        [
+            nodes,
+            3,
+            keep,
+            1,
+            _eigenvectors(nodes),
+            torch.rand(2, 3, dtype=torch.float64, generator=gen),
+            None if far else torch.rand(2, nodes, dtype=torch.float64, generator=gen),
+            torch.arange(4).view(2, 2),
+            torch.rand(2, dtype=torch.float64, generator=gen),
+            torch.tensor([keep, max(1, keep - 1)], dtype=torch.int32),
+            torch.zeros(2, 3, nodes + 1 + keep, dtype=torch.float64) if far else None,
+            torch.zeros(2, keep, dtype=torch.int16),
+            torch.zeros(2, keep),
+        ],
+    )
+
+
+def _eigenvectors(nodes: int = 70) -> torch.Tensor:
+    x = torch.randn(2, 3, nodes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return (x * 4).round() / 4  # ties
 
 
 def graph_launch(
