@@ -255,4 +255,10 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
     assert residuals["kernel"] <= 1.01e-6
     assert residuals["torch.linalg.eigh, float64"] < 1e-12
     assert found["memcheck"]["result"]["errors"] == 0
+    assert found["memcheck"]["result"]["small"] == {
+        "same_graphs_from_global_memory": True,
+        "same_rows_from_global_memory": True,
+        "all_converge": True,
+        "components": [2, 1, 1],
+    }
     assert f"correct: {len(checks)} of {len(checks)} checks hold" in done.stdout
