@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from gpu_kernels import (
     TOLERANCE,
     K,
     arguments_of,
+    changed,
     dense_laplacian,
     device_of,
     draw,
@@ -34,13 +37,50 @@ from harness import Measured
 from torch import Tensor
 
 from gstds_cache.config import DEFAULT_RULE, SelectConfig
+from gstds_cache.cuda import build
+from gstds_cache.cuda.launch import Kernel
 from gstds_cache.graph.components import bridge_components
-from gstds_cache.graph.cuda import GraphStack, graph_stack, inverse_lengths, products
+from gstds_cache.graph.cuda import GraphStack, graph_kernel, graph_stack, inverse_lengths, products
 from gstds_cache.graph.knn import nearest
 from gstds_cache.graph.laplacian import symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.selection.cuda_rule import why_not_ruled
+from gstds_cache.selection.rules import RULES
+from gstds_cache.spectral.block import solve_kernel
+from gstds_cache.spectral.compiled import block_size
 
 ALONE = 5  # this graph is also made and solved without the others
+
+
+def variants(device: torch.device) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Source, function and defines of every kernel that this script runs."""
+    asked: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def ask(source: str, function: str, defines: tuple[str, ...] = (), *, device: torch.device) -> Kernel:  # noqa: ARG001
+        asked.append((source, function, tuple(defines)))
+        return Kernel.__new__(Kernel)  # which nobody launches
+
+    with changed(build, "kernel", ask):
+        graph_kernel(device, 512, K)
+        for q in (1, 8):
+            for spill in (False, True):
+                solve_kernel(device, block_size(q), spill=spill)
+        why_not_ruled(device, RULES[DEFAULT_RULE])
+    return asked
+
+
+def compile_all(device: torch.device) -> dict[str, Any]:
+    """Compile every kernel at once, on as many cores; what the compiler made of each."""
+    major, minor = torch.cuda.get_device_capability(device)
+    wanted = variants(device)
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        texts = {(source, defines) for source, _, defines in wanted}
+        list(pool.map(lambda text: build.cubin(text[0], f"sm_{major}{minor}", text[1]), texts))
+    seconds = time.perf_counter() - begun
+    made = {" ".join([what[1], *what[2]]): build.kernel(*what, device=device) for what in wanted}
+    registers = {name: {"registers": one.registers, "local_bytes": one.local_bytes} for name, one in made.items()}
+    return {"seconds": seconds, "kernels": registers}
 
 
 def cosines(rows: Tensor) -> Tensor:
@@ -186,6 +226,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> bool:
     )
     data[f"clusters, B={sizes[0]}"] = clusters.half()
     first = data[f"rows, B={sizes[0]}"]
+    if device.type == "cuda":
+        measured.case("compile", 1, lambda: compile_all(device))
     measured.case("products", 1, lambda: check_products(first, checks))
     for name, x in data.items():
         stack = graph_stack(x, K)

@@ -145,7 +145,7 @@ TESTS = (
 )  # fmt: skip
 
 ALL = (
-    Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 80, 20,
+    Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 100, 20,
          needs=("cifar16.npy",)),
     Part("throughput", script("gpu_throughput.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 110, 40,
          needs=("cifar16.npy",), times_the_cpu=True),

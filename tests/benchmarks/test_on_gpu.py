@@ -212,6 +212,18 @@ def test_figures_stand_beside_their_targets() -> None:
     assert page.count("not measured") == len(FIGURES)
 
 
+def test_all_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_correct
+
+    monkeypatch.setattr(gpu_correct.build, "why_not", lambda _: "")
+    monkeypatch.setattr("gstds_cache.cuda.launch.shared_memory_limit", lambda _: 227 << 10)
+    asked = gpu_correct.variants(gpu_correct.torch.device("cuda", 0))
+    assert {function for _, function, _ in asked} == {"graph_block", "fiedler_block", "finish_block", "cells_block"}
+    assert sum("SPILL" in defines for _, _, defines in asked) == 2
+    folder = gpu_correct.build.FOLDER
+    assert all(f"{function}(" in (folder / source).read_text() for source, function, _ in asked)
+
+
 FAKE = """#!/bin/sh
 while [ "$1" != {python} ]; do shift; done
 "$@" || exit 9
@@ -243,4 +255,10 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
     assert residuals["kernel"] <= 1.01e-6
     assert residuals["torch.linalg.eigh, float64"] < 1e-12
     assert found["memcheck"]["result"]["errors"] == 0
+    assert found["memcheck"]["result"]["small"] == {
+        "same_graphs_from_global_memory": True,
+        "same_rows_from_global_memory": True,
+        "all_converge": True,
+        "components": [2, 1, 1],
+    }
     assert f"correct: {len(checks)} of {len(checks)} checks hold" in done.stdout
