@@ -6,7 +6,8 @@ The photographs are scikit-learn's two, cut and resized to so many megapixels in
 saved as JPEGs of quality 90; each file is there several times, as links. Both decoders run in the same process on the
 same files: Pillow's workers on all cores, and nvJPEG. The bare decode is the decoder alone: as many processes as cores,
 each by itself; or nvJPEG and the resizing on the device, fed by processes that read. What is measured of a run is its
-steady state, between the first quarter of its images and the last: what comes before is told apart, as the start-up.
+steady state, the second half of its images: what was decoded ahead while the model started is not counted, and the
+start-up is told apart.
 
 Every part is written as it ends. On a CPU (``--device cpu``, and ``--smoke``) torchvision's decoder stands for nvJPEG.
 """
@@ -116,7 +117,7 @@ def decode_on_device(
         torch.frombuffer(bytearray(source.payload(row)), dtype=torch.uint8)
         for row in range(min(14 if large else device_decoding.PART, images))  # as many as a part of a run holds
     ]
-    device_decoding.decode_jpegs(files, device)
+    assert None not in [image if image is None else 0 for image in device_decoding.decode_jpegs(files, device)]
     done, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds / 2:
         device_decoding.decode_jpegs(files, device)
@@ -139,8 +140,8 @@ def cumulative(times: list[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def steady_rate(times: list[tuple[float, int]]) -> float:
-    """Images per second between the first quarter of the images and the last one."""
-    later = [(moment, count) for moment, count in times if count >= times[-1][1] / 4]
+    """Images per second of the second half."""
+    later = [(moment, count) for moment, count in times if count >= times[-1][1] / 2]
     (begun, before), (ended, after) = later[0], later[-1]
     return (after - before) / (ended - begun) if after > before else float("nan")
 
@@ -163,9 +164,9 @@ def forward_rate(model: str, device: torch.device, size: int, seconds: float) ->
     return passes * size / run(passes)
 
 
-def embedding(source: ImageSource, config: EmbedConfig) -> dict[str, Any]:
-    """One run into a new store: its steady state, and what came before."""
-    times: list[tuple[float, int]] = []
+def embedding(source: ImageSource, config: EmbedConfig) -> tuple[dict[str, Any], np.ndarray]:
+    """One run into a new store: its steady state, and what came before; and some rows."""
+    times, notes = list[tuple[float, int]](), list[str]()
 
     def progress(phase: str, done: int, _total: int, _shares: object) -> None:
         if phase == "embed" and (not times or done > times[-1][1]):
@@ -173,7 +174,9 @@ def embedding(source: ImageSource, config: EmbedConfig) -> dict[str, Any]:
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        done = embed_dataset(source, config, where=Path(folder) / "store", progress=progress).report
+        store = embed_dataset(source, config, where=Path(folder) / "store", progress=progress, notify=notes.append)
+        rows = store.gather(np.arange(min(len(source), 256)), np.empty((min(len(source), 256), store.spec.dim), "f4"))
+    done = store.report
     assert done is not None
     assert done.ok == len(source), f"{len(source) - done.ok} images were not decoded"
     return {
@@ -184,7 +187,8 @@ def embedding(source: ImageSource, config: EmbedConfig) -> dict[str, Any]:
         "seconds_before_the_first_batch": times[0][0] - begun,
         "seconds": done.seconds,
         "shares": done.shares,
-    }
+        "notes": notes,
+    }, rows
 
 
 def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: float) -> Iterator[dict[str, Any]]:
@@ -204,14 +208,21 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         found["forward_with_cudnn_benchmark"] = forward_rate(model, device, size, arguments.seconds / 2)
         torch.backends.cudnn.benchmark = False
     yield found
+    decoders = ["nvjpeg", "pillow"]
     by_device = open_encoder(model, allow_untrained=True).to(device)
     decoding.decode_by(by_device, "nvjpeg", device)
-    found["decode"]["nvjpeg"] = decode_on_device(
-        source, by_device, device, size, arguments.seconds, large=megapixels >= 1
-    )
+    try:
+        decoding.try_decoder(by_device, device)
+        found["decode"]["nvjpeg"] = decode_on_device(
+            source, by_device, device, size, arguments.seconds, large=megapixels >= 1
+        )
+    except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
+        found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
+        decoders.remove("nvjpeg")
     yield found
+    rows: dict[str, np.ndarray] = {}
     for _ in range(arguments.trials):
-        for decoder in ("nvjpeg", "pillow"):
+        for decoder in decoders:
             config = EmbedConfig(
                 model=model,
                 device=str(device),
@@ -221,7 +232,7 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
                 shard_rows=max(size, 512),
                 workers=arguments.workers,
             )
-            run = embedding(source, config)
+            run, rows[decoder] = embedding(source, config)
             decode = found["decode"][decoder]
             bare = decode["all_cores"] if decoder == "pillow" else decode["decoder_alone"]
             limit = min(found["forward"], bare)
@@ -231,6 +242,9 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
                 rates[name] = spread([one[name] for one in rates["trials"]])
             rates["limit_images_per_second"] = limit
             rates["limited_by"] = "forward" if limit == found["forward"] else "decode"
+            if len(rows) == 2:
+                cosines = (rows["nvjpeg"] * rows["pillow"]).sum(axis=1)
+                found["cosine_of_rows_of_both_decoders"] = {"min": float(cosines.min()), "mean": float(cosines.mean())}
             yield found
 
 

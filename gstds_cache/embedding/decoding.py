@@ -15,14 +15,15 @@ import torch
 from jaxtyping import UInt8
 
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.loading import PixelBatches, PixelDecoder, Workers
+from gstds_cache.data.decoders import PixelDecoder, Workers
+from gstds_cache.data.loading import PixelBatches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.device_decoding import (
     DeviceBatches,
-    JpegReader,
     device_decoder_version,
     try_device_decoder,
 )
+from gstds_cache.embedding.jpeg_reader import JpegReader
 from gstds_cache.encoders.encoder import Encoder
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gstds_cache.config import EmbedConfig
+from gstds_cache.data.decoders import Workers
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
-from gstds_cache.data.loading import Workers
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder

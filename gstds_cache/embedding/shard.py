@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from gstds_cache.data.loading import PixelBatch, PixelBatches, Workers
+from gstds_cache.data.decoders import Workers
+from gstds_cache.data.loading import PixelBatch, PixelBatches
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.decoding import open_batches, start_workers
 from gstds_cache.encoders.encoder import Encoder

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as tvf
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding import decoding, device_decoding
+from gstds_cache.embedding import decoding, device_decoding, jpeg_reader
 from gstds_cache.embedding.check import check_sample
 from gstds_cache.embedding.device_decoding import decode_jpegs, upright
 from gstds_cache.embedding.jpeg import Jpeg, device_jpeg
@@ -233,8 +233,8 @@ def test_parts_that_are_full_go_on_in_the_next(
 ) -> None:
     source = open_source(photos)
     embed_dataset(source, config, where=tmp_path / "whole")
-    monkeypatch.setattr(device_decoding, "PART_BYTES", 3000)
-    monkeypatch.setattr(device_decoding, "PART_DECODED_BYTES", 20_000)
+    monkeypatch.setattr(jpeg_reader, "PART_BYTES", 3000)
+    monkeypatch.setattr(jpeg_reader, "PART_DECODED_BYTES", 20_000)
     counted: list[int] = []
     decode = device_decoding.decode_jpegs
     monkeypatch.setattr(
