@@ -1,6 +1,6 @@
 """The trainer beside a bare loop, both with the same network, precision and augmentation, and the images on the device.
 
-    python benchmarks/bench_train_gpu.py imagefolder:cifar/train imagefolder:cifar/test [--store STORE] [--seconds 100]
+    python benchmarks/bench_train_gpu.py imagefolder:cifar/train imagefolder:cifar/test [--store STORE] [--seconds 70]
 
 Throughput: samples a second of warm steps, ``conv7`` and ResNet-18 at 32 pixels, each also compiled. The bare loop
 draws its rows and random numbers on the device, logs nothing and saves nothing. Accuracy: ``conv7`` by the recipe of
@@ -292,7 +292,7 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     batch, trials = arguments.batch, arguments.trials
     small = replace(RECIPE, device=str(data.device), norm_samples=0)
     resnet = replace(small, arch=arguments.resnet, lr=0.1, label_smoothing=0.0)
-    few, many = (8, 8) if arguments.smoke else (100, 400)
+    few, many = (8, 8) if arguments.smoke else (60, 400)
     yield "conv7", lambda: throughput(data, small, batch, many, trials)
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
     full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
@@ -317,7 +317,8 @@ def main() -> None:
     made.add_argument("--epochs", type=int, default=12)
     made.add_argument("--lr", type=float, default=RECIPE.lr, help="of the recipe")
     made.add_argument("--weight-decay", type=float, default=RECIPE.weight_decay, help="of the recipe")
-    made.add_argument("--seconds", type=float, default=100.0, help="no part is begun after these")
+    made.add_argument("--seconds", type=float, default=70.0, help="no part is begun after these")
+    made.add_argument("--only", nargs="+", help="names of parts, e.g. conv7 accuracy")
     made.add_argument("--device", default="auto")
     made.add_argument("--resnet", default="resnet18")
     made.set_defaults(trials=3)
@@ -336,7 +337,8 @@ def main() -> None:
     left_out = []
     with closing(parts(data, arguments, arguments.store)) as measured:
         for name, measure in measured:
-            if time.perf_counter() - begun > arguments.seconds:
+            unwanted = arguments.only is not None and name not in arguments.only
+            if unwanted or time.perf_counter() - begun > arguments.seconds:
                 left_out.append(name)
                 continue
             try:

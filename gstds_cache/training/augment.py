@@ -64,9 +64,9 @@ def draw(
         Rows and columns that each image is moved by, 0 to ``2 * shift``, and 1 where it is mirrored, on the CPU.
     """
     rng = torch_rng_for(seed, "augment", step)
-    offset = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng)
-    flipped = (torch.rand(drawn, generator=rng) < 0.5) & mirror
-    draws = torch.stack([offset[:, 0], offset[:, 1], flipped])
+    draws = torch.empty((3, drawn), dtype=torch.int64)
+    draws[:2] = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng).T
+    draws[2] = torch.rand(drawn, generator=rng) < 0.5 if mirror else 0
     return draws if len(positions) == drawn and _in_order(positions) else draws[:, positions]
 
 

@@ -57,8 +57,8 @@ def explained(mode: Mode, *, when: bool) -> Iterator[None]:
     except TorchDynamoException as error:
         if not when:
             raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]  # what raised, then what it says
         raise UsageError(
-            f"`compile`: torch cannot compile this network here: {first}",
+            f"`compile`: torch cannot compile this network here: {' '.join(said[:2]) or type(error).__name__}",
             hint="it needs a C compiler (gcc or clang); pass `compile=off` to train without",
         ) from error

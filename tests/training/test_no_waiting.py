@@ -431,7 +431,7 @@ def test_a_network_that_cannot_be_compiled_ends_with_a_sentence(source, selectio
 
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_mode: whole(function, backend=broken))
-    with pytest.raises(UsageError, match=r"(?s)`compile`.*C compiler.*`compile=off`"):
+    with pytest.raises(UsageError, match=r"(?s)`compile`.*Failed to find C compiler.*`compile=off`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, compile="default"))
     torch._dynamo.reset()
 
