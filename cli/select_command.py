@@ -98,7 +98,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting("max_iterations", "Of LOBPCG, before solving densely.")
 @setting("device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
 @setting("knn_backend")
-@setting("solver", "Where eigenvectors are computed. auto: on the CPU, which was quicker also beside a GPU.")
+@setting("solver", "Where eigenvectors are computed. auto: on a GPU where its kernels run, else on the CPU.")
 @click.option(
     "--memory-budget",
     type=click.IntRange(min=0),
@@ -108,11 +108,12 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 )
 @click.option(
     "--access",
-    type=click.Choice(["auto", "memory", "mirror", "window"]),
+    type=click.Choice(["auto", "device", "memory", "mirror", "window"]),
     default="auto",
     show_default=True,
-    help="How to read rows: all in memory; from a mirror, a local .npy copy made once; or a window of shards. auto: "
-    "memory where the rows fit --memory-budget, else a mirror where the disk has room, else a window, which is slow.",
+    help="How to read rows: all on the GPU (device); all in memory; from a mirror, a local .npy copy made once; or a "
+    "window of shards. auto: on the GPU where the CUDA kernels run and the rows fit; else in memory where they fit "
+    "--memory-budget, else a mirror where the disk has room, else a window, which is slow.",
 )
 @click.option("--mirror", metavar="FOLDER", help="Folder of a mirror. [default: STORE.mirror]")
 @setting("threads", "CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]")
@@ -142,7 +143,7 @@ def main(
     store: str,
     keep: float | None,
     memory_budget: int,
-    access: Literal["auto", "memory", "mirror", "window"],
+    access: Literal["auto", "device", "memory", "mirror", "window"],
     mirror: str | None,
     out: str | None,
     force: bool,

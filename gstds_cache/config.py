@@ -201,9 +201,9 @@ class SelectConfig:
         tolerance: Relative residual at which a Fiedler pair counts as converged.
         max_iterations: LOBPCG iterations before the dense fallback.
         device: Where neighbours are found and a probe is trained: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        knn_backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
-        solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``,
-            which is the CPU: a core took a sixth of the time of an H200 (docs/spectral.md).
+        knn_backend: ``auto``, ``cuda``, ``torch``, ``faiss-cpu`` or ``faiss-gpu`` (docs/spectral.md).
+        solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``:
+            on ``device`` where the CUDA kernels run there, else on the CPU (docs/spectral.md).
         threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are; None for
             all as well, but one for a stream or a service, which runs beside trainers. Their number changes nothing in
             the result.
@@ -225,7 +225,7 @@ class SelectConfig:
     tolerance: float = 1e-6
     max_iterations: int = 500
     device: str = DEVICE
-    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
+    knn_backend: Literal["auto", "cuda", "torch", "faiss-cpu", "faiss-gpu"] = "auto"
     solver: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -364,7 +364,7 @@ class SelectSettings(TypedDict, total=False):
     tolerance: float
     max_iterations: int
     device: str
-    knn_backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu"]
+    knn_backend: Literal["auto", "cuda", "torch", "faiss-cpu", "faiss-gpu"]
     solver: Literal["auto", "cpu", "cuda"]
     threads: int | None
 

@@ -112,6 +112,10 @@ class SolverError(GstdsError, ArithmeticError):
     exit_code = EXIT_SOLVER
 
 
+class KernelError(GstdsError, RuntimeError):
+    """A CUDA kernel that cannot be compiled, loaded or launched here."""
+
+
 class DivergedError(SolverError):
     """A training loss that is no longer a number."""
 

@@ -13,10 +13,13 @@ from uuid import uuid4
 import jaxtyping
 import pytest
 import torch
+from emulated import H100_SHARED_MEMORY, WHY_NOT, EmulatedKernels
 from forked import FORKS, Forked, Forks
 from hypothesis import settings
 from images import TINY_ENCODER, ArraySource, make_images
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
+
+from gstds_cache.cuda import build, launch
 
 # CI judges a change by the same examples every time; a run by hand looks for new ones.
 settings.register_profile("gstds", deadline=None, print_blob=True, derandomize="CI" in os.environ)
@@ -26,6 +29,23 @@ settings.load_profile("gstds")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # two would fight over two busy cores: seven times slower, measured
+
+
+@pytest.fixture(scope="session")
+def _compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulated_kernels(_compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedKernels:
+    """CUDA kernels run on CPU tensors, compiled by g++; for tests of the code that launches them."""
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
+    kernels = EmulatedKernels(_compiled_kernels)
+    monkeypatch.setattr(build, "kernel", kernels)
+    monkeypatch.setattr(build, "why_not", lambda device: "")  # noqa: ARG005
+    monkeypatch.setattr(launch, "shared_memory_limit", lambda device: H100_SHARED_MEMORY)  # noqa: ARG005
+    return kernels
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_keyword_arguments_are_the_fields_of_the_configuration(config: type, set
         (EmbedConfig, "model", None, "text"),
         (EmbedConfig, "dtype", np.float16, "one of float16, float32"),
         (SelectConfig, "knn", 3.0, "a whole number"),
-        (SelectConfig, "knn_backend", ["torch"], "one of auto, torch, faiss-cpu, faiss-gpu"),
+        (SelectConfig, "knn_backend", ["torch"], "one of auto, cuda, torch, faiss-cpu, faiss-gpu"),
         (SelectConfig, "schedule", 0.75, "text"),
     ],
 )

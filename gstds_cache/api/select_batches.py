@@ -31,6 +31,8 @@ from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.deliver import deliver_computed, deliver_kept, kept_paths, path_to_keep
 from gstds_cache.stream.schema import ByteStream
 
+SHOWN_EVERY = 64
+
 
 def select(
     store: EmbeddingStore | str | Path,
@@ -60,8 +62,9 @@ def select(
             ``$GSTDS_CACHE`` where nothing can be written beside the store.
         force: Replace a file that holds something else.
         memory_budget: Bytes of embeddings to hold. This and the next two are for a store that is opened here.
-        access: How to read rows: all in ``memory``; from a ``mirror``, a local copy made once; or a ``window`` of
-            shards. ``auto`` takes memory where the rows fit the budget, else a mirror where the disk has room.
+        access: How to read rows: all on the GPU (``device``); all in ``memory``; from a ``mirror``, a local copy made
+            once; or a ``window`` of shards. ``auto`` takes the GPU where the CUDA kernels run and the rows fit, else
+            memory where they fit the budget, else a mirror where the disk has room.
         mirror: Folder of the mirror; None is ``STORE.mirror``.
         progress: True for a line on stderr, a callback, or False.
         notify: Told the plan, notes and warnings, a line each; by default warnings are logged.
@@ -213,7 +216,7 @@ class _Run:
             f"{chosen} {plan.total_kept:,} of {plan.total_rows:,} samples ({share:.1%}), a step for "
             f"each batch; saves {saved:,} ({1 - share:.1%})"
         )
-        self.inform(f"rows: {selector.store.access_reason}")
+        self.inform(f"rows: {selector.device_run.rows_reason}")
         if selector.rule.vectors and (reason := why_not_kept()):
             self.warn(f"note: {reason}")
         if selector.slow_order:
@@ -228,6 +231,8 @@ class _Run:
         try:
             with showing(progress, "batches") as show:
                 for batch in deliver_computed(selector, target, notify=lambda text: self.warn(f"note: {text}")):
+                    if batch.seq % SHOWN_EVERY and selector.pending and selector.device_run.has_rule:
+                        continue  # on a GPU batches come faster than anyone could be told of them
                     total = max(sum(work.values()), 1e-9)
                     show("select", batch.seq + 1, selector.plan.total_batches, {"gather": work["gather"] / total})
                     meter.add("select")

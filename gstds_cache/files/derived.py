@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -120,6 +121,19 @@ def first_writable(folders: Sequence[Path]) -> WritablePath:
             return WritablePath(folder, "; ".join(why))
         why.append(problem)
     return WritablePath(None, "; ".join(why) or "GSTDS_CACHE and HOME are not set")
+
+
+def is_private(folder: Path) -> bool:
+    """Make ``folder``, or look whose it is: where code is found that is then run, nobody else may be able to write."""
+    user = os.geteuid()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022
 
 
 def keep(write: Callable[[Path], None], paths: Sequence[Path]) -> WritablePath:

@@ -1,4 +1,4 @@
-"""Cosine nearest neighbours within each batch. The only file that imports faiss.
+"""Cosine nearest neighbours within each batch.
 
 A backend is a function from unit rows ``[G, B, D]`` and k to the k nearest other rows of each row: largest similarity
 first, ties by lowest index, also at the last place. What it takes to be equal is its own float32.
@@ -6,25 +6,22 @@ first, ties by lowest index, also at the last place. What it takes to be equal i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
-import faiss
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from gstds_cache.errors import UsageError, unknown_name
+from gstds_cache.graph import faiss_search
 from gstds_cache.graph.compiled import nearest_in_rows
-from gstds_cache.graph.neighbors import KnnGraph, as_stack, normalized_rows
+from gstds_cache.graph.cuda import log_fallback, nearest_by_kernels, why_not_graphs
+from gstds_cache.graph.neighbors import Candidates, KnnGraph, as_stack, normalized_rows
 
-Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
 Nearest = Callable[[Float32[Tensor, "G B D"], int], KnnGraph]
 
-FAISS_GPU_LARGEST_K = 2048  # GPU_MAX_SELECTION_K of faiss
 BLOCK_BYTES = 256 << 20
 """Of similarities at once, in the torch backend."""
 
@@ -34,7 +31,8 @@ def top_k(
 ) -> tuple[KnnGraph, Bool[Tensor, " G"]]:
     """The k nearest of more candidates: ordered by (largest similarity, lowest index), without the row itself.
 
-    Exact duplicates can stand before the row itself, and can push it off the list altogether.
+    Exact duplicates can stand before the row itself, and can push it off the list altogether. Both numbers make one
+    integer to sort by, since on a GPU a sort of a stack takes longer than everything else here.
 
     Args:
         similarity: Similarities of each row's candidates, ``[G, B, c]`` float32, in any order; k < c.
@@ -45,25 +43,28 @@ def top_k(
         The graphs, similarities clipped to [-1, 1]; and in which of them the last candidate of a row is equal to the
         last one taken, so that rows that are no candidates may be as near.
     """
-    similarity = similarity.clamp(-1, 1)
-    index, by_index = index.sort(dim=2)
-    similarity, by_similarity = similarity.gather(2, by_index).sort(dim=2, descending=True, stable=True)
-    index = index.gather(2, by_similarity)
-    graphs, nodes, candidates = index.shape
-    own = index == torch.arange(nodes, device=index.device)[:, None]
-    own[..., -1] |= ~own.any(dim=2)
-    last = similarity[..., -1]
-    others = (graphs, nodes, candidates - 1)
-    similarity, index = similarity[~own].view(others)[..., :k], index[~own].view(others)[..., :k]
-    open_end = (similarity[..., -1] == last).any(dim=1) if k else torch.zeros_like(last[:, 0], dtype=torch.bool)
-    return KnnGraph(neighbors=index.contiguous(), similarities=similarity.contiguous()), open_end
+    similarity = similarity.clamp(-1, 1) + 0  # no -0
+    own = index == torch.arange(index.shape[1], device=index.device)[:, None]
+    falling = ~_rising(similarity.view(torch.int32)).to(torch.int64)
+    order = (falling << 32 | index).masked_fill_(own, torch.iinfo(torch.int64).max).sort(dim=2).values[..., :k]
+    taken = _rising((~order >> 32).to(torch.int32)).view(torch.float32)
+    if k:
+        open_end = (taken[..., -1] == similarity.amin(dim=2)).any(dim=1)
+    else:
+        open_end = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+    return KnnGraph(neighbors=order & 0xFFFFFFFF, similarities=taken), open_end
+
+
+def _rising(bits: Int32[Tensor, "*any"]) -> Int32[Tensor, "*any"]:
+    """Integers in the order of the float32 numbers that have these bits; of such an integer the bits again."""
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, largest: int | None = None) -> KnnGraph:
     """The k nearest by a search that chooses among equals as it likes.
 
     It is asked for one candidate more than are needed, to see whether that is equal to the last one taken; if it is,
-    for twice as many, until all equals are there.
+    for twice as many, until all equals are there. A stack without such ties is waited for once.
 
     Args:
         search: The search, itself included among a row's candidates.
@@ -74,19 +75,19 @@ def by_candidates(search: Search, rows: Float32[Tensor, "G B D"], k: int, larges
     Returns:
         The graphs.
     """
-    graphs, nodes, _ = rows.shape
-    neighbors = torch.empty(graphs, nodes, k, dtype=torch.int64, device=rows.device)
-    similarities = torch.empty(graphs, nodes, k, dtype=torch.float32, device=rows.device)
-    unresolved = torch.arange(graphs, device=rows.device)
+    nodes = rows.shape[1]
     candidates = min(nodes, k + 2)
-    while len(unresolved):
+    if largest is not None and candidates > largest:
+        search, largest = search_torch, None
+    found, open_end = top_k(*search(rows, candidates), k)
+    unresolved = torch.arange(len(rows), device=rows.device)
+    while candidates < nodes and len(unresolved := unresolved[open_end]):
+        candidates = min(2 * candidates, nodes)
         if largest is not None and candidates > largest:
             search, largest = search_torch, None
-        taken, open_end = top_k(*search(rows[unresolved], candidates), k)
-        neighbors[unresolved], similarities[unresolved] = taken.neighbors, taken.similarities
-        unresolved = unresolved[open_end] if candidates < nodes else unresolved[:0]
-        candidates = min(2 * candidates, nodes)
-    return KnnGraph(neighbors=neighbors, similarities=similarities)
+        again, open_end = top_k(*search(rows[unresolved], candidates), k)
+        found.neighbors[unresolved], found.similarities[unresolved] = again.neighbors, again.similarities
+    return found
 
 
 def _products(some: Float32[Tensor, "G b D"], rows: Float32[Tensor, "G B D"]) -> Float32[Tensor, "G b B"]:
@@ -153,93 +154,68 @@ def nearest_by_torch(rows: Float32[Tensor, "G B D"], k: int) -> KnnGraph:
     return KnnGraph(neighbors=neighbors, similarities=similarities)
 
 
-def search_faiss_cpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
-    """The largest inner products by ``faiss.knn``.
-
-    Args:
-        rows: Unit rows, ``[G, B, D]`` float32, any device.
-        candidates: Rows to find, self included, at most B.
-
-    Returns:
-        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
-    """
-    host = rows.cpu().numpy()
-    results = [faiss.knn(graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT) for graph in host]
-    similarity, index = (torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*results, strict=True))
-    return similarity, index
-
-
-@functools.cache
-def _gpu_resources(device: int) -> Any:  # noqa: ARG001 - the cache's key
-    """One set of faiss scratch memory per CUDA device, for the life of the process."""
-    return faiss.StandardGpuResources()
-
-
-def search_faiss_gpu(rows: Float32[Tensor, "G B D"], candidates: int) -> Candidates:
-    """The largest inner products by ``faiss.knn_gpu``, without a copy through the host.
-
-    Args:
-        rows: Unit rows, ``[G, B, D]`` float32; moved to the current CUDA device if they are elsewhere.
-        candidates: Rows to find, self included, at most B and at most 2048.
-
-    Returns:
-        Similarities ``[G, B, candidates]`` float32 and row numbers int64, on the device of ``rows``.
-    """
-    import faiss.contrib.torch_utils  # from here on knn_gpu takes tensors
-
-    on_gpu = rows if rows.is_cuda else rows.to("cuda")
-    device = on_gpu.device.index
-    resources = _gpu_resources(device)
-    results = [
-        faiss.knn_gpu(resources, graph, graph, candidates, metric=faiss.METRIC_INNER_PRODUCT, device=device)
-        for graph in on_gpu
-    ]
-    similarity, index = (torch.stack(part).to(rows.device) for part in zip(*results, strict=True))
-    return similarity, index
-
-
 BACKENDS: dict[str, Nearest] = {
-    "faiss-cpu": lambda rows, k: by_candidates(search_faiss_cpu, rows, k),
-    "faiss-gpu": lambda rows, k: by_candidates(search_faiss_gpu, rows, k, FAISS_GPU_LARGEST_K),
+    "cuda": nearest_by_kernels,
+    "faiss-cpu": lambda rows, k: by_candidates(faiss_search.search_faiss_cpu, rows, k),
+    "faiss-gpu": lambda rows, k: by_candidates(faiss_search.search_faiss_gpu, rows, k, faiss_search.LARGEST_K),
     "torch": nearest_by_torch,
 }
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
+def resolve_backend(name: str, device: torch.device, nodes: int, k: int) -> str:
     """Turn a name into a backend that can run here.
 
     Args:
         name: ``auto`` or a key of ``BACKENDS``.
         device: Where the embeddings are.
+        nodes: Rows of a graph, of the largest one.
+        k: Neighbours per row.
 
     Returns:
-        A key of ``BACKENDS``; ``auto`` is faiss-gpu for embeddings on CUDA where faiss sees a GPU, else torch, which on
-        a CPU took a quarter to a half of the time of faiss (benchmarks/results/knn.json).
+        A key of ``BACKENDS``. ``auto`` is, for embeddings on CUDA, cuda up to 8,192 rows and 32 neighbours, else
+        faiss-gpu where faiss sees a GPU, else torch; on a CPU torch, which took a quarter to a half of the time of
+        faiss (benchmarks/results/knn.json).
 
     Raises:
-        UsageError: If the name is unknown, or faiss-gpu is asked for where faiss sees no GPU.
+        UsageError: If the name is unknown, or cuda or a backend of faiss is asked for by name where it cannot run.
     """  # noqa: DOC501
     if name == "auto":
-        return "faiss-gpu" if device.type == "cuda" and faiss.get_num_gpus() > 0 else "torch"
+        if device.type != "cuda":
+            return "torch"
+        reason = why_not_graphs(device, nodes, k)
+        log_fallback(device, reason)
+        return ("faiss-gpu" if faiss_search.gpus() > 0 else "torch") if reason else "cuda"
     if name not in BACKENDS:
         raise unknown_name("kNN backend", name, ("auto", *BACKENDS))
-    if name == "faiss-gpu" and faiss.get_num_gpus() == 0:
-        raise UsageError(
-            "faiss-gpu was asked for, but faiss sees no GPU on this machine",
-            hint="choose auto, torch or faiss-cpu; with a GPU, check that faiss-gpu is the faiss installed",
-        )
+    if name.startswith("faiss-"):
+        faiss_search.require_faiss(name)
+    if name == "cuda" and (reason := why_not_graphs(device, nodes, k)):
+        raise UsageError(f"cuda was asked for as kNN backend, which cannot run: {reason}", hint="choose auto")
     return name
 
 
-def nearest(rows: Float32[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
+def nearest(rows: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> KnnGraph:
     """:func:`knn_graph` of rows that have unit length already, as :func:`~.neighbors.normalized_rows` makes them.
+
+    Args:
+        rows: Unit rows, ``[G, B, D]`` float32; of any length for the backend cuda.
+        k: Neighbours per row, >= 1; clipped to B - 1.
+        backend: As :func:`knn_graph` takes it.
+
+    Returns:
+        The graphs, on the device of ``rows``.
 
     Raises:
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
     """
+    _require_neighbors(k)
+    _, nodes, _ = rows.shape
+    return BACKENDS[resolve_backend(backend, rows.device, nodes, k)](rows, min(k, nodes - 1))
+
+
+def _require_neighbors(k: int) -> None:
     if k < 1:
         raise UsageError(f"`k`: got {k}, expected at least 1", hint="neighbours of each row, e.g. `k=10`")
-    return BACKENDS[resolve_backend(backend, rows.device)](rows, min(k, rows.shape[1] - 1))
 
 
 def knn_graph(
@@ -258,7 +234,7 @@ def knn_graph(
         x: Embeddings of G batches, ``[G, B, D]``, or of one, ``[B, D]``; any float dtype, NumPy or torch; normalised
             here in float32. Zero rows have similarity 0 to everything.
         k: Neighbours per row, >= 1; clipped to B - 1.
-        backend: ``auto``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
+        backend: ``auto``, ``cuda``, ``torch``, ``faiss-cpu`` or ``faiss-gpu``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; where ``x`` is by default.
 
     Returns:
@@ -268,4 +244,7 @@ def knn_graph(
         UsageError: If ``k`` < 1, ``x`` is empty, or the backend is unknown or cannot run here.
         SolverError: If a row holds NaN or Inf.
     """
-    return nearest(normalized_rows(as_stack(x, device)), k, backend=backend)
+    _require_neighbors(k)
+    stack = as_stack(x, device)
+    name = resolve_backend(backend, stack.device, stack.shape[1], k)
+    return nearest(stack if name == "cuda" else normalized_rows(stack), k, backend=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -60,6 +60,10 @@ class SparseGraph:
         """Near end of every edge, ``[E]`` int64; ``col`` is the far one."""
         every = torch.arange(len(self.crow) - 1, device=self.crow.device)
         return every.repeat_interleave(self.crow.diff(), output_size=len(self.col))
+
+    def cpu(self) -> SparseGraph:
+        """The same graphs on the CPU."""
+        return SparseGraph(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
     @classmethod
     def from_edges(

@@ -13,6 +13,9 @@ from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.compiled import normalize_half_rows_into, normalize_rows_into
 from gstds_cache.runtime.devices import resolve_device
 
+Candidates = tuple[Float32[Tensor, "G B c"], Int64[Tensor, "G B c"]]
+"""What a search of a stack found for each row: similarities and row numbers, the row itself among them."""
+
 ROWS_NAMED = 10
 
 
@@ -46,7 +49,22 @@ def as_stack(x: Float[Tensor, "*G B D"] | Float[np.ndarray, "*G B D"], device: s
     return given if given.ndim == 3 else given[None]
 
 
-def _require_finite(x: Float[Tensor, "G B D"]) -> None:
+def require_rows(x: Float[Tensor, "G B D"]) -> None:
+    """Refuse stacks without graphs, rows or dimensions.
+
+    Raises:
+        UsageError: ``x`` is empty.
+    """
+    if 0 in x.shape:
+        raise UsageError(f"embeddings [G, B, D]: got shape {list(x.shape)}, expected every axis to be at least 1")
+
+
+def require_finite(x: Float[Tensor, "G B D"]) -> None:
+    """Refuse embeddings that hold NaN or Inf.
+
+    Raises:
+        SolverError: A row does; the first such graph and its rows are named.
+    """
     bad: Bool[Tensor, "G B"] = ~torch.isfinite(x).all(dim=-1)
     if not bool(bad.any()):
         return
@@ -77,8 +95,7 @@ def normalized_rows(
         UsageError: If there are no graphs, no rows or no dimensions.
         SolverError: If a row holds NaN or Inf; the first such graph and its rows are named.
     """
-    if 0 in x.shape:
-        raise UsageError(f"embeddings [G, B, D]: got shape {list(x.shape)}, expected every axis to be at least 1")
+    require_rows(x)
     if x.device.type == "cpu" and x.dtype != torch.float64:
         flat = x.reshape(-1, x.shape[2])
         out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
@@ -88,9 +105,9 @@ def normalized_rows(
         else:
             bad = normalize_rows_into(flat.to(torch.float32).contiguous().numpy(), to)
         if bad >= 0:
-            _require_finite(x)
+            require_finite(x)
         return out
-    _require_finite(x)
+    require_finite(x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.abs().amax(dim=2, keepdim=True)
     scaled = torch.where(largest > 0, x / largest, 0).to(torch.float32)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -29,7 +28,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.sigutils import normalize_signature
 
 from gstds_cache.files import mapped
-from gstds_cache.files.derived import WritablePath, find_cache_root, first_writable
+from gstds_cache.files.derived import WritablePath, find_cache_root, first_writable, is_private
 from gstds_cache.files.location import expanded
 
 settings: Any = numba.config
@@ -137,20 +136,8 @@ def place_of_code(in_tree: Path) -> WritablePath:
     user = os.geteuid()
     folders = [root / f"compiled-{user}"] if root is not None else []
     folders += [Path(temporary) / f"gstds-cache-compiled-{user}"] if temporary is not None else []
-    place = first_writable([folder for folder in folders if _is_ours(folder, user)])
+    place = first_writable([folder for folder in folders if is_private(folder)])
     return WritablePath(place.path, "; ".join(filter(None, (first.note, place.note))))
-
-
-def _is_ours(folder: Path, user: int) -> bool:
-    """Make ``folder``, or look whose it is: what is found in it is run, so nobody else may be able to write there."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022
 
 
 @cache

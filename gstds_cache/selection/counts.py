@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -82,6 +82,33 @@ class SelectionCounts:
         self.status.update(flag.name.lower() for flag in batch.status if flag.name)
         if batch.status == Status.CONVERGED:
             self.status["converged"] += 1
+
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Count seconds by phase that were measured elsewhere."""
+        with self._lock:
+            for phase, value in seconds.items():
+                self.seconds[phase] += value
+
+    def add_stack(
+        self, batches: Sequence[SelectedBatch], seen: Int64[np.ndarray, " C1"], kept: Int64[np.ndarray, " C1"]
+    ) -> None:
+        """Count batches, as :meth:`add` does one by one.
+
+        Args:
+            batches: The batches.
+            seen: Rows that they held, by label from -1 on.
+            kept: Rows that stayed, likewise.
+        """
+        for place in np.flatnonzero(seen).tolist():
+            before = self.classes.get(place - 1, (0, 0))
+            self.classes[place - 1] = before[0] + int(seen[place]), before[1] + int(kept[place])
+        self.batches += len(batches)
+        self.rows += sum(batch.n_in for batch in batches)
+        self.kept += sum(len(batch.kept) for batch in batches)
+        for status, count in Counter(batch.status for batch in batches).items():
+            self.status.update({flag.name.lower(): count for flag in status if flag.name})
+            if status == Status.CONVERGED:
+                self.status["converged"] += count
 
     def share(self, status: Status) -> float:
         """Batches with this flag over all batches."""

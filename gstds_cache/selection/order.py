@@ -90,12 +90,31 @@ def rows_in_order(rows: EligibleRows, order: Order, *, seed: int, shard_rows: in
     return _in_windows(rows, seed, shards_at_once(min(order.window, rows.items), shard_rows), shard_rows)
 
 
+def rows_at_places(rows: EligibleRows, seed: int) -> Callable[[int, Int64[np.ndarray, " B"]], Int64[np.ndarray, " B"]]:
+    """The rows at any places of an epoch's permutation, for many batches that do not lie one after the other.
+
+    Args:
+        rows: Rows that take part.
+        seed: Key of the order.
+
+    Returns:
+        A function from an epoch and places, which it may overwrite, to the rows.
+    """
+    of_epoch = _permutations(rows, seed)
+    return lambda epoch, places: rows.at(of_epoch(epoch).of(places))
+
+
 def _permuted(rows: EligibleRows, seed: int) -> RowsAt:
+    of_epoch = _permutations(rows, seed)
+    return lambda epoch, start, stop: rows.at(of_epoch(epoch).at(start, stop))
+
+
+def _permutations(rows: EligibleRows, seed: int) -> Callable[[int], Permutation]:
     @lru_cache(maxsize=2)
     def of_epoch(epoch: int) -> Permutation:
         return Permutation(len(rows), rng_for(seed, "plan", epoch))
 
-    return lambda epoch, start, stop: rows.at(of_epoch(epoch).at(start, stop))
+    return of_epoch
 
 
 def _in_windows(rows: EligibleRows, seed: int, at_once: int, shard_rows: int) -> RowsAt:

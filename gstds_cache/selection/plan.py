@@ -12,8 +12,9 @@ diverged).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,7 +22,7 @@ from jaxtyping import Int64
 from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.order import PERMUTATION, Order, rows_in_order
+from gstds_cache.selection.order import PERMUTATION, Order, rows_at_places, rows_in_order
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
@@ -47,6 +48,39 @@ class BatchPlan:
     keep: int
     assignment: int = 0
     group: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedStack:
+    """Consecutive batches of one size before selection, as arrays: planning them one by one takes longer than a GPU.
+
+    Attributes:
+        seq: Position of each in the whole run, consecutive, int64 [G].
+        epoch: Epoch, int64 [G].
+        batch_id: Position in the epoch, int64 [G].
+        indices: Rows of the store, int64 [G, B].
+        keep: How many of them stay, int64 [G].
+        assignment: As :attr:`BatchPlan.assignment`, int64 [G].
+        group: As :attr:`BatchPlan.group`, int64 [G].
+    """
+
+    seq: Int64[np.ndarray, " G"]
+    epoch: Int64[np.ndarray, " G"]
+    batch_id: Int64[np.ndarray, " G"]
+    indices: Int64[np.ndarray, "G B"]
+    keep: Int64[np.ndarray, " G"]
+    assignment: Int64[np.ndarray, " G"]
+    group: Int64[np.ndarray, " G"]
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        numbers = (self.seq, self.epoch, self.batch_id, self.keep, self.assignment, self.group)
+        for (seq, epoch, batch_id, keep, assignment, group), indices in zip(
+            zip(*(part.tolist() for part in numbers), strict=True), self.indices, strict=True
+        ):
+            yield BatchPlan(seq, epoch, batch_id, indices, keep, assignment, group)
 
 
 class SelectionPlan:
@@ -114,19 +148,62 @@ class SelectionPlan:
         self._piece = lru_cache(maxsize=2)(lambda n: run_schedule.piece(n * PIECE, (n + 1) * PIECE))
         self._groups = lru_cache(maxsize=2)(self._shuffle_groups)
         self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows)
+        self._rows_at_places = rows_at_places(rows, seed)
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
-        assignment = epoch % self.batch_assignments if self.batch_assignments else epoch
-        group = self._group(epoch, batch_id)
+        assignment, group = self._assignment(epoch), self._group(epoch, batch_id)
         start = group * self.batch_size
         indices = self._rows_at(assignment, start, start + self.rows_in(group))
         return BatchPlan(seq, epoch, batch_id, indices, self.keep(seq), assignment, group)
 
+    def stack(self, first: int, stop: int) -> PlannedStack:
+        """The batches ``first`` to ``stop``, which are of one size: the same as :meth:`batch` gives one by one."""
+        seq = np.arange(first, stop)
+        epoch, batch_id = np.divmod(seq, self.batches_per_epoch)
+        size = self.rows_in(int(batch_id[0]))
+        group, parts = batch_id.copy(), []
+        for number in range(int(epoch[0]), int(epoch[-1]) + 1):
+            here = slice(*np.searchsorted(epoch, (number, number + 1)).tolist())
+            assignment = self._assignment(number)
+            if self._in_its_own_order(number):
+                start = int(batch_id[here][0]) * self.batch_size
+                parts.append(self._rows_at(assignment, start, start + size * len(batch_id[here])))
+            else:
+                group[here] = self._groups(number)[batch_id[here]]
+                places = group[here, None] * self.batch_size + np.arange(size)
+                parts.append(self._rows_at_places(assignment, places.ravel()))
+        indices = (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(len(seq), size)
+        keep = np.concatenate([self._piece(n)[1] for n in range(first // PIECE, (stop - 1) // PIECE + 1)])
+        begun = first // PIECE * PIECE
+        assignments = epoch % self.batch_assignments if self.batch_assignments else epoch
+        return PlannedStack(seq, epoch, batch_id, indices, keep[first - begun : stop - begun], assignments, group)
+
+    def stacks(self, start: int, most: int) -> Iterator[PlannedStack]:
+        """All batches from ``start`` on, up to ``most`` in a stack; the last batch of an epoch alone, where it differs.
+
+        Yields:
+            Stacks, in order.
+        """
+        odd = self.rows_in(self.batches_per_epoch - 1) != self.batch_size
+        first = start
+        while first < self.total_batches:
+            stop = min(first + most, self.total_batches)
+            if odd:
+                last = first - first % self.batches_per_epoch + self.batches_per_epoch - 1
+                stop = min(stop, last if first < last else first + 1)
+            yield self.stack(first, stop)
+            first = stop
+
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
         return int(self._piece(seq // PIECE)[1][seq % PIECE])
+
+    @cached_property
+    def most_kept(self) -> int:
+        """The most rows that stay of any batch."""
+        return max(int(self._piece(n)[1].max()) for n in range(-(-self.total_batches // PIECE)))
 
     def ratio(self, seq: int) -> float:
         """The schedule's filter ratio at batch ``seq``."""
@@ -147,9 +224,13 @@ class SelectionPlan:
         An assignment is gone through in its own order first, as it is with windows, which keep reading shard by shard
         that way; the group of another size stays last.
         """
-        if epoch < self.batch_assignments or not self.batch_assignments or self.order.window is not None:
-            return batch_id
-        return int(self._groups(epoch)[batch_id])
+        return batch_id if self._in_its_own_order(epoch) else int(self._groups(epoch)[batch_id])
+
+    def _in_its_own_order(self, epoch: int) -> bool:
+        return epoch < self.batch_assignments or not self.batch_assignments or self.order.window is not None
+
+    def _assignment(self, epoch: int) -> int:
+        return epoch % self.batch_assignments if self.batch_assignments else epoch
 
     def _shuffle_groups(self, epoch: int) -> Int64[np.ndarray, " T"]:
         last = self.batches_per_epoch - 1

@@ -21,6 +21,8 @@ from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.threads import cores, in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
+from gstds_cache.selection.device_batches import map_pairs, pieces_of
+from gstds_cache.selection.device_run import DeviceRun
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
@@ -34,9 +36,11 @@ from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.selection.spread import weights
 from gstds_cache.selection.strata import cells_of
+from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
+AUTO_SOLVES_ON_CUDA = True  # where the kernels run: measured in benchmarks/results/
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 
 
@@ -52,7 +56,12 @@ class BatchSelector:
         knn_backend: The kNN backend, never ``auto``.
         solver: Where graphs are solved.
         graphs_note: Why the last run made graphs again that could have been kept; empty where there is nothing to say.
+        device_run: What of it runs on a device from rows to results.
+        pending: Batches after the one that a run handed over last which it need not wait for: who writes batches to a
+            file takes them together.
     """
+
+    pending = 0
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
         """Parse the configuration, check it against the store and plan the run; nothing is computed yet.
@@ -80,8 +89,9 @@ class BatchSelector:
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
         self.device = resolve_device(config.device)
-        self.knn_backend = resolve_backend(config.knn_backend, self.device)
-        self.solver = _solver(config, self.device)
+        largest = max(self.plan.rows_in(0), self.plan.rows_in(self.plan.batches_per_epoch - 1))
+        self.knn_backend = resolve_backend(config.knn_backend, self.device, largest, config.knn)
+        self.solver = _solver(config, self.device, largest, max(1, self.rule.vectors))
         labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
         self._label_counts = labels
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
@@ -89,6 +99,7 @@ class BatchSelector:
         self.counts, self.graphs_note = SelectionCounts(), ""
         self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
+        self.device_run = DeviceRun(self, count_labels=not labels.one_each)
 
     def change_guidance(self, guidance: str, key: GuidanceKey) -> None:
         """Select by another guidance from now on, in the batches that are planned already.
@@ -106,12 +117,18 @@ class BatchSelector:
         self.__dict__.pop("guidance", None)  # of the one before
 
     @property
-    def threads(self) -> int:
-        """Threads that work on batches: where graphs are solved on a GPU one, else those of the configuration."""
-        return self._cpu_threads if self.solver.type == "cpu" else 1
+    def guidance_looks_at_graphs(self) -> bool:
+        """Whether a row's difficulty depends on its neighbours in the batch."""
+        return self._guidance_key.spec.kind == "disagreement"
 
     @property
-    def _cpu_threads(self) -> int:
+    def threads(self) -> int:
+        """Threads that work on batches: where graphs are solved on a GPU one, else those of the configuration."""
+        return self.cpu_threads if self.solver.type == "cpu" else 1
+
+    @property
+    def cpu_threads(self) -> int:
+        """CPU threads that may be used."""
         return self.config.threads or cores()
 
     def run(self, start: int = 0) -> Iterator[SelectedBatch]:
@@ -130,8 +147,27 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
+        if self.device_run.has_rule:
+            yield from self._run_on_device(start)
+            return
         for selection, _seen in self.watch(start):
             yield selection
+
+    def _run_on_device(self, start: int) -> Iterator[SelectedBatch]:
+        """:meth:`run` where the rule runs on the device as well: nothing is made for a single batch but the result.
+
+        Yields:
+            The batches in order.
+        """
+
+        def choose(batch: BatchPlan, spectrum: Spectrum) -> SelectedBatch:
+            return self._choose(batch, spectrum)[0]
+
+        for ready in self.device_run.selections(start, self.guidance, choose, self._hold_floor):
+            for selection in ready:
+                # Those that follow come faster than a record batch of one could be written.
+                self.pending = self.plan.total_batches - selection.seq - 1
+                yield selection
 
     def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
@@ -145,7 +181,11 @@ class BatchSelector:
         guidance, _ = self.guidance, self.reference  # before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
-            done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
+            if spectra is not None and not self.device_run.why_not:
+                pieces = pieces_of(self.device_run.path(spectra).solved(start, None))
+                done = in_threads(partial(map_pairs, self._choose), pieces, self.cpu_threads)
+            else:
+                done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
             try:
                 while True:
                     begun = time.perf_counter()
@@ -153,7 +193,8 @@ class BatchSelector:
                     self.counts.elapsed += time.perf_counter() - begun
                     if selections is None:
                         return
-                    for selection, seen in selections:
+                    for left, (selection, seen) in zip(range(len(selections) - 1, -1, -1), selections, strict=True):
+                        self.pending = left
                         labels = kept = np.zeros(0, np.int64)
                         if seen.labels is not None and not self._labels_are_ids and selection.candidates is None:
                             labels, kept = seen.labels, self._labels_of(selection.kept)
@@ -164,6 +205,8 @@ class BatchSelector:
                 self.graphs_note = spectra.note if spectra is not None else ""
 
     def _new_spectra(self) -> Spectra:
+        if not self.device_run.why_not:
+            return self.device_run.spectra_on_cpu()
         return Spectra(
             self.store,
             self.config,
@@ -179,7 +222,7 @@ class BatchSelector:
     def slow_order(self) -> str:
         """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
         store, window = self.store, self.plan.order.window
-        if store.access_kind != "window":
+        if store.access_kind != "window" or self.device_run.has_rows:
             return ""
         if window is None:
             return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
@@ -202,7 +245,7 @@ class BatchSelector:
             UsageError: The store has no labels to learn from.
         """
         begun = time.perf_counter()
-        guidance = load_or_make_guidance(self.store, self._guidance_key, threads=self._cpu_threads, device=self.device)
+        guidance = load_or_make_guidance(self.store, self._guidance_key, threads=self.cpu_threads, device=self.device)
         if self._labels_are_ids and guidance.kind == "none" and self.rule.needs_guidance:
             guidance = replace(guidance, note="none, since hardly two items have the same label: labels look like ids")
         self.counts.seconds["guidance"] += time.perf_counter() - begun
@@ -215,7 +258,7 @@ class BatchSelector:
         if self._reference_key is None:
             return None
         begun = time.perf_counter()
-        probe = load_or_make_guidance(self.store, self._reference_key, threads=self._cpu_threads, device=self.device)
+        probe = load_or_make_guidance(self.store, self._reference_key, threads=self.cpu_threads, device=self.device)
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
         return probe.of_rows
@@ -298,10 +341,7 @@ class BatchSelector:
             return self._offer(batch, spectrum, seen), seen
         positions = self.rule.choose(seen)
         if self.config.min_per_class:
-            where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-            classes = self.store.classes
-            labels = self._labels_of(batch.indices)
-            positions = hold_floor(positions, labels, self.config.min_per_class, classes, where)
+            positions = self._hold_floor(batch, positions)
         selection = SelectedBatch(
             seq=batch.seq,
             epoch=batch.epoch,
@@ -314,6 +354,11 @@ class BatchSelector:
             residual=float("nan") if spectrum is None else spectrum.residual,
         )
         return selection, seen
+
+    def _hold_floor(self, batch: BatchPlan, positions: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
+        where = f"batch {batch.batch_id} of epoch {batch.epoch}"
+        labels = self._labels_of(batch.indices)
+        return hold_floor(positions, labels, self.config.min_per_class, self.store.classes, where)
 
     def _offer(self, batch: BatchPlan, spectrum: Spectrum | None, seen: RuleBatch) -> SelectedBatch:
         """All rows of a batch, with what a trainer draws by."""
@@ -340,14 +385,22 @@ class BatchSelector:
         )
 
 
-def _solver(config: SelectConfig, device: torch.device) -> torch.device:
+def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: int) -> torch.device:
     """Where graphs are solved.
+
+    Args:
+        config: The configuration.
+        device: Where neighbours are found.
+        largest: Rows of the largest batch.
+        vectors: Eigenvectors wanted.
 
     Raises:
         UsageError: On a GPU, where neighbours are not found on one.
     """
-    if config.solver != "cuda":
+    if config.solver == "cpu" or (config.solver == "auto" and not AUTO_SOLVES_ON_CUDA):
         return torch.device("cpu")
+    if config.solver == "auto":
+        return torch.device("cpu") if why_not_solved(device, largest, vectors) else device
     if device.type != "cuda":
         raise UsageError(
             f"`solver='cuda'`: `device={config.device!r}` is {device} here",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import IO, TypeVar
@@ -37,6 +37,7 @@ from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
 R = TypeVar("R", KnnGraph, FiedlerResult)
+Gather = Callable[[np.ndarray, np.ndarray], object]  # rows of the store, and where they go
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ class Spectra:
         device: torch.device,
         solver: torch.device,
         backend: str,
+        gather: Gather | None = None,
     ) -> None:
         """Compute nothing yet.
 
@@ -86,7 +88,9 @@ class Spectra:
             device: Where neighbours are found.
             solver: Where graphs are solved: there, or on the CPU.
             backend: The kNN backend, never ``auto``.
+            gather: Where rows come from; from the store by default.
         """
+        self._read = gather or store.gather
         self._store, self._config, self._counts = store, config, counts
         self._vectors, self._device, self._solver, self._backend = vectors, device, solver, backend
         # faiss's memory on a GPU serves one search at a time.
@@ -165,7 +169,7 @@ class Spectra:
         stored = self._buffer("stored", (1, size, dim), getattr(torch, self._store.spec.dtype))
         rows = self._buffer("rows", (len(batches), size, dim), torch.float32)
         for graph, batch in enumerate(batches):
-            self._store.gather(batch.indices, stored[0].numpy())
+            self._read(batch.indices, stored[0].numpy())
             normalized_rows(stored, out=rows[graph : graph + 1])
         return rows
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from gstds_cache.graph.laplacian import Laplacian
 from gstds_cache.spectral.result import Ritz
 
+DENSE_LIMIT = 8192  # rows beyond which a dense matrix is not tried: 0.5 GB, and minutes
+
+Solver = Callable[[Laplacian, int], Ritz]
 DensePair = tuple[Float64[Tensor, " q"], Float64[Tensor, "B q"], Float64[Tensor, " q"]]
 
 
@@ -57,3 +63,32 @@ def solve_dense(A: Laplacian, q: int, *, tolerance: float) -> Ritz:
         iterations=torch.zeros(len(worst), dtype=torch.int64, device=worst.device),
         converged=(worst <= tolerance).all(dim=1),
     )
+
+
+def iterate(A: Laplacian, q: int, solver: Solver, *, tolerance: float) -> tuple[Ritz, Bool[Tensor, " G"]]:
+    """Solve by iteration, then densely what did not converge.
+
+    Args:
+        A: Laplacians of connected graphs.
+        q: Pairs wanted.
+        solver: What iterates.
+        tolerance: Relative residual.
+
+    Returns:
+        Pairs, and which graphs were solved densely, ``[G]`` bool.
+    """
+    fallback = torch.zeros(A.graph.graphs, dtype=torch.bool, device=A.diagonal.device)
+    ritz = solver(A, q)
+    again: list[int] = (~ritz.converged).nonzero().flatten().tolist()
+    if again and A.graph.nodes <= DENSE_LIMIT:
+        replace_pairs(ritz, again, solve_dense(A.subset(again), q, tolerance=tolerance))
+        fallback[again] = True
+    return ritz, fallback
+
+
+def replace_pairs(ritz: Ritz, graphs: list[int], other: Ritz) -> None:
+    """Put the pairs of ``other`` in place of some graphs'; their iterations stay counted."""
+    for field in fields(Ritz):
+        if field.name != "iterations":
+            mine = getattr(ritz, field.name)
+            mine[graphs] = getattr(other, field.name).to(mine.device)

@@ -7,68 +7,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int8
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.components import bridge_components, label_components
-from gstds_cache.graph.knn import nearest
+from gstds_cache.graph.cuda import graph_stack, log_fallback
+from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import as_stack, normalized_rows
+from gstds_cache.spectral.block import fiedler_of_stack, rest_on_cpu, solve_graphs, solve_stack, why_not_solved
 from gstds_cache.spectral.compiled import block_size, lobpcg_compiled
-from gstds_cache.spectral.dense import solve_dense
+from gstds_cache.spectral.dense import iterate, solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
-from gstds_cache.spectral.result import DEGENERATE_GAP, FiedlerResult, Ritz, canonical_sign
+from gstds_cache.spectral.result import FiedlerResult, Ritz, result_of
 from gstds_cache.spectral.status import Status
 
 DENSE_BY_DESIGN = 32  # rows up to which a dense solve is quicker than starting an iteration
-DENSE_LIMIT = 8192  # rows beyond which a dense matrix is not tried: 0.5 GB, and minutes
-SMALLEST = 4  # fewer rows are flagged TOO_SMALL
 
 
 def _solve(
     A: Laplacian, q: int, *, tolerance: float, max_iterations: int, seed: int, start: Tensor | None, threads: int
 ) -> tuple[Ritz, Bool[Tensor, " G"]]:
     """Solve by the method that fits, and tell which graphs took the dense fallback."""
-    graphs, nodes = A.graph.graphs, A.graph.nodes
-    fallback = torch.zeros(graphs, dtype=torch.bool, device=A.diagonal.device)
+    device, nodes = A.diagonal.device, A.graph.nodes
     if nodes <= max(DENSE_BY_DESIGN, 3 * block_size(q)):
-        return solve_dense(A, q, tolerance=tolerance), fallback
-    solver = partial(lobpcg_compiled, threads=threads) if A.diagonal.device.type == "cpu" else lobpcg
-    ritz = solver(A, q, tolerance=tolerance, max_iterations=max_iterations, seed=seed, start=start)
-    again: list[int] = (~ritz.converged).nonzero().flatten().tolist()
-    if not again or nodes > DENSE_LIMIT:
-        return ritz, fallback
-    dense = solve_dense(A.subset(again), q, tolerance=tolerance)
-    fallback[again] = True
-    for mine, exact in (
-        (ritz.values, dense.values),
-        (ritz.basis, dense.basis),
-        (ritz.residual, dense.residual),
-        (ritz.second, dense.second),
-        (ritz.converged, dense.converged),
-    ):
-        mine[again] = exact
-    return ritz, fallback
-
-
-def _pad(x: Float64[Tensor, "*head q"], q: int, value: float) -> Float64[Tensor, "*head Q"]:
-    return torch.nn.functional.pad(x, (0, q - x.shape[-1]), value=value)
-
-
-def _status(ritz: Ritz, fallback: Bool[Tensor, " G"], graph: SparseGraph) -> Int8[Tensor, " G"]:
-    gap = ritz.second - ritz.values[:, 0]
-    degenerate = gap.isfinite() & (gap <= DEGENERATE_GAP * ritz.second)
-    status = torch.zeros(len(fallback), dtype=torch.int8, device=fallback.device)
-    for flag, holds in (
-        (Status.MAX_ITERATIONS, ~ritz.converged),
-        (Status.DENSE_FALLBACK, fallback),
-        (Status.DEGENERATE, degenerate),
-        (Status.BRIDGED, graph.component.amax(dim=1) > 0),
-    ):
-        status += holds.to(torch.int8) * int(flag)
-    return status | int(Status.TOO_SMALL) if graph.nodes < SMALLEST else status
+        return solve_dense(A, q, tolerance=tolerance), torch.zeros(A.graph.graphs, dtype=torch.bool, device=device)
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "seed": seed}
+    if start is None:
+        reason = why_not_solved(device, nodes, q)
+        ritz = None if reason else solve_graphs(A.graph, q, laplacian=A.kind, **options)
+        if ritz is not None:
+            return ritz, rest_on_cpu(ritz, A.graph.subset, A.kind, threads=threads, **options)
+        log_fallback(device, reason)
+    solver = partial(lobpcg_compiled, threads=threads) if device.type == "cpu" else lobpcg
+    return iterate(A, q, partial(solver, start=start, **options), tolerance=tolerance)
 
 
 def _single_nodes(A: Laplacian, q: int) -> FiedlerResult:
@@ -84,6 +58,18 @@ def _single_nodes(A: Laplacian, q: int) -> FiedlerResult:
         status=torch.full_like(zero, int(Status.TOO_SMALL), dtype=torch.int8),
         components=zero + 1,
     )
+
+
+def _check_options(q: int, tolerance: float, max_iterations: int, seed: int, threads: int | None) -> None:
+    for what, got, good, expected in (
+        ("q", q, q >= 1, "at least 1"),
+        ("tolerance", tolerance, 0 < tolerance < 1, "between 0 and 1, both excluded"),
+        ("max_iterations", max_iterations, max_iterations >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "0 or more"),
+        ("threads", threads, threads is None or threads >= 1, "at least 1"),
+    ):
+        if not good:
+            raise UsageError(f"{what}: got {got}, expected {expected}")
 
 
 def fiedler_of_graph(
@@ -123,15 +109,7 @@ def fiedler_of_graph(
         UsageError: If an argument is out of range.
         SolverError: If a graph is disconnected: its Fiedler vector would be an arbitrary null vector.
     """
-    for what, got, good, expected in (
-        ("q", q, q >= 1, "at least 1"),
-        ("tolerance", tolerance, 0 < tolerance < 1, "between 0 and 1, both excluded"),
-        ("max_iterations", max_iterations, max_iterations >= 1, "at least 1"),
-        ("seed", seed, seed >= 0, "0 or more"),
-        ("threads", threads, threads is None or threads >= 1, "at least 1"),
-    ):
-        if not good:
-            raise UsageError(f"{what}: got {got}, expected {expected}")
+    _check_options(q, tolerance, max_iterations, seed, threads)
     parts, _ = label_components(graph)
     if bool((parts > 1).any()):
         g = int((parts > 1).nonzero()[0])
@@ -152,14 +130,7 @@ def fiedler_of_graph(
         start=start if start is None else start[..., :pairs],
         threads=threads or torch.get_num_threads(),
     )
-    return FiedlerResult(
-        values=_pad(ritz.values, q, torch.inf),
-        basis=_pad(canonical_sign(ritz.basis), q, 0.0),
-        residual=_pad(ritz.residual, q, 0.0),
-        iterations=ritz.iterations,
-        status=_status(ritz, fallback, graph),
-        components=graph.component.amax(dim=1) + 1,
-    )
+    return result_of(ritz, q, fallback, graph.component.amax(dim=1) + 1)
 
 
 def fiedler_vectors(
@@ -207,20 +178,19 @@ def fiedler_vectors(
         UsageError: If an argument is out of range.
         SolverError: If a row holds NaN or Inf.
     """
-    return fiedler_of_rows(
-        normalized_rows(as_stack(x, device)),
-        k=k,
-        q=q,
-        laplacian=laplacian,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        seed=seed,
-        backend=backend,
-        threads=threads,
-    )
-
-
-def fiedler_of_rows(rows: Float32[Tensor, "G B D"], *, k: int, backend: str = "auto", **options: Any) -> FiedlerResult:
-    """:func:`fiedler_vectors` of rows that have unit length already, as ``normalized_rows`` makes them."""
-    graph, _ = bridge_components(symmetrise(nearest(rows, k, backend=backend)), rows)
-    return fiedler_of_graph(graph, **options)
+    batches = as_stack(x, device)
+    _check_options(q, tolerance, max_iterations, seed, threads)
+    options: dict[str, Any] = {
+        "laplacian": laplacian,
+        "tolerance": tolerance,
+        "max_iterations": max_iterations,
+        "seed": seed,
+    }
+    _, nodes, _ = batches.shape
+    name = resolve_backend(backend, batches.device, nodes, k)
+    if name == "cuda" and k >= 1 and nodes > DENSE_BY_DESIGN and not why_not_solved(batches.device, nodes, q):
+        graphs = graph_stack(batches, min(k, nodes - 1))
+        return fiedler_of_stack(graphs, solve_stack(graphs, q, **options), batches, threads=threads, **options)
+    rows = normalized_rows(batches)
+    graph, _ = bridge_components(symmetrise(nearest(rows, k, backend=name)), rows)
+    return fiedler_of_graph(graph, q=q, threads=threads, **options)

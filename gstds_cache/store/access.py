@@ -1,9 +1,11 @@
-"""Three ways to get at a store's rows behind one interface; a stated memory budget chooses.
+"""Three ways to get at a store's rows on a CPU behind one interface; a stated memory budget chooses.
 
 - ``memory``: all rows in memory. Exact random order; every shard is read once.
 - ``mirror``: a verified ``.npy`` copy on the local disk, memory-mapped. Exact random order.
 - ``window``: a few shards in memory at a time. Random rows are found shard by shard, which is slow; in the order of
   :meth:`RowAccess.shuffled` every shard is read once an epoch.
+
+``device`` asks a selection to hold all rows on its GPU (selection/device_rows.py); what a CPU reads is as for ``auto``.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from jaxtyping import Float, Int64
 from gstds_cache.files import mapped
 from gstds_cache.store.spec import CacheSpec
 
-Kind = Literal["auto", "memory", "mirror", "window"]
-KINDS: tuple[Kind, ...] = ("auto", "memory", "mirror", "window")
+Kind = Literal["auto", "device", "memory", "mirror", "window"]
+KINDS: tuple[Kind, ...] = ("auto", "device", "memory", "mirror", "window")
 MIRROR_SPARE = 1.1  # of the disk that is free, for what else needs it
 
 Rows = Float[np.ndarray, "R D"]
@@ -160,7 +162,7 @@ def choose(
     """Choose a way, and say why.
 
     Args:
-        kind: What was asked for; ``auto`` leaves the choice here.
+        kind: What was asked for; ``auto`` and ``device`` leave the choice here.
         nbytes: Bytes of all rows.
         memory_budget: Bytes that may be held in memory.
         mirror: Where a mirror would lie; None where there is no place for one.
@@ -172,7 +174,7 @@ def choose(
         ``memory``, ``mirror`` or ``window``, and the reason in words.
     """
     size, budget = f"{nbytes / 1e6:,.1f} MB of rows", f"{memory_budget / 1e6:,.1f} MB of memory"
-    if kind == "auto":
+    if kind in {"auto", "device"}:
         if nbytes <= memory_budget:
             return "memory", f"all in memory, {size}; the budget is {budget}"
         if complete and mirror is not None and os.path.isfile(mirror / "embeddings.npy"):  # noqa: PTH113 - never raises

@@ -43,6 +43,7 @@ class EmbeddingStore:
         fingerprint: SHA-256 of the specification.
         without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
+        access_asked: How they were asked for, e.g. ``auto``.
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
         access_reason: Why, in words.
         fell_back: Why rows are not got at as was chosen, once they were; empty where they are.
@@ -64,7 +65,8 @@ class EmbeddingStore:
             where: The store; or its metadata, whose commit records are not read again.
             allow_partial: Accept a store that is not complete; rows that are missing have ``valid`` 0.
             memory_budget: Bytes of embeddings that may be held in memory.
-            access: How to get at rows; ``auto`` chooses by the budget (:mod:`gstds_cache.store.access`).
+            access: How to get at rows; ``auto`` chooses by the budget (:mod:`gstds_cache.store.access`). ``device`` has
+                a selection hold them on its GPU.
             mirror: The folder of the mirror; ``STORE.mirror`` by default.
 
         Raises:
@@ -102,7 +104,7 @@ class EmbeddingStore:
         if problems:
             raise corrupt(self.location, problems)
         self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
-        self._mirror, self.fell_back = mirror, ""
+        self._mirror, self.fell_back, self.access_asked = mirror, "", access
         self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
         self._metadata.transport.mark_used()
@@ -113,7 +115,7 @@ class EmbeddingStore:
         Raises:
             UsageError: A mirror was asked for, and there is no place for it.
         """
-        wanted = access == "mirror" or (access == "auto" and self.nbytes > self.memory_budget and complete)
+        wanted = access == "mirror" or (access in {"auto", "device"} and self.nbytes > self.memory_budget and complete)
         if wanted and self._mirror is None:
             paths = derived_paths(self.location, MIRROR)
             kept = [path for path in paths if os.path.isfile(path / ROWS)]  # noqa: PTH113 - Path's may raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.stream.record_writer import computed
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.shared_reader import WAKE, Growing, GrowingFile, SharedReader, Stopped
 from gstds_cache.stream.writer import header_of, stored_header, storing
@@ -70,9 +71,9 @@ class Shared(Growing):
         try:
             with storing(self.header, self.path) as stored:
                 self.grown(stored.size)
-                with closing(selector.run(start=stored.taken_over)) as batches:  # type: ignore[type-var]
-                    for selection in batches:
-                        stored.write(selection)
+                with closing(computed(selector, stored.taken_over)) as batches:  # type: ignore[type-var]
+                    for ready in batches:
+                        stored.write(*ready)
                         self.grown(stored.size)
                         if self.stopping:
                             raise Stopped

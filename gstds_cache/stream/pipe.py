@@ -15,7 +15,7 @@ from gstds_cache.files.atomic import DISK_FULL
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import open_selection
-from gstds_cache.stream.record_writer import SelectionWriter
+from gstds_cache.stream.record_writer import SelectionWriter, computed
 from gstds_cache.stream.records import GROUP_RECORDS
 from gstds_cache.stream.schema import ByteStream, Header
 from gstds_cache.stream.writer import Storing, header_of, partial_of, storing
@@ -41,8 +41,8 @@ class GroupingWriter:
         self._closed, self._error = False, None  # type: bool, BaseException | None
         self._thread = threading.Thread(target=self._run, name="stream-writer", daemon=True)
 
-    def write(self, selection: SelectedBatch) -> None:
-        """Queue a batch.
+    def write(self, *selections: SelectedBatch) -> None:
+        """Queue batches.
 
         Raises:
             BrokenPipeError: The reader went away; or whatever else ended the writing.
@@ -51,7 +51,7 @@ class GroupingWriter:
             self._changed.wait_for(lambda: len(self._ready) < self._ahead or self._error is not None)
             if self._error is not None:
                 raise self._error
-            self._ready.append(selection)
+            self._ready.extend(selections)
             self._changed.notify_all()
 
     def __enter__(self) -> GroupingWriter:
@@ -120,10 +120,10 @@ def write_pipe(
         if keep is not None and before:
             for selection in _first(keep, before):
                 pipe.write(selection)
-        for selection in selector.run(start=before):
-            pipe.write(selection)
-            kept.write(selection)
-            yield selection
+        for ready in computed(selector, before):
+            pipe.write(*ready)
+            kept.write(*ready)
+            yield from ready
 
 
 class _Keeping:
@@ -150,12 +150,12 @@ class _Keeping:
                 self._block, self.taken_over = block, self._stored.taken_over
         return self
 
-    def write(self, selection: SelectedBatch) -> None:
-        """Store a batch; where that fails nothing more is stored."""
+    def write(self, *selections: SelectedBatch) -> None:
+        """Store batches; where that fails nothing more is stored."""
         if self._stored is None or self._block is None:
             return
         try:
-            self._stored.write(selection)
+            self._stored.write(*selections)
         except OSError as error:
             block, self._block = self._block, None
             with suppress(OSError):  # of what was not written yet

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -21,6 +23,9 @@ from gstds_cache.stream.records import (
     sha_words,
 )
 from gstds_cache.stream.schema import ByteStream, Header
+
+if TYPE_CHECKING:
+    from gstds_cache.selection.run import BatchSelector
 
 
 class SelectionWriter:
@@ -110,8 +115,44 @@ def grouped(selections: Iterable[SelectedBatch]) -> Iterator[list[SelectedBatch]
     for selection in selections:
         group.append(selection)
         rows += len(selection.kept)
-        if len(group) == GROUP_RECORDS or rows >= GROUP_ROWS:
+        if is_full(len(group), rows):
             yield group
             group, rows = [], 0
     if group:
         yield group
+
+
+def computed(selector: BatchSelector, start: int) -> Iterator[list[SelectedBatch]]:
+    """Select from batch ``start`` on, and hand over together what is ready together.
+
+    A record batch of one batch takes 100 us, a batch's share of a full one 7.
+
+    Args:
+        selector: The run.
+        start: First ``seq``.
+
+    Yields:
+        Batches in order, in lists that are no longer than the groups of a finished file.
+    """
+    group: list[SelectedBatch] = []
+    rows = 0
+    with closing(selector.run(start=start)) as batches:  # type: ignore[type-var]
+        while True:
+            try:
+                selection = next(batches)
+            except StopIteration:
+                return
+            except BaseException:
+                if group:  # what was selected before something failed is not lost
+                    yield group
+                raise
+            group.append(selection)
+            rows += len(selection.kept)
+            if not selector.pending or is_full(len(group), rows):
+                yield group
+                group, rows = [], 0
+
+
+def is_full(records: int, rows: int) -> bool:
+    """Whether a group of a finished file is closed at so many records that keep so many rows."""
+    return records >= GROUP_RECORDS or rows >= GROUP_ROWS

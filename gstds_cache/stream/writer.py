@@ -2,7 +2,8 @@
 
 While it is made, a selection lies in ``.NAME.partial``, in record batches of what was ready. When it is whole it is
 read once more, checked, and written in full groups under its name: so a finished file has the same bytes however often
-the making was interrupted, and is read at full speed.
+the making was interrupted, and is read at full speed. A GPU makes batches so fast that they come in full groups from
+the first to the last: then the file is whole as it is, and only gets its name.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gstds_cache.errors import StreamError, UsageError
-from gstds_cache.files.atomic import atomic_write, writing
+from gstds_cache.files.atomic import atomic_write, discard_leftovers, flush_directory, writing
 from gstds_cache.files.lock import exclusive
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
-from gstds_cache.stream.record_writer import SelectionWriter, grouped
+from gstds_cache.stream.record_writer import SelectionWriter, computed, grouped, is_full
 from gstds_cache.stream.schema import CANDIDATES_FORMAT, FORMAT, Header
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Storing:
         header: What the selection says of itself.
         taken_over: Batches that an interrupted run had left.
         size: Bytes of the partial file that hold whole record batches.
+        in_groups: Whether all was written in the groups of a finished file.
     """
 
     def __init__(self, file: BinaryIO, partial: Path, header: Header) -> None:
@@ -111,12 +113,16 @@ class Storing:
                 self._writer.write(*group)
         self.taken_over = self._writer.next_seq
         self.size = file.tell()
+        self.in_groups, self._last_full = self.taken_over == 0, True
 
     def write(self, *selections: SelectedBatch) -> None:
         """Write batches."""
         with writing(self._partial):
             self._writer.write(*selections)
         self.size = self._file.tell()
+        rows = [len(selection.kept) for selection in selections]
+        self.in_groups &= self._last_full and not is_full(len(rows) - 1, sum(rows[:-1]))
+        self._last_full = is_full(len(rows), sum(rows))
 
     def end(self) -> None:
         """Write the stream end, once."""
@@ -162,7 +168,12 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
             finally:
                 with writing(partial):
                     os.fsync(file.fileno())
-        _finish(partial, path)
+        if stored.in_groups:
+            discard_leftovers(path, alone=True)
+            partial.replace(path)
+            flush_directory(path.parent)
+        else:
+            _finish(partial, path)
 
 
 def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, None, None]:
@@ -179,9 +190,9 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, 
         IncompleteError: Another process is writing the same file.
     """
     with storing(header_of(selector), path) as stored:
-        for selection in selector.run(start=stored.taken_over):
-            stored.write(selection)
-            yield selection
+        for ready in computed(selector, stored.taken_over):
+            stored.write(*ready)
+            yield from ready
 
 
 def copy_file(source: Path, path: Path) -> None:

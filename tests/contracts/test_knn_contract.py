@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from faiss_on_cpu import on_cpu
 
 from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.graph import faiss_search
 from gstds_cache.graph.knn import BACKENDS, by_candidates, knn_graph, search_torch
 
 GPU = pytest.param(
@@ -23,12 +25,33 @@ ON_CUDA = pytest.param(
 )
 
 
+KERNELS = pytest.param(
+    ("cuda", "cuda"),
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
 @pytest.fixture(
-    params=[("faiss-cpu", "cpu"), ("torch", "cpu"), ("torch stacked", "cpu"), ON_CUDA, TORCH_ON_CUDA, GPU],
+    params=[
+        ("faiss-cpu", "cpu"),
+        ("faiss-gpu", "cpu"),
+        ("torch", "cpu"),
+        ("torch stacked", "cpu"),
+        ("cuda", "cpu"),
+        ON_CUDA,
+        TORCH_ON_CUDA,
+        GPU,
+        KERNELS,
+    ],
     ids="-on-".join,
 )
 def search(request, monkeypatch):
     backend, device = request.param
+    if (backend, device) == ("faiss-gpu", "cpu"):
+        on_cpu(monkeypatch)
+        monkeypatch.setattr(faiss_search, "require_faiss", lambda _backend: None)
+    if (backend, device) == ("cuda", "cpu"):
+        request.getfixturevalue("emulated_kernels")
     # What torch does on CUDA runs on a CPU as well.
     monkeypatch.setitem(BACKENDS, "torch stacked", lambda rows, k: by_candidates(search_torch, rows, k))
     return lambda x, k: knn_graph(x.to(device), k, backend=backend)
@@ -60,7 +83,7 @@ def assert_nearest(x, graph, k):
 
 
 def test_every_backend_is_under_contract():
-    assert set(BACKENDS) == {"faiss-cpu", "faiss-gpu", "torch"}
+    assert set(BACKENDS) == {"cuda", "faiss-cpu", "faiss-gpu", "torch"}
 
 
 @pytest.mark.parametrize(("g", "b", "d", "k"), [(1, 2, 3, 1), (3, 17, 5, 4), (2, 65, 33, 10), (1, 300, 64, 20)])

@@ -11,6 +11,7 @@ from gstds_cache.graph.components import bridge_components
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.spectral.block import solve_graphs
 from gstds_cache.spectral.compiled import lobpcg_compiled
 from gstds_cache.spectral.dense import solve_dense
 from gstds_cache.spectral.lobpcg import lobpcg
@@ -30,6 +31,12 @@ def by_compiled(laplacian, q):
     return lobpcg_compiled(laplacian, q, tolerance=TOLERANCE, max_iterations=500, seed=0, threads=2)
 
 
+def by_block(laplacian, q):
+    ritz = solve_graphs(laplacian.graph, q, laplacian=laplacian.kind, tolerance=TOLERANCE, max_iterations=500, seed=0)
+    assert ritz is not None
+    return ritz
+
+
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -38,12 +45,16 @@ CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
         pytest.param((by_dense, "cpu"), id="dense-on-cpu"),
         pytest.param((by_lobpcg, "cpu"), id="lobpcg-on-cpu"),
         pytest.param((by_compiled, "cpu"), id="compiled-on-cpu"),
+        pytest.param((by_block, "cpu"), id="block-emulated"),
+        pytest.param((by_block, "cuda"), id="block-on-cuda", marks=CUDA),
         pytest.param((by_dense, "cuda"), id="dense-on-cuda", marks=CUDA),
         pytest.param((by_lobpcg, "cuda"), id="lobpcg-on-cuda", marks=CUDA),
     ]
 )
 def solve(request):
     solver, device = request.param
+    if (solver, device) == (by_block, "cpu"):
+        request.getfixturevalue("emulated_kernels")
 
     def run(graph, q=2, kind="combinatorial"):
         moved = SparseGraph(**{name: value.to(device) for name, value in vars(graph).items()})
@@ -117,7 +128,7 @@ def test_weights_over_six_orders_of_magnitude(solve, kind):
     row, col = np.triu_indices(b, 1)
     kept = rng.random(len(row)) < 0.15
     kept |= col == row + 1
-    weight = 10.0 ** rng.uniform(-6, 0, kept.sum())
+    weight = (10.0 ** rng.uniform(-6, 0, kept.sum())).astype(np.float32).astype(np.float64)  # as cosines are
     graph = SparseGraph.from_edges(*(torch.from_numpy(a) for a in (row[kept], col[kept], weight)), (1, b))
     ritz = solve(graph, 2, kind)
     assert_solved(graph, ritz, 2, kind, every=False)

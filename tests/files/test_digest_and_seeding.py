@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gstds_cache.files.digest import canonical_json, digest_of, merkle_root, sha256_file
-from gstds_cache.seeding import rng_for, torch_rng_for
+from gstds_cache.seeding import keys_for, rng_for, torch_rng_for
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
@@ -58,3 +58,14 @@ def test_global_random_state_is_left_alone() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match=">= 0"):
         rng_for(-1, "x")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**40 + 3, 2**70 + 1])
+def test_keys_of_many_are_those_of_each(seed: int) -> None:
+    first, second = np.array([0, 1, 3, 2**32 - 1]), np.array([7, 0, 2**31, 9])
+    keys = keys_for(seed, "steady", first, second)
+    for n, key in enumerate(keys):
+        generator = rng_for(seed, "steady", int(first[n]), int(second[n]))
+        assert generator.bit_generator.state["state"]["key"].tolist() == key.tolist()
+    with pytest.raises(ValueError, match="outside 0 to"):
+        keys_for(seed, "steady", np.array([2**32]))

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.graph import knn
+from gstds_cache.graph import faiss_search, knn
 from gstds_cache.graph.knn import by_candidates, knn_graph, resolve_backend, search_torch, top_k
 from gstds_cache.graph.neighbors import normalized_rows
 
@@ -16,43 +17,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [(CPU, 0, "torch"), (CPU, 2, "torch"), (CUDA, 0, "torch"), (CUDA, 1, "faiss-gpu")],
 )
 def test_auto_backend(monkeypatch, device, gpus, expected):
-    monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: gpus)
-    assert resolve_backend("auto", device) == expected
-
-
-def test_faiss_gpu_without_a_gpu_says_what_to_pass(monkeypatch):
-    monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 0)
-    with pytest.raises(UsageError, match="faiss sees no GPU") as error:
-        knn_graph(torch.ones(1, 3, 2), 1, backend="faiss-gpu")
-    assert "auto, torch or faiss-cpu" in error.value.hint
+    monkeypatch.setattr(faiss_search, "gpus", lambda: gpus)
+    assert resolve_backend("auto", device, 512, 10) == expected
 
 
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(UsageError, match="unknown kNN backend 'fais-cpu'.*faiss-cpu") as error:
-        resolve_backend("fais-cpu", CPU)
+        resolve_backend("fais-cpu", CPU, 512, 10)
     assert "'faiss-cpu'" in error.value.hint
-
-
-def test_gpu_search_but_for_the_call_itself(monkeypatch):
-    """The GPU path runs here with faiss's CPU search in place of the GPU's, on tensors, as knn_gpu takes them."""
-    calls = []
-
-    def knn_gpu(resources, xq, xb, k, *, metric, device):
-        calls.append((resources, metric, device))
-        return (xq @ xb.T).topk(k, dim=1)
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    monkeypatch.setattr(knn, "_gpu_resources", lambda device: f"resources {device}")
-    rows = normalized_rows(torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)))
-    pytest.importorskip("faiss.contrib.torch_utils")
-    monkeypatch.setattr(knn.faiss, "knn_gpu", knn_gpu)
-    similarity, index = knn.search_faiss_gpu(rows.as_subclass(OnGpu), 6)
-    expected_similarity, expected_index = knn.search_faiss_cpu(rows, 6)
-    assert torch.equal(index.as_subclass(torch.Tensor), expected_index)
-    assert torch.allclose(similarity.as_subclass(torch.Tensor), expected_similarity, atol=1e-6)
-    assert calls == [("resources None", knn.faiss.METRIC_INNER_PRODUCT, None)] * 2
 
 
 def test_more_candidates_than_a_search_can_find_are_found_by_torch():
@@ -79,6 +51,23 @@ def test_top_k_takes_the_row_out_by_index_wherever_it_stands():
     torch.testing.assert_close(taken.similarities[0], torch.tensor([[1.0, 0.5], [1.0, 1.0], [1.0, 0.9]]))
     assert open_end.tolist() == [True]  # in row 1 a fourth could be as near
     assert top_k(similarity[None, :1], index[None, :1], 1)[1].tolist() == [False]
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.25], [0.0, -0.0, 0.25], [-0.5, -0.25, 1e-40, -1e-40, 1.0, -1.0]])
+def test_top_k_orders_as_a_sort_by_both_numbers_does(values):
+    generator = np.random.default_rng(0)
+    similarity = generator.choice(np.array(values, np.float32), (3, 40, 12))
+    index = np.argsort(generator.random((3, 40, 40)), axis=2)[..., :12]
+    taken, open_end = top_k(torch.from_numpy(similarity), torch.from_numpy(index), 4)
+    for graph in range(3):
+        could_go_on = False
+        for row in range(40):
+            found = sorted(zip(-similarity[graph, row], index[graph, row], strict=True))
+            best = [(s, i) for s, i in found if i != row][:4]
+            assert taken.neighbors[graph, row].tolist() == [i for _, i in best]
+            assert taken.similarities[graph, row].tolist() == [-s for s, _ in best]
+            could_go_on |= found[-1][0] == best[-1][0]
+        assert bool(open_end[graph]) == could_go_on
 
 
 def test_settle_clips_rounding_before_it_orders_ties():

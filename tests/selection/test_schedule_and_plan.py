@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +267,31 @@ def test_a_byte_order_mark_is_no_ratio(tmp_path) -> None:
     (tmp_path / "plain.txt").write_bytes(b"0.5\n0.25\n")
     marked, plain = (parse_schedule(f"file:{tmp_path / name}").identity for name in ("ratios.txt", "plain.txt"))
     assert marked == plain
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("assignments", [0, 1, 2])
+@pytest.mark.parametrize(
+    "rows", [1000, 1037, 70_000]
+)  # whole batches, a last one that differs, a permutation by cipher
+def test_a_stack_holds_what_its_batches_are_one_by_one(rows: int, assignments: int, window: int | None) -> None:
+    size = 64 if rows < 70_000 else 4096
+    plan = SelectionPlan(
+        EligibleRows(rows, np.array([3, 77, 500])),
+        batch_size=size,
+        epochs=5,
+        schedule=parse_schedule("linear:0.2:0.9"),
+        seed=3,
+        order=Order(window),
+        shard_rows=50,
+        batch_assignments=assignments,
+    )
+    for start, most in ((0, 7), (3, 1000), (plan.total_batches - 1, 5)):
+        stacks = list(plan.stacks(start, most))
+        assert all(len(stack) <= most for stack in stacks)
+        batches = [batch for stack in stacks for batch in stack]
+        assert [batch.seq for batch in batches] == list(range(start, plan.total_batches))
+        for batch in batches:
+            alone = plan.batch(batch.seq)
+            assert batch.indices.tolist() == alone.indices.tolist()
+            assert replace(batch, indices=alone.indices) == alone

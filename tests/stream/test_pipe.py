@@ -122,7 +122,7 @@ def test_a_disk_that_fills_ends_the_keeping_and_the_pipe_is_served(store, tmp_pa
     write = Storing.write
 
     def full_at_10(self: Storing, *selections: SelectedBatch) -> None:
-        if selections[0].seq == 10:
+        if any(selection.seq == 10 for selection in selections):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, *selections)
 

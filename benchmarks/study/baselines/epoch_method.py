@@ -5,24 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Int64
 
-from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer
+from benchmarks.study.baselines.batch_method import Choice, Offer
+from benchmarks.study.baselines.last_losses import LastLosses
 
-START = 3.0  # last loss of a row that was never trained on, in the code of InfoBatch, SeTa and OrderDP alike
 
-
-class EpochMethod(BatchMethod):
-    """Keeps the last loss of each row; no forward pass is spent.
+class EpochMethod(LastLosses):
+    """Chooses the rows of an epoch at its start.
 
     Of a batch it chooses what the epoch's rows have in it, few or many; steps are of one size all the same
     (:attr:`step_rows`), so an epoch of few rows has fewer of them, as with a data loader over those rows.
-
-    Attributes:
-        scores: Last losses, float32 [N].
     """
-
-    needs_losses = False
 
     def __init__(self, items: int, step: int) -> None:
         """Start with all losses equal.
@@ -31,7 +25,7 @@ class EpochMethod(BatchMethod):
             items: Items of the data set (N).
             step: Samples of a training step.
         """
-        self.scores: Float32[np.ndarray, " N"] = np.full(items, START, np.float32)
+        super().__init__(items)
         self.step_rows = step
         self._epoch = -1
         self._kept = np.zeros(items, bool)
@@ -53,12 +47,3 @@ class EpochMethod(BatchMethod):
             self._kept[:] = False
             self._kept[self.rows_of(offer.epoch, offer.epochs, offer.rng)] = True
         return Choice(np.flatnonzero(self._kept[offer.rows]))
-
-    def observe(
-        self,
-        rows: Int64[np.ndarray, " M"],
-        losses: Float32[np.ndarray, " M"],
-        correct: Bool[np.ndarray, " M"],  # noqa: ARG002
-    ) -> None:
-        """A score is the last loss seen."""
-        self.scores[rows] = losses

@@ -13,23 +13,17 @@ each sample is drawn by itself, where the paper's code draws a fixed number.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
 
-from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer
-from benchmarks.study.baselines.epoch_method import START
+from benchmarks.study.baselines.batch_method import Choice, Offer
+from benchmarks.study.baselines.last_losses import START, LastLosses
 
 ANNEAL = 0.875  # share of the epochs after which nothing is pruned
 
 
-class InfoBatch(BatchMethod):
-    """The method with its scores.
-
-    Attributes:
-        scores: float32 [N].
-    """
+class InfoBatch(LastLosses):
+    """The method with its scores, which are the last losses."""
 
     name = "infobatch"
-    needs_losses = False
 
     def __init__(self, items: int, prune: float = 0.5) -> None:
         """Start with all scores equal, so that the first epoch uses everything.
@@ -38,8 +32,8 @@ class InfoBatch(BatchMethod):
             items: Items of the data set (N).
             prune: r, probability with which a well-learned sample is left out.
         """
+        super().__init__(items)
         self.prune = prune
-        self.scores: Float32[np.ndarray, " N"] = np.full(items, START, np.float32)
         self._epoch, self._mean = -1, START
 
     def choose(self, offer: Offer) -> Choice:
@@ -55,12 +49,3 @@ class InfoBatch(BatchMethod):
             keep[int(offer.rng.integers(len(keep)))] = True
         weights = np.where(learned, 1 / (1 - self.prune), 1.0).astype(np.float32)
         return Choice(everything[keep], weights[keep])
-
-    def observe(
-        self,
-        rows: Int64[np.ndarray, " M"],
-        losses: Float32[np.ndarray, " M"],
-        correct: Bool[np.ndarray, " M"],  # noqa: ARG002
-    ) -> None:
-        """A score is the last loss seen."""
-        self.scores[rows] = losses

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
-from benchmarks.study.baselines.epoch_method import START, EpochMethod  # noqa: E402
+from benchmarks.study.baselines.epoch_method import EpochMethod  # noqa: E402
 from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
 from benchmarks.study.baselines.infobatch import InfoBatch  # noqa: E402
+from benchmarks.study.baselines.last_losses import START  # noqa: E402
 from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
