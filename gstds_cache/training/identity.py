@@ -96,6 +96,6 @@ def default_name(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
     for field in sorted(identity, key=lambda field: (field != "repack", field)):
         value = identity[field]
         if value != defaults[field]:
-            text = str(value)[:8] if field == "eval_root" else f"{value}"
+            text = str(value)[:8] if field == "eval_root" else "" if value is True else f"{value}"
             name += f"-{SPELLED.get(field, field.removesuffix('_root'))}{text.replace('/', '-')}"
     return name
