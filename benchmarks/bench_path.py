@@ -172,6 +172,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         "batches": epoch,
         **microseconds([timed(selector, epoch) for _ in range(trials)], size),
     }
+    failed = sum(selector.counts.status[name] for name in ("max_iterations", "dense_fallback"))
+    result["share_solved_again_on_the_cpu"] = failed / max(selector.counts.batches, 1)
     file = folder / "selection.arrow"
     written = []
     for _ in range(trials):

@@ -44,6 +44,10 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
     if path.stem == "bench_gpu":
         assert min(result["path, B=32"]["same_rows_kept_as_on_the_cpu"].values()) >= 0.99
         assert result["solver, B=32"]["q=1"]["cosine_of_vectors"]["min"] > 0.999
+    if path.stem == "bench_path":
+        assert result["path"]["batches"] == 11
+        assert result["share_solved_again_on_the_cpu"] < 0.1
+        assert result["path_to_a_file"]["million_samples_per_second"]["min"] > 0
     if path.stem == "bench_hit":
         assert (result["images_opened_by_a_hit"], result["hits"]) == (0, 1)
         assert result["root_is_that_of_the_files_read"]
