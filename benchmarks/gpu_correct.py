@@ -65,7 +65,7 @@ def variants(device: torch.device) -> list[tuple[str, str, tuple[str, ...]]]:
         for q in (1, 8):
             for spill in (False, True):
                 solve_kernel(device, block_size(q), spill=spill)
-        why_not_ruled(device, RULES[DEFAULT_RULE])
+        why_not_ruled(device, RULES[DEFAULT_RULE], 512, 384)
     return asked
 
 
