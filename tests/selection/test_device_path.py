@@ -74,6 +74,18 @@ def test_the_same_rows_as_on_the_cpu(store: EmbeddingStore, on_device, rule: str
     assert everything(list(on_device(store, rule=rule).run(7))) == everything(ours)[7:]
 
 
+def test_candidates_have_the_strata_that_they_have_on_the_cpu(store: EmbeddingStore, on_device) -> None:
+    settings = {"draw": "loss", "strata": 4}
+    theirs = list(BatchSelector(store, replace(CONFIG, **settings)).run())
+    selector = on_device(store, **settings)
+    assert not selector.device_run.has_rule
+    for mine, other in zip(selector.run(), theirs, strict=True):
+        np.testing.assert_array_equal(mine.kept, other.kept)
+        assert (mine.count, mine.candidates.keep) == (other.count, other.candidates.keep)
+        assert (mine.candidates.stratum == other.candidates.stratum).mean() > 0.95
+    assert selector.digest == BatchSelector(store, replace(CONFIG, **settings)).digest
+
+
 def test_stacks_of_any_size_and_whoever_looks_on_change_nothing(store: EmbeddingStore, on_device, monkeypatch) -> None:
     whole = everything(list(on_device(store).run()))
     for at_once in (1, 3):
