@@ -1,13 +1,14 @@
-"""Accuracy at a quarter of the gradients: rows drawn by training losses beside random ones, the default rule and all rows.
+"""Accuracy at a quarter of the gradients: rows drawn by training losses, at random, by the default rule, and all rows.
 
     python benchmarks/bench_draws.py imagefolder:cifar/train imagefolder:cifar/test --store STORE --out draws.json
 
-``conv7`` at 32 pixels, batches of 512 of which 128 are trained on, ``--epochs`` passes. Every method gets the same number
-of learning rates, one seed each, on a tenth of the training set that is held out; the best is run with ``--seeds`` seeds
-on the test set. ``all, as many gradients`` trains on all rows of a quarter of the passes, ``all, 4 x`` in all passes.
+``conv7`` at 32 pixels, batches of 512 of which 128 are trained on, ``--epochs`` passes. Every method gets the same
+number of learning rates, one seed each, on a tenth of the training set that is held out; the best is run with
+``--seeds`` seeds on the test set. ``all, as many gradients`` trains on all rows of a quarter of the passes, ``all, 4 x
+the gradients`` in all passes.
 
-Several processes share the GPU, for a small network leaves most of it idle, so seconds are no measurement here. Each run
-is a line in ``OUT.lines`` as it ends; called again, runs that are there are not made again. ``--seconds`` ends it.
+Several processes share the GPU, for a small network leaves most of it idle, so seconds are no measurement here. Each
+run is a line in ``OUT.lines`` as it ends; called again, runs that are there are not made again. ``--seconds`` ends it.
 """
 
 from __future__ import annotations
@@ -157,11 +158,14 @@ def work(arguments: argparse.Namespace, device: torch.device) -> None:
     made = {(line["stage"], line["method"], line["lr"], line["seed"]) for line in found}
     todo = [run for run in runs(stage, best_rates(found), arguments)
             if (stage, METHODS[run[0]].name, *run[1:]) not in made]  # fmt: skip
-    config = replace(RECIPE, arch=arguments.arch, device=str(device), norm_samples=4096, label_smoothing=0.0, weight_decay=5e-4)
+    config = replace(
+        RECIPE, arch=arguments.arch, device=str(device), norm_samples=4096, label_smoothing=0.0, weight_decay=5e-4
+    )
     for index, rate, seed in todo[int(number) :: int(of)]:
         if time.time() > arguments.until:
             return
-        trainer, seconds, _ = run_trainer(data, folder_of(stage, arguments) / f"{index}.arrow", own(config, rate, seed))
+        selection = folder_of(stage, arguments) / f"{index}.arrow"
+        trainer, seconds, _ = run_trainer(data, selection, own(config, rate, seed))
         line = {"stage": stage, "method": METHODS[index].name, "lr": rate, "seed": seed,
                 "accuracy": data.accuracy(trainer.network), "steps": trainer.step, "seconds": seconds}  # fmt: skip
         with Path(f"{arguments.out}.lines").open("a") as file:
@@ -182,10 +186,13 @@ def result_of(arguments: argparse.Namespace) -> dict[str, Any]:
         shares = [line["accuracy"] for line in found if line["stage"] == "test" and line["method"] == method.name]
         result[method.name] = {
             "lr": best.get(method.name),
-            "validation": {line["lr"]: line["accuracy"] for line in found
-                           if line["stage"] == "validation" and line["method"] == method.name},
+            "validation": {
+                line["lr"]: line["accuracy"]
+                for line in found
+                if line["stage"] == "validation" and line["method"] == method.name
+            },
             "test": spread(shares) | {"deviation": float(np.std(shares, ddof=1))} if len(shares) > 1 else shares,
-        }  # fmt: skip
+        }
     return result
 
 
@@ -215,8 +222,16 @@ def main() -> None:
     for stage in STAGES:
         prepare(stage, arguments, device)
         workers = [
-            subprocess.Popen([sys.executable, *sys.argv, "--worker", f"{stage},{number},{arguments.processes}",
-                              "--until", str(until)])  # fmt: skip
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    *sys.argv,
+                    "--worker",
+                    f"{stage},{number},{arguments.processes}",
+                    "--until",
+                    str(until),
+                ]
+            )  # fmt: skip
             for number in range(arguments.processes)
         ]
         for worker in workers:
