@@ -223,15 +223,9 @@ def main() -> None:
         prepare(stage, arguments, device)
         workers = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    *sys.argv,
-                    "--worker",
-                    f"{stage},{number},{arguments.processes}",
-                    "--until",
-                    str(until),
-                ]
-            )  # fmt: skip
+                [sys.executable, *sys.argv, "--until", str(until)]
+                + ["--worker", f"{stage},{number},{arguments.processes}"]
+            )
             for number in range(arguments.processes)
         ]
         for worker in workers:
