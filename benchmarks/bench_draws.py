@@ -223,8 +223,14 @@ def main() -> None:
         prepare(stage, arguments, device)
         workers = [
             subprocess.Popen(
-                [sys.executable, *sys.argv, "--until", str(until)]
-                + ["--worker", f"{stage},{number},{arguments.processes}"]
+                [
+                    sys.executable,
+                    *sys.argv,
+                    "--until",
+                    str(until),
+                    "--worker",
+                    f"{stage},{number},{arguments.processes}",
+                ]
             )
             for number in range(arguments.processes)
         ]

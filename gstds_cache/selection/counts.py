@@ -104,7 +104,7 @@ class SelectionCounts:
             self.classes[place - 1] = before[0] + int(seen[place]), before[1] + int(kept[place])
         self.batches += len(batches)
         self.rows += sum(batch.n_in for batch in batches)
-        self.kept += sum(len(batch.kept) for batch in batches)
+        self.kept += sum(batch.count for batch in batches)
         for status, count in Counter(batch.status for batch in batches).items():
             self.status.update({flag.name.lower(): count for flag in status if flag.name})
             if status == Status.CONVERGED:
