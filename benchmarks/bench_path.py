@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from batches import made_up
-from harness import parser, report, spread
+from harness import parser, report, spread, write
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.data.manifest import DatasetManifest
@@ -91,9 +92,9 @@ def timed(selector: BatchSelector, batches: int, file: Path | None = None) -> di
     running = selector.run() if file is None else write_file(selector, file)
     with contextlib.closing(running):
         done = sum(1 for _ in itertools.islice(running, batches))
-    if batches >= selector.plan.total_batches:
-        for _ in running:  # the end of a file is part of writing it
-            raise AssertionError("more batches than there are")
+        if batches >= selector.plan.total_batches:
+            for _ in running:  # the end of a file is part of writing it
+                raise AssertionError("more batches than there are")
     return {"batches": done, "seconds": time.perf_counter() - begun, "own_seconds": time.thread_time() - own}
 
 
@@ -134,6 +135,12 @@ def shares(store: EmbeddingStore, config: SelectConfig, device: torch.device, ba
     return found
 
 
+def keep(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write what has been measured so far: what is killed, or fails, later has shown that much."""
+    if arguments.out is not None:
+        write(arguments.out, json.dumps(result, indent=1))
+
+
 def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Everything, most important first; what there is no time for is left out."""
     begun = time.perf_counter()
@@ -172,6 +179,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         "batches": epoch,
         **microseconds([timed(selector, epoch) for _ in range(trials)], size),
     }
+    keep(result, arguments)
     failed = sum(selector.counts.status[name] for name in ("max_iterations", "dense_fallback"))
     result["share_solved_again_on_the_cpu"] = failed / max(selector.counts.batches, 1)
     file = folder / "selection.arrow"
@@ -180,6 +188,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         file.unlink(missing_ok=True)
         written.append(timed(selector, epoch, file))
     result["path_to_a_file"] = microseconds(written, size)
+    keep(result, arguments)
     result["shares_us_per_batch"] = shares(store, config, device, epoch)
     for name, changes in {"one vector": {"rule": "coverage"}, "normalized": {"laplacian": "normalized"}}.items():
         if left() > arguments.seconds * 0.4:
@@ -194,6 +203,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         other = BatchSelector(copied, config)
         timed(other, 1)
         result["path, rows copied stack by stack"] = microseconds([timed(other, min(epoch, 1024))], size)
+    keep(result, arguments)
     with contextlib.closing(selector.run()) as running:
         ours = list(itertools.islice(running, 64))
     result["beside_the_cpu"] = beside_the_cpu(store, config, ours, cuda, left)

@@ -92,7 +92,7 @@ FIGURES: list[Figure] = [
     *solve_figures(512, 1, 10),
     *solve_figures(512, 8, 60),
     Figure("neighbours and graph, B = 512, a graph", "throughput",
-           ("neighbours, B=512", "us_per_graph", "kernels, products and graph"), 10, True, "us"),
+           ("neighbours, B=512", "us_per_graph", "kernels"), 10, True, "us"),
     Figure("neighbours and graph, faiss.knn_gpu over it", "throughput",
            ("neighbours, B=512", "over_kernels", "faiss.knn_gpu"), 30, unit="x"),
     Figure("neighbours and graph, bmm and topk over it", "throughput",
