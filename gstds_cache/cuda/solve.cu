@@ -493,7 +493,7 @@ extern "C" __global__ void BOUNDS fiedler_block(
             int i = order[t / (M / 2)], v = t % (M / 2) * 2;
             *(float2 *)(other + i * M + v) = product<float>(g, z, i, v);
         }
-        SYNC();
+        // no barrier here: A W is read behind those of the first product of Gram matrices
         for (int half = 0; half < 2; half++) {  // with A W, then with A P, in the same room
             // of the column block b: G (all of the basis), r^T s for X's rows, and s^T A b for the others
             const int c0 = half ? 2 * M : M;

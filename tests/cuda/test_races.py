@@ -24,7 +24,7 @@ from gstds_cache.graph.laplacian import SparseGraph
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 SANITIZER = ("-fsanitize=thread", "-DEMULATE_THREADS")
-THREADS = 5  # of no relation to the sizes of arrays: a thread meets what others wrote
+THREADS = 7  # of no relation to the sizes of arrays: a thread meets what others wrote
 RACE = 66  # exit code
 KERNELS = {
     "graph.cu": {"graph_block": ("KNN=4",)},
@@ -35,13 +35,13 @@ KERNELS = {
 
 def graph_launches() -> list[Launch]:
     gen = torch.Generator().manual_seed(0)
-    clusters = torch.eye(4).repeat_interleave(5, 0) + 0.01 * torch.randn(20, 4, generator=gen)
-    x = torch.stack([clusters, torch.randn(20, 4, generator=gen)])
+    clusters = torch.eye(4).repeat_interleave(10, 0) + 0.01 * torch.randn(40, 4, generator=gen)
+    x = torch.stack([clusters, torch.randn(40, 4, generator=gen)])
     x = torch.nn.functional.normalize(x, dim=2)
     products = x @ x.mT
     return [
-        graph_launch(products, torch.ones(2, 20), 3, held=4, threads=THREADS)[0],
-        graph_launch(products, None, 3, held=4, edges=40, threads=THREADS)[0],
+        graph_launch(products, torch.ones(2, 40), 3, held=4, threads=THREADS)[0],
+        graph_launch(products, None, 3, held=4, edges=80, threads=THREADS)[0],
         graph_launch(products, None, 3, held=4, bridges=1, threads=THREADS)[0],
     ]
 
