@@ -292,7 +292,7 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     batch, trials = arguments.batch, arguments.trials
     small = replace(RECIPE, device=str(data.device), norm_samples=0)
     resnet = replace(small, arch=arguments.resnet, lr=0.1, label_smoothing=0.0)
-    few, many = (8, 8) if arguments.smoke else (60, 400)
+    few, many = (8, 8) if arguments.smoke else (250, 400)  # what comes once a run is a percent of that
     yield "conv7", lambda: throughput(data, small, batch, many, trials)
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
     full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)

@@ -34,6 +34,8 @@ def arguments_of(text: str | None) -> argparse.Namespace:
     made.add_argument("--seconds", type=float, default=300, help="after which no further case is begun")
     made.add_argument("--rows", type=Path, help="float16 [N, D] as numpy.save writes them [default: made-up clusters]")
     made.add_argument("--full", action="store_true", help="the small case at full size, for a profiler")
+    made.add_argument("--graphs", type=int, default=3, help="of the small case")
+    made.add_argument("--nodes", type=int, default=96, help="of each of them")
     return made.parse_args()
 
 

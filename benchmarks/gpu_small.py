@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
         measured.case("full", 0, lambda: run(device, 264, 512))
     else:
         with changed(graph_cuda, "_inner_products", products_on_the_cpu):
-            measured.case("small", 0, lambda: run(device, 3, 96))
+            measured.case("small", 0, lambda: run(device, arguments.graphs, arguments.nodes))
     (case,) = (case for name, case in measured.found.items() if name in {"small", "full"})
     # Two variants may round differently on a GPU, where a product and a sum become one step: that is only told.
     if "error" in case or not case["all_converge"]:

@@ -92,7 +92,7 @@ class Run:
         out, printed = self.scratch / f"{part.name}.json", self.scratch / f"{part.name}.txt"
         out.unlink(missing_ok=True)
         words = part.words(out, seconds, self.arguments)
-        entry: dict[str, Any] = {"status": "running", "limit_s": round(seconds), "command": " ".join(words)}
+        entry: dict[str, Any] = {"status": "running", "limit_s": round(seconds), "command": told(words)}
         self.parts[part.name] = entry
         self.save()
         begun, seen = time.monotonic(), 0.0
@@ -125,6 +125,11 @@ class Run:
     def close(self) -> None:
         """Remove what parts wrote for themselves."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def told(words: list[str]) -> str:
+    """A command as someone else would type it: without where Python and this checkout are."""
+    return " ".join("python" if word == sys.executable else word.removeprefix(f"{ROOT}/") for word in words)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
