@@ -80,7 +80,14 @@ def sanitizer(name: str) -> Part:
     # cuda-bindings asks the driver for what an older one lacks; those answers are no errors of ours.
     command = ("compute-sanitizer", "--tool", name, "--error-exitcode", "9", "--report-api-errors", "no")
     small = ("--graphs", "1", "--nodes", "40") if name == "racecheck" else ()  # it took more than 60 s for 3 of 96
-    return Part(name, (*command, *script("gpu_small.py", *small)), 60, 25, read=read_sanitizer, environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    return Part(
+        name,
+        (*command, *script("gpu_small.py", *small)),
+        60,
+        25,
+        read=read_sanitizer,
+        environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    )
 
 
 def tests_of_the_gpu() -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int, Int64
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.errors import UsageError
@@ -138,31 +139,40 @@ class FoldProbe:
     settings: ProbeSettings
     total: int  # rows to learn from, epochs counted
     seen: int = 0
-    step: int = 0
+    steps: Tensor = field(init=False)  # taken, [] float32, as torch counts them
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.first, self.second = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        self.steps = torch.zeros((), device=self.weight.device)
 
     def learn(self, x: Float32[Tensor, "b D1"], y: Int64[Tensor, " b"]) -> None:
         """One step of AdamW on the mean cross-entropy of a batch.
 
-        By hand: ``torch.optim.AdamW`` gives the same weights up to rounding, but loads torch's compiler when the first
-        one is made (1.5 to 2.0 s, more than most probes take), and its steps took 1.2 to 1.6 times as long for 10
-        classes, as long for 1,000 (one thread, 64 and 1,280 dimensions, batches of 256, torch 2.14).
+        By torch's function: making a ``torch.optim.AdamW`` loads torch's compiler, which takes longer than most probes.
         """
         gradient = torch.softmax(x @ self.weight, dim=1)
         gradient[torch.arange(len(y), device=y.device), y] -= 1
         gradient = x.T @ gradient / len(y)
-        fall = 0.5 * (1 + math.cos(math.pi * self.seen / self.total))
-        rate = min(self.settings.lr_scale / (x.shape[1] - 1), FASTEST) * fall
-        self.step, self.seen = self.step + 1, self.seen + len(y)
-        self.first.lerp_(gradient, 1 - BETAS[0])
-        self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        size = (self.second / (1 - BETAS[1] ** self.step)).sqrt_().add_(EPSILON)
-        self.weight.mul_(1 - self.settings.decay * fall)
-        self.weight.addcdiv_(self.first, size, value=-rate / (1 - BETAS[0] ** self.step))
+        peak = min(self.settings.lr_scale / (x.shape[1] - 1), FASTEST)
+        adamw(
+            [self.weight],
+            [gradient],
+            [self.first],
+            [self.second],
+            [],
+            [self.steps],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=peak * 0.5 * (1 + math.cos(math.pi * self.seen / self.total)),
+            weight_decay=self.settings.decay / peak,  # torch multiplies it by the rate
+            eps=EPSILON,
+            maximize=False,
+        )
+        self.seen += len(y)
 
     def learn_window(self, window: Window, rng: np.random.Generator) -> None:
         """Learn from the rows of a window that are not of this fold, in random order, in batches of about one size."""
