@@ -16,6 +16,7 @@ AT_ONCE = 1 << 14
 """Names that are in memory at a time, and the length of an Arrow array."""
 
 # Bytes and no text: a file's name need not be UTF-8.
+POOL = pa.system_memory_pool()  # Arrow's own allocator keeps some 10 MB for itself
 _SCHEMA = pa.schema([pa.field("name", pa.binary(), nullable=False)])
 
 
@@ -57,7 +58,8 @@ class Names(Sequence[str]):
         def write(file: IO[bytes]) -> None:
             with pa.ipc.new_file(file, _SCHEMA) as writer:
                 while some := [name.encode("utf-8", errors) for name in islice(left, AT_ONCE)]:
-                    writer.write_batch(pa.record_batch([pa.array(some, pa.binary())], schema=_SCHEMA))
+                    array = pa.array(some, pa.binary(), memory_pool=POOL)
+                    writer.write_batch(pa.record_batch([array], schema=_SCHEMA))
 
         return cls(mapped.written(write))
 
@@ -162,7 +164,7 @@ def _hashes(names: Names, start: int) -> UInt64[np.ndarray, " n"]:
 
 def _strings(array: pa.BinaryArray) -> list[str]:
     try:
-        strings: list[str] = array.cast(pa.utf8()).to_pylist()
+        strings: list[str] = array.cast(pa.utf8(), memory_pool=POOL).to_pylist()
     except pa.ArrowInvalid:  # Not UTF-8.
         return list(map(_string, array.to_pylist()))
     return strings
