@@ -281,7 +281,7 @@ __device__ void rayleigh_ritz(double *G, double *H, double *U, double *room, dou
     }
     SYNC();
     EACH(t, K * M) {  // back to the basis: L^-T D^-1/2 U
-        int r = t / M, v = t % M, a = (int)next[v];
+        int r = t / M, v = t % M, a = next[v] >= 0 && next[v] < K ? (int)next[v] : 0;  // NaN have no ranks: no place is theirs
         double s = 0;
         for (int k = r; k < K; k++) s += G[k * S + r] * rot[k] * U[k * S + a];
         Y[t] = s * size[r];

@@ -218,10 +218,11 @@ class _Helper(threading.Thread):
         self._results.put(commit)
 
     def _next_shard(self) -> tuple[int, tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]] | None] | None:
+        self._under_way += 1  # before it is taken: whoever asks between the two would end this with a shard lost
         shard = next(self._shards, None)
         if shard is None:
+            self._under_way -= 1
             return None
-        self._under_way += 1
         known = self._task.known
         return shard, None if known is None else known(self._task.writer.spec.rows_of(shard))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -36,11 +36,13 @@ class _Block:
         first: Its first step.
         values: Losses, then two numbers of the ranks: how many want to stop, and how long rank 0 wants a block to be.
         arrived: Waits until they are there.
+        told: Whether its losses have been given out, and only what ranks agree on is left to be read.
     """
 
     first: int
     values: Float64[Tensor, " _"]
     arrived: Callable[[], object]
+    told: bool = False
 
 
 class StepLosses:
@@ -108,6 +110,9 @@ class StepLosses:
     def wait(self) -> Losses:
         """Wait for the device, until all that was taken over is known.
 
+        What ranks agree on, when to stop and how long a block is, is left until the next block is sent, which they do
+        after the same steps: each rank saves, and so waits, by its own clock.
+
         In the middle of a block, which happens where a selection ends in an error, several ranks do not add up its
         losses: this rank's stand for all.
 
@@ -117,9 +122,10 @@ class StepLosses:
         known: Losses = []
         if self._ranks.world_size == 1:
             known += self.end_block()
-        if self._sent is not None:
-            known += self._read(self._sent)
-            self._sent = None
+        if self._sent is not None and not self._sent.told:
+            self._sent.arrived()
+            known += enumerate(self._sent.values[:-2].tolist(), self._sent.first)
+            self._sent = replace(self._sent, told=True)
         known += [(self._first + place, float(loss)) for place, loss in enumerate(self._losses)]
         self._losses = []
         return known
@@ -145,4 +151,4 @@ class StepLosses:
         self.stop |= stop > 0
         # At most twice as long: until the host has waited for a block, steps seem as quick as asking for them.
         self._block_steps = max(1, min(int(steps), 2 * self._block_steps, MOST_STEPS))
-        return list(enumerate(losses, block.first))
+        return [] if block.told else list(enumerate(losses, block.first))

@@ -147,3 +147,13 @@ def test_shared_memory_is_what_the_kernel_takes(solve_kernel, m):
         for normalized in (False, True):
             found = library.fiedler_bytes(ctypes.c_int(nodes), ctypes.c_int(edges), ctypes.c_int(normalized))
             assert found == solve_bytes(nodes, edges, m, normalized=normalized)
+
+
+@pytest.mark.parametrize(("m", "q"), [(2, 1), (10, 8)])
+@pytest.mark.parametrize("weight", [0.0, 1e-42, float("inf"), float("nan")])
+def test_weights_that_lead_to_nan_end_without_a_result_and_inside_the_memory(solve_kernel, weight, m, q):
+    stack = stack_of(path())
+    launch, out = solve_launch(stack.crow, stack.col, torch.full_like(stack.weight, weight), q, m=m, most=3)
+    solve_kernel(m).run(launch, threads=1)
+    assert out["converged"].tolist() == [0]
+    assert out["iterations"].tolist() == [3]

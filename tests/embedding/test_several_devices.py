@@ -109,6 +109,21 @@ def test_ctrl_c_ends_all_processes(forked, config, tmp_path) -> None:
     assert left_over() == []
 
 
+def test_a_shard_that_is_being_given_out_is_waited_for() -> None:
+    helper = object.__new__(several._Helper)
+
+    class Shards:
+        """Whoever asks, while a shard is taken, whether there is anything to wait for."""
+
+        def __next__(self) -> int:
+            assert helper._under_way == 1
+            raise StopIteration
+
+    helper._under_way, helper._shards = 0, Shards()
+    assert helper._next_shard() is None
+    assert helper._under_way == 0
+
+
 def test_a_data_set_that_does_not_pickle_is_told(config, tmp_path) -> None:
     source = ArraySource(50)
     source.lock = threading.Lock()  # type: ignore[attr-defined]

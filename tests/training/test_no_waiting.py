@@ -247,15 +247,16 @@ def test_blocks_give_each_loss_once_and_grow_to_a_quarter_of_a_second() -> None:
     assert blocks == [0, 1, 1, 1, 1]
 
 
-def test_ranks_know_the_same_and_stop_at_the_same_step(monkeypatch) -> None:
-    """Two ranks, each a thread; the second wants to stop at its 60th step."""
+@pytest.mark.parametrize("saves", [(), (0,), (1,), (0, 1)])
+def test_ranks_know_the_same_and_stop_at_the_same_step(monkeypatch, saves) -> None:
+    """Two ranks, each a thread; the second wants to stop at its 60th step. Some save at ends of epochs."""
     barrier, parts, added = threading.Barrier(2), {}, threading.local()
 
     def all_reduce(values: torch.Tensor) -> None:
         parts[added.rank] = values.clone()
-        barrier.wait(20)
+        barrier.wait(5)
         values.copy_(parts[0] + parts[1])
-        barrier.wait(20)
+        barrier.wait(5)
 
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
 
@@ -264,8 +265,9 @@ def test_ranks_know_the_same_and_stop_at_the_same_step(monkeypatch) -> None:
         losses, known = StepLosses(Ranks(CPU, rank, 2), deferred=True), []
         for step in range(1000):
             known += losses.add(step, torch.tensor(float(step + 2 * rank)), rank == 1 and step == 60)
-            if step % 50 == 49:
+            if step % 10 == 9:
                 known += losses.end_block()
+                known += losses.wait() if rank in saves else []
             if losses.stop:
                 return step, known + losses.wait()
         raise AssertionError("nobody stopped")
