@@ -73,6 +73,12 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that torch can still hand out: what is free there, and what torch keeps for later."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def own_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream of a GPU's beside the current one, which goes first where both have something to do.
 

@@ -4,6 +4,8 @@ Batches go in stacks, whose kernels are queued without a wait. Two stacks are in
 plans the next stack and hands over the one before, the device computes, and where the last graphs of a stack leave
 processors idle the next stack begins. What comes back is copied to pinned memory; an event tells when it is there.
 
+Where memory runs short, stacks become smaller; a batch that has no room even alone is computed on the CPU.
+
 Graphs that do not converge, and only those, are solved on the CPU. So are the last batches of epochs, which are of
 another size: a stack of one graph would keep a GPU waiting. Spectra are not kept for later epochs: computing them takes
 less time than writing and reading them would.
@@ -12,7 +14,7 @@ less time than writing and reading them would.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -25,14 +27,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.errors import SolverError
-from gstds_cache.graph.cuda import GraphStack, graph_stack, unsigned
+from gstds_cache.errors import SolverError, in_words
+from gstds_cache.graph.cuda import GraphStack, graph_stack, log_fallback, unsigned
 from gstds_cache.graph.neighbors import require_finite
+from gstds_cache.runtime.devices import free_memory
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.cuda_rule import Draws, finish, keep_of_cells
 from gstds_cache.selection.device_results import InFlight, SolvedStack, of_spectra
-from gstds_cache.selection.device_rows import Rows, new_event, new_stream, picked, upload
+from gstds_cache.selection.device_rows import Rows, new_event, picked, stream_of, upload
 from gstds_cache.selection.guidance import Guidance
 from gstds_cache.selection.plan import PlannedStack, SelectionPlan
 from gstds_cache.selection.rule import Rule
@@ -45,6 +48,9 @@ IN_FLIGHT = 2
 GRAPHS_A_PROCESSOR = 8  # of a stack: the last of them leave a device idle for a part of an eighth of its time
 WITHOUT_DEVICE = 64  # graphs of a stack where kernels are emulated
 SHARE = 0.4  # of the memory that is free beside the rows, for stacks in flight
+
+Flight = InFlight | tuple[PlannedStack, Future[list[Spectrum]]]
+"""A stack that is being computed: on the device, or on the CPU."""
 
 
 class DevicePath:
@@ -79,12 +85,14 @@ class DevicePath:
         self._config, self._plan, self._counts, self._rows, self._on_cpu = config, plan, counts, rows, on_cpu
         self._rule, self._labels, self._dim, self._device = rule, labels, dim, device
         self._vectors, self._cuda = max(1, rule.vectors), device.type == "cuda"
-        self._streams = [new_stream(device) for _ in range(IN_FLIGHT)] if self._cuda else []
+        self._streams = [stream_of(device, number) for number in range(IN_FLIGHT)] if self._cuda else []
         self._turn = 0
         self._difficulty: Tensor | None = None
         self._labels_on_device: Tensor | None = None
 
-    def solved(self, start: int, guidance: Guidance | None, *, at_once: int | None = None) -> Iterator[SolvedStack]:
+    def solved(
+        self, start: int, guidance: Guidance | None, *, at_once: int | None = None
+    ) -> Generator[SolvedStack, None, None]:
         """Compute batches from ``start`` on.
 
         Args:
@@ -103,17 +111,43 @@ class DevicePath:
             self._place(guidance)
         if self._cuda:
             torch.cuda.synchronize(self._device)  # what was uploaded on one stream both use
-        flying: deque[InFlight | tuple[PlannedStack, Future[list[Spectrum]]]] = deque()
+        most, flying = at_once or self._at_once(), deque[Flight]()
         with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "openmp")) as beside:
-            for planned in self._plan.stacks(start, at_once or self._at_once()):
-                if planned.indices.shape[1] != self._plan.batch_size:
-                    flying.append((planned, beside.submit(self._on_cpu.of, list(planned))))
-                else:
-                    flying.append(self._queue(planned, guidance))
-                while len(flying) > IN_FLIGHT:  # the stack after next is queued before one is waited for
-                    yield self._arrived(flying.popleft())
+            for stack in self._plan.stacks(start, most):
+                left = deque(stack.parts(most))
+                while left:
+                    flight = self._begin(left[0], guidance, beside, alone=not flying)
+                    if flight is not None:
+                        flying.append(flight)
+                        left.popleft()
+                    else:  # what is in flight gives its memory back, and the next stacks take less
+                        most = max(1, len(left[0]) // 2)
+                        left = deque(part for planned in left for part in planned.parts(most))
+                    # The stack after next is queued before one is waited for.
+                    while len(flying) > (IN_FLIGHT if flight is not None else 0):
+                        yield self._arrived(flying.popleft())
             while flying:
                 yield self._arrived(flying.popleft())
+
+    def _begin(
+        self, planned: PlannedStack, guidance: Guidance | None, beside: ThreadPoolExecutor, *, alone: bool
+    ) -> Flight | None:
+        """Begin to compute a stack; None where the device has no memory for it, but may have for a smaller one.
+
+        Args:
+            planned: The stack.
+            guidance: As :meth:`solved` takes it.
+            beside: Computes on the CPU.
+            alone: Whether no other stack is in flight.
+        """
+        if planned.indices.shape[1] == self._plan.batch_size:
+            try:
+                return self._queue(planned, guidance)
+            except torch.OutOfMemoryError as error:
+                if len(planned) > 1 or not alone:
+                    return None
+                log_fallback(self._device, in_words(error))
+        return planned, beside.submit(self._on_cpu.of, list(planned))
 
     def _at_once(self) -> int:
         if not self._cuda:
@@ -121,8 +155,7 @@ class DevicePath:
         # A stack that fills the device, and no more memory than there is.
         nodes, knn, dim = self._plan.batch_size, self._config.knn, self._dim
         each = nodes * (4 * dim + 32 * knn + 16 * self._vectors + 64)
-        free, _ = torch.cuda.mem_get_info(self._device)
-        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        free = free_memory(self._device)
         processors = torch.cuda.get_device_properties(self._device).multi_processor_count
         fit = int(free * SHARE) // (each * (IN_FLIGHT + 1))
         return max(1, min(int(GRAPHS_A_PROCESSOR * processors), fit, self._rows.most(nodes)))
@@ -197,7 +230,7 @@ class DevicePath:
             most=int(planned.keep.max()),
         )
 
-    def _arrived(self, item: InFlight | tuple[PlannedStack, Future[list[Spectrum]]]) -> SolvedStack:
+    def _arrived(self, item: Flight) -> SolvedStack:
         if not isinstance(item, InFlight):
             planned, computed = item
             return of_spectra(planned, computed.result())

@@ -87,7 +87,8 @@ class InFlight:
             residual=host["residual"][:, 0].numpy(),
             status=status.numpy(),
             positions=host["positions"].numpy().view(np.uint16) if "positions" in host else None,
-            score=host["score"].numpy() if "score" in host else None,
+            # A copy: whoever keeps a batch would keep a whole stack's page-locked memory.
+            score=host["score"].numpy().copy() if "score" in host else None,
             vector=host["vector"].numpy() if "vector" in host else None,
             spectra={graph: self._spectrum(graph, status, exact.get(graph)) for graph in wanted},
         )

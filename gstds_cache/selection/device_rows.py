@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.graph.cuda import inverse_lengths
 from gstds_cache.graph.neighbors import ROWS_NAMED
+from gstds_cache.runtime.devices import free_memory
 from gstds_cache.runtime.threads import in_threads
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -25,6 +27,7 @@ SHARE = 0.6  # of the memory that is free on a device, for rows: the rest is for
 MOST_ROWS = 1 << 31  # that a stack is numbered in
 CHECKED_ROWS = 1 << 16  # at once
 STREAMED_BYTES = 256 << 20  # of rows that are copied at once
+COPYING = -1  # the number of the stream that copies
 
 
 class DeviceRows:
@@ -108,7 +111,7 @@ class StreamedRows:
         self._store, self._device = store, device
         self._cuda = device.type == "cuda"
         self._pool = ThreadPoolExecutor(threads)
-        self._stream = new_stream(device) if self._cuda else None
+        self._stream = stream_of(device, COPYING) if self._cuda else None
         self._slots: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
 
@@ -180,7 +183,7 @@ def choose_rows(store: EmbeddingStore, device: torch.device) -> tuple[bool, str]
         return False, f"{store.access_reason}; copied to {device} batch by batch"
     if device.type != "cuda":
         return True, f"all on {device}, {size}"
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device)
     room = f"{free * SHARE / 1e6:,.1f} MB of the memory that is free on {device}"
     if store.nbytes <= free * SHARE:
         return True, f"all on {device}, {size}; they may take {room}"
@@ -200,8 +203,9 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def new_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of work on a CUDA device."""
+@cache
+def stream_of(device: torch.device, number: int) -> torch.cuda.Stream:  # noqa: ARG001 - tells streams apart
+    """A CUDA device's stream of a number, the same in every run: memory that torch keeps for it no other one gets."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

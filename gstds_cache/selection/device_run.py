@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import UsageError, in_words
 from gstds_cache.selection.cuda_rule import why_not_ruled
 from gstds_cache.selection.device_batches import Choose, HoldFloor, count_labels_into, selections_of
 from gstds_cache.selection.device_path import DevicePath
@@ -89,12 +89,31 @@ class DeviceRun:
     def rows(self) -> Rows:
         """The store's rows; they stay for the next run."""
         counts, begun = self._of.counts, time.perf_counter()
-        rows = (DeviceRows if self.has_rows else StreamedRows)(
-            self._of.store, self._of.device, threads=self._of.cpu_threads
-        )
+        rows: Rows | None = self._all_rows() if self.has_rows else None
+        if rows is None:
+            rows = StreamedRows(self._of.store, self._of.device, threads=self._of.cpu_threads)
         counts.seconds["gather"] += time.perf_counter() - begun
         counts.elapsed += time.perf_counter() - begun
         return rows
+
+    def _all_rows(self) -> DeviceRows | None:
+        """All rows there; None where memory ran out, and it is not said that they have to be there.
+
+        Raises:
+            UsageError: It ran out, and they have to.
+        """
+        of = self._of
+        try:
+            return DeviceRows(of.store, of.device, threads=of.cpu_threads)
+        except torch.OutOfMemoryError as error:
+            if of.store.access_asked == "device":
+                raise UsageError(
+                    f"`access='device'`: {in_words(error)}",
+                    hint="leave `access` out: rows are then copied there batch by batch",
+                ) from error
+            reason = f"{of.store.access_reason}; copied to {of.device} batch by batch, since {in_words(error)}"
+        self._choice = False, reason
+        return None
 
     def spectra_on_cpu(self) -> Spectra:
         """What computes the spectra of the batches that are left to the CPU."""
@@ -146,8 +165,8 @@ class DeviceRun:
         """
         counts, labels = self._of.counts, self._of.store.labels
         places = int(labels.max(initial=-1)) + 2
-        with closing(self.spectra_on_cpu()) as spectra:
-            stacks = self.path(spectra).solved(start, guidance)
+        # The path ends first: a thread of its asks for spectra, and would write to a file that is closed.
+        with closing(self.spectra_on_cpu()) as spectra, closing(self.path(spectra).solved(start, guidance)) as stacks:
             while True:
                 begun = time.perf_counter()
                 stack = next(stacks, None)

@@ -13,7 +13,7 @@ diverged).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -81,6 +81,11 @@ class PlannedStack:
             zip(*(part.tolist() for part in numbers), strict=True), self.indices, strict=True
         ):
             yield BatchPlan(seq, epoch, batch_id, indices, keep, assignment, group)
+
+    def parts(self, most: int) -> list[PlannedStack]:
+        """The same batches in stacks of up to ``most``, in order."""
+        pieces = [slice(first, first + most) for first in range(0, len(self), most)]
+        return [PlannedStack(*(getattr(self, f.name)[piece] for f in fields(self))) for piece in pieces]
 
 
 class SelectionPlan:

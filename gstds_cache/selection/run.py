@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -182,11 +182,7 @@ class BatchSelector:
         guidance, _ = self.guidance, self.reference  # before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
-            if spectra is not None and not self.device_run.why_not:
-                pieces = pieces_of(self.device_run.path(spectra).solved(start, None))
-                done = in_threads(partial(map_pairs, self._choose), pieces, self.cpu_threads)
-            else:
-                done = in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
+            done = self._chosen(spectra, start)
             try:
                 while True:
                     begun = time.perf_counter()
@@ -204,6 +200,16 @@ class BatchSelector:
             finally:
                 done.close()
                 self.graphs_note = spectra.note if spectra is not None else ""
+
+    def _chosen(
+        self, spectra: Spectra | None, start: int
+    ) -> Generator[list[tuple[SelectedBatch, RuleBatch]], None, None]:
+        """Yields the selections of a few batches at a time, in order; once closed, no thread asks for spectra."""
+        if spectra is None or self.device_run.why_not:
+            yield from in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
+            return
+        with closing(self.device_run.path(spectra).solved(start, None)) as stacks:
+            yield from in_threads(partial(map_pairs, self._choose), pieces_of(stacks), self.cpu_threads)
 
     def _new_spectra(self) -> Spectra:
         if not self.device_run.why_not:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
-from gstds_cache.runtime.devices import to_device
+from gstds_cache.runtime.devices import free_memory, to_device
 from gstds_cache.runtime.progress import Counted
 from gstds_cache.training.augment import draw
 from gstds_cache.training.images import ImageFeed
@@ -47,7 +47,7 @@ def held_on_device(where: Literal["auto", "device", "host"], items: int, side: i
         return False
     if device.type != "cuda":
         return True
-    room, needed = int(SHARE * torch.cuda.mem_get_info(device)[0]), items * 3 * side * side
+    room, needed = int(SHARE * free_memory(device)), items * 3 * side * side
     if where == "device" and needed > room:
         raise UsageError(
             f"`images`: got device, but {items:,} images of {side} x {side} take {needed >> 20:,} MiB, expected at "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import SolverError, UsageError
-from gstds_cache.selection import device_path, throughput
-from gstds_cache.selection.device_rows import DeviceRows, StreamedRows
+from gstds_cache.selection import device_path, device_run, throughput
+from gstds_cache.selection.device_rows import DeviceRows, StreamedRows, choose_rows
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.selection.spectra import Spectra
 from gstds_cache.spectral import fiedler
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -193,6 +195,85 @@ def test_a_row_that_is_no_number_is_named(store: EmbeddingStore, on_device, monk
         opened = EmbeddingStore(store.location, access=access)
         with pytest.raises(SolverError, match=r"rows \[.*\] .*hold NaN or Inf"):
             list(on_device(opened).run())
+
+
+ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 has 79 GiB")
+
+
+def test_where_memory_runs_short_stacks_become_smaller(store: EmbeddingStore, on_device, monkeypatch) -> None:
+    whole = everything(list(on_device(store).run()))
+    stack, sizes = device_path.graph_stack, list[int]()
+
+    def graph_stack(rows: torch.Tensor, *arguments, **options):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise ERROR
+        return stack(rows, *arguments, **options)
+
+    monkeypatch.setattr(device_path, "graph_stack", graph_stack)
+    selector = on_device(store)
+    assert everything(list(selector.run())) == whole
+    assert sizes.count(4) == 1  # 4 full batches an epoch; later stacks are as small as the first had to be
+    assert set(sizes) == {4, 2}
+    assert everything([selection for selection, _ in on_device(store).watch()]) == whole
+
+
+def test_batches_that_have_no_room_even_alone_go_to_the_cpu(store: EmbeddingStore, on_device, monkeypatch) -> None:
+    def refuse(*_arguments, **_options):
+        raise ERROR
+
+    logged: list[str] = []
+    monkeypatch.setattr(device_path, "graph_stack", refuse)
+    monkeypatch.setattr(device_path, "log_fallback", lambda _device, reason: logged.append(reason))
+    selector = on_device(store)
+    assert everything(list(selector.run())) == everything(list(BatchSelector(store, CONFIG).run()))
+    assert logged == ["OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."] * 12
+
+
+def test_rows_that_do_not_fit_after_all_are_copied_batch_by_batch(
+    store: EmbeddingStore, on_device, monkeypatch
+) -> None:
+    def refuse(*_arguments, **_options):
+        raise ERROR
+
+    whole = everything(list(on_device(store).run()))
+    monkeypatch.setattr(device_run, "DeviceRows", refuse)
+    selector = on_device(store)
+    assert everything(list(selector.run())) == whole
+    assert not selector.device_run.has_rows
+    assert "batch by batch, since OutOfMemoryError: CUDA out of memory" in selector.device_run.rows_reason
+    with pytest.raises(UsageError, match=r"`access='device'`: OutOfMemoryError"):
+        list(on_device(EmbeddingStore(store.location, access="device")).run())
+
+
+def test_memory_that_torch_keeps_for_later_is_free(store: EmbeddingStore, monkeypatch) -> None:
+    numbers = {"memory_reserved": 3 * store.nbytes, "memory_allocated": store.nbytes, "mem_get_info": (0, 1 << 40)}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, number=number: number)
+    assert choose_rows(store, torch.device("cuda", 0))[0]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 2 * store.nbytes)
+    assert not choose_rows(store, torch.device("cuda", 0))[0]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_run_that_is_left_early_lets_its_threads_end_first(store, on_device, monkeypatch, watched) -> None:
+    order: list[str] = []
+    of, close = Spectra.of, Spectra.close
+
+    def slowly(self: Spectra, batches):
+        time.sleep(0.5)
+        made = of(self, batches)
+        order.append("asked")
+        return made
+
+    monkeypatch.setattr(Spectra, "of", slowly)
+    monkeypatch.setattr(Spectra, "close", lambda self: (order.append("closed"), close(self)))
+    selector = on_device(store)
+    running = selector.watch() if watched else selector.run()
+    next(running)
+    running.close()
+    assert order[-1] == "closed"
+    assert "asked" in order
 
 
 @pytest.mark.gpu
