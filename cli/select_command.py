@@ -222,9 +222,10 @@ def _print(summary: SelectionSummary, as_json: bool) -> None:
     print_table([(name, text) for name, text in rows.items() if text], err=piped)
     if not piped:
         click.echo(f"wrote: {summary.out}")
-        click.echo(
-            f"next: {command_line('gstds-train', summary.dataset_uri or 'DATASET', '--selection', Path(summary.out))}"
-        )
+        words = ["gstds-train", summary.dataset_uri or "DATASET", "--selection", Path(summary.out)]
+        draw = summary.rule.removeprefix("draw ")
+        own = draw != summary.rule and ":" in draw  # a selection names it, and cannot have it run
+        click.echo(f"next: {command_line(*words, *(['--draw', draw] if own else []))}")
     if as_json:
         print_json(summary.to_dict(), err=piped)
 

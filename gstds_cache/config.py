@@ -259,7 +259,8 @@ class SelectConfig:
             UsageError: There is such a setting.
         """
         if self.draw is None:
-            _require(self.strata == STRATA, "`strata`", self.strata, "no such setting without `draw`")
+            hint = "leave it out, or say by what a trainer draws: `draw='loss-minus-reference'`"
+            _require(self.strata == STRATA, "`strata`", self.strata, "no such setting without `draw`", hint)
             return
         hint = "leave it out: with `draw` the trainer chooses the rows, in each epoch anew"
         _require(self.rule == DEFAULT_RULE, "`rule`", self.rule, "no rule beside `draw`", hint)

@@ -48,6 +48,8 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         UsageError: There is no such module or no such function in it, or the module cannot be imported.
     """  # noqa: DOC501
     module_name, _, attribute = name.partition(":")
+    if not module_name:
+        raise UsageError(f"{what} {name!r}: it names no module", hint="write module:function, as in own:function")
     trace = f"to see the whole trace: python -c 'import {module_name}'"
     try:
         with importable(str(Path.cwd())), own_code(f"importing {module_name}", hint=trace):

@@ -219,6 +219,8 @@ class _Run:
         self.inform(f"rows: {selector.device_run.rows_reason}")
         if selector.rule.vectors and (reason := why_not_kept()):
             self.warn(f"note: {reason}")
+        if selector.too_many_strata:
+            self.warn(f"warning: {selector.too_many_strata}")
         if selector.slow_order:
             self.warn(f"warning: {selector.slow_order}")
 

@@ -23,6 +23,7 @@ from gstds_cache.selection.selected_batch import Candidates
 
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
+LARGEST_SCORE = 1e100  # of one's own: sums of larger ones may be infinite
 APART = 4000.0  # more than logarithms of float64 and Gumbel numbers are apart
 LARGEST_WEIGHT = 5.0  # of a row that was drawn although that was unlikely: above, its gradient outweighs the others'
 
@@ -156,10 +157,11 @@ def find_draw(name: str) -> Draw:
         name: The name.
 
     Returns:
-        The draw; what one's own returns is checked batch by batch.
+        The draw; what one's own returns is checked batch by batch, and once here, on rows that are made up: an error
+        should come before an epoch is trained.
 
     Raises:
-        UsageError: There is none; the message lists what there is.
+        UsageError: There is none; the message lists what there is. Or one's own gives no scores.
     """  # noqa: DOC501
     if not is_own(name):
         if name not in DRAWS:
@@ -167,20 +169,32 @@ def find_draw(name: str) -> Draw:
         return DRAWS[name]
     loaded: Any = load_factory(name, "draw", DRAWS)
     own = loaded if isinstance(loaded, Draw) else Draw(name, "your own", loaded)
-    return replace(own, name=name, score=_checked(name, own.score), source=source_digest(own.score))
+    draw = replace(own, name=name, score=_checked(name, own.score), source=source_digest(own.score))
+    _try_out(draw)
+    return draw
+
+
+def _try_out(draw: Draw) -> None:
+    """Score rows as they may come: losses of one place before and behind the decimal point, NaN what is not known."""
+    losses, unknown = np.array([0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 9.0]), np.full(8, np.nan)
+    last = losses if draw.needs_losses else unknown
+    draw.score(last.copy(), losses[::-1].copy() if draw.needs_reference else unknown, np.ones(8))
 
 
 def _checked(name: str, score: Score) -> Score:
+    again = "correct it there, and select again: a selection is drawn from by the function it was made with"
+
     def checked(
         last: Float64[np.ndarray, " b"], reference: Float64[np.ndarray, " b"], prior: Float64[np.ndarray, " b"]
     ) -> Float64[np.ndarray, " b"]:
-        with own_code(f"`draw={name!r}`", but=out_of_memory):
+        with own_code(f"`draw={name!r}`", hint=again, but=out_of_memory):
             scores = np.asarray(score(last, reference, prior))
         numbers = scores.dtype.kind in "fiu" and scores.shape == last.shape
-        if not numbers or not np.isfinite(scores).all() or (scores < 0).any():
+        if not numbers or not ((scores >= 0) & (scores <= LARGEST_SCORE)).all():
             raise UsageError(
                 f"`draw={name!r}`: got {scores.dtype} {list(scores.shape)} {scores.reshape(-1)[:4]}..., expected "
-                f"{len(last)} finite numbers >= 0, one for each row"
+                f"{len(last)} finite numbers from 0 to {LARGEST_SCORE:g}, one for each row",
+                hint=again,
             )
         return scores.astype(np.float64)
 

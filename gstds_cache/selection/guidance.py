@@ -97,9 +97,11 @@ def guidance_for(spec: GuidanceSpec, rule: Rule, labels: LabelCounts, *, share: 
         return replace(spec, kind=DEFAULT, trial=TrialSettings(rule.power, round(share, 2), epochs))
     if spec.kind not in {"auto", "none"}:
         guided = [name for name, other in RULES.items() if other.needs_guidance]
+        offers = rule.name.startswith("draw ")
+        blind = rule.name if offers else f"rule {rule.name}"
         raise UsageError(
-            f"`guidance`: got {spec.kind}, but rule {rule.name} does not look at guidance",
-            hint=f"leave `guidance` out, or take a rule that does: {', '.join(guided)}",
+            f"`guidance`: got {spec.kind}, but {blind} does not look at guidance",
+            hint="leave `guidance` out" + ("" if offers else f", or take a rule that does: {', '.join(guided)}"),
         )
     return replace(spec, kind="none")
 

@@ -226,6 +226,17 @@ class BatchSelector:
         )
 
     @property
+    def too_many_strata(self) -> str:
+        """Why a draw by losses would hardly look at them, and what to do; empty where it does."""
+        strata, rows = self.config.strata, self.plan.rows_in(0)
+        if self.draw is None or strata == 1 or 2 * strata <= rows:
+            return ""
+        return (
+            f"`strata`: {strata:,} of a batch of {rows:,} rows: most hold a single row, so scores choose next to "
+            f"nothing, and rows are drawn at random; lower it to {max(1, rows // 16)} or so, or raise `batch_size`"
+        )
+
+    @property
     def slow_order(self) -> str:
         """Why this order reads shards of the store again and again, and what to do; empty where it does not."""
         store, window = self.store, self.plan.order.window

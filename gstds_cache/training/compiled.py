@@ -60,5 +60,6 @@ def explained(mode: Mode, *, when: bool) -> Iterator[None]:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]  # what raised, then what it says
         raise UsageError(
             f"`compile`: torch cannot compile this network here: {' '.join(said[:2]) or type(error).__name__}",
-            hint="it needs a C compiler (gcc or clang); pass `compile=off` to train without",
+            hint="it needs a C compiler (gcc or clang) and every package that torch compiles with; pass "
+            "`compile='off'` to train without",
         ) from error

@@ -180,8 +180,12 @@ class Feedback:
             "reported": _encoded(losses),
         }
 
-    def load(self, state: object) -> None:
+    def load(self, state: object, epoch: int | None = None) -> None:
         """Go on where :meth:`state` was taken.
+
+        Args:
+            state: The state.
+            epoch: The latest epoch that its losses can draw, if it is known.
 
         Raises:
             UsageError: This is no such state, or one of another data set.
@@ -201,6 +205,11 @@ class Feedback:
             raise IntegrityError("`state`: the losses in it are damaged", hint="load an earlier state, or start over")
         if type(state["epoch"]) is not int or state["epoch"] < 0:
             raise UsageError(f"`state`: got the epoch {state['epoch']!r:.80}, expected a number from 0 on")
+        if epoch is not None and state["epoch"] > epoch:
+            raise IntegrityError(
+                f"`state`: it goes on in epoch {epoch}, and holds the losses that epoch {state['epoch']} is drawn by",
+                hint="load an earlier state, or start over",
+            )
         self.epoch, self.losses, self._text, self._own = state["epoch"], table, "", []
         ends = np.cumsum([length for _, length in steps]).tolist()
         self._known = [
@@ -241,7 +250,10 @@ def _draw_of(header: Header, given: str | None) -> Draw:
         )
     if given not in {None, name}:
         raise FingerprintMismatchError(
-            f"`draw`: got {given!r}, the selection was made for {name!r}", hint="leave it out, or select again with it"
+            f"`draw`: got {given!r}, the selection was made for {name!r}",
+            hint=f"pass `draw={name!r}`, or select again with the other"
+            if is_own(name)
+            else "leave it out, or select again with it",
         )
     draw = find_draw(name)
     if draw.source != settings.get("draw_source", ""):
@@ -275,5 +287,7 @@ def _decoded(text: object, kind: str) -> np.ndarray:
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), kind)  # type: ignore[arg-type]
     except (binascii.Error, TypeError, ValueError) as error:
-        raise IntegrityError(f"`state`: the losses in it are damaged: {error}") from error
+        raise IntegrityError(
+            f"`state`: the losses in it are damaged: {error}", hint="load an earlier state, or start over"
+        ) from error
     return values.astype(values.dtype.newbyteorder("="))

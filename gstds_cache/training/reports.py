@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import distributed
 
+from gstds_cache.config import as_type
 from gstds_cache.errors import UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.training.feedback import Feedback, Reported
@@ -45,7 +46,7 @@ class BatchReports:
         """Nothing was yielded yet."""
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
-        self._told = False
+        self._told, self._weighted = False, 0
 
     def yielded(self, step: int, rows: Int64[np.ndarray, " m"], own: int) -> None:
         """Count a batch that is yielded now."""
@@ -73,6 +74,7 @@ class BatchReports:
         self._note_unreported(missing, epoch)
         feedback.end_epoch(epoch)
         self._waiting.clear()
+        self._weighted = 0
 
     def _note_unreported(self, missing: int, epoch: int) -> None:
         blind = bool(np.isnan(self.feedback.losses).all())
@@ -101,7 +103,7 @@ class BatchReports:
                 "`losses`: got a report, but every batch that was yielded is reported already",
                 hint="call sampler.report(losses) once after each step",
             )
-        batch, values = self._waiting[0], _as_tensor(losses)
+        batch, values, step = self._waiting[0], _as_tensor(losses), as_type("step", step, int | None)
         if step is not None and step != batch.step:
             raise UsageError(
                 f"`step`: got the losses of step {step}, expected those of step {batch.step}",
@@ -133,11 +135,24 @@ class BatchReports:
         """Importance weights of the batch that :meth:`report` comes for next, float32 [m] on the CPU.
 
         Raises:
-            UsageError: No batch waits, or weights were not asked for.
+            UsageError: No batch waits, or weights were not asked for, or those of this batch were given already.
         """
         if not self._waiting:
-            raise UsageError("there are no importance weights: no batch waits for its report")
-        return torch.from_numpy(self.feedback.weights_of(self._waiting[0].rows))
+            raise UsageError(
+                "there are no importance weights: no batch waits for its report",
+                hint="call sampler.weights() in each step, before sampler.report(losses)",
+            )
+        batch = self._waiting[0]
+        weights = self.feedback.weights_of(batch.rows)
+        if self._weighted == batch.step:
+            raise UsageError(
+                f"`importance_weights`: those of step {batch.step} were given already, and its losses are not "
+                "reported: the next step's rows would be weighted by them",
+                hint="call sampler.report(losses) after each step, whatever the selection draws by; to use weights "
+                "twice in a step, keep them",
+            )
+        self._weighted = batch.step
+        return torch.from_numpy(weights)
 
     def state(self, step: int | None, first: int) -> dict[str, Any]:
         """The losses for a state after ``step`` steps.
@@ -166,11 +181,16 @@ class BatchReports:
         alone = self._world_size > 1 and feedback.unshared
         return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
 
-    def load(self, state: object) -> None:
+    def load(self, state: object, epoch: int) -> None:
         """Go on where :meth:`state` was taken.
+
+        Args:
+            state: The state.
+            epoch: Epochs that are over there: its losses draw the next, or an earlier one that is still to be ended.
 
         Raises:
             UsageError: This is no such state, or that of one rank among others.
+            IntegrityError: The losses in it are damaged, or of a later epoch.
         """
         if not isinstance(state, dict) or "rank" not in state:
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
@@ -180,8 +200,9 @@ class BatchReports:
                 f"{self._world_size}",
                 hint="save at an epoch's end, or call sampler.share_losses() on every rank before state_dict()",
             )
-        self.feedback.load({name: value for name, value in state.items() if name != "rank"})
+        self.feedback.load({name: value for name, value in state.items() if name != "rank"}, epoch)
         self._waiting.clear()
+        self._weighted = 0
 
     def go_to(self, epoch: int, step: int) -> None:
         """Go to the step after ``step``, in ``epoch``.
@@ -201,16 +222,23 @@ class BatchReports:
             feedback.reset()
         feedback.drop_from(step)
         self._waiting.clear()
+        self._weighted = 0
 
     def _share(self, *, wanted: bool) -> None:
         self.feedback.share(_gather if wanted else None)
 
 
 def _as_tensor(losses: Losses) -> torch.Tensor:
+    if isinstance(losses, np.ndarray) and not losses.flags.writeable:  # which torch warns of
+        losses = losses.copy()
     try:
-        return torch.as_tensor(losses)
+        values = torch.as_tensor(losses)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"`losses`: got {losses!r:.80}, expected a tensor, one number for each row") from error
+    if values.is_complex() or values.is_meta or values.layout != torch.strided:
+        got = f"{values.dtype}, {values.layout}, on {values.device}"
+        raise UsageError(f"`losses`: got {got}, expected a dense tensor, one real number for each row")
+    return values
 
 
 def _joined() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sized
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` is another one.
         """
+        draw, remainder = as_type("draw", draw, str | None), as_type("remainder", remainder, Remainder)
         self.rank, self.world_size = default_ranks(rank, world_size, tail)
         self.tail: Tail = tail
         draws = partial(Feedback, draw=draw, importance=as_type("importance_weights", importance_weights, bool))
@@ -208,14 +210,15 @@ class SelectedBatchSampler(Sampler[list[int]]):
         """Importance weights of the batch that is trained on now: 1 / the chance of a row to be drawn, capped.
 
         Their mean over a batch of the selection is 1. ``loss = (losses * sampler.weights()).mean()``, before
-        :meth:`report`: it is the batch whose report is next.
+        :meth:`report`: it is the batch whose report is next. So every step has to be reported, and each batch's weights
+        are given once.
 
         Returns:
             float32 [m] on the CPU.
 
         Raises:
-            UsageError: The selection has no candidates, no batch waits for its report, or ``importance_weights`` was
-                not set.
+            UsageError: The selection has no candidates, no batch waits for its report, its weights were given already,
+                or ``importance_weights`` was not set.
         """
         return _of_candidates(self._reports, "`importance_weights`").weights()
 
@@ -289,6 +292,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
             UsageError: That step was not yielded, or too long ago (4,096 steps are remembered); or its losses are not
                 reported yet.
         """
+        step = as_type("step", step, int | None)
         state = self._steps.state_dict(step)
         if self._reports is not None:
             state |= {"feedback": self._reports.state(step, self._steps.step_of(self._drawn))}
@@ -301,13 +305,14 @@ class SelectedBatchSampler(Sampler[list[int]]):
             UsageError: This is no state at all.
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
+            IntegrityError: The losses in it are damaged, or of a later epoch.
         """
         if self._reports is not None:
             if not isinstance(state, Mapping):
                 raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
             losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
             self._steps.check_state(state)
-            self._reports.load(losses)
+            self._reports.load(losses, sum(state["step"] >= end for end in accumulate(self._steps.per_epoch)))
         self._steps.load_state_dict(state)
         self.epoch, self._may_start_here = self._steps.position.epoch, True
 

@@ -105,11 +105,20 @@ def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> No
         ({"draw": "loss", "rule": "coverage"}, "no rule beside `draw`"),
         ({"draw": "loss", "min_per_class": 1}, "0 with `draw`"),
         ({"draw": "los"}, "unknown draw 'los'"),
-        ({"draw": "uniform", "guidance": "probe"}, "does not look at guidance"),
+        ({"draw": "uniform", "guidance": "probe"}, "draw uniform does not look at guidance\n  leave `guidance` out$"),
         ({"draw": "loss", "strata": 0}, "`strata`"),
     ):
         with pytest.raises(UsageError, match=words):
             select(store, **(SMALL | settings))
+
+
+def test_strata_of_a_row_or_two_are_said_to_leave_scores_no_choice(store) -> None:
+    lines: list[str] = []
+    select(store, draw="loss", strata=49, notify=lines.append, **SMALL)
+    assert any("`strata`: 49 of a batch of 96 rows" in line and "lower it to 6 or so" in line for line in lines)
+    lines.clear()
+    select(store, draw="loss", notify=lines.append, **SMALL)
+    assert not any("strata" in line for line in lines)
 
 
 def test_reference_losses_need_labels_and_training_losses_do_not(array_source, tiny_model, tmp_path) -> None:
@@ -149,6 +158,7 @@ def test_a_draw_of_ones_own_is_named_when_selecting_and_when_training(store, tmp
     words = ["--batch-size", "96", "--epochs", "2", "--knn", "6", "--device", "cpu"]
     made = runner.invoke(select_command, [str(store.location), *words, "--draw", "own_far:far", "--out", "s.arrow"])
     assert made.exit_code == 0, made.output
+    assert f"next: gstds-train '{DATASET}' --selection s.arrow --draw own_far:far" in made.output
     training = [DATASET, "--selection", "s.arrow", "--arch", "conv3", "--lr", "0.02", "--device", "cpu"]
     refused = runner.invoke(train_command, training)
     assert refused.exit_code == 2

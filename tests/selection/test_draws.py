@@ -133,6 +133,17 @@ def negative(last, reference, prior):
 def short(last, reference, prior):
     return last[:-1]
 
+def huge(last, reference, prior):
+    return last * 1e200
+
+def two(last, reference):
+    return last
+
+def later(last, reference, prior):
+    if 77 in last:
+        raise ValueError("later")
+    return last
+
 without = Draw("without", "no reference", lambda last, reference, prior: last**2, needs_reference=False)
 """
 
@@ -145,9 +156,15 @@ def test_ones_own_function_is_a_draw_and_what_it_returns_is_checked(tmp_path: Pa
     np.testing.assert_allclose(own.scores(batch, last), [1.0, 0.5])
     assert len(own.source) == 64
     assert not find_draw("own_draws:without").needs_reference
-    for name in ("negative", "short"):
-        with pytest.raises(UsageError, match="expected 2 finite numbers >= 0, one for each row"):
-            find_draw(f"own_draws:{name}").scores(batch, last)
+    for name in ("negative", "short", "huge"):
+        with pytest.raises(UsageError, match="expected 8 finite numbers from 0 to 1e\\+100, one for each") as caught:
+            find_draw(f"own_draws:{name}")  # before an epoch is trained
+        assert "select again" in caught.value.hint
+    with pytest.raises(UsageError, match=r"failed: ValueError: later \(own_draws.py"):
+        find_draw("own_draws:later").scores(batch, np.array([2.0, 77.0]))
+    for name, words in (("two", "takes 2 positional arguments"), (":two", "names no module")):
+        with pytest.raises(UsageError, match=words):
+            find_draw(name if name[0] == ":" else f"own_draws:{name}")
     with pytest.raises(UsageError, match="damped-loss"):
         find_draw("damped-los")
 

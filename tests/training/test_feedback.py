@@ -300,6 +300,49 @@ def test_weights_are_of_the_batch_that_is_reported_next(path) -> None:
         plain.weights()
 
 
+def test_weights_without_a_report_are_not_given_to_the_next_steps_rows(path) -> None:
+    sampler = SelectedBatchSampler(path, importance_weights=True)
+    batches = iter(sampler)
+    next(batches)
+    first = sampler.weights()
+    next(batches)
+    with pytest.raises(UsageError, match="those of step 1 were given already, and its losses are not reported"):
+        sampler.weights()
+    sampler.seek(0)
+    next(iter(sampler))
+    assert torch.equal(sampler.weights(), first)
+
+
+def test_losses_are_real_numbers_in_a_dense_tensor(path, no_type_checks) -> None:
+    sampler = SelectedBatchSampler(path)
+    rows = next(iter(sampler))
+    losses = torch.ones(len(rows))
+    for wrong in (losses.to(torch.complex64), losses.to_sparse(), losses.to("meta")):
+        with pytest.raises(UsageError, match="expected a dense tensor, one real number for each row"):
+            sampler.report(wrong)
+    with pytest.raises(UsageError, match="`step`: got '1', expected a whole number"):
+        sampler.report(losses, step="1")
+    fixed = losses.numpy()
+    fixed.setflags(write=False)
+    sampler.report(fixed)  # without torch's warning
+
+
+def test_what_cannot_be_meant_is_refused_when_the_sampler_is_made(path, no_type_checks) -> None:
+    for argument, words in (
+        ({"remainder": "keep"}, "`remainder`: got 'keep', expected one of carry, drop"),
+        ({"draw": max}, "`draw`: got <built-in function max>, expected text"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            SelectedBatchSampler(path, **argument)
+
+
+def test_a_state_with_losses_of_a_later_epoch_is_refused(path) -> None:
+    state = SelectedBatchSampler(path).state_dict()
+    state["feedback"]["epoch"] = 1
+    with pytest.raises(IntegrityError, match="it goes on in epoch 0, and holds the losses that epoch 1 is drawn by"):
+        SelectedBatchSampler(path).load_state_dict(state)
+
+
 def test_a_selection_never_has_code_of_its_naming_run(tmp_path, monkeypatch) -> None:
     (tmp_path / "own_score.py").write_text("def score(last, reference, prior):\n    return last * 0 + 1\n")
     monkeypatch.chdir(tmp_path)
