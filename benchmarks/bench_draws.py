@@ -18,8 +18,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +28,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_train_gpu import RECIPE, Data, decoded, run_trainer, write_everything
+from bench_train_gpu import RECIPE, Data, decoded, made_up, run_trainer, write_everything
 from harness import parser, report, spread
+from PIL import Image
 
 from gstds_cache import embed, select
 from gstds_cache.config import TrainConfig
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.store.reader import EmbeddingStore
 
-BATCH, KEEP = 512, 0.25
+KEEP = 0.25
 RATES = (0.1, 0.2, 0.4)
 STAGES = ("validation", "test")
 
@@ -102,10 +104,11 @@ def prepare(stage: str, arguments: argparse.Namespace, device: torch.device) -> 
     if stage == "validation":
         whole = EmbeddingStore(store)
         store = Path(arguments.work) / "held-out.store"
-        embed(train, store, reuse=[whole], progress=False, model=arguments.model)
+        untrained = arguments.smoke
+        embed(train, store, reuse=[whole], progress=False, model=arguments.model, allow_untrained=untrained)
     folder = folder_of(stage, arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    items, step = len(EmbeddingStore(store)), round(BATCH * KEEP)
+    items, step = len(EmbeddingStore(store)), round(arguments.batch * KEEP)
     for number, method in enumerate(METHODS):
         path, epochs = folder / f"{number}.arrow", max(1, round(arguments.epochs * method.passes))
         if path.exists():
@@ -114,13 +117,15 @@ def prepare(stage: str, arguments: argparse.Namespace, device: torch.device) -> 
             write_everything(path, items, step, epochs, items // step)
         else:
             begun = time.perf_counter()
-            select(store, keep=KEEP, epochs=epochs, batch_size=BATCH, out=path, progress=False, **method.settings)
+            select(
+                store, keep=KEEP, epochs=epochs, batch_size=arguments.batch, out=path, progress=False, **method.settings
+            )
             print(stage, method.name, f"selected in {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
 
 
 def runs(stage: str, best: dict[str, float], arguments: argparse.Namespace) -> Iterator[tuple[int, float, int]]:
     """Method, learning rate and seed of each run, the methods in turn."""
-    trials = RATES if stage == "validation" else range(1, 1 + arguments.seeds)
+    trials = arguments.rates if stage == "validation" else range(1, 1 + arguments.seeds)
     for trial in trials:
         for number, method in enumerate(METHODS):
             if stage == "validation":
@@ -139,13 +144,13 @@ def lines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def best_rates(found: list[dict[str, Any]]) -> dict[str, float]:
+def best_rates(found: list[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
     """Of each method that has been run with all learning rates, the best on the held-out rows."""
     best = {}
     for method in METHODS:
         mine = {line["lr"]: line["accuracy"] for line in found
                 if line["stage"] == "validation" and line["method"] == method.name}  # fmt: skip
-        if len(mine) == len(RATES):
+        if len(mine) == len(rates):
             best[method.name] = max(mine, key=lambda rate: mine[rate])
     return best
 
@@ -156,7 +161,7 @@ def work(arguments: argparse.Namespace, device: torch.device) -> None:
     data = Data(*(decoded(uri, device) for uri in sets_of(stage, arguments)), device)
     found = lines(arguments)
     made = {(line["stage"], line["method"], line["lr"], line["seed"]) for line in found}
-    todo = [run for run in runs(stage, best_rates(found), arguments)
+    todo = [run for run in runs(stage, best_rates(found, arguments.rates), arguments)
             if (stage, METHODS[run[0]].name, *run[1:]) not in made]  # fmt: skip
     config = replace(
         RECIPE, arch=arguments.arch, device=str(device), norm_samples=4096, label_smoothing=0.0, weight_decay=5e-4
@@ -172,6 +177,12 @@ def work(arguments: argparse.Namespace, device: torch.device) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def start(stage: str, share: int, until: float, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """A process for every so-manieth run of a stage."""
+    worker = f"{stage},{share},{arguments.processes}"
+    return subprocess.Popen([sys.executable, *sys.argv, "--until", str(until), "--worker", worker])
+
+
 def own(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
     """The configuration of one run."""
     return replace(config, lr=rate, seed=seed)
@@ -180,8 +191,14 @@ def own(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
 def result_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """All methods beside each other."""
     found = lines(arguments)
-    best = best_rates(found)
-    result: dict[str, Any] = {"epochs": arguments.epochs, "batch": BATCH, "keep": KEEP, "rates": RATES, "lines": found}
+    best = best_rates(found, arguments.rates)
+    result: dict[str, Any] = {
+        "epochs": arguments.epochs,
+        "batch": arguments.batch,
+        "keep": KEEP,
+        "rates": arguments.rates,
+        "lines": found,
+    }
     for method in METHODS:
         shares = [line["accuracy"] for line in found if line["stage"] == "test" and line["method"] == method.name]
         result[method.name] = {
@@ -196,11 +213,29 @@ def result_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def make_smoke(arguments: argparse.Namespace, folder: Path) -> None:
+    """A hundred made-up images, a tiny model, and one run of each method."""
+    arguments.model, arguments.arch, arguments.work = "timm:test_resnet", "conv3", str(folder / "work")
+    arguments.store, arguments.out, arguments.device = str(folder / "store"), folder / "draws.json", "cpu"
+    arguments.batch, arguments.epochs, arguments.seeds, arguments.processes = 16, 2, 2, 1
+    arguments.rates, uris = RATES[:1], []
+    for part, items in (("train", 100), ("test", 20)):
+        images = made_up(items, items)
+        for row, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+            (folder / part / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / part / str(label) / f"{row}.png")
+        uris.append(f"imagefolder:{folder / part}")
+    arguments.train, arguments.test = uris
+    embed(uris[0], arguments.store, progress=False, model=arguments.model, allow_untrained=True)
+
+
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("train")
-    made.add_argument("test")
-    made.add_argument("--store", required=True, help="embeddings of the training set")
+    made.add_argument("train", nargs="?")
+    made.add_argument("test", nargs="?")
+    made.add_argument("--store", help="embeddings of the training set")
+    made.add_argument("--batch", type=int, default=512, help="candidates of a step")
+    made.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates that are tried")
     made.add_argument("--model", default="timm:tf_efficientnet_lite0?size=96", help="that it was made with")
     made.add_argument("--work", default="/tmp/draws", help="folder for selections, on the file system of the images")
     made.add_argument("--arch", default=RECIPE.arch)
@@ -212,30 +247,28 @@ def main() -> None:
     made.add_argument("--worker", help=argparse.SUPPRESS)
     made.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = made.parse_args()
-    if arguments.out is None:
-        made.error("--out FILE: where lines are kept")
-    device = resolve_device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.smoke:
+            make_smoke(arguments, Path(folder))
+        elif None in {arguments.train, arguments.test, arguments.store, arguments.out}:
+            made.error("give the training set, the test set, --store and --out FILE, where lines are kept; or --smoke")
+        measure(arguments, resolve_device(arguments.device))
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> None:
+    """All runs, or those of one worker."""
     if arguments.worker:
         work(arguments, device)
         return
     until = time.time() + arguments.seconds
     for stage in STAGES:
         prepare(stage, arguments, device)
-        workers = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    *sys.argv,
-                    "--until",
-                    str(until),
-                    "--worker",
-                    f"{stage},{number},{arguments.processes}",
-                ]
-            )
-            for number in range(arguments.processes)
-        ]
-        for worker in workers:
+        shares = range(arguments.processes)
+        for worker in [start(stage, share, until, arguments) for share in shares] if len(shares) > 1 else []:
             worker.wait()
+        if len(shares) == 1:
+            arguments.worker, arguments.until = f"{stage},0,1", until
+            work(arguments, device)
         result = result_of(arguments)
         Path(arguments.out).write_text(json.dumps(result, indent=1))
         print(stage, json.dumps({name: value for name, value in result.items() if name != "lines"}), file=sys.stderr)

@@ -79,7 +79,7 @@ Examples:
 @setting_option(
     TrainConfig,
     "workers",
-    help="Processes that decode images. [default: 1; beside a GPU every core but two]",
+    help="Processes that decode images. [default: 1; beside a GPU every core]",
 )
 @click.option(
     "--memory-budget",

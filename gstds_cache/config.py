@@ -288,7 +288,7 @@ class TrainConfig:
             ``reduce-overhead`` also replays CUDA graphs, one for each batch size. It needs a C compiler.
         images: Where decoded images are held: on the ``device``, or on the ``host`` (within ``memory_budget``, else
             decoded as they are needed). ``auto`` is a GPU where they take half of its free memory at most.
-        workers: Processes that decode images; None is 1 on a CPU, and beside a GPU every core but two.
+        workers: Processes that decode images; None is 1 on a CPU, and beside a GPU every core.
         memory_budget: Bytes of decoded images that may be held in main memory.
         threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each

@@ -279,8 +279,8 @@ def test_ranks_know_the_same_and_stop_at_the_same_step(monkeypatch, saves) -> No
     assert first[1] == [(step, step + 1.0) for step in range(first[0] + 1)]  # the mean over both ranks
 
 
-@pytest.mark.parametrize(("asked", "device", "workers"), [(None, "cpu", 1), (None, "cuda", 6), (3, "cuda", 3)])
-def test_beside_a_gpu_every_core_but_two_decodes(monkeypatch, asked, device, workers) -> None:
+@pytest.mark.parametrize(("asked", "device", "workers"), [(None, "cpu", 1), (None, "cuda", 8), (3, "cuda", 3)])
+def test_beside_a_gpu_every_core_decodes(monkeypatch, asked, device, workers) -> None:
     monkeypatch.setattr(loading, "cores", lambda: 8)
     assert decoding_workers(asked, torch.device(device)) == workers
 
