@@ -68,8 +68,9 @@ class Advice:
         best = self.best
         if best is None:
             return command_line("gstds-select", self.store, "--rule", "random", "--schedule", "constant:0")
-        words = ["gstds-select", self.store, "--keep", f"{1 - best.ratio:g}"]
-        return command_line(*words, *([] if best.way == RULE else ["--draw", best.way]))
+        if best.way == RULE:
+            return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}")
+        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", "--draw", best.way)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, and the verdict."""
