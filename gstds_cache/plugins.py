@@ -60,7 +60,9 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         if not isinstance(cause, ModuleNotFoundError) or cause.name is None:
             raise
         if f"{module_name}.".startswith(f"{cause.name}."):
-            raise unknown_name(f"kind of {what}, or module", name, kinds) from cause
+            unknown = unknown_name(f"kind of {what}, or module", name, kinds)
+            looked = f"a module {module_name} is looked for in the current directory and on PYTHONPATH"
+            raise UsageError(unknown.message, hint=f"{unknown.hint} {looked}".strip()) from cause
         raise UsageError(f"{module_name} imports what is not installed: {cause}", hint=error.hint) from cause
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

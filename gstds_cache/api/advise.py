@@ -68,10 +68,9 @@ class Advice:
         best = self.best
         if best is None:
             return command_line("gstds-select", self.store, "--rule", "random", "--schedule", "constant:0")
-        keep = f"{1 - best.ratio:g}"
         if best.way == RULE:
-            return command_line("gstds-select", self.store, "--keep", keep)
-        return command_line("gstds-select", self.store, "--keep", keep, "--draw", best.way)
+            return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}")
+        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", "--draw", best.way)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, and the verdict."""

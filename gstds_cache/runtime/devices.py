@@ -56,7 +56,7 @@ def _resolved(word: str, name: str, expected: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"`device`: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices",
-            hint="use `device=cpu`, or check the driver with: nvidia-smi",
+            hint="use `device='cpu'`, or check the driver with: nvidia-smi",
         )
     return device
 

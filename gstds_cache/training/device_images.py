@@ -52,7 +52,7 @@ def held_on_device(where: Literal["auto", "device", "host"], items: int, side: i
         raise UsageError(
             f"`images`: got device, but {items:,} images of {side} x {side} take {needed >> 20:,} MiB, expected at "
             f"most {room >> 20:,}, half of what is free on {device}",
-            hint="pass `images=host`, or a smaller `image_size`",
+            hint="pass `images='host'`, or a smaller `image_size`",
         )
     return needed <= room
 

@@ -326,7 +326,7 @@ def _of_candidates(reports: BatchReports | None, what: str) -> BatchReports:
     if reports is None:
         raise UsageError(
             f"{what}: the selection keeps rows, and draws none by losses",
-            hint="select candidates: `draw='loss-minus-reference'`",
+            hint="leave it out, or select candidates: `draw='loss-minus-reference'` when selecting",
         )
     return reports
 

@@ -162,9 +162,13 @@ def test_ones_own_function_is_a_draw_and_what_it_returns_is_checked(tmp_path: Pa
         assert "select again" in caught.value.hint
     with pytest.raises(UsageError, match=r"failed: ValueError: later \(own_draws.py"):
         find_draw("own_draws:later").scores(batch, np.array([2.0, 77.0]))
-    for name, words in (("two", "takes 2 positional arguments"), (":two", "names no module")):
+    for name, words in (
+        ("own_draws:two", "takes 2 positional arguments"),
+        (":two", "names no module"),
+        ("no_such_module:two", "a module no_such_module is looked for in the current directory and on PYTHONPATH"),
+    ):
         with pytest.raises(UsageError, match=words):
-            find_draw(name if name[0] == ":" else f"own_draws:{name}")
+            find_draw(name)
     with pytest.raises(UsageError, match="damped-loss"):
         find_draw("damped-los")
 

@@ -160,7 +160,7 @@ def test_images_are_held_where_they_fit(monkeypatch) -> None:
     assert held_on_device("auto", 100, 32, gpu)
     assert not held_on_device("auto", 101, 32, gpu)
     assert not held_on_device("host", 1, 32, gpu)
-    with pytest.raises(UsageError, match=r"(?s)`images`.*1,000 images.*`images=host`"):
+    with pytest.raises(UsageError, match=r"(?s)`images`.*1,000 images.*`images='host'`"):
         held_on_device("device", 1000, 32, gpu)
     assert not held_on_device("auto", 1, 32, CPU)
     assert held_on_device("device", 1 << 40, 32, CPU)
@@ -433,7 +433,7 @@ def test_a_network_that_cannot_be_compiled_ends_with_a_sentence(source, selectio
 
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_mode: whole(function, backend=broken))
-    with pytest.raises(UsageError, match=r"(?s)`compile`.*Failed to find C compiler.*`compile=off`"):
+    with pytest.raises(UsageError, match=r"(?s)`compile`.*Failed to find C compiler.*`compile='off'`"):
         run(source, selection, tmp_path / "run", replace(CONFIG, compile="default"))
     torch._dynamo.reset()
 
