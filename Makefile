@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 # Before the tests, two at a time: what needs one core each.
 test: $(VENV)/.installed
 	$(MAKE) --no-print-directory --jobs 2 --output-sync check-types compiled lint docs
-	@echo "== tests: about 12 minutes on 2 cores"
+	@echo "== tests: about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
