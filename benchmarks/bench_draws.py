@@ -237,7 +237,9 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=512, help="candidates of a step")
     made.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates that are tried")
     made.add_argument("--model", default="timm:tf_efficientnet_lite0?size=96", help="that it was made with")
-    made.add_argument("--work", default="/tmp/draws", help="folder for selections, on the file system of the images")
+    made.add_argument(
+        "--work", help="folder for selections, on the file system of the images [default: draws beside OUT]"
+    )
     made.add_argument("--arch", default=RECIPE.arch)
     made.add_argument("--epochs", type=int, default=16)
     made.add_argument("--seeds", type=int, default=5)
@@ -252,6 +254,7 @@ def main() -> None:
             make_smoke(arguments, Path(folder))
         elif None in {arguments.train, arguments.test, arguments.store, arguments.out}:
             made.error("give the training set, the test set, --store and --out FILE, where lines are kept; or --smoke")
+        arguments.work = arguments.work or str(Path(arguments.out).resolve().parent / "draws")
         measure(arguments, resolve_device(arguments.device))
 
 

@@ -28,12 +28,12 @@ To fetch the wheels, on a machine with a network (for Python 3.12):
 
 On the machine, in the checkout:
 
-    python -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl faiss/*.whl
+    python -m pip install --no-index --no-deps --target .site wheels/*.whl faiss/*.whl
     python -m pip install --no-index --no-deps --no-build-isolation --editable .
-    export PYTHONPATH=/tmp/site
-    mkdir -p /tmp/data/cifar10 && tar -xJf cifar10.tar.xz -C /tmp/data/cifar10
-    xz -dc cifar16.npy.xz > /tmp/data/cifar16.npy
-    python benchmarks/on_gpu.py --data /tmp/data
+    export PYTHONPATH=.site
+    mkdir -p .data/cifar10 && tar -xJf cifar10.tar.xz -C .data/cifar10
+    xz -dc cifar16.npy.xz > .data/cifar16.npy
+    python benchmarks/on_gpu.py
 
 With --smoke everything runs on a CPU, on made-up data, with the kernels emulated (it needs g++).
 """
@@ -178,7 +178,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument(
         "--out", type=Path, default=out, help="folder for the three files [default: $OUT, or %(default)s]"
     )
-    made.add_argument("--data", type=Path, default=Path("/tmp/data"), help="where cifar10/ and cifar16.npy are")
+    made.add_argument("--data", type=Path, default=ROOT / ".data", help="where cifar10/ and cifar16.npy are")
     made.add_argument("--commit", help="what to name as the commit where the checkout is no repository")
     made.add_argument("--smoke", action="store_true", help="on a CPU, kernels emulated, a few seconds a part")
     arguments = made.parse_args(words)

@@ -150,21 +150,6 @@ class Kernel:
         if int(code) != 0:
             succeeded((code,), f"launching {self.function}, {grid} blocks of {threads} threads, {shared_bytes} bytes")
 
-    def blocks_at_once(self, threads: int, shared_bytes: int) -> int:
-        """Blocks of one multiprocessor that run at the same time.
-
-        Args:
-            threads: Threads of a block.
-            shared_bytes: Shared memory of a block.
-
-        Returns:
-            Their number; 0 where one block is too large.
-        """
-        self._allow(shared_bytes)
-        with torch.cuda.device(self.device):
-            occupancy = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
-        return int(succeeded(occupancy, f"asking about {self.function}"))
-
     def _allow(self, shared_bytes: int) -> None:
         """Tell the driver how much shared memory a block may ask for, where it is more than it was told before."""
         with self._lock, torch.cuda.device(self.device):

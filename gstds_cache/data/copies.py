@@ -83,14 +83,14 @@ class Copies:
                 copy = self._pickled.load()
                 check(copy)
                 return copy
-            except Exception as error:
+            except Exception as error:  # Anything: unpickling and trying it out run the object's own code.
                 failed = error
         try:
             if self._again is not None:
                 another = self._again()
                 check(another)
                 return another
-        except Exception as error:
+        except Exception as error:  # Anything, for the same reason.
             failed = error
         raise NotCopiedError(f"making it again failed: {str(failed) or type(failed).__name__}") from failed
 

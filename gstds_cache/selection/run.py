@@ -41,7 +41,6 @@ from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
-AUTO_SOLVES_ON_CUDA = True  # where the kernels run: measured in benchmarks/results/
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 
 
@@ -415,7 +414,7 @@ def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: i
     Raises:
         UsageError: On a GPU, where neighbours are not found on one.
     """
-    if config.solver == "cpu" or (config.solver == "auto" and not AUTO_SOLVES_ON_CUDA):
+    if config.solver == "cpu":
         return torch.device("cpu")
     if config.solver == "auto":
         reason = why_not_solved(device, largest, vectors)

@@ -93,7 +93,7 @@ class Spectra:
         self._read = gather or store.gather
         self._store, self._config, self._counts = store, config, counts
         self._vectors, self._device, self._solver, self._backend = vectors, device, solver, backend
-        # faiss's memory on a GPU serves one search at a time.
+        # One search at a time: each takes hundreds of megabytes of a GPU.
         self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
         self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.batch_assignments < plan.epochs else None

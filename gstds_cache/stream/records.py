@@ -88,10 +88,6 @@ class Record:
         """A record that is no batch: epoch end, stream end or error."""
         return cls(seq, epoch, -1, kind, 0, np.array(numbers, np.int64), None, 0, float("nan"), float("nan"))
 
-    def to_batch(self) -> pa.RecordBatch:
-        """The record as an Arrow record batch of one row, of a selection of kept rows."""
-        return encode([self])[0]
-
 
 def encode(records: Sequence[Record]) -> tuple[pa.RecordBatch, list[bytes]]:
     """Put records into one Arrow record batch.

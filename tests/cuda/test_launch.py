@@ -53,9 +53,6 @@ class Driver(types.ModuleType):
         self.allowed.append(value)
         return (Code.CUDA_SUCCESS if value <= self.most else Code.CUDA_ERROR_INVALID_VALUE,)
 
-    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):
-        return Code.CUDA_SUCCESS, self.most // shared
-
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
         if bx > 1024:
@@ -112,7 +109,6 @@ def test_the_driver_is_told_of_shared_memory_once(driver, kernel):
     for shared in (1024, 60_000, 50_000, 60_000, 90_000, 90_000):
         kernel(1, 32, shared)
     assert driver.allowed == [60_000, 90_000]
-    assert kernel.blocks_at_once(256, 100_000) == 2
     with pytest.raises(KernelError, match="allowing solve 300000 bytes of shared memory: .*CUDA_ERROR_INVALID_VALUE"):
         kernel(1, 32, 300_000)
 

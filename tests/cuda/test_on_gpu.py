@@ -44,9 +44,7 @@ def test_kernels_load_on_each_gpu(device):
     where = torch.device("cuda", device)
     assert build.why_not(where) == ""
     kernel = build.kernel("solve.cu", "fiedler_block", ("M=2",), device=where)
-    shared = launch.shared_memory_limit(where)
-    assert kernel.blocks_at_once(256, shared) >= 1
-    assert kernel.blocks_at_once(256, 16 << 10) > kernel.blocks_at_once(256, shared)
+    assert 0 < kernel.registers <= 255
 
 
 @pytest.mark.parametrize(("b", "d"), [(96, 32), (512, 1280), (1001, 75)])

@@ -77,9 +77,6 @@ class EmulatedKernel(Kernel):
         self.threads, self.schedule = threads, schedule
         self(launch.grid, threads or launch.threads, launch.shared, *launch.arguments)
 
-    def blocks_at_once(self, threads: int, shared_bytes: int) -> int:
-        return 1
-
 
 def compile_emulated(
     folder: Path,

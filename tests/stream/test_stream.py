@@ -31,7 +31,7 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.reader import SelectionStream, open_selection, require_dataset, require_store
 from gstds_cache.stream.record_writer import SelectionWriter
-from gstds_cache.stream.records import Kind, Record
+from gstds_cache.stream.records import Kind, Record, encode
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import is_finished, write_file
 
@@ -184,7 +184,7 @@ def _stream_of(records: list[Record], header: Header = HEADER) -> bytes:
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, header.to_schema()) as writer:
         for record in records:
-            writer.write_batch(record.to_batch())
+            writer.write_batch(encode([record])[0])
     return sink.getvalue()
 
 
@@ -201,7 +201,7 @@ def test_a_row_out_of_range_is_named(row: int) -> None:
 
 
 def test_a_wrong_crc_is_named() -> None:
-    batch = Record.data(make_selection(0)).to_batch()
+    batch = encode([Record.data(make_selection(0))])[0]
     batch = batch.set_column(0, batch.schema.field(0), pa.array([1], pa.int64()))
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, HEADER.to_schema()) as writer:
