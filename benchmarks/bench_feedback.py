@@ -4,8 +4,8 @@
 
 A made-up store of [rows, 64] and 10 classes; a quarter of each batch is trained on. In turn, epoch by epoch: the
 sampler of a selection of kept rows (its indices are only read), the sampler of candidates drawn by
-``loss-minus-reference`` whose losses are reported after each step, and bare steps of ``conv3`` at 32 pixels with as many
-rows, one thread each. The cost of feedback is the difference of the first two.
+``loss-minus-reference`` whose losses are reported after each step, and bare steps of ``conv3`` at 32 pixels with as
+many rows, one thread each. The cost of feedback is the difference of the first two.
 """
 
 from __future__ import annotations
