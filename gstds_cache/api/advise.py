@@ -22,7 +22,6 @@ from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
 from gstds_cache.store.reader import EmbeddingStore
 
-
 PROBE_ENOUGH = 0.9  # held-out accuracy of a linear probe from which it is advised to train that before a network
 
 
@@ -66,8 +65,8 @@ class Advice:
         if self.probe_accuracy < PROBE_ENOUGH:
             return words
         return (
-            f"{words}. Try a linear classifier on the cached embeddings first: it is right on {self.probe_accuracy:.1%} "
-            "of held-out rows, and trains in seconds"
+            f"{words}. Try a linear classifier on the cached embeddings first: it is right on "
+            f"{self.probe_accuracy:.1%} of held-out rows, and trains in seconds"
         )
 
     @property
