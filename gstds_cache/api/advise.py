@@ -137,8 +137,8 @@ def advise(
         known = np.isfinite(probe.columns["loss"])
         found = forecasts(
             opened,
-            Difficulty(probe.columns["entropy"]).all(),
-            Difficulty(probe.columns["loss"]).all(),
+            Difficulty(probe.columns["entropy"]),
+            Difficulty(probe.columns["loss"]),
             ratios=shares,
             epochs=epochs,
             threads=threads or cores(),

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from gstds_cache.runtime.threads import in_threads
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.selection.linear_probe import Features, FoldProbe, ProbeSettings, Window, rows_to_learn
 from gstds_cache.selection.permutation import Permutation
@@ -28,8 +29,8 @@ ROWS = 1 << 14  # rows that are tried on, at most
 BATCH = 64  # rows of a step
 INTERVAL = 1.96  # standard errors
 FULL, RANDOM, RULE = "full", "random", "default"
-WAYS = (RANDOM, RULE, "loss-minus-reference", "damped-loss")
-"""Ways to draw: at random, by the default rule's weights, and by two draws that look at training losses."""
+WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss")
+"""Ways to draw: all rows, at random, by the default rule's weights, and by two draws that look at training losses."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class Forecast:
 
 def forecasts(
     store: EmbeddingStore,
-    difficulty: Float32[np.ndarray, " N"],
-    reference: Float32[np.ndarray, " N"],
+    difficulty: Difficulty,
+    reference: Difficulty,
     *,
     ratios: Sequence[float],
     epochs: int,
+    ways: Sequence[str] = WAYS,
     threads: int = 1,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -71,16 +73,17 @@ def forecasts(
 
     Args:
         store: Where embeddings and labels are.
-        difficulty: Of every row, >= 0, float32 [N]: what the default rule draws by.
-        reference: Held-out loss of every row, float32 [N].
+        difficulty: Of every row: what the default rule draws by.
+        reference: Held-out loss of every row.
         ratios: Shares that are left out.
         epochs: Passes over the rows.
+        ways: Ways to draw, ``random`` among them.
         threads: CPU threads; their number changes nothing.
         device: Where the products are computed; the CPU by default.
         progress: Called with probes that are done and probes in all.
 
     Returns:
-        ``full``, then each way at each ratio.
+        Each way at each ratio; ``full``, where it is among the ways, once and first.
     """
     device, settings = device or torch.device("cpu"), ProbeSettings(batch_size=BATCH)
     every = rows_to_learn(store)
@@ -92,7 +95,7 @@ def forecasts(
     half = (rng_for(settings.seed, "advice-halves").permutation(count) % 2).astype(np.int8)
     held = torch.from_numpy(stored)
     window = Window(rows, held, half, y, Features.of(held, device))
-    hard, loss = difficulty[rows].astype(np.float64), reference[rows]
+    hard, loss = difficulty.of(rows), reference.of(rows).astype(np.float32)
 
     def right(job: tuple[int, str, float]) -> Bool[np.ndarray, " n"]:
         """Which rows of one half a probe of the other predicts rightly."""
@@ -113,16 +116,20 @@ def forecasts(
         parts = np.array_split(mine, max(1, len(mine) // 1024))
         return np.concatenate([probe.right(window, part) for part in parts])
 
-    ways = [(FULL, 0.0), *((way, float(ratio)) for ratio in ratios for way in WAYS)]
-    jobs = [(number, way, ratio) for way, ratio in ways for number in (0, 1)]
+    tried = [
+        *([(FULL, 0.0)] if FULL in ways else []),
+        *((way, float(ratio)) for ratio in ratios for way in ways if way != FULL),
+    ]
+    jobs = [(number, way, ratio) for way, ratio in tried for number in (0, 1)]
     found: dict[tuple[int, str, float], Bool[np.ndarray, " n"]] = {}
     done = in_threads(right, jobs, threads if device.type == "cpu" else 1)
     for job, outcome in zip(jobs, done, strict=True):
         found[job] = outcome
         progress(len(found), len(jobs))
-    joined = {(way, ratio): np.concatenate([found[number, way, ratio] for number in (0, 1)]) for way, ratio in ways}
+    joined = {(way, ratio): np.concatenate([found[number, way, ratio] for number in (0, 1)]) for way, ratio in tried}
     return [
-        compared(way, ratio, joined[way, ratio], joined.get((RANDOM, ratio), joined[way, ratio])) for way, ratio in ways
+        compared(way, ratio, joined[way, ratio], joined.get((RANDOM, ratio), joined[way, ratio]))
+        for way, ratio in tried
     ]
 
 

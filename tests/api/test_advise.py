@@ -32,7 +32,7 @@ def test_every_way_is_tried_at_every_ratio_and_the_same_on_any_number_of_threads
     one, two = (advise(store, threads=threads, **QUICK) for threads in (1, 2))
     assert one.forecasts == two.forecasts
     assert [(f.way, f.ratio) for f in one.forecasts] == [
-        ("full", 0.0), *((way, ratio) for ratio in (0.5, 0.9) for way in WAYS)
+        ("full", 0.0), *((way, ratio) for ratio in (0.5, 0.9) for way in WAYS[1:])
     ]  # fmt: skip
     assert (one.rows, one.classes) == (385, 10)
     full, by_way = one.forecasts[0], {(f.way, f.ratio): f for f in one.forecasts}
@@ -93,5 +93,5 @@ def test_the_command_prints_a_table_the_advice_and_what_to_type(store) -> None:
     result = json.loads(lines[-1])
     assert result["verdict"] in done.stdout
     assert f"next: {result['command']}" in lines
-    assert len(result["forecasts"]) == 1 + len(WAYS)
+    assert len(result["forecasts"]) == len(WAYS)
     assert Path(result["store"]) == Path(str(store.location))
