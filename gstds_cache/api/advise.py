@@ -16,7 +16,7 @@ from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import cores, limited_threads
-from gstds_cache.selection.advice import FULL, RANDOM, RULE, Forecast, forecasts
+from gstds_cache.selection.advice import FULL, RANDOM, RULE, Forecast, forecasts, preferred
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
@@ -47,9 +47,8 @@ class Advice:
 
     @property
     def best(self) -> Forecast | None:
-        """The way that is furthest ahead of random by its interval's lower end; None where none is ahead."""
-        ahead = [forecast for forecast in self.forecasts if forecast.helps]
-        return max(ahead, key=lambda forecast: forecast.over_random - forecast.margin, default=None)
+        """The way to draw, and the ratio, that is advised; None where none is clearly ahead of random rows."""
+        return preferred(self.forecasts)
 
     @property
     def verdict(self) -> str:

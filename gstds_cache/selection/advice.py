@@ -9,7 +9,7 @@ less, so what it tells of is the sign of a difference, and not its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ ROWS = 1 << 14  # rows that are tried on, at most
 BATCH = 64  # rows of a step
 INTERVAL = 1.96  # standard errors
 FULL, RANDOM, RULE = "full", "random", "default"
+USUAL = "damped-loss"  # what is advised unless something else is clearly ahead of it
 WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss")
 """Ways to draw: all rows, at random, by the default rule's weights, and by two draws that look at training losses."""
 
@@ -43,6 +44,8 @@ class Forecast:
         accuracy: Share of held-out rows that it predicts rightly.
         over_random: How much more that is than of random rows at the same ratio.
         margin: Half of the 95 % interval of that difference, for these held-out rows (McNemar).
+        over_usual: The same difference from rows drawn by :data:`USUAL`; 0 where that was not tried.
+        usual_margin: Half of its interval.
     """
 
     way: str
@@ -50,11 +53,26 @@ class Forecast:
     accuracy: float
     over_random: float
     margin: float
+    over_usual: float = 0.0
+    usual_margin: float = 0.0
 
     @property
     def helps(self) -> bool:
         """Whether it is ahead of random by more than its interval."""
         return self.over_random > self.margin
+
+
+def preferred(found: Iterable[Forecast]) -> Forecast | None:
+    """The way to draw that is advised; None where none is clearly ahead of random rows.
+
+    It is the one that is furthest ahead by its interval's lower end, unless :data:`USUAL` is ahead too and that one is
+    not clearly ahead of it.
+    """
+    ahead = [forecast for forecast in found if forecast.helps]
+    best = max(ahead, key=lambda forecast: forecast.over_random - forecast.margin, default=None)
+    if best is None or best.over_usual > best.usual_margin:
+        return best
+    return next((other for other in ahead if (other.way, other.ratio) == (USUAL, best.ratio)), best)
 
 
 def forecasts(
@@ -128,17 +146,27 @@ def forecasts(
         progress(len(found), len(jobs))
     joined = {(way, ratio): np.concatenate([found[number, way, ratio] for number in (0, 1)]) for way, ratio in tried}
     return [
-        compared(way, ratio, joined[way, ratio], joined.get((RANDOM, ratio), joined[way, ratio]))
-        for way, ratio in tried
+        compared(way, ratio, right, joined.get((RANDOM, ratio), right), joined.get((USUAL, ratio), right))
+        for (way, ratio), right in joined.items()
     ]
 
 
-def compared(way: str, ratio: float, right: Bool[np.ndarray, " n"], random: Bool[np.ndarray, " n"]) -> Forecast:
-    """The accuracy of one way, and its difference from random draws on the same rows, with McNemar's interval."""
-    gained, lost = int((right & ~random).sum()), int((random & ~right).sum())
-    difference, count = gained - lost, len(right)
-    error = math.sqrt(max(gained + lost - difference**2 / count, 0.0)) / count
-    return Forecast(way, ratio, float(right.mean()), difference / count, INTERVAL * error)
+def compared(
+    way: str,
+    ratio: float,
+    right: Bool[np.ndarray, " n"],
+    random: Bool[np.ndarray, " n"],
+    usual: Bool[np.ndarray, " n"],
+) -> Forecast:
+    """The accuracy of one way, and its differences from random and usual draws, each with McNemar's interval."""
+    return Forecast(way, ratio, float(right.mean()), *difference(right, random), *difference(right, usual))
+
+
+def difference(right: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    """How much more often one is right than another on the same rows, and half of the 95 % interval (McNemar)."""
+    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+    more, count = gained - lost, len(right)
+    return more / count, INTERVAL * math.sqrt(max(gained + lost - more**2 / count, 0.0)) / count
 
 
 def _scores(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
 from gstds_cache.files.digest import canonical_json, digest_of
-from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts
+from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts, preferred
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
@@ -60,12 +60,13 @@ def choose_draw(
     found = _recorded(records, digest)
     if found is None:
         found = _try_out(store, probe, share, epochs, threads, device)
-        facts = {"digest": digest, "draws": {f.way: [f.accuracy, f.over_random, f.margin] for f in found}}
+        facts = {"digest": digest, "draws": {f.way: list(astuple(f))[2:] for f in found}}
         keep(lambda path: _write(path, canonical_json(facts)), records)  # where that fails each run tries
-    best = max(found, key=lambda forecast: forecast.over_random - forecast.margin)
+    taken = preferred(found)
+    best = taken or max(found, key=lambda forecast: forecast.over_random)
     random = best.accuracy - best.over_random
     shares = f"a probe that learns from rows drawn so is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
-    if not best.helps:
+    if taken is None:
         return without_draw(
             config
         ), f"no draw is clearly ahead of random rows ({best.way}: {shares}); the rule keeps rows"

@@ -45,7 +45,7 @@ def test_every_way_is_tried_at_every_ratio_and_the_same_on_any_number_of_threads
 def test_a_difference_and_its_interval_are_mcnemars() -> None:
     rng = np.random.default_rng(0)
     right, random = rng.random(1000) < 0.8, rng.random(1000) < 0.7
-    found = compared("loss", 0.5, right, random)
+    found = compared("loss", 0.5, right, random, right)
     difference = right.astype(float) - random
     assert found.over_random == pytest.approx(difference.mean())
     assert found.margin == pytest.approx(1.96 * difference.std() / np.sqrt(1000))

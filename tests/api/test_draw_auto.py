@@ -50,11 +50,13 @@ def test_the_probes_are_asked_once_and_the_selection_is_that_of_the_draw_by_its_
 @pytest.mark.parametrize(
     ("ahead", "draw", "words"),
     [
-        ({"default": (0.01, 0.005), "loss-minus-reference": (0.03, 0.01), "damped-loss": (0.02, 0.01)},
+        ({"default": (0.01, 0.005), "loss-minus-reference": (0.03, 0.01, 0.01, 0.005), "damped-loss": (0.02, 0.01)},
          "loss-minus-reference", "loss-minus-reference: a probe that learns"),
+        ({"default": (0.01, 0.005), "loss-minus-reference": (0.03, 0.01, 0.01, 0.02), "damped-loss": (0.02, 0.01)},
+         "damped-loss", "damped-loss: a probe that learns"),
         ({"default": (0.01, 0.005), "loss-minus-reference": (0.03, 0.03), "damped-loss": (0.02, 0.01)},
          "damped-loss", "damped-loss: a probe"),
-        ({"default": (0.03, 0.01), "loss-minus-reference": (0.02, 0.01), "damped-loss": (0.02, 0.01)},
+        ({"default": (0.03, 0.01, 0.01, 0.005), "loss-minus-reference": (0.02, 0.01), "damped-loss": (0.02, 0.01)},
          None, "the rule keeps rows: a probe"),
         ({"default": (-0.03, 0.01), "loss-minus-reference": (0.01, 0.02), "damped-loss": (0.0, 0.01)},
          None, "no draw is clearly ahead of random rows"),
