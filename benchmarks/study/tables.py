@@ -289,11 +289,16 @@ def _at_its_rate(line: Line, setting: Setting) -> bool:
     return bool(line.get("lr", setting.lr) == setting.lr_of(line["method"]))
 
 
-def render(results: Path = RESULTS) -> str:
-    """The whole text between the markers."""
+def studies_of(results: Path) -> dict[str, Study]:
+    """All settings that have runs."""
     files = sorted(results.glob("*.jsonl"), key=lambda path: (path.stem != "glyphs", path.stem))
     studies = {path.stem: Study(tuple(_lines_of(path))) for path in files}
-    studies = {name: study for name, study in studies.items() if study.runs}
+    return {name: study for name, study in studies.items() if study.runs}
+
+
+def render(results: Path = RESULTS) -> str:
+    """The whole text between the markers."""
+    studies = studies_of(results)
     note = (
         "Differences are in points, paired by seed, with 95 % bootstrap intervals over seeds; a star marks comparisons "
         "in which random's (or the default's) largest budget took less time than the method, and was taken."
