@@ -65,7 +65,7 @@ class ParquetFile:
         self._file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
         self.schema = self._file.schema_arrow
         metadata = self._file.metadata
-        self.rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        self.rows: Sequence[int] = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._leaves = {metadata.schema.column(leaf).path: leaf for leaf in range(metadata.num_columns)}
 
     def group(self, number: int, columns: Sequence[str]) -> pa.ChunkedArray:
@@ -122,7 +122,9 @@ class ArrowFile:
             # Of one narrow column, so that no images are unpacked to count them.
             narrow = [name for name in self.schema.names if pa.types.is_primitive(self.schema.field(name).type)]
             counting = self._reader([*narrow, *self.schema.names][:1])
-            self.rows = [counting.get_batch(number).num_rows for number in range(counting.num_record_batches)]
+            self.rows: Sequence[int] = [
+                counting.get_batch(number).num_rows for number in range(counting.num_record_batches)
+            ]
             return
         before = pa.total_allocated_bytes()
         with pa.ipc.open_stream(pa.memory_map(path)) as reader:
