@@ -18,7 +18,7 @@ from gstds_cache.data.containers import Container, Signature
 from gstds_cache.data.hash_cache import signature_of
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
-from gstds_cache.data.table import Cell, TableSource, ids_of, labels_of
+from gstds_cache.data.table import Cell, TableSource, cell_of, ids_of, labels_of
 from gstds_cache.errors import DatasetError, UsageError, in_words, unknown_name
 from gstds_cache.files.location import expanded
 
@@ -285,10 +285,7 @@ class HuggingFaceCells:
         if self._rows is not None:
             row = _at(self._rows, row)
         chunk = int(np.searchsorted(self._starts, row, "right")) - 1
-        held = self._chunks[chunk][row - int(self._starts[chunk])].as_py()
-        if isinstance(held, dict):
-            return held["path"] if held["bytes"] is None else held["bytes"]
-        return held  # type: ignore[no-any-return]
+        return cell_of(self._chunks[chunk][row - int(self._starts[chunk])])
 
 
 def _indices(dataset: Any) -> pa.ChunkedArray | None:
@@ -321,8 +318,9 @@ def _containers(dataset: Any, columns: Columns) -> tuple[Container, ...]:
         return ()
     rows = _indices(dataset)
     picked = hashlib.sha256()
-    for start in range(0, 0 if rows is None else len(rows), AT_ONCE):
-        picked.update(np.asarray(rows.slice(start, AT_ONCE).combine_chunks(), np.int64).tobytes())
+    if rows is not None:
+        for start in range(0, len(rows), AT_ONCE):
+            picked.update(np.asarray(rows.slice(start, AT_ONCE).combine_chunks(), np.int64).tobytes())
     name = "\n".join([*paths, f"\0hf {columns.image} {picked.hexdigest()}"])
     return (Container(name, range(len(dataset)), partial(_signature, tuple(paths))),)
 

@@ -21,7 +21,7 @@ from gstds_cache.data.files import Files, FileSource
 from gstds_cache.data.hash_cache import signature_of
 from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
-from gstds_cache.data.table import Cell, TableSource, beside, ids_of, labels_of
+from gstds_cache.data.table import Cell, TableSource, beside, cell_of, ids_of, labels_of
 from gstds_cache.data.table_files import LARGE, TableFile, open_table_file
 from gstds_cache.errors import DatasetError, IncompleteError, UsageError
 from gstds_cache.files import mapped
@@ -109,7 +109,7 @@ class _Index:
         for number, rows in enumerate(file.rows):
             if rows:
                 self._groups.append((len(self.paths), number, self.rows))
-                self.sizes.append(file.size(number, columns.read))
+                self.sizes.append(file.size(number, columns))
             self.rows += rows
         self.paths.append(path)
         self.signatures.append(signature_of(path))
@@ -198,7 +198,7 @@ class TableCells:
         place = row - int(self._starts[group])
         with self._lock:
             held = self._held(group)
-        cell = held.cell(place) if isinstance(held, _Spool) else _cell(held[place])
+        cell = held.cell(place) if isinstance(held, _Spool) else cell_of(held[place])
         return beside(self._paths[int(self._files[group])], cell) if isinstance(cell, str) else cell
 
     def _held(self, group: int) -> pa.Array | _Spool:
@@ -213,13 +213,13 @@ class TableCells:
             return kept[group]
         file, number = self._file(int(self._files[group])), int(self._numbers[group])
         try:
-            size = file.size(number, self._columns.read)
+            size = file.size(number, self._columns)
             if size > LARGE:
-                spool = self._spools[group] = _spooled(self._uri, file, number, self._columns.read)
+                spool = self._spools[group] = _spooled(self._uri, file, number, self._columns)
                 while len(self._spools) > SPOOLS:
                     self._spools.popitem(last=False)
                 return spool
-            column = file.group(number, self._columns.read).combine_chunks()
+            column = file.group(number, self._columns).combine_chunks()
         except (pa.ArrowException, OSError) as error:
             if about_us(error) or isinstance(error, pa.ArrowMemoryError):
                 raise
@@ -247,7 +247,7 @@ class TableCells:
         return self._open[number]
 
 
-def _spooled(uri: str, file: TableFile, number: int, columns: Sequence[str]) -> _Spool:
+def _spooled(uri: str, file: TableFile, number: int, columns: Columns) -> _Spool:
     """Unpack a large group of rows to a temporary file, a few rows at a time.
 
     Raises:
@@ -261,7 +261,7 @@ def _spooled(uri: str, file: TableFile, number: int, columns: Sequence[str]) -> 
         place = 0
         for array in file.pieces(number, columns):
             for value in array:
-                cell = _cell(value)
+                cell = cell_of(value)
                 data = cell.encode() if isinstance(cell, str) else cell
                 spool.write(data or b"")
                 ends[place], kinds[place] = spool.tell(), 0 if data is None else 2 if isinstance(cell, str) else 1
@@ -279,14 +279,6 @@ def _spooled(uri: str, file: TableFile, number: int, columns: Sequence[str]) -> 
         ) from error
     mapped.release(data)
     return _Spool(data, ends, kinds)
-
-
-def _cell(value: pa.Scalar) -> Cell:
-    """What a scalar holds: bytes; or of a struct the bytes, else the path."""
-    held = value.as_py()
-    if isinstance(held, dict):
-        return held["path"] if held.get("bytes") is None else held["bytes"]
-    return held  # type: ignore[no-any-return]
 
 
 def _bytes(array: pa.Array) -> int:

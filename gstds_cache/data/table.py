@@ -89,7 +89,7 @@ class TableSource:
         except OSError as error:
             if about_us(error):
                 raise
-            raise UndecodableError(f"unreadable: {error.strerror or error or type(error).__name__}") from None
+            raise UndecodableError(f"unreadable: {error.strerror or str(error) or type(error).__name__}") from None
         if data is None:
             raise UndecodableError("no image: the cell is empty")
         if len(data) > MAX_BYTES:
@@ -110,6 +110,14 @@ class TableSource:
 
 def _with_own(source: TableSource) -> TableSource:
     return replace(source, cells=source.cells.reopened())
+
+
+def cell_of(value: Any) -> Cell:
+    """What a scalar of a table holds: bytes, or a path; of a struct its bytes, else its path."""
+    held = value.as_py()
+    if isinstance(held, dict):
+        held = held["path"] if held["bytes"] is None else held["bytes"]
+    return None if held is None else held if isinstance(held, str) else bytes(held)
 
 
 def beside(path: str, cell: str) -> str:

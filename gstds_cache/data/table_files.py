@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from gstds_cache.data.columns import Columns
 from gstds_cache.data.names import AT_ONCE
 from gstds_cache.errors import DatasetError, in_words
 
@@ -25,11 +26,11 @@ class TableFile(Protocol):
     schema: pa.Schema
     rows: Sequence[int]
 
-    def group(self, number: int, columns: Sequence[str]) -> pa.ChunkedArray:
-        """The column that ``columns`` are, or are the parts of, in a group of rows."""
+    def group(self, number: int, columns: Columns) -> pa.ChunkedArray:
+        """The column of images in a group of rows."""
         ...
 
-    def pieces(self, number: int, columns: Sequence[str]) -> Iterator[pa.Array]:
+    def pieces(self, number: int, columns: Columns) -> Iterator[pa.Array]:
         """The same a few rows at a time.
 
         Yields:
@@ -37,7 +38,7 @@ class TableFile(Protocol):
         """
         ...
 
-    def size(self, number: int, columns: Sequence[str]) -> int:
+    def size(self, number: int, columns: Columns) -> int:
         """Bytes that :meth:`group` takes in memory; 0 where it is mapped."""
         ...
 
@@ -68,23 +69,23 @@ class ParquetFile:
         self.rows: Sequence[int] = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._leaves = {metadata.schema.column(leaf).path: leaf for leaf in range(metadata.num_columns)}
 
-    def group(self, number: int, columns: Sequence[str]) -> pa.ChunkedArray:
+    def group(self, number: int, columns: Columns) -> pa.ChunkedArray:
         """The column in a group of rows."""
-        return self._file.read_row_group(number, list(columns), use_threads=False).column(0)
+        return self._file.read_row_group(number, columns.read, use_threads=False).column(0)
 
-    def pieces(self, number: int, columns: Sequence[str]) -> Iterator[pa.Array]:
+    def pieces(self, number: int, columns: Columns) -> Iterator[pa.Array]:
         """The same, 64 rows at a time.
 
         Yields:
             Some rows.
         """
-        for batch in self._file.iter_batches(64, row_groups=[number], columns=list(columns), use_threads=False):
+        for batch in self._file.iter_batches(64, row_groups=[number], columns=columns.read, use_threads=False):
             yield batch.column(0)
 
-    def size(self, number: int, columns: Sequence[str]) -> int:
+    def size(self, number: int, columns: Columns) -> int:
         """Bytes of the column's pages, unpacked."""
         group = self._file.metadata.row_group(number)
-        return sum(group.column(self._leaves[name]).total_uncompressed_size for name in columns if name in self._leaves)
+        return sum(group.column(self._leaves[name]).total_uncompressed_size for name in columns.read)
 
     def values(self, column: str) -> Iterator[Any]:
         """Every value of a column.
@@ -148,11 +149,11 @@ class ArrowFile:
             return self._batches[number].column(column)
         return self._reader([column]).get_batch(number).column(0)
 
-    def group(self, number: int, columns: Sequence[str]) -> pa.ChunkedArray:
+    def group(self, number: int, columns: Columns) -> pa.ChunkedArray:
         """The column in a record batch."""
-        return pa.chunked_array([self._column(number, columns[0].partition(".bytes")[0])])
+        return pa.chunked_array([self._column(number, columns.image)])
 
-    def pieces(self, number: int, columns: Sequence[str]) -> Iterator[pa.Array]:
+    def pieces(self, number: int, columns: Columns) -> Iterator[pa.Array]:
         """The same at once: it is mapped.
 
         Yields:
@@ -160,7 +161,7 @@ class ArrowFile:
         """
         yield from self.group(number, columns).chunks
 
-    def size(self, number: int, columns: Sequence[str]) -> int:  # noqa: ARG002
+    def size(self, number: int, columns: Columns) -> int:  # noqa: ARG002
         """0: it is mapped, unless the file is compressed."""
         return 0
 
