@@ -168,7 +168,7 @@ def test_stopped_and_begun_again_it_is_the_same_store(named, tmp_path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with Steps(str(whole), None, "stop").counted() as steps:
         embed(whole, open_source(named))
-    commits = [number for number, label in enumerate(steps.labels) if label.startswith("after rename commits/")]
+    commits = [number for number, label in enumerate(steps.labels) if label.startswith("after link commits/")]
     with pytest.raises(Stopped), Steps(str(stopped), commits[1], "stop").counted():
         embed(stopped, open_source(named))
     report = embed(stopped, open_source(named))
