@@ -216,7 +216,11 @@ class TarScan:
         )
 
     def _member(self, full: bytes, offset: int, size: int, content: bytes) -> None:
-        """Take in a regular file; ``content`` is what of it was read already."""
+        """Take in a regular file; ``content`` is what of it was read already.
+
+        Raises:
+            TarError: There is another of that name.
+        """
         slash = full.rfind(b"/") + 1
         dot = full.find(b".", slash)
         if dot <= slash or (full.startswith(b"__") and _is_meta(full)):
@@ -250,7 +254,11 @@ class TarScan:
                 self.digests[member] = hashlib.sha256(content).digest()
 
     def _long(self, kind: bytes, offset: int, size: int, name: bytes, known: int) -> tuple[bytes, int]:
-        """Name and size of the next member, from an entry that holds them."""
+        """Name and size of the next member, from an entry that holds them.
+
+        Raises:
+            TarError: It holds something else.
+        """
         if size > MOST_NAME:
             raise TarError(f"has a name of {size} bytes at byte {offset}: it is damaged there")
         data = self._content(offset, size)

@@ -82,12 +82,6 @@ class Bucket:
             data: bytes = self.obstore.get(self.opened(), path).bytes().to_bytes()
         return data
 
-    def get_entry(self, path: str) -> tuple[bytes, str]:
-        """All bytes of an object, and its etag; FileNotFoundError where there is none."""
-        with self.translated(path):
-            found = self.obstore.get(self.opened(), path)
-            return found.bytes().to_bytes(), found.meta["e_tag"] or ""
-
     def get_range(self, path: str, start: int, size: int, etag: str = "") -> bytes:
         """Some bytes of an object; fewer where it ends before.
 
@@ -109,7 +103,7 @@ class Bucket:
             try:
                 data: bytes = self.obstore.get(self.opened(), path, options=options).bytes().to_bytes()
             except self.obstore.exceptions.PreconditionError as error:
-                raise ChangedError(f"{self.location}/{path}") from error
+                raise ChangedError(self._named(path)) from error
         return data
 
     def pieces(self, path: str, etag: str = "") -> Iterator[bytes]:
@@ -129,7 +123,7 @@ class Bucket:
             try:
                 found = self.obstore.get(self.opened(), path, options={"if_match": etag} if etag else {})
             except self.obstore.exceptions.PreconditionError as error:
-                raise ChangedError(f"{self.location}/{path}") from error
+                raise ChangedError(self._named(path)) from error
             for data in found.stream(min_chunk_size=PIECE):
                 yield bytes(data)
 
@@ -142,7 +136,13 @@ class Bucket:
         with self.translated(folder or ""):
             for some in self.obstore.list(self.opened(), folder, chunk_size=1000):
                 for entry in some:
-                    yield Entry(entry["path"], entry["size"], entry["last_modified"].timestamp(), entry["e_tag"] or "")
+                    yield _entry(entry)
+
+    def folder(self, folder: str) -> list[Entry]:
+        """The objects right in ``folder``, and none in folders below it."""
+        with self.translated(folder):
+            found = self.obstore.list_with_delimiter(self.opened(), folder or None)
+        return [_entry(entry) for entry in found["objects"]]
 
     @property
     def obstore(self) -> Any:
@@ -177,7 +177,7 @@ class Bucket:
             try:
                 self._store = self.obstore.store.S3Store(
                     self.location.bucket,
-                    prefix=self.location.prefix,
+                    prefix=self.location.prefix or None,
                     config={"endpoint": place} if place else {},
                     client_options={"allow_http": place.startswith("http://"), "timeout": REQUEST_TIMEOUT},
                     retry_config=RETRY,
@@ -208,9 +208,12 @@ class Bucket:
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise self._unavailable(name, error) from error
-            raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.location}/{name}") from error
+            raise FileNotFoundError(errno.ENOENT, "no such object", self._named(name)) from error
         except self.obstore.exceptions.BaseError as error:
             raise self._unavailable(name, error) from error
+
+    def _named(self, path: str) -> str:
+        return f"{str(self.location).removesuffix('/')}/{path}"
 
     def _unavailable(self, name: str, error: Exception) -> StoreUnavailableError:
         message = _message(error)
@@ -227,18 +230,22 @@ class Bucket:
         if keyless or {status, code} & REFUSALS:
             answer = " ".join(filter(None, (status, code)))
             return StoreUnavailableError(
-                f"{self.location}/{name}: "
+                f"{self._named(name)}: "
                 + (f"no credentials: {message[:200]}" if keyless else f"{place} refused access: {answer}"),
                 hint="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and "
                 "AWS_ENDPOINT_URL, and that this key may list, read, write and delete there; ~/.aws is not read",
             )
         return StoreUnavailableError(
-            f"{self.location}/{name}: {place} does not answer as it should: "
+            f"{self._named(name)}: {place} does not answer as it should: "
             + message.partition("<")[0][:400].strip(" :")
             + (f" {code}" if code else ""),
             hint="nothing that is there was lost: run the same command again. If it never answered: check "
             "AWS_ENDPOINT_URL and AWS_REGION",
         )
+
+
+def _entry(entry: Any) -> Entry:
+    return Entry(entry["path"], entry["size"], entry["last_modified"].timestamp(), entry["e_tag"] or "")
 
 
 class ChangedError(OSError):
