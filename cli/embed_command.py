@@ -35,6 +35,10 @@ DATASET is one of
 \b
   digits                        scikit-learn's 1,797 digits
   imagefolder:PATH              PATH/<class>/**/<image>
+  folder:PATH                   images without class folders, no labels
+  list:FILE.csv                 rows path,label
+  parquet:PATH?image=COLUMN     Parquet or Arrow files; &label=COLUMN
+  hf:PATH_OR_NAME?split=train   a data set of Hugging Face's datasets
   torchvision:CLASS?root=PATH   CIFAR10, OxfordIIITPet, Flowers102, ...
   module:factory                your own function that returns a data set
 

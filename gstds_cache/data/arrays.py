@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +46,7 @@ class ArraySource:
         return to_rgb(Image.fromarray(self.pixels[row]))
 
 
-def open_digits(uri: str) -> ArraySource:
+def open_digits(uri: str, _path: str = "", _params: Mapping[str, str] | None = None) -> ArraySource:
     """Open scikit-learn's 1797 handwritten digits of 8 x 8 pixels, scaled from 0..16 to 0..255.
 
     Args:

@@ -1,4 +1,4 @@
-"""``imagefolder:PATH``: one folder per class, images anywhere below it."""
+"""``imagefolder:PATH``: one folder per class, images anywhere below it; ``folder:PATH``: images without classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import heapq
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
+from gstds_cache.data.labels import NO_LABEL
 from gstds_cache.data.levels import level_notes
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.data.outputs import Listing, holds_outputs
@@ -42,7 +43,7 @@ class _Scan:
     direct: set[str] = field(default_factory=set)
 
 
-def open_folder(uri: str, path: str) -> FileSource:
+def open_folder(uri: str, path: str, _params: Mapping[str, str] | None = None) -> FileSource:
     """Open a folder of class folders.
 
     Class names are the first-level folders, sorted; items are sorted by their path relative to ``path``. Symbolic
@@ -63,17 +64,7 @@ def open_folder(uri: str, path: str) -> FileSource:
         UsageError: ``path`` is empty.
         DatasetError: There is no such folder, or it holds no class folders or no images.
     """
-    if not path:
-        raise UsageError(f"data set {uri!r}: no path given", hint="name the folder: imagefolder:PATH")
-    root = local_file(path, "image folder")
-    if not root.is_dir():
-        got = "a file" if root.exists() else "nothing there"
-        raise DatasetError(
-            f"image folder {path!r}: got {got}, {_LAYOUT}",
-            hint="unpack the archive and name the folder"
-            if root.exists()
-            else f"look for it: ls {_quoted(root.parent)}",
-        )
+    root = _root(uri, path, _LAYOUT)
     top = sorted(_list(str(root)), key=lambda entry: os.fsencode(entry.name))
     classes = [entry.name for entry in top if _is_folder(entry)]
     stray = [entry.name for entry in top if has_image_extension(entry.name) and not _is_folder(entry)]
@@ -103,6 +94,62 @@ def open_folder(uri: str, path: str) -> FileSource:
             *level_notes(root, path, [name for label, name in enumerate(classes) if scan.images[label]], scan.direct),
         ),
     )
+
+
+def open_plain_folder(uri: str, path: str, _params: Mapping[str, str] | None = None) -> FileSource:
+    """Open a folder of images without labels, at any depth; else as :func:`open_folder`.
+
+    Args:
+        uri: The data set as the user named it.
+        path: The folder: a path, which may begin with ``~``, or ``file:///path``.
+
+    Returns:
+        The source; every label is -1.
+
+    Raises:
+        DatasetError: There is no such folder, or no image in it.
+    """
+    root = _root(uri, path, "expected a folder of images")
+    scan = _Scan()
+    names = Names.of(_walk(os.path.join(root, ""), "", scan))  # noqa: PTH118 - Path drops the slash
+    if not names:
+        raise DatasetError(
+            f"image folder {path!r}: got no image in it, expected files that end in {' '.join(IMAGE_EXTENSIONS)}",
+            hint=f"look at what is there: find {_quoted(root)} -type f | head",
+        )
+    ids = Names.of(map(printable, names))
+    _check_unique(path, ids)
+    labels = mapped.zeros((len(names),), np.int64)
+    labels[:] = NO_LABEL
+    return FileSource(
+        uri=uri,
+        kind="folder",
+        ids=ids,
+        labels=labels,
+        files=Files(os.path.join(root, ""), names),  # noqa: PTH118
+        notes=tuple(_notes(scan, [], [])),
+    )
+
+
+def _root(uri: str, path: str, expected: str) -> Path:
+    """The folder at ``path``.
+
+    Raises:
+        UsageError: ``path`` is empty.
+        DatasetError: There is no folder.
+    """
+    if not path:
+        raise UsageError(f"data set {uri!r}: no path given", hint=f"name the folder: {uri.partition(':')[0]}:PATH")
+    root = local_file(path, "image folder")
+    if not root.is_dir():
+        got = "a file" if root.exists() else "nothing there"
+        raise DatasetError(
+            f"image folder {path!r}: got {got}, {expected}",
+            hint="unpack the archive and name the folder"
+            if root.exists()
+            else f"look for it: ls {_quoted(root.parent)}",
+        )
+    return root
 
 
 def _list(folder: str, listing: Listing | None = None) -> Iterator[os.DirEntry[str]]:
@@ -164,22 +211,29 @@ def _images(root: str, classes: list[str], scan: _Scan) -> Iterator[str]:
         The path of every image relative to the root, sorted by bytes.
     """
     for label in _in_order(classes):
-        for name in _images_of(root, classes[label], scan):
+        for name in _walk(root, f"{classes[label]}/", scan):
             scan.images[label] += 1
             scan.escaped = scan.escaped or printable(name) != name
             yield name
 
 
-def _images_of(root: str, name: str, scan: _Scan) -> Iterator[str]:
+def _walk(root: str, first: str, scan: _Scan) -> Iterator[str]:
+    """Walk through the folder ``first``, which ends with a slash, or through the root, which is ''.
+
+    Yields:
+        The path of every image relative to the root, sorted by bytes.
+    """
     # Each folder carries the identities of the folders it lies in: a link to one of those would never end, while the
     # same folder reached twice by different ways is only two sets of items.
-    stack: list[tuple[Iterator[str], frozenset[tuple[int, int]]]] = [(iter([f"{name}/"]), frozenset({_identity(root)}))]
+    stack: list[tuple[Iterator[str], frozenset[tuple[int, int]]]] = [
+        (iter([first]), frozenset({_identity(root)} if first else ()))
+    ]
     while stack:
         entries, above = stack[-1]
         relative = next(entries, None)
         if relative is None:
             stack.pop()
-        elif not relative.endswith("/"):
+        elif relative and not relative.endswith("/"):
             yield relative
         elif (identity := _identity(root + relative)) in above:
             scan.loops += 1
@@ -253,7 +307,7 @@ def _check_top(path: str, root: Path, classes: list[str], stray: list[str]) -> N
     if stray:
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(stray), 'image')} directly inside and no class folder, {_LAYOUT}",
-            hint=f"move each into the folder of its class, e.g.: cd {_quoted(root)} && mkdir all && mv *.* all/",
+            hint=f"without classes it is 'folder:{path}'; else move each image into the folder of its class",
         )
     raise DatasetError(
         f"image folder {path!r}: got a folder without class folders, {_LAYOUT}",

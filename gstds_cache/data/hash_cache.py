@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,10 @@ FILE = "hashes.sqlite"
 _FORMAT = 3
 """SQLite's ``user_version``; formats 1 and 2 were files of another kind, NAME.hashes."""
 _SCHEMA = "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, entry BLOB, crc32 INTEGER) WITHOUT ROWID"
+_CONTAINED = (
+    "CREATE TABLE IF NOT EXISTS contained (name BLOB, part INTEGER, entry BLOB, crc32 INTEGER, "
+    "PRIMARY KEY (name, part))"
+)
 _SELECT = "SELECT path, entry, crc32 FROM files WHERE path"
 _ENTRY = np.dtype([("signature", "<i8", 4), ("sha256", "u1", 32)])
 _ROWS = 1 << 14
@@ -113,6 +117,67 @@ class HashCache:
             digests: SHA-256 of each.
             changed: Which files these are news of; of the others nothing is written.
         """
+        self._write_by(lambda path: _write(path, files, signatures, digests, changed))
+
+    def recall_contained(self, name: str, signature: tuple[int, int, int, int], digests: Digests) -> bool:
+        """Look up the digests of all items of a container (:class:`gstds_cache.data.containers.Container`).
+
+        Args:
+            name: The container's.
+            signature: What it is now.
+            digests: [n, 32] filled in where they are known.
+
+        Returns:
+            Whether they are: for this signature and this number of items.
+        """  # noqa: DOC501 - a damaged file is noted
+        if self._path is None or signature[0] < 0 or not os.path.lexists(self._path):
+            return False
+        head = _head(signature, len(digests))
+        try:
+            with _opened(self._path) as database:
+                database.execute(_CONTAINED)
+                for part, start in enumerate(range(0, len(digests), _ROWS)):
+                    asked = (os.fsencode(name), part)
+                    query = "SELECT entry, crc32 FROM contained WHERE name = ? AND part = ?"
+                    entry, crc32 = database.execute(query, asked).fetchone() or (head, zlib.crc32(head))
+                    some = digests[start : start + _ROWS]
+                    if zlib.crc32(entry) != crc32:
+                        raise sqlite3.DatabaseError("another crc32")
+                    if entry[: len(head)] != head or len(entry) != len(head) + some.nbytes:
+                        return False
+                    some[:] = np.frombuffer(entry, np.uint8, offset=len(head)).reshape(some.shape)
+                    mapped.release(digests)
+        except (OSError, sqlite3.Error) as error:
+            self._note("every file is hashed again", error, "read")
+            return False
+        return True
+
+    def record_contained(self, name: str, signature: tuple[int, int, int, int], digests: Digests) -> None:
+        """Keep the digests of all items of a container in place of what was known of it.
+
+        Args:
+            name: The container's.
+            signature: What it was before and after its items were read; ``old_enough`` vouches for it.
+            digests: [n, 32] of its items, in order.
+        """
+        head, named = _head(signature, len(digests)), os.fsencode(name)
+
+        def write(path: Path) -> None:
+            path.touch()
+            with _opened(path) as database:
+                database.execute(_CONTAINED)
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("DELETE FROM contained WHERE name = ?", (named,))
+                for part, start in enumerate(range(0, len(digests), _ROWS)):
+                    entry = head + digests[start : start + _ROWS].tobytes()
+                    row = (named, part, entry, zlib.crc32(entry))
+                    database.execute("INSERT INTO contained VALUES (?, ?, ?, ?)", row)
+                database.execute("COMMIT")
+
+        self._write_by(write)
+
+    def _write_by(self, write: Callable[[Path], None]) -> None:
+        """Have ``write`` write to the file; one that is damaged is begun anew."""
         if self._path is None:
             return
         for may_mend in (True, False):
@@ -120,7 +185,7 @@ class HashCache:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 for old in self._path.parent.glob("*.hashes"):  # formats 1 and 2
                     old.unlink(missing_ok=True)
-                _write(self._path, files, signatures, digests, changed)
+                write(self._path)
                 return
             except (OSError, sqlite3.Error) as error:
                 if not (may_mend and _is_damage(error)):
@@ -231,6 +296,11 @@ def _prefix(files: Files) -> bytes:
     return os.fsencode(os.path.join(os.path.abspath(files.folder or "."), ""))  # noqa: PTH100, PTH118
 
 
+def _head(signature: tuple[int, int, int, int], rows: int) -> bytes:
+    """What the digests of a container are kept under."""
+    return np.array([*signature, rows], np.int64).tobytes()
+
+
 def _is_damage(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NO_ACCESS
 
@@ -244,7 +314,7 @@ def signatures_of(paths: Iterable[str]) -> Int64[np.ndarray, "N 4"]:
     Returns:
         [N, 4]; a row of -1 for a file that does not exist or cannot be asked about.
     """
-    rows = [_signature(path) for path in paths]
+    rows = [signature_of(path) for path in paths]
     try:
         return np.array(rows, np.int64).reshape(-1, 4)
     except OverflowError:  # An inode above 2**63, or a file dated after the year 2262.
@@ -266,7 +336,8 @@ def old_enough(signatures: Int64[np.ndarray, "N 4"], now_ns: int) -> Bool[np.nda
     return np.asarray((signatures[:, 0] >= 0) & (signatures[:, 1] < limit) & (signatures[:, 2] < limit))
 
 
-def _signature(path: str) -> tuple[int, int, int, int]:
+def signature_of(path: str) -> tuple[int, int, int, int]:
+    """Size, mtime and ctime in nanoseconds, and inode of a file; -1 where it cannot be asked about."""
     try:
         stat = os.stat(path)  # noqa: PTH116 - for a million paths
     except (OSError, ValueError):

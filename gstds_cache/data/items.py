@@ -109,6 +109,8 @@ def pair_of(item: Any) -> tuple[Any, Any]:
         return item[0], item[1]
     got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
     expected, hint = NOT_PAIR
+    if isinstance(item, dict):
+        got, hint = f"a dict of {', '.join(map(str, item))}"[:200], f"{hint}; a datasets.Dataset is taken as it is"
     raise ItemError(f"not a pair: got {got}, {expected}", kind="not a pair", hint=hint)
 
 

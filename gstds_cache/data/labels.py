@@ -280,7 +280,9 @@ class LabelColumn:
             self.notes = (f"labels are text: each is one of the data set's {len(self.classes):,} classes",)
             return
         self.classes = tuple(sorted(self._codes))
-        self.notes = (f"labels are text: {len(self.classes):,} classes, sorted",)
+        names = [text if len(text) <= 20 else f"{text[:18]} ..." for text in self.classes[:5]]
+        shown = ", ".join([*names, "..."] if len(self.classes) > 5 else names)
+        self.notes = (f"labels are text: {len(self.classes):,} classes, sorted: {shown}",)
         code_of = {text: code for code, text in enumerate(self.classes)}
         codes = np.array([*(code_of[text] for text in self._codes), NO_LABEL])  # code -1 takes the last
         for start in range(0, len(labels), AT_ONCE):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64, UInt8
 
+from gstds_cache.data.containers import Container
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache, old_enough, signatures_of
 from gstds_cache.data.names import AT_ONCE, Names
@@ -206,8 +207,8 @@ def hash_items(
             are read once a command.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash.
-        read: Whether files are read; else those that ``hash_cache`` does not know are ``UNREADABLE``. What is not in
-            files is read all the same.
+        read: Whether files are read; else those that ``hash_cache`` does not know are ``UNREADABLE``. What is neither
+            in files nor in containers is read all the same.
 
     Returns:
         [N, 32] digests, read-only: of one data set and object of ``hash_cache`` they are one array.
@@ -218,12 +219,16 @@ def hash_items(
         if progress is not None:
             progress(len(source), len(source))
         return taken(digests, source.rows) if isinstance(source, Subset) else digests
-    if hash_cache is None or source.files is None:
+    containers: Sequence[Container] = getattr(source, "containers", ())
+    cached = hash_cache is not None and (source.files is not None or len(containers) > 0)
+    if hash_cache is None or not cached:
         digests = _hash_all(source, progress, threads)
-    else:
+    elif source.files is not None:
         digests = _hash_new(source, source.files, hash_cache, progress, threads, read=read)
+    else:
+        digests = _hash_contained(source, containers, hash_cache, progress, threads, read=read)
     digests.flags.writeable = False
-    if hash_cache is not None and (read or source.files is None):
+    if hash_cache is not None and (read or not cached):
         hash_cache.keep(source, digests)
     return digests
 
@@ -232,6 +237,44 @@ def _hash_all(source: ImageSource, progress: Counted | None, threads: int) -> UI
     files, digests = source.files, mapped.zeros((len(source), 32), np.uint8)
     _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
     return digests
+
+
+def _hash_contained(
+    source: ImageSource,
+    containers: Sequence[Container],
+    hash_cache: HashCache,
+    progress: Counted | None,
+    threads: int,
+    *,
+    read: bool,
+) -> UInt8[np.ndarray, "N 32"]:
+    """Hash the items of the containers that are not known or have changed; a container is kept when it is done."""
+    digests, total = mapped.zeros((len(source), 32), np.uint8), len(source)
+    for container in containers:
+        rows, now = container.rows, time.time_ns()
+        part = digests[rows.start : rows.stop]
+        seen = container.signature()
+        if hash_cache.recall_contained(container.name, seen, part):
+            if progress is not None:
+                progress(rows.stop, total)
+            continue
+        if not read:
+            part[:] = np.frombuffer(UNREADABLE, np.uint8)
+            continue
+
+        def work(block: range, rows: range = rows) -> None:
+            _hash_rows(source, None, digests, rows[block.start : block.stop])
+
+        _in_blocks(work, len(rows), progress and _shifted(progress, rows.start, total), threads, digests)
+        readable = (part != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1).all()
+        if readable and container.signature() == seen and old_enough(np.array([seen], np.int64), now).all():
+            hash_cache.record_contained(container.name, seen, part)
+    return digests
+
+
+def _shifted(progress: Counted, start: int, total: int) -> Counted:
+    """``progress`` of a part of the rows as progress of all of them."""
+    return lambda done, _part: progress(start + done, total)
 
 
 def _hash_new(

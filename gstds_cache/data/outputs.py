@@ -100,7 +100,7 @@ def inside_warning(source: ImageSource, path: LocationLike | None, *, what: str,
         The warning; empty where it lies elsewhere.
     """
     target = None if path is None else Location.parse(path).path
-    if not source.kind.startswith("imagefolder") or source.files is None or target is None:
+    if not source.kind.startswith(("imagefolder", "folder")) or source.files is None or target is None:
         return ""
     folder = Path(source.files.folder)
     # os.path, whose realpath ends where a link leads back to itself

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from gstds_cache.data.hugging_face import is_dataset, open_dataset_object
 from gstds_cache.data.mapstyle import MapStyleSource, mirror_safe
 from gstds_cache.data.repeatable import require_repeatable
 from gstds_cache.data.source import ImageSource
@@ -24,7 +25,9 @@ def open_object(dataset: Any) -> ImageSource:
 
     Args:
         dataset: An object with ``__len__`` and ``__getitem__`` that gives (image, label), as
-            :func:`gstds_cache.data.factory.open_factory` describes; or an ``ImageSource``, which is returned as it is.
+            :func:`gstds_cache.data.factory.open_factory` describes; a ``datasets.Dataset``, whose rows are dicts
+            (:func:`gstds_cache.data.hugging_face.open_dataset_object`); or an ``ImageSource``, which is returned as it
+            is.
 
     Returns:
         The source. Its kind and uri are ``python:`` and the object's class: provenance that no command can open, e.g.
@@ -37,6 +40,8 @@ def open_object(dataset: Any) -> ImageSource:
         return dataset
     _require_indexed(dataset)
     name = f"python:{_public_name(type(dataset))}"
+    if is_dataset(dataset):
+        return open_dataset_object(dataset, name)
     source = MapStyleSource(dataset, uri=name, kind=name, mirror_safe=mirror_safe(dataset, name))
     require_repeatable(source)
     return source
@@ -56,6 +61,8 @@ def _require_indexed(dataset: Any) -> None:
         got, hint = f"the class {dataset.__name__}", f"pass an object of it: {dataset.__name__}(...)"
     elif isinstance(dataset, Mapping):
         hint = "pass one of its values, e.g. data['train']: rows are numbered from 0"
+    elif type(dataset).__module__.startswith("datasets.") and not hasattr(dataset, "__len__"):
+        hint = "load it without streaming=True: rows are read by their number"
     elif hasattr(dataset, "batch_sampler") and hasattr(dataset, "dataset"):
         hint = "pass the data set that it loads: loader.dataset"
     elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):

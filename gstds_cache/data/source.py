@@ -11,7 +11,16 @@ from PIL import Image
 
 from gstds_cache.data.files import Files
 
-KINDS = ("digits", "imagefolder:PATH", "torchvision:CLASS?root=PATH", "module:factory")
+KINDS = (
+    "digits",
+    "imagefolder:PATH",
+    "folder:PATH",
+    "list:FILE.csv",
+    "parquet:PATH",
+    "hf:PATH_OR_NAME",
+    "torchvision:CLASS?root=PATH",
+    "module:factory",
+)
 """How the kinds of data sets are named."""
 
 

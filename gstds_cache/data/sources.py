@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import urlencode
 
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import KINDS, ImageSource
@@ -18,6 +21,36 @@ __all__ = ["KINDS", "ImageSource", "open_source", "open_sources"]
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+@dataclass(frozen=True)
+class _Scheme:
+    """How the data sets of one scheme are opened.
+
+    Attributes:
+        module: The module in this package.
+        function: Its function of the name without the query, what stands behind the scheme, and the query.
+        parameters: What may stand in the query.
+        parts: Whether ``split=train|test`` and ``holdout`` are ours: parts by content; else they are the scheme's own.
+    """
+
+    module: str
+    function: str
+    parameters: tuple[str, ...] = ()
+    parts: bool = True
+
+
+# Each is imported where it is chosen: most bring a heavy library.
+_SCHEMES: dict[str, _Scheme] = {
+    "digits": _Scheme("arrays", "open_digits"),
+    "imagefolder": _Scheme("folder", "open_folder"),
+    "folder": _Scheme("folder", "open_plain_folder"),
+    "list": _Scheme("file_list", "open_file_list", ("path", "label")),
+    "parquet": _Scheme("parquet", "open_parquet", ("image", "label", "id")),
+    "arrow": _Scheme("parquet", "open_parquet", ("image", "label", "id")),
+    "hf": _Scheme("hugging_face", "open_hugging_face", ("split", "image", "label", "id", "config"), parts=False),
+}
+_ENDINGS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "list", ".tsv": "list"}
+
+
 def open_source(
     dataset: object,
     *,
@@ -27,8 +60,9 @@ def open_source(
 ) -> ImageSource:
     """Open a data set.
 
-    Of names, ``digits`` and ``imagefolder:PATH`` take ``?split=train|test&holdout=0.2``; ``torchvision:CLASS`` passes
-    its query to the class and ``module:factory`` to the factory. A path may hold ``:`` but not ``?``.
+    All kinds of names but three take ``?split=train|test&holdout=0.2``: ``torchvision:CLASS`` passes its query to the
+    class, ``module:factory`` to the factory, and of ``hf:`` ``split`` is one that the data set has. A path may hold
+    ``:`` but not ``?``.
 
     Args:
         dataset: A name, one of ``KINDS``; or any object with ``__len__`` and ``__getitem__`` that gives (image, label)
@@ -90,14 +124,13 @@ class _Opener:
         Raises:
             UsageError: The name is of no known kind.
         """  # noqa: DOC501
-        # Adapters are imported where they are chosen: each brings a heavy library.
         if not isinstance(dataset, str):
             from gstds_cache.data.python_object import open_object
 
             return open_object(dataset)
         base, params = split_query("data set", dataset)
-        kind, _, target = base.partition(":")
-        if base == "digits" or kind == "imagefolder":
+        kind, colon, target = base.partition(":")
+        if kind in _SCHEMES and not (kind == "digits" and colon):
             return self._part(dataset, base, params)
         if kind == "torchvision":
             from gstds_cache.data.vision import open_torchvision
@@ -114,21 +147,20 @@ class _Opener:
             from gstds_cache.data.factory import open_factory
 
             return open_factory(dataset, factory, params)
-        if base and expanded(base, "data set").is_dir():
-            raise UsageError(
-                f"unknown data set {base!r}: it is a folder, and a folder of images is named imagefolder:PATH",
-                hint=f"did you mean 'imagefolder:{base}'?",
-            )
-        raise unknown_name("data set", base, KINDS)
+        raise _unknown(base)
 
     def _part(self, uri: str, base: str, params: dict[str, str]) -> ImageSource:
         """The whole named ``base``, or the part of it that ``params`` ask for."""
         from gstds_cache.data.split import split_by_content, split_parameters
 
-        asked = split_parameters(uri, params)
-        if base not in self.wholes:
-            self.wholes[base] = _open_whole(base)
-        whole = self.wholes[base]
+        scheme = _SCHEMES[base.partition(":")[0]]
+        own = {key: value for key, value in params.items() if key in scheme.parameters}
+        rest = {key: value for key, value in params.items() if key not in own}
+        asked = split_parameters(uri, rest, scheme.parameters, parts=scheme.parts)
+        name = f"{base}?{urlencode(own)}" if own else base
+        if name not in self.wholes:
+            self.wholes[name] = _open_whole(scheme, uri if asked is None else name, base.partition(":")[2], own)
+        whole = self.wholes[name]
         if asked is None:
             return whole
         split, holdout = asked
@@ -137,12 +169,25 @@ class _Opener:
         )
 
 
-def _open_whole(base: str) -> ImageSource:
-    kind, _, path = base.partition(":")
-    if kind == "digits":
-        from gstds_cache.data.arrays import open_digits
+def _open_whole(scheme: _Scheme, uri: str, target: str, params: Mapping[str, str]) -> ImageSource:
+    opener: Callable[[str, str, Mapping[str, str]], ImageSource] = getattr(
+        import_module(f"gstds_cache.data.{scheme.module}"), scheme.function
+    )
+    return opener(uri, target, params)
 
-        return open_digits(base)
-    from gstds_cache.data.folder import open_folder
 
-    return open_folder(base, path)
+def _unknown(base: str) -> UsageError:
+    """The error for a name of no known kind; a file or folder that is there gets the name that it would have."""
+    path = Path(base) if not base else expanded(base, "data set")
+    if base and path.is_dir():
+        return UsageError(
+            f"unknown data set {base!r}: it is a folder, and a folder of images is named imagefolder:PATH",
+            hint=f"did you mean 'imagefolder:{base}'? Without class folders: 'folder:{base}'",
+        )
+    scheme = _ENDINGS.get(path.suffix.lower())
+    if scheme is not None and path.is_file():
+        return UsageError(
+            f"unknown data set {base!r}: it is a file, and such a file is named {scheme}:FILE",
+            hint=f"did you mean '{scheme}:{base}'?",
+        )
+    return unknown_name("data set", base, KINDS)

@@ -21,12 +21,16 @@ SPLITS = ("train", "test")
 DEFAULT_HOLDOUT = 0.2
 
 
-def split_parameters(uri: str, params: dict[str, str]) -> tuple[str, float] | None:
+def split_parameters(
+    uri: str, params: dict[str, str], others: Sequence[str] = (), *, parts: bool = True
+) -> tuple[str, float] | None:
     """Read ``split`` and ``holdout``.
 
     Args:
         uri: The data set as the user named it.
         params: Its query; ``split`` is ``train`` or ``test``, ``holdout`` the fraction held out for testing.
+        others: Parameters of the data set's own kind, which are not among ``params``, for errors.
+        parts: Whether ``split`` and ``holdout`` may be asked for.
 
     Returns:
         The part, and the fraction held out; None where no part is asked for.
@@ -34,9 +38,10 @@ def split_parameters(uri: str, params: dict[str, str]) -> tuple[str, float] | No
     Raises:
         UsageError: A parameter is unknown, or has a value it cannot have.
     """  # noqa: DOC501
+    known = (*others, "split", "holdout") if parts else tuple(others)
     for name in params:
-        if name not in {"split", "holdout"}:
-            raise unknown_name(f"query parameter of data set {uri!r}:", name, ("split", "holdout"))
+        if name not in known:
+            raise unknown_name(f"query parameter of data set {uri!r}:", name, known)
     split, given = params.get("split"), params.get("holdout")
     if split is None:
         if given is not None:

@@ -98,7 +98,7 @@ class JpegReader:
             OSError: This process may open no more files.
         """
         if self.source.files is None:
-            return None
+            return self._packed(row)
         try:
             with io.FileIO(self.source.files.path(row)) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -110,3 +110,19 @@ class JpegReader:
             if about_us(error):
                 raise
             return None
+
+    def _packed(self, row: int) -> bytes | None:
+        """The same of an image file that lies in a table or an archive, as the items of ``containers`` do.
+
+        Raises:
+            OSError: This process may open no more files.
+        """
+        if not hasattr(getattr(self.source, "base", self.source), "containers"):
+            return None
+        try:
+            data = self.source.payload(row)
+        except OSError as error:
+            if about_us(error):
+                raise
+            return None
+        return data if data[:2] == b"\xff\xd8" and len(data) <= MAX_BYTES else None

@@ -251,9 +251,9 @@ class TestRacyFiles:
     def test_a_change_within_one_tick_is_seen(self, photos, place, monkeypatch) -> None:
         """A file system whose clock stands still: only the rule about recent files can help."""
         monkeypatch.setattr(hash_cache_module, "RACY_NS", 3600 * 10**9)
-        true = hash_cache_module._signature
+        true = hash_cache_module.signature_of
         now = time.time_ns()
-        monkeypatch.setattr(hash_cache_module, "_signature", lambda path: (true(path)[0], now, now, true(path)[3]))
+        monkeypatch.setattr(hash_cache_module, "signature_of", lambda path: (true(path)[0], now, now, true(path)[3]))
         before = root_of(photos, HashCache(place))
         (photos / "cats/0.png").write_bytes(b"CONTENT OF cats/0.png")
         assert root_of(photos, HashCache(place)) == root_of(photos, None) != before
@@ -558,7 +558,7 @@ def test_signatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row == [4, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     assert missing == impossible == [-1] * 4
     assert signatures_of([]).shape == (0, 4)
-    monkeypatch.setattr(hash_cache_module, "_signature", lambda _path: (1, 2, -(2**70), 2**64 - 1))
+    monkeypatch.setattr(hash_cache_module, "signature_of", lambda _path: (1, 2, -(2**70), 2**64 - 1))
     assert signatures_of(["x"]).tolist() == [[1, 2, -(2**63), 2**63 - 1]]
 
 

@@ -183,7 +183,7 @@ def test_text_makes_classes_and_says_so() -> None:
     source = source_of(["owl", "cat", b"owl", None, "dog"])
     assert source.classes == ("cat", "dog", "owl")
     assert source.labels.tolist() == [2, 0, 2, -1, 1]
-    assert source.notes == ("labels are text: 3 classes, sorted",)
+    assert source.notes == ("labels are text: 3 classes, sorted: cat, dog, owl",)
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.classes, build_manifest(copy).root) == (source.classes, build_manifest(source).root)
 
@@ -275,7 +275,7 @@ def test_torchvisions_classes_go_the_same_way(tmp_path: Path, monkeypatch: pytes
     files.samples[1] = (str(tmp_path / "x.png"), "ant")
     source = open_source("torchvision:FakeData?size=2")
     assert (source.labels.tolist(), source.classes) == ([1, 0], ("ant", "owl"))
-    assert source.notes == ("labels are text: 2 classes, sorted",)
+    assert source.notes == ("labels are text: 2 classes, sorted: ant, owl",)
 
 
 MODULE = """

@@ -65,4 +65,8 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
         assert result["import_of_train"]["heavy_libraries_loaded"] == []
     if path.stem == "bench_memory":
         assert all(taken["anonymous"] >= 0 for jobs in result["rise_bytes"].values() for taken in jobs.values())
+    if path.stem == "bench_ways_in":
+        (raced,) = result["data"].values()
+        assert all(raced["same_bytes"].values())
+        assert raced["in order"].keys() == raced["shuffled"].keys() == raced["same_bytes"].keys()
     assert sorted((BENCHMARKS / "results").glob("*")) == before

@@ -1,0 +1,179 @@
+"""Ways in: images decoded a second through each kind of data set, over class folders of the same files.
+
+    python benchmarks/bench_ways_in.py FOLDER... [--images 5000] [--trials 5]
+
+The first images of each FOLDER of class folders, evenly over its classes, are copied into class folders of their own
+and packed by pyarrow and datasets. Every way then hashes and decodes the same bytes in one process, in order and in a
+shuffled order, in turns; the page cache is warm. ``same_bytes``: whether all hashes are those of the class folders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import parser, report, spread
+from PIL import Image
+
+from gstds_cache.data.manifest import hash_items
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
+
+Item = tuple[str, bytes]
+"""Name of the class, and bytes of the image file."""
+
+
+def class_folders(folder: Path, items: Sequence[Item]) -> str:
+    for row, (name, data) in enumerate(items):
+        path = folder / name / f"{row:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return f"imagefolder:{folder}"
+
+
+def file_list(folder: Path, items: Sequence[Item]) -> str:
+    class_folders(folder, items)
+    rows = (f"{name}/{row:06d}.jpg,{name}\n" for row, (name, _) in enumerate(items))
+    (folder / "list.csv").write_text("path,label\n" + "".join(rows))
+    return f"list:{folder / 'list.csv'}"
+
+
+def _table(items: Sequence[Item]) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"image": [data for _, data in items], "label": [name for name, _ in items]})
+
+
+def parquet(folder: Path, items: Sequence[Item], **options: Any) -> str:
+    import pyarrow.parquet as pq
+
+    pq.write_table(_table(items), folder / "images.parquet", **options)
+    return f"parquet:{folder / 'images.parquet'}"
+
+
+def arrow(folder: Path, items: Sequence[Item]) -> str:
+    import pyarrow as pa
+
+    table = _table(items)
+    with pa.ipc.new_file(folder / "images.arrow", table.schema) as writer:
+        writer.write_table(table, 1000)
+    return f"arrow:{folder / 'images.arrow'}"
+
+
+def hugging_face(folder: Path, items: Sequence[Item], *, save: bool) -> str:
+    import datasets
+
+    datasets.disable_progress_bars()
+    names = sorted({name for name, _ in items})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [{"bytes": data, "path": None} for _, data in items], "label": [name for name, _ in items]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    if save:
+        dataset.save_to_disk(str(folder / "saved"))
+        return f"hf:{folder / 'saved'}"
+    dataset.to_parquet(str(folder / "train.parquet"))
+    return f"parquet:{folder}"
+
+
+WAYS: dict[str, Callable[[Path, Sequence[Item]], str]] = {
+    "class folders": class_folders,
+    "list": file_list,
+    "parquet, groups of 500 rows": lambda folder, items: parquet(folder, items, row_group_size=500),
+    "parquet, pyarrow's defaults": parquet,
+    "parquet by datasets": lambda folder, items: hugging_face(folder, items, save=False),
+    "arrow": arrow,
+    "hf, saved to disk": lambda folder, items: hugging_face(folder, items, save=True),
+}
+"""Each writes the items, in order, into an empty folder, and names the data set."""
+
+
+def some_of(folder: Path, count: int) -> list[Item]:
+    """``count`` image files of class folders, evenly over the classes, in the order of class folders."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    each = -(-count // len(classes))
+    found = [(path.name, file) for path in classes for file in sorted(path.rglob("*.*"))[:each]]
+    return [(name, file.read_bytes()) for name, file in found[:count]]
+
+
+def made_up(folder: Path, count: int) -> Path:
+    """A folder of class folders with small JPEGs."""
+    for row in range(count):
+        pixels = np.random.default_rng(row).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        path = folder / "ab"[row % 2] / f"{row}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def decode(source: ImageSource, rows: Sequence[int]) -> float:
+    """CPU seconds of decoding ``rows``: other processes on the machine do not count."""
+    begun = time.process_time()
+    for row in rows:
+        source.image(row)
+    return time.process_time() - begun
+
+
+def race(items: list[Item], work: Path, trials: int) -> dict[str, Any]:
+    """Decode the items through every way, in turns."""
+    opened = {}
+    for name, write in WAYS.items():
+        place = work / f"way{len(opened)}"
+        place.mkdir()
+        opened[name] = open_source(write(place, items))
+    truth = hash_items(opened["class folders"])
+    orders = {
+        "in order": list(range(len(items))),
+        "shuffled": np.random.default_rng(0).permutation(len(items)).tolist(),
+    }
+    result: dict[str, Any] = {
+        "images": len(items),
+        "mean_bytes": round(sum(len(data) for _, data in items) / len(items)),
+        "same_bytes": {name: bool(np.array_equal(hash_items(source), truth)) for name, source in opened.items()},
+    }
+    for order, rows in orders.items():
+        seconds: dict[str, list[float]] = {name: [] for name in opened}
+        for _ in range(trials):
+            for name, source in opened.items():
+                seconds[name].append(decode(source, rows))
+        base = seconds["class folders"]
+        result[order] = {
+            name: {
+                "images_per_cpu_second": round(len(rows) / spread(taken)["median"], 1),
+                "over_class_folders": spread([ours / own for ours, own in zip(base, taken, strict=True)]),
+            }
+            for name, taken in seconds.items()
+        }
+    return result
+
+
+def main() -> None:
+    """Run the benchmark."""
+    made = parser(__doc__)
+    made.add_argument("folders", nargs="*", type=Path, help="folders of class folders")
+    made.add_argument("--images", type=int, default=5000)
+    arguments = made.parse_args()
+    if arguments.smoke:
+        arguments.images, arguments.trials = 30, 1
+    with tempfile.TemporaryDirectory() as work:
+        folders = [made_up(Path(work) / "made-up", 30)] if arguments.smoke else arguments.folders
+        if not folders:
+            sys.exit("name a folder of class folders, or --smoke")
+        results = {}
+        for number, folder in enumerate(folders):
+            place = Path(work) / str(number)
+            place.mkdir()
+            results[folder.name] = race(some_of(folder, arguments.images), place, arguments.trials)
+            print(json.dumps({folder.name: results[folder.name]}), file=sys.stderr)
+            shutil.rmtree(place)
+    report("ways-in", {"data": results}, arguments)
+
+
+if __name__ == "__main__":
+    main()

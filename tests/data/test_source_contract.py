@@ -1,0 +1,197 @@
+"""What every kind of data set promises; a new kind adds itself to tests/shared/source_kinds.py."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import pickle
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kill_driver import Steps, Stopped
+from PIL import Image
+from real_store import embed, objects_of
+from source_kinds import CLASSES, KINDS, Item, Kind, items
+
+from gstds_cache.data import hash_cache as hash_cache_module
+from gstds_cache.data.decode import UndecodableError, decode_image
+from gstds_cache.data.files import Files
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.loading import pixel_batches
+from gstds_cache.data.manifest import build_manifest
+from gstds_cache.data.source import ImageSource
+from gstds_cache.data.sources import open_source
+from gstds_cache.files import mapped
+
+COUNT, BROKEN = 24, 9
+ON_DISK = [name for name, kind in KINDS.items() if kind.on_disk]
+"""Of the others no hash can be kept, and their memory is the user's own."""
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    chosen = KINDS[request.param]
+    if chosen.missing:
+        pytest.skip(f"{chosen.needs} is not installed")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def made() -> list[Item]:
+    return items(COUNT, broken=[BROKEN])
+
+
+@pytest.fixture
+def named(kind: Kind, made: list[Item], tmp_path: Path) -> Any:
+    (tmp_path / "data").mkdir()
+    return kind.write(tmp_path / "data", made)
+
+
+@pytest.fixture
+def source(named: Any) -> ImageSource:
+    return open_source(named)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image.resize((8, 8))).transpose(2, 0, 1).copy())
+
+
+def test_items_in_their_order_with_ids_labels_and_classes(kind, made, named, source) -> None:
+    again = open_source(named)
+    assert isinstance(source, ImageSource)
+    assert len(source) == len(source.ids) == len(set(source.ids)) == COUNT
+    assert list(again.ids) == list(source.ids)
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [item.label if kind.labelled else -1 for item in made]
+    assert tuple(source.classes) == (CLASSES if kind.labelled and kind.named else ())
+    assert not isinstance(named, str) or source.uri == named
+    assert "/" not in source.kind
+    for row in (0, COUNT - 1):
+        assert source.image(row).mode == "RGB"
+        assert source.image(row).tobytes() == decode_image(made[row].data).tobytes()
+
+
+def test_hashes_are_of_the_image_files_bytes(kind, made, named, source) -> None:
+    manifest = build_manifest(source)
+    assert manifest.root == build_manifest(open_source(named)).root
+    if kind.encoded:
+        assert [row.tobytes() for row in manifest.sha256] == [hashlib.sha256(item.data).digest() for item in made]
+        assert [source.payload(row) for row in range(COUNT)] == [item.data for item in made]
+
+
+def test_a_broken_image_is_an_item_with_a_reason(source, tmp_path) -> None:
+    with pytest.raises(UndecodableError) as caught:
+        source.image(BROKEN)
+    assert caught.value.reason
+    assert str(tmp_path) not in caught.value.reason
+    report = embed(tmp_path / "store", source)
+    assert (report.embedded, report.ok) == (COUNT, COUNT - 1)
+    assert [entry.row for entry in report.quarantined] == [BROKEN]
+    assert report.quarantined[0].reason == caught.value.reason
+
+
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust a signature at once: it would have to be two seconds old."""
+    monkeypatch.setattr(hash_cache_module, "RACY_NS", 0)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ImageSource], list[int]]]:
+    """Given a source, the rows that are read from then on."""
+    rows: list[int] = []
+
+    def watch(source: ImageSource) -> list[int]:
+        rows.clear()
+        payload, sha256 = type(source).payload, Files.sha256
+
+        def counted_payload(self: Any, row: int) -> bytes:
+            rows.append(row)
+            return payload(self, row)
+
+        def counted_sha256(self: Files, row: int) -> bytes:
+            rows.append(row)
+            return sha256(self, row)
+
+        monkeypatch.setattr(type(source), "payload", counted_payload)
+        monkeypatch.setattr(Files, "sha256", counted_sha256)
+        return rows
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", ON_DISK, indirect=True)
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_second_run_opens_no_image(named, tmp_path, read) -> None:
+    first = build_manifest(open_source(named), hash_cache=HashCache(tmp_path / "hashes"))
+    source = open_source(named)
+    rows = read(source)
+    again = build_manifest(source, hash_cache=HashCache(tmp_path / "hashes"))
+    assert again.root == first.root
+    assert rows == []
+
+
+@pytest.mark.parametrize("kind", ON_DISK, indirect=True)
+@pytest.mark.usefixtures("_no_waiting")
+def test_what_changed_is_read_again(kind, made, named, tmp_path) -> None:
+    cache = tmp_path / "hashes"
+    first = build_manifest(open_source(named), hash_cache=HashCache(cache))
+    other = [*made[:5], Item(made[6].data, made[5].label), *made[6:]]
+    for path in sorted((tmp_path / "data").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    again = build_manifest(open_source(kind.write(tmp_path / "data", other)), hash_cache=HashCache(cache))
+    assert np.flatnonzero((again.sha256 != first.sha256).any(axis=1)).tolist() == [5]
+
+
+def test_it_pickles_and_processes_that_decode_see_the_same(source, made) -> None:
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.uri, list(copy.ids), copy.labels.tolist()) == (source.uri, list(source.ids), source.labels.tolist())
+    assert copy.image(3).tobytes() == source.image(3).tobytes()
+    source.image(2)  # what is open here is not to be shared
+    order = np.random.default_rng(0).permutation(COUNT).tolist()
+    batches = pixel_batches(source, pixels, (3, 8, 8), [order[:16], order[16:]], workers=2, pin=False)
+    assert batches.workers == 2
+    decoded = torch.cat([batch.pixels for batch in batches])
+    batches.close()
+    for place, row in enumerate(order):
+        expected = torch.zeros(3, 8, 8, dtype=torch.uint8) if row == BROKEN else pixels(decode_image(made[row].data))
+        assert torch.equal(decoded[place], expected), row
+
+
+def test_stopped_and_begun_again_it_is_the_same_store(named, tmp_path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with Steps(str(whole), None, "stop").counted() as steps:
+        embed(whole, open_source(named))
+    commits = [number for number, label in enumerate(steps.labels) if label.startswith("after rename commits/")]
+    with pytest.raises(Stopped), Steps(str(stopped), commits[1], "stop").counted():
+        embed(stopped, open_source(named))
+    report = embed(stopped, open_source(named))
+    assert 0 < report.committed_before < COUNT
+    assert objects_of(stopped) == objects_of(whole)
+
+
+@pytest.mark.parametrize("kind", ON_DISK, indirect=True)
+def test_memory_does_not_grow_with_the_items(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mapped, "SMALL", 0)
+    one = io.BytesIO()
+    Image.new("L", (1, 1)).save(one, "PNG")
+    kept = []
+    for count in (400, 2400):
+        (tmp_path / str(count)).mkdir()
+        written = kind.write(tmp_path / str(count), [Item(one.getvalue(), row * 3 // count) for row in range(count)])
+        gc.collect()
+        tracemalloc.start()
+        source = open_source(written)
+        manifest = build_manifest(source)
+        assert len(manifest) == count
+        gc.collect()
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    # An empty Python string has 49 bytes, and eight more in the list that holds it.
+    assert (kept[1] - kept[0]) / 2000 < 24
