@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gstds_cache.errors import IncompleteError
 from gstds_cache.files.bucket import Bucket, usable_here
@@ -50,6 +50,7 @@ class Part:
     etag: str = ""
 
 
+@runtime_checkable
 class Fetcher(Protocol):
     """Reads parts of a bucket's objects."""
 
