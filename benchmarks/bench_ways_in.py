@@ -1,20 +1,28 @@
 """Ways in: images decoded a second through each kind of data set, over class folders of the same files.
 
-    python benchmarks/bench_ways_in.py FOLDER... [--images 5000] [--trials 5]
+    python benchmarks/bench_ways_in.py FOLDER... [--images 5000] [--trials 5] [--members 1000000]
 
 The first images of each FOLDER of class folders, evenly over its classes, are copied into class folders of their own
 and packed by pyarrow and datasets. Every way then hashes and decodes the same bytes in one process, in order and in a
 shuffled order, in turns; the page cache is warm. ``same_bytes``: whether all hashes are those of the class folders.
+
+``index``: a tar archive of so many tiny members, in a process of its own: seconds (CPU and clock) to open it as a data
+set the first time, and again with the index that was kept; by how much its memory is then larger, for each member.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +30,7 @@ import numpy as np
 from harness import parser, report, spread
 from PIL import Image
 
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import hash_items
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -67,6 +76,17 @@ def arrow(folder: Path, items: Sequence[Item]) -> str:
     return f"arrow:{folder / 'images.arrow'}"
 
 
+def webdataset(folder: Path, items: Sequence[Item]) -> str:
+    from webdataset import TarWriter
+
+    classes = sorted({name for name, _ in items})
+    for number, start in enumerate(range(0, len(items), 1000)):
+        with TarWriter(str(folder / f"{number:06d}.tar")) as writer:
+            for row, (name, data) in enumerate(items[start : start + 1000], start):
+                writer.write({"__key__": f"{row:09d}", "jpg": data, "cls": classes.index(name)})
+    return f"webdataset:{folder}"
+
+
 def hugging_face(folder: Path, items: Sequence[Item], *, save: bool) -> str:
     import datasets
 
@@ -89,6 +109,7 @@ WAYS: dict[str, Callable[[Path, Sequence[Item]], str]] = {
     "parquet, pyarrow's defaults": parquet,
     "parquet by datasets": lambda folder, items: hugging_face(folder, items, save=False),
     "arrow": arrow,
+    "webdataset": webdataset,
     "hf, saved to disk": lambda folder, items: hugging_face(folder, items, save=True),
 }
 """Each writes the items, in order, into an empty folder, and names the data set."""
@@ -153,18 +174,76 @@ def race(items: list[Item], work: Path, trials: int) -> dict[str, Any]:
     return result
 
 
+def archive(path: Path, members: int) -> None:
+    """A tar archive of so many members of 16 bytes, two a sample; tarfile's headers, patched."""
+    head = tarfile.TarInfo(f"{0:09d}.jpg").tobuf(tarfile.USTAR_FORMAT)
+    total = int(head[148:154], 8) - sum(head[:13])
+    with path.open("wb", 1 << 20) as file:
+        for member in range(members):
+            name = b"%09d.%s" % (member // 2, (b"jpg", b"cls")[member % 2])
+            size, label = (b"%011o" % 16, b"%-16d" % (member % 10))
+            header = name + head[13:124] + size + head[135:148]
+            sums = total - sum(head[124:135]) + sum(size) + sum(name)
+            file.write(header + b"%06o\0 " % sums + head[156:] + label + bytes(496))
+        file.write(bytes(1024))
+
+
+def opening(uri: str, cache: Path) -> dict[str, float]:
+    """Time and memory of opening a data set."""
+    before, clock, cpu = resident(), time.perf_counter(), time.process_time()
+    source = open_source(uri, hash_cache=HashCache(cache))
+    seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
+    assert source.payload(len(source) - 1)
+    gc.collect()
+    after = resident()
+    return {**seconds, "bytes": after[0] - before[0], "peak_bytes": after[1] - before[1], "samples": len(source)}
+
+
+def resident() -> tuple[int, int]:
+    """Memory of this process that is its own, and the most that it had, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[name].split()[0]) << 10 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
+
+
+def index(members: int, work: Path) -> dict[str, Any]:
+    """Open an archive twice, each time in a process of its own."""
+    archive(work / "members.tar", members)
+    os.utime(work / "members.tar", (1, 1))
+    time.sleep(2.1)  # what changed less than two seconds ago is not trusted
+    runs = []
+    for _ in range(2):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            runs.append(pool.submit(opening, f"webdataset:{work / 'members.tar'}", work / "cache").result())
+    return {
+        "members": members,
+        **{
+            name: {
+                "seconds": round(run["seconds"], 2),
+                "cpu_seconds": round(run["cpu_seconds"], 2),
+                "bytes_a_member": round(run["bytes"] / members, 1),
+                "peak_bytes_a_member": round(run["peak_bytes"] / members, 1),
+            }
+            for name, run in zip(("first", "warm"), runs, strict=True)
+        },
+    }
+
+
 def main() -> None:
     """Run the benchmark."""
     made = parser(__doc__)
     made.add_argument("folders", nargs="*", type=Path, help="folders of class folders")
     made.add_argument("--images", type=int, default=5000)
+    made.add_argument("--members", type=int, default=1_000_000, help="of the tar archive that is indexed")
     arguments = made.parse_args()
     if arguments.smoke:
-        arguments.images, arguments.trials = 30, 1
+        arguments.images, arguments.trials, arguments.members = 30, 1, 1000
     with tempfile.TemporaryDirectory() as work:
         folders = [made_up(Path(work) / "made-up", 30)] if arguments.smoke else arguments.folders
         if not folders:
             sys.exit("name a folder of class folders, or --smoke")
+        indexed = index(arguments.members, Path(work))
+        print(json.dumps({"index": indexed}), file=sys.stderr)
+        (Path(work) / "members.tar").unlink()
         results = {}
         for number, folder in enumerate(folders):
             place = Path(work) / str(number)
@@ -172,7 +251,7 @@ def main() -> None:
             results[folder.name] = race(some_of(folder, arguments.images), place, arguments.trials)
             print(json.dumps({folder.name: results[folder.name]}), file=sys.stderr)
             shutil.rmtree(place)
-    report("ways-in", {"data": results}, arguments)
+    report("ways-in", {"index": indexed, "data": results}, arguments)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ DATASET is one of
   folder:PATH                   images without class folders, no labels
   list:FILE.csv                 rows path,label
   parquet:PATH?image=COLUMN     Parquet or Arrow files; &label=COLUMN
+  webdataset:s-{{0000..0099}}.tar tar shards, also s3://...; &label=FIELD of json
   hf:PATH_OR_NAME?split=train   a data set of Hugging Face's datasets
   torchvision:CLASS?root=PATH   CIFAR10, OxfordIIITPet, Flowers102, ...
   module:factory                your own function that returns a data set

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from PIL import Image
 
+from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.copies import NotCopiedError
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.source import ImageSource
@@ -59,6 +60,7 @@ class PixelDecoder:
         begun = time.perf_counter()
         pixels = room(len(rows) * math.prod(self.shape)).view(len(rows), *self.shape)
         failures = []
+        expect_rows(self.source, rows)
         for place, row in enumerate(rows):
             try:
                 pixels[place] = self.transform(self.source.image(row))

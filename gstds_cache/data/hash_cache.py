@@ -66,11 +66,13 @@ class HashCache:
 
     Attributes:
         notes: What the user should be told: why the file could not be read or written.
+        folder: Where the file lies, and what else is kept of data sets; None keeps nothing on disk.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         """Use the file in ``folder``, which need not exist; None keeps nothing on disk."""
         self.notes: tuple[str, ...] = ()
+        self.folder = folder
         self._path = None if folder is None else (folder / FILE).absolute()
         self._hashed: list[tuple[ImageSource, Digests]] = []
 
@@ -267,7 +269,8 @@ def _write(path: Path, files: Files, signatures: Signatures, digests: Digests, c
             database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", known)
             database.execute("COMMIT")
             mapped.release(signatures, digests, changed)
-        _forget_deleted(database, _prefix(files), len(files))
+        if _is_local(files):
+            _forget_deleted(database, _prefix(files), len(files))
 
 
 def _forget_deleted(database: sqlite3.Connection, folder: bytes, files: int) -> None:
@@ -293,7 +296,13 @@ def _paths(files: Files) -> Iterator[tuple[int, list[bytes]]]:
 
 def _prefix(files: Files) -> bytes:
     """The files' folder with a slash at its end; links are not resolved, as those in the paths are not."""
+    if not _is_local(files):
+        return files.folder.encode()
     return os.fsencode(os.path.join(os.path.abspath(files.folder or "."), ""))  # noqa: PTH100, PTH118
+
+
+def _is_local(files: Files) -> bool:
+    return not files.folder.startswith("s3://")
 
 
 def _head(signature: tuple[int, int, int, int], rows: int) -> bytes:

@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64, UInt8
 
+from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.containers import Container
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache, old_enough, signatures_of
 from gstds_cache.data.names import AT_ONCE, Names
+from gstds_cache.data.objects import Objects
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.subset import Subset, taken
-from gstds_cache.errors import IntegrityError
+from gstds_cache.errors import GstdsError, IntegrityError
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import merkle_root
 from gstds_cache.runtime.progress import Counted
@@ -220,11 +222,12 @@ def hash_items(
             progress(len(source), len(source))
         return taken(digests, source.rows) if isinstance(source, Subset) else digests
     containers: Sequence[Container] = getattr(source, "containers", ())
-    cached = hash_cache is not None and (source.files is not None or len(containers) > 0)
+    files: Files | None = getattr(source, "objects", source.files)
+    cached = hash_cache is not None and (files is not None or len(containers) > 0)
     if hash_cache is None or not cached:
         digests = _hash_all(source, progress, threads)
-    elif source.files is not None:
-        digests = _hash_new(source, source.files, hash_cache, progress, threads, read=read)
+    elif files is not None:
+        digests = _hash_new(source, files, hash_cache, progress, threads, read=read)
     else:
         digests = _hash_contained(source, containers, hash_cache, progress, threads, read=read)
     digests.flags.writeable = False
@@ -336,7 +339,9 @@ def _in_blocks(
 def _hash_rows(
     source: ImageSource, files: Files | None, digests: UInt8[np.ndarray, "N 32"], rows: Iterable[int]
 ) -> None:
-    for row in rows:
+    some = list(rows)
+    expect_rows(source, some)
+    for row in some:
         digests[row] = np.frombuffer(_hash_item(source, files, row), np.uint8)
 
 
@@ -345,9 +350,16 @@ def _changed(
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, "n 4"], int]:
     """Rows of ``block`` whose files have another signature than in ``signatures``; what they have now; and when."""
     now = time.time_ns()
-    seen = signatures_of(files.paths(block))
+    seen = _signatures(files, block)
     rows = np.flatnonzero((seen != signatures[block.start : block.stop]).any(axis=1) | (seen[:, 0] < 0))
     return rows + block.start, seen[rows], now
+
+
+def _signatures(files: Files, rows: range | Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n 4"]:
+    """What the files have now; objects of a bucket, what they had when it was listed: no other version is read."""
+    if isinstance(files, Objects):
+        return files.signatures[rows.start : rows.stop] if isinstance(rows, range) else files.signatures[rows]
+    return signatures_of(files.paths(rows) if isinstance(rows, range) else map(files.path, rows.tolist()))
 
 
 def _hash_changed(
@@ -370,7 +382,7 @@ def _hash_changed(
     before = signatures[rows]
     signatures[rows] = -1
     _hash_rows(source, files, digests, rows.tolist())
-    after = signatures_of(map(files.path, rows.tolist()))
+    after = _signatures(files, rows)
     readable = (digests[rows] != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
     reliable = readable & (seen == after).all(axis=1) & old_enough(seen, now)
     signatures[rows[reliable]] = seen[reliable]
@@ -380,8 +392,9 @@ def _hash_changed(
 def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
     try:
         # A file can be larger than memory.
-        return files.sha256(row) if files is not None else hashlib.sha256(source.payload(row)).digest()
+        by_path = files is not None and not isinstance(files, Objects)
+        return files.sha256(row) if files and by_path else hashlib.sha256(source.payload(row)).digest()
     except OSError as error:
-        if about_us(error):
+        if about_us(error) or isinstance(error, GstdsError):
             raise
         return UNREADABLE

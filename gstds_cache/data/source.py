@@ -17,6 +17,7 @@ KINDS = (
     "folder:PATH",
     "list:FILE.csv",
     "parquet:PATH",
+    "webdataset:SHARDS.tar",
     "hf:PATH_OR_NAME",
     "torchvision:CLASS?root=PATH",
     "module:factory",

@@ -30,12 +30,14 @@ class _Scheme:
         function: Its function of the name without the query, what stands behind the scheme, and the query.
         parameters: What may stand in the query.
         parts: Whether ``split=train|test`` and ``holdout`` are ours: parts by content; else they are the scheme's own.
+        keeps: Whether the function takes the hash cache as well, beside which it keeps something.
     """
 
     module: str
     function: str
     parameters: tuple[str, ...] = ()
     parts: bool = True
+    keeps: bool = False
 
 
 # Each is imported where it is chosen: most bring a heavy library.
@@ -46,9 +48,12 @@ _SCHEMES: dict[str, _Scheme] = {
     "list": _Scheme("file_list", "open_file_list", ("path", "label")),
     "parquet": _Scheme("parquet", "open_parquet", ("image", "label", "id")),
     "arrow": _Scheme("parquet", "open_parquet", ("image", "label", "id")),
+    "webdataset": _Scheme("webdataset", "open_webdataset", ("image", "label"), keeps=True),
     "hf": _Scheme("hugging_face", "open_hugging_face", ("split", "image", "label", "id", "config"), parts=False),
 }
-_ENDINGS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "list", ".tsv": "list"}
+_IN_BUCKETS = {"imagefolder": _Scheme("bucket_folder", "open_bucket_folder")}
+"""What opens ``s3://`` where it is not what opens a path."""
+_ENDINGS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow", ".csv": "list", ".tsv": "list"}
 
 
 def open_source(
@@ -153,13 +158,14 @@ class _Opener:
         """The whole named ``base``, or the part of it that ``params`` ask for."""
         from gstds_cache.data.split import split_by_content, split_parameters
 
-        scheme = _SCHEMES[base.partition(":")[0]]
+        kind, _, target = base.partition(":")
+        scheme = _SCHEMES[kind] if target[:5].lower() != "s3://" else _IN_BUCKETS.get(kind, _SCHEMES[kind])
         own = {key: value for key, value in params.items() if key in scheme.parameters}
         rest = {key: value for key, value in params.items() if key not in own}
         asked = split_parameters(uri, rest, scheme.parameters, parts=scheme.parts)
         name = f"{base}?{urlencode(own)}" if own else base
         if name not in self.wholes:
-            self.wholes[name] = _open_whole(scheme, uri if asked is None else name, base.partition(":")[2], own)
+            self.wholes[name] = _open_whole(scheme, uri if asked is None else name, target, own, self.hash_cache)
         whole = self.wholes[name]
         if asked is None:
             return whole
@@ -169,11 +175,11 @@ class _Opener:
         )
 
 
-def _open_whole(scheme: _Scheme, uri: str, target: str, params: Mapping[str, str]) -> ImageSource:
-    opener: Callable[[str, str, Mapping[str, str]], ImageSource] = getattr(
-        import_module(f"gstds_cache.data.{scheme.module}"), scheme.function
-    )
-    return opener(uri, target, params)
+def _open_whole(
+    scheme: _Scheme, uri: str, target: str, params: Mapping[str, str], hash_cache: HashCache
+) -> ImageSource:
+    opener: Callable[..., ImageSource] = getattr(import_module(f"gstds_cache.data.{scheme.module}"), scheme.function)
+    return opener(uri, target, params, hash_cache) if scheme.keeps else opener(uri, target, params)
 
 
 def _unknown(base: str) -> UsageError:

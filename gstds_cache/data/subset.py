@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
+from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.files import Files
 from gstds_cache.data.names import AT_ONCE
 from gstds_cache.data.source import ImageSource
@@ -64,6 +65,16 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def objects(self) -> Files | None:
+        """The part's objects, if the whole is objects of a bucket; else its files."""
+        objects = getattr(self.base, "objects", None)
+        return self.files if objects is None else objects.part(map(int, self.rows))
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Tell the whole what will be read next."""
+        expect_rows(self.base, [int(self.rows[row]) for row in rows])
 
     def payload(self, row: int) -> bytes:
         """The bytes of the part's item ``row``."""

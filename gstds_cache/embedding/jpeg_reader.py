@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import MAX_BYTES
 from gstds_cache.data.source import ImageSource
@@ -60,6 +61,7 @@ class JpegReader:
         """
         begun = time.perf_counter()
         items, contents, total, decoded = list[Item](), list[Any](), 0, 0
+        expect_rows(self.source, rows)
         for row in rows:
             content, orientation, after = self._read(row)
             if isinstance(content, str):

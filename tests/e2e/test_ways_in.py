@@ -13,7 +13,7 @@ from source_kinds import KINDS, items
 
 COUNT = 48
 SMALL = ["--model", "tiny", "--cache", "x.store", "--batch-size", "8", "--shard-rows", "16", "--workers", "1", "--json"]
-WAYS = ["folder", "list", "parquet files of structs", "arrow", "hf saved"]
+WAYS = ["folder", "list", "parquet files of structs", "arrow", "hf saved", "webdataset in a bucket"]
 
 
 @pytest.fixture(params=WAYS)
@@ -22,6 +22,8 @@ def named(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     kind = KINDS[request.param]
     if kind.missing:
         pytest.skip(f"{kind.needs} is not installed")
+    if kind.in_bucket:
+        request.getfixturevalue("s3_prefix")
     (tmp_path / "data").mkdir()
     name: str = kind.write(tmp_path / "data", items(COUNT, broken=[9]))
     return name
@@ -44,6 +46,7 @@ def test_embed_select_and_train(named, command, result_of, tiny_model) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("named", [*WAYS, "webdataset", "class folders in a bucket"], indirect=True)
 def test_killed_and_begun_again(named, start, command, tiny_model, tmp_path) -> None:
     words = [f"{tiny_model}_slow" if word == "tiny" else word for word in SMALL]
     words[words.index("--batch-size") + 1], words[words.index("--shard-rows") + 1] = "2", "4"

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -251,6 +251,18 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def upload(key: str, data: bytes) -> None:
+    """Write an object to the bucket, past every client library, at the API that the environment names."""
+    place = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    connection = http.client.HTTPConnection(place.netloc, timeout=30)
+    try:
+        connection.request("PUT", quote(f"/{BUCKET}/{key}"), data, {"Authorization": SIGNED})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+    finally:
+        connection.close()
 
 
 def stored(server: S3Server, location: str, key: str) -> bytes | None:

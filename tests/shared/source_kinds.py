@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from s3_api import BUCKET, upload
 
 CLASSES = ("cats", "dogs", "owls")
 
@@ -49,6 +50,7 @@ class Kind:
         needs: A library without which it cannot be written.
         on_disk: Whether it lies in files, whose hashes are kept from run to run.
         encoded: Whether an item's payload is the image file's bytes.
+        in_bucket: Whether it lies in the bucket of the tests' S3 API, which the environment then has to name.
     """
 
     write: Callable[[Path, Sequence[Item]], Any]
@@ -57,6 +59,7 @@ class Kind:
     needs: str = ""
     on_disk: bool = True
     encoded: bool = True
+    in_bucket: bool = False
 
     @property
     def missing(self) -> bool:
@@ -147,6 +150,29 @@ def hugging_face(folder: Path, made: Sequence[Item], *, how: str) -> Any:
     return dataset
 
 
+def shards(folder: Path, made: Sequence[Item], *, label: str = "cls", each: int = 10) -> str:
+    import webdataset
+
+    # Written one by one: webdataset's ShardWriter prints the name of each shard.
+    for number, start in enumerate(range(0, len(made), each)):
+        with webdataset.TarWriter(str(folder / f"shard-{number:04d}.tar")) as writer:
+            for row in range(start, min(start + each, len(made))):
+                item = made[row]
+                labels = {"cls": item.label, "json": {"id": row, "about": {"class": CLASSES[item.label]}}}
+                writer.write({"__key__": f"{row:07d}", "png": item.data, label: labels[label]})
+    pattern = f"{folder}/shard-{{0000..{number:04d}}}.tar"
+    return f"webdataset:{pattern}" if label == "cls" else f"webdataset:{pattern}?label=about.class"
+
+
+def in_bucket(write: Callable[[Path, Sequence[Item]], str], folder: Path, made: Sequence[Item]) -> str:
+    """What ``write`` writes to the folder, in the bucket."""
+    name = write(folder, made)
+    prefix = f"{folder.parent.name}-{folder.name}"
+    for path in folder.rglob("*.*"):
+        upload(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+    return name.replace(str(folder), f"s3://{BUCKET}/{prefix}")
+
+
 class MapStyle:
     """A data set object of a user's own."""
 
@@ -176,6 +202,11 @@ KINDS: dict[str, Kind] = {
     "arrow compressed": Kind(partial(arrow, compression="zstd")),
     "hf saved": Kind(partial(hugging_face, how="saved"), needs="datasets"),
     "hf object": Kind(partial(hugging_face, how="object"), needs="datasets", on_disk=False),
+    "webdataset": Kind(shards, named=False, needs="webdataset"),
+    "webdataset in a bucket": Kind(
+        partial(in_bucket, partial(shards, label="json")), needs="webdataset", in_bucket=True
+    ),
+    "class folders in a bucket": Kind(partial(in_bucket, class_folders), in_bucket=True),
     "object": Kind(map_style, named=False, on_disk=False, encoded=False),
 }
 """A kind that is added here is held to the whole contract."""

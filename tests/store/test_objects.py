@@ -16,6 +16,7 @@ import pytest
 from s3_api import BUCKET, FaultProxy, S3Server, stored
 
 from gstds_cache.errors import EXIT_INCOMPLETE, StoreUnavailableError, UsageError
+from gstds_cache.files import bucket as bucket_module
 from gstds_cache.files.location import Location
 from gstds_cache.store import objects
 from gstds_cache.store.factory import open_transport
@@ -44,9 +45,9 @@ OPERATIONS: dict[str, tuple[str, Act, object]] = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up after a few quick tries."""
-    monkeypatch.setitem(objects.RETRY, "max_retries", 6)
+    monkeypatch.setitem(bucket_module.RETRY, "max_retries", 6)
     monkeypatch.setitem(
-        objects.RETRY,
+        bucket_module.RETRY,
         "backoff",
         {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2},
     )
