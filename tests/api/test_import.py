@@ -293,11 +293,20 @@ def test_vectors_of_a_data_set_train_on_it_in_whatever_order_they_come(tmp_path)
     assert store.fingerprint == bring(rows, tmp_path / "t", dataset=uri).fingerprint
     np.testing.assert_array_equal(store.gather(np.arange(N)), rows)
     assert any("into the order of" in line for line in lines)
-    selection = gstds_cache.select(store, keep=0.5, batch_size=20, epochs=1, knn=5, guidance="none", progress=False)
-    report = gstds_cache.train(
-        uri, selection, arch="conv3", out=tmp_path / "run", device="cpu", threads=1, progress=False
-    )
-    assert report.steps == 3
+    settings = {"batch_size": 20, "epochs": 1, "knn": 5, "guidance": "none", "device": "cpu", "progress": False}
+    selection = gstds_cache.select(store, keep=0.5, **settings)
+    training = {"arch": "conv3", "device": "cpu", "threads": 1, "progress": False}
+    assert gstds_cache.train(uri, selection, out=tmp_path / "run", **training).steps == 3
+    # Without the data set ids, and labels where there are any, say which items the vectors are of.
+    for number, labels in enumerate((None, [name.partition("/")[0] for name in ids])):
+        named = bring(rows, tmp_path / f"n{number}", ids=ids, labels=labels)
+        selection = gstds_cache.select(named, keep=0.5, **settings)
+        sampler = gstds_cache.SelectedBatchSampler(selection.path, dataset=gstds_cache.open_source(uri))
+        assert sampler.total_steps == 3
+    other = bring(rows, tmp_path / "other", ids=ids[::-1])
+    selection = gstds_cache.select(other, keep=0.5, **settings)
+    with pytest.raises(FingerprintMismatchError, match="made from another data set"):
+        gstds_cache.train(uri, selection, out=tmp_path / "run2", **training)
 
 
 def test_the_command(npy, tmp_path, command, result_of) -> None:
