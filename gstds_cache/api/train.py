@@ -27,7 +27,7 @@ from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import require_dataset
+from gstds_cache.stream.reader import require_manifest
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.identity import default_run_dir, run_config
 from gstds_cache.training.interrupt import stop_after_step
@@ -197,10 +197,10 @@ def _recorded_cost(cost: Cost | None) -> tuple[float | None, str]:
 
 def _measured_cost(cache: EmbeddingStore | LocationLike, header: Header) -> tuple[float, str]:
     """Seconds of a selection by what a few of its batches take, and that they are known so."""
-    from gstds_cache.report.recompute import selector_of
+    from gstds_cache.report.recompute import selector_of, store_of
     from gstds_cache.selection.throughput import samples_per_second
 
-    store = cache if isinstance(cache, EmbeddingStore) else EmbeddingStore(cache)
+    store = cache if isinstance(cache, EmbeddingStore) else store_of(header, cache)
     rate = samples_per_second(selector_of(store, header))
     return header.items * header.epochs / rate, f"at {rate:,.0f} samples/s, as a few batches took"
 
@@ -216,7 +216,7 @@ def _hold_run_dir(
     header, source = run.stream.header, run.source
     manifest = build_manifest(source, hash_cache=hash_cache, progress=partial(show_hashing, run.progress))
     why = why_items_differ(source)
-    require_dataset(header, items=len(manifest), items_root=manifest.root, uri=source.uri, why=why)
+    require_manifest(header, manifest, uri=source.uri, why=why)
     eval_root = build_manifest(run.evaluation, hash_cache=hash_cache).root if run.evaluation else None
     path = default_run_dir(run.config, source, header, eval_root) if out is None else local_file(out, "`out`")
     if warning := inside_warning(source, path, what="the run", argument="out"):

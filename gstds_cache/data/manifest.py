@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import IO
 
@@ -82,6 +82,16 @@ class DatasetManifest:
         label (8 bytes, big-endian, signed). Order, names, content and labels all change it; kind and paths do not.
         """
         return merkle_root(self._leaves())
+
+    def roots_without_hashes(self) -> tuple[str, str]:
+        """The roots that these items have where what their bytes hash to is not known: with their labels, and without.
+
+        Vectors that were imported without their data set are of items that are known so.
+        """
+        unknown, none = mapped.zeros(self.sha256.shape, np.uint8), mapped.zeros(self.labels.shape, np.int64)
+        none[:] = -1
+        with_labels, without = (replace(self, sha256=unknown, labels=labels) for labels in (self.labels, none))
+        return with_labels.root, without.root
 
     def _leaves(self) -> Iterator[bytes]:
         names = Names.of(self.ids, "strict")

@@ -10,6 +10,7 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
+from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import (
     FingerprintMismatchError,
     ProducerFailedError,
@@ -306,6 +307,24 @@ def require_dataset(header: Header, *, items: int, items_root: str, uri: str, wh
             + (f"; {why}" if why and header.items == items else ""),
             hint=f"embed and select this one: {command_line('gstds-embed', uri)}; gstds-select STORE",
         )
+
+
+def require_manifest(header: Header, manifest: DatasetManifest, *, uri: str, why: str = "") -> None:
+    """Refuse a selection whose rows are of other items.
+
+    A selection from imported vectors, whose images were not known, is of any items that have the same ids in the same
+    order, and the same labels where there were any.
+
+    Args:
+        header: The selection's.
+        manifest: The items of the data set.
+        uri: The data set, as the user named it.
+        why: As for :func:`require_dataset`.
+    """
+    same = (header.items, header.items_root) == (len(manifest), manifest.root)
+    if not same and header.items == len(manifest) and header.items_root in manifest.roots_without_hashes():
+        return
+    require_dataset(header, items=len(manifest), items_root=manifest.root, uri=uri, why=why)
 
 
 def require_store(header: Header, *, fingerprint: str, where: str | Path) -> None:

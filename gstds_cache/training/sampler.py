@@ -339,8 +339,8 @@ def _require_dataset(steps: StepReader, dataset: Sized) -> None:
     if isinstance(dataset, ImageSource):
         from gstds_cache.data.manifest import build_manifest
         from gstds_cache.data.repeatable import why_items_differ
-        from gstds_cache.stream.reader import require_dataset
+        from gstds_cache.stream.reader import require_manifest
 
         manifest, why = build_manifest(dataset), why_items_differ(dataset)
-        require_dataset(steps.header, items=len(manifest), items_root=manifest.root, uri=dataset.uri, why=why)
+        require_manifest(steps.header, manifest, uri=dataset.uri, why=why)
     require_items(steps.header.items, dataset)

@@ -281,3 +281,20 @@ def test_summary_and_verify_of_a_whole_store(store: Path) -> None:
     report = verify(store, "full")
     assert (report.problems, report.complete) == ((), True)
     assert report.bytes_hashed == sum((store / layout.object_key(u)).stat().st_size for u in range(3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_shard_s_object_has_the_bytes_that_zarr_writes(dtype) -> None:
+    spec, rows = make_spec(dtype=dtype), make_rows().astype(dtype)
+    stored: dict = {}
+    array = zarr.create_array(
+        store=zarr.storage.MemoryStore(stored), shape=rows.shape, chunks=(SHARD, D), dtype=dtype, fill_value=np.nan,
+        filters=None, compressors=[zarr.codecs.Crc32cCodec()], config={"write_empty_chunks": True},
+    )  # fmt: skip
+    array[:] = rows
+    for shard in range(3):
+        span = spec.rows_of(shard)
+        part = rows[span.start : span.stop]
+        data = layout.shard_object(spec, shard, part)
+        assert bytes(data) == stored[f"c/{shard}/0"].to_bytes()
+        assert layout.hashes_of(part, bytes(data[part.nbytes :])) == (sha256_hex(part.tobytes()), sha256_hex(data))
