@@ -39,6 +39,7 @@ Examples:
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-train digits --selection selection.arrow --out runs/a --resume
   torchrun --nproc-per-node 2 --no-python gstds-train digits --selection selection.arrow
+  gstds-train digits --selection selection.arrow --log tensorboard,mlflow
   gstds-train digits --selection selection.arrow --plan
 
 --arch takes any architecture torchvision or timm knows by that name.
@@ -125,6 +126,12 @@ Examples:
     metavar="RUN_DIR",
     help="[default: runs/ARCH-SELECTION-sSEED, and what is not the default, e.g. -lr0.3]",
 )
+@click.option(
+    "--log",
+    metavar="TRACKER[,TRACKER...]",
+    default="",
+    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @click.option(
     "--plan", is_flag=True, help="Only print the ledger that the run would end with, from a few measured steps."
@@ -137,6 +144,7 @@ def main(
     evaluation: str | None,
     memory_budget: int,
     out: Path | None,
+    log: str,
     resume: bool,
     plan: bool,
     as_json: bool,
@@ -157,7 +165,15 @@ def main(
             _print_plan(ledger, as_json)
         return
     report = train(
-        dataset, selection, evaluation=evaluation, cache=cache, out=out, resume=resume, notify=notify, **settings
+        dataset,
+        selection,
+        evaluation=evaluation,
+        cache=cache,
+        out=out,
+        resume=resume,
+        log=log,
+        notify=notify,
+        **settings,
     )
     if first:
         _print(report)
