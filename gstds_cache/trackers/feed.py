@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class Feed:
         self._there, self._sent = 0, 0  # points
         self._outcome: Outcome | None = None
         self._abandoned = False
+        self._ended_after: float | None = None  # CPU seconds
         self._notes: list[str] = []
         self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
         self._thread.start()
@@ -61,6 +63,13 @@ class Feed:
         with self._changed:
             notes, self._notes = self._notes, []
         return notes
+
+    def core_seconds(self) -> float:
+        """CPU seconds of the thread so far: they are no cost of training."""
+        with self._changed:  # in which the thread cannot end
+            if self._ended_after is not None or self._thread.ident is None:
+                return self._ended_after or 0.0
+            return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     def close(self, outcome: Outcome, seconds: float) -> None:
         """Let it send what is left, for so many seconds at most."""
@@ -87,6 +96,9 @@ class Feed:
             self._send_all()
         except Exception as error:  # whatever a tracker's library raises: training is worth more
             self._note(f"failed ({in_words(error)}), and training goes on without it")
+        finally:
+            with self._changed:
+                self._ended_after = time.thread_time()
 
     def _send_all(self) -> None:
         state = self._read_state()

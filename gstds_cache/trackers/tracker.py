@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Outcome = Literal["finished", "failed", "interrupted"]
 
@@ -44,6 +44,7 @@ class TrackedRun:
     run_id: str | None = None
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One run in one tracker. All methods are called from one thread; each may raise whatever its library raises.
 

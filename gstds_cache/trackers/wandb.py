@@ -26,7 +26,7 @@ class WeightsAndBiases:
         """
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             raise UsageError("nobody is logged in", hint="type `wandb login`, or set WANDB_MODE=offline")
         here = None if "WANDB_DIR" in os.environ else str(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,8 @@ class Tracking:
         """The loss of a step became known; steps come in order."""
         if self._taken and self._taken[0][0] == step:
             _, values, epoch_end = self._taken.popleft()
-            point = Point(step, {"loss": loss, **values, "core_seconds": self._spent + time.process_time()})
+            spent = self._spent + time.process_time() - sum(feed.core_seconds() for feed in self._feeds)
+            point = Point(step, {"loss": loss, **values, "core_seconds": spent})
             if epoch_end:
                 self._ending = point
             else:
