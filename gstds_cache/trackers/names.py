@@ -13,7 +13,7 @@ NAMES = ("tensorboard", "wandb", "mlflow")
 """Each is also the name of the library, and of the extra that installs it."""
 
 
-def tracker_names(log: str | Sequence[str]) -> tuple[str, ...]:
+def tracker_names(log: object) -> tuple[str, ...]:
     """Parse what a user wants to log to.
 
     Args:
@@ -25,9 +25,9 @@ def tracker_names(log: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown, or its library is not installed.
     """  # noqa: DOC501
-    if not isinstance(log, str) and not (isinstance(log, Sequence) and all(isinstance(name, str) for name in log)):
+    words = log.split(",") if isinstance(log, str) else list(log) if isinstance(log, Sequence) else [log]
+    if not all(isinstance(word, str) for word in words):
         raise UsageError(f"`log`: got {log!r}, expected names of trackers, such as 'tensorboard,wandb'")
-    words = log.split(",") if isinstance(log, str) else log
     names = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
     for name in names:
         if name not in NAMES:

@@ -42,8 +42,8 @@ class TensorBoard:
         if first == 0:  # what another run left that had no checkpoint
             for file in self._run.folder.glob("events.out.tfevents.*"):
                 file.unlink()
-        self._writer = writer = self._open(self._run.folder, purge_step=purge)  # type: ignore[no-untyped-call]
+        self._writer = writer = self._open(self._run.folder, purge_step=purge)
         if first == 0:
             rows = "\n".join(f"| {name} | {value} |" for name, value in self._run.config.items())
-            writer.add_text("config", f"| setting | value |\n|---|---|\n{rows}")  # type: ignore[no-untyped-call]
+            writer.add_text("config", f"| setting | value |\n|---|---|\n{rows}")
         return writer

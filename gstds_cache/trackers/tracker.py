@@ -21,7 +21,7 @@ class Point:
     """
 
     step: int
-    values: dict[str, float]
+    values: dict[str, int | float]
     final: bool = False
 
 

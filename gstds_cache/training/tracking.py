@@ -59,7 +59,7 @@ class Tracking:
         self._notify = notify or (lambda _line: None)
         self._feeds: list[Feed] = []
         self._waiting: list[Point] = []  # to be written
-        self._taken: deque[tuple[int, dict[str, float], bool]] = deque()  # steps whose loss is to come
+        self._taken: deque[tuple[int, dict[str, int | float], bool]] = deque()  # steps whose loss is to come
         self._ending: Point | None = None  # an epoch's last step, whose epoch's loss is to come
         self._count, self._written_at, self._spent = 0, 0.0, 0.0
 

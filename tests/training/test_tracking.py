@@ -35,7 +35,9 @@ SECRET = "a-secret-of-40-characters-0123456789abcd"
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch) -> None:
-    """No tracker reaches for a network, and secrets of all kinds are around."""
+    """No tracker reaches for a network, secrets of all kinds are around, and there is time to load libraries."""
+    monkeypatch.setattr(tracking_module, "PATIENCE", 300.0)
+    monkeypatch.setattr(tracking_module, "IMPATIENCE", 300.0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
@@ -267,6 +269,8 @@ def test_names() -> None:
     assert tracker_names("tensorboard, mlflow,tensorboard,") == ("tensorboard", "mlflow")
     assert tracker_names(["wandb"]) == ("wandb",)
     assert tracker_names("") == ()
+    with pytest.raises(UsageError, match="`log`: got 3, expected names"):
+        tracker_names(3)
     with pytest.raises(UsageError, match="unknown tracker 'wandbb'.*\n.*'wandb'"):
         tracker_names("wandbb")
 
