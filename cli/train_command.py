@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.errors import with_flags
+from gstds_cache.errors import UsageError, with_flags
 from gstds_cache.runtime.openmp import wait_briefly
 from gstds_cache.runtime.progress import shares_text
 
@@ -159,6 +159,8 @@ def main(
     keep_freed_memory()
     settings |= {"memory_budget": memory_budget << 20}
     first = default_ranks(None, None)[0] == 0  # of several ranks the first prints
+    if plan and log:
+        raise UsageError("--log with --plan: nothing is trained, so nothing is logged")
     if plan:
         ledger = estimate_training(dataset, selection, evaluation=evaluation, cache=cache, notify=notify, **settings)
         if first:
