@@ -1,10 +1,11 @@
-"""TensorBoard: event files in the run's directory, so that ``tensorboard --logdir runs`` shows them all."""
+"""TensorBoard: event files in the run's directory, so that TensorBoard shows every run of a folder of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gstds_cache.errors import command_line
 from gstds_cache.trackers.tracker import Outcome, Point, TrackedRun
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # loads tensorboard
 
         self._open, self._run = SummaryWriter, run
-        self.run_id, self.where = run.name, f"tensorboard --logdir {run.folder}"
+        self.run_id, self.where = run.name, command_line("tensorboard", "--logdir", run.folder)
         self._writer: SummaryWriter | None = None
 
     def send(self, first: int, points: Sequence[Point]) -> None:

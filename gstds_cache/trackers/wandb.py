@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from uuid import uuid4
 
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import UsageError, command_line
 from gstds_cache.trackers.tracker import Outcome, Point, TrackedRun
 
 PROJECT = "gstds-cache"
@@ -42,7 +42,7 @@ class WeightsAndBiases:
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
         self._run.define_metric("*", step_metric="step")
-        self.where = self._run.url or f"wandb sync {self._run.settings.sync_dir}"
+        self.where = self._run.url or command_line("wandb", "sync", self._run.settings.sync_dir)
 
     def send(self, first: int, points: Sequence[Point]) -> None:
         """See :class:`~gstds_cache.trackers.tracker.Tracker`."""
