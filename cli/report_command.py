@@ -22,10 +22,14 @@ is chosen batch by batch, so `from_middle`, 0 in the middle and 1 at either end,
 `spacing` is the mean distance to its neighbours in that order, as a multiple of the batch's; `difficulty` is the
 guidance, where there is one. Null where it is not known.
 
+With --fiftyone FILE is a folder that FiftyOne imports, each item a sample. With --scores the selection's view of each
+sample becomes fields, with --join the columns of other tables, by their column `id`, which every table here has.
+
 \b
 Examples:
   gstds-cache export photos.store photos.parquet
   gstds-cache export photos.store scores.parquet --scores selection.arrow
+  gstds-cache export photos.store photos.fiftyone --fiftyone --scores selection.arrow
 """
 
 REPORT_HELP = """Make one HTML page of selections and training runs: what is kept and dropped, and what it cost.
@@ -55,10 +59,21 @@ FORCE = click.option("--force", "replace", is_flag=True, help="Replace a file th
 
 @click.command("export", cls=Command, help=EXPORT_HELP)
 @click.argument("store")
-@click.argument("file", type=LocalPath(dir_okay=False))
+@click.argument("file", type=LocalPath())
+@click.option("--fiftyone", is_flag=True, help="Write a folder for FiftyOne instead of a table.")
 @click.option("--scores", "selection", metavar="SELECTION", help="Write this selection's view of each sample.")
 @click.option(
     "--device", metavar="DEVICE", help="With --scores: where the selection is computed again. [default: auto]"
+)
+@click.option(
+    "--join",
+    multiple=True,
+    type=LocalPath(dir_okay=False),
+    metavar="TABLE",
+    help="With --fiftyone: a .parquet or .arrow table whose columns become fields, by its column id; may be repeated.",
+)
+@click.option(
+    "--dataset", help="With --fiftyone: where the data set is now. [default: where it was when STORE was made]"
 )
 @GUIDANCE
 @SCHEDULE
@@ -67,14 +82,23 @@ FORCE = click.option("--force", "replace", is_flag=True, help="Replace a file th
 def export(
     store: str,
     file: Path,
+    fiftyone: bool,
     selection: str | None,
+    join: tuple[Path, ...],
+    dataset: str | None,
     device: str | None,
     guidance: str | None,
     schedule: str | None,
     replace: bool,
     as_json: bool,
 ) -> None:
-    """Call :func:`gstds_cache.export_store` or :func:`gstds_cache.export_scores`, print."""
+    """Call :func:`gstds_cache.export_store`, `export_scores` or `export_fiftyone`, print."""
+    if not fiftyone and (join or dataset is not None):
+        raise UsageError("--join and --dataset belong to --fiftyone")
+    if fiftyone:
+        how = {"device": device or DEVICE, "guidance": guidance, "schedule": schedule, "replace": replace}
+        _export_fiftyone(store, file, as_json, selection=selection, join=join, dataset=dataset, **how)
+        return
     if selection is not None:
         _export_scores(store, selection, file, device or DEVICE, guidance, schedule, replace, as_json)
         return
@@ -109,6 +133,20 @@ def _export_scores(
     done = export_scores(store, selection, file, device=device, guidance=guidance, schedule=schedule, replace=replace)
     click.echo(f"wrote {file}: {done.rows:,} samples in {done.epochs} epochs, {done.bytes / 1e6:,.1f} MB")
     click.echo(f"never kept: {done.never_kept:,}; never in a batch, as they have no embedding: {done.unseen:,}")
+    if as_json:
+        print_json(done.to_dict())
+
+
+def _export_fiftyone(store: str, folder: Path, as_json: bool, **options: Any) -> None:
+    from gstds_cache.api.export import export_fiftyone
+
+    done = export_fiftyone(store, folder, **options)
+    click.echo(f"wrote {folder}: {done.samples:,} samples; fields: {', '.join(done.fields) or 'label, row, item_id'}")
+    if done.left_out:
+        click.echo(f"note: {done.left_out:,} items are left out: they are neither files nor images")
+    click.echo(
+        f"next, in Python: fiftyone.Dataset.from_dir({str(folder)!r}, dataset_type=fiftyone.types.FiftyOneDataset)"
+    )
     if as_json:
         print_json(done.to_dict())
 

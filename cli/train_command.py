@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.errors import with_flags
+from gstds_cache.errors import UsageError, with_flags
 from gstds_cache.runtime.openmp import wait_briefly
 from gstds_cache.runtime.progress import shares_text
 
@@ -39,6 +39,7 @@ Examples:
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-train digits --selection selection.arrow --out runs/a --resume
   torchrun --nproc-per-node 2 --no-python gstds-train digits --selection selection.arrow
+  gstds-train digits --selection selection.arrow --log tensorboard,mlflow
   gstds-train digits --selection selection.arrow --plan
 
 --arch takes any architecture torchvision or timm knows by that name.
@@ -125,6 +126,12 @@ Examples:
     metavar="RUN_DIR",
     help="[default: runs/ARCH-SELECTION-sSEED, and what is not the default, e.g. -lr0.3]",
 )
+@click.option(
+    "--log",
+    metavar="TRACKER[,TRACKER...]",
+    default="",
+    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @click.option(
     "--plan", is_flag=True, help="Only print the ledger that the run would end with, from a few measured steps."
@@ -137,6 +144,7 @@ def main(
     evaluation: str | None,
     memory_budget: int,
     out: Path | None,
+    log: str,
     resume: bool,
     plan: bool,
     as_json: bool,
@@ -151,13 +159,23 @@ def main(
     keep_freed_memory()
     settings |= {"memory_budget": memory_budget << 20}
     first = default_ranks(None, None)[0] == 0  # of several ranks the first prints
+    if plan and log:
+        raise UsageError("--log with --plan: nothing is trained, so nothing is logged")
     if plan:
         ledger = estimate_training(dataset, selection, evaluation=evaluation, cache=cache, notify=notify, **settings)
         if first:
             _print_plan(ledger, as_json)
         return
     report = train(
-        dataset, selection, evaluation=evaluation, cache=cache, out=out, resume=resume, notify=notify, **settings
+        dataset,
+        selection,
+        evaluation=evaluation,
+        cache=cache,
+        out=out,
+        resume=resume,
+        log=log,
+        notify=notify,
+        **settings,
     )
     if first:
         _print(report)

@@ -11,7 +11,9 @@ from .api.cache import verify_store as verify_store
 from .api.embed import embed as embed
 from .api.embed import estimate_embedding as estimate_embedding
 from .api.export import ExportReport as ExportReport
+from .api.export import FiftyOneReport as FiftyOneReport
 from .api.export import ScoresReport as ScoresReport
+from .api.export import export_fiftyone as export_fiftyone
 from .api.export import export_scores as export_scores
 from .api.export import export_store as export_store
 from .api.hide import HiddenList as HiddenList

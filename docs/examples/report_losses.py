@@ -1,11 +1,18 @@
-"""A plain PyTorch loop on candidates: it reports the losses it computes anyway, and is killed and gone on with.
+"""A plain PyTorch loop on candidates: it reports the losses it computes anyway, and goes on after a kill.
 
-python report_losses.py SELECTION ITEMS
+python report_losses.py SELECTION ITEMS CHECKPOINT [KILL_AFTER]
+
+With KILL_AFTER it kills itself after that step, as a machine that fails does. The same command without it goes on from
+CHECKPOINT, and ends with the weights of a run that was never killed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -13,56 +20,46 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gstds_cache import SelectedBatchSampler
 
-
-class Run:
-    """All that a loop needs, and all that its checkpoint holds."""
-
-    def __init__(self, selection: str, dataset: TensorDataset) -> None:
-        torch.manual_seed(0)
-        self.model = torch.nn.Linear(8, 3)
-        self.sampler = SelectedBatchSampler(selection, dataset=dataset, importance_weights=True)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.loader = DataLoader(
-            dataset, batch_sampler=self.sampler, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
-        )
-        self.step = 0
-
-    def train(self, until: int) -> None:
-        while self.step < until:
-            for features, labels in self.loader:
-                losses = cross_entropy(self.model(features), labels, reduction="none")
-                self.optimizer.zero_grad()
-                (losses * self.sampler.weights()).mean().backward()
-                self.optimizer.step()
-                self.step += 1
-                self.sampler.report(losses, step=self.step)
-                if self.step == until:
-                    return
-
-    def checkpoint(self) -> dict[str, object]:
-        # Workers have read ahead: the sampler is told how many steps were trained.
-        return {"model": self.model.state_dict(), "sampler": self.sampler.state_dict(step=self.step), "step": self.step}
-
-    def restore(self, checkpoint: dict) -> None:
-        self.model.load_state_dict(checkpoint["model"])
-        self.sampler.load_state_dict(checkpoint["sampler"])
-        self.step = checkpoint["step"]
+EVERY = 3  # steps between checkpoints
 
 
-def main(selection: str, items: int) -> None:
+def main(selection: str, items: int, checkpoint: Path, kill_after: int | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     dataset = TensorDataset(torch.randn(items, 8, generator=generator), torch.arange(items) % 3)
-    whole = Run(selection, dataset)
-    whole.train(whole.sampler.total_steps)
-    killed = Run(selection, dataset)
-    killed.train(killed.sampler.total_steps // 2)
-    again = Run(selection, dataset)
-    again.restore(killed.checkpoint())
-    begun = again.step
-    again.train(again.sampler.total_steps)
-    same = all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
-    print(f"steps: {whole.step}; gone on with after step {begun}: {'the same' if same else 'other'} weights")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sampler = SelectedBatchSampler(selection, dataset=dataset, importance_weights=True)
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.load_state_dict(state["sampler"])
+        step = state["step"]
+        print(f"goes on after step {step} of {sampler.total_steps}, in the middle of epoch {sampler.epoch}")
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
+    )
+    while step < sampler.total_steps:
+        for features, labels in loader:
+            losses = cross_entropy(model(features), labels, reduction="none")
+            optimizer.zero_grad()
+            (losses * sampler.weights()).mean().backward()
+            optimizer.step()
+            step += 1
+            sampler.report(losses, step=step)
+            if step % EVERY == 0:
+                # Workers have read ahead: the sampler is told how many steps were trained.
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                torch.save(state | {"sampler": sampler.state_dict(step=step)}, checkpoint.with_suffix(".new"))
+                checkpoint.with_suffix(".new").replace(checkpoint)
+            if step == kill_after:
+                print(f"killed after step {step}", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    print(f"steps: {step}; weights {hashlib.sha256(weights).hexdigest()[:16]}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))

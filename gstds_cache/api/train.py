@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_manifest
 from gstds_cache.stream.schema import Header
+from gstds_cache.trackers.names import tracker_names
 from gstds_cache.training.identity import default_run_dir, run_config
 from gstds_cache.training.interrupt import stop_after_step
 from gstds_cache.training.ledger import Ledger
@@ -36,6 +37,7 @@ from gstds_cache.training.loop import train as train_network
 from gstds_cache.training.planning import plan_run
 from gstds_cache.training.report import TrainingResult, TrainReport
 from gstds_cache.training.run_dir import LATER, RunDir, stored_config
+from gstds_cache.training.tracking import Tracking
 
 PACKAGES = ("gstds-cache", "torch", "torchvision", "timm")
 
@@ -48,6 +50,7 @@ def train(
     cache: EmbeddingStore | LocationLike | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    log: str | Sequence[str] = (),
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[TrainSettings],
@@ -72,6 +75,8 @@ def train(
         cache: The store; a selection that was made from another one is refused.
         out: The run's directory. None is ``runs/ARCH-SELECTION-sSEED``, and what is not the default, e.g. ``-lr0.3``.
         resume: Continue the run in ``out``, if there is one.
+        log: Experiment trackers that are told of the run: ``tensorboard``, ``wandb``, ``mlflow``, several joined by
+            commas or in a list. One that fails does not end the run (docs/trainers.md).
         progress: True shows a bar on stderr, False nothing; or a function that is called with phase, steps done, steps
             in all, and shares of the time.
         notify: Called with each line for the user: warnings, notes. None logs them as warnings.
@@ -93,6 +98,7 @@ def train(
         KeyboardInterrupt: It was interrupted; the same call with ``resume=True`` goes on.
     """
     require_settings(train, TrainConfig, settings)
+    trackers = tracker_names(log)
     hash_cache = HashCache(hashes_folder())
     opening = open_run(
         dataset,
@@ -112,7 +118,7 @@ def train(
         opened = time.perf_counter() - begun  # libraries loaded, items hashed
         for note in hash_cache.notes:
             run.notify(f"note: {note}")
-        with _naming_the_run(run_dir.path):
+        with _naming_the_run(run_dir.path), _tracking(trackers, run, run_dir) as tracking:
             result = train_network(
                 run.source,
                 run.stream,
@@ -122,6 +128,7 @@ def train(
                 ranks=run.ranks,
                 progress=run.progress,
                 interruptible=partial(stop_after_step, run.notify),
+                tracking=tracking,
             )
         seconds = {"open": round(opened, 3), **result.seconds, "total": round(result.seconds["total"] + opened, 3)}
         report = _report(run, replace(result, seconds=seconds), run_dir.path)
@@ -242,6 +249,17 @@ def _hold_run_dir(
             "describe the rows that are kept"
         )
     return config, run_dir
+
+
+def _tracking(names: tuple[str, ...], run: OpenedRun, run_dir: RunDir) -> Tracking:
+    """What the trackers are told: rank 0's alone."""
+    return Tracking(
+        names if run.ranks.first else (),
+        run_dir=run_dir.path,
+        config=run_dir.config | run_dir.provenance,
+        identity=run_dir.config,
+        notify=run.notify,
+    )
 
 
 def _as_begun(config: TrainConfig, path: Path) -> TrainConfig:

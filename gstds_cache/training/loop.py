@@ -58,6 +58,7 @@ from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.step_losses import StepLosses
 from gstds_cache.training.step_times import StepTimes
 from gstds_cache.training.steps import StepReader, remainder_of
+from gstds_cache.training.tracking import Tracking
 
 CHECKPOINT_SECONDS = 10.0
 """A run on a GPU whose last checkpoint is younger saves none at an epoch's end: one takes as long as many steps."""
@@ -81,6 +82,7 @@ def train(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
     interruptible: Interruptible = never_interrupted,
+    tracking: Tracking | None = None,
 ) -> TrainingResult:
     """Train a network on a selection: :meth:`Trainer.run`, the directory held.
 
@@ -94,6 +96,7 @@ def train(
         progress: Called with phase, steps done, steps in all, and the shares of time spent waiting.
         interruptible: Makes a context that is held while steps are taken; the function it gives is asked after each
             step, and when it says true, a checkpoint is saved and KeyboardInterrupt raised.
+        tracking: What experiment trackers are told; None where there are none.
 
     Returns:
         What was done.
@@ -110,6 +113,7 @@ def train(
     """
     with run_dir:
         trainer = Trainer(source, stream, config, run_dir, evaluation=evaluation, ranks=ranks, progress=progress)
+        trainer.tracking = tracking or trainer.tracking
         return trainer.run(interruptible)
 
 
@@ -126,6 +130,7 @@ class Trainer:
         step: Steps taken, over all sessions of the run; on a GPU, asked for.
         times: How long steps take.
         row_losses: Called in each step with its batch and the losses of its rows, float32 [m] on the device, if set.
+        tracking: What experiment trackers are told.
     """
 
     model: nn.Module
@@ -170,6 +175,7 @@ class Trainer:
         if self._steps.feedback is not None:
             self.row_losses = self._report
         self._epoch_ends = frozenset(accumulate(self._steps.per_epoch))
+        self.tracking = Tracking()
         self.step, self._samples, self._sha = 0, 0, ""
         self._loss_sum, self._epoch_loss, self._forward_samples = 0.0, math.nan, 0
         self._losses = StepLosses(self.ranks)
@@ -196,6 +202,7 @@ class Trainer:
                 with explained(self.config.compile, when=self.times.phase == "warm-up"):
                     loss, samples = self.batch_loss(batch)
                     self._update(loss)
+                self._track(samples)
                 # 3. Ranks agree on the loss and on stopping, or one would wait for another for ever.
                 self._note(self._losses.add(self.step, loss, stop_asked()))
                 self._count(batch, samples, self.times.end(max(samples, 1)))
@@ -387,6 +394,7 @@ class Trainer:
                 )
             self._loss_sum += loss
             self._known = step + 1
+            self.tracking.loss(step + 1, loss)
             self._log_ended()
         self._log_ended()
 
@@ -395,6 +403,13 @@ class Trainer:
             step, epoch, samples = self._ended.popleft()
             self._epoch_loss, self._loss_sum = self._loss_sum / self._steps.per_epoch[epoch], 0.0
             self.run_dir.log({"epoch": epoch, "step": step, "loss": self._epoch_loss, "gradient_samples": samples})
+            self.tracking.epoch(step, epoch, self._epoch_loss)
+
+    def _track(self, samples: int) -> None:
+        """Tell trackers of a step that was taken, and is not counted yet."""
+        step, lr = self.step + 1, self.optimizer.param_groups[0]["lr"]
+        end = step in self._epoch_ends
+        self.tracking.step(step, lr=lr, gradient_samples=self._samples + samples, epoch_end=end)
 
     def _count(self, batch: TrainingBatch, samples: int, seconds: float) -> None:
         """Count a step that was taken."""
@@ -447,12 +462,14 @@ class Trainer:
         self.network.train()
         self.run_dir.begin()
         self.run_dir.drop_metrics_from(self.step + 1)
+        self.tracking.begin(self.step)
 
     def _save(self) -> None:
         begun = time.perf_counter()
         self._note(self._losses.wait())  # for steps that the GPU has still to take
         self.seconds["step"] += time.perf_counter() - begun
         self._saved_at = time.monotonic()
+        self.tracking.flush()
         self.run_dir.save_checkpoint(
             Checkpoint(
                 network=self.network.state_dict(),
@@ -527,6 +544,7 @@ class Trainer:
                 "final": True,
             }
         )
+        self.tracking.final(self.step, accuracy.value if accuracy else None)
         return TrainingResult(
             accuracy=accuracy,
             gradient_samples=self._samples,

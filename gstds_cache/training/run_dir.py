@@ -17,6 +17,7 @@ from gstds_cache.errors import FingerprintMismatchError, IncompleteError, Integr
 from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
 from gstds_cache.training.checkpoint import Checkpoint
+from gstds_cache.training.tracking import FOLDER as TRACKERS
 
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
@@ -32,6 +33,8 @@ class RunDir:
 
     Attributes:
         path: The directory.
+        config: What decides the run's outcome.
+        provenance: What else is recorded.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class RunDir:
             FingerprintMismatchError: The run there has another configuration.
             IncompleteError: Another process or thread writes it.
         """
-        self.path, self._writes, self._config, self._resume = path, writes, config, resume
+        self.path, self._writes, self._resume = path, writes, resume
+        self.config, self.provenance = config, provenance
         self._text = json.dumps({"config": config, "provenance": provenance}, indent=2, sort_keys=True) + "\n"
         self._entered, self._depth, self._holding = threading.RLock(), 0, ExitStack()
         self._check_strange()
@@ -146,7 +150,7 @@ class RunDir:
             UsageError: It is not to be resumed.
             FingerprintMismatchError: It has another configuration.
         """
-        path, stored, config = self.path, stored_config(self.path), self._config
+        path, stored, config = self.path, stored_config(self.path), self.config
         if stored is not None and not self._resume:
             raise UsageError(f"`out`: {path} holds a run", hint="pass `resume=True` to continue it, or another `out`")
         if stored is not None:
@@ -241,7 +245,7 @@ def stored_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _own(name: str) -> bool:
-    return name in {*FILES, LOCK} or _temporary(name)
+    return name in {*FILES, LOCK, TRACKERS} or _temporary(name)
 
 
 def _temporary(name: str) -> bool:

@@ -71,8 +71,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks):
         main, [*WORDS, "--selection", str(folder / "s.arrow"), "--eval", "digits", "--out", str(folder / "alone")]
     )
     assert alone.exit_code == 0, alone.output
-    two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits")
-    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume")
+    two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits", "--log", "tensorboard")
+    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume", "--log", "tensorboard")
     return folder, batches, json.loads(alone.stdout.splitlines()[-1]), two, four
 
 
@@ -128,3 +128,16 @@ def test_another_number_of_ranks_goes_on_to_the_same_losses(ran) -> None:
     losses = [[line["loss"] for line in metrics(folder / run)[:-1]] for run in ("alone", "ranks")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert result["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=0.003)
+
+
+def test_one_rank_tells_trackers_of_the_run(ran) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, batches, *_ = ran
+    trackers = folder / "ranks" / "trackers"
+    assert len(list((trackers / "tensorboard").glob("events.*"))) == 2  # one a session
+    events = EventAccumulator(str(trackers / "tensorboard")).Reload()
+    epochs = [line["step"] for line in metrics(folder / "ranks") if "loss" in line]
+    expected = sorted({*range(10, len(batches) + 1, 10), *epochs})
+    assert [event.step for event in events.Scalars("loss")] == expected
+    assert [event.step for event in events.Scalars("epoch_loss")] == epochs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import signal
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import offered
 import pytest
 from forked import Forks
+from PIL import Image
 
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
@@ -98,7 +100,42 @@ def test_lightning_is_refused_until_told_not_to_replace_the_sampler(selection, r
         assert a + b == np.resize(rows, 2 * len(a)).tolist()
 
 
-def test_reported_losses_resume_to_the_same_weights(tmp_path, run) -> None:
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """As many small images as the selection has items, in three classes, below ``train``."""
+    rng = np.random.default_rng(0)
+    for item in range(ITEMS):
+        folder = tmp_path / "photographs" / "train" / "abc"[item % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{item:03d}.png")
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize("name", ["timm_train.py", "hf_image_classification.py"])
+def test_a_training_script_gets_a_selection_in_under_ten_lines(name) -> None:
+    added = [line for line in (EXAMPLES / name).read_text().splitlines() if line.endswith("# selection")]
+    assert 3 < len(added) < 10
+
+
+def test_timms_training_script(selection, photographs, run) -> None:
+    text = run("timm_train.py", str(photographs), selection[0])
+    assert re.findall(r"epoch (\d): (\d+) samples", text) == [(str(e), str(sum(sizes))) for e, sizes in enumerate(KEPT)]
+    assert "updates: 12 of 12" in text
+
+
+def test_hugging_faces_training_script(selection, photographs, run, tmp_path) -> None:
+    text = run("hf_image_classification.py", str(photographs / "train"), selection[0], str(tmp_path / "out"))
+    assert "steps: 12 of 12; loss" in text
+
+
+def test_reported_losses_resume_to_the_same_weights_after_a_kill(tmp_path, run, forks) -> None:
     offered.write(tmp_path / "candidates.arrow")
-    text = run("report_losses.py", str(tmp_path / "candidates.arrow"), str(offered.ITEMS))
-    assert "steps: 12; gone on with after step 6: the same weights" in text
+    words = ["report_losses.py", str(tmp_path / "candidates.arrow"), str(offered.ITEMS)]
+    whole = run(*words, str(tmp_path / "whole.pt"))
+    killed = forks.start([str(EXAMPLES / words[0]), *words[1:], str(tmp_path / "killed.pt"), "7"], cwd=tmp_path)
+    out, errors = killed.communicate(240)
+    assert (killed.returncode, out.splitlines()[-1]) == (-signal.SIGKILL, "killed after step 7"), errors
+    text = run(*words, str(tmp_path / "killed.pt"))
+    assert "goes on after step 6 of 12, in the middle of epoch 1" in text
+    assert text.splitlines()[-1] == whole.splitlines()[-1]
+    assert whole.startswith("steps: 12; weights ")

@@ -1,0 +1,1 @@
+"""Experiment trackers: what a training run tells TensorBoard, Weights & Biases and MLflow."""
