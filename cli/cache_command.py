@@ -1,4 +1,4 @@
-"""``gstds-cache``: list, describe, verify, repair, export and remove stores; advise on them."""
+"""``gstds-cache``: list, describe, verify, repair, export and remove stores; advise on them, audit them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gstds_cache.config import CHECK_LEVEL, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, command_line
 
 from .advise_command import advise
+from .audit_command import audit
 from .common import (
     Command,
     Group,
@@ -34,6 +35,7 @@ Examples:
   gstds-cache ls
   gstds-cache info photos.store
   gstds-cache advise photos.store
+  gstds-cache audit photos.store
   gstds-cache verify photos.store --level full
   gstds-cache repair photos.store
   gstds-cache export photos.store photos.parquet
@@ -255,6 +257,7 @@ def repair_command(
 
 
 main.add_command(advise)
+main.add_command(audit)
 main.add_command(export)
 main.add_command(report)
 
