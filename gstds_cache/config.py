@@ -346,8 +346,8 @@ class AuditConfig:
         threshold: Cosine from which on two rows are near-duplicates, -1 to 1.
         knn: Nearest rows that are looked for of each row; an outlier's distance is their mean.
         folds: Parts of the labelled rows; the labels of each are judged by a probe that learnt from the others.
-        rank: Doubted labels by ``normalized-margin`` (probability of the label, less that of the most probable other)
-            or ``self-confidence`` (probability of the label), the lowest first.
+        rank: Labels by ``self-confidence`` (probability of the label) or ``normalized-margin`` (the same, less the
+            probability of the most probable other), the lowest first.
         flipped: Share of the labels that are flipped on purpose in a second run of the probe, to measure how many of
             them are found and how many others are doubted; 0 measures nothing.
         shown: Images of each part of the page.
@@ -357,10 +357,10 @@ class AuditConfig:
         threads: CPU threads that may be used; 0 for all there are.
     """
 
-    threshold: float = 0.95
+    threshold: float = 0.92
     knn: int = 10
     folds: int = 5
-    rank: Literal["normalized-margin", "self-confidence"] = "normalized-margin"
+    rank: Literal["self-confidence", "normalized-margin"] = "self-confidence"
     flipped: float = 0.1
     shown: int = 24
     exact_rows: int = 100_000
@@ -479,7 +479,7 @@ class AuditSettings(TypedDict, total=False):
     threshold: float
     knn: int
     folds: int
-    rank: Literal["normalized-margin", "self-confidence"]
+    rank: Literal["self-confidence", "normalized-margin"]
     flipped: float
     shown: int
     exact_rows: int

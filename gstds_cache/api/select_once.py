@@ -148,18 +148,17 @@ def _write_ids(file: Path, store: EmbeddingStore, rows: Int64[np.ndarray, " n"])
     Raises:
         UsageError: An id holds a line break, and the file is ``.txt``.
     """
-    names, labels = store.manifest().ids, store.labels
-    with atomic_write(file, durable=True) as out, io.TextIOWrapper(
-        out, "utf-8", errors="surrogateescape", newline="", write_through=True
-    ) as text:  # fmt: skip
+    names, labels, classes = store.manifest().ids, store.labels, store.classes
+    with atomic_write(file, durable=True) as out:
+        text = io.TextIOWrapper(out, "utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text, lineterminator="\n")
         if file.suffix == ".csv":
             writer.writerow(["id", "row", "label", "class"])
         for row in rows.tolist():
             name, label = names[row], int(labels[row])
             if file.suffix == ".csv":
-                known = 0 <= label < len(store.classes)
-                writer.writerow([name, row, label if label >= 0 else "", store.classes[label] if known else ""])
+                named = classes[label] if 0 <= label < len(classes) else ""
+                writer.writerow([name, row, label if label >= 0 else "", named])
                 continue
             if len(name.splitlines()) != 1:
                 raise UsageError(
@@ -167,7 +166,7 @@ def _write_ids(file: Path, store: EmbeddingStore, rows: Int64[np.ndarray, " n"])
                 )
             text.write(f"{name}\n")
         text.flush()
-        text.detach()
+        text.detach()  # the file is closed by whoever opened it
 
 
 def _summary(

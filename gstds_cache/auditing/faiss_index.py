@@ -9,8 +9,6 @@ from jaxtyping import Float32
 from gstds_cache.errors import UsageError
 from gstds_cache.graph.faiss_search import INSTALL
 
-Rows = Float32[np.ndarray, "b D"]
-
 ITERATIONS = 8
 """Of k-means: cells only have to be of about one size."""
 
@@ -27,7 +25,9 @@ def require_faiss() -> None:
         raise UsageError(f"an audit needs faiss, which cannot be loaded: {error}", hint=INSTALL) from error
 
 
-def cell_centroids(sample: Rows, cells: int, seed: int, device: torch.device) -> Rows:
+def cell_centroids(
+    sample: Float32[np.ndarray, "b D"], cells: int, seed: int, device: torch.device
+) -> Float32[np.ndarray, "C D"]:
     """Unit centroids of k-means with cosines.
 
     Args:
@@ -46,7 +46,7 @@ def cell_centroids(sample: Rows, cells: int, seed: int, device: torch.device) ->
         sample.shape[1],
         cells,
         niter=ITERATIONS,
-        seed=seed + 1,  # 0 is a random one
+        seed=1 + seed % (1 << 30),  # 0 is a random one
         spherical=True,
         min_points_per_centroid=1,
         max_points_per_centroid=max(1, -(-len(sample) // cells)),

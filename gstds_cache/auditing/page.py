@@ -59,8 +59,8 @@ def _parts(findings: Findings, config: AuditConfig, pictures: Pictures, others: 
         view.view_threshold("near", "The threshold", nearest[nearest > NOTHING], config.threshold, *findings.examples,
                             pictures, pictures),
     ]  # fmt: skip
-    if findings.leaks is not None and others is not None:
-        parts.append(view.view_leaks(findings.leaks, others, pictures, config.threshold, shown))
+    if findings.leaks is not None and findings.leak_examples is not None and others is not None:
+        parts.append(view.view_leaks(findings.leaks, findings.leak_examples, others, pictures, config.threshold, shown))
     if findings.doubts is None:
         parts.append(Part("Labels in doubt", missing=f"No label can be judged: {findings.no_doubts}."))
     else:

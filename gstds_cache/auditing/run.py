@@ -48,6 +48,9 @@ class Findings:
         others: Rows of the other store that was searched for, where one was given.
         leaked: Their nearest rows in this store.
         leaks: Pairs: ``one`` of the other store, ``other`` of this one.
+        examples: Pairs just above the threshold, and just below it.
+        leak_examples: Pairs of the two stores just below the threshold.
+        files: What was written.
     """
 
     rows: UnitRows
@@ -63,6 +66,7 @@ class Findings:
     leaked: Nearest | None = None
     leaks: Pairs | None = None
     examples: tuple[Pairs, Pairs] | None = None
+    leak_examples: Pairs | None = None
     files: list[Path] = field(default_factory=list)
 
 
@@ -143,6 +147,7 @@ def _look_for_leaks(
                          progress=_phase(show, "rows of the other store"))  # fmt: skip
     leaks = pairs_above(found, others, rows, config.threshold, (other.manifest().sha256, hashes))
     findings.others, findings.leaked, findings.leaks = others, found, leaks
+    findings.leak_examples = around(found, others, rows, config.threshold, leaks)[1]
 
 
 def _judge_labels(

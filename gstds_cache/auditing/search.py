@@ -53,7 +53,7 @@ class Nearest:
     @property
     def k(self) -> int:
         """Rows looked for."""
-        return self.index.shape[1]
+        return int(self.index.shape[1])
 
 
 def find_nearest(

@@ -110,7 +110,7 @@ def view_threshold(
         title,
         [
             f"Pairs just above the threshold of {threshold:g} come first, then pairs just below it. If the first are "
-            "no duplicates, raise it; if the second are, lower it."
+            "no duplicates, raise it; if the second are duplicates, lower it."
         ],
         missing=ones.why or others.why,
     )
@@ -139,6 +139,8 @@ def view_groups(groups: Groups, pictures: Pictures, threshold: float, exact: boo
         ],
         missing=pictures.why if groups.count else "",
     )
+    if not groups.count:
+        part.text[0] = f"None: no two rows reach a cosine of {threshold:g}, or have the same bytes."
     order = np.lexsort((begins, -sizes, ~differ))[:shown]
     for number in order.tolist():
         at, size = int(begins[number]), int(sizes[number])
@@ -153,10 +155,13 @@ def view_groups(groups: Groups, pictures: Pictures, threshold: float, exact: boo
     return part
 
 
-def view_leaks(pairs: Pairs, ones: Pictures, others: Pictures, threshold: float, shown: int) -> Part:
-    """Pairs of two stores."""
+def view_leaks(
+    pairs: Pairs, below: Pairs, ones: Pictures, others: Pictures, threshold: float, shown: int
+) -> Part:  # fmt: skip
+    """Pairs of two stores, and those just below the threshold."""
     given = np.asarray(others.store.labels[pairs.other], np.int64), np.asarray(ones.store.labels[pairs.one], np.int64)
     conflict = int(((given[0] != given[1]) & (given[0] >= 0) & (given[1] >= 0)).sum())
+    near = _pair_rows(below, ones, others, len(below))
     return Part(
         "Leaks",
         [
@@ -164,9 +169,11 @@ def view_leaks(pairs: Pairs, ones: Pictures, others: Pictures, threshold: float,
             f"(cosine {threshold:g} or more) among the {len(others.store):,} rows of {others.store.location}: "
             f"{many(len(pairs), 'pair')}, {int(pairs.same_bytes.sum()):,} of the same bytes. In "
             f"{many(conflict, 'pair')} labels differ.",
+            f"On the left the row of {ones.store.location.name}, on the right that of {others.store.location.name}; "
+            "pairs just below the threshold come last.",
         ],
-        missing=(ones.why or others.why) if len(pairs) else "",
-        rows=_pair_rows(pairs, ones, others, shown),
+        missing=ones.why or others.why,
+        rows=[*_pair_rows(pairs, ones, others, shown), *(Row(f"below: {row.title}", row.tiles) for row in near)],
     )
 
 

@@ -88,7 +88,8 @@ def choose_core_set(
         parts.append(part)
         done += len(part)
         progress(done, count)
-    return np.sort(rows.rows.at(np.concatenate(parts)))
+    chosen: Int64[np.ndarray, " n"] = np.sort(rows.rows.at(np.concatenate(parts)))
+    return chosen
 
 
 def quotas(sizes: Int64[np.ndarray, " C"], count: int, balance: str) -> Int64[np.ndarray, " C"]:
@@ -114,7 +115,7 @@ def quotas(sizes: Int64[np.ndarray, " C"], count: int, balance: str) -> Int64[np
         quota = np.minimum(np.floor(exact), sizes).astype(np.int64)
         rest = np.argsort(-(exact - quota), kind="stable")[: count - int(quota.sum())]
     quota[rest] += 1
-    return quota
+    return np.asarray(quota, np.int64)
 
 
 def k_centre(
@@ -146,7 +147,7 @@ def k_centre(
         distance[picks] = -np.inf
         taken(len(picks))
         if len(picks) == count:
-            return members[np.array(picks)]
+            return np.asarray(members[np.array(picks)], np.int64)
         new = _farthest(rows, members, distance, count - len(picks))
         picks += new
 
@@ -230,7 +231,7 @@ def cells(
         order = np.lexsort((mine, along))
         cut = max(first, min(len(mine) - (wanted - first), round(len(mine) * first / wanted)))
         open_cells += [(mine[order[:cut]], first), (mine[order[cut:]], wanted - first)]
-    return members[np.array(picks)]
+    return np.asarray(members[np.array(picks)], np.int64)
 
 
 def _blocks(rows: UnitRows, members: Int64[np.ndarray, " M"]) -> Iterator[tuple[int, Float32[np.ndarray, "b D"]]]:
