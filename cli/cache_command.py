@@ -1,11 +1,11 @@
-"""``gstds-cache``: list, describe, verify, repair, export and remove stores; advise on them, audit them."""
+"""``gstds-cache``: list, describe, verify, repair, import, export and remove stores; advise on them, audit them."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -13,6 +13,7 @@ from gstds_cache.config import CHECK_LEVEL, SAMPLE_ROWS, SAMPLE_SEED
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, command_line
 
 from .advise_command import advise
+from .append_command import append_command
 from .audit_command import audit
 from .common import (
     Command,
@@ -24,9 +25,14 @@ from .common import (
     print_table,
     workers_option,
 )
+from .hide_command import hidden_command, hide_command, unhide_command
+from .import_command import import_command
 from .report_command import export, report
 
-GROUP_HELP = """List, describe, verify, repair, export and remove embedding stores.
+if TYPE_CHECKING:
+    from gstds_cache.store.describe import StoreSummary
+
+GROUP_HELP = """List, describe, verify, repair, import, append to, hide rows of, export and remove stores.
 
 STORE is a directory or s3://bucket/prefix.
 
@@ -38,6 +44,9 @@ Examples:
   gstds-cache audit photos.store
   gstds-cache verify photos.store --level full
   gstds-cache repair photos.store
+  gstds-cache import vectors.npy --labels labels.txt --out vectors.store
+  gstds-cache append photos.store imagefolder:photos
+  gstds-cache hide photos.store 3,17,100-199
   gstds-cache export photos.store photos.parquet
   gstds-cache rm photos.store
 """
@@ -119,10 +128,14 @@ def list_command(folder: Path | None, as_json: bool) -> None:
         state = "complete" if s.complete else f"{s.committed}/{s.shards} shards"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last_used)) if s.last_used else "-"
         dataset = str(s.provenance.get("dataset", s.kind))
-        rows.append((Path(s.location).name, f"{s.items:,}", f"{s.size / 1e6:,.1f}", state, s.model, dataset, used))
+        rows.append((Path(s.location).name, _rows_text(s), f"{s.size / 1e6:,.1f}", state, s.model, dataset, used))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _rows_text(summary: StoreSummary) -> str:
+    return f"{summary.items:,}" + (f" ({summary.hidden:,} hidden)" if summary.hidden else "")
 
 
 @main.command("info", cls=Command, help=INFO_HELP)
@@ -148,7 +161,9 @@ def describe_command(store: str, as_json: bool) -> None:
             (
                 "items",
                 f"{summary.items:,}, {len(summary.quarantined):,} of them quarantined"
-                + ("" if summary.complete else " so far"),
+                + ("" if summary.complete else " so far")
+                + (f", {summary.hidden:,} hidden from selections" if summary.hidden else "")
+                + (f", {summary.appended:,} appended" if summary.appended else ""),
             ),
             ("embeddings", f"[{summary.items}, {summary.dim}] {summary.dtype}, {summary.size / 1e6:,.1f} MB on disk"),
             ("data set", f"{summary.kind}, {summary.classes:,} classes, root {summary.items_root[:12]}"),
@@ -193,6 +208,8 @@ def verify_command(
     report = verify_store(store, level=level, rows=rows, seed=seed, dataset=dataset, model=model, device=device)
     hashed = f", {report.bytes_hashed / 1e6:,.1f} MB hashed" if level == "full" else ""
     click.echo(f"{store}: {level} check of {report.committed:,} of {report.shards:,} shards{hashed}")
+    if report.hidden:
+        click.echo(f"{report.hidden:,} rows are hidden from selections")
     if report.cosine_min is not None:
         click.echo(f"{len(report.sampled):,} rows embedded again: smallest cosine {report.cosine_min:.7f}")
     if as_json:
@@ -258,6 +275,10 @@ def repair_command(
 
 main.add_command(advise)
 main.add_command(audit)
+main.add_command(import_command)
+main.add_command(append_command)
+for hiding in (hide_command, unhide_command, hidden_command):
+    main.add_command(hiding)
 main.add_command(export)
 main.add_command(report)
 

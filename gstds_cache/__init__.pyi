@@ -1,5 +1,6 @@
 from .api.advise import Advice as Advice
 from .api.advise import advise as advise
+from .api.append import append_to_store as append_to_store
 from .api.audit import AuditReport as AuditReport
 from .api.audit import audit as audit
 from .api.cache import RemoveReport as RemoveReport
@@ -15,6 +16,11 @@ from .api.export import ExportReport as ExportReport
 from .api.export import ScoresReport as ScoresReport
 from .api.export import export_scores as export_scores
 from .api.export import export_store as export_store
+from .api.hide import HiddenList as HiddenList
+from .api.hide import hide_rows as hide_rows
+from .api.hide import list_hidden as list_hidden
+from .api.hide import unhide_rows as unhide_rows
+from .api.import_rows import import_embeddings as import_embeddings
 from .api.repair import repair_store as repair_store
 from .api.report import PageReport as PageReport
 from .api.report import write_report as write_report
@@ -33,6 +39,7 @@ from .config import OnceConfig as OnceConfig
 from .config import SelectConfig as SelectConfig
 from .config import TrainConfig as TrainConfig
 from .data.sources import open_source as open_source
+from .embedding.append import AppendReport as AppendReport
 from .embedding.repair import RepairReport as RepairReport
 from .errors import ChunkCorruptError as ChunkCorruptError
 from .errors import DatasetError as DatasetError

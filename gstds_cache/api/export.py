@@ -10,7 +10,7 @@ from typing import Any
 from gstds_cache.config import DEVICE
 from gstds_cache.errors import UsageError
 from gstds_cache.files.location import LocationLike, file_to_write
-from gstds_cache.report.recompute import RecomputeSettings, selector_of, watch_again
+from gstds_cache.report.recompute import RecomputeSettings, selector_of, store_of, watch_again
 from gstds_cache.report.scores import SampleScores, check_target, write_scores
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.export import export_rows
@@ -126,11 +126,11 @@ def export_scores(
     """
     path = file_to_write(file, "`file`")
     check_target(path, replace=replace)
-    opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
     settings = RecomputeSettings(device=device, guidance=guidance, schedule=schedule)
-    scores = SampleScores(len(opened))
     with open_selection(selection) as stream, showing(progress, "batches") as show:
         header = stream.header
+        opened = store if isinstance(store, EmbeddingStore) else store_of(header, store)
+        scores = SampleScores(len(opened))
         if header.candidates:
             raise UsageError(
                 "the selection offers candidates: which rows are trained on is decided while training, by their losses",

@@ -20,6 +20,7 @@ from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
+from gstds_cache.store.grown import read_metadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import SelectionStream, is_service, open_selection, require_store
@@ -142,7 +143,10 @@ def _checked_store(cache: EmbeddingStore | LocationLike | None, header: Header) 
     """Where the store is, which the selection has to be from."""
     if cache is None:
         return None
-    opened = cache if isinstance(cache, EmbeddingStore) else StoreMetadata(Location.parse(cache, "`cache`"))
+    if isinstance(cache, EmbeddingStore):
+        opened: EmbeddingStore | StoreMetadata = cache
+    else:
+        opened = read_metadata(Location.parse(cache, "`cache`"), state=header.cache_fingerprint)
     require_store(header, fingerprint=opened.spec.fingerprint, where=str(opened.location))
     return str(opened.location)
 

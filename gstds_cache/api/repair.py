@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gstds_cache.config import DEVICE, as_tuple, as_type
+from gstds_cache.data.align import in_order
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -19,6 +20,7 @@ from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress, showing
+from gstds_cache.store.grown import GrownMetadata, read_metadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -59,7 +61,7 @@ def repair_store(
     workers = as_type("workers", workers, int | None)
     model, device = as_type("model", model, str | None), as_type("device", device, str)
     hash_cache = HashCache(hashes_folder())
-    metadata = StoreMetadata(store)
+    metadata = read_metadata(store)
     source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
     with showing(progress, "images", check="shards") as show:
         return repair(
@@ -78,7 +80,7 @@ def compare_sample(
     store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
 ) -> SampleReport:
     """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
-    metadata = StoreMetadata(store)
+    metadata = read_metadata(store)
     opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
     source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
@@ -92,8 +94,14 @@ def _source_and_encoder(
     """The data set and the model that a store was made with, from where they were then or where they are now.
 
     Raises:
-        UsageError: Nobody says where one of them is; or the store's decoder is not on this device.
+        UsageError: The rows were imported; nobody says where one of the two is; or the decoder is not on this device.
     """
+    if store.spec.imported:
+        raise UsageError(
+            f"{store.location} holds imported rows, which no model here can make again",
+            hint="remove it (gstds-cache rm) and import the same vectors again: selections and guidance made from it "
+            f"stay valid; it was made with: {store.finish_command}",
+        )
     dataset = store.dataset_uri if dataset is None else dataset
     model = model or store.model_uri
     if dataset is None or not model:
@@ -103,4 +111,7 @@ def _source_and_encoder(
     run_on = resolve_device(device)
     decode_by(encoder, store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"), run_on)
     try_decoder(encoder, run_on)
-    return open_source(dataset, hash_cache=hash_cache), encoder
+    source = open_source(dataset, hash_cache=hash_cache)
+    if isinstance(store, GrownMetadata):  # whose order may be its own
+        source = in_order(source, store.manifest().ids)
+    return source, encoder

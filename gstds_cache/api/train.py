@@ -197,10 +197,10 @@ def _recorded_cost(cost: Cost | None) -> tuple[float | None, str]:
 
 def _measured_cost(cache: EmbeddingStore | LocationLike, header: Header) -> tuple[float, str]:
     """Seconds of a selection by what a few of its batches take, and that they are known so."""
-    from gstds_cache.report.recompute import selector_of
+    from gstds_cache.report.recompute import selector_of, store_of
     from gstds_cache.selection.throughput import samples_per_second
 
-    store = cache if isinstance(cache, EmbeddingStore) else EmbeddingStore(cache)
+    store = cache if isinstance(cache, EmbeddingStore) else store_of(header, cache)
     rate = samples_per_second(selector_of(store, header))
     return header.items * header.epochs / rate, f"at {rate:,.0f} samples/s, as a few batches took"
 

@@ -38,6 +38,7 @@ def make_page(
         ("data set", store.dataset_uri or store.kind),
         ("rows looked at", f"{len(findings.rows):,} of {len(store):,}"),
         ("without embedding", f"{len(store.without_embedding):,}"),
+        *([("hidden", f"{len(store.hidden):,}")] if len(store.hidden) else []),
         ("model", str(store.spec.encoder.get("model", "unknown"))),
         ("compared", "every row with every other" if findings.found.exact else "rows of the nearest cells"),
         ("threshold", f"{config.threshold:g}"),

@@ -21,6 +21,7 @@ from gstds_cache.files.location import Location
 from gstds_cache.runtime.devices import resolve_devices
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.format import CURRENT
+from gstds_cache.store.grown import read_metadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.spec import CacheSpec, require_same
@@ -160,7 +161,7 @@ def _stored_batch_size(job: EmbedJob, stored: int) -> int:
 def find_store(location: Location) -> StoreMetadata | None:
     """What the store at ``location`` says of itself, or None where there is no store."""
     try:
-        return StoreMetadata(location)
+        return read_metadata(location)
     except StoreNotFoundError:
         return None
 

@@ -7,9 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from gstds_cache.config import DEVICE
+from gstds_cache.data.align import part_of
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
+from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import workers_for
@@ -21,6 +25,7 @@ from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.commit_record import CommitRecord, commits_root
+from gstds_cache.store.grown import GrownMetadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.spec import require_same
 from gstds_cache.store.verify import VerifyReport, verify
@@ -120,12 +125,14 @@ def repair(
         IntegrityError: The specification itself is damaged.
     """
     metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
-    names = metadata.spec.names
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]
     if beyond:
         raise UsageError(f"`shards`: got {beyond[0]}, {metadata.location} has shards 0 to {metadata.spec.shards - 1}")
     if workers is not None and workers < 0:
         raise UsageError(f"`workers`: got {workers}, expected 0 or more, or auto")
+    if isinstance(metadata, GrownMetadata):
+        return _repair_parts(metadata, source, encoder, shards, device, workers, hash_cache, progress)
+    names = metadata.spec.names
     show: Progress = progress or (lambda _phase, _done, _total, _shares: None)
     before = verify(metadata, "full", progress=lambda done, total: show("check", done, total, {}))
     old, _ = metadata.scan_commits()  # known from the check
@@ -150,6 +157,58 @@ def repair(
             writer.end_repair()
     changed = [shard for shard in new if shard in old and old[shard].content_sha256 != new[shard].content_sha256]
     return RepairReport(before, tuple(sorted(new)), images, tuple(changed), verify(metadata.location, "full"))
+
+
+def _repair_parts(
+    metadata: GrownMetadata,
+    source: ImageSource,
+    encoder: Encoder,
+    shards: Sequence[int],
+    device: str,
+    workers: int | None,
+    hash_cache: HashCache | None,
+    progress: Progress | None,
+) -> RepairReport:
+    """Repair each of the stores that a store is made of which rows were appended to.
+
+    Args:
+        metadata: The store's.
+        source: Its items, in its order.
+        encoder: As for :func:`repair`, as are the others.
+        shards: As for :func:`repair`.
+        device: As for :func:`repair`.
+        workers: As for :func:`repair`.
+        hash_cache: As for :func:`repair`.
+        progress: As for :func:`repair`.
+
+    Returns:
+        What was done, by the shards of the whole.
+    """
+    before = verify(metadata, "full")
+    if not before.problems and not shards:
+        return RepairReport(before, (), 0, (), before)
+    done: list[int] = []
+    changed: list[int] = []
+    images = 0
+    for first, _, part in metadata.parts:
+        mine = [shard - first for shard in shards if metadata.part_of(shard)[0] == first]
+        start = first * part.spec.shard_rows
+        rows = np.arange(start, start + part.spec.items)
+        ids = Names.of(source.ids[row] for row in rows.tolist())
+        report = repair(
+            part,
+            part_of(source, rows, ids),
+            encoder,
+            shards=mine,
+            device=device,
+            workers=workers,
+            hash_cache=hash_cache,
+            progress=progress,
+        )
+        done += [shard + first for shard in report.shards]
+        changed += [shard + first for shard in report.changed]
+        images += report.images
+    return RepairReport(before, tuple(done), images, tuple(changed), verify(metadata.location, "full"))
 
 
 def _replace_shards(

@@ -125,12 +125,12 @@ def embed_dataset(
         attributes = {
             "kind": manifest.kind,
             "classes": list(manifest.classes),
-            "provenance": _provenance(source.uri, config, job.devices),
+            "provenance": provenance_of(source.uri, config, job.devices),
         }
         items = manifest.to_arrow()
         with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
             del items
-            task, before = _fill(job, writer, workers, executor, progress)
+            task, before = fill(job, writer, workers, executor, progress)
             finishing = time.perf_counter()
             writer.finish(lambda done, total: progress("check", done, total, {}))
     store = EmbeddingStore(writer.metadata)
@@ -277,7 +277,7 @@ def _report(
     )
 
 
-def _fill(
+def fill(
     job: EmbedJob, writer: StoreWriter, workers: Workers | None, executor: Executor | None, progress: Progress
 ) -> tuple[EmbedTask, int]:
     """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
@@ -330,7 +330,8 @@ def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManife
     return f"{words[0][:20]}-{words[1][:28]}-{identity}"
 
 
-def _provenance(dataset: str, config: EmbedConfig, devices: tuple[torch.device, ...]) -> dict[str, Any]:
+def provenance_of(dataset: str, config: EmbedConfig, devices: tuple[torch.device, ...]) -> dict[str, Any]:
+    """How rows are made; no identity."""
     versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "zarr", "numpy")}
     return {
         "dataset": dataset,

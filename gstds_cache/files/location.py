@@ -79,6 +79,13 @@ class Location:
             return self
         return Location(self.path.absolute(), typed=self.path)
 
+    def below(self, *names: str) -> Location:
+        """A folder below this one."""
+        if self.path is None:
+            return Location(None, self.bucket, "/".join((self.prefix, *names)))
+        typed = None if self.typed is None else self.typed.joinpath(*names)
+        return Location(self.path.joinpath(*names), typed=typed)
+
     @property
     def name(self) -> str:
         """The last part of the path or prefix."""

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError, command_line
+from gstds_cache.files.location import LocationLike
 from gstds_cache.selection import catalog
 from gstds_cache.selection.guidance_spec import GuidanceKey, key_of, labels_digest, parse_guidance
 from gstds_cache.selection.rule import RuleBatch
@@ -22,6 +23,7 @@ from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.schedule import is_file
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import config_arguments
+from gstds_cache.store.grown import read_metadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import require_store
 from gstds_cache.stream.schema import Header
@@ -65,6 +67,11 @@ class RecomputeSettings:
 AS_RECORDED = RecomputeSettings()
 
 
+def store_of(header: Header, where: LocationLike) -> EmbeddingStore:
+    """Open a selection's store, as it was when the selection was made, if rows were appended since."""
+    return EmbeddingStore(read_metadata(where, state=header.cache_fingerprint))
+
+
 def selector_of(
     store: EmbeddingStore, header: Header, recompute_settings: RecomputeSettings = AS_RECORDED
 ) -> BatchSelector:
@@ -88,6 +95,7 @@ def selector_of(
             "the selection is a core set, chosen once over the whole data set: it has no batches to compute again",
             hint="give a selection that was made batch by batch",
         )
+    store = store.with_hidden(header.settings.get("hidden", ""))
     settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)
     if is_file(str(settings.get("schedule"))):

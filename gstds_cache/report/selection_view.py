@@ -18,7 +18,15 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import GstdsError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.report import charts
-from gstds_cache.report.recompute import AS_RECORDED, RecomputeSettings, SeenBatch, selector_of, spans, watch_again
+from gstds_cache.report.recompute import (
+    AS_RECORDED,
+    RecomputeSettings,
+    SeenBatch,
+    selector_of,
+    spans,
+    store_of,
+    watch_again,
+)
 from gstds_cache.report.scores import percentile
 from gstds_cache.report.thumbnails import Thumbnail, find_images, thumbnails
 from gstds_cache.runtime.progress import Counted
@@ -226,7 +234,7 @@ def _find_store(
     if where is None:
         return None, "Needs the store, and nothing beside the selection says where it is: pass `cache=STORE`."
     try:
-        return EmbeddingStore(where), ""
+        return store_of(header, where), ""
     except GstdsError as error:
         if cache is not None:
             raise

@@ -167,6 +167,7 @@ def _own_scores(store: EmbeddingStore, path: Path) -> Float32[np.ndarray, " N"]:
             hint=SAVE_SCORES,
         )
     ok = store.valid == OK
+    ok[store.hidden] = False
     bad = np.flatnonzero(ok & ~(np.isfinite(scores) & (scores >= 0)))
     if bad.size:
         raise UsageError(f"{argument}: row {bad[0]}: got {scores[bad[0]]}, expected a finite number >= 0")

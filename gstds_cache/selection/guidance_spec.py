@@ -155,6 +155,7 @@ def key_of(store: EmbeddingStore, spec: GuidanceSpec, labels: str = "") -> Guida
             "cache": store.fingerprint,
             "labels": labels,
             "valid": _sha256_of(map(store.valid_in, range(store.spec.shards))),
+            **({"hidden": store.hidden_digest} if store.hidden_digest else {}),
             # Folds of more rows are assigned by another permutation than they were.
             **({"folds": "computed"} if len(store) > STORED else {}),
         }

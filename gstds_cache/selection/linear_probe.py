@@ -32,7 +32,7 @@ from gstds_cache.runtime.threads import in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import PIECE, pieces
 from gstds_cache.selection.permutation import Permutation
-from gstds_cache.selection.rows import EligibleRows
+from gstds_cache.selection.rows import EligibleRows, rows_left_out
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -70,10 +70,10 @@ class ProbeSettings:
 
 
 def rows_to_learn(store: EmbeddingStore, labels: Int[np.ndarray, " N"] | None = None) -> EligibleRows:
-    """The rows that have an embedding and a label, the store's or of ``labels``."""
+    """The rows that have an embedding and a label, the store's or of ``labels``, and are not hidden."""
     labels = store.labels if labels is None else labels
     bare = [first + np.flatnonzero(labels[first : first + PIECE] < 0) for first in range(0, len(labels), PIECE)]
-    return EligibleRows(len(labels), np.union1d(store.without_embedding, np.concatenate(bare)))
+    return EligibleRows(len(labels), np.union1d(rows_left_out(store), np.concatenate(bare)))
 
 
 def count_classes(

@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int64
 
+from gstds_cache.store.reader import EmbeddingStore
+
 
 @dataclass(frozen=True, eq=False)
 class EligibleRows:
@@ -42,3 +44,8 @@ class EligibleRows:
     def all(self) -> Int64[np.ndarray, " n"]:
         """Every row that takes part: 8 bytes a row, for what needs them at once."""
         return self.at(np.arange(len(self), dtype=np.int64))
+
+
+def rows_left_out(store: EmbeddingStore) -> Int64[np.ndarray, " A"]:
+    """The rows of a store that no selection takes, ascending: those without an embedding, and those that are hidden."""
+    return np.union1d(store.without_embedding, store.hidden)

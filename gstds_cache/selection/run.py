@@ -30,7 +30,7 @@ from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rows import EligibleRows
+from gstds_cache.selection.rows import EligibleRows, rows_left_out
 from gstds_cache.selection.rule import RuleBatch, read_only
 from gstds_cache.selection.selected_batch import Candidates, SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
@@ -77,7 +77,7 @@ class BatchSelector:
         self._settings = settings = ParsedSettings.parse(config)
         self.rule, self.draw = settings.rule, settings.draw
         self.plan = SelectionPlan(
-            EligibleRows(len(store), store.without_embedding),
+            EligibleRows(len(store), rows_left_out(store)),
             batch_size=config.batch_size,
             epochs=config.epochs,
             schedule=settings.schedule,
@@ -112,7 +112,9 @@ class BatchSelector:
         self.guidance_digest = key.digest
         self._reference_key = self._key_of_reference(key)
         reference = "" if self._reference_key is None else self._reference_key.probe
-        self.identity = identity(self.store.fingerprint, self.config, self._settings, key.digest, reference)
+        self.identity = identity(
+            self.store.fingerprint, self.config, self._settings, key.digest, reference, self.store.hidden_digest
+        )
         self.digest = digest_of(self.identity)
         self.__dict__.pop("guidance", None)  # of the one before
 

@@ -21,6 +21,8 @@ ALGORITHM = 3  # raised by whoever changes what the same settings select, so tha
 NOT_IDENTITY = frozenset({"device", "knn_backend", "solver", "threads"})
 RECORDED_AS = {"batch_assignments": "partitions"}
 """Fields that digests and headers name otherwise: they keep the name they had when the first selections were stored."""
+BESIDE = {"draw_source", "hidden"}
+"""What stands among a selection's settings and is none of :class:`SelectConfig`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ def _offering(draw: Draw, strata: int) -> Rule:
 
 
 def identity(
-    fingerprint: str, config: SelectConfig, settings: ParsedSettings, guidance: str, reference: str = ""
+    fingerprint: str,
+    config: SelectConfig,
+    settings: ParsedSettings,
+    guidance: str,
+    reference: str = "",
+    hidden: str = "",
 ) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values.
 
@@ -83,6 +90,7 @@ def identity(
         settings: The same, parsed.
         guidance: Digest of the guidance.
         reference: Digest of the probe that reference losses are of; empty where there are none.
+        hidden: Digest of the rows that are left out; empty where there are none.
     """
     select = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY} | {
         "schedule": settings.schedule.identity,
@@ -94,6 +102,7 @@ def identity(
     # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
     for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
         del select[name]
+    select |= {"hidden": hidden} if hidden else {}
     if settings.draw is not None:
         select |= {"draw_source": settings.draw.source} if settings.draw.source else {}
         return {"algorithm": ALGORITHM, "cache": fingerprint, "select": select, "reference": reference}
@@ -104,4 +113,4 @@ def identity(
 def config_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a selection's header, or of a ticket, by the names that :class:`SelectConfig` has for them."""
     names = {old: new for new, old in RECORDED_AS.items()}
-    return {names.get(name, name): value for name, value in recorded.items() if name != "draw_source"}
+    return {names.get(name, name): value for name, value in recorded.items() if name not in BESIDE}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32, Int64
 
 from gstds_cache.graph.neighbors import normalized_rows
-from gstds_cache.selection.rows import EligibleRows
+from gstds_cache.selection.rows import EligibleRows, rows_left_out
 from gstds_cache.store.reader import EmbeddingStore
 
 BLOCK_BYTES = 48 << 20
@@ -32,7 +32,7 @@ class UnitRows:
     @classmethod
     def of(cls, store: EmbeddingStore) -> UnitRows:
         """All rows that take part."""
-        return cls(store, EligibleRows(len(store), store.without_embedding))
+        return cls(store, EligibleRows(len(store), rows_left_out(store)))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -7,7 +7,8 @@ from typing import Any
 
 from gstds_cache.files.location import LocationLike
 from gstds_cache.store.commit_record import Quarantined
-from gstds_cache.store.metadata import StoreMetadata
+from gstds_cache.store.grown import GrownMetadata, read_metadata
+from gstds_cache.store.hidden import read_hidden
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class StoreSummary:
         provenance: Versions and device; no identity.
         last_used: Seconds since 1970, or None where the place does not tell.
         quarantined: Items that could not be decoded, of the committed shards.
+        hidden: Rows that selections leave out.
+        appended: Rows that were appended since the store was made.
     """
 
     location: str
@@ -51,6 +54,8 @@ class StoreSummary:
     provenance: dict[str, Any]
     last_used: float | None
     quarantined: tuple[Quarantined, ...]
+    hidden: int = 0
+    appended: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -64,7 +69,7 @@ def summarise(where: LocationLike) -> StoreSummary:
         StoreNotFoundError: There is none.
         IntegrityError: Its specification or a commit record is damaged.
     """
-    metadata = StoreMetadata(where)
+    metadata = read_metadata(where)
     commits = metadata.commits()
     return StoreSummary(
         location=str(metadata.location),
@@ -84,4 +89,6 @@ def summarise(where: LocationLike) -> StoreSummary:
         provenance=metadata.provenance,
         last_used=metadata.transport.last_used(),
         quarantined=tuple(item for shard in sorted(commits) for item in commits[shard].quarantined),
+        hidden=len(read_hidden(metadata.transport, metadata.spec.items)),
+        appended=metadata.spec.items - metadata.base.spec.items if isinstance(metadata, GrownMetadata) else 0,
     )

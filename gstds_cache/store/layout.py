@@ -10,6 +10,9 @@
     STORE/commits/S.json     one per committed shard
     STORE/COMPLETE.json      written last
     STORE/repair.json        only while a repair is under way: the shards that it discarded
+    STORE/parts/K-F/         rows appended by the K-th append, a store of its own (:mod:`gstds_cache.store.grown`)
+    STORE/grown/K.json       the record that makes them count
+    STORE/hidden/K.json      rows that selections leave out (:mod:`gstds_cache.store.hidden`)
 
 Format 1 has other names for some of it (:mod:`gstds_cache.store.format`).
 
@@ -20,6 +23,7 @@ three times as long (benchmarks/bench_store.py): one chunk with the codecs bytes
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from typing import IO, Any
@@ -42,8 +46,12 @@ COMPLETE = "COMPLETE.json"
 REPAIR = "repair.json"
 LABEL = "label/c/0"
 VALID = "valid/c/0"
+GROWN = "grown"
+PARTS = "parts"
+HIDDEN = "hidden"
 OWN_NAMES = frozenset(
-    {GROUP, "embeddings", "label", "valid", ITEMS, COMPLETE, REPAIR, *(names.commits for names in FORMATS.values())}
+    {GROUP, "embeddings", "label", "valid", ITEMS, COMPLETE, REPAIR, GROWN, PARTS, HIDDEN}
+    | {names.commits for names in FORMATS.values()}
 )
 
 MISSING, OK, UNDECODABLE = 0, 1, 2
@@ -68,12 +76,40 @@ def metadata_objects(
     return {key: encoded[key] for key in sorted(encoded, key=lambda key: (key == GROUP, key))}
 
 
-def shard_object(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) -> bytes:
-    """A shard's object: the rows as one chunk, the last shard filled up with NaN."""
-    objects, arrays = _in_memory(spec, {})
-    span = spec.rows_of(shard)
-    arrays["embeddings"][span.start : span.stop] = rows
-    return objects[object_key(shard)].to_bytes()
+def shard_object(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) -> memoryview:
+    """A shard's object: the rows as one chunk, the last shard filled up with NaN.
+
+    The bytes are those that zarr writes (tests/store/test_store.py). Zarr makes three arrays and copies the rows three
+    times for it, which takes three times as long.
+    """
+    end = shard_end(spec, shard, rows)
+    size = spec.shard_rows * spec.dim * rows.dtype.itemsize + 4
+    data = np.empty(size, np.uint8)
+    data[: size - len(end)] = _bytes_of(rows)
+    data[size - len(end) :] = np.frombuffer(end, np.uint8)
+    return data.data
+
+
+def shard_end(spec: CacheSpec, shard: int, rows: Float[np.ndarray, "R D"]) -> bytes:
+    """What follows the rows in a shard's object: NaN, where the last shard has fewer rows, and the CRC-32C of all."""
+    assert rows.shape == (len(spec.rows_of(shard)), spec.dim)
+    missing = (spec.shard_rows - len(rows)) * spec.dim
+    fill = np.full(missing, math.nan, np.dtype(spec.dtype).newbyteorder("<")).tobytes()
+    crc = google_crc32c.extend(google_crc32c.value(_bytes_of(rows)), fill)
+    return fill + int(crc).to_bytes(4, "little")
+
+
+def hashes_of(rows: Float[np.ndarray, "R D"], end: bytes) -> tuple[str, str]:
+    """SHA-256 of a shard's rows, and of its object, which is the rows and ``end``: the rows are hashed once."""
+    content = hashlib.sha256(_bytes_of(rows).data)
+    whole = content.copy()
+    whole.update(end)
+    return content.hexdigest(), whole.hexdigest()
+
+
+def _bytes_of(rows: Float[np.ndarray, "R D"]) -> UInt8[np.ndarray, " B"]:
+    little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8)
 
 
 def read_shard(spec: CacheSpec, shard: int, data: bytes) -> Float[np.ndarray, "R D"]:

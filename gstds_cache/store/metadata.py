@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.errors import ChunkCorruptError, IntegrityError, StoreNotFoundError, command_line
@@ -18,6 +22,9 @@ from gstds_cache.store.factory import open_transport
 from gstds_cache.store.format import Format
 from gstds_cache.store.spec import CacheSpec
 from gstds_cache.store.transport import Transport, map_object
+
+HASHERS = 4
+"""Objects that are hashed at a time."""
 
 METADATA_KEYS = (
     layout.GROUP,
@@ -153,6 +160,13 @@ class StoreMetadata:
         """The name of the model that the store was made with; None where that is not recorded."""
         return self.provenance.get("model")
 
+    @property
+    def finish_command(self) -> str:
+        """The command that makes an incomplete store whole."""
+        default = ["gstds-cache", "import", "VECTORS"] if self.spec.imported else ["gstds-embed", "DATASET"]
+        command = self.provenance.get("command", default)
+        return command_line(*command, "--out" if self.spec.imported else "--cache", self.location)
+
     def manifest(self) -> DatasetManifest:
         """The items that the store was made of, in the order of its rows.
 
@@ -170,6 +184,26 @@ class StoreMetadata:
         if manifest.root != self.spec.items_root:
             raise corrupt(self.location, [problem])
         return manifest
+
+    def labels(self) -> Int[np.ndarray, " N"]:
+        """Label of each row, -1 where there is none, in the smallest integers that hold them.
+
+        Raises:
+            ChunkCorruptError: The object of the labels is damaged.
+        """  # noqa: DOC501
+        try:
+            return layout.label_values(self.spec, self.transport.pieces(layout.LABEL), len(self.classes))
+        except (FileNotFoundError, ValueError) as error:
+            problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
+            raise corrupt(self.location, [problem]) from error
+
+    def object_key(self, shard: int) -> str:
+        """Key of a shard's object."""
+        return layout.object_key(shard)
+
+    def object_sizes(self) -> dict[str, int]:
+        """Bytes of every shard's object that is there, and perhaps of others."""
+        return self.transport.sizes("embeddings/")
 
     def committed(self) -> list[int]:
         """Shards that have a commit record now, ascending. Only names are listed; no record is read."""
@@ -246,10 +280,10 @@ class StoreMetadata:
 
     def check_sizes(self, commits: dict[int, CommitRecord]) -> list[Problem]:
         """Problems visible without reading shards: missing ones, and ones of another size."""
-        sizes = self.transport.sizes("embeddings/")
+        sizes = self.object_sizes()
         problems = []
         for shard, commit in commits.items():
-            key = layout.object_key(shard)
+            key = self.object_key(shard)
             if key not in sizes:
                 problems.append(Problem(key, f"{key} is missing", shard))
             elif sizes[key] != commit.size:
@@ -270,15 +304,19 @@ class StoreMetadata:
         """
         problems = self.check_sizes(commits)
         named = {problem.shard for problem in problems}
-        for done, (shard, commit) in enumerate(commits.items()):
-            if progress is not None:
-                progress(done, len(commits))
-            if shard not in named:
-                key = layout.object_key(shard)
-                got = self.transport.sha256(key)
+        left = [(shard, commit) for shard, commit in commits.items() if shard not in named]
+        keys = [self.object_key(shard) for shard, _ in left]
+        pool = ThreadPoolExecutor(HASHERS, thread_name_prefix="gstds-hash")  # hashing leaves Python's lock
+        try:
+            hashes = pool.map(self.transport.sha256, keys)
+            for done, ((shard, commit), key, got) in enumerate(zip(left, keys, hashes, strict=True), len(named)):
+                if progress is not None:
+                    progress(done, len(commits))
                 if got != commit.object_sha256:
                     text = f"{key} hashes to {got[:12]}, its commit record says {commit.object_sha256[:12]}"
                     problems.append(Problem(key, text, shard))
+        finally:
+            pool.shutdown(cancel_futures=True)
         return problems
 
     def check_complete(self, record: Complete, commits: dict[int, CommitRecord]) -> list[Problem]:

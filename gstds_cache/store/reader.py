@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64, UInt8
 
 from gstds_cache.config import MEMORY_BUDGET
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.errors import GstdsError, IncompleteError, UsageError, command_line
+from gstds_cache.errors import GstdsError, IncompleteError, StoreNotFoundError, UsageError
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import MIRROR, WritablePath, derived_paths, first_writable
 from gstds_cache.files.location import LocationLike
@@ -23,6 +23,8 @@ from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
 from gstds_cache.store.embed_report import EmbedReport
+from gstds_cache.store.grown import read_metadata
+from gstds_cache.store.hidden import read_hidden
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
 
@@ -41,6 +43,8 @@ class EmbeddingStore:
         classes: Class names by label.
         dataset_uri: Where the data set was when the store was made; None where that is not recorded.
         fingerprint: SHA-256 of the specification.
+        hidden: Rows that selections leave out, ascending, int64 [A]; as they were when the store was opened.
+        hidden_digest: Identity of these; empty where there are none.
         without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
         access_asked: How they were asked for, e.g. ``auto``.
@@ -58,6 +62,8 @@ class EmbeddingStore:
         memory_budget: int = MEMORY_BUDGET,
         access: Kind = "auto",
         mirror: Path | None = None,
+        state: str | None = None,
+        hidden: str | None = None,
     ) -> None:
         """Open a store and check its commit records against what is there (sizes, not hashes).
 
@@ -68,14 +74,17 @@ class EmbeddingStore:
             access: How to get at rows; ``auto`` chooses by the budget (:mod:`gstds_cache.store.access`). ``device`` has
                 a selection hold them on its GPU.
             mirror: The folder of the mirror; ``STORE.mirror`` by default.
+            hidden: Digest of the rows that selections leave out, as an earlier selection names it; None for those that
+                are hidden now.
+            state: The fingerprint that the store had before rows were appended, to open it as it was then.
 
         Raises:
-            StoreNotFoundError: There is no store at ``where``.
+            StoreNotFoundError: There is no store at ``where``, or it never had the fingerprint ``state``.
             IncompleteError: The store is not complete and ``allow_partial`` is not set.
             ChunkCorruptError: An object is missing or of another size, or a record was altered.
             UsageError: A mirror was asked for, and the store is not complete.
         """  # noqa: DOC501
-        self._metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
+        self._metadata = where if isinstance(where, StoreMetadata) else read_metadata(where, state=state)
         self.location, self.spec = self._metadata.location, self._metadata.spec
         self.kind, self.classes, self.dataset_uri = (
             self._metadata.kind,
@@ -83,17 +92,33 @@ class EmbeddingStore:
             self._metadata.dataset_uri,
         )
         self.fingerprint = self.spec.fingerprint
+        if state is not None and state != self.fingerprint:
+            raise StoreNotFoundError(
+                f"{self.location} has the fingerprint {self.fingerprint[:12]}, and never had {state[:12]}",
+                hint="leave `state` out to open the store as it is",
+            )
         self.memory_budget = memory_budget
         mirror = None if mirror is None else Path(mirror).absolute()
-        self._opening = (self.location, allow_partial, memory_budget, access, mirror)
+        # Whoever opens it anew, in another process, shall have the same rows.
+        left_out = read_hidden(self._metadata.transport, self.spec.items, hidden)
+        self.hidden: Int64[np.ndarray, " A"] = left_out.rows
+        self.hidden_digest = left_out.digest
+        self._opening = (
+            self.location,
+            allow_partial,
+            memory_budget,
+            access,
+            mirror,
+            self.fingerprint,
+            self.hidden_digest,
+        )
         self._process, self._making_access = os.getpid(), threading.Lock()
         record = self._metadata.complete()
         if record is None and not allow_partial:
-            command = self._metadata.provenance.get("command", ["gstds-embed", "DATASET"])
             committed = len(self._metadata.committed())
             raise IncompleteError(
                 f"{self.location} is not complete: {committed} of {self.spec.shards} shards are committed",
-                hint=f"finish it with: {command_line(*command, '--cache', self.location)}",
+                hint=f"finish it with: {self._metadata.finish_command}",
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
@@ -135,6 +160,13 @@ class EmbeddingStore:
             why_none=why,
         )
 
+    def with_hidden(self, digest: str) -> EmbeddingStore:
+        """The same store with the rows hidden that an earlier selection names; "" for none."""
+        if digest == self.hidden_digest:
+            return self
+        location, allow_partial, memory_budget, access, mirror, state, _ = self._opening
+        return _reopen(location, allow_partial, memory_budget, access, mirror, state, digest)
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_reopen, self._opening)
 
@@ -160,17 +192,8 @@ class EmbeddingStore:
 
     @cached_property
     def labels(self) -> Int[np.ndarray, " N"]:
-        """Label of each row, -1 where there is none; in the smallest integers that hold them, so mind sums.
-
-        Raises:
-            ChunkCorruptError: The object of the labels is damaged.
-        """  # noqa: DOC501
-        try:
-            pieces = self._metadata.transport.pieces(layout.LABEL)
-            return layout.label_values(self.spec, pieces, len(self.classes))
-        except (FileNotFoundError, ValueError) as error:
-            problem = Problem(layout.LABEL, f"{layout.LABEL} does not decode ({error})")
-            raise corrupt(self.location, [problem]) from error
+        """Label of each row, -1 where there is none; in the smallest integers that hold them, so mind sums."""
+        return self._metadata.labels()
 
     def manifest(self) -> DatasetManifest:
         """The items that the store was made of, in the order of its rows (:meth:`StoreMetadata.manifest`)."""
@@ -192,7 +215,7 @@ class EmbeddingStore:
         self._refuse_fork()
         if shard not in self.commits:
             raise IncompleteError(f"{self.location}: shard {shard} is not committed")
-        key = layout.object_key(shard)
+        key = self._metadata.object_key(shard)
         try:
             return layout.read_shard(self.spec, shard, self._metadata.transport.get(key))
         except FileNotFoundError as error:
@@ -309,9 +332,23 @@ class EmbeddingStore:
 
 
 def _reopen(
-    where: LocationLike, allow_partial: bool, memory_budget: int, access: Kind, mirror: Path | None
+    where: LocationLike,
+    allow_partial: bool,
+    memory_budget: int,
+    access: Kind,
+    mirror: Path | None,
+    state: str,
+    hidden: str,
 ) -> EmbeddingStore:
-    return EmbeddingStore(where, allow_partial=allow_partial, memory_budget=memory_budget, access=access, mirror=mirror)
+    return EmbeddingStore(
+        where,
+        allow_partial=allow_partial,
+        memory_budget=memory_budget,
+        access=access,
+        mirror=mirror,
+        state=state,
+        hidden=hidden,
+    )
 
 
 def _free(folder: Path) -> int:

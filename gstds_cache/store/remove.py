@@ -34,6 +34,8 @@ def remove_store(where: LocationLike) -> int:
         if root is not None:
             (root / LOCK).unlink(missing_ok=True)  # while it is ours: afterwards it may be another's
     if root is not None:
+        for lock in (root / layout.PARTS).glob(f"*/{LOCK}"):
+            lock.unlink(missing_ok=True)
         folders = [path for path in root.rglob("*") if path.is_dir()]
         for folder in [*sorted(folders, key=lambda path: -len(path.parts)), root]:
             with suppress(OSError):  # Not empty: it holds something of somebody else's.

@@ -11,6 +11,9 @@ from gstds_cache.files.digest import digest_of
 from gstds_cache.files.location import Location
 from gstds_cache.store.format import CURRENT, FORMATS, Format
 
+IMPORTED = "imported"
+"""The model of rows that another tool computed, with ``:NAME`` where the user said what made them."""
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -47,6 +50,11 @@ class CacheSpec:
     def names(self) -> Format:
         """The names that the store's files use."""
         return FORMATS[self.format]
+
+    @property
+    def imported(self) -> bool:
+        """Whether another tool computed the rows: no model and no image are known that could make them again."""
+        return str(self.encoder.get("model", "")).partition(":")[0] == IMPORTED
 
     @property
     def fingerprint(self) -> str:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gstds_cache.config import CHECK_LEVEL
-from gstds_cache.errors import ChunkCorruptError
+from gstds_cache.errors import ChunkCorruptError, IntegrityError
 from gstds_cache.files.location import Location, LocationLike
 from gstds_cache.runtime.progress import Counted
 from gstds_cache.store import layout
+from gstds_cache.store.grown import read_metadata
+from gstds_cache.store.hidden import read_hidden
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 
 Level = Literal["quick", "full", "sample"]
@@ -29,6 +31,7 @@ class VerifyReport:
         problems: Empty where all is well.
         sampled: Rows that were embedded again and compared.
         cosine_min: Smallest cosine between those and the stored ones; None where none were compared.
+        hidden: Rows that selections leave out.
     """
 
     location: str
@@ -40,6 +43,7 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     sampled: tuple[int, ...] = ()
     cosine_min: float | None = None
+    hidden: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -76,7 +80,7 @@ def verify(
         StoreNotFoundError: There is no store at ``where``.
         IntegrityError: The specification cannot be read at all.
     """
-    metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
+    metadata = where if isinstance(where, StoreMetadata) else read_metadata(where)
     commits, problems = metadata.scan_commits()
     problems += metadata.check_hashes(commits, progress) if level == "full" else metadata.check_sizes(commits)
     try:
@@ -87,6 +91,11 @@ def verify(
     named = {problem.shard for problem in problems}
     if record is not None:
         problems += [p for p in metadata.check_complete(record, commits) if p.shard is None or p.shard not in named]
+    try:
+        hidden = len(read_hidden(metadata.transport, metadata.spec.items))
+    except IntegrityError as error:
+        hidden = 0
+        problems.append(Problem(layout.HIDDEN, str(error)))
     return VerifyReport(
         location=str(metadata.location),
         level=level,
@@ -95,4 +104,5 @@ def verify(
         complete=record is not None,
         bytes_hashed=sum(commit.size for commit in commits.values()) if level == "full" else 0,
         problems=tuple(problems),
+        hidden=hidden,
     )

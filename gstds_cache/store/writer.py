@@ -119,11 +119,42 @@ class StoreWriter:
         if not np.isfinite(rows).all():
             raise UsageError(f"shard {shard}: rows hold NaN or Inf")
         data = layout.shard_object(self.spec, shard, rows)
+        return self.commit_object(shard, data, *layout.hashes_of(rows, bytes(data[rows.nbytes :])), quarantined)
+
+    def commit_object(
+        self,
+        shard: int,
+        data: bytes | memoryview,
+        content_sha256: str,
+        object_sha256: str,
+        quarantined: Sequence[Quarantined] = (),
+        *,
+        read_back: bool = True,
+    ) -> CommitRecord:
+        """Commit one shard whose object is made and hashed already (:func:`gstds_cache.store.layout.shard_object`).
+
+        Args:
+            shard: The shard.
+            data: Its object.
+            content_sha256: Hash of its rows.
+            object_sha256: Hash of ``data``.
+            quarantined: Its items that have no embedding; their rows are zero.
+            read_back: Whether the object is read back and hashed now. :meth:`finish` hashes every object in any case:
+                where making a shard again costs nothing, once is enough.
+
+        Returns:
+            The commit record, which may be one that was there already with the same content.
+
+        Raises:
+            IntegrityError: The object read back is not the one written.
+            NondeterminismError: The shard is committed already with other content.
+        """
+        span = self.spec.rows_of(shard)
         commit = CommitRecord(
             shard=shard,
             rows=(span.start, span.stop),
-            object_sha256=sha256_hex(data),
-            content_sha256=sha256_hex(np.ascontiguousarray(rows).astype(rows.dtype.newbyteorder("<")).tobytes()),
+            object_sha256=object_sha256,
+            content_sha256=content_sha256,
             size=len(data),
             fingerprint=self.spec.fingerprint,
             quarantined=tuple(quarantined),
@@ -133,7 +164,7 @@ class StoreWriter:
         # Where several write, an object with these bytes is as good as ours, and is not replaced under a reader.
         if self._transport.exclusive or not self._transport.put_if_absent(layout.object_key(shard), data):
             self._transport.put(layout.object_key(shard), data)
-        if self._transport.sha256(layout.object_key(shard)) != commit.object_sha256:
+        if read_back and self._transport.sha256(layout.object_key(shard)) != commit.object_sha256:
             raise IntegrityError(
                 f"{self.location}: shard {shard} read back differs from what was written; check the disk"
             )

@@ -42,6 +42,7 @@ def core_set_header(store: EmbeddingStore, count: int, config: OnceConfig) -> He
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "seed": config.seed,
+        **({"hidden": store.hidden_digest} if store.hidden_digest else {}),
     }
     batches = len(batches_of(count, config.batch_size)) - 1
     return Header(

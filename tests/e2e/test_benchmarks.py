@@ -63,6 +63,9 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
         assert result["one_reader_stalls"]["beside_over_alone"]["min"] > 0.2  # not held up by the one that stalls
         assert result["trainers_wait"]["steps"] > 0
         assert result["import_of_train"]["heavy_libraries_loaded"] == []
+    if path.stem == "bench_import":
+        assert result["same_rows"]
+        assert result["import_over_copy"] > 0
     if path.stem == "bench_memory":
         assert all(taken["anonymous"] >= 0 for jobs in result["rise_bytes"].values() for taken in jobs.values())
     assert sorted((BENCHMARKS / "results").glob("*")) == before

@@ -39,6 +39,9 @@ WORK = {
     "gstds-cache report": "s.arrow --out new.html",
     "gstds-cache rm": "s --yes",
     "gstds-cache audit": "s --out new --threads 1",
+    "gstds-cache import": "v.npy --out new.store",
+    "gstds-cache append": "s imagefolder:photos --workers 0",
+    "gstds-cache hide": "s 3",
 }
 LONG = ("gstds-cache audit",)  # in the long fault suite alone: their own tests take their wrong values
 FILES = ("empty", "noise", "text.csv", "pickled.npy", "objects.npy", "packed.npz", "photos", "nothing/there", "loop")
@@ -91,6 +94,11 @@ BEYOND: dict[str, tuple[str, ...]] = {  # what a parameter takes beside plain te
     "--cache": ("s.arrow", "empty/new", "s/new"),
     "file": ("x.npy", "x.parquet", "x.xyz", "nothing/x.npy", "photos", "\udcff.npy", "empty/x.npy", "/dev/full.npy"),
     "what": ("s", "run", "s.arrow/x"),
+    **dict.fromkeys(
+        ("--ids", "--labels"), ("pickled.npy", "scores.npy", "v.npy", "s.arrow?column=kept", "x.txt?column=y")
+    ),
+    "vectors": ("pickled.npy", "objects.npy", "scores.npy", "s.arrow", "x.safetensors"),
+    "rows": ("3-1", "99", "0-99", "0-23", "1,,2", "9" * 30, "0-" + "9" * 18),
     "--scores": ("s", "s.arrow/x"),
 }
 ENVIRONMENT = {
@@ -185,6 +193,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     (inputs / "pickled.npy").write_bytes(pickle.dumps([1, 2, 3]))
     np.save(inputs / "objects.npy", np.array([None, {}], dtype=object), allow_pickle=True)
     np.save(inputs / "scores.npy", np.full(24, 1e300))
+    np.save(inputs / "v.npy", np.random.default_rng(1).normal(size=(24, 8)))
     np.savez(inputs / "packed.npz", x=np.arange(24))
     (inputs / "loop").symlink_to("loop")
     for words in (

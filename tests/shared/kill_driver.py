@@ -169,6 +169,10 @@ def _act(action: str, store: Path | str) -> dict[str, Any]:
     if action == "mirror":
         rows = [row for row in range(real_store.ITEMS) if row != real_store.BAD]
         return {"rows": EmbeddingStore(store, access="mirror").gather(np.array(rows)).tolist()}
+    if action == "append":
+        with real_store.shards_written() as shards:
+            grown = real_store.append(store, real_store.Images(real_store.GROWN))
+        return {"images": grown.embedded, "shards": shards, "fingerprint": grown.fingerprint}
     with real_store.shards_written() as shards:
         report: Any = (real_store.embed if action == "embed" else real_store.repair)(store)
     images = report.images if action == "repair" else report.embedded
@@ -242,7 +246,7 @@ class Driver:
         )
 
     def run(self, action: str, store: Path | str, stop: int | None = None, how: str = "kill") -> Outcome:
-        """Run ``action`` (embed, repair, mirror) on ``store``, and stop at step ``stop``."""
+        """Run ``action`` (embed, repair, mirror, append) on ``store``, and stop at step ``stop``."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         job = {"action": action, "store": str(store), "stop": stop, "how": how}

@@ -12,13 +12,16 @@ from torch import nn
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.embedding import estimate
+from gstds_cache.embedding.append import AppendReport, append_dataset
 from gstds_cache.embedding.repair import RepairReport
 from gstds_cache.embedding.repair import repair as repair_shards
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
+from gstds_cache.files.location import Location
 from gstds_cache.store import layout
 from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.format import CURRENT
@@ -26,6 +29,8 @@ from gstds_cache.store.writer import StoreWriter
 
 ITEMS, BATCH, SHARD = 22, 4, 8
 SHARDS = 3
+GROWN = 34
+"""Items of the data set once it has grown: the last shard of the first three is filled, and two are added."""
 BAD = 3
 MODEL = "real_store:build"
 
@@ -84,6 +89,18 @@ def embed(where: Path | str, source: Images | None = None) -> EmbedReport:
 
 def repair(where: Path | str, source: Images | None = None) -> RepairReport:
     return repair_shards(where, source or Images(), encoder(), device="cpu", workers=0)
+
+
+def append(where: Path | str, source: Images) -> AppendReport:
+    """Append what is new in ``source``, as :func:`gstds_cache.append_to_store` does."""
+    return append_dataset(
+        Location.parse(where).absolute(),
+        source,
+        EmbedConfig(model=MODEL, workers=0, device="cpu"),
+        progress=lambda *_: None,
+        notify=lambda _: None,
+        hash_cache=HashCache(),
+    )
 
 
 @contextmanager
