@@ -180,8 +180,8 @@ def main(
     service = {name: options.pop(name) for name in SERVICE}
     _check_together(address, service, out, force)
     given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
+    reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
     if once is not None:
-        reading = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
         _select_once(store, once, {**given, "keep": keep, "address": address}, out, force, reading, as_json)
         return
     for name in ("method", "balance", "ids"):
@@ -193,7 +193,6 @@ def main(
     from gstds_cache.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
     if address is not None:
         from gstds_cache.api.serve import serve
 
@@ -214,7 +213,7 @@ def _select_once(
     given: dict[str, Any],
     out: str | None,
     force: bool,
-    reading: dict[str, Any],
+    reading: Any,
     as_json: bool,
 ) -> None:
     """Call :func:`gstds_cache.select_once`, print."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vector_store import clustered, vector_store
 
+from gstds_cache.api.hide import hide_rows
 from gstds_cache.auditing.duplicates import around, group_rows, pairs_above
 from gstds_cache.auditing.labels import (
     CLASSES_KEPT,
@@ -23,6 +24,7 @@ from gstds_cache.config import AuditConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError
 from gstds_cache.selection.linear_probe import ProbeSettings
 from gstds_cache.selection.unit_rows import UnitRows
+from gstds_cache.store.reader import EmbeddingStore
 
 CPU = torch.device("cpu")
 
@@ -63,6 +65,18 @@ def test_all_rows_equal_and_no_duplicate_at_all(tmp_path) -> None:
     np.testing.assert_allclose(apart.mean, 0, atol=1e-6)
     with pytest.raises(UsageError, match="1 rows have an embedding, an audit compares two"):
         look(vector_store(tmp_path / "one", np.eye(3), bad=(0, 2)))
+
+
+def test_hidden_rows_are_not_looked_at(tmp_path) -> None:
+    rows, labels = clustered(60)
+    rows[7] = rows[3]
+    vector_store(tmp_path / "s", rows, labels)
+    assert look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0).groups.row.tolist() == [3, 7]
+    hide_rows(tmp_path / "s", [3, 10])
+    findings = look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0)
+    assert (len(findings.rows), findings.groups.count) == (58, 0)
+    assert findings.doubts is not None
+    assert not {3, 10} & set(findings.doubts.row.tolist())
 
 
 def test_what_labels_cannot_be_judged(tmp_path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from gstds_cache.cli.select_command import main
 from vector_store import clustered, vector_store
 
+from gstds_cache.api.hide import hide_rows
 from gstds_cache.api.select_once import select_once
 from gstds_cache.config import OnceConfig
 from gstds_cache.errors import UsageError
@@ -19,6 +20,8 @@ from gstds_cache.report.recompute import selector_of
 from gstds_cache.selection import core_set
 from gstds_cache.selection.core_set import METHODS, choose_core_set, quotas
 from gstds_cache.selection.unit_rows import UnitRows
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.core_set import core_set_header
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training.sampler import SelectedBatchSampler
 
@@ -138,6 +141,17 @@ def test_a_core_set_is_a_selection(store, tmp_path) -> None:
         select_once(store, 71, out=out, device="cpu", progress=False)
     with pytest.raises(UsageError, match="a core set, chosen once"):
         selector_of(store, header)
+
+
+def test_hidden_rows_are_not_chosen(tmp_path) -> None:
+    rows, labels = clustered(60)
+    before = core_set_header(vector_store(tmp_path / "s", rows, labels), 30, OnceConfig())
+    hide_rows(tmp_path / "s", range(0, 60, 2))
+    store = EmbeddingStore(tmp_path / "s")
+    assert (choose(store, 30, "cells") % 2 == 1).all()
+    with pytest.raises(UsageError, match="expected 1 to 30"):
+        choose(store, 31, "cells")
+    assert core_set_header(store, 30, OnceConfig()).selection_digest != before.selection_digest
 
 
 def test_the_command(store, tmp_path) -> None:
