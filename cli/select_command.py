@@ -45,7 +45,7 @@ Examples:
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-select photos.store --serve 127.0.0.1:8815   (then: gstds-train ... --selection grpc://127.0.0.1:8815)
   gstds-select photos.store --draw loss-minus-reference   (gstds-train draws by the losses it has seen)
-  gstds-select photos.store --once 5000 --method k-centre   (one set of rows for the whole run, and a list of ids)
+  gstds-select photos.store --once 5000   (one set of rows for the whole run, and a list of ids)
   gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
 
 The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
@@ -112,7 +112,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting_option(
     OnceConfig,
     "method",
-    help="With --once: farthest points; rows that all others are most similar to; or one of each of N equal cells.",
+    help="With --once: a row of each of N cells of equal size; rows that all others are similar to; or farthest points.",
 )
 @setting_option(
     OnceConfig, "balance", help="With --once: rows of each class, equal as far as there are; or labels are ignored."

@@ -385,8 +385,8 @@ class OnceConfig:
     """How one set of rows is chosen for a whole training run. Every field but the last two is identity.
 
     Attributes:
-        method: ``k-centre`` (farthest points), ``facility-location`` (rows that all others are most similar to) or
-            ``cells`` (a row of each of as many cells of equal size).
+        method: ``cells`` (a row of each of as many cells of equal size), ``facility-location`` (rows that all others
+            are similar to) or ``k-centre`` (farthest points).
         balance: How many rows of each class: ``equal``, as far as a class has them; ``proportional`` to its rows; or
             ``none``, where labels are not looked at.
         batch_size: Rows of a training step.
@@ -396,7 +396,7 @@ class OnceConfig:
         threads: CPU threads that may be used; 0 for all there are.
     """
 
-    method: Literal["k-centre", "facility-location", "cells"] = "facility-location"
+    method: Literal["cells", "facility-location", "k-centre"] = "cells"
     balance: Literal["equal", "proportional", "none"] = "equal"
     batch_size: int = 128
     epochs: int = 8
@@ -491,7 +491,7 @@ class AuditSettings(TypedDict, total=False):
 class OnceSettings(TypedDict, total=False):
     """The fields of :class:`OnceConfig` as keyword arguments."""
 
-    method: Literal["k-centre", "facility-location", "cells"]
+    method: Literal["cells", "facility-location", "k-centre"]
     balance: Literal["equal", "proportional", "none"]
     batch_size: int
     epochs: int

@@ -33,7 +33,7 @@ class AuditReport:
         exact: Whether every row was compared with every other.
         groups: Groups of near-duplicates.
         grouped: Rows in them.
-        spare: Rows that could go: all but one of each group.
+        spare: Rows that could go, each a near-duplicate of one that stays.
         leaks: Pairs of near-duplicates in both stores; None without another store.
         leaked: Rows of the other store that are in such a pair; None without another store.
         labelled: Rows whose label was judged.

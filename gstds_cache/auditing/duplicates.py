@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from gstds_cache.auditing.search import NOTHING, Nearest
@@ -49,7 +49,9 @@ class Groups:
         group: Number of each one's group, from 0, the largest group first.
         cosine: Cosine to its nearest row.
         same_bytes: Whether another row of the store has the same bytes.
-        first: Whether it is its group's first row: the one to keep, where the others go.
+        first: Whether it is its group's first row.
+        keep: Whether to keep it where near-duplicates go: every row that goes is a near-duplicate of one that stays,
+            and of those that stay no two are.
     """
 
     row: Int64[np.ndarray, " R"]
@@ -57,6 +59,7 @@ class Groups:
     cosine: Float32[np.ndarray, " R"]
     same_bytes: Bool[np.ndarray, " R"]
     first: Bool[np.ndarray, " R"]
+    keep: Bool[np.ndarray, " R"]
 
     @property
     def count(self) -> int:
@@ -65,8 +68,8 @@ class Groups:
 
     @property
     def spare(self) -> int:
-        """Rows that could go: all but one of each group."""
-        return len(self.row) - self.count
+        """Rows that could go."""
+        return int((~self.keep).sum())
 
 
 def pairs_above(
@@ -126,7 +129,8 @@ def group_rows(pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.nd
     one, other = np.concatenate([pairs.one, same_one]), np.concatenate([pairs.other, same_other])
     members, ends = np.unique(np.concatenate([one, other]), return_inverse=True)
     edges = (np.ones(len(one), np.int8), (ends[: len(one)], ends[len(one) :]))
-    _, label = connected_components(coo_array(edges, shape=(len(members), len(members))), directed=False)
+    graph = coo_array(edges, shape=(len(members), len(members))).tocsr()
+    _, label = connected_components(graph, directed=False)
     sizes = np.bincount(label) if len(label) else np.zeros(0, np.int64)
     begins = np.unique(label, return_index=True)[1]
     rank = np.empty(len(sizes), np.int64)
@@ -136,7 +140,18 @@ def group_rows(pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.nd
     row, group = members[order], group[order]
     first = np.diff(group, prepend=-1) > 0
     cosine = found.similarity[rows.rows.below(row), 0]
-    return Groups(row, group, cosine, np.isin(row, np.concatenate([same_one, same_other])), first)
+    same = np.isin(row, np.concatenate([same_one, same_other]))
+    return Groups(row, group, cosine, same, first, _stay((graph + graph.T).tocsr())[order])
+
+
+def _stay(graph: csr_array) -> Bool[np.ndarray, " R"]:
+    """Which rows stay, each looked at in turn: one that is a near-duplicate of none that stays already."""
+    stay = np.ones(graph.shape[0], bool)
+    for row, (begin, end) in enumerate(zip(graph.indptr[:-1].tolist(), graph.indptr[1:].tolist(), strict=True)):
+        if stay[row]:
+            near = graph.indices[begin:end]
+            stay[near[near > row]] = False
+    return stay
 
 
 def _same_bytes(

@@ -46,14 +46,14 @@ class Items:
 def write_duplicates(file: Path, items: Items, groups: Groups) -> None:
     """Columns ``group``, those of :meth:`Items.columns`, ``cosine``, ``same_bytes`` and ``keep``, group by group.
 
-    ``keep`` is one row of each group, the first: where all others go, no near-duplicate is left.
+    Where all rows without ``keep`` go, each of them leaves a near-duplicate behind, and no two of those are left.
     """
     _write(file, items.store, len(groups.row), lambda part: {
         "group": pa.array(groups.group[part]),
         **items.columns(groups.row[part]),
         "cosine": pa.array(groups.cosine[part]),
         "same_bytes": pa.array(groups.same_bytes[part]),
-        "keep": pa.array(groups.first[part]),
+        "keep": pa.array(groups.keep[part]),
     })  # fmt: skip
 
 

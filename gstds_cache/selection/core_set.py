@@ -214,7 +214,11 @@ def cells(
     """One row of each of ``count`` cells of equal size, in the principal directions of the rows."""
     some = rows.at(np.sort(rng.choice(members, min(REFERENCES, len(members)), replace=False)))
     some = some - some.mean(axis=0)
-    directions = np.linalg.eigh(some.T @ some)[1][:, -DIRECTIONS:].astype(np.float32)
+    # Of few rows in many dimensions the singular vectors are found in less time than those of all products.
+    if len(some) < rows.dim:
+        directions = np.linalg.svd(some, full_matrices=False)[2][:DIRECTIONS].T
+    else:
+        directions = np.linalg.eigh(some.T @ some)[1][:, -DIRECTIONS:]
     places = np.concatenate([block @ directions for _, block in _blocks(rows, members)])
     picks: list[int] = []
     open_cells: list[tuple[Int64[np.ndarray, " m"], int]] = [(np.arange(len(members)), count)]

@@ -49,6 +49,12 @@ def test_groups_are_what_pairs_connect(tmp_path) -> None:
     assert groups.group.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert groups.same_bytes.tolist() == [False, False, False, True, True, False, False]
     assert (groups.count, groups.spare) == (3, 4)
+    assert groups.keep.tolist() == [True, False, False, True, False, True, False]
+    chain = pairs_above(found, store, store, 0.9985, (hashes, hashes))  # 2 - 5 - 9, but not 2 - 9
+    apart = group_rows(chain, found, store, hashes)
+    assert dict(zip(apart.row.tolist(), apart.keep.tolist(), strict=True)) == {
+        2: True, 5: False, 9: True, 0: True, 10: False, 7: True, 11: False,
+    }  # fmt: skip
     above, below = around(found, store, store, 0.9985, pairs_above(found, store, store, 0.9985, (hashes, hashes)))
     assert (above.cosine >= 0.9985).all()
     assert (below.cosine < 0.9985).all()

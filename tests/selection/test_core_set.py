@@ -163,7 +163,7 @@ def test_the_command(store, tmp_path) -> None:
     assert (tmp_path / "c.txt").read_text().splitlines()[0].startswith("item/")
     assert len((tmp_path / "c.txt").read_text().splitlines()) == 30
     summary = next(json.loads(line) for line in done.output.splitlines() if line.startswith("{"))
-    assert summary["rule"] == "once facility-location"
+    assert summary["rule"] == "once cells"
     for words, said in (
         (("--once", "30", "--schedule", "constant:0.5"), "--schedule says how batches are selected"),
         (("--once", "30", "--keep", "0.5"), "--keep says how batches"),
@@ -173,7 +173,7 @@ def test_the_command(store, tmp_path) -> None:
         (("--once", "301"), "--once: got 301, expected 1 to 300"),
         (("--once", "0"), "--once: got 0"),
         (("--once", "3", "--ids", str(tmp_path / "x.json")), "expected one of .txt, .csv"),
-        (("--once", "3", "--method", "kmeans"), "'k-centre', 'facility-location', 'cells'"),
+        (("--once", "3", "--method", "kmeans"), "'cells', 'facility-location', 'k-centre'"),
     ):
         bad = run(*words)
         assert bad.exit_code == 2, bad.output
