@@ -112,7 +112,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting_option(
     OnceConfig,
     "method",
-    help="With --once: a row of each of N cells of equal size; rows that all others are similar to; or farthest points.",
+    help="With --once: a row of each of N equal cells; rows that all others are similar to; or farthest points.",
 )
 @setting_option(
     OnceConfig, "balance", help="With --once: rows of each class, equal as far as there are; or labels are ignored."

@@ -134,7 +134,8 @@ def view_groups(groups: Groups, pictures: Pictures, threshold: float, exact: boo
         [
             f"{many(groups.count, 'group')} of {many(len(groups.row), 'row')} whose cosine reaches {threshold:g}, "
             f"directly or by way of others; {many(same, 'row')} with the bytes of another. "
-            f"{spare} could go, each a near-duplicate of one that stays. In {many(int(differ.sum()), 'group')} labels differ.",
+            f"{spare} could go, each a near-duplicate of one that stays. In {many(int(differ.sum()), 'group')} labels "
+            "differ.",
             *([] if exact else ["Rows were compared with those of their nearest cells, not with all."]),
         ],
         missing=pictures.why if groups.count else "",
