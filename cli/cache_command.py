@@ -1,4 +1,4 @@
-"""``gstds-cache``: list, describe, verify, repair, import, export and remove stores; advise on them."""
+"""``gstds-cache``: list, describe, verify, repair, import, export and remove stores; advise on them, audit them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTEGRITY, UsageError, comm
 
 from .advise_command import advise
 from .append_command import append_command
+from .audit_command import audit
 from .common import (
     Command,
     Group,
@@ -40,6 +41,7 @@ Examples:
   gstds-cache ls
   gstds-cache info photos.store
   gstds-cache advise photos.store
+  gstds-cache audit photos.store
   gstds-cache verify photos.store --level full
   gstds-cache repair photos.store
   gstds-cache import vectors.npy --labels labels.txt --out vectors.store
@@ -272,6 +274,7 @@ def repair_command(
 
 
 main.add_command(advise)
+main.add_command(audit)
 main.add_command(import_command)
 main.add_command(append_command)
 for hiding in (hide_command, unhide_command, hidden_command):

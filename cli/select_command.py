@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
 
-from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings
+from gstds_cache.config import MEMORY_BUDGET, OnceConfig, SelectConfig, SelectSettings
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.runtime.progress import shares_text
 from gstds_cache.selection import catalog
@@ -44,6 +45,7 @@ Examples:
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-select photos.store --serve 127.0.0.1:8815   (then: gstds-train ... --selection grpc://127.0.0.1:8815)
   gstds-select photos.store --draw auto   (gstds-train draws by the losses it has seen, where that pays)
+  gstds-select photos.store --once 5000   (one set of rows for the whole run, and a list of ids)
   gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
 
 The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
@@ -101,6 +103,28 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting("knn_backend")
 @setting("solver", "Where eigenvectors are computed. auto: on a GPU where its kernels run, else on the CPU.")
 @click.option(
+    "--once",
+    type=int,
+    metavar="N",
+    help="Choose N rows over the whole data set, once, and train on them alone: a core set. Of the other options it "
+    f"takes --batch-size (rows of a step; {OnceConfig.batch_size} where it is not given), --epochs, --seed, --device, "
+    "--threads, --out, --force, and how to read the store.",
+)
+@setting_option(
+    OnceConfig,
+    "method",
+    help="With --once: a row of each of N equal cells; rows that all others are similar to; or farthest points.",
+)
+@setting_option(
+    OnceConfig, "balance", help="With --once: rows of each class, equal as far as there are; or labels are ignored."
+)
+@click.option(
+    "--ids",
+    type=LocalPath(dir_okay=False),
+    metavar="FILE",
+    help="With --once: list of ids, .txt or .csv. [default: the selection's name with .csv]",
+)
+@click.option(
     "--memory-budget",
     type=click.IntRange(min=0),
     default=MEMORY_BUDGET >> 20,
@@ -150,18 +174,26 @@ def main(
     force: bool,
     address: str | None,
     as_json: bool,
+    once: int | None,
     **options: Any,
 ) -> None:
     """Parse, call :func:`gstds_cache.select`, print."""
     service = {name: options.pop(name) for name in SERVICE}
     _check_together(address, service, out, force)
     given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
+    reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
+    if once is not None:
+        _select_once(store, once, {**given, "keep": keep, "address": address}, out, force, reading, as_json)
+        return
+    for name in ("method", "balance", "ids"):
+        if name in given:
+            raise UsageError(f"--{name} says how rows are chosen once: it needs --once N")
+        options.pop(name)
     settings: SelectSettings = given
     from gstds_cache.api.select_batches import select, stream_selection
     from gstds_cache.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
     if address is not None:
         from gstds_cache.api.serve import serve
 
@@ -174,6 +206,31 @@ def main(
     else:
         summary = select(store, keep=keep, out=out, force=force, notify=notify, **reading, **settings).summary
     _print(summary, as_json)
+
+
+def _select_once(
+    store: str,
+    once: int,
+    given: dict[str, Any],
+    out: str | None,
+    force: bool,
+    reading: Any,
+    as_json: bool,
+) -> None:
+    """Call :func:`gstds_cache.select_once`, print."""
+    known = {field.name for field in fields(OnceConfig)} | {"ids"}
+    other = [name for name, value in given.items() if name not in known and value is not None]
+    if other:
+        flag = "--serve" if other[0] == "address" else f"--{other[0].replace('_', '-')}"
+        raise UsageError(f"{flag} says how batches are selected; --once chooses rows for the whole data set instead")
+    if out == "-":
+        raise UsageError("--once writes a file, and a list of ids beside it: give --out FILE, or leave it out")
+    from gstds_cache.api.select_once import select_once
+
+    ids, settings = given.pop("ids", None), {name: value for name, value in given.items() if value is not None}
+    selection = select_once(store, once, out=out, ids=ids, force=force, **reading, **settings)
+    _print(selection.summary, as_json)
+    click.echo(f"ids: {ids or selection.path.with_suffix('.csv')}", err=as_json)
 
 
 def _is_given(context: click.Context, name: str) -> bool:

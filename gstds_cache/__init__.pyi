@@ -1,6 +1,8 @@
 from .api.advise import Advice as Advice
 from .api.advise import advise as advise
 from .api.append import append_to_store as append_to_store
+from .api.audit import AuditReport as AuditReport
+from .api.audit import audit as audit
 from .api.cache import RemoveReport as RemoveReport
 from .api.cache import StoreList as StoreList
 from .api.cache import describe_store as describe_store
@@ -26,12 +28,16 @@ from .api.report import PageReport as PageReport
 from .api.report import write_report as write_report
 from .api.select_batches import select as select
 from .api.select_batches import stream_selection as stream_selection
+from .api.select_once import select_once as select_once
 from .api.selection import Selection as Selection
 from .api.selection import SelectionSummary as SelectionSummary
 from .api.serve import serve as serve
 from .api.train import estimate_training as estimate_training
 from .api.train import train as train
+from .auditing.labels import FlipTest as FlipTest
+from .config import AuditConfig as AuditConfig
 from .config import EmbedConfig as EmbedConfig
+from .config import OnceConfig as OnceConfig
 from .config import SelectConfig as SelectConfig
 from .config import TrainConfig as TrainConfig
 from .data.sources import open_source as open_source

@@ -30,6 +30,7 @@ SAMPLE_ROWS = 64  # that a check embeds again
 SAMPLE_SEED = 0
 REPORT_BATCHES = 48  # that a report computes again
 REPORT_FILE = "report.html"
+AUDIT_FOLDER = "audit"
 ADVICE_RATIOS = (0.5, 0.75, 0.9)
 ADVICE_EPOCHS = 8
 # Upper limits: far beyond what can be meant, and below what would take all memory, processes or time before it fails.
@@ -338,6 +339,80 @@ class TrainConfig:
         _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What an audit looks for.
+
+    Attributes:
+        threshold: Cosine from which on two rows are near-duplicates, -1 to 1.
+        knn: Nearest rows that are looked for of each row; an outlier's distance is their mean.
+        folds: Parts of the labelled rows; the labels of each are judged by a probe that learnt from the others.
+        rank: Labels by ``self-confidence`` (probability of the label) or ``normalized-margin`` (the same, less the
+            probability of the most probable other), the lowest first.
+        flipped: Share of the labels that are flipped on purpose in a second run of the probe, to measure how many of
+            them are found and how many others are doubted; 0 measures nothing.
+        shown: Images of each part of the page.
+        exact_rows: Rows up to which every row is compared with every other; more are put into cells first.
+        seed: Seed of folds, cells and flips, >= 0.
+        device: Where products are computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads that may be used; 0 for all there are.
+    """
+
+    threshold: float = 0.92
+    knn: int = 10
+    folds: int = 5
+    rank: Literal["self-confidence", "normalized-margin"] = "self-confidence"
+    flipped: float = 0.1
+    shown: int = 24
+    exact_rows: int = 100_000
+    seed: int = 0
+    device: str = DEVICE
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _as_declared(self)
+        _require(-1 <= self.threshold <= 1, "`threshold`", self.threshold, "a cosine, from -1 to 1")
+        _require_range("`knn`", self.knn, 1, 1000)
+        _require_range("`folds`", self.folds, 2, 100)
+        _require(0 <= self.flipped <= 0.5, "`flipped`", self.flipped, "a share of the labels, from 0 to 0.5")
+        _require_range("`shown`", self.shown, 1, 1000)
+        _require(self.exact_rows >= 0, "`exact_rows`", self.exact_rows, "0 or more")
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnceConfig:
+    """How one set of rows is chosen for a whole training run. Every field but the last two is identity.
+
+    Attributes:
+        method: ``cells`` (a row of each of as many cells of equal size), ``facility-location`` (rows that all others
+            are similar to) or ``k-centre`` (farthest points).
+        balance: How many rows of each class: ``equal``, as far as a class has them; ``proportional`` to its rows; or
+            ``none``, where labels are not looked at.
+        batch_size: Rows of a training step.
+        epochs: Passes over the chosen rows.
+        seed: Seed of the choice and of the order of the epochs, >= 0.
+        device: Where products are computed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads that may be used; 0 for all there are.
+    """
+
+    method: Literal["cells", "facility-location", "k-centre"] = "cells"
+    balance: Literal["equal", "proportional", "none"] = "equal"
+    batch_size: int = 128
+    epochs: int = 8
+    seed: int = 0
+    device: str = DEVICE
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _as_declared(self)
+        _require_range("`batch_size`", self.batch_size, 1, MOST_ROWS)
+        _require_range("`epochs`", self.epochs, 1, MOST_EPOCHS)
+        _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
+        _require_range("`threads`", self.threads, 0, MOST_THREADS)
+
+
 class EmbedSettings(TypedDict, total=False):
     """The fields of :class:`EmbedConfig` as keyword arguments."""
 
@@ -397,3 +472,30 @@ class TrainSettings(TypedDict, total=False):
     norm_samples: int
     draw: str | None
     importance_weights: bool
+
+
+class AuditSettings(TypedDict, total=False):
+    """The fields of :class:`AuditConfig` as keyword arguments."""
+
+    threshold: float
+    knn: int
+    folds: int
+    rank: Literal["self-confidence", "normalized-margin"]
+    flipped: float
+    shown: int
+    exact_rows: int
+    seed: int
+    device: str
+    threads: int
+
+
+class OnceSettings(TypedDict, total=False):
+    """The fields of :class:`OnceConfig` as keyword arguments."""
+
+    method: Literal["cells", "facility-location", "k-centre"]
+    balance: Literal["equal", "proportional", "none"]
+    batch_size: int
+    epochs: int
+    seed: int
+    device: str
+    threads: int

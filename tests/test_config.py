@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from gstds_cache.config import (
+    AuditConfig,
+    AuditSettings,
     EmbedConfig,
     EmbedSettings,
+    OnceConfig,
+    OnceSettings,
     SelectConfig,
     SelectSettings,
     TrainConfig,
@@ -52,7 +56,13 @@ def test_a_bad_value_never_makes_a_configuration(make, names) -> None:
 
 @pytest.mark.parametrize(
     ("config", "settings"),
-    [(EmbedConfig, EmbedSettings), (SelectConfig, SelectSettings), (TrainConfig, TrainSettings)],
+    [
+        (EmbedConfig, EmbedSettings),
+        (SelectConfig, SelectSettings),
+        (TrainConfig, TrainSettings),
+        (AuditConfig, AuditSettings),
+        (OnceConfig, OnceSettings),
+    ],
 )
 def test_keyword_arguments_are_the_fields_of_the_configuration(config: type, settings: type) -> None:
     assert get_type_hints(settings) == get_type_hints(config)

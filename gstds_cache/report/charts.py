@@ -44,7 +44,7 @@ STYLE: Any = {
 SIZE = (4.7, 3.2)  # inches of 72 units: as wide as a phone, so that letters are as large as the page's
 
 
-def _svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
+def svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
     """What ``draw`` draws, as an element for an HTML page; ``name`` makes its ids unique there."""
     with warnings.catch_warnings(), mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts have it
@@ -74,7 +74,7 @@ def schedule(name: str, shares: Float64[np.ndarray, " n"], per_epoch: int) -> st
         axes.set(xlabel="epoch", ylabel="share of a batch, %", ylim=(0, 100), xlim=(0, max(epochs[-1], 1e-9)))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def spent(name: str, all_in: Int64[np.ndarray, " n"], kept: Int64[np.ndarray, " n"], per_epoch: int) -> str:
@@ -87,7 +87,7 @@ def spent(name: str, all_in: Int64[np.ndarray, " n"], kept: Int64[np.ndarray, " 
         axes.set(xlabel="epoch", ylabel="gradients, thousand samples", ylim=(0, None), xlim=(0, None))
         axes.legend(loc="upper left")
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def coordinates(name: str, kept: Float64[np.ndarray, " n"], dropped: Float64[np.ndarray, " m"]) -> str:
@@ -108,7 +108,7 @@ def coordinates(name: str, kept: Float64[np.ndarray, " n"], dropped: Float64[np.
         axes.set(xlabel="Fiedler coordinate, times root of batch size", ylabel="samples (log scale)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def keep_rate(name: str, place: Float64[np.ndarray, " n"], stays: Bool[np.ndarray, " n"]) -> str:
@@ -124,7 +124,7 @@ def keep_rate(name: str, place: Float64[np.ndarray, " n"], stays: Bool[np.ndarra
         axes.set(xlabel="place along the Fiedler order, %", ylabel="kept, %", xlim=(0, 100), ylim=(0, None))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def spectral_map(
@@ -153,7 +153,7 @@ def spectral_map(
         axes.set(xlabel="place along eigenvector 1 (Fiedler), %", ylabel="place along eigenvector 2, %")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
-    return _svg(name, draw, (4.7, 4.4))
+    return svg(name, draw, (4.7, 4.4))
 
 
 def class_rates(name: str, names: Sequence[str], rates: Sequence[float], counts: Sequence[int], mean: float) -> str:
@@ -168,7 +168,7 @@ def class_rates(name: str, names: Sequence[str], rates: Sequence[float], counts:
         axes.set(xlabel="kept of the times seen, %", ylim=(-0.6, len(names) - 0.4))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _svg(name, draw, (4.7, 1.1 + 0.2 * len(names)))
+    return svg(name, draw, (4.7, 1.1 + 0.2 * len(names)))
 
 
 def histogram(name: str, values: Sequence[float], label: str, *, log: bool) -> str:
@@ -193,7 +193,7 @@ def histogram(name: str, values: Sequence[float], label: str, *, log: bool) -> s
         axes.set(xlabel=label, ylabel="batches")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _svg(name, draw, (4.7, 2.5))
+    return svg(name, draw, (4.7, 2.5))
 
 
 def bars(name: str, labels: Sequence[str], counts: Sequence[int], xlabel: str) -> str:
@@ -206,7 +206,7 @@ def bars(name: str, labels: Sequence[str], counts: Sequence[int], xlabel: str) -
         axes.set(xlabel=xlabel, xlim=(0, 1.15 * max(counts)), ylim=(-0.7, len(labels) - 0.3))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return _svg(name, draw, (4.7, 1.0 + 0.42 * len(labels)))
+    return svg(name, draw, (4.7, 1.0 + 0.42 * len(labels)))
 
 
 def accuracy(name: str, labels: Sequence[str], costs: Sequence[float], accuracies: Sequence[float], xlabel: str) -> str:
@@ -220,7 +220,7 @@ def accuracy(name: str, labels: Sequence[str], costs: Sequence[float], accuracie
         axes.margins(0.15)
         axes.set(xlabel=xlabel, ylabel="test accuracy, %")
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def _short(text: str, limit: int = 22) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gstds_cache.files.atomic import atomic_write
@@ -25,18 +26,36 @@ def render(selections: list[SelectionView], runs: list[RunView]) -> str:
     Returns:
         HTML. Names of files, items and classes are escaped; charts alone are taken as markup.
     """
+    return fill_template(
+        "page.html",
+        title="gstds-cache report",
+        selections=selections,
+        runs=runs,
+        run_panels=panels_of(runs) if runs else [],
+    )
+
+
+def fill_template(name: str, package: str = "gstds_cache.report", **values: Any) -> str:
+    """A page by its template, which has the frame and colours of ``base.html``.
+
+    Args:
+        name: The template.
+        package: Where it is.
+        values: What it shows; all of it is escaped but for charts, which go through the filter ``svg``.
+
+    Returns:
+        HTML.
+    """
     environment = Environment(
-        loader=PackageLoader("gstds_cache.report", "."),
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("gstds_cache.report", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup
-    return environment.get_template("page.html").render(
-        selections=selections,
-        runs=runs,
-        run_panels=panels_of(runs) if runs else [],
+    return environment.get_template(name).render(
+        **values,
         kept=KEPT,
         dropped=DROPPED,
         version=version("gstds-cache"),

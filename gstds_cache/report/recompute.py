@@ -90,6 +90,11 @@ def selector_of(
         FingerprintMismatchError: The store is another one, or this version selects otherwise from the same settings.
     """
     require_store(header, fingerprint=store.fingerprint, where=str(store.location))
+    if "once" in header.settings:
+        raise UsageError(
+            "the selection is a core set, chosen once over the whole data set: it has no batches to compute again",
+            hint="give a selection that was made batch by batch",
+        )
     store = store.with_hidden(header.settings.get("hidden", ""))
     settings = config_arguments(header.settings)
     guidance = settings.pop("guidance", None)

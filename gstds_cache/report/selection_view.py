@@ -28,7 +28,7 @@ from gstds_cache.report.recompute import (
     watch_again,
 )
 from gstds_cache.report.scores import percentile
-from gstds_cache.report.thumbnails import Thumbnail, thumbnails
+from gstds_cache.report.thumbnails import Thumbnail, find_images, thumbnails
 from gstds_cache.runtime.progress import Counted
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.selection.selected_batch import SelectedBatch
@@ -126,6 +126,8 @@ def view_selection(
     store, why = _find_store(file, header, cache)
     if header.candidates:
         store, why = None, "Of candidates, which rows are trained on is decided while training, by their losses."
+    if "once" in header.settings:
+        store, why = None, "A core set was chosen once over the whole data set, and not in its batches."
     if store is None:
         for title in ("Kept and dropped along the Fiedler coordinate", "Spectral map", "Keep rates by class"):
             view.panels.append(Panel(title, "", missing=why))
@@ -326,21 +328,8 @@ def _sheets(
     uri: Any,
     per_sheet: int,
 ) -> None:
-    where = store.dataset_uri if uri is None else uri
-    if where is None:
-        view.sheets_missing = "Needs the images, and the store does not say where they are: pass `dataset=DATASET`."
-        return
-    try:
-        source = open_dataset(where)
-        if len(source) != len(store):
-            view.sheets_missing = (
-                f"{source.uri} has {len(source):,} items, the store has {len(store):,}: another data set."
-            )
-            return
-    except GstdsError as error:
-        if uri is not None:
-            raise
-        view.sheets_missing = f"Needs the images, which were at {where}: {error.message}. Pass `dataset=DATASET`."
+    source, view.sheets_missing = find_images(store, uri, open_dataset)
+    if source is None:
         return
     for batch in batches:
         order = np.argsort(batch.seen.vector, kind="stable") if batch.has_spectrum else np.arange(len(batch.indices))

@@ -98,7 +98,9 @@ def _set_blas() -> None:
         _BLAS_BEFORE.clear()
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def in_threads(
+    work: Callable[[T], R], items: Iterable[T], threads: int, stopped: threading.Event | None = None
+) -> Generator[R, None, None]:
     """Do ``work`` for each of ``items``, in as many threads, in each of which BLAS and OpenMP have one thread.
 
     What is computed does not depend on the number of threads. Until the last result is read, the BLAS of NumPy and
@@ -108,6 +110,7 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gene
         work: What to do; mostly in compiled code, outside Python's lock.
         items: Read in the reader's thread.
         threads: How many, at least 1.
+        stopped: Set once no result is wanted any more: work that lasts looks at it, or an interrupt waits for its end.
 
     Yields:
         The results, in the order of the items.
@@ -124,4 +127,6 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Gene
             while ahead:
                 yield ahead.popleft().result()
         finally:
+            if stopped is not None:
+                stopped.set()
             pool.shutdown(cancel_futures=True)

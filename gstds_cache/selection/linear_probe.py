@@ -14,7 +14,8 @@ has no label or no embedding); what was found may go to a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.optim.adamw import adamw
 from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.errors import UsageError
 from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.progress import Counted
 from gstds_cache.runtime.threads import in_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import PIECE, pieces
@@ -37,6 +39,8 @@ from gstds_cache.store.reader import EmbeddingStore
 WINDOW = 1 << 14  # rows held at a time, at least one shard
 COLUMNS = np.dtype([("loss", "<f4"), ("entropy", "<f4"), ("predicted", "<i4")])
 FASTEST = 0.05  # learning rate, however few dimensions there are
+Judged = Callable[[Int64[np.ndarray, " b"], Int64[Tensor, " b"], Float32[Tensor, "b C"]], None]
+"""Called with rows, their classes (from 0) and their held-out log-probabilities, from several threads."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's (D. P. Kingma and J. Ba, ICLR 2015)
 
 
@@ -65,9 +69,9 @@ class ProbeSettings:
     seed: int = 0
 
 
-def rows_to_learn(store: EmbeddingStore) -> EligibleRows:
-    """The rows that have an embedding and a label, and are not hidden."""
-    labels = store.labels
+def rows_to_learn(store: EmbeddingStore, labels: Int[np.ndarray, " N"] | None = None) -> EligibleRows:
+    """The rows that have an embedding and a label, the store's or of ``labels``, and are not hidden."""
+    labels = store.labels if labels is None else labels
     bare = [first + np.flatnonzero(labels[first : first + PIECE] < 0) for first in range(0, len(labels), PIECE)]
     return EligibleRows(len(labels), np.union1d(rows_left_out(store), np.concatenate(bare)))
 
@@ -181,7 +185,9 @@ class FoldProbe:
         for part in np.array_split(rng.permutation(mine), parts) if len(mine) else []:
             self.learn(*window.batch(part))
 
-    def judge_window(self, window: Window, columns: np.ndarray, names: Int64[np.ndarray, " C"]) -> None:
+    def judge_window(
+        self, window: Window, columns: np.ndarray, names: Int64[np.ndarray, " C"], judged: Judged | None = None
+    ) -> None:
         """Fill the columns of this fold's rows in a window; ``names`` are the classes' labels."""
         mine = np.flatnonzero(window.fold == self.number)
         for begin in range(0, len(mine), 4 * self.settings.batch_size):
@@ -192,6 +198,8 @@ class FoldProbe:
             columns["loss"][here] = -log.gather(1, y[:, None])[:, 0].cpu().numpy()
             columns["entropy"][here] = -(log.exp() * log).sum(dim=1).cpu().numpy()
             columns["predicted"][here] = names[log.argmax(dim=1).cpu().numpy()]
+            if judged is not None:
+                judged(here, y, log)
 
     def right(self, window: Window, part: Int64[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
         """Which of some of a window's rows are predicted rightly."""
@@ -249,6 +257,9 @@ def probe_columns(
     threads: int = 1,
     device: torch.device | None = None,
     out: np.ndarray | None = None,
+    labels: Int[np.ndarray, " N"] | None = None,
+    judged: Judged | None = None,
+    progress: Counted | None = None,
 ) -> np.ndarray:
     """Train a probe for each fold and judge every labelled row by the one that did not see it.
 
@@ -258,6 +269,9 @@ def probe_columns(
         threads: CPU threads; more than ``folds`` are of no use, and their number changes nothing.
         device: Where the products are computed; the CPU by default.
         out: Where the result goes, [N]; a new array by default.
+        labels: Labels to learn in the place of the store's, [N], -1 for none.
+        judged: Called with each held-out row's log-probabilities.
+        progress: Called with passes over the rows done, and in all.
 
     Returns:
         [N] of :data:`COLUMNS`: ``loss`` (held-out cross-entropy in nats, >= 0), ``entropy`` of the held-out prediction
@@ -267,8 +281,9 @@ def probe_columns(
         UsageError: There are fewer than two classes, or fewer labelled rows than four, or labels are ids.
     """
     device = device or torch.device("cpu")
-    rows = rows_to_learn(store)
-    names, _ = count_classes(store.labels, rows)
+    rows = rows_to_learn(store, labels)
+    labels = store.labels if labels is None else labels
+    names, _ = count_classes(labels, rows)
     if len(names) < 2 or len(rows) < max(4, settings.folds):
         raise UsageError(
             f"`guidance`: a probe needs labels of two classes at least; {store.location} has {len(rows):,} labelled "
@@ -281,7 +296,7 @@ def probe_columns(
             "nothing from classes of one row",
             hint="use `guidance='none'`, or embed with labels that are classes",
         )
-    fold = assign_folds(store.labels, rows, settings.folds, settings.seed)
+    fold = assign_folds(labels, rows, settings.folds, settings.seed)
     others = [len(rows) - sum(int((part == number).sum()) for part in pieces(fold)) for number in range(settings.folds)]
     epochs = max(settings.epochs, -(-settings.steps * settings.batch_size // max(others)))
     probes = [
@@ -289,19 +304,24 @@ def probe_columns(
         for n in range(settings.folds)
     ]
     columns = np.zeros(len(store), COLUMNS) if out is None else out
+    stopped = threading.Event()
     columns["loss"], columns["entropy"], columns["predicted"] = np.nan, np.nan, -1
 
     def work(probe: FoldProbe) -> None:
         features: Features | None = None
         for turn in range(epochs + 1):
+            if progress is not None and probe.number == 0:
+                progress(turn, epochs + 1)
             for number, (here, stored) in enumerate(sweep(store, settings.seed, turn)):
+                if stopped.is_set():
+                    return
                 features = features or Features.of(stored, device)
-                window = Window(here, stored, fold[here], np.searchsorted(names, store.labels[here]), features)
+                window = Window(here, stored, fold[here], np.searchsorted(names, labels[here]), features)
                 if turn < epochs:
                     probe.learn_window(window, rng_for(settings.seed, "probe-order", turn, number, probe.number))
                 else:
-                    probe.judge_window(window, columns, names)
+                    probe.judge_window(window, columns, names, judged)
 
-    for _ in in_threads(work, probes, threads if device.type == "cpu" else 1):
+    for _ in in_threads(work, probes, threads if device.type == "cpu" else 1, stopped):
         pass
     return columns

@@ -1,0 +1,165 @@
+"""Groups, leaks and doubts beside their naive versions, on rows where the answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from vector_store import clustered, vector_store
+
+from gstds_cache.api.hide import hide_rows
+from gstds_cache.auditing.duplicates import around, group_rows, pairs_above
+from gstds_cache.auditing.labels import (
+    CLASSES_KEPT,
+    Predictions,
+    find_doubts,
+    flip_labels,
+    flip_test,
+    predict,
+    why_no_labels,
+)
+from gstds_cache.auditing.run import audit_store, require_same_model
+from gstds_cache.auditing.search import find_nearest
+from gstds_cache.config import AuditConfig
+from gstds_cache.errors import FingerprintMismatchError, UsageError
+from gstds_cache.selection.linear_probe import ProbeSettings
+from gstds_cache.selection.unit_rows import UnitRows
+from gstds_cache.store.reader import EmbeddingStore
+
+CPU = torch.device("cpu")
+
+
+def look(store, other=None, **settings):
+    config = AuditConfig(device="cpu", threads=1, **settings)
+    return audit_store(store, other, config, CPU, lambda *_: None)
+
+
+def test_groups_are_what_pairs_connect(tmp_path) -> None:
+    rows = np.eye(12)
+    rows[5] = rows[2] + 0.05 * rows[3]  # a chain: 2 - 5 - 9
+    rows[9] = rows[5] + 0.05 * rows[4]
+    rows[11] = rows[7]
+    store = UnitRows.of(vector_store(tmp_path / "s", rows, same_bytes=[(0, 10)], bad=(1,)))
+    hashes = store.store.manifest().sha256
+    found = find_nearest(store, store, 4, device=CPU, exact_rows=100)
+    pairs = pairs_above(found, store, store, 0.99, (hashes, hashes))
+    assert {(int(a), int(b)) for a, b in zip(pairs.one, pairs.other, strict=True)} == {(2, 5), (5, 9), (2, 9), (7, 11)}
+    groups = group_rows(pairs, found, store, hashes)
+    assert groups.row.tolist() == [2, 5, 9, 0, 10, 7, 11]
+    assert groups.group.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert groups.same_bytes.tolist() == [False, False, False, True, True, False, False]
+    assert (groups.count, groups.spare) == (3, 4)
+    assert groups.keep.tolist() == [True, False, False, True, False, True, False]
+    chain = pairs_above(found, store, store, 0.9985, (hashes, hashes))  # 2 - 5 - 9, but not 2 - 9
+    apart = group_rows(chain, found, store, hashes)
+    assert dict(zip(apart.row.tolist(), apart.keep.tolist(), strict=True)) == {
+        2: True, 5: False, 9: True, 0: True, 10: False, 7: True, 11: False,
+    }  # fmt: skip
+    above, below = around(found, store, store, 0.9985, pairs_above(found, store, store, 0.9985, (hashes, hashes)))
+    assert (above.cosine >= 0.9985).all()
+    assert (below.cosine < 0.9985).all()
+    assert len(below) > 0
+
+
+def test_all_rows_equal_and_no_duplicate_at_all(tmp_path) -> None:
+    equal = look(vector_store(tmp_path / "equal", np.ones((40, 4)), [0] * 40), knn=3)
+    assert (equal.groups.count, equal.groups.spare) == (1, 39)
+    assert equal.no_doubts == "all 40 labelled rows have the same label"
+    apart = look(vector_store(tmp_path / "apart", np.eye(6)))
+    assert (apart.groups.count, len(apart.pairs)) == (0, 0)
+    assert apart.no_doubts == "the store has no labels"
+    np.testing.assert_allclose(apart.mean, 0, atol=1e-6)
+    with pytest.raises(UsageError, match="1 rows have an embedding, an audit compares two"):
+        look(vector_store(tmp_path / "one", np.eye(3), bad=(0, 2)))
+
+
+def test_hidden_rows_are_not_looked_at(tmp_path) -> None:
+    rows, labels = clustered(60)
+    rows[7] = rows[3]
+    vector_store(tmp_path / "s", rows, labels)
+    assert look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0).groups.row.tolist() == [3, 7]
+    hide_rows(tmp_path / "s", [3, 10])
+    findings = look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0)
+    assert (len(findings.rows), findings.groups.count) == (58, 0)
+    assert findings.doubts is not None
+    assert not {3, 10} & set(findings.doubts.row.tolist())
+
+
+def test_what_labels_cannot_be_judged(tmp_path) -> None:
+    rows = np.random.default_rng(0).normal(size=(1200, 4))
+    assert "look like ids" in why_no_labels(vector_store(tmp_path / "ids", rows, np.arange(1200)), 5)
+    few = vector_store(tmp_path / "few", rows[:6], [0, 1, -1, -1, -1, 0])
+    assert why_no_labels(few, 5) == "3 labelled rows are fewer than 5"
+    assert why_no_labels(vector_store(tmp_path / "fine", rows[:6], [0, 1, 0, 1, 1, 0]), 5) == ""
+
+
+def test_leaks_name_both_rows_and_other_models_are_refused(tmp_path) -> None:
+    rows, labels = clustered(80)
+    train = vector_store(tmp_path / "train", rows, labels)
+    copies = np.concatenate([rows[[7, 30]] * 3, np.random.default_rng(5).normal(size=(10, 16))])
+    test = vector_store(tmp_path / "test", copies, [0] * 12)
+    findings = look(train, test, flipped=0.0, threshold=0.999)
+    assert findings.leaks is not None
+    assert (findings.leaks.one.tolist(), findings.leaks.other.tolist()) == ([0, 1], [7, 30])
+    other = vector_store(tmp_path / "other", copies, model="another")
+    with pytest.raises(FingerprintMismatchError, match=r"(?s)different models.*encoder\.model.*'m'.*'another'"):
+        require_same_model(train, other)
+    with pytest.raises(FingerprintMismatchError, match="dim"):
+        require_same_model(train, vector_store(tmp_path / "longer", np.eye(20)))
+
+
+def naive_confident_learning(chances: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Northcutt et al., equation 1: for each row the most probable class among those that reach their threshold."""
+    classes = chances.shape[1]
+    thresholds = np.array([chances[labels == c, c].mean() for c in range(classes)])
+    joint = np.zeros((classes, classes), np.int64)
+    for chance, label in zip(chances, labels, strict=True):
+        reached = [c for c in range(classes) if chance[c] >= thresholds[c] - 1e-6]
+        if reached:
+            joint[label, max(reached, key=lambda c: chance[c])] += 1
+    return joint
+
+
+def test_the_joint_is_confident_learnings() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 5, 400)
+    chances = rng.dirichlet(np.ones(5) * 0.5, 400) + 0.3 * np.eye(5)[labels]
+    chances = (chances / chances.sum(axis=1, keepdims=True)).astype(np.float32)
+    order = np.argsort(-chances, axis=1).astype(np.int32)
+    predictions = Predictions(chances[np.arange(400), labels], order, np.take_along_axis(chances, order, axis=1))
+    assert order.shape[1] <= CLASSES_KEPT
+    for rank in ("normalized-margin", "self-confidence"):
+        doubts = find_doubts(predictions, labels, rank)
+        joint = np.zeros((5, 5), np.int64)
+        for given, counted, rows in doubts.joint:
+            joint[given, counted] = rows
+        np.testing.assert_array_equal(joint, naive_confident_learning(chances, labels))
+        assert int(doubts.doubted.sum()) == joint.sum() - np.trace(joint)
+        others = np.where(np.eye(5, dtype=bool)[labels], -1, chances)
+        score = chances[np.arange(400), labels] - (others.max(axis=1) if rank == "normalized-margin" else 0)
+        np.testing.assert_allclose(doubts.score, np.sort(score), atol=1e-6)
+        assert (doubts.suggested == others.argmax(axis=1)[doubts.row]).all()
+
+
+def test_flipped_labels_are_found_and_counted(tmp_path) -> None:
+    rows, labels = clustered(600, classes=3, spread=0.4)
+    store = vector_store(tmp_path / "s", rows, labels, bad=(8,))
+    changed, flipped = flip_labels(store.labels, np.delete(np.arange(600), 8), 0.1, seed=0)
+    assert len(flipped) == 60
+    assert (np.flatnonzero(changed != labels) == flipped).all()
+    settings = ProbeSettings(folds=5, steps=60)
+    told: list[tuple[int, int]] = []
+    predictions = predict(store, settings, labels=changed, threads=2, device=CPU, progress=lambda *at: told.append(at))
+    assert np.isnan(predictions.own[8])
+    doubts = find_doubts(predictions, changed, "normalized-margin")
+    test = flip_test(doubts, flipped)
+    assert (test.flipped, test.left) == (60, 539)
+    assert test.recall > 0.9
+    assert test.precision > 0.9
+    assert test.false_positive_rate < 0.05
+    naive = set(doubts.row[doubts.doubted].tolist())
+    assert test.found == len(naive & set(flipped.tolist()))
+    assert test.doubted == len(naive - set(flipped.tolist()))
+    assert told[-1][0] == told[-1][1] - 1
+    again = predict(store, settings, labels=changed, threads=1, device=CPU)
+    assert again.own.tobytes() == predictions.own.tobytes()
