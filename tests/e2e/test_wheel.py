@@ -89,6 +89,7 @@ def run(environment: Path, words: str, cwd: Path, code: int = 0) -> str:
     words_of = [environment / command, *rest]
     done = subprocess.run(words_of, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
+    assert "Exception ignored" not in done.stderr  # while the interpreter ends
     return done.stdout + done.stderr
 
 
