@@ -79,7 +79,7 @@ def device_of(smoke: bool) -> Iterator[torch.device]:
     if WHY_NOT:
         raise SystemExit(f"--smoke emulates the kernels: {WHY_NOT}")
     with tempfile.TemporaryDirectory() as folder:
-        build.kernel = EmulatedKernels(Path(folder))
+        build.kernel = EmulatedKernels(build.place_of_cubins().path or Path(folder))
         build.why_not = lambda device: ""  # noqa: ARG005
         launch.shared_memory_limit = lambda device: H100_SHARED_MEMORY  # noqa: ARG005
         fiedler.why_not_solved = lambda *_: "left to the CPU"  # emulated kernels run in one thread at a time

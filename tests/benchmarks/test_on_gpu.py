@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from emulated import WHY_NOT
+from forked import ALWAYS, FORKS
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -268,12 +269,12 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
     """The kernels emulated, and a program in the place of compute-sanitizer that runs what it is given."""
     fake = tmp_path / "bin" / "compute-sanitizer"
     fake.parent.mkdir()
-    fake.write_text(FAKE.format(python=sys.executable))
+    fake.write_text(FAKE.format(python=FORKS.executable()))
     fake.chmod(0o755)
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "on_gpu.py"), "--smoke", "--out", str(tmp_path / "out"),
+        [FORKS.executable(), str(BENCHMARKS / "on_gpu.py"), "--smoke", "--out", str(tmp_path / "out"),
          "--parts", "correct,throughput,memcheck"],
-        env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | ALWAYS | {"PATH": f"{fake.parent}:{os.environ['PATH']}"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import FORKS
 
 from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data.files import Files
@@ -97,8 +98,9 @@ print(json.dumps([manifest.root, len(inside), len(set(inside)), hash_cache.notes
 
 def test_an_unchanged_folder_is_not_opened_by_the_next_process(photos: Path, place: Path) -> None:
     def run(query: str = "") -> list[object]:
-        words = [sys.executable, "-c", COUNT_OPENS, str(photos), str(place), query]
-        result: list[object] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        done = FORKS.run(["-c", COUNT_OPENS, str(photos), str(place), query], cwd=photos)
+        assert done.returncode == 0, done.stderr
+        result: list[object] = json.loads(done.stdout)
         return result
 
     time.sleep(RACY_NS / 1e9 + 0.1)
@@ -408,8 +410,8 @@ for _ in range(10):
 class TestSeveralProcesses:
     def test_that_write_at_once(self, photos, place, tmp_path, read) -> None:
         other = plant(tmp_path / "other", "cats/0.png", "cats/1.png")
-        words = [sys.executable, "-c", PROCESS, str(place), str(photos), str(other)]
-        processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        words = ["-c", PROCESS, str(place), str(photos), str(other)]
+        processes = [FORKS.start(words, cwd=tmp_path) for _ in range(3)]
         printed = [process.communicate()[0].splitlines() for process in processes]
         assert printed == [[root_of(photos, None), root_of(other, None)] * 10] * 3
         time.sleep(TICK)
@@ -529,8 +531,9 @@ full = HashCache(Path(sys.argv[1]))
 full.record(files, signatures, digests, all_of_them)
 print(full.notes[0], HashCache(Path(sys.argv[1])).recall(Files("/data/", ["a"]))[0].tolist())
 """
-        words = [sys.executable, "-c", code, str(place)]
-        printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        done = FORKS.run(["-c", code, str(place)], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
         assert printed.startswith(f"the next run hashes every file again: cannot write {place / FILE}: ")
         assert printed.endswith(" [[1, 1, 1, 1]]\n")
 

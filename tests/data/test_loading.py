@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
+
+from forked import FORKS
 
 STARTED_AND_INTERRUPTED = """
 import os, signal
@@ -32,9 +33,9 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_ctrl_c_while_workers_start_is_not_lost() -> None:
+def test_a_ctrl_c_while_workers_start_is_not_lost(tmp_path: Path) -> None:
     for hook in ("before", "after_in_parent"):
         script = STARTED_AND_INTERRUPTED.format(hook=hook)
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+        run = FORKS.run(["-c", script], cwd=tmp_path)
         assert (run.stdout, run.returncode) == ("interrupted 1\n", 0), run.stderr
         assert "KeyboardInterrupt" not in run.stderr

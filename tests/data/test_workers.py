@@ -21,6 +21,7 @@ import handles
 import numpy as np
 import pytest
 import torch
+from forked import ALWAYS, FORKS
 from PIL import Image
 
 from gstds_cache.data import workers as workers_module
@@ -500,7 +501,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     # The workers have its stdout and stderr: their end is the end of all of them.
     with soon(60):
-        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        words, environment = [FORKS.executable(), "-c", script], os.environ | ALWAYS
+        run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGKILL, "", "")
 
 

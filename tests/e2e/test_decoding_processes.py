@@ -13,7 +13,7 @@ from pathlib import Path
 import handles
 import pytest
 import torch
-from elsewhere import MOUNTED
+from elsewhere import MOUNTED, codes, run_commands
 from forked import Forks
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
@@ -178,9 +178,6 @@ def test_the_commands_run_without_shared_memory(tiny_model: str, here: Path) -> 
     script = f"""{MOUNTS["missing"]}
 set -e
 {folder}/gstds-embed handles:Zip --model {tiny_model} --cache s --workers 2 --device cpu
-{folder}/gstds-select s --batch-size 60 --epochs 1 --knn 5 --rule random --out s.arrow --device cpu
-{folder}/gstds-train handles:Zip --selection s.arrow --arch timm:test_resnet --image-size 16 --memory-budget 0 \\
-    --workers 2 --eval handles:RawFile --device cpu --out run
 """
     environment = os.environ | {"GSTDS_CACHE": str(here / "stores"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
     run = subprocess.run(
@@ -193,4 +190,16 @@ set -e
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "300 in = 300 ok" in run.stdout
-    assert "test accuracy" in run.stdout
+    shutil.rmtree("dev")
+    # Libraries have been loaded without it; from here on they are there.
+    select = "gstds-select s --batch-size 60 --epochs 1 --knn 5 --rule random --out s.arrow --device cpu"
+    train = (
+        "gstds-train handles:Zip --selection s.arrow --arch timm:test_resnet --image-size 16 --memory-budget 0 "
+        "--workers 2 --eval handles:RawFile --device cpu --out run"
+    )
+    ended = run_commands(
+        here, select.split(), train.split(), before=MOUNTS["missing"],
+        GSTDS_CACHE=environment["GSTDS_CACHE"], PYTHONPATH=environment["PYTHONPATH"],
+    )  # fmt: skip
+    assert codes(ended) == [0, 0], ended
+    assert "test accuracy" in ended[1].stdout

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from forked import Forks
+from forked import ALWAYS, FORKS, Forks
 from gstds_cache.cli import cache_command, embed_command, select_command, train_command
 from PIL import Image
 
@@ -210,9 +210,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
 def outcomes(folder: Path, cases: list[list[str]]) -> list[dict[str, object]]:
     (folder / "cases.json").write_text(json.dumps(cases))
     driver = Path(__file__).parents[1] / "shared" / "rubbish_driver.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     results = folder / "outcomes.jsonl"
-    subprocess.run([sys.executable, driver, folder, folder / "cases.json", results], env=environment, check=True)
+    words = [FORKS.executable(), driver, folder, folder / "cases.json", results]
+    subprocess.run(words, env=os.environ | ALWAYS, check=True)
     return [json.loads(line) for line in results.read_text().splitlines()]
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Forks
+from forked import ALWAYS, Forks
 from torch.utils.data import DataLoader
 
 from gstds_cache import SelectedBatchSampler, SelectedDataset
@@ -41,11 +40,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[
     embed = forks.start(words, cwd=folder)
     _, errors = embed.communicate(120)
     assert embed.returncode == 0, errors
-    executable = Path(sys.executable).with_name("gstds-select")
     process = subprocess.Popen(
-        [executable, "digits.store", "--batch-size", "64", "--epochs", str(EPOCHS), "--knn", "5", "--guidance", "none",
-         "--schedule", "linear:0.3:0.7", "--device", "cpu", "--serve", "127.0.0.1:0"],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE,
+        [forks.executable("gstds-select"), "digits.store", "--batch-size", "64", "--epochs", str(EPOCHS), "--knn", "5",
+         "--guidance", "none", "--schedule", "linear:0.3:0.7", "--device", "cpu", "--serve", "127.0.0.1:0"],
+        cwd=folder, env=os.environ | ALWAYS, text=True, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         lines = (json.loads(line) for line in process.stderr if line.startswith("{"))

@@ -42,6 +42,7 @@ def requirements(wheel: Distribution) -> dict[str, Distribution]:
 
 
 def link(package: Distribution, site: Path) -> None:
+    folders = set()
     for file in package.files or ():
         target = site / file
         if ".." in file.parts:  # scripts in bin/
@@ -49,6 +50,11 @@ def link(package: Distribution, site: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             target.symlink_to(Path(str(package.locate_file(file))).resolve())
+        folders.add(file.parent)
+    for folder in folders:  # what Python has compiled of these files already
+        there, compiled = Path(str(package.locate_file(folder))) / "__pycache__", site / folder / "__pycache__"
+        if folder.name and there.is_dir() and not compiled.exists():
+            compiled.symlink_to(there.resolve())
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,7 @@ def run(environment: Path, words: str, cwd: Path, code: int = 0) -> str:
     words_of = [environment / command, *rest]
     done = subprocess.run(words_of, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
+    assert "Exception ignored" not in done.stderr  # while the interpreter ends
     return done.stdout + done.stderr
 
 

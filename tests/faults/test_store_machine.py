@@ -382,7 +382,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(60, 20), pytest.param(200, 40, marks=pytest.mark.faults)], ids=["short", "long"]
+    ("examples", "steps"), [(30, 20), pytest.param(200, 40, marks=pytest.mark.faults)], ids=["short", "long"]
 )
 def test_no_order_of_events_gives_a_wrong_row(model: Model, tally, examples: int, steps: int) -> None:
     count = Count()

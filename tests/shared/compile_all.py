@@ -1,14 +1,16 @@
-"""Compiles what numba compiles, so that test processes which begin together need not each do it.
+"""Compiles what numba compiles, and Python the first time, so that test processes which begin together need not.
 
 ``make test`` runs it beside mypy, which leaves a core free.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from forked import load
 from small_store import fill
 
 from gstds_cache.config import SelectConfig
@@ -18,6 +20,8 @@ from gstds_cache.store.reader import EmbeddingStore
 
 
 def main() -> None:
+    with suppress(ImportError):  # what is not installed is not tested either
+        load()  # Python keeps what it has compiled
     fiedler_vectors(torch.randn(1, 64, 8), k=5)  # fewer nodes are solved densely
     with TemporaryDirectory() as folder:
         fill(Path(folder) / "store")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import struct
 import subprocess
@@ -108,7 +109,7 @@ def compile_emulated(
     if out.exists():
         return out
     kind = ["-DPROGRAM"] if program else ["-shared", "-fPIC"]
-    making = out.with_name(f"{out.name}.{torch.initial_seed() & 0xFFFF}.making")
+    making = out.with_name(f"{out.name}.{os.getpid()}.making")
     subprocess.run(
         [
             COMPILER, "-std=c++20", "-O1", "-w", "-pthread", *kind, *flags, "-DEMULATE", f'-DSOURCE="{source}"',

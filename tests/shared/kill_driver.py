@@ -1,4 +1,4 @@
-"""Runs that stop at an exact step: ``python kill_driver.py`` imports torch and zarr once, then forks a child per run.
+"""Runs that stop at an exact step: ``python kill_driver.py`` has torch and zarr loaded, and forks a child per run.
 
 The steps are the calls with which a store or mirror is changed: opening a file for writing, writing (also half of it),
 fsync, rename, link, unlink, mkdir. They are counted where Python hands them to the system, so that whatever way leads
@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forked import ALWAYS, FORKS
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 GROWING = ("open", "write", "mkdir", "link")  # what a full disk refuses, from the first time on
@@ -238,11 +240,11 @@ class Driver:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [FORKS.executable(), __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            env=os.environ | ALWAYS,
         )
 
     def run(self, action: str, store: Path | str, stop: int | None = None, how: str = "kill") -> Outcome:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import FORKS
 from small_store import LABELS, MANIFEST, SHA256, D, N, fill, make_rows, opened
 
 from gstds_cache.costs.records import store_costs
@@ -113,16 +114,13 @@ def test_removing_leaves_no_empty_directory(store: Path) -> None:
 
 
 def test_a_store_that_is_being_written_is_not_removed(store: Path) -> None:
-    import subprocess
-    import sys
-
     program = (
         "import sys; from gstds_cache.store.remove import remove_store\n"
         "from gstds_cache.errors import IncompleteError\n"
         "try:\n    remove_store(sys.argv[1])\nexcept IncompleteError: sys.exit(44)"
     )
     with opened(store):
-        assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 44
+        assert FORKS.run(["-c", program, str(store)], cwd=store.parent).returncode == 44
     assert len(EmbeddingStore(store)) == N
     assert issubclass(IncompleteError, RuntimeError)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from forked import FORKS
 from s3_api import BUCKET, FaultProxy, S3Server, stored
 
 from gstds_cache.errors import EXIT_INCOMPLETE, StoreUnavailableError, UsageError
@@ -366,13 +367,10 @@ os.waitpid(child, 0)
 """
 
 
-def test_another_process_and_its_forked_child(s3_prefix: str) -> None:
+def test_another_process_and_its_forked_child(s3_prefix: str, tmp_path: Path) -> None:
     transport = bucket(s3_prefix)
     transport.put("a", b"1")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ELSEWHERE, pickle.dumps(transport).hex()],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = FORKS.run(["-c", ELSEWHERE, pickle.dumps(transport).hex()], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert transport.get("b") == b"12"
     assert "forked" in done.stdout  # an error, where obstore would wait forever

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from forked import FORKS
 from small_store import LABELS, MANIFEST, SHARD, D, N, fill, make_rows, make_spec, opened
 
 from gstds_cache.errors import (
@@ -261,17 +262,14 @@ def test_object_names_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
 
 
 def test_two_processes_never_write_at_once(store: Path) -> None:
-    import subprocess
-    import sys
-
     program = (
         "import sys; from pathlib import Path; from gstds_cache.store.local import LocalTransport\n"
         "from gstds_cache.errors import IncompleteError\n"
         "try:\n    LocalTransport(Path(sys.argv[1])).lock().__enter__()\nexcept IncompleteError: sys.exit(44)"
     )
     with opened(store):
-        assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 44
-    assert subprocess.run([sys.executable, "-c", program, str(store)], check=False).returncode == 0
+        assert FORKS.run(["-c", program, str(store)], cwd=store).returncode == 44
+    assert FORKS.run(["-c", program, str(store)], cwd=store).returncode == 0
 
 
 def test_summary_and_verify_of_a_whole_store(store: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow.flight as fl
 import pytest
+from forked import ALWAYS, FORKS
 from small_store import fill
 
 from gstds_cache.config import SelectConfig
@@ -164,7 +165,8 @@ def test_a_killed_reader_goes_on_by_its_token(running: Running, reference, tmp_p
         "for selection in stream:\n"
         "    print(json.dumps([selection.kept.tolist(), stream.token().as_dict()]), flush=True); time.sleep(0.01)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program, running.where], stdout=subprocess.PIPE) as reader:
+    words = [FORKS.executable(), "-c", program, running.where]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | ALWAYS) as reader:
         lines = [json.loads(reader.stdout.readline()) for _ in range(20)]
         reader.send_signal(signal.SIGKILL)
     from gstds_cache.stream.resume import ResumeToken

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import FORKS
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import IncompleteError, UsageError
@@ -43,15 +43,16 @@ def opened(path: Path, *, resume: bool = True, **config: Any) -> RunDir:
 
 def test_a_second_process_is_refused_until_the_first_is_killed_and_then_resumes(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "a"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    readable, writable = os.pipe()
+    holder = FORKS.start(["-c", HOLD, str(path)], cwd=tmp_path, stdout=writable)
+    os.close(writable)
+    with open(readable) as said:  # noqa: PTH123 - a descriptor is no path
+        assert said.readline() == "held\n"
     for resume, config in ((True, {}), (False, {}), (True, {"lr": 0.5})):  # whatever else there is to say
         with pytest.raises(IncompleteError, match="is being written by another process"):
             opened(path, resume=resume, **config)
     holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
+    holder.communicate(30)
     with pytest.raises(UsageError, match="pass `resume=True`"):
         opened(path, resume=False)
     with opened(path) as run_dir:

@@ -242,7 +242,8 @@ def test_a_truncated_selection_is_never_used_up(uneven, tmp_path) -> None:
 
 def test_training_imports_no_heavy_library() -> None:
     code = (
-        "import sys, gstds_cache.training.sampler, gstds_cache.training.selected_dataset, gstds_cache.training.loop\n"
+        "import sys; from gstds_cache import SelectedBatchSampler\n"
+        "import gstds_cache.training.sampler, gstds_cache.training.selected_dataset, gstds_cache.training.loop\n"
         "print(sorted({'faiss', 'zarr', 'ray', 'timm'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
