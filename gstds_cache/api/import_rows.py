@@ -12,11 +12,11 @@ from jaxtyping import Int64
 
 from gstds_cache.config import MOST_ROWS, as_type
 from gstds_cache.data.align import rows_by_id
-from gstds_cache.data.row_values import Column, open_column, read_ids, read_labels
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.names import Names
+from gstds_cache.data.row_values import Column, open_column, read_ids, read_labels
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.vectors import StoredAs, Vectors, open_vectors
 from gstds_cache.embedding.imported import VectorImport, import_vectors
