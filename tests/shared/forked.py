@@ -301,12 +301,15 @@ def to_its_end(job: dict[str, Any], executable: str) -> NoReturn:
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    gc.collect()  # what the program left behind has its end too
+    sys.modules.pop("__main__")  # what the program left behind has its end too
+    gc.collect()
     for file in (sys.stdout, sys.stderr):
-        try:
-            file.flush()
-        except (OSError, ValueError) as error:  # ValueError: the program has closed it
-            code = code if isinstance(error, ValueError) else 120
+        with suppress(ValueError):  # the program has closed it
+            try:
+                file.flush()
+            except OSError as error:
+                code = 120
+                print(f"Exception ignored in: {file!r}\n{error!r}", file=sys.stderr)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
