@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import pickle
@@ -185,12 +184,10 @@ def test_no_object_is_kept_for_an_item(kind, tmp_path, monkeypatch) -> None:
     for count in (60, 100, 600):  # the first time what is imported counts as well
         (tmp_path / str(count)).mkdir()
         written = kind.write(tmp_path / str(count), [Item(one.getvalue(), row * 3 // count) for row in range(count)])
-        gc.collect()
         before = sys.getallocatedblocks()
         source = open_source(written)
         manifest = build_manifest(source)
         assert len(manifest) == count
-        gc.collect()
         kept.append(sys.getallocatedblocks() - before)
         del source, manifest
     # Any Python object a row would be 500 blocks more; a group of six rows may have a few numbers.
