@@ -248,8 +248,9 @@ def main() -> None:
         for number, folder in enumerate(folders):
             place = Path(work) / str(number)
             place.mkdir()
-            results[folder.name] = race(some_of(folder, arguments.images), place, arguments.trials)
-            print(json.dumps({folder.name: results[folder.name]}), file=sys.stderr)
+            name = f"{folder.parent.name}/{folder.name}"
+            results[name] = race(some_of(folder, arguments.images), place, arguments.trials)
+            print(json.dumps({name: results[name]}), file=sys.stderr)
             shutil.rmtree(place)
     report("ways-in", {"index": indexed, "data": results}, arguments)
 
