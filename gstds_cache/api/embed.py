@@ -45,7 +45,8 @@ def embed(
     It is a setting of the whole process, so only the commands make it by themselves.
 
     Args:
-        dataset: A data set's URI, such as ``imagefolder:PATH``, or any map-style data set object.
+        dataset: A data set's URI, such as ``imagefolder:PATH``, or any map-style data set object, or a
+            ``datasets.Dataset``.
         cache: The store's location: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model
             and their contents, in ``$GSTDS_CACHE`` or ``~/.cache/gstds-cache``.
         reuse: Other stores, complete or not. Rows of the same images by the same model are taken over from them.

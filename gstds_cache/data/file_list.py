@@ -61,7 +61,7 @@ def open_file_list(uri: str, path: str, params: Mapping[str, str]) -> FileSource
         params: ``path`` and ``label``, names of columns in the header; ``label=`` for no labels.
 
     Returns:
-        The source; ids are the paths as written.
+        The source; ids are the paths, normalised.
 
     Raises:
         UsageError: ``path`` is empty, or a column is not in the header.

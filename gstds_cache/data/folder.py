@@ -307,7 +307,8 @@ def _check_top(path: str, root: Path, classes: list[str], stray: list[str]) -> N
     if stray:
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(stray), 'image')} directly inside and no class folder, {_LAYOUT}",
-            hint=f"without classes it is 'folder:{path}'; else move each image into the folder of its class",
+            hint=f"without classes it is 'folder:{path}'; else move each into the folder of its class, "
+            f"e.g.: cd {_quoted(root)} && mkdir all && mv *.* all/",
         )
     raise DatasetError(
         f"image folder {path!r}: got a folder without class folders, {_LAYOUT}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from gstds_cache.data.columns import Columns, find_columns
 from gstds_cache.data.containers import Container, Signature
+from gstds_cache.data.files import Files, FileSource
 from gstds_cache.data.hash_cache import signature_of
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
@@ -221,6 +223,10 @@ def _adapt(dataset: Any, uri: str, kind: str, params: Mapping[str, str], notes: 
     labels, read = labels_of(
         uri, ids, columns.label, () if columns.label is None else _values(dataset, columns.label), columns.classes
     )
+    notes = (*notes, *columns.notes, *read.notes)
+    if _only_paths(dataset, columns):
+        files = Files.at(Names.of(_path_in(cells, row) for row in range(len(dataset))))
+        return FileSource(uri=uri, kind=kind, ids=ids, labels=labels, files=files, classes=read.classes, notes=notes)
     return TableSource(
         uri=uri,
         kind=kind,
@@ -229,7 +235,15 @@ def _adapt(dataset: Any, uri: str, kind: str, params: Mapping[str, str], notes: 
         cells=cells,
         containers=_containers(dataset, columns),
         classes=read.classes,
-        notes=(*notes, *columns.notes, *read.notes),
+        notes=notes,
+    )
+
+
+def _only_paths(dataset: Any, columns: Columns) -> bool:
+    """Whether all images are files beside the table, as of a folder of images that ``datasets`` loaded."""
+    chunks = dataset.data.column(columns.image).chunks
+    return columns.form == "path" or (
+        columns.form == "struct" and all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks)
     )
 
 
@@ -286,6 +300,11 @@ class HuggingFaceCells:
             row = _at(self._rows, row)
         chunk = int(np.searchsorted(self._starts, row, "right")) - 1
         return cell_of(self._chunks[chunk][row - int(self._starts[chunk])])
+
+
+def _path_in(cells: HuggingFaceCells, row: int) -> str:
+    cell = cells.cell(row)
+    return os.path.abspath(cell if isinstance(cell, str) else "")  # noqa: PTH100
 
 
 def _indices(dataset: Any) -> pa.ChunkedArray | None:

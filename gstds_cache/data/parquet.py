@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Int64, UInt8
 
 from gstds_cache.data.columns import Columns, find_columns
 from gstds_cache.data.containers import Container, Signature
-from gstds_cache.data.files import Files, FileSource
+from gstds_cache.data.files import Files, FileSource, printable
 from gstds_cache.data.hash_cache import signature_of
 from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
@@ -309,7 +310,7 @@ def _paths(uri: str, path: str) -> list[str]:
         what = "a folder without a Parquet or Arrow file" if os.path.isdir(place) else "nothing there"  # noqa: PTH112
         raise DatasetError(
             f"data set {uri!r}: got {what}, expected a file, a folder of files or a pattern such as train-*.parquet",
-            hint=f"look for it: ls {os.path.dirname(place) or '.'}",  # noqa: PTH120
+            hint=f"look for it: ls {shlex.quote(printable(os.path.dirname(place) or '.'))}",  # noqa: PTH120
         )
     return sorted(found, key=os.fsencode)
 
@@ -345,7 +346,7 @@ def _ids(uri: str, table: _Index, columns: Columns) -> Names:
 
     def numbered() -> Iterator[str]:
         for name, start, end in zip(table.paths, table.starts, [*table.starts[1:], table.rows], strict=True):
-            stem = os.path.splitext(os.path.relpath(name, common))[0]  # noqa: PTH122
+            stem = printable(os.path.splitext(os.path.relpath(name, common))[0])  # noqa: PTH122
             yield from (f"{stem}/{row:07d}" for row in range(end - start))
 
     return Names.of(numbered())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -26,6 +26,7 @@ Cell = bytes | str | None
 """An image file's bytes, its path, or nothing."""
 
 
+@runtime_checkable
 class Cells(Protocol):
     """A column of images, read by row; can be pickled to the processes that decode."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -15,6 +15,7 @@ LARGE = 64 << 20
 """Bytes of images in a group of rows from which on it is unpacked to a temporary file instead of memory."""
 
 
+@runtime_checkable
 class TableFile(Protocol):
     """An open file of a table.
 

@@ -206,6 +206,7 @@ def test_images_without_class_folders(tmp_path: Path, name: str) -> None:
     tmp_path = plant(tmp_path / name, "x.png", "y.png")
     with pytest.raises(DatasetError, match="got 2 images directly inside and no class folder") as caught:
         folder(tmp_path)
+    assert open_source(f"folder:{tmp_path}").labels.tolist() == [-1, -1]
     command = caught.value.hint.partition("e.g.: ")[2]
     assert os.system(command) == 0  # The hint is the way out, word for word.
     assert folder(tmp_path).ids == ("all/x.png", "all/y.png")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from source_kinds import CLASSES, hugging_face_object, items
+from source_kinds import CLASSES, class_folders, hugging_face_object, items
 
+from gstds_cache.data.files import FileSource
 from gstds_cache.data.mapstyle import MapStyleSource
+from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.table import TableSource
 from gstds_cache.errors import DatasetError, UsageError
@@ -34,7 +36,7 @@ def dataset(made):
     return hugging_face_object(made)
 
 
-def data_of(source: TableSource) -> list[bytes]:
+def data_of(source: ImageSource) -> list[bytes]:
     return [source.payload(row) for row in range(len(source))]
 
 
@@ -63,6 +65,14 @@ def test_a_folder_of_parquet_files_and_one_file(dataset, made, tmp_path) -> None
     assert source.classes == CLASSES
     one = open_source(f"hf:{tmp_path / 'p' / 'train-00001-of-00002.parquet'}")
     assert data_of(one) == [item.data for item in made[6:]]
+
+
+def test_a_folder_of_images_that_datasets_loads(made, tmp_path) -> None:
+    assert class_folders(tmp_path / "i", made).endswith("/i")
+    source = open_source(f"hf:{tmp_path / 'i'}")
+    assert isinstance(source, FileSource)  # so that their hashes are kept, one a file
+    assert data_of(source) == [item.data for item in made]
+    assert (source.classes, source.labels.tolist()) == (CLASSES, [item.label for item in made])
 
 
 def test_objects_that_were_selected_shuffled_or_have_a_transform(dataset, made) -> None:

@@ -170,7 +170,7 @@ def test_stopped_and_begun_again_it_is_the_same_store(named, tmp_path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with Steps(str(whole), None, "stop").counted() as steps:
         embed(whole, open_source(named))
-    commits = [number for number, label in enumerate(steps.labels) if label.startswith("after rename commits/")]
+    commits = [number for number, label in enumerate(steps.labels) if label.startswith("after link commits/")]
     with pytest.raises(Stopped), Steps(str(stopped), commits[1], "stop").counted():
         embed(stopped, open_source(named))
     report = embed(stopped, open_source(named))
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_items(kind, tmp_path, monkeypatch) -> Non
     one = io.BytesIO()
     Image.new("L", (1, 1)).save(one, "PNG")
     kept = []
-    for count in (400, 2400):
+    for count in (60, 100, 600):  # the first time what is imported counts as well
         (tmp_path / str(count)).mkdir()
         written = kind.write(tmp_path / str(count), [Item(one.getvalue(), row * 3 // count) for row in range(count)])
         gc.collect()
@@ -197,4 +197,4 @@ def test_memory_does_not_grow_with_the_items(kind, tmp_path, monkeypatch) -> Non
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
     # An empty Python string has 49 bytes, and eight more in the list that holds it.
-    assert (kept[1] - kept[0]) / 2000 < 24
+    assert (kept[2] - kept[1]) / 500 < 24

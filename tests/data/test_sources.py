@@ -62,7 +62,7 @@ def test_nearest_kind_first() -> None:
 def test_bare_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it is a folder") as caught:
         open_source(str(tmp_path))
-    assert caught.value.hint == f"did you mean 'imagefolder:{tmp_path}'?"
+    assert caught.value.hint == f"did you mean 'imagefolder:{tmp_path}'? Without class folders: 'folder:{tmp_path}'"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Kind:
 def class_folders(folder: Path, made: Sequence[Item]) -> str:
     for row, item in enumerate(made):
         path = folder / CLASSES[item.label] / f"{row:05d}.png"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(item.data)
     return f"imagefolder:{folder}"
 
