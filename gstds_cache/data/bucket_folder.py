@@ -59,7 +59,9 @@ def open_bucket_folder(uri: str, where: str, _params: Mapping[str, str] | None =
         signatures[part] = np.frombuffer(listing.signatures, np.int64).reshape(-1, 4)[rows]
     classes = sorted(listing.images, key=str.encode)
     labels = mapped.zeros((len(names),), np.int64)
-    labels[:] = np.repeat(np.arange(len(classes)), [listing.images[name] for name in classes])
+    # By the bytes of whole names a-b/1.png comes before a/1.png, and the class a before a-b.
+    met = sorted(range(len(classes)), key=lambda label: f"{classes[label]}/".encode())
+    labels[:] = np.repeat(met, [listing.images[classes[label]] for label in met])
     return ObjectSource(
         uri=uri,
         kind="imagefolder",
@@ -105,15 +107,12 @@ class _Listing:
                 yield f"{name}\n{entry.etag}"
 
     def order(self, names: Names) -> np.ndarray | None:
-        """The place of each item in the listing, None where they are in order: by class, then by the bytes of names.
-
-        A listing is by the bytes of whole names, so that ``a-b/1.png`` comes before ``a/1.png``.
-        """
-        before: tuple[bytes, bytes] = (b"", b"")
+        """The place of each item in the listing; None where it is by the bytes of names, as most services list."""
+        before = b""
         for name in names:
-            key = _key(name)
+            key = name.encode()
             if key < before:
-                return np.array(sorted(range(len(names)), key=lambda row: _key(names[row])), np.int64)
+                return np.array(sorted(range(len(names)), key=lambda row: names[row].encode()), np.int64)
             before = key
         return None
 
@@ -128,8 +127,3 @@ class _Listing:
         if self._ignored:
             kinds = ", ".join(suffix or "no extension" for suffix, _ in self._ignored.most_common(5))
             yield f"ignored {self._ignored.total():,} objects without an image extension ({kinds})"
-
-
-def _key(name: str) -> tuple[bytes, bytes]:
-    folder, _, rest = name.encode().partition(b"/")
-    return folder, rest

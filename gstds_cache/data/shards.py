@@ -25,7 +25,7 @@ EXPECTED = "expected a tar file, a folder of them, or a pattern: shards-{000000.
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MAGIC = re.compile(r"[*?\[]")
+_MAGIC = re.compile(r"[*\[]")  # a name of a data set has no question mark: its query begins there
 _BUCKET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})/(.*)", re.I)
 
 
@@ -73,7 +73,7 @@ def find_shards(uri: str, target: str) -> Shards:
     """Find the shards that ``target`` names.
 
     Braces are expanded first, in the order they are written: ``{000000..000099}`` counts, ``{train,val}`` lists. What
-    ``*``, ``?`` and ``[]`` match is sorted by bytes, and so are the archives of a folder.
+    ``*`` and ``[]`` match is sorted by bytes, and so are the archives of a folder.
 
     Args:
         uri: The data set as the user named it.

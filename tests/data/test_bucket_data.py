@@ -71,7 +71,8 @@ def test_a_second_run_lists_and_reads_no_object(place, tmp_path) -> None:
     assert build_manifest(open_source(uri), hash_cache=HashCache(cache)).root == first.root
     assert proxy.count("GET", ".png") + proxy.count("GET", ".PNG") == read
     upload(f"{prefix}/b/1.png", png(99))
-    again = build_manifest(open_source(f"{uri}?split=train&holdout=0.01"), hash_cache=HashCache(cache))
+    hash_cache = HashCache(cache)
+    again = build_manifest(open_source(f"{uri}?split=train&holdout=0.01", hash_cache=hash_cache), hash_cache=hash_cache)
     assert proxy.count("GET", ".png") + proxy.count("GET", ".PNG") == read + 1
     assert again.root != first.root
 
@@ -144,7 +145,7 @@ class TestShards:
         upload(f"{place[0]}/deeper/s-9.tar", b"not looked at")
         return f"webdataset:s3://{BUCKET}/{place[0]}"
 
-    @pytest.mark.parametrize("pattern", ["/", "/*.tar", "/s-{0..1}.tar", "/s-?.tar"])
+    @pytest.mark.parametrize("pattern", ["/", "/*.tar", "/s-{0..1}.tar", "/s-[01].tar"])
     def test_named_by_patterns(self, uri, pattern) -> None:
         source = open_source(uri + pattern)
         assert list(source.ids) == [f"{row:03d}" for row in range(20)]

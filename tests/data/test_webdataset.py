@@ -61,7 +61,7 @@ class TestLabels:
         assert labelled(tmp_path / "a.tar", members, "?label=about.kind") == ["x", "y"]
         assert labelled(tmp_path / "a.tar", members, "?label=json.a.b") == ["u", "v"]
         assert labelled(tmp_path / "a.tar", members, "?label=") == [-1, -1]
-        with pytest.raises(UsageError, match=r"'abuot'; there are: a\.b, about, label"):
+        with pytest.raises(UsageError, match=r"'abuot'; there are: about, a\.b, label"):
             labelled(tmp_path / "a.tar", members, "?label=abuot")
 
     def test_txt_is_read_when_asked_for(self, tmp_path) -> None:
@@ -140,7 +140,7 @@ class TestPatterns:
             write(tmp_path / f"s-{number:03d}.tar", [(f"k{number}.png", png(number))])
         return tmp_path
 
-    @pytest.mark.parametrize("pattern", ["", "/*.tar", "/s-???.tar", "/s-{001,002,010}.tar", "/s-0{01..02}.tar"])
+    @pytest.mark.parametrize("pattern", ["", "/*.tar", "/s-[0-9]*.tar", "/s-{001,002,010}.tar", "/s-0{01..02}.tar"])
     def test_shards_in_order(self, folder, pattern) -> None:
         expected = ["k1", "k2", "k10"][: 2 if ".." in pattern else 3]
         assert list(open_source(f"webdataset:{folder}{pattern}").ids) == expected

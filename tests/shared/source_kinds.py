@@ -150,8 +150,10 @@ def hugging_face(folder: Path, made: Sequence[Item], *, how: str) -> Any:
     return dataset
 
 
-def shards(folder: Path, made: Sequence[Item], *, label: str = "cls", each: int = 10) -> str:
+def shards(folder: Path, made: Sequence[Item], *, label: str = "cls") -> str:
     import webdataset
+
+    each = 10 if len(made) < 100 else 500
 
     # Written one by one: webdataset's ShardWriter prints the name of each shard.
     for number, start in enumerate(range(0, len(made), each)):
