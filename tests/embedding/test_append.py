@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import real_store
 from real_store import GROWN, ITEMS, Images, append, embed, files_of, objects_of
@@ -84,7 +85,11 @@ def test_a_grown_store_is_what_a_run_over_everything_gives_and_nothing_old_is_to
                for where in (store, tmp_path / "fresh")}  # fmt: skip
     assert len(digests) == 1
     assert verify(store, "full").problems == ()
-    assert summarise(store).items == GROWN
+    assert (summarise(store).items, summarise(store).appended) == (GROWN, GROWN - ITEMS)
+    tables = [tmp_path / name for name in ("grown.parquet", "fresh.parquet")]
+    for opened, table in zip((grown, fresh), tables, strict=True):
+        gstds_cache.export_store(opened, table)
+    assert pq.read_table(tables[0]).equals(pq.read_table(tables[1]), check_metadata=True)
     # A run over everything finds its rows there, and so does the next append.
     assert embed(store, images(GROWN)).cache_hit
     assert append(store, images(GROWN)).appended == 0
