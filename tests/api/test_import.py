@@ -275,7 +275,7 @@ def test_what_is_selected_from_imported_rows_with_guidance_and_what_needs_a_mode
         gstds_cache.repair_store(tmp_path / "s", progress=False)
     damaged.unlink()
     with pytest.raises(ChunkCorruptError):
-        bring(npy, tmp_path / "s")
+        bring(npy, tmp_path / "s", labels=[CLASSES[row % 3] for row in range(N)])
 
 
 @pytest.mark.faults
