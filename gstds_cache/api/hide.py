@@ -146,7 +146,7 @@ def _rows_named(metadata: StoreMetadata, rows: Sequence[int] | None, ids: Any) -
     theirs = metadata.manifest().ids
     found = rows_by_id(names, theirs)
     if (missing := np.flatnonzero(found < 0)).size:
-        first = names[missing[0]]
+        first = names[int(missing[0])]
         near = nearest_first(first, theirs[:1000])[0]
         raise UsageError(
             f"`ids`: {missing.size:,} of {len(names):,} ids are not in {metadata.location}, first {first!r}",

@@ -163,7 +163,8 @@ def _order_of(items: Any, names: Names | None, rows: int, uri: str, notes: list[
     missing = np.flatnonzero(order < 0)
     if missing.size:
         raise UsageError(
-            f"`ids`: {missing.size:,} of the {len(items):,} items of {uri} have no vector, first {items[missing[0]]!r} "
+            f"`ids`: {missing.size:,} of the {len(items):,} items of {uri} have no vector, first "
+            f"{items[int(missing[0])]!r} "
             f"(row {missing[0]}); the first of `ids` is {names[0]!r}",
             hint="ids have to be the data set's own: gstds_cache.open_source(DATASET).ids lists them",
         )

@@ -62,7 +62,7 @@ def in_order(source: ImageSource, ids: Sequence[str]) -> ImageSource:
     rows = rows_by_id(names, source.ids)
     if (missing := np.flatnonzero(rows < 0)).size:
         raise FingerprintMismatchError(
-            f"{missing.size:,} of {len(names):,} items are not in {source.uri}, first {names[missing[0]]!r} (row "
+            f"{missing.size:,} of {len(names):,} items are not in {source.uri}, first {names[int(missing[0])]!r} (row "
             f"{missing[0]} of the store)",
             hint="give a data set that has all of the store's items",
         )

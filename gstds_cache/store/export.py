@@ -56,7 +56,7 @@ def export_rows(store: EmbeddingStore, file: Path, *, replace: bool = False) -> 
 
 def _write_table(store: EmbeddingStore, file: Path, shards: Iterator[Float[np.ndarray, "R D"]]) -> None:
     try:
-        items = pa.ipc.open_file(pa.BufferReader(map_object(open_transport(store.location), layout.ITEMS))).read_all()
+        items = pa.ipc.open_file(pa.BufferReader(_items_of(store))).read_all()
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = Problem(layout.ITEMS, f"{layout.ITEMS} does not decode ({error})")
         raise corrupt(store.location, [problem]) from error
@@ -72,6 +72,13 @@ def _write_table(store: EmbeddingStore, file: Path, shards: Iterator[Float[np.nd
             part = items.slice(span.start, len(span)).combine_chunks()
             columns = [*(column.chunk(0) for column in part.columns), pa.array(valid), embedding]
             writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _items_of(store: EmbeddingStore) -> memoryview:
+    """The list of items as it is stored; of a store that rows were appended to, the whole list."""
+    if store.grown:
+        return store.manifest().to_arrow()
+    return map_object(open_transport(store.location), layout.ITEMS)
 
 
 def _table_writer(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gstds_cache.data.manifest import DatasetManifest
-from gstds_cache.errors import IntegrityError, StoreNotFoundError
+from gstds_cache.errors import IntegrityError, StoreNotFoundError, command_line
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import canonical_json, digest_of
 from gstds_cache.files.location import LocationLike
@@ -177,6 +177,11 @@ class GrownMetadata(StoreMetadata):
             self.parts.append((record.first_row // base.spec.shard_rows, f"{layout.PARTS}/{record.part}/", part))
         if self.spec.fingerprint != last.fingerprint:
             raise _wrong_part(base, last)
+
+    @property
+    def finish_command(self) -> str:
+        """The command that makes it whole: it was, before rows were appended."""
+        return command_line("gstds-cache", "repair", self.location)
 
     def part_of(self, shard: int) -> tuple[int, str, StoreMetadata]:
         """The part that a shard is read from: the last that has it."""

@@ -23,7 +23,7 @@ from gstds_cache.store import layout
 from gstds_cache.store.access import Kind, RowAccess, WholeAccess, WindowAccess, choose, convert_into
 from gstds_cache.store.commit_record import Quarantined, counts_of, valid_in, valid_of, without_embedding
 from gstds_cache.store.embed_report import EmbedReport
-from gstds_cache.store.grown import read_metadata
+from gstds_cache.store.grown import GrownMetadata, read_metadata
 from gstds_cache.store.hidden import read_hidden
 from gstds_cache.store.metadata import Problem, StoreMetadata, corrupt
 from gstds_cache.store.mirror import ROWS, open_mirror
@@ -194,6 +194,11 @@ class EmbeddingStore:
     def labels(self) -> Int[np.ndarray, " N"]:
         """Label of each row, -1 where there is none; in the smallest integers that hold them, so mind sums."""
         return self._metadata.labels()
+
+    @property
+    def grown(self) -> bool:
+        """Whether rows were appended to the store since it was made."""
+        return isinstance(self._metadata, GrownMetadata)
 
     def manifest(self) -> DatasetManifest:
         """The items that the store was made of, in the order of its rows (:meth:`StoreMetadata.manifest`)."""

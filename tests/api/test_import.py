@@ -264,7 +264,6 @@ def test_what_is_selected_from_imported_rows_with_guidance_and_what_needs_a_mode
     selection = gstds_cache.select(store, keep=0.5, progress=False, **settings)
     assert selection.summary.kept == N
     assert set(selection.summary.classes) == set(CLASSES)
-    assert gstds_cache.advise(store, epochs=2, device="cpu", threads=1, progress=False).to_dict()
     with pytest.raises(UsageError, match="holds imported rows, which no model here can make again"):
         gstds_cache.verify_store(store, level="sample", progress=False)
     damaged = tmp_path / "s" / layout.object_key(1)
@@ -276,7 +275,13 @@ def test_what_is_selected_from_imported_rows_with_guidance_and_what_needs_a_mode
         gstds_cache.repair_store(tmp_path / "s", progress=False)
     damaged.unlink()
     with pytest.raises(ChunkCorruptError):
-        bring(npy, tmp_path / "s")
+        bring(npy, tmp_path / "s", labels=[CLASSES[row % 3] for row in range(N)])
+
+
+@pytest.mark.faults
+def test_advice_on_imported_rows(npy, tmp_path) -> None:
+    store = bring(npy, tmp_path / "s", labels=[CLASSES[row % 3] for row in range(N)])
+    assert gstds_cache.advise(store, epochs=2, device="cpu", threads=1, progress=False).to_dict()
 
 
 def test_vectors_of_a_data_set_train_on_it_in_whatever_order_they_come(tmp_path) -> None:
