@@ -128,7 +128,7 @@ def test_a_core_set_is_a_selection(store, tmp_path) -> None:
         header = stream.header
     assert [batch.count for batch in batches[:4]] == [16, 16, 16, 22]
     assert sum(batch.n_in for batch in batches) == 3 * 300  # what is saved is counted against all rows
-    listed = list(csv.DictReader(out.with_suffix(".csv").open()))
+    listed = list(csv.DictReader(out.with_suffix(".csv").read_text().splitlines()))
     assert [int(line["row"]) for line in listed] == np.sort(epochs[0]).tolist()
     assert listed[0]["id"] == f"item/{int(listed[0]['row']):05d}"
     assert listed[0]["class"] in store.classes
