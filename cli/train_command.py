@@ -132,8 +132,8 @@ Examples:
     "log",
     metavar="TRACKER[,TRACKER...]",
     default="",
-    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it. Under torchrun write --log-to: it "
-    "takes --log for one of its own.",
+    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it. Under torchrun write --log-to, "
+    "as it may take --log for a flag of its own.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @click.option(
