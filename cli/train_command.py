@@ -128,9 +128,12 @@ Examples:
 )
 @click.option(
     "--log",
+    "--log-to",
+    "log",
     metavar="TRACKER[,TRACKER...]",
     default="",
-    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it.",
+    help="Tell tensorboard, wandb or mlflow of the run; one that fails does not end it. Under torchrun write --log-to, "
+    "as it may take --log for a flag of its own.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_DIR, if there is one.")
 @click.option(

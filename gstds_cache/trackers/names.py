@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.trackers.tracker import TrackedRun, Tracker
@@ -25,7 +25,7 @@ def tracker_names(log: object) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown, or its library is not installed.
     """  # noqa: DOC501
-    words = log.split(",") if isinstance(log, str) else list(log) if isinstance(log, Sequence) else [log]
+    words: list[Any] = log.split(",") if isinstance(log, str) else list(log) if isinstance(log, Sequence) else [log]
     if not all(isinstance(word, str) for word in words):
         raise UsageError(f"`log`: got {log!r}, expected names of trackers, such as 'tensorboard,wandb'")
     names = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))

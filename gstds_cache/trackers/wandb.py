@@ -27,7 +27,7 @@ class WeightsAndBiases:
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
-            raise UsageError("nobody is logged in", hint="type `wandb login`, or set WANDB_MODE=offline")
+            raise UsageError("nobody is logged in; type 'wandb login', or set WANDB_MODE=offline")
         here = None if "WANDB_DIR" in os.environ else str(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
         self.run_id = run.run_id or os.environ.get("WANDB_RUN_ID") or uuid4().hex[:8]

@@ -71,8 +71,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks):
         main, [*WORDS, "--selection", str(folder / "s.arrow"), "--eval", "digits", "--out", str(folder / "alone")]
     )
     assert alone.exit_code == 0, alone.output
-    two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits", "--log", "tensorboard")
-    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume", "--log", "tensorboard")
+    two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits", "--log-to", "tensorboard")
+    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume", "--log-to", "tensorboard")
     return folder, batches, json.loads(alone.stdout.splitlines()[-1]), two, four
 
 
