@@ -194,7 +194,7 @@ def _bring(name: str) -> str:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         return ""
-    return f"where there is a network: hf download {config.hf_hub_id} model.safetensors --local-dir ."
+    return f"where there is a network: hf download {config.hf_hub_id} model.safetensors"
 
 
 def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, side: int | None) -> Encoder:
