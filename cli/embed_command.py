@@ -50,7 +50,7 @@ Examples:
   gstds-embed 'torchvision:CIFAR10?root=data' --model 'timm:resnet18?weights=resnet18.safetensors'
 
 The default MODEL is {DEFAULT_MODEL} with the ImageNet weights of an installed package; others are
-timm:NAME, torchvision:NAME, dinov2-small, siglip2-base, clip-vit-b16 and other aliases (the README has a table), and
+timm:NAME, torchvision:NAME, dinov2-small, siglip2-base, clip-vit-b16 and other aliases (docs/models.md), and
 module:factory, each with ?weights=FILE. With ?size=64 all but the last look at 64 x 64 pixels, in a fraction of the
 time; without, models that take any size look at no more pixels than the images' size makes worth while.
 """

@@ -104,7 +104,7 @@ def decode_image(data: bytes, how: Decoding | None = None) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=_formats_of(data)) as image:
                 _check_size(image.size, how.max_pixels)
-                if how.side and image.format == "JPEG":
+                if how.side and image.format in {"JPEG", "MPO"}:  # MPO: a JPEG with another behind it, as phones write
                     image.draft(None, (how.side, how.side))
                 deep = image.mode in {"RGB", "RGBA", "LA"} and _is_deep(image)
                 image.load()

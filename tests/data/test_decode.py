@@ -481,3 +481,11 @@ def test_the_size_is_read_from_a_header_alone() -> None:
     assert header_size(png_header(20_000, 20_000)[:60]) == (20_000, 20_000, "PNG")
     with pytest.raises(UndecodableError):
         header_size(b"hello")
+
+
+def test_a_jpeg_with_another_behind_it_as_phones_write_them_is_scaled_too() -> None:
+    data = encode(SMOOTH, "MPO", save_all=True, append_images=[SMOOTH.rotate(180)], quality=95)
+    assert header_size(data)[2] == "MPO"
+    got = decode_image(data, Decoding(side=76))
+    assert got.size == (100, 76)
+    assert np.abs(pixels(got) - np.asarray(SMOOTH.resize(got.size, Image.Resampling.BOX), int)).mean() < 4
