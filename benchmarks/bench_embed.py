@@ -38,7 +38,7 @@ from gstds_cache.data.split import Subset
 from gstds_cache.embedding.job import BATCH_SIZE
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
-from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.encoders.factory import open_encoder, with_size
 from gstds_cache.runtime.allocator import keep_freed_memory
 from gstds_cache.store.embed_report import EmbedReport
 
@@ -81,10 +81,23 @@ def some_of(uri: str, images: int) -> Subset:
     return Subset(base=whole, uri=uri, rows=rows, ids=tuple(whole.ids[row] for row in rows), labels=whole.labels[rows])
 
 
+def at_own_size(model: str) -> str:
+    """The name of a model that looks at its own size whatever the images': as its bare forward pass does."""
+    encoder = open_encoder(model, allow_untrained=True)
+    return model if encoder.sizes is None else with_size(model, encoder.input_shape[1])
+
+
 def embed(source: ImageSource, model: str, workers: int | None, shard_rows: int | None) -> EmbedReport:
     """One run into a new store."""
     with tempfile.TemporaryDirectory() as folder:
-        config = EmbedConfig(model=model, workers=workers, shard_rows=shard_rows, allow_untrained=True, device="cpu")
+        config = EmbedConfig(
+            model=at_own_size(model),
+            workers=workers,
+            shard_rows=shard_rows,
+            allow_untrained=True,
+            device="cpu",
+            decode="exact",
+        )
         return embed_dataset(source, config, where=Path(folder) / "store").report
 
 

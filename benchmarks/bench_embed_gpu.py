@@ -227,6 +227,7 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
                 model=model,
                 device=str(device),
                 decoder=decoder,
+                decode="exact",
                 allow_untrained=True,
                 batch_size=size,
                 shard_rows=max(size, 512),

@@ -21,7 +21,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin would take the co
 import numpy as np
 import torch
 from batches import batches_of
-from bench_embed import decode_rate, some_of
+from bench_embed import at_own_size, decode_rate, some_of
 from harness import interleaved, limit_threads, parser, report, spread
 
 from gstds_cache.config import DEFAULT_MODEL, DEFAULT_RULE, EmbedConfig, SelectConfig
@@ -75,9 +75,8 @@ def embedding(source: ImageSource, model: str, device: torch.device, store: Path
     for trial in range(trials):
         with tempfile.TemporaryDirectory() as folder:
             where = store if trial == trials - 1 else Path(folder) / "store"
-            done = embed_dataset(
-                source, EmbedConfig(model=model, device=str(device), allow_untrained=True), where=where
-            ).report
+            config = EmbedConfig(model=at_own_size(model), device=str(device), allow_untrained=True, decode="exact")
+            done = embed_dataset(source, config, where=where).report
         rates["embed"].append(done.images_per_second)
         rates["forward"].append(bare_forward(model, device, 4))
         rates["decode_one_core"].append(decode_rate(source, open_encoder(model, allow_untrained=True), 256))

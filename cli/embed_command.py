@@ -55,8 +55,9 @@ Examples:
   gstds-embed 'torchvision:CIFAR10?root=data' --model 'timm:resnet18?weights=resnet18.safetensors'
 
 The default MODEL is {DEFAULT_MODEL} with the ImageNet weights of an installed package; others are
-timm:NAME, torchvision:NAME and module:factory, each with ?weights=FILE; with ?size=64 the first two look at 64 x 64
-pixels instead of the model's own size, in a fraction of the time.
+timm:NAME, torchvision:NAME, dinov2-small, siglip2-base, clip-vit-b16 and other aliases (docs/models.md), and
+module:factory, each with ?weights=FILE. With ?size=64 all but the last look at 64 x 64 pixels, in a fraction of the
+time; without, models that take any size look at no more pixels than the images' size makes worth while.
 """
 
 
@@ -76,6 +77,13 @@ pixels instead of the model's own size, in a fraction of the time.
     help="What decodes images: Pillow in worker processes, or nvJPEG on the GPU, whose pixels differ a little; either "
     "has stores of its own.",
 )
+@setting_option(
+    EmbedConfig,
+    "decode",
+    help="How Pillow decodes large JPEGs: exact, or scaled, at 1/2, 1/4 or 1/8 of their size where that is twice what "
+    "the model looks at, still. auto is the store's own, and for a new store scaled where a sample has such JPEGs.",
+)
+@setting_option(EmbedConfig, "max_pixels", help="Images of more pixels (width x height) are quarantined.")
 @setting_option(
     EmbedConfig,
     "batch_size",
@@ -146,6 +154,7 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             ("store", report.location),
             ("fingerprint", report.fingerprint[:12]),
             ("model", report.model),
+            ("looks at", report.looks_at),
             ("images", f"{report.items:,} in = {report.ok:,} ok + {len(bad):,} quarantined"),
             (
                 "this run",
@@ -161,6 +170,8 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
     for kind, count in Counter(item.reason.partition(":")[0] for item in bad).most_common(10):
         example = next(item for item in bad if item.reason.startswith(kind))
         click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
+    if any(item.reason.startswith("too many pixels") for item in bad):
+        click.echo("larger images are taken with --max-pixels N, into a store of its own")
     if bad:
         click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.location)}")
     if report.ok:

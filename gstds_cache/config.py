@@ -40,6 +40,7 @@ MOST_EPOCHS = 100_000
 MOST_WORKERS = 1024
 MOST_THREADS = 4096
 MOST_STRATA = 1 << 12
+MOST_PIXELS = 1 << 30  # of an image: 3 GB once decoded
 LARGEST_SIDE = 4096  # pixels
 LARGEST_RATE = 1e12  # of learning, and of decay
 
@@ -151,7 +152,9 @@ class EmbedConfig:
     """How a data set is embedded.
 
     Attributes:
-        model: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, with ``?weights=FILE``, ``?size=PIXELS``.
+        model: ``timm:NAME``, ``torchvision:NAME``, an alias such as ``dinov2-small``, or ``module:factory``; with
+            ``?weights=FILE``, ``?size=PIXELS``. Without a size, or with ``size=auto``, a model that takes any looks at
+            no more pixels than images of this size need.
         batch_size: Images per forward pass; None takes the store's own, or the device's default for a new store.
         shard_rows: Rows per shard, rounded up to a multiple of ``batch_size``; None takes the store's
             own, or about 4 MB a shard.
@@ -159,6 +162,10 @@ class EmbedConfig:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, or several GPUs, as ``cuda:0,1``.
         decoder: What decodes images: ``pillow``, in processes, or ``nvjpeg``, on the GPU, which leaves what is no usual
             JPEG to Pillow. Their pixels differ, so each has stores of its own.
+        decode: How Pillow decodes large JPEGs: ``exact`` at their full size; ``scaled`` at 1/2, 1/4 or 1/8 of it, where
+            that is twice as large as what the model looks at, still; ``auto`` is the store's own where there is one,
+            and for a new store ``scaled`` if a sample of the images has such JPEGs.
+        max_pixels: Images of more pixels (width x height) are quarantined.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
     """
@@ -169,6 +176,8 @@ class EmbedConfig:
     workers: int | None = None
     device: str = DEVICE
     decoder: Literal["pillow", "nvjpeg"] = "pillow"
+    decode: Literal["auto", "exact", "scaled"] = "auto"
+    max_pixels: int = 64_000_000
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
 
@@ -177,6 +186,9 @@ class EmbedConfig:
         _require_range("`batch_size`", self.batch_size, 1, MOST_IMAGES)
         _require_range("`shard_rows`", self.shard_rows, 1, MOST_ROWS)
         _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
+        _require_range("`max_pixels`", self.max_pixels, 1, MOST_PIXELS)
+        hint = "leave `decode` out: what the GPU decodes is never scaled"
+        _require(self.decoder == "pillow" or self.decode != "scaled", "`decode`", self.decode, "auto or exact", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +434,8 @@ class EmbedSettings(TypedDict, total=False):
     workers: int | None
     device: str
     decoder: Literal["pillow", "nvjpeg"]
+    decode: Literal["auto", "exact", "scaled"]
+    max_pixels: int
     dtype: Literal["float16", "float32"]
     allow_untrained: bool
 

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from torch import nn
 
 from benchmarks.study.settings import Setting, load_setting, resolved
-from gstds_cache.config import EmbedConfig
+from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -74,7 +74,9 @@ class StudyData:
         if self.setting.same_images_as:
             sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
             reuse = [*reuse, *([sibling] if sibling.exists() else [])]
-        config = EmbedConfig(model=self.setting.model, device="cpu")
+        # At its own size, as all tables were made: of small images it would be left to the images.
+        model = f"{DEFAULT_MODEL}?size=224" if self.setting.model == DEFAULT_MODEL else self.setting.model
+        config = EmbedConfig(model=model, device="cpu")
         return embed_dataset(self.train, config, where=self.location, reuse=reuse).report
 
     def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:

@@ -13,6 +13,7 @@ from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.check import SampleReport, check_sample
 from gstds_cache.embedding.decoding import decode_by, try_decoder
 from gstds_cache.embedding.repair import RepairReport, repair, require_same_data
+from gstds_cache.embedding.settle import prepare_as_stored
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import UsageError
@@ -110,6 +111,7 @@ def _source_and_encoder(
     encoder = open_encoder(model, allow_untrained=True)
     run_on = resolve_device(device)
     decode_by(encoder, store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"), run_on)
+    prepare_as_stored(encoder, store.spec.encoder)
     try_decoder(encoder, run_on)
     source = open_source(dataset, hash_cache=hash_cache)
     if isinstance(store, GrownMetadata):  # whose order may be its own

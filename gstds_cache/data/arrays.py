@@ -41,6 +41,10 @@ class ArraySource:
         """The pixels of item ``row``, without their shape, which all items share."""
         return bytes(self.pixels[row].tobytes())
 
+    def image_size(self, _row: int) -> tuple[int, int, str]:
+        """Width and height in pixels, which all items share; no format."""
+        return self.pixels.shape[2], self.pixels.shape[1], ""
+
     def image(self, row: int) -> Image.Image:
         """Item ``row`` in RGB."""
         return to_rgb(Image.fromarray(self.pixels[row]))

@@ -6,21 +6,31 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from gstds_cache.config import EmbedConfig
 from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
+from gstds_cache.errors import DatasetError
 from gstds_cache.runtime.resources import about_us
 
-__all__ = ["UndecodableError", "decode_image", "to_rgb"]
-
-MAX_PIXELS = 64_000_000
+__all__ = ["EXACT", "Decoding", "UndecodableError", "decode_image", "decoding_as", "to_rgb"]
 
 # Named rather than left open, so that what decodes does not depend on the plugins another import registered, and so
 # that a file cannot choose a decoder that runs a program (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(("AVIF",) if find_spec("PIL._avif") else ()))
+# Without those that came later: reasons stand in commit records, which a repair makes again to the last byte.
+_UNKNOWN = f"not an image in a known format ({', '.join(FORMATS[:7])})"
+HAS_HEIC = find_spec("pillow_heif") is not None
+HEIC_EXTRA = "the extra heic: pip install 'gstds-cache[heic]'"
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -29,7 +39,45 @@ _FULL_SCALES = {2**bits - 1 for bits in range(9, 16)}
 _ALPHA = ("LA", "PA", "La", "RGBA", "RGBa")
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+@dataclass(frozen=True)
+class Decoding:
+    """How image files are decoded; part of what makes an embedding what it is.
+
+    Attributes:
+        side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies (DCT), where each side
+            of it stays at least so long, in pixels; 0 decodes it at its full size.
+        max_pixels: Largest width x height that is decoded, read from the header before any pixel is.
+    """
+
+    side: int = 0
+    max_pixels: int = EmbedConfig.max_pixels
+
+
+EXACT = Decoding()
+
+# Of this thread's block, and no argument of `ImageSource.image`: items that are no files have nothing to scale, and
+# each kind of data set whose items are would only hand it on.
+_DECODING: ContextVar[Decoding] = ContextVar("decoding", default=EXACT)
+
+
+@contextmanager
+def decoding_as(how: Decoding) -> Iterator[None]:
+    """Have :func:`decode_image` decode in another way in this block.
+
+    Args:
+        how: The way.
+
+    Yields:
+        Nothing.
+    """
+    token = _DECODING.set(how)
+    try:
+        yield
+    finally:
+        _DECODING.reset(token)
+
+
+def decode_image(data: bytes, how: Decoding | None = None) -> Image.Image:
     """Decode the first frame of an image file to upright RGB.
 
     Transparency is laid on white, 16-bit grey keeps its upper byte, and the EXIF orientation is applied. Pillow's
@@ -38,32 +86,35 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         data: The bytes of a file in one of ``FORMATS``.
-        max_pixels: Largest width x height accepted, read from the header before any pixel is decoded.
+        how: The way; by default that of the :func:`decoding_as` around it, else at full size.
 
     Returns:
         An image of mode RGB.
 
     Raises:
         UndecodableError: There is no image in ``data``, only a part of one, or one of more than ``max_pixels``.
+        DatasetError: It is HEIC, and what decodes that is not installed: no fault of the image, which has another
+            embedding once it is.
         MemoryError: There is not enough memory for it.
     """
     if not data:
         raise UndecodableError("empty file (0 bytes)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    how = how or _DECODING.get()
+    with _our_own_limit(how.max_pixels):
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, max_pixels)
+            with Image.open(io.BytesIO(data), formats=_formats_of(data)) as image:
+                _check_size(image.size, how.max_pixels)
+                if how.side and image.format in {"JPEG", "MPO"}:  # MPO: a JPEG with another behind it, as phones write
+                    image.draft(None, (how.side, how.side))
                 deep = image.mode in {"RGB", "RGBA", "LA"} and _is_deep(image)
                 image.load()
                 if deep:
                     _require_colours(image)
                 return to_rgb(_upright(image), _scale_of(image))
-        except UndecodableError:
+        except (UndecodableError, DatasetError):
             raise
         except UnidentifiedImageError:
-            raise UndecodableError(f"not an image in a known format ({', '.join(FORMATS)})") from None
+            raise UndecodableError(_UNKNOWN) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UndecodableError(f"too many pixels: {error}") from None
         except Exception as error:  # Bytes from anywhere can raise anything in a decoder: OSError, SyntaxError, ...
@@ -71,6 +122,63 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 raise
             text = _ADDRESS.sub("", " ".join(str(error).split()))
             raise UndecodableError(f"{type(error).__name__}: {text}" if text else type(error).__name__) from None
+
+
+def header_size(data: bytes) -> tuple[int, int, str]:
+    """Width and height in pixels as stored, and the format, from the header of an image file; no pixel is decoded.
+
+    Args:
+        data: The bytes of a file, or as many of the first as hold its header.
+
+    Raises:
+        UndecodableError: There is no image in ``data``.
+    """
+    with _our_own_limit(1 << 62):
+        try:
+            with Image.open(io.BytesIO(data), formats=_formats_of(data)) as image:
+                return *image.size, image.format or ""
+        except Exception as error:
+            if about_us(error):
+                raise
+            raise UndecodableError(_UNKNOWN) from None
+
+
+@contextmanager
+def _our_own_limit(max_pixels: int) -> Iterator[None]:
+    """Silence Pillow's warnings, and raise its own limit of pixels to ours.
+
+    Yields:
+        Nothing.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if before is not None and max_pixels > before:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _formats_of(data: bytes) -> tuple[str, ...]:
+    """What Pillow may take a file for: HEIC's decoder is loaded for the first file that needs it.
+
+    Raises:
+        DatasetError: It is HEIC, and nothing here decodes that.
+    """
+    if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+        return FORMATS
+    if not HAS_HEIC:
+        raise DatasetError(
+            f"got a HEIC image, which needs {HEIC_EXTRA}",
+            hint="install it, or convert the images; nothing committed is lost: the same command goes on",
+        )
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return ("HEIF", *FORMATS)
 
 
 def to_rgb(image: Image.Image, scale: GreyScale | None = None) -> Image.Image:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.copies import NotCopiedError
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.decode import EXACT, Decoding, UndecodableError, decoding_as
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Pool, Room
 
@@ -49,11 +49,13 @@ class PixelDecoder:
         source: The data set.
         transform: Image to pixels.
         shape: Shape [3, H, W] of one image's pixels.
+        how: How image files are decoded.
     """
 
     source: ImageSource
     transform: PixelTransform
     shape: tuple[int, int, int]
+    how: Decoding = EXACT
 
     def __call__(self, rows: Sequence[int], room: Room) -> Decoded:
         """Fill ``room`` with the pixels of ``rows``, uint8 [n, 3, H, W]; an undecodable item's are zero."""
@@ -63,7 +65,9 @@ class PixelDecoder:
         expect_rows(self.source, rows)
         for place, row in enumerate(rows):
             try:
-                pixels[place] = self.transform(self.source.image(row))
+                with decoding_as(self.how):
+                    image = self.source.image(row)
+                pixels[place] = self.transform(image)
             except UndecodableError as error:
                 pixels[place] = 0
                 failures.append((row, error.reason))

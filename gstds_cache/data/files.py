@@ -13,15 +13,23 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from gstds_cache.data.decode import UndecodableError, decode_image
+from gstds_cache.data.decode import FORMATS, HAS_HEIC, UndecodableError, decode_image
 from gstds_cache.data.names import Names
 from gstds_cache.runtime.resources import about_us
 
 MAX_BYTES = 1 << 30
-"""Largest file that is read to be decoded: more than ``MAX_PIXELS`` of any format, at 16 bits and uncompressed."""
+"""Largest file that is read to be decoded: 64 million pixels of any format, at 16 bits and uncompressed, are less."""
 
 _AT_ONCE = 64 << 20
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+HEIC_EXTENSIONS = (".heic", ".heif", ".hif")
+NEWER_EXTENSIONS = (".avif", *HEIC_EXTENSIONS)
+"""Of files that earlier versions left out."""
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *((".avif",) if "AVIF" in FORMATS else ()),
+    *(HEIC_EXTENSIONS if HAS_HEIC else ()),
+)
+"""Of files that are items. Those that nothing here decodes are none: they would be quarantined for good."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from gstds_cache.data.files import IMAGE_EXTENSIONS, Files, FileSource, has_image_extension, printable
+from gstds_cache.data.decode import HEIC_EXTRA
+from gstds_cache.data.files import (
+    HEIC_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    Files,
+    FileSource,
+    has_image_extension,
+    printable,
+)
 from gstds_cache.data.labels import NO_LABEL
 from gstds_cache.data.levels import level_notes
 from gstds_cache.data.names import Names, duplicate
@@ -76,7 +84,9 @@ def open_folder(uri: str, path: str, _params: Mapping[str, str] | None = None) -
         raise DatasetError(
             f"image folder {path!r}: got {_count(len(classes), 'class folder')} without an image, "
             f"expected files that end in {' '.join(IMAGE_EXTENSIONS)}",
-            hint=f"look at what is there: find {_quoted(root)} -type f | head",
+            hint=f"HEIC images need {HEIC_EXTRA}"
+            if any(scan.ignored[suffix] for suffix in HEIC_EXTENSIONS)
+            else f"look at what is there: find {_quoted(root)} -type f | head",
         )
     ids = names
     if scan.escaped:
@@ -333,6 +343,9 @@ def _notes(scan: _Scan, classes: list[str], stray: list[str]) -> Iterator[str]:
         most = sorted(scan.ignored, key=lambda suffix: (-scan.ignored[suffix], suffix))[:5]
         kinds = ", ".join(suffix or "no extension" for suffix in most)
         yield f"ignored {_count(scan.ignored.total(), 'file')} without an image extension ({printable(kinds)})"
+        heic = sum(scan.ignored[suffix] for suffix in HEIC_EXTENSIONS)
+        if heic:
+            yield f"{_count(heic, 'file is', 'files are')} HEIC; to have them as images install {HEIC_EXTRA}"
     if scan.special:
         yield f"ignored {_count(scan.special, 'entry', 'entries')} that no image can be in: pipes, sockets, devices"
     if scan.outputs:

@@ -145,6 +145,11 @@ class MapStyleSource:
             raise self._another(row, "is another image now than when it was hashed")
         return image
 
+    def image_size(self, row: int) -> tuple[int, int, str]:
+        """Width and height of item ``row`` in pixels, without decoding an image that was only opened; no format."""
+        value, _ = self._item(row)
+        return (*(value if isinstance(value, Image.Image) else self._rgb(row, value)).size, "")
+
     def reading(self, row: int) -> tuple[bytes, int | str] | None:
         """The SHA-256 of what item ``row`` gives when it is read now, and its label; None if it cannot be read.
 

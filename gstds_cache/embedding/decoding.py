@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from jaxtyping import UInt8
 
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.decode import Decoding, UndecodableError, decoding_as
 from gstds_cache.data.decoders import PixelDecoder, Workers
 from gstds_cache.data.loading import PixelBatches
 from gstds_cache.data.source import ImageSource
@@ -25,6 +25,12 @@ from gstds_cache.embedding.device_decoding import (
 )
 from gstds_cache.embedding.jpeg_reader import JpegReader
 from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.encoders.preprocessing import Preprocessing
+
+
+def decoding_of(preprocessing: Preprocessing) -> Decoding:
+    """How image files are decoded for a model."""
+    return Decoding(preprocessing.scaled_side, preprocessing.max_pixels)
 
 
 def start_workers(source: ImageSource, encoder: Encoder, workers: int) -> Workers:
@@ -40,8 +46,8 @@ def start_workers(source: ImageSource, encoder: Encoder, workers: int) -> Worker
     """
     preprocessing, shape = encoder.spec.preprocessing, encoder.input_shape
     if preprocessing.decoder == "pillow":
-        return Workers(PixelDecoder(source, preprocessing.pixels, shape), workers)
-    return Workers(JpegReader(source, preprocessing, shape), workers)
+        return Workers(PixelDecoder(source, preprocessing.pixels, shape, decoding_of(preprocessing)), workers)
+    return Workers(JpegReader(source, preprocessing, shape, decoding_of(preprocessing)), workers)
 
 
 def open_batches(
@@ -105,7 +111,9 @@ def pixels_of(source: ImageSource, encoder: Encoder, row: int) -> UInt8[torch.Te
         UndecodableError: There is no image.
     """
     if encoder.spec.preprocessing.decoder == "pillow":
-        return encoder.spec.preprocessing.pixels(source.image(row))
+        with decoding_as(decoding_of(encoder.spec.preprocessing)):
+            image = source.image(row)
+        return encoder.spec.preprocessing.pixels(image)
     with closing(open_batches(start_workers(source, encoder, 0), encoder, [[row]], encoder.device)) as batches:
         batch = next(batches)
     for _, reason in batch.failures:

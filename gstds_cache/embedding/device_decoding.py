@@ -19,7 +19,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.decode import Decoding, UndecodableError, decoding_as
 from gstds_cache.data.decoders import Workers
 from gstds_cache.data.loading import PendingBatch, PixelBatch, PixelBatches
 from gstds_cache.data.workers import Filled, Pool
@@ -166,7 +166,9 @@ class DeviceBatches(PixelBatches):
                     batch.on_device += 1
                 elif item.orientation:  # Its header promised more than the device could decode.
                     try:
-                        by_pillow[place] = self._preprocessing.pixels(self._workers.decoder.source.image(row))
+                        with decoding_as(Decoding(max_pixels=self._preprocessing.max_pixels)):
+                            whole = self._workers.decoder.source.image(row)
+                        by_pillow[place] = self._preprocessing.pixels(whole)
                     except UndecodableError as error:
                         batch.failures[row] = error.reason
                 else:

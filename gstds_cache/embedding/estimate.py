@@ -39,6 +39,7 @@ def estimate_run(
     shard_rows: int,
     known_rows: int = 0,
     disk_free: int | None = None,
+    looks_at: str = "",
 ) -> Estimate:
     """Measure decoding and the model on a few evenly spaced images, for some two seconds after the model's warm-up.
 
@@ -55,6 +56,7 @@ def estimate_run(
         shard_rows: Rows per shard.
         known_rows: How many of those that are left need not be embedded, since another store has them.
         disk_free: Bytes free where the store is, if known.
+        looks_at: The size of the pictures that the model looks at, and why, in words.
 
     Returns:
         What the rest of the data set needs.
@@ -90,6 +92,7 @@ def estimate_run(
         vram_bytes=vram.get("used"),
         vram_free=vram.get("free"),
         decoder=encoder.spec.preprocessing.decoder,
+        looks_at=looks_at,
     )
 
 

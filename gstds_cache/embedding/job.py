@@ -39,6 +39,7 @@ class EmbedJob:
     device: torch.device
     encoder: Encoder
     notify: Notify
+    looks_at: str = ""
     known: KnownRows | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     determinism: DeterminismCheck = field(init=False)
@@ -173,4 +174,6 @@ def embed_command(dataset: str, config: EmbedConfig) -> list[str]:
     command += ["--model", config.model] if config.model != default.model else []
     command += ["--dtype", config.dtype] if config.dtype != default.dtype else []
     command += ["--decoder", config.decoder] if config.decoder != default.decoder else []
+    command += ["--decode", config.decode] if config.decode == "scaled" else []
+    command += ["--max-pixels", str(config.max_pixels)] if config.max_pixels != default.max_pixels else []
     return command + (["--allow-untrained"] if config.allow_untrained else [])

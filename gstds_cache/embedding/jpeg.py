@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from gstds_cache.data.decode import MAX_PIXELS
+from gstds_cache.config import EmbedConfig
 from gstds_cache.runtime.resources import about_us
 
 TAIL = 1024
@@ -39,15 +39,16 @@ class Jpeg(NamedTuple):
     orientation: int
 
 
-def device_jpeg(data: bytes) -> Jpeg | None:
+def device_jpeg(data: bytes, max_pixels: int = EmbedConfig.max_pixels) -> Jpeg | None:
     """What the header of a file tells of a JPEG that a device decodes; None for every other file.
 
     Args:
         data: The bytes of a file.
+        max_pixels: Most pixels that are decoded.
 
     Returns:
         Size and orientation of a sequential 8-bit YCbCr JPEG of the usual samplings (4:4:4, 4:2:2, 4:4:0, 4:2:0) that
-        has an end and at most ``MAX_PIXELS`` pixels.
+        has an end and at most ``max_pixels`` pixels.
     """
     if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", -TAIL) < 0:
         return None
@@ -64,7 +65,7 @@ def device_jpeg(data: bytes) -> Jpeg | None:
             break
         if marker in _FRAMES:
             frame = _frame(marker, body)
-            if frame is None:
+            if frame is None or not 0 < frame[0] * frame[1] <= max_pixels:
                 return None
         elif marker == _APP14 and body[:5] == b"Adobe" and body[11:12] != b"\x01":
             return None
@@ -82,7 +83,7 @@ def _frame(marker: int, body: bytes) -> tuple[int, int] | None:
         return None
     height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
     usual = body[7] in _SAMPLINGS and body[10] == body[13] == 0x11 and bytes(body[6::3]) != _RGB_IDS
-    return (width, height) if usual and 0 < width * height <= MAX_PIXELS else None
+    return (width, height) if usual else None
 
 
 def _orientation(data: bytes) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gstds_cache.data.ahead import expect_rows
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.decode import EXACT, Decoding, UndecodableError, decoding_as
 from gstds_cache.data.files import MAX_BYTES
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Room
@@ -47,11 +47,13 @@ class JpegReader:
         source: The data set; of one whose items are no files the device decodes nothing.
         preprocessing: What Pillow's images go through.
         shape: Shape [3, H, W] of one image's pixels.
+        how: How Pillow decodes.
     """
 
     source: ImageSource
     preprocessing: Preprocessing
     shape: tuple[int, int, int]
+    how: Decoding = EXACT
 
     def __call__(self, rows: Sequence[int], room: Room) -> tuple[tuple[Item, ...], float]:
         """Fill ``room`` with files and pixels of as many of ``rows`` as a part holds, one at least.
@@ -83,11 +85,13 @@ class JpegReader:
     def _read(self, row: int) -> tuple[Any, int, int]:
         """A row's file or pixels as bytes, or a reason; its orientation; and the bytes of the decoded image."""
         data = self._file(row)
-        jpeg = None if data is None else device_jpeg(data)
+        jpeg = None if data is None else device_jpeg(data, self.how.max_pixels)
         if jpeg is not None:
             return data, jpeg.orientation, 3 * jpeg.width * jpeg.height
         try:
-            return self.preprocessing.pixels(self.source.image(row)).numpy().reshape(-1), 0, 0
+            with decoding_as(self.how):
+                image = self.source.image(row)
+            return self.preprocessing.pixels(image).numpy().reshape(-1), 0, 0
         except UndecodableError as error:
             return error.reason, 0, 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gstds_cache.data.files import NEWER_EXTENSIONS
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
@@ -35,8 +36,11 @@ def explained(stored: StoreMetadata, manifest: DatasetManifest, source: ImageSou
 
 
 def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: ImageSource) -> list[str]:
-    if stored.spec.items_root == manifest.root or stored.spec.items != len(manifest):
+    if stored.spec.items_root == manifest.root:
         return []
+    if stored.spec.items != len(manifest):
+        newer = sum(name.lower().endswith(NEWER_EXTENSIONS) for name in manifest.ids)
+        return [f"{newer:,} of the items are AVIF or HEIC files, which are items now and were not"] if newer else []
     try:
         before = stored.manifest()
     except IntegrityError:  # a damaged list of items is verify's to tell

@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,12 @@ from gstds_cache.embedding.job import (
     resolve_store,
 )
 from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.embedding.settle import SIZE_BY, Settled, Settling
 from gstds_cache.embedding.several import DeviceSetup, SeveralDevices
 from gstds_cache.embedding.shard import Clock, EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
+from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import ChunkCorruptError
 from gstds_cache.files.digest import digest_of
 from gstds_cache.files.location import Location, LocationLike
@@ -103,13 +107,19 @@ def embed_dataset(
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
     decode_by(encoder, config.decoder, device)
-    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
+    settling = Settling(encoder, config, source)
+    name = partial(_default_name, source, encoder, manifest, config)
+    if where is None and root is not None:
+        where = _store_by_name(root, settling, name)
+    stored = None if where is None else find_store(Location.parse(where, "`cache`").absolute())
+    settled = _settle(settling, stored, reuse)
+    config = settled.config
+    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
         assert root is not None
-        where = root / _default_name(source, encoder, manifest, config)
+        where = root / name(encoder.spec.preprocessing)
     location = Location.parse(where, "`cache`").absolute()
-    stored = find_store(location)
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
     with _workers_ahead(job, stored) as workers:
@@ -125,7 +135,8 @@ def embed_dataset(
         attributes = {
             "kind": manifest.kind,
             "classes": list(manifest.classes),
-            "provenance": provenance_of(source.uri, config, job.devices),
+            "provenance": provenance_of(source.uri, config, job.devices)
+            | ({SIZE_BY: settled.by} if settled.by else {}),
         }
         items = manifest.to_arrow()
         with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
@@ -169,9 +180,11 @@ def estimate_dataset(
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
     decode_by(encoder, config.decoder, device)
     try_decoder(encoder, device)
-    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None))
     location = None if where is None else Location.parse(where)
     stored = None if location is None else find_store(location)
+    settled = _settle(Settling(encoder, config, source), stored)
+    config = settled.config
+    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
     # The part of a data set whose files are not hashed has about as many items.
     items = stored.spec.items if stored is not None and getattr(source, "estimated", False) else len(source)
     spec = resolve_spec(job, items, "" if stored is None else stored.spec.items_root, stored)
@@ -181,6 +194,35 @@ def estimate_dataset(
     check_determinism(job, spec)
     folder = location or (None if root is None else Location(root))
     return _estimate(job, spec, folder, _committed_rows(stored))
+
+
+def _settle(settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = ()) -> Settled:
+    """Settle what the user left open: as the store does, else as the first of ``reuse`` does, else by the images."""
+    others = [] if stored is not None else [find_store(Location.parse(where, "`reuse`")) for where in reuse]
+    for known in (stored, *others):
+        settled = None if known is None else settling.as_stored(known.spec.encoder)
+        if settled is not None:
+            return settled
+    return settling.by_images()
+
+
+def _store_by_name(root: Path, settling: Settling, name: Callable[[Preprocessing], str]) -> Path | None:
+    """The store that the same command made before, whatever was settled then: a complete one, else one begun; or None.
+
+    One that was made with a size somebody named is only taken where that is the model's own.
+    """
+    begun, own = None, None
+    for way in settling.ways():
+        own = own or way
+        path = root / name(way)
+        stored = find_store(Location(path))
+        if stored is None or (way.crop != own.crop and stored.provenance.get(SIZE_BY) != "images"):
+            continue
+        with suppress(ChunkCorruptError):
+            if stored.complete() is not None:
+                return path
+        begun = begun or path
+    return begun
 
 
 @contextmanager
@@ -236,6 +278,7 @@ def _estimate(job: EmbedJob, spec: CacheSpec, location: Location | None, committ
         shard_rows=spec.shard_rows,
         known_rows=known,
         disk_free=None if location is None else open_transport(location).free_bytes(),
+        looks_at=job.looks_at,
     )
 
 
@@ -274,6 +317,7 @@ def _report(
         shares={name: round(share, 4) if worked else 0.0 for name, share in clock.shares().items()},
         notes=(*job.source.notes, *label_notes(job.source.labels, len(job.source.classes)), *job.encoder.notes),
         estimate=estimate,
+        looks_at=job.looks_at,
     )
 
 
@@ -321,9 +365,16 @@ def _several_devices(job: EmbedJob, spec: CacheSpec, workers: int) -> SeveralDev
     return SeveralDevices(setup, job.devices[1:])
 
 
-def _default_name(source: ImageSource, encoder: Encoder, manifest: DatasetManifest, config: EmbedConfig) -> str:
+def _default_name(
+    source: ImageSource,
+    encoder: Encoder,
+    manifest: DatasetManifest,
+    config: EmbedConfig,
+    preprocessing: Preprocessing,
+) -> str:
     # Batch size and shard size are left out, so that the same command finds its store on a CPU and on a GPU.
-    identity = digest_of([manifest.root, encoder.spec.to_dict(), config.dtype])[:12]
+    spec = replace(encoder.spec, preprocessing=preprocessing)
+    identity = digest_of([manifest.root, spec.to_dict(), config.dtype])[:12]
     words = [
         re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-") for word in (source.kind, encoder.spec.model.split(":")[-1])
     ]

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import portable_error
 from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder
+from gstds_cache.embedding.settle import prepare_as_stored
 from gstds_cache.embedding.shard import Clock, EmbedTask, Known
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
@@ -332,6 +333,7 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
 def _same_encoder(setup: DeviceSetup, device: torch.device) -> Encoder:
     encoder = open_encoder(setup.model, allow_untrained=setup.allow_untrained)
     decode_by(encoder, setup.decoder, device)
+    prepare_as_stored(encoder, setup.spec.encoder)
     if encoder.spec.to_dict() != setup.spec.encoder:
         raise EncoderError(
             f"{setup.model}: in the process for {device} it is another model: {encoder.spec.to_dict()}, expected "

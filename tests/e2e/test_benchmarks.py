@@ -36,6 +36,12 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
     if path.stem == "bench_growth":
         for case in ("default", "anew"):
             assert result["cases"][case]["by_rows"]["600"]["ms_per_batch"]["median"] > 0
+    if path.stem == "bench_decode":
+        assert result["embedding"]["fingerprints_differ"]
+        assert result["embedding"]["cosine"]["min"] > 0.9
+        assert result["to_pixels"]["gap 2"]["cosine_min"] > 0.9
+    if path.stem == "bench_size":
+        assert set(result["by_dataset"]["digits"]["sizes"]) == {"32", "48"}
     if path.stem == "bench_embed":
         assert result["embed_over_limit"]["median"] > 0
     if path.stem == "bench_embed_gpu":
