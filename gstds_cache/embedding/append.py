@@ -29,6 +29,7 @@ from gstds_cache.embedding.estimate import disk_bytes, require_disk
 from gstds_cache.embedding.job import EmbedJob
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.run import fill, provenance_of
+from gstds_cache.embedding.settle import prepare_as_stored
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, UsageError
@@ -180,6 +181,7 @@ def append_dataset(
         encoder = open_encoder(config.model, allow_untrained=True)
         device = resolve_devices(config.device)[0]
         decode_by(encoder, config.decoder, device)
+        prepare_as_stored(encoder, store.spec.encoder)
         _require_same_encoder(store, encoder)
         part, spec, kept = _part_of(store, old, manifest, source, new)
         job = EmbedJob(part, config, device, encoder, notify)
