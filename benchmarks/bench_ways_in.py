@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ WAYS: dict[str, Callable[[Path, Sequence[Item]], str]] = {
     "hf, saved to disk": lambda folder, items: hugging_face(folder, items, save=True),
 }
 """Each writes the items, in order, into an empty folder, and names the data set."""
+if find_spec("datasets") is None:  # the extra hf
+    WAYS = {name: write for name, write in WAYS.items() if name not in {"parquet by datasets", "hf, saved to disk"}}
 
 
 def some_of(folder: Path, count: int) -> list[Item]:
