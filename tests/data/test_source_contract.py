@@ -193,5 +193,5 @@ def test_no_object_is_kept_for_an_item(kind, tmp_path, monkeypatch) -> None:
         assert len(manifest) == count
         kept.append(sys.getallocatedblocks() - before)
         del source, manifest
-    # Any Python object a row would be 500 blocks more; a group of six rows may have a few numbers.
-    assert kept[2] - kept[1] < 250
+    # A Python object a row would be 500 blocks more; of the groups of six rows some are kept, with three blocks each.
+    assert kept[2] - kept[1] < 400
