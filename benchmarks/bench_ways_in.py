@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ WAYS: dict[str, Callable[[Path, Sequence[Item]], str]] = {
     "hf, saved to disk": lambda folder, items: hugging_face(folder, items, save=True),
 }
 """Each writes the items, in order, into an empty folder, and names the data set."""
+if find_spec("datasets") is None:  # the extra hf
+    WAYS = {name: write for name, write in WAYS.items() if name not in {"parquet by datasets", "hf, saved to disk"}}
 
 
 def some_of(folder: Path, count: int) -> list[Item]:
@@ -248,8 +251,9 @@ def main() -> None:
         for number, folder in enumerate(folders):
             place = Path(work) / str(number)
             place.mkdir()
-            results[folder.name] = race(some_of(folder, arguments.images), place, arguments.trials)
-            print(json.dumps({folder.name: results[folder.name]}), file=sys.stderr)
+            name = f"{folder.parent.name}/{folder.name}"
+            results[name] = race(some_of(folder, arguments.images), place, arguments.trials)
+            print(json.dumps({name: results[name]}), file=sys.stderr)
             shutil.rmtree(place)
     report("ways-in", {"index": indexed, "data": results}, arguments)
 

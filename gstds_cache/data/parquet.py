@@ -34,6 +34,8 @@ OPEN_FILES = 16
 """Files that a process has open at a time."""
 KEPT = 2 * LARGE
 """Bytes of images that a process keeps of the groups of rows read last."""
+GROUPS = 64
+"""Groups of rows that it keeps at most, however small."""
 SPOOLS = 2
 """Groups of more than ``LARGE`` bytes that a process keeps in temporary files."""
 
@@ -228,7 +230,7 @@ class TableCells:
             raise OSError(f"a group of rows in {Path(self._paths[int(self._files[group])]).name} is damaged") from error
         array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         self._arrays[group] = array
-        while len(self._arrays) > 1 and sum(map(_bytes, self._arrays.values())) > KEPT:
+        while len(self._arrays) > 1 and (len(self._arrays) > GROUPS or sum(map(_bytes, self._arrays.values())) > KEPT):
             self._arrays.popitem(last=False)
         return array
 
