@@ -258,7 +258,9 @@ def test_the_page_in_a_browser_at_a_desk_and_on_a_phone(page, tmp_path) -> None:
         asked = {
             event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
         }
-        asked = {url for url in asked if not url.startswith("chrome:")}  # the empty page that a browser begins with
+        asked = {
+            url for url in asked if not url.startswith(("chrome:", "chrome-untrusted:"))
+        }  # the empty page that a browser begins with
         assert {url.partition(":")[0] for url in asked} == {"file", "data"}
         assert [url for url in asked if url.startswith("file")] == [page.as_uri()]
     finally:
