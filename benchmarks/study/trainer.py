@@ -25,8 +25,10 @@ from benchmarks.study.baselines.batch_method import (
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.stream.schema import Header
 from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
 from gstds_cache.training.loop import Trainer
@@ -52,12 +54,15 @@ class StudyTrainer(Trainer):
         feed: ImageFeed,
         method: BatchMethod | None = None,
         after_epoch: Callable[[nn.Module], None] | None = None,
+        feedback: Callable[[Header], Feedback] | None = None,
     ) -> None:
         """Prepare a run; arguments as for :func:`train_once`."""
         self._given_feed, self._method, self._after_epoch, self.forward_samples = feed, method, after_epoch, 0
         self._waiting: ChosenRows | None = None  # chosen, and not yet in a step
         self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
+        if feedback is not None:
+            self._steps.feedback = feedback(stream.header)
 
     def open_feed(self) -> ImageFeed:
         return self._given_feed
@@ -124,6 +129,7 @@ def train_once(
     feed: ImageFeed,
     method: BatchMethod | None = None,
     after_epoch: Callable[[nn.Module], None] | None = None,
+    feedback: Callable[[Header], Feedback] | None = None,
 ) -> tuple[TrainingResult, int]:
     """One run.
 
@@ -135,6 +141,7 @@ def train_once(
         feed: The training set's pixels, decoded already.
         method: Chooses from each batch before its step; None trains on the batch as it is.
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
+        feedback: Makes what draws the rows of candidates, instead of the library's own.
 
     Returns:
         What was done (``forward_samples`` are for the statistics of batch normalisation), and how many samples had a
@@ -143,5 +150,11 @@ def train_once(
     with open_selection(selection) as stream:
         run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=False)
         with run_dir:
-            trainer = StudyTrainer(source, stream, config, run_dir, feed=feed, method=method, after_epoch=after_epoch)
+            trainer = StudyTrainer(
+                *(source, stream, config, run_dir),
+                feed=feed,
+                method=method,
+                after_epoch=after_epoch,
+                feedback=feedback,
+            )
             return replace(trainer.run(), steps=trainer.steps_taken), trainer.forward_samples
