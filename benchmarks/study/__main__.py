@@ -45,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--methods", default="full,random,default", help="names, comma between; NAME*N for N x the epochs"
     )
     made.add_argument("--ratios", default="0.75", help="filter ratios, comma between")
+    made.add_argument("--lrs", default="", help="learning rates to try; default: each method's own of the setting")
     made.add_argument("--seeds", default="5", help="how many, or FIRST-LAST")
     made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     made.add_argument("--folder", type=Path, default=Path(".study"), help="stores and scores")
@@ -57,16 +58,18 @@ def tasks_of(arguments: argparse.Namespace, setting: str) -> Iterator[Task]:
     """All runs of a setting, methods interleaved seed by seed."""
     first, _, last = arguments.seeds.partition("-")
     seeds = range(int(first), int(last) + 1) if last else range(int(first))
-    usual = load_setting(setting).epochs
+    known = load_setting(setting)
     seen = set()
     for seed in seeds:
         for ratio in map(float, arguments.ratios.split(",")):
             for text in arguments.methods.split(","):
                 name, _, times = text.partition("*")
-                task = Task(setting, name, 0.0 if name == "full" else ratio, round(usual * float(times or 1)), seed)
-                if task not in seen:
-                    seen.add(task)
-                    yield task
+                epochs = round(known.epochs * float(times or 1))
+                for lr in map(float, arguments.lrs.split(",")) if arguments.lrs else (known.lr_of(name),):
+                    task = Task(setting, name, 0.0 if name == "full" else ratio, epochs, seed, lr)
+                    if task not in seen:
+                        seen.add(task)
+                        yield task
 
 
 def work(task: Task, data: StudyData, scores: Scores, end: Connection) -> None:
@@ -87,8 +90,9 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
     """All runs of one setting; returns how many failed."""
     path = arguments.results / f"{name}.jsonl"
     lines = read_lines(path)
+    usual = load_setting(name).lr  # lines of earlier versions name none
     done = {
-        Task(*(line[k] for k in ("setting", "method", "ratio", "epochs", "seed")))
+        Task(*(line[k] for k in ("setting", "method", "ratio", "epochs", "seed")), line.get("lr", usual))
         for line in lines
         if line["kind"] == "run"
     }
@@ -153,7 +157,7 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
             paid = sum(result["seconds"].values())
             left_s = (time.perf_counter() - begun) / count * (len(left) - count)
             print(
-                f"{name} {task.method} ratio {task.ratio} epochs {task.epochs} seed {task.seed}: "
+                f"{name} {task.method} ratio {task.ratio} epochs {task.epochs} seed {task.seed} lr {task.lr}: "
                 f"{result['test_accuracy']:.2%}, {result['gradient_samples']:,} gradients, {paid:.1f} s; "
                 f"{count}/{len(left)}, {left_s / 60:.0f} min left",
                 flush=True,

@@ -56,6 +56,7 @@ class Task:
         ratio: Share of each batch, or of the data set, that is left out.
         epochs: Epochs; more than the setting's where a method is given a larger budget.
         seed: Seed of selection, initial weights and augmentation.
+        lr: Peak learning rate.
     """
 
     setting: str
@@ -63,6 +64,7 @@ class Task:
     ratio: float
     epochs: int
     seed: int
+    lr: float
 
 
 def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
         cpu["select"] = time.process_time() - cpu_begun - sum(cpu.values())
         chooser = _chooser(task, method, data, scores)
-        config = replace(data.setting.train_config(task.seed), importance_weights=method.importance_weights)
+        config = replace(data.setting.train_config(task.seed), lr=task.lr, importance_weights=method.importance_weights)
         curve: list[float] = []
         last: list[nn.Module] = []
 
@@ -117,6 +119,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "ratio": task.ratio,
             "epochs": task.epochs,
             "seed": task.seed,
+            "lr": task.lr,
             "test_accuracy": round(data.accuracy(last[0]), 6),
             "curve": curve,
             "gradient_samples": report.gradient_samples,

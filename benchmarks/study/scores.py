@@ -127,7 +127,7 @@ class Scores:
             rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed
         )
         # Scores are read after an epoch, before statistics would be re-estimated; those here are of all rows anyway.
-        config = replace(setting.train_config(1000 + seed), norm_samples=0)
+        config = replace(setting.train_config(1000 + seed), lr=setting.lr_of("full"), norm_samples=0)
         with tempfile.TemporaryDirectory(prefix="study-") as name:
             list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
             train_once(

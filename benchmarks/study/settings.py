@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Setting:
             that all runs of a setting take steps of one size.
         arch: The network.
         lr: Peak learning rate.
+        lrs: Another one for some methods, by name: each has the best of the same rates, tried on validation data.
         image_size: Side of the images in pixels.
         momentum: SGD momentum.
         weight_decay: SGD weight decay.
@@ -54,6 +55,7 @@ class Setting:
     same_images_as: str = ""
     knn: int = 10
     norm_samples: int = TrainConfig.norm_samples
+    lrs: dict[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -64,8 +66,12 @@ class Setting:
         """Rows of a batch before the share ``ratio`` is removed, for steps of :attr:`step` samples."""
         return round(self.step / (1 - ratio))
 
+    def lr_of(self, method: str) -> float:
+        """Peak learning rate of a method."""
+        return self.lrs.get(method, self.lr)
+
     def train_config(self, seed: int, *, arch: str = "") -> TrainConfig:
-        """How a run trains."""
+        """How a run trains, but for the method's own learning rate."""
         return TrainConfig(
             arch=arch or self.arch,
             seed=seed,

@@ -80,9 +80,9 @@ def test_tasks_are_interleaved_seed_by_seed_and_full_runs_once() -> None:
     tasks = list(tasks_of(arguments, "glyphs"))
     assert [task.seed for task in tasks] == [3] * 5 + [4] * 5
     assert tasks[:3] == [
-        Task("glyphs", "full", 0.0, 8, 3),
-        Task("glyphs", "random", 0.5, 8, 3),
-        Task("glyphs", "random", 0.5, 16, 3),
+        Task("glyphs", "full", 0.0, 8, 3, 0.8),
+        Task("glyphs", "random", 0.5, 8, 3, 0.8),
+        Task("glyphs", "random", 0.5, 16, 3, 0.8),
     ]
 
 
