@@ -146,6 +146,8 @@ def _selection(
 ) -> Path:
     """The selection that is trained on; the time of scores computed here, and of warming up, is put apart."""
     setting = data.setting
+    if method.variant is not None and method.variant.step:
+        setting = replace(setting, batch=4 * method.variant.step)
     path = folder / "selection.arrow"
     if method.kind == "rule":
         full = task.method == "full"

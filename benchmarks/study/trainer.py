@@ -34,6 +34,7 @@ from gstds_cache.training.images import ImageFeed
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.steps import StepReader, remainder_of
 
 
 class StudyTrainer(Trainer):
@@ -62,7 +63,7 @@ class StudyTrainer(Trainer):
         self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
         if feedback is not None:
-            self._steps.feedback = feedback(stream.header)
+            self._steps = StepReader(stream, remainder=remainder_of(stream.header), feedback=feedback)
 
     def open_feed(self) -> ImageFeed:
         return self._given_feed
