@@ -22,6 +22,7 @@ from benchmarks.study.baselines.batch_method import (
     choose_rows,
     weighted_loss,
 )
+from benchmarks.study.variants import VariantFeedback
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
@@ -71,7 +72,7 @@ class StudyTrainer(Trainer):
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
         if self._method is None:
-            return super().batch_loss(batch)
+            return self._with_rest(*super().batch_loss(batch))
         begun = time.perf_counter()
         context = StepContext(batch.epoch, self.stream.header.epochs, self.config.seed, self.step)
         pixels, target = self.pixels(batch), self.targets(batch)
@@ -93,6 +94,17 @@ class StudyTrainer(Trainer):
         loss = weighted_loss(self._method, chosen, self.logits(chosen.pixels))
         self._last_loss = float(loss.detach())
         return loss, len(chosen.rows)
+
+    def _with_rest(self, loss: Float32[Tensor, ""], samples: int) -> tuple[Float32[Tensor, ""], int]:
+        """The mean loss of the drawn rows, and where a variant says so of the others at a lower resolution."""
+        feedback = self._steps.feedback
+        if not isinstance(feedback, VariantFeedback) or not feedback.rest_side:
+            return loss, samples
+        rows = feedback.rest
+        whole = self.augmented(self._feed.pixels(rows)).float()
+        small = nn.functional.adaptive_avg_pool2d(whole, feedback.rest_side).round().to(torch.uint8)
+        others = nn.functional.cross_entropy(self.logits(small), self._labels[torch.from_numpy(rows)], reduction="sum")
+        return (loss * samples + others) / (samples + len(rows)), samples
 
     def _update(self, loss: Float32[Tensor, ""]) -> None:
         if loss.requires_grad:  # else no step is taken

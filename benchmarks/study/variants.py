@@ -15,7 +15,8 @@ from jaxtyping import Float32, Float64, Int16, Int64
 
 from gstds_cache.config import as_type
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.draws import DRAWS, Draw
+from gstds_cache.seeding import rng_for
+from gstds_cache.selection.draws import DRAWS, Draw, draw_rows
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.strata import cells_of
@@ -32,8 +33,8 @@ class Variant:
 
     Attributes:
         form: From last and reference losses to scores: ``subtract`` is max(last - c reference, 0), ``damped`` is
-            last / (1 + exp(steep (reference - 2))), ``ratio`` is last / (c + reference); ``loss`` and ``uniform`` look
-            at no reference.
+            last / (1 + exp(steep (reference - 2))), ``ratio`` is last / (c + reference); ``loss`` looks at no
+            reference, ``uniform`` at nothing.
         c: Factor of the reference loss that is subtracted; what is added to it in a ratio.
         steep: How steeply losses are damped.
         reference: Whose losses are the reference: the probe's, those of neighbours' labels, or a small network's.
@@ -51,6 +52,8 @@ class Variant:
         aged: Whether losses are scaled by the means of the epochs they are from and of the last one.
         unseen: Factor of the scores of rows without a loss.
         step: Samples of a step; 0 for the setting's.
+        rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
+            the weight of a drawn one; 0 leaves them out.
     """
 
     form: Literal["subtract", "damped", "ratio", "loss", "uniform"] = "subtract"
@@ -70,6 +73,7 @@ class Variant:
     aged: bool = False
     unseen: float = 1.0
     step: int = 0
+    rest: int = 0
 
     @property
     def draw(self) -> str:
@@ -103,7 +107,6 @@ def score(
         "damped": lambda: last / (1.0 + np.exp(np.minimum(variant.steep * (reference - 2.0), 60.0))),
         "ratio": lambda: last / (variant.c + reference),
         "loss": lambda: last,
-        "uniform": lambda: np.ones(len(last)),
     }
     return known[variant.form]()
 
@@ -136,7 +139,14 @@ def dense_strata(rows: Float32[np.ndarray, "B D"], count: int) -> Int16[np.ndarr
 
 
 class VariantFeedback(Feedback):
-    """Draws by a variant; in a run of one process that is not resumed."""
+    """Draws by a variant; in a run of one process that is not resumed.
+
+    Attributes:
+        rest: Rows of the last batch that were not drawn.
+        rest_side: Side in pixels at which they are trained on; 0 for not at all.
+    """
+
+    rest: Int64[np.ndarray, " m"]
 
     def __init__(
         self,
@@ -155,7 +165,7 @@ class VariantFeedback(Feedback):
             embeddings: Unit rows, for a dense graph.
         """
         self._variant, self._epochs, self._embeddings = variant, header.epochs, embeddings
-        self._given = reference
+        self._given, self.rest_side = reference, variant.rest
         self._strata: dict[bytes, Int16[np.ndarray, " B"]] = {}
         super().__init__(header)
 
@@ -170,6 +180,7 @@ class VariantFeedback(Feedback):
     def rows_of(self, batch: SelectedBatch) -> Int64[np.ndarray, " M"]:
         offered, rows = batch.candidates, batch.kept
         assert offered is not None
+        assert batch.epoch == self.epoch
         if self._reference is not None:
             offered = replace(offered, reference=self._reference[rows].astype(np.float32))
         if self._embeddings is not None:
@@ -178,10 +189,15 @@ class VariantFeedback(Feedback):
                 self._strata[key] = dense_strata(self._embeddings[np.sort(rows)], self._variant.strata)
             offered = replace(offered, stratum=self._strata[key][np.argsort(np.argsort(rows))])
         seen = np.isfinite(self.losses[rows])
-        factors = np.where(self._lately[rows], self._variant.rotate, 1.0) * np.where(seen, 1.0, self._variant.unseen)
-        prior = offered.prior * factors if self._variant.prior else np.where(seen, 1.0, offered.prior) * factors
-        offered = replace(offered, prior=prior.astype(np.float32))
-        return super().rows_of(replace(batch, candidates=offered))
+        if not self._variant.prior:
+            offered = replace(offered, prior=np.where(seen, np.float32(1), offered.prior))
+        scores = self.draw.scores(offered, self.losses[rows])
+        scores = scores * np.where(self._lately[rows], self._variant.rotate, 1.0)
+        scores = scores * np.where(seen, 1.0, self._variant.unseen)
+        drawn = draw_rows(offered, scores, rng_for(self._seed, "draw", batch.epoch, batch.batch_id))
+        self.rest = np.delete(rows, drawn)
+        chosen: Int64[np.ndarray, " M"] = rows[drawn]
+        return chosen
 
     def end_epoch(self, epoch: int | None = None) -> None:
         reports = [*self._known, *self._collected()]
@@ -208,7 +224,7 @@ class VariantFeedback(Feedback):
 
     def _set_draw(self) -> None:
         variant, done = self._variant, self.epoch / max(self._epochs - 1, 1)
-        if self._epochs - self.epoch <= round(variant.random_end * self._epochs):
+        if variant.form == "uniform" or self._epochs - self.epoch <= round(variant.random_end * self._epochs):
             self.draw = DRAWS["uniform"]
             return
 
@@ -219,7 +235,7 @@ class VariantFeedback(Feedback):
             found = (found / max(found.mean(), 1e-12)) ** variant.power * prior
             return (1 - done) * found + done * found.mean() if variant.decay else found
 
-        self.draw = Draw(variant.form, "a variant", scored, needs_losses=variant.form != "uniform")
+        self.draw = Draw(variant.form, "a variant", scored)
 
 
 def settings_of(variant: Variant) -> dict[str, Any]:
