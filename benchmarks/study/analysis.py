@@ -166,6 +166,37 @@ class Study:
             return None
         return float(np.mean(list(best.values())))
 
+    def gradients_to(self, method: str, ratio: float, target: float) -> tuple[float, int, int] | None:
+        """Gradient samples after which ``method`` is at ``target``, read off between its budgets of epochs.
+
+        A budget is a run to its end, with its own schedule of the learning rate; between two, accuracy is a straight
+        line over log gradient samples.
+
+        Returns:
+            The median over the seeds that got there (NaN if none did), how many did, and seeds in all; None where there
+            are no runs.
+        """
+        found: dict[int, list[tuple[float, float]]] = {}
+        for line in self.runs:
+            if line["method"] == method and (method == "full" or line["ratio"] == ratio):
+                found.setdefault(line["seed"], []).append((line["gradient_samples"], line["test_accuracy"]))
+        if not found:
+            return None
+        reached = []
+        for points in found.values():
+            samples, accuracies = (np.array(values) for values in zip(*sorted(points), strict=True))
+            there = np.flatnonzero(accuracies >= target)
+            if not len(there):
+                continue
+            first = int(there[0])
+            if first == 0:
+                reached.append(float(samples[0]))  # its smallest budget: it may have been there earlier
+                continue
+            low, high = accuracies[first - 1], accuracies[first]
+            share = (target - low) / (high - low)
+            reached.append(float(np.exp(np.interp(share, [0, 1], np.log(samples[first - 1 : first + 1])))))
+        return float(np.median(reached)) if reached else math.nan, len(reached), len(found)
+
     def break_even(self, ratio: float, epochs: int, method: str = "default") -> float | None:
         """Experiments after which embedding and probe have been paid for by what ``method`` saves against ``full``."""
         ours, full = self.of(method, ratio, epochs), self.of("full", ratio, epochs)

@@ -16,11 +16,13 @@ import numpy as np
 from benchmarks.study.analysis import OFTEN, Interval, Line, Study
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
-from benchmarks.study.settings import load_setting
+from benchmarks.study.settings import Setting, load_setting
+from benchmarks.study.tune import best, tried
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
+DRAWN = ("draw:loss-minus-reference", "draw:damped-loss")
 PHASES = ("images", "indices", "step")  # of training
 RIVALS = (
     "random",
@@ -49,11 +51,14 @@ def shown(interval: Interval | None) -> str:
 def study_tables(study: Study, name: str) -> str:
     """All tables of one setting."""
     setting = load_setting(name)
+    if name.endswith("-validation"):
+        return _tuning(study, name)
     parts = [f"### {name}\n\n{setting.about}. {_settings_line(study, name)}"]
     ratios = sorted({line["ratio"] for line in study.runs if line["method"] != "full"})
     parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
     ratio = 0.75
-    parts += [part for part in (_budgets(study, ratio, setting.epochs), _rivals(study, ratio, setting.epochs)) if part]
+    parts += [part for part in (_compute(study), _budgets(study, ratio, setting.epochs)) if part]
+    parts += [part for part in (_rivals(study, ours, ratio, setting.epochs) for ours in ("default", *DRAWN)) if part]
     return "\n\n".join(parts)
 
 
@@ -62,8 +67,55 @@ def _settings_line(study: Study, name: str) -> str:
     run = study.runs[0]
     return (
         f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
-        f"learning rate {setting.lr}. {len(study.runs)} runs, {run['cpu']}, {run['jobs']} at a time, one thread each."
+        f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, {run['cpu']}, {run['jobs']} at a "
+        "time, one thread each."
     )
+
+
+def _rates(lrs: dict[str, float]) -> str:
+    return f" ({', '.join(f'{name} {rate:g}' for name, rate in lrs.items())})" if lrs else ""
+
+
+def _tuning(study: Study, name: str) -> str:
+    """Learning rates that were tried on validation data."""
+    setting, searched = load_setting(name), tried(study.runs, load_setting(name).epochs)
+    rates = sorted({rate for found in searched.values() for rate in found})
+    rows = [
+        [method, *(f"{100 * searched[method][rate]:.2f}" for rate in rates), f"{best(searched[method]):g}"]
+        for method in sorted(searched)
+    ]
+    text = f"### {name}\n\n{setting.about}."
+    if rows:
+        text += f" Learning rates tried, {setting.epochs} epochs, accuracy in % on validation data:\n\n"
+        text += table(("method", *(f"{rate:g}" for rate in rates), "taken"), rows)
+    return text
+
+
+def _compute(study: Study) -> str:
+    """Gradient samples to the accuracy of training on everything at its best budget."""
+    budgets = {line["epochs"] for line in study.runs if line["method"] == "full"}
+    if not budgets or len({line["epochs"] for line in study.runs}) < 2:
+        return ""
+    means = {e: np.mean([line["test_accuracy"] for line in study.of("full", 0.0, e).values()]) for e in budgets}
+    most = max(means, key=lambda e: (means[e], -e))
+    target = float(means[most])
+    spent = float(np.mean([line["gradient_samples"] for line in study.of("full", 0.0, most).values()]))
+    rows = []
+    for method, ratio in sorted({(line["method"], line["ratio"]) for line in study.runs if line["method"] != "full"}):
+        found = study.gradients_to(method, ratio, target)
+        if found is None:
+            continue
+        samples, reached, seeds = found
+        if seeds < 3:
+            continue
+        largest = max(line["gradient_samples"] for line in study.runs if line["method"] == method)
+        share = f"{samples / spent:.2f}" if reached else f"not at {largest / spent:.2f}"
+        rows.append([method, f"{ratio:g}", f"{reached} of {seeds}", share])
+    text = (
+        f"Gradient samples until the accuracy of everything at its best budget ({100 * target:.2f} %, {most} epochs), "
+        "as a share of those of everything; median of the seeds that got there:\n\n"
+    )
+    return text + table(("method", "ratio", "seeds that got there", "share of the gradient samples"), rows)
 
 
 def _main_table(study: Study, ratio: float, epochs: int) -> str:
@@ -150,18 +202,19 @@ def _budgets(study: Study, ratio: float, epochs: int) -> str:
     return text
 
 
-def _rivals(study: Study, ratio: float, epochs: int) -> str:
-    """What the default reaches in the seconds of each rival."""
+def _rivals(study: Study, ours: str, ratio: float, epochs: int) -> str:
+    """What ``ours`` reaches in the seconds of each rival."""
     rows = []
     for rival in RIVALS:
-        there = study.at_equal_clock(rival, "default", ratio, epochs) if study.of("default", ratio, epochs) else None
+        there = study.at_equal_clock(rival, ours, ratio, epochs) if study.of(ours, ratio, epochs) else None
         if there is not None:
             turned = Interval(-there.mean, -there.high, -there.low, there.seeds, there.beyond)
             rows.append([rival, str(turned), turned.verdict])
     if not rows:
         return ""
-    text = "The default given each rival's seconds (its own several budgets, the cache there), minus the rival:\n\n"
-    return text + table(("rival", "default minus rival", "verdict"), rows)
+    name = "The default" if ours == "default" else f"`{ours}`"
+    text = f"{name} given each rival's seconds (its own several budgets, the cache there), minus the rival:\n\n"
+    return text + table(("rival", f"{ours} minus rival", "verdict"), rows)
 
 
 def hours(studies: Sequence[Study]) -> str:
@@ -178,11 +231,21 @@ def hours(studies: Sequence[Study]) -> str:
 
 
 def _lines_of(path: Path) -> list[Line]:
-    """A setting's lines; one that shares its images with another shares the cost of embedding them."""
+    """A setting's lines; one that shares its images with another shares the cost of embedding them.
+
+    Runs with another learning rate than the method's own are left out: they were made before it was tuned.
+    """
+    setting = load_setting(path.stem)
     lines = read_lines(path)
-    sibling = load_setting(path.stem).same_images_as
+    if not path.stem.endswith("-validation"):
+        lines = [one for one in lines if one["kind"] != "run" or _at_its_rate(one, setting)]
+    sibling = setting.same_images_as
     shared = read_lines(path.with_stem(sibling)) if sibling else []
     return lines + [line for line in shared if line["kind"] == "embedding"]
+
+
+def _at_its_rate(line: Line, setting: Setting) -> bool:
+    return bool(line.get("lr", setting.lr) == setting.lr_of(line["method"]))
 
 
 def render(results: Path = RESULTS) -> str:

@@ -22,6 +22,7 @@ from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
 from benchmarks.study.runs import Task  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
 from benchmarks.study.tables import BEGIN, DOCUMENT, END, placed, render  # noqa: E402
+from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
 
@@ -128,6 +129,30 @@ def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     curved = line("random", 0, 0.9, 8, curve=[0.1, 0.95, 0.2, 0.3])
     assert Study((curved,)).seconds_to("random", 0.75, 0.9) == pytest.approx(4)
     assert Study((curved,)).seconds_to("random", 0.75, 0.96, OFTEN) is None
+
+
+def test_gradient_samples_to_an_accuracy_are_read_between_budgets() -> None:
+    runs = [
+        line("random", 0, 0.90, 1, gradient_samples=100),
+        line("random", 0, 0.94, 1, epochs=32, gradient_samples=400),
+        line("random", 1, 0.91, 1, gradient_samples=100),
+    ]
+    samples, reached, seeds = Study(tuple(runs)).gradients_to("random", 0.75, 0.92)
+    assert (samples, reached, seeds) == (pytest.approx(200), 1, 2)  # half way in log samples
+    assert math.isnan(Study(tuple(runs)).gradients_to("random", 0.75, 0.95)[0])
+    assert Study(tuple(runs)).gradients_to("default", 0.75, 0.95) is None
+
+
+def test_each_method_gets_the_best_of_the_same_learning_rates() -> None:
+    runs = [
+        line(method, seed, accuracy, 1, lr=lr)
+        for seed in (0, 1)
+        for method, lr, accuracy in (("a", 0.1, 0.5), ("a", 0.2, 0.6), ("b", 0.1, 0.7), ("b", 0.2, 0.7))
+    ]
+    found = tried([*runs, line("a", 0, 0.9, 1, lr=0.8, epochs=4), line("c", 0, 0.9, 1, lr=0.1)], 8)
+    assert {method: best(rates) for method, rates in found.items()} == {"a": 0.2, "b": 0.1}
+    with pytest.raises(UsageError, match="not the same learning rates"):
+        tried(runs[:-1], 8)
 
 
 def test_glyphs_come_from_whole_families_and_variants_differ_in_what_they_say() -> None:
