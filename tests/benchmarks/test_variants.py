@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study import references  # noqa: E402
+from benchmarks.study import references, variants  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
 from benchmarks.study.variants import (  # noqa: E402
     Variant,
@@ -124,10 +124,17 @@ def test_dense_strata_part_what_is_far_apart() -> None:
     strata = dense_strata(rows, 2)
     assert len(set(strata[:8])) == len(set(strata[8:])) == 1
     assert strata[0] != strata[8]
-    shuffled = rng.permutation(16)
-    again = VariantFeedback(offered.header(), Variant(graph="dense", strata=2), embeddings=rows)
-    assert again.rows_of is not None
-    assert len(set(dense_strata(rows[shuffled], 2)[np.argsort(shuffled)][:8])) == 1
+
+
+def test_dense_strata_take_the_place_of_the_streams(monkeypatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(offered.ITEMS, 4)).astype(np.float32)
+    feedback = VariantFeedback(offered.header(), Variant(graph="dense", strata=2), embeddings=rows)
+    given = []
+    monkeypatch.setattr(variants, "draw_rows", lambda offered, *_: given.append(offered) or np.arange(offered.keep))
+    batch = offered.batch(0)
+    feedback.rows_of(batch)
+    order = np.argsort(batch.kept)
+    np.testing.assert_array_equal(given[0].stratum[order], dense_strata(rows[batch.kept[order]], 2))
 
 
 def test_neighbours_judge_a_row_by_the_labels_around_it() -> None:
@@ -143,14 +150,14 @@ def test_neighbours_judge_a_row_by_the_labels_around_it() -> None:
 
 def test_a_proxy_judges_rows_that_it_did_not_learn_from() -> None:
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 256)
+    labels = rng.integers(0, 2, 128)
     pixels = torch.from_numpy(
-        rng.integers(0, 100, (256, 3, 16, 16), dtype=np.uint8) + 100 * labels[:, None, None, None].astype(np.uint8)
+        rng.integers(0, 100, (128, 3, 16, 16), dtype=np.uint8) + 100 * labels[:, None, None, None].astype(np.uint8)
     )
     losses = references.proxy_losses(pixels, labels, "conv3", 0.05)
-    half = rng_for(0, "proxy").permutation(256)[:128]
+    half = rng_for(0, "proxy").permutation(128)[:64]
     wrong = labels.copy()
-    wrong[half[:64]] ^= 1  # the other half's network does not see them
+    wrong[half[:32]] ^= 1  # the other half's network does not see them
     again = references.proxy_losses(pixels, wrong, "conv3", 0.05)
-    np.testing.assert_array_equal(again[half[64:]], losses[half[64:]])
-    assert again[half[:64]].mean() > losses[half[:64]].mean()
+    np.testing.assert_array_equal(again[half[32:]], losses[half[32:]])
+    assert again[half[:32]].mean() > losses[half[:32]].mean()
