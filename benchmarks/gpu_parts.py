@@ -24,7 +24,7 @@ class Part:
 
     Attributes:
         name: Its name in ``--parts`` and in the JSON.
-        command: The program and its words; ``{out}``, ``{seconds}`` and ``{data}`` are filled in.
+        command: The program and its words; ``{out}``, ``{results}``, ``{seconds}`` and ``{data}`` are filled in.
         limit: Seconds it may take.
         least: With fewer seconds left it is not started.
         smoke: Words added for a smoke run.
@@ -51,6 +51,7 @@ class Part:
     def words(self, out: Path, seconds: float, arguments: argparse.Namespace) -> list[str]:
         """The command as it is started."""
         filled = {"{out}": str(out), "{seconds}": f"{seconds - 3:.0f}", "{data}": str(arguments.data)}
+        filled["{results}"] = str(arguments.out)
         words = list(self.command)
         if arguments.smoke:
             words = list(self.instead) or words + list(self.smoke)
@@ -145,6 +146,16 @@ def read_profile(text: str) -> dict[str, Any]:
     return {"launches": launches}
 
 
+def read_study(text: str) -> dict[str, Any]:
+    """How many runs there were, and what did not end well; the lines themselves are in the results' folder."""
+    lines = text.splitlines()
+    return {
+        "runs": len([line for line in lines if " gradients, " in line]),
+        "failed": [line for line in lines if line.endswith(" failed:")],
+        "end": lines[-1:],
+    }
+
+
 EMBED = (sys.executable, "-c", "from gstds_cache.cli.embed_command import main; main()")
 TESTS = (
     sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "-rfEs", "--durations=5",
@@ -162,7 +173,7 @@ ALL = (
          needs=("cifar16.npy",), times_the_cpu=True),
     # What the trainer's selection is made from.
     Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
-                   "timm:tf_efficientnet_lite0?size=96", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
+                   "timm:tf_efficientnet_lite0?size=64", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
          instead=(*EMBED, "digits", "--cache", "{out}.store", "--model", "timm:test_resnet", "--allow-untrained",
                   "--device", "cpu", "--json"), read=read_last_line),
     Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
@@ -174,5 +185,7 @@ ALL = (
     Part("embedding", script("bench_embed_gpu.py"), 100, 50),
     Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "8",
                      *script("gpu_small.py", "--full")), 60, 20, read=read_profile),
+    Part("study", (sys.executable, str(HERE / "gpu_study.py"), "--data", "{data}", "--results", "{results}/study",
+                   "--seconds", "{seconds}"), 300, 60, needs=("cifar10",), read=read_study),
 )  # fmt: skip
 PARTS = {part.name: part for part in ALL}

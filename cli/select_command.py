@@ -43,7 +43,7 @@ Examples:
   gstds-select photos.store --schedule linear:0.5:0.9 --epochs 20 --seed 1
   gstds-select photos.store --out - | gstds-train imagefolder:photos --selection -
   gstds-select photos.store --serve 127.0.0.1:8815   (then: gstds-train ... --selection grpc://127.0.0.1:8815)
-  gstds-select photos.store --draw loss-minus-reference   (gstds-train draws by the losses it has seen)
+  gstds-select photos.store --draw auto   (gstds-train draws by the losses it has seen, where that pays)
   gstds-select photos.store --rule random --schedule constant:0.0 --batch-size 128   (standard training)
 
 The same command again finds the finished selection and computes nothing; after an interrupt it goes on where it
@@ -82,7 +82,8 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     "draw",
     "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, in proportion to: "
     + "; ".join(f"{name}: {text}" for name, text in catalog.DRAWS.items())
-    + "; or module:function. Instead of --rule.",
+    + "; or module:function. auto: what probes on the embeddings learn most from, loss-minus-reference, damped-loss or "
+    "the default rule. Instead of --rule.",
 )
 @setting("strata", "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph.")
 @setting(

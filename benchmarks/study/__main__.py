@@ -4,7 +4,9 @@
     python -m benchmarks.study.tables          # then: the tables of docs/method.md from the result lines
 
 Each run is a process of its own, forked from this one, which holds the decoded images; ``--jobs`` at a time, one
-thread each. Methods are interleaved seed by seed, so that what else the machine does meets them alike.
+thread each. With ``--device cuda`` networks are trained there, by those processes alone: one that is forked from one
+that has used CUDA cannot. Several at a time share the GPU, and their seconds with it. Methods are interleaved seed by
+seed, so that what else the machine does meets them alike.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -48,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--lrs", default="", help="learning rates to try; default: each method's own of the setting")
     made.add_argument("--seeds", default="5", help="how many, or FIRST-LAST")
     made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    made.add_argument("--device", default="cpu", help="where networks are trained")
     made.add_argument("--folder", type=Path, default=Path(".study"), help="stores and scores")
     made.add_argument("--reuse", type=Path, action="append", default=[], help="a store to take embeddings over from")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the result lines")
@@ -72,12 +75,39 @@ def tasks_of(arguments: argparse.Namespace, setting: str) -> Iterator[Task]:
                         yield task
 
 
-def work(task: Task, data: StudyData, scores: Scores, end: Connection) -> None:
-    """In a process of its own: run, and send the line or the error's text."""
+def work(function: Callable[..., Any], arguments: tuple[Any, ...], end: Connection) -> None:
+    """In a process of its own: call, and send what it returns or the error's text."""
     try:
-        end.send(one_run(task, data, scores))
+        end.send(function(*arguments))
     except Exception:
         end.send(traceback.format_exc())
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> tuple[Connection, multiprocessing.process.BaseProcess]:
+    """A forked process that calls ``function``; its answer comes through the connection."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(function, arguments, theirs))
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns, called in a process of its own.
+
+    Raises:
+        RuntimeError: It ended with an error.
+    """
+    ours, process = start(function, *arguments)
+    try:
+        result = ours.recv()
+    except EOFError:
+        result = "the process was killed"
+    process.join()
+    if isinstance(result, str):
+        raise RuntimeError(result)  # noqa: TRY004 - a traceback's text
+    return result
 
 
 def cpu_of_all() -> float:
@@ -100,7 +130,7 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
     print(f"{name}: {len(left)} runs to do, {len(done)} there", flush=True)
     if not left:
         return 0
-    data = StudyData(load_setting(name), arguments.folder)
+    data = StudyData(load_setting(name), arguments.folder, arguments.device)
     cpu_begun = cpu_of_all()
     report = data.embed(arguments.reuse)
     if report.embedded:
@@ -122,21 +152,17 @@ def run_setting(name: str, arguments: argparse.Namespace, stamp: dict[str, Any])
     )
     scores = Scores(data)
     for need in sorted({need for task in left for need in find_method(task.method).needs}):
-        line = scores.prepare(need)
+        line = apart(scores.prepare, need)
         if line:
             append(path, line | stamp)
             print(f"{name}: {need} took {line['seconds']:.1f} s", flush=True)
     failed = 0
-    context = multiprocessing.get_context("fork")
     running: dict[Connection, Job] = {}
     queue = iter(left)
     begun, count = time.perf_counter(), 0
     while True:
         while len(running) < arguments.jobs and (task := next(queue, None)) is not None:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(task, data, scores, theirs))
-            process.start()
-            theirs.close()
+            ours, process = start(one_run, task, data, scores)
             running[ours] = task, process
         if not running:
             return failed
@@ -170,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     limit_threads(1)
     torch.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    stamp = {**environment(), "jobs": arguments.jobs, "host": os.uname().release}
+    stamp = {**apart(environment), "jobs": arguments.jobs, "host": os.uname().release}
+    if arguments.device != "cpu":
+        stamp["device"] = arguments.device
     try:
         return 1 if sum(run_setting(name, arguments, stamp) for name in arguments.settings) else 0
     except GstdsError as error:

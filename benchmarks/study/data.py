@@ -36,10 +36,13 @@ class StudyData:
     Attributes:
         setting: The setting.
         folder: Where stores, scores and results are.
+        device: Where networks are trained and tested. Nothing else is computed there: a process that is forked from
+            one that has used CUDA cannot use it.
     """
 
     setting: Setting
     folder: Path
+    device: str = "cpu"
 
     @cached_property
     def train(self) -> ImageSource:
@@ -71,7 +74,7 @@ class StudyData:
         if self.setting.same_images_as:
             sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
             reuse = [*reuse, *([sibling] if sibling.exists() else [])]
-        config = EmbedConfig(model=self.setting.model)
+        config = EmbedConfig(model=self.setting.model, device="cpu")
         return embed_dataset(self.train, config, where=self.location, reuse=reuse).report
 
     def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:
@@ -99,7 +102,7 @@ class StudyData:
         parts = [rows[start : start + TEST_BATCH] for start in range(0, len(rows), TEST_BATCH)]
         right = 0
         for part, pixels in zip(parts, self.test_feed.batches(parts), strict=True):
-            predicted = network(to_input(pixels)).argmax(1).numpy()
+            predicted = network(to_input(pixels.to(self.device))).argmax(1).cpu().numpy()
             right += int((predicted == self.test.labels[part]).sum())
         return right / len(rows)
 
@@ -108,5 +111,7 @@ class StudyData:
         """Softmax of ``network`` on the training set, all of which has to be decodable: every item needs a score."""
         network.eval()
         parts = np.array_split(np.arange(len(self.train)), max(1, len(self.train) // TEST_BATCH))
-        outputs = [network(to_input(pixels)).softmax(1) for pixels in self.train_feed.batches(parts)]
+        outputs = [
+            network(to_input(pixels.to(self.device))).softmax(1).cpu() for pixels in self.train_feed.batches(parts)
+        ]
         return torch.cat(outputs).numpy()

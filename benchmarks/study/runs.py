@@ -84,7 +84,12 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
         cpu["select"] = time.process_time() - cpu_begun - sum(cpu.values())
         chooser = _chooser(task, method, data, scores)
-        config = replace(data.setting.train_config(task.seed), lr=task.lr, importance_weights=method.importance_weights)
+        config = replace(
+            data.setting.train_config(task.seed),
+            lr=task.lr,
+            importance_weights=method.importance_weights,
+            device=data.device,
+        )
         curve: list[float] = []
         last: list[nn.Module] = []
 
@@ -162,6 +167,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
+            device="cpu",
             batch_assignments=method.batch_assignments,
         )
         selector = BatchSelector(data.store, config)
@@ -182,10 +188,13 @@ def _selection(
             batch_size=min(rows, len(data.train)),
             epochs=task.epochs,
             seed=task.seed,
+            device="cpu",
         )
         list(write_file(BatchSelector(data.store, config), path))
         return path
-    like = header_of(BatchSelector(data.store, SelectConfig(rule="random", batch_size=min(512, len(data.train)))))
+    like = header_of(
+        BatchSelector(data.store, SelectConfig(rule="random", batch_size=min(512, len(data.train)), device="cpu"))
+    )
     begun, cpu_begun = time.perf_counter(), time.process_time()
     per_epoch = (
         rs2(len(data.train), keep, task.epochs, task.seed)

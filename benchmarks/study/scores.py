@@ -92,7 +92,8 @@ class Scores:
         assert columns is not None
         # The default's trial of its guidance is kept beside the store too: its time belongs here.
         setting = self.data.setting
-        _ = BatchSelector(self.data.store, SelectConfig(batch_size=setting.batch, epochs=setting.epochs)).guidance
+        config = SelectConfig(batch_size=setting.batch, epochs=setting.epochs, device="cpu")
+        _ = BatchSelector(self.data.store, config).guidance
         return np.ascontiguousarray(columns["loss"])
 
     def _ask_neighbours(self) -> np.ndarray:
@@ -124,10 +125,12 @@ class Scores:
     ) -> None:
         setting = self.data.setting
         select = SelectConfig(
-            rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed
+            rule="random", schedule="constant:0", batch_size=setting.step, epochs=epochs, seed=1000 + seed, device="cpu"
         )
         # Scores are read after an epoch, before statistics would be re-estimated; those here are of all rows anyway.
-        config = replace(setting.train_config(1000 + seed), lr=setting.lr_of("full"), norm_samples=0)
+        config = replace(
+            setting.train_config(1000 + seed), lr=setting.lr_of("full"), norm_samples=0, device=self.data.device
+        )
         with tempfile.TemporaryDirectory(prefix="study-") as name:
             list(write_file(BatchSelector(self.data.store, select), Path(name) / "s.arrow"))
             train_once(

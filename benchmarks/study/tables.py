@@ -23,6 +23,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 DRAWN = ("draw:loss-minus-reference", "draw:damped-loss")
+WAYS = {"default": "default", "loss-minus-reference": DRAWN[0], "damped-loss": DRAWN[1]}
+"""Of ``gstds-cache advise``, and the methods that are the same."""
+WORTH = "loss-minus-reference"
 PHASES = ("images", "indices", "step")  # of training
 RIVALS = (
     "random",
@@ -217,6 +220,44 @@ def _rivals(study: Study, ours: str, ratio: float, epochs: int) -> str:
     return text + table(("rival", f"{ours} minus rival", "verdict"), rows)
 
 
+def advice_table(studies: dict[str, Study]) -> str:
+    """What probes foretold beside what networks reached, by setting."""
+    rows, right, judged = [], 0, 0
+    for name, study in studies.items():
+        for line in (one for one in study.lines if one["kind"] == "advice"):
+            found = {f["way"]: f for f in line["forecasts"]}
+            networks = {way: study.difference(method, "random", line["ratio"], line["epochs"])
+                        for way, method in WAYS.items()}  # fmt: skip
+            if networks[WORTH] is None or networks[WORTH].seeds < 3:
+                continue
+            advised = line["advised"]
+            agreed = agrees(advised, networks)
+            if agreed is not None:
+                judged, right = judged + 1, right + agreed
+            cells = [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
+            answer = {None: "not told apart", True: "yes", False: "no"}[agreed]
+            rows.append([name, f"{line['ratio']:g}", *cells, advised or "do not select", answer])
+    if not rows:
+        return ""
+    head = ("data set", "ratio", *(f"{way}: probes / networks" for way in WAYS), "advice", "right?")
+    return (
+        "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. The "
+        "advice is right if it names a draw with which networks are ahead, or none where networks are behind or not "
+        f"told apart with all of them: {right} of {judged}.\n\n{table(head, rows)}"
+    )
+
+
+def agrees(advised: str | None, networks: dict[str, Interval | None]) -> bool | None:
+    """Whether networks say what the advice says; None where they say neither."""
+    known = {way: interval for way, interval in networks.items() if interval is not None}
+    if advised is None:
+        return not any(interval.low > 0 for interval in known.values())
+    if advised not in known:
+        return None
+    interval = known[advised]
+    return True if interval.low > 0 else False if interval.high < 0 else None
+
+
 def hours(studies: Sequence[Study]) -> str:
     """Hours of compute behind the lines."""
     paid = sum(sum(line["cpu_seconds"].values()) for study in studies for line in study.runs)
@@ -248,16 +289,22 @@ def _at_its_rate(line: Line, setting: Setting) -> bool:
     return bool(line.get("lr", setting.lr) == setting.lr_of(line["method"]))
 
 
-def render(results: Path = RESULTS) -> str:
-    """The whole text between the markers."""
+def studies_of(results: Path) -> dict[str, Study]:
+    """All settings that have runs."""
     files = sorted(results.glob("*.jsonl"), key=lambda path: (path.stem != "glyphs", path.stem))
     studies = {path.stem: Study(tuple(_lines_of(path))) for path in files}
-    studies = {name: study for name, study in studies.items() if study.runs}
+    return {name: study for name, study in studies.items() if study.runs}
+
+
+def render(results: Path = RESULTS) -> str:
+    """The whole text between the markers."""
+    studies = studies_of(results)
     note = (
         "Differences are in points, paired by seed, with 95 % bootstrap intervals over seeds; a star marks comparisons "
         "in which random's (or the default's) largest budget took less time than the method, and was taken."
     )
-    return "\n\n".join([hours(list(studies.values())), note, *(study_tables(s, name) for name, s in studies.items())])
+    parts = [hours(list(studies.values())), note, advice_table(studies)]
+    return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])
 
 
 def placed(document: str, text: str) -> str:

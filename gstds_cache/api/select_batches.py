@@ -19,10 +19,13 @@ from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
 from gstds_cache.files.location import local_file
+from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.jit import why_not_kept
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress, showing
-from gstds_cache.runtime.threads import limited_threads
+from gstds_cache.runtime.threads import cores, limited_threads
+from gstds_cache.selection.catalog import AUTO_DRAW
+from gstds_cache.selection.draw_choice import choose_draw, without_draw
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.status import Status
@@ -182,6 +185,17 @@ def open_store(
     return store
 
 
+def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify) -> SelectConfig:
+    """``config``, of which a draw ``auto`` is what probes on the store say, or no draw; and ``inform`` told why."""
+    if config.draw != AUTO_DRAW:
+        return config
+    plan, device = BatchSelector(store, without_draw(config)).plan, resolve_device(config.device)
+    share = plan.total_kept / plan.total_rows
+    chosen, why = choose_draw(store, config, share, threads=config.threads or cores(), device=device)
+    inform(f"draw auto: {why}")
+    return chosen
+
+
 @contextmanager
 def _opened(open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None) -> Iterator[_Run]:
     """Open the store and plan the run, with its thread limits, and say what will be done.
@@ -191,7 +205,9 @@ def _opened(open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify:
     """
     begun, logger = time.perf_counter(), logging.getLogger("gstds_cache")
     with limited_threads(config.threads or 0):
-        run = _Run(BatchSelector(open_it(), config), notify or logger.warning, notify or logger.info, begun)
+        opened, inform = open_it(), notify or logger.info
+        config = with_draw_chosen(opened, config, inform)
+        run = _Run(BatchSelector(opened, config), notify or logger.warning, inform, begun)
         run.announce()
         yield run
 

@@ -9,15 +9,16 @@ less, so what it tells of is the sign of a difference, and not its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from gstds_cache.runtime.threads import in_threads
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.selection.linear_probe import Features, FoldProbe, ProbeSettings, Window, rows_to_learn
 from gstds_cache.selection.permutation import Permutation
@@ -28,8 +29,9 @@ ROWS = 1 << 14  # rows that are tried on, at most
 BATCH = 64  # rows of a step
 INTERVAL = 1.96  # standard errors
 FULL, RANDOM, RULE = "full", "random", "default"
-WAYS = (RANDOM, RULE, "loss-minus-reference", "damped-loss")
-"""Ways to draw: at random, by the default rule's weights, and by two draws that look at training losses."""
+USUAL = "damped-loss"  # what is advised unless something else is clearly ahead of it
+WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss")
+"""Ways to draw: all rows, at random, by the default rule's weights, and by two draws that look at training losses."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Forecast:
         accuracy: Share of held-out rows that it predicts rightly.
         over_random: How much more that is than of random rows at the same ratio.
         margin: Half of the 95 % interval of that difference, for these held-out rows (McNemar).
+        over_usual: The same difference from rows drawn by :data:`USUAL`; 0 where that was not tried.
+        usual_margin: Half of its interval.
     """
 
     way: str
@@ -49,6 +53,8 @@ class Forecast:
     accuracy: float
     over_random: float
     margin: float
+    over_usual: float = 0.0
+    usual_margin: float = 0.0
 
     @property
     def helps(self) -> bool:
@@ -56,13 +62,27 @@ class Forecast:
         return self.over_random > self.margin
 
 
+def preferred(found: Iterable[Forecast]) -> Forecast | None:
+    """The way to draw that is advised; None where none is clearly ahead of random rows.
+
+    It is the one that is furthest ahead by its interval's lower end, unless :data:`USUAL` is ahead too and that one is
+    not clearly ahead of it.
+    """
+    ahead = [forecast for forecast in found if forecast.helps]
+    best = max(ahead, key=lambda forecast: forecast.over_random - forecast.margin, default=None)
+    if best is None or best.over_usual > best.usual_margin:
+        return best
+    return next((other for other in ahead if (other.way, other.ratio) == (USUAL, best.ratio)), best)
+
+
 def forecasts(
     store: EmbeddingStore,
-    difficulty: Float32[np.ndarray, " N"],
-    reference: Float32[np.ndarray, " N"],
+    difficulty: Difficulty,
+    reference: Difficulty,
     *,
     ratios: Sequence[float],
     epochs: int,
+    ways: Sequence[str] = WAYS,
     threads: int = 1,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -71,16 +91,17 @@ def forecasts(
 
     Args:
         store: Where embeddings and labels are.
-        difficulty: Of every row, >= 0, float32 [N]: what the default rule draws by.
-        reference: Held-out loss of every row, float32 [N].
+        difficulty: Of every row: what the default rule draws by.
+        reference: Held-out loss of every row.
         ratios: Shares that are left out.
         epochs: Passes over the rows.
+        ways: Ways to draw, ``random`` among them.
         threads: CPU threads; their number changes nothing.
         device: Where the products are computed; the CPU by default.
         progress: Called with probes that are done and probes in all.
 
     Returns:
-        ``full``, then each way at each ratio.
+        Each way at each ratio; ``full``, where it is among the ways, once and first.
     """
     device, settings = device or torch.device("cpu"), ProbeSettings(batch_size=BATCH)
     every = rows_to_learn(store)
@@ -92,7 +113,7 @@ def forecasts(
     half = (rng_for(settings.seed, "advice-halves").permutation(count) % 2).astype(np.int8)
     held = torch.from_numpy(stored)
     window = Window(rows, held, half, y, Features.of(held, device))
-    hard, loss = difficulty[rows].astype(np.float64), reference[rows]
+    hard, loss = difficulty.of(rows), reference.of(rows).astype(np.float32)
 
     def right(job: tuple[int, str, float]) -> Bool[np.ndarray, " n"]:
         """Which rows of one half a probe of the other predicts rightly."""
@@ -113,25 +134,39 @@ def forecasts(
         parts = np.array_split(mine, max(1, len(mine) // 1024))
         return np.concatenate([probe.right(window, part) for part in parts])
 
-    ways = [(FULL, 0.0), *((way, float(ratio)) for ratio in ratios for way in WAYS)]
-    jobs = [(number, way, ratio) for way, ratio in ways for number in (0, 1)]
+    tried = [
+        *([(FULL, 0.0)] if FULL in ways else []),
+        *((way, float(ratio)) for ratio in ratios for way in ways if way != FULL),
+    ]
+    jobs = [(number, way, ratio) for way, ratio in tried for number in (0, 1)]
     found: dict[tuple[int, str, float], Bool[np.ndarray, " n"]] = {}
     done = in_threads(right, jobs, threads if device.type == "cpu" else 1)
     for job, outcome in zip(jobs, done, strict=True):
         found[job] = outcome
         progress(len(found), len(jobs))
-    joined = {(way, ratio): np.concatenate([found[number, way, ratio] for number in (0, 1)]) for way, ratio in ways}
+    joined = {(way, ratio): np.concatenate([found[number, way, ratio] for number in (0, 1)]) for way, ratio in tried}
     return [
-        compared(way, ratio, joined[way, ratio], joined.get((RANDOM, ratio), joined[way, ratio])) for way, ratio in ways
+        compared(way, ratio, right, joined.get((RANDOM, ratio), right), joined.get((USUAL, ratio), right))
+        for (way, ratio), right in joined.items()
     ]
 
 
-def compared(way: str, ratio: float, right: Bool[np.ndarray, " n"], random: Bool[np.ndarray, " n"]) -> Forecast:
-    """The accuracy of one way, and its difference from random draws on the same rows, with McNemar's interval."""
-    gained, lost = int((right & ~random).sum()), int((random & ~right).sum())
-    difference, count = gained - lost, len(right)
-    error = math.sqrt(max(gained + lost - difference**2 / count, 0.0)) / count
-    return Forecast(way, ratio, float(right.mean()), difference / count, INTERVAL * error)
+def compared(
+    way: str,
+    ratio: float,
+    right: Bool[np.ndarray, " n"],
+    random: Bool[np.ndarray, " n"],
+    usual: Bool[np.ndarray, " n"],
+) -> Forecast:
+    """The accuracy of one way, and its differences from random and usual draws, each with McNemar's interval."""
+    return Forecast(way, ratio, float(right.mean()), *difference(right, random), *difference(right, usual))
+
+
+def difference(right: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    """How much more often one is right than another on the same rows, and half of the 95 % interval (McNemar)."""
+    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+    more, count = gained - lost, len(right)
+    return more / count, INTERVAL * math.sqrt(max(gained + lost - more**2 / count, 0.0)) / count
 
 
 def _scores(

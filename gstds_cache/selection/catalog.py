@@ -28,6 +28,9 @@ DRAWS = {
 }
 """What rows of a batch are drawn in proportion to, while training."""
 
+AUTO_DRAW = "auto"
+"""The draw, or the rule, that probes on the embeddings learn most from."""
+
 GUIDANCE = {
     "auto": "uncertainty where rows have labels and a probe learns no worse from rows drawn by it, else none",
     "probe": "held-out loss of a linear probe",

@@ -164,6 +164,10 @@ def find_draw(name: str) -> Draw:
         UsageError: There is none; the message lists what there is. Or one's own gives no scores.
     """  # noqa: DOC501
     if not is_own(name):
+        if name == catalog.AUTO_DRAW:
+            raise UsageError(
+                "`draw='auto'` is settled where a selection is made", hint="name the draw that it settled on"
+            )
         if name not in DRAWS:
             raise unknown_name("draw", name, [*DRAWS, "module:function"])
         return DRAWS[name]

@@ -192,6 +192,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
         - Never reported: rows are drawn by their prior alone, and a note says so. Batches of an epoch that were
           reported in part: an error when the next one begins.
         - A loss that is NaN or infinite leaves its row the one that it had, and a note tells how many.
+        - A selection of kept rows needs no losses, and nothing is done with them: a loop may report whatever it is
+          given, as ``draw="auto"`` may settle on either.
 
         Args:
             losses: The loss of each row, [m], on any device; ``cross_entropy(logits, labels, reduction="none")``.
@@ -199,10 +201,10 @@ class SelectedBatchSampler(Sampler[list[int]]):
                 for its report is another.
 
         Raises:
-            UsageError: The selection has no candidates, or all batches are reported, or the batch has another number of
-                rows, or is another one.
+            UsageError: All batches are reported, or the batch has another number of rows, or is another one.
         """
-        reports = _of_candidates(self._reports, "`losses`")
+        if (reports := self._reports) is None:
+            return
         last = self._steps.position.step >= self._steps.step_of(self._drawn, self._steps.per_epoch[self._drawn])
         reports.report(losses, step, last=last)
 

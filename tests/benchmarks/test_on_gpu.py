@@ -17,12 +17,18 @@ from emulated import WHY_NOT
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(ROOT)]
 
 import gpu_parts  # noqa: E402
+import gpu_study  # noqa: E402
 import on_gpu  # noqa: E402
 from gpu_parts import Part  # noqa: E402
 from gpu_summary import FIGURES, Figure, line, summary  # noqa: E402
+
+from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
+from benchmarks.study.lines import read_lines  # noqa: E402
+from benchmarks.study.methods import find_method  # noqa: E402
+from benchmarks.study.settings import names  # noqa: E402
 
 WRITES = "import json, sys; json.dump({'n': 1}, open(sys.argv[1], 'w'))"
 FAILS = f"{WRITES}; print('about to fail'); raise SystemExit('no such thing')"
@@ -194,6 +200,32 @@ def test_what_other_programs_print_is_read() -> None:
         "Compute (SM) Throughput, %": 61.2,
         "Registers Per Thread": 64.0,
         "Elapsed Cycles, cycle": 1234567.0,
+    }
+
+
+def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
+    for module, setting, *words in gpu_study.commands(seeds=10):
+        if module == "benchmarks.study":
+            assert len({task.lr for task in tasks_of(parse([setting, *words]), setting)}) == 3 or "--lrs" not in words
+            assert all(find_method(task.method) for task in tasks_of(parse([setting, *words]), setting))
+        else:
+            assert module == "benchmarks.study.tune"
+            assert {setting, *words[1:]} <= set(names())
+
+
+@pytest.mark.faults
+def test_the_study_is_a_part(tmp_path) -> None:
+    """On the CPU, its smallest setting: two methods with two learning rates each, lines beside the results."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "on_gpu.py"), "--smoke", "--out", str(tmp_path / "out"), "--parts", "study",
+         "--data", str(tmp_path)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert parts_of(tmp_path)["study"]["result"]["runs"] == 4
+    lines = read_lines(tmp_path / "out" / "study" / "glyphs-smoke.jsonl")
+    assert {(line["method"], line["lr"]) for line in lines if line["kind"] == "run"} == {
+        (method, lr) for method in ("random", "draw:damped-loss") for lr in (0.1, 0.2)
     }
 
 

@@ -14,6 +14,7 @@ from forked import Forks
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.analysis import OFTEN, Study, bootstrap  # noqa: E402
@@ -227,3 +228,17 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> 
     assert read_lines(path) == lines
     text = render(tmp_path / "results")
     assert "| el2n | 1 |" in text
+
+
+def test_the_demo_says_what_to_expect_of_so_few_images(tmp_path) -> None:
+    def runs(accuracy: float, seconds: float) -> list[dict]:
+        return [{"test_accuracy": accuracy, "seconds": {"total": seconds, "eval": 1.0}}]
+
+    lines = [("everything", runs(0, 9), runs(0.98, 12)), ("random", [], []), ("selected", runs(0, 2), runs(0.965, 4))]
+    few = demo.what_to_expect(lines, tmp_path)
+    assert "Selecting took 2.0 s and saved 8.0 s of training; it cost 1.50 points." in few
+    for method, accuracy in (("random", 0.6), ("draw:loss-minus-reference", 0.65)):
+        append(tmp_path / "cifar10.jsonl", line(method, 0, accuracy, 1))
+    text = demo.what_to_expect(lines, tmp_path)
+    assert text.startswith(few)
+    assert "drawn by training losses reached 65.0 %, a random quarter 60.0 %" in text

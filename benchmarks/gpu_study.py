@@ -1,0 +1,86 @@
+"""CIFAR-10 on a GPU: every method of the study, each with its best of three learning rates. A part of ``on_gpu.py``.
+
+    python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 6]
+
+``conv7`` for 16 epochs, rates first (on a fifth of the training set, held out), then seeds on the test set at ratios
+0.75 and 0.5, then ResNet-18 for 30 epochs with fewer methods. A line for each run is in the folder of results as it
+ends; called again, runs that are there are not made again. At home the lines go into ``benchmarks/study/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DRAWS = "draw:loss-minus-reference,draw:damped-loss"
+RIVALS = "infobatch,seta,orderdp,jest,rho-loss,selective-backprop"
+RATES = "0.1,0.2,0.4"
+
+
+def times(methods: str, budget: int) -> str:
+    """The same methods with so many times the epochs."""
+    return ",".join(f"{method}*{budget}" for method in methods.split(","))
+
+
+def commands(seeds: int) -> list[list[str]]:
+    """The study's commands, the most important first."""
+    tuned = f"random,{DRAWS},default,full,{RIVALS}"
+    return [
+        ["benchmarks.study", "cifar10-conv7-validation", "--methods", tuned, "--lrs", RATES, "--seeds", "1"],
+        ["benchmarks.study.tune", "cifar10-conv7-validation", "--into", "cifar10-conv7"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", tuned, "--seeds", "3"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", times(f"random,{DRAWS}", 2), "--seeds", "3"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", f"random,{DRAWS},infobatch,seta,orderdp", "--ratios", "0.5",
+         "--seeds", "3"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", f"{times(f'random,{DRAWS}', 4)},full*2",
+         "--seeds", "3"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", f"{tuned},random*2", "--seeds", str(seeds)],
+        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"random,{DRAWS},full,infobatch,seta,orderdp",
+         "--seeds", "3"],
+    ]  # fmt: skip
+
+
+def main() -> int:
+    """Run what is left, until the time is up.
+
+    Returns:
+        The first exit code that is not 0; 0 where time ran out.
+    """
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, default=Path(".data"), help="holds cifar10/, and maybe cifar10.store")
+    made.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu/study"))
+    made.add_argument("--seconds", type=float, default=300.0)
+    made.add_argument("--seeds", type=int, default=10)
+    made.add_argument("--jobs", type=int, default=6)
+    made.add_argument("--device", default="cuda")
+    made.add_argument("--smoke", action="store_true", help="letters, two methods, on the CPU")
+    arguments = made.parse_args()
+    until, todo = time.monotonic() + arguments.seconds, commands(arguments.seeds)
+    shared = ["--results", str(arguments.results.resolve())]
+    study = ["--folder", str((arguments.data / "study").resolve()), "--jobs", str(arguments.jobs)]
+    if arguments.smoke:
+        arguments.device, todo = "cpu", [["benchmarks.study", "glyphs-smoke", "--methods", "random,draw:damped-loss",
+                                          "--lrs", "0.1,0.2", "--seeds", "1"]]  # fmt: skip
+    elif (arguments.data / "cifar10.store").exists():
+        study += ["--reuse", str((arguments.data / "cifar10.store").resolve())]
+    environment = os.environ | {"DATA": str(arguments.data.resolve())}
+    for words in todo:
+        more = shared + ([*study, "--device", arguments.device] if words[0] == "benchmarks.study" else [])
+        try:
+            done = subprocess.run([sys.executable, "-m", *words, *more], cwd=ROOT, env=environment, check=False,
+                                  timeout=max(0.0, until - time.monotonic()))  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {arguments.seconds:.0f} s in: {' '.join(words)}", flush=True)
+            return 0
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

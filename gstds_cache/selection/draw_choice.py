@@ -1,0 +1,112 @@
+"""Which draw suits a data set and a run: probes on the embeddings try them out before a network relies on one.
+
+Which of two draws is better differs between data sets: rows that are hard for the reference model are worth learning
+on clean data, and are mislabelled on others. So ``draw="auto"`` asks the probes of
+:mod:`gstds_cache.selection.advice`, at the run's own ratio and number of epochs, and takes what is furthest ahead of
+random rows. Where nothing is clearly ahead, rows are kept by the default rule, whose guidance has a trial of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gstds_cache.config import STRATA, SelectConfig
+from gstds_cache.data.label_counts import LabelCounts
+from gstds_cache.files.atomic import atomic_write
+from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
+from gstds_cache.files.digest import canonical_json, digest_of
+from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts, preferred
+from gstds_cache.selection.difficulty import Difficulty
+from gstds_cache.selection.guidance import load_or_make_guidance
+from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
+from gstds_cache.store.reader import EmbeddingStore
+
+TRIED = (RULE, "loss-minus-reference", "damped-loss")
+DRAWN = 1 << 16  # rows that a probe learns from in all its epochs, about: longer runs are tried as shorter ones
+
+
+def choose_draw(
+    store: EmbeddingStore, config: SelectConfig, share: float, *, threads: int, device: torch.device
+) -> tuple[SelectConfig, str]:
+    """``config`` with a draw in the place of ``auto``, or with none where the default rule is to keep rows.
+
+    Args:
+        store: Where embeddings and labels are.
+        config: A configuration whose draw is ``auto``.
+        share: Share of the rows that stays, over the whole run.
+        threads: CPU threads; their number changes nothing.
+        device: Where the probes' products are computed.
+
+    Returns:
+        The configuration, and what was found, in a sentence.
+    """
+    labels = LabelCounts.of(store.labels)
+    if labels.different < 2 or labels.one_each:
+        return without_draw(
+            config
+        ), f"{store.location} has no labels that a probe could learn; rows are kept by the rule"
+    probe, share = key_of(store, GuidanceSpec("probe")), round(share, 2)
+    if share == 1:
+        return without_draw(config), "nothing is left out, so there is nothing to draw"
+    epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
+    digest = digest_of({"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS})
+    records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
+    found = _recorded(records, digest)
+    if found is None:
+        found = _try_out(store, probe, share, epochs, threads, device)
+        facts = {"digest": digest, "draws": {f.way: list(astuple(f))[2:] for f in found}}
+        keep(lambda path: _write(path, canonical_json(facts)), records)  # where that fails each run tries
+    taken = preferred(found)
+    best = taken or max(found, key=lambda forecast: forecast.over_random)
+    random = best.accuracy - best.over_random
+    shares = f"a probe that learns from rows drawn so is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
+    if taken is None:
+        return without_draw(
+            config
+        ), f"no draw is clearly ahead of random rows ({best.way}: {shares}); the rule keeps rows"
+    if best.way == RULE:
+        return without_draw(config), f"the rule keeps rows: {shares}, and no draw does better"
+    return replace(config, draw=best.way), f"{best.way}: {shares}"
+
+
+def without_draw(config: SelectConfig) -> SelectConfig:
+    """The same run with rows kept by the rule."""
+    return replace(config, draw=None, strata=STRATA)
+
+
+def _try_out(
+    store: EmbeddingStore, probe: GuidanceKey, share: float, epochs: int, threads: int, device: torch.device
+) -> list[Forecast]:
+    columns = load_or_make_guidance(store, probe, threads=threads, device=device).columns
+    assert columns is not None
+    found = forecasts(
+        store,
+        Difficulty(columns["entropy"]),
+        Difficulty(columns["loss"]),
+        ratios=(1 - share,),
+        epochs=epochs,
+        ways=(RANDOM, *TRIED),
+        threads=threads,
+        device=device,
+    )
+    return [forecast for forecast in found if forecast.way in TRIED]
+
+
+def _recorded(records: list[Path], digest: str) -> list[Forecast] | None:
+    for record in records:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
+            facts: dict[str, Any] = json.loads(record.read_bytes())
+            if facts["digest"] == digest:
+                return [Forecast(way, 0.0, *map(float, facts["draws"][way])) for way in TRIED]
+    return None
+
+
+def _write(path: Path, text: bytes) -> None:
+    with atomic_write(path, durable=False) as file:
+        file.write(text)
