@@ -34,8 +34,8 @@ def key_of(line: dict[str, Any]) -> str:
     """A line's method as a variant, with its strata: ``draw:loss^32`` is ``form=loss+strata=32``."""
     if line["kind"] == "screen":
         return _sorted({*line["variant"].split("+"), "strata=1"})
-    name, _, strata = line["method"].removeprefix(PREFIX).partition("^")
-    name, _, guidance = name.partition("/")
+    name, _, guidance = line["method"].removeprefix(PREFIX).partition("/")
+    name, _, strata = name.partition("^")
     given = {"strata": strata, "guidance": guidance}
     return _sorted({*OWN.get(name, name).split("+"), *(f"{key}={value}" for key, value in given.items() if value)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study import references, variants  # noqa: E402
+from benchmarks.study import references, variant_tables, variants  # noqa: E402
+from benchmarks.study.lines import append  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
+from benchmarks.study.screen import Screen  # noqa: E402
+from benchmarks.study.settings import load_setting  # noqa: E402
+from benchmarks.study.tables import DOCUMENT  # noqa: E402
 from benchmarks.study.variants import (  # noqa: E402
     Variant,
     VariantFeedback,
@@ -161,3 +166,49 @@ def test_a_proxy_judges_rows_that_it_did_not_learn_from() -> None:
     again = references.proxy_losses(pixels, wrong, "conv3", 0.05)
     np.testing.assert_array_equal(again[half[32:]], losses[half[32:]])
     assert again[half[:32]].mean() > losses[half[:32]].mean()
+
+
+def test_the_screen_trains_on_what_a_variant_draws_and_learns() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 2, 512))
+    screen = object.__new__(Screen)
+    screen.setting, screen.lr = replace(load_setting("glyphs-smoke"), epochs=4, batch=64), 0.1
+    screen.labels = screen.test_labels = labels
+    shades = (60 + 120 * labels).to(torch.uint8)[:, None, None, None]
+    screen.train = screen.test = shades.expand(512, 3, 8, 8) + torch.from_numpy(
+        rng.integers(0, 40, (512, 3, 8, 8), dtype=np.uint8)
+    )
+    screen.references = {"probe": rng.gamma(1.0, 0.1, 512).astype(np.float32)}
+    screen.priors = {"none": np.ones(512), "uncertainty": rng.uniform(0.5, 1.0, 512)}
+    found = screen.accuracy(Variant(), 0)
+    assert found > 0.9
+    assert screen.accuracy(Variant(), 0) == found
+
+
+def test_lines_of_the_study_and_of_the_screen_are_named_alike(tmp_path) -> None:
+    def line(method: str, seed: int, accuracy: float) -> dict:
+        return {"kind": "run", "method": method, "ratio": 0.75, "lr": 0.8, "seed": seed, "test_accuracy": accuracy}
+
+    names = {
+        "random": "form=uniform+strata=1",
+        "draw:loss^32": "form=loss+strata=32",
+        "draw:loss-minus-reference": "form=subtract",
+        "draw:loss-minus-reference^1/none": "guidance=none+strata=1",
+        "variant:strata=1+power=2": "power=2+strata=1",
+    }
+    assert {method: variant_tables.key_of(line(method, 0, 0.5)) for method in names} == names
+    assert variant_tables.key_of({"kind": "screen", "variant": "form=subtract"}) == "strata=1"
+    for seed, gain in enumerate((0.01, 0.03)):
+        append(tmp_path / "cifar10-validation.jsonl", line("draw:loss-minus-reference^1", seed, 0.5))
+        append(tmp_path / "cifar10-validation.jsonl", line("variant:strata=1+power=2", seed, 0.5 + gain))
+    text = variant_tables.render(tmp_path)
+    assert "| `power=2+strata=1` | 52.00 (+2.00 ± 1.00), 2 |" in text
+    assert "| `strata=1` | 50.00, 2 |" in text
+    assert "| `rest=16` |  |" in text
+
+
+def test_the_document_has_the_table_of_the_lines() -> None:
+    text = DOCUMENT.read_text()
+    assert variant_tables.placed(text, variant_tables.render()) == text, (
+        "run: python -m benchmarks.study.variant_tables"
+    )
