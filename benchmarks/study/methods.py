@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.study.variants import PREFIX, Variant, parse_variant, settings_of
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.draws import find_draw
@@ -34,6 +35,7 @@ class Method:
         draw: For ``rule``: rows are not kept by a rule but drawn so, by the losses that training reports.
         strata: For ``draw``: spectral strata.
         importance_weights: For ``draw``: whether losses are weighted.
+        variant: For ``draw``: what is drawn in proportion to, where it is none of the library's.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Method:
     draw: str | None = None
     strata: int = SelectConfig.strata
     importance_weights: bool = False
+    variant: Variant | None = None
 
 
 BASELINES = {
@@ -74,7 +77,8 @@ BASELINES = {
 def find_method(name: str) -> Method:
     """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
-    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]`` draws by training losses.
+    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]`` draws by training losses, ``variant:KEY=VALUE[+...]`` by a
+    variant that was tried (``variants.py``).
 
     Raises:
         UsageError: There is no such baseline or rule.
@@ -83,6 +87,9 @@ def find_method(name: str) -> Method:
         return BASELINES[name]
     if name.startswith("draw:"):
         return _drawing(name)
+    if name.startswith(PREFIX):
+        variant = parse_variant(name.removeprefix(PREFIX))
+        return Method(name, "rule", rule=SelectConfig.rule, variant=variant, **settings_of(variant))
     rest, _, batch_assignments = name.partition("%")
     before, _, schedule = rest.partition("@")
     rule_name, _, guidance = before.partition("/")

@@ -6,7 +6,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,13 @@ from benchmarks.study.data import CURVE_ITEMS, StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
 from benchmarks.study.trainer import reestimated, train_once
+from benchmarks.study.variants import VariantFeedback
 from gstds_cache.config import SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.run import BatchSelector
+from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import header_of, write_file
+from gstds_cache.training.feedback import Feedback
 
 K_CENTRE_DIMS = 64
 CURVES = ("full", "random", "default")  # methods tested after each epoch too, outside of the clock
@@ -105,6 +110,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             feed=data.train_feed,
             method=chooser,
             after_epoch=after_epoch,
+            feedback=_feedback(method, data, scores),
         )
         cpu["train"] = time.process_time() - cpu_begun - testing
         phases = {k: v for k, v in report.seconds.items() if k not in {"load", "eval", "total"}}
@@ -145,6 +151,8 @@ def _selection(
 ) -> Path:
     """The selection that is trained on; the time of scores computed here, and of warming up, is put apart."""
     setting = data.setting
+    if method.variant is not None and method.variant.step:
+        setting = replace(setting, batch=4 * method.variant.step)
     path = folder / "selection.arrow"
     if method.kind == "rule":
         full = task.method == "full"
@@ -234,6 +242,17 @@ def _chooser(task: Task, method: Method, data: StudyData, scores: Scores) -> Bat
         return ProxyMask(-np.log(np.maximum(right, 1e-7)), task.ratio)
     reference = scores.reference()
     return RhoLoss(reference, task.ratio) if task.method == "rho-loss" else Jest(reference, task.ratio)
+
+
+def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Header], Feedback] | None:
+    """What draws a variant's rows; None for every other method."""
+    variant = method.variant
+    if variant is None:
+        return None
+    own = variant.reference != "probe" or variant.calibrate != "none"
+    reference = scores.reference(variant.reference) if own else None
+    embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
+    return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings)
 
 
 def line_of(result: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks.study.baselines.batch_method import BatchMethod
 from benchmarks.study.baselines.forgetting import ForgettingCounter
 from benchmarks.study.data import StudyData
+from benchmarks.study.references import neighbours_losses, proxy_losses
 from benchmarks.study.trainer import train_once
 from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
@@ -53,9 +54,9 @@ class Scores:
         """Forgetting counts of one whole training run on everything."""
         return np.asarray(np.load(self._path("forgetting")))
 
-    def reference(self) -> Float32[np.ndarray, " N"]:
-        """Held-out losses of the cross-fitted probe."""
-        return np.asarray(np.load(self._path("probe")))
+    def reference(self, whose: str = "probe") -> Float32[np.ndarray, " N"]:
+        """Held-out losses of the cross-fitted probe, or of another reference (``references.py``)."""
+        return np.asarray(np.load(self._path(whose)))
 
     def prepare(self, need: str) -> dict[str, Any] | None:
         """Compute what is needed; returns a result line, or None where it is there."""
@@ -67,6 +68,8 @@ class Scores:
             "early": self._train_early,
             "forgetting": self._count_forgetting,
             "probe": self._fit_probe,
+            "neighbours": self._ask_neighbours,
+            "proxy": self._train_proxy,
         }[need]
         begun, cpu_begun = time.perf_counter(), time.process_time()
         values = make()
@@ -92,6 +95,13 @@ class Scores:
         config = SelectConfig(batch_size=setting.batch, epochs=setting.epochs, device="cpu")
         _ = BatchSelector(self.data.store, config).guidance
         return np.ascontiguousarray(columns["loss"])
+
+    def _ask_neighbours(self) -> np.ndarray:
+        return neighbours_losses(self.data.normalized_embeddings(), self.data.train.labels)
+
+    def _train_proxy(self) -> np.ndarray:
+        pixels = self.data.train_feed.pixels(np.arange(len(self.data.train)))
+        return proxy_losses(pixels, self.data.train.labels, self.data.setting.arch, self.data.setting.lr)
 
     def _train_early(self) -> np.ndarray:
         parts = []

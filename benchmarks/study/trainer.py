@@ -22,16 +22,20 @@ from benchmarks.study.baselines.batch_method import (
     choose_rows,
     weighted_loss,
 )
+from benchmarks.study.variants import VariantFeedback
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.stream.schema import Header
 from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.steps import StepReader, remainder_of
 
 
 class StudyTrainer(Trainer):
@@ -52,12 +56,15 @@ class StudyTrainer(Trainer):
         feed: ImageFeed,
         method: BatchMethod | None = None,
         after_epoch: Callable[[nn.Module], None] | None = None,
+        feedback: Callable[[Header], Feedback] | None = None,
     ) -> None:
         """Prepare a run; arguments as for :func:`train_once`."""
         self._given_feed, self._method, self._after_epoch, self.forward_samples = feed, method, after_epoch, 0
         self._waiting: ChosenRows | None = None  # chosen, and not yet in a step
         self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
+        if feedback is not None:
+            self._steps = StepReader(stream, remainder=remainder_of(stream.header), feedback=feedback)
 
     def open_feed(self) -> ImageFeed:
         return self._given_feed
@@ -65,7 +72,7 @@ class StudyTrainer(Trainer):
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
         if self._method is None:
-            return super().batch_loss(batch)
+            return self._with_rest(*super().batch_loss(batch))
         begun = time.perf_counter()
         context = StepContext(batch.epoch, self.stream.header.epochs, self.config.seed, self.step)
         pixels, target = self.pixels(batch), self.targets(batch)
@@ -87,6 +94,17 @@ class StudyTrainer(Trainer):
         loss = weighted_loss(self._method, chosen, self.logits(chosen.pixels))
         self._last_loss = float(loss.detach())
         return loss, len(chosen.rows)
+
+    def _with_rest(self, loss: Float32[Tensor, ""], samples: int) -> tuple[Float32[Tensor, ""], int]:
+        """The mean loss of the drawn rows, and where a variant says so of the others at a lower resolution."""
+        feedback = self._steps.feedback
+        if not isinstance(feedback, VariantFeedback) or not feedback.rest_side:
+            return loss, samples
+        rows = feedback.rest
+        whole = self.augmented(self._feed.pixels(rows)).float()
+        small = nn.functional.adaptive_avg_pool2d(whole, feedback.rest_side).round().to(torch.uint8)
+        others = nn.functional.cross_entropy(self.logits(small), self._labels[torch.from_numpy(rows)], reduction="sum")
+        return (loss * samples + others) / (samples + len(rows)), samples
 
     def _update(self, loss: Float32[Tensor, ""]) -> None:
         if loss.requires_grad:  # else no step is taken
@@ -124,6 +142,7 @@ def train_once(
     feed: ImageFeed,
     method: BatchMethod | None = None,
     after_epoch: Callable[[nn.Module], None] | None = None,
+    feedback: Callable[[Header], Feedback] | None = None,
 ) -> tuple[TrainingResult, int]:
     """One run.
 
@@ -135,6 +154,7 @@ def train_once(
         feed: The training set's pixels, decoded already.
         method: Chooses from each batch before its step; None trains on the batch as it is.
         after_epoch: Called with the network after each epoch; its time counts as ``eval``.
+        feedback: Makes what draws the rows of candidates, instead of the library's own.
 
     Returns:
         What was done (``forward_samples`` are for the statistics of batch normalisation), and how many samples had a
@@ -143,5 +163,11 @@ def train_once(
     with open_selection(selection) as stream:
         run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=False)
         with run_dir:
-            trainer = StudyTrainer(source, stream, config, run_dir, feed=feed, method=method, after_epoch=after_epoch)
+            trainer = StudyTrainer(
+                *(source, stream, config, run_dir),
+                feed=feed,
+                method=method,
+                after_epoch=after_epoch,
+                feedback=feedback,
+            )
             return replace(trainer.run(), steps=trainer.steps_taken), trainer.forward_samples

@@ -1,0 +1,107 @@
+"""The table of variants of the draw, from its result lines into docs/method.md, between markers.
+
+python -m benchmarks.study.variant_tables            # write it
+python -m benchmarks.study.variant_tables --check    # exit code 1 if the document says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.lines import RESULTS, read_lines
+from benchmarks.study.screen import VARIANTS
+from benchmarks.study.tables import DOCUMENT, table
+from benchmarks.study.variants import PREFIX
+
+BEGIN, END = "<!-- variants:begin (python -m benchmarks.study.variant_tables) -->", "<!-- variants:end -->"
+FOLDER = RESULTS / "variants"
+SETTING = "cifar10-validation"
+PLAIN = "form=subtract"
+MORE = {f"{form}strata={count}" for form in ("", "form=uniform+") for count in (1, 32, 128)}
+MORE |= {PLAIN, "form=uniform", "graph=dense", "form=uniform+graph=dense", "guidance=uncertainty", "rest=16"}
+MORE |= {"form=uniform+step=16+strata=1", "step=16"}
+OWN = {"random": "form=uniform+strata=1", "draw:uniform": "form=uniform", "draw:loss": "form=loss"}
+OWN |= {"draw:loss-minus-reference": PLAIN, "draw:damped-loss": "form=damped"}
+Cell = dict[int, float]  # seed: accuracy in %
+
+
+def key_of(line: dict[str, Any]) -> str:
+    """A line's method as a variant, with its strata: ``draw:loss^32`` is ``form=loss+strata=32``."""
+    if line["kind"] == "screen":
+        return _sorted({*line["variant"].split("+"), "strata=1"})
+    name, _, guidance = line["method"].removeprefix(PREFIX).partition("/")
+    name, _, strata = name.partition("^")
+    given = {"strata": strata, "guidance": guidance}
+    return _sorted({*OWN.get(name, name).split("+"), *(f"{key}={value}" for key, value in given.items() if value)})
+
+
+def _sorted(parts: set[str]) -> str:
+    return "+".join(sorted(parts - {PLAIN, "strata=8", ""})) or PLAIN
+
+
+def cells(results: Path = FOLDER) -> dict[tuple[str, float], dict[str, Cell]]:
+    """Accuracies at r = 0.75, by file and learning rate, then by variant and seed."""
+    found: dict[tuple[str, float], dict[str, Cell]] = {}
+    for path in sorted(results.glob(f"{SETTING}*.jsonl")):
+        for line in read_lines(path):
+            if line["kind"] == "screen" or (line["kind"] == "run" and line["ratio"] == 0.75):
+                column = found.setdefault((path.stem, line["lr"]), {})
+                column.setdefault(key_of(line), {})[line["seed"]] = 100 * line["test_accuracy"]
+    return found
+
+
+def shown(cell: Cell | None, baseline: Cell | None) -> str:
+    """Mean, its difference from the baseline's on the same seeds with a standard error, and the seeds."""
+    if not cell:
+        return ""
+    text = f"{np.mean(list(cell.values())):.2f}"
+    both = sorted(cell.keys() & (baseline or {}).keys())
+    if baseline is not None and both and cell is not baseline:
+        differences = [cell[seed] - baseline[seed] for seed in both]
+        error = f" ± {np.std(differences, ddof=1) / len(both) ** 0.5:.2f}" if len(both) > 1 else ""
+        text += f" ({np.mean(differences):+.2f}{error})"
+    return f"{text}, {len(cell)}"
+
+
+def render(results: Path = FOLDER) -> str:
+    """The text between the markers."""
+    found = cells(results)
+    columns = sorted(found)
+    rows = []
+    asked = {_sorted({*name.split("+"), "strata=1"}) for name in VARIANTS} | MORE
+    for name in sorted(asked.union(*found.values())):
+        row = [f"`{name}`"]
+        for column in columns:
+            one = "strata=1" if "strata=1" in name.split("+") and "strata=1" in found[column] else PLAIN
+            row.append(shown(found[column].get(name), found[column].get(one)))
+        rows.append(row)
+    return table(["variant", *(f"{stem}, rate {lr:g}" for stem, lr in columns)], rows)
+
+
+def placed(document: str, text: str) -> str:
+    """``document`` with ``text`` between its markers."""
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--check", action="store_true")
+    arguments = made.parse_args()
+    old = DOCUMENT.read_text()
+    new = placed(old, render())
+    if arguments.check:
+        if new != old:
+            print(f"{DOCUMENT} does not say what the lines say: run it without --check", file=sys.stderr)
+        return int(new != old)
+    DOCUMENT.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
