@@ -59,7 +59,7 @@ def test_killed_and_begun_again(named, start, command, tiny_model, tmp_path) -> 
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(running.pid, signal.SIGKILL)
-    running.wait(60)
+    running.communicate(60)  # or its pipes stay open
     (tmp_path / "hold").unlink()
     command("gstds-embed", named, *words)
     assert objects_of(tmp_path / "x.store") == objects_of(tmp_path / "whole.store")
