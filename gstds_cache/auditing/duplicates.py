@@ -14,6 +14,8 @@ from gstds_cache.selection.difficulty import PIECE
 from gstds_cache.selection.unit_rows import UnitRows
 
 EXAMPLES = 6
+AT_ONCE = 1024  # rows of a large group that are compared at once
+ROUNDING = 1e-6  # of a cosine: equal rows may be 0.9999999 alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,9 @@ def pairs_above(
     return Pairs(one, other, cosine, same)
 
 
-def group_rows(pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.ndarray, "N 32"]) -> Groups:
+def group_rows(
+    pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.ndarray, "N 32"], threshold: float
+) -> Groups:
     """Groups of rows that pairs, or the same bytes, connect.
 
     Items of the same bytes are found by their hashes as well: of more than ``k`` of them not all are a row's nearest.
@@ -121,6 +125,7 @@ def group_rows(pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.nd
         found: Nearest rows of all rows.
         rows: The rows.
         hashes: SHA-256 of the store's items.
+        threshold: The threshold.
 
     Returns:
         The groups.
@@ -141,7 +146,14 @@ def group_rows(pairs: Pairs, found: Nearest, rows: UnitRows, hashes: UInt8[np.nd
     first = np.diff(group, prepend=-1) > 0
     cosine = found.similarity[rows.rows.below(row), 0]
     same = np.isin(row, np.concatenate([same_one, same_other]))
-    return Groups(row, group, cosine, same, first, _stay((graph + graph.T).tocsr())[order])
+    keep = _stay((graph + graph.T).tocsr())[order]
+    begins = np.flatnonzero(first)
+    ends = np.append(begins[1:], len(row))[: len(begins)]
+    # A row has more near-duplicates than were looked for only in groups of more rows: there, all are compared.
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        if end - begin > found.k:
+            keep[begin:end] = _stay_of_all(rows, rows.rows.below(row[begin:end]), threshold)
+    return Groups(row, group, cosine, same, first, keep)
 
 
 def _stay(graph: csr_array) -> Bool[np.ndarray, " R"]:
@@ -151,6 +163,22 @@ def _stay(graph: csr_array) -> Bool[np.ndarray, " R"]:
         if stay[row]:
             near = graph.indices[begin:end]
             stay[near[near > row]] = False
+    return stay
+
+
+def _stay_of_all(rows: UnitRows, members: Int64[np.ndarray, " m"], threshold: float) -> Bool[np.ndarray, " m"]:
+    """Which rows of a group stay, as :func:`_stay` says, by the cosines of all of them."""
+    stay, kept = np.zeros(len(members), bool), np.empty((0, rows.dim), np.float32)
+    for first in range(0, len(members), AT_ONCE):
+        block = rows.at(members[first : first + AT_ONCE])
+        near = threshold - ROUNDING
+        free = (block @ kept.T < near).all(axis=1)
+        among = block @ block.T >= near
+        for place in range(len(block)):
+            if free[place]:
+                stay[first + place] = True
+                free[place + 1 :] &= ~among[place, place + 1 :]
+        kept = np.concatenate([kept, block[stay[first : first + len(block)]]])
     return stay
 
 

@@ -123,7 +123,12 @@ def audit_store(
     pairs = pairs_above(found, rows, rows, config.threshold, (hashes, hashes))
     mean = _means(found)
     findings = Findings(
-        rows, found, pairs, group_rows(pairs, found, rows, hashes), mean, np.lexsort((np.arange(len(mean)), mean))
+        rows,
+        found,
+        pairs,
+        group_rows(pairs, found, rows, hashes, config.threshold),
+        mean,
+        np.lexsort((np.arange(len(mean)), mean)),
     )
     findings.examples = around(found, rows, rows, config.threshold, pairs)
     if other is not None:

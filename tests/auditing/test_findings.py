@@ -44,14 +44,14 @@ def test_groups_are_what_pairs_connect(tmp_path) -> None:
     found = find_nearest(store, store, 4, device=CPU, exact_rows=100)
     pairs = pairs_above(found, store, store, 0.99, (hashes, hashes))
     assert {(int(a), int(b)) for a, b in zip(pairs.one, pairs.other, strict=True)} == {(2, 5), (5, 9), (2, 9), (7, 11)}
-    groups = group_rows(pairs, found, store, hashes)
+    groups = group_rows(pairs, found, store, hashes, 0.99)
     assert groups.row.tolist() == [2, 5, 9, 0, 10, 7, 11]
     assert groups.group.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert groups.same_bytes.tolist() == [False, False, False, True, True, False, False]
     assert (groups.count, groups.spare) == (3, 4)
     assert groups.keep.tolist() == [True, False, False, True, False, True, False]
     chain = pairs_above(found, store, store, 0.9985, (hashes, hashes))  # 2 - 5 - 9, but not 2 - 9
-    apart = group_rows(chain, found, store, hashes)
+    apart = group_rows(chain, found, store, hashes, 0.9985)
     assert dict(zip(apart.row.tolist(), apart.keep.tolist(), strict=True)) == {
         2: True, 5: False, 9: True, 0: True, 10: False, 7: True, 11: False,
     }  # fmt: skip
@@ -71,6 +71,19 @@ def test_all_rows_equal_and_no_duplicate_at_all(tmp_path) -> None:
     np.testing.assert_allclose(apart.mean, 0, atol=1e-6)
     with pytest.raises(UsageError, match="1 rows have an embedding, an audit compares two"):
         look(vector_store(tmp_path / "one", np.eye(3), bad=(0, 2)))
+
+
+def test_what_stays_of_a_large_group_is_compared_with_all_of_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gstds_cache.auditing.duplicates.AT_ONCE", 64)
+    rows = np.random.default_rng(0).normal(size=(500, 3))
+    findings = look(vector_store(tmp_path / "s", rows), knn=5, threshold=0.95)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    stay = findings.groups.row[findings.groups.keep]
+    goes = findings.groups.row[~findings.groups.keep]
+    assert len(goes) > 400
+    among = unit[stay] @ unit[stay].T - 2 * np.eye(len(stay))
+    assert among.max() < 0.95
+    assert (unit[goes] @ unit[stay].T).max(axis=1).min() >= 0.9499
 
 
 def test_hidden_rows_are_not_looked_at(tmp_path) -> None:
