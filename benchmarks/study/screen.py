@@ -1,4 +1,4 @@
-"""Variants of the draw compared on images of 8 pixels, in a bare loop: some 3 core seconds a run.
+"""Variants of the draw compared on images of 8 pixels, in a bare loop: some 5 core seconds a run.
 
     python -m benchmarks.study.screen --seeds 0-3 --folder .study
 
