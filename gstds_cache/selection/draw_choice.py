@@ -27,6 +27,7 @@ from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
 from gstds_cache.store.reader import EmbeddingStore
 
+ALGORITHM = 1  # raised by whoever changes how draws are tried, so that no outcome kept is believed for another trial
 TRIED = (RULE, "loss-minus-reference", "damped-loss")
 DRAWN = 1 << 16  # rows that a probe learns from in all its epochs, about: longer runs are tried as shorter ones
 
@@ -55,7 +56,8 @@ def choose_draw(
     if share == 1:
         return without_draw(config), "nothing is left out, so there is nothing to draw"
     epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
-    digest = digest_of({"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS})
+    tried = {"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS}
+    digest = digest_of({"algorithm": ALGORITHM, **tried})
     records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     found = _recorded(records, digest)
     if found is None:
