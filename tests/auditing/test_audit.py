@@ -56,7 +56,7 @@ def work(tmp_path_factory) -> tuple[Path, AuditReport]:
         f"imagefolder:{folder / 'train'}", cache=folder / "train2.store", model=MODEL, batch_size=8, shard_rows=16,
         workers=0, device="cpu", progress=False,
     )  # fmt: skip
-    done = audit(train, against=test, out=folder / "out", threshold=0.999, shown=6, **QUICK)
+    done = audit(train, against=test, out=folder / "out", threshold=0.999, shown=6, folds=2, **QUICK)
     return folder, done
 
 
@@ -170,7 +170,7 @@ def test_the_command(tmp_path) -> None:
         return CliRunner().invoke(main, ["audit", str(tmp_path / "s"), "--threads", "1", "--out",
                                          str(tmp_path / "out"), *words])  # fmt: skip
 
-    done = run("--no-page", "--json", "--flipped", "0")
+    done = run("--no-page", "--json", "--flipped", "0", "--folds", "2")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["labelled"], found["flip_test"]) == (60, None)
