@@ -244,7 +244,8 @@ def advice_table(studies: dict[str, Study]) -> str:
         "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
         f"with none of them. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
-        f"a draw named and networks not told apart from random {answers.count('not told apart')}.\n\n{table(head, rows)}"
+        f"a draw named and networks not told apart from random {answers.count('not told apart')}."
+        f"\n\n{table(head, rows)}"
     )
 
 
