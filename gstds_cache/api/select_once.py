@@ -24,6 +24,7 @@ from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.core_set import choose_core_set
 from gstds_cache.selection.floors import class_name
+from gstds_cache.selection.rows import rows_left_out
 from gstds_cache.selection.unit_rows import UnitRows
 from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
@@ -178,6 +179,7 @@ def _summary(
     found: bool,
     seconds: float,
 ) -> SelectionSummary:
+    taking_part = np.delete(store.labels, rows_left_out(store))
     kept, counts = np.unique(np.asarray(store.labels)[rows], return_counts=True)
     return SelectionSummary(
         out=str(path),
@@ -194,7 +196,7 @@ def _summary(
         kept=0 if found else header.total_kept,
         samples_per_second=0.0 if found else round(of / max(seconds, 1e-9), 1),
         classes={
-            class_name(label, store.classes): {"seen": int((np.asarray(store.labels) == label).sum()), "kept": count}
+            class_name(label, store.classes): {"seen": int((taking_part == label).sum()), "kept": count}
             for label, count in zip(kept.tolist(), counts.tolist(), strict=True)
             if label >= 0 and len(kept) <= MOST_CLASSES
         },
