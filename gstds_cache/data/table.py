@@ -92,7 +92,7 @@ class TableSource:
             if about_us(error):
                 raise
             if error.errno == errno.EFBIG:
-                raise UndecodableError(error.strerror) from None
+                raise UndecodableError(str(error.strerror)) from None
             raise UndecodableError(f"unreadable: {error.strerror or str(error) or type(error).__name__}") from None
         if data is None:
             raise UndecodableError("no image: the cell is empty")
