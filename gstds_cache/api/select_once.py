@@ -6,10 +6,10 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from gstds_cache.api.select_batches import open_store
 from gstds_cache.api.selection import Selection, SelectionSummary
@@ -23,8 +23,8 @@ from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.selection.core_set import choose_core_set
+from gstds_cache.selection.difficulty import PIECE
 from gstds_cache.selection.floors import class_name
-from gstds_cache.selection.rows import rows_left_out
 from gstds_cache.selection.unit_rows import UnitRows
 from gstds_cache.store.access import Kind
 from gstds_cache.store.reader import EmbeddingStore
@@ -92,8 +92,17 @@ def select_once(
     found = stored_header(path) == header
     if not found and path.exists() and not force and out is not None:
         raise UsageError(f"`out` {path}: the file holds something else", hint="give another name, or `force=True`")
-    if listed.exists() and not force and ids is not None:
-        raise UsageError(f"`ids` {listed}: the file exists", hint="give another name, or `force=True`")
+    if listed.resolve() == path.resolve():
+        raise UsageError(
+            f"`out` {path}: the list of ids has the same name",
+            hint="give `out` another ending, such as .arrow, or `ids`",
+        )
+    # A default file is named by the selection's digest, and nobody's but ours.
+    taken = listed.exists() and not force and not (out is None and ids is None)
+    if taken and not (found and _is_list_of(listed, opened, _rows_of(path))):
+        raise UsageError(
+            f"`ids` {listed}: the file exists and holds something else", hint="give another name, or `force=True`"
+        )
     with limited_threads(config.threads), showing(progress, "rows") as show:
         if found:
             chosen = _rows_of(path)
@@ -105,7 +114,8 @@ def select_once(
                 batches = core_set_batches(chosen, len(unit_rows), header, stored.taken_over)
                 for group in grouped(batches):
                     stored.write(*group)
-    _write_ids(listed, opened, chosen)
+    with atomic_write(listed, durable=True) as lines:
+        _write_ids(lines, listed, opened, chosen)
     seconds = time.perf_counter() - begun
     if not found:
         where = str(opened.location.path or opened.location)
@@ -143,31 +153,35 @@ def _rows_of(path: Path) -> Int64[np.ndarray, " n"]:
         return np.sort(np.concatenate([batch.kept for batch in stream if batch.epoch == 0]))
 
 
-def _write_ids(file: Path, store: EmbeddingStore, rows: Int64[np.ndarray, " n"]) -> None:
-    """Write the ids of some rows, in the store's order.
+def _write_ids(out: Any, file: Path, store: EmbeddingStore, rows: Int64[np.ndarray, " n"]) -> None:
+    """Write the ids of some rows to ``out``, in the store's order, as the ending of ``file`` says.
 
     Raises:
         UsageError: An id holds a line break, and the file is ``.txt``.
     """
     names, labels, classes = store.manifest().ids, store.labels, store.classes
-    with atomic_write(file, durable=True) as out:
-        text = io.TextIOWrapper(out, "utf-8", errors="surrogateescape", newline="")
-        writer = csv.writer(text, lineterminator="\n")
+    text = io.TextIOWrapper(out, "utf-8", errors="surrogateescape", newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    if file.suffix == ".csv":
+        writer.writerow(["id", "row", "label", "class"])
+    for row in rows.tolist():
+        name, label = names[row], int(labels[row])
         if file.suffix == ".csv":
-            writer.writerow(["id", "row", "label", "class"])
-        for row in rows.tolist():
-            name, label = names[row], int(labels[row])
-            if file.suffix == ".csv":
-                named = classes[label] if 0 <= label < len(classes) else ""
-                writer.writerow([name, row, label if label >= 0 else "", named])
-                continue
-            if len(name.splitlines()) != 1:
-                raise UsageError(
-                    f"`ids` {file}: the id {name!r} is not one line", hint="write a list that ends in .csv"
-                )
-            text.write(f"{name}\n")
-        text.flush()
-        text.detach()  # the file is closed by whoever opened it
+            named = classes[label] if 0 <= label < len(classes) else ""
+            writer.writerow([name, row, label if label >= 0 else "", named])
+            continue
+        if len(name.splitlines()) != 1:
+            raise UsageError(f"`ids` {file}: the id {name!r} is not one line", hint="write a list that ends in .csv")
+        text.write(f"{name}\n")
+    text.flush()
+    text.detach()  # the file is closed by whoever opened it
+
+
+def _is_list_of(file: Path, store: EmbeddingStore, rows: Int64[np.ndarray, " n"]) -> bool:
+    """Whether a file is the list of these rows."""
+    wanted = io.BytesIO()
+    _write_ids(wanted, file, store, rows)
+    return file.is_file() and file.stat().st_size == wanted.tell() and file.read_bytes() == wanted.getbuffer()
 
 
 def _summary(
@@ -179,8 +193,8 @@ def _summary(
     found: bool,
     seconds: float,
 ) -> SelectionSummary:
-    taking_part = np.delete(store.labels, rows_left_out(store))
     kept, counts = np.unique(np.asarray(store.labels)[rows], return_counts=True)
+    seen = _seen(store, kept) if len(kept) <= MOST_CLASSES else np.zeros(len(kept), np.int64)
     return SelectionSummary(
         out=str(path),
         selection_digest=header.selection_digest,
@@ -196,8 +210,8 @@ def _summary(
         kept=0 if found else header.total_kept,
         samples_per_second=0.0 if found else round(of / max(seconds, 1e-9), 1),
         classes={
-            class_name(label, store.classes): {"seen": int((taking_part == label).sum()), "kept": count}
-            for label, count in zip(kept.tolist(), counts.tolist(), strict=True)
+            class_name(label, store.classes): {"seen": of_class, "kept": count}
+            for label, of_class, count in zip(kept.tolist(), seen.tolist(), counts.tolist(), strict=True)
             if label >= 0 and len(kept) <= MOST_CLASSES
         },
         status={},
@@ -209,6 +223,16 @@ def _summary(
         shares={},
         seconds={"total": round(seconds, 3)},
     )
+
+
+def _seen(store: EmbeddingStore, names: Int[np.ndarray, " C"]) -> Int64[np.ndarray, " C"]:
+    """Rows of each class that could be chosen; ``names`` are labels, ascending."""
+    rows, counts = UnitRows.of(store).rows, np.zeros(len(names), np.int64)
+    for first in range(0, len(rows), PIECE):
+        labels = store.labels[rows.at(np.arange(first, min(first + PIECE, len(rows))))]
+        place = np.minimum(np.searchsorted(names, labels), len(names) - 1)
+        counts += np.bincount(place[names[place] == labels], minlength=len(names))
+    return counts
 
 
 MOST_CLASSES = 10_000

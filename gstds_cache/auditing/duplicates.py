@@ -96,7 +96,7 @@ def pairs_above(
     parts = []
     for first in range(0, len(found.index), PIECE):
         near = found.similarity[first : first + PIECE]
-        row, place = np.nonzero(near >= max(threshold, -1))
+        row, place = np.nonzero(near >= max(threshold - ROUNDING, -1))
         parts.append((row + first, found.index[first : first + PIECE][row, place].astype(np.int64), near[row, place]))
     one, other, cosine = (np.concatenate([part[n] for part in parts]) for n in range(3))
     one, other = queries.rows.at(one), base.rows.at(other)
@@ -107,7 +107,7 @@ def pairs_above(
     order = np.lexsort((other, one, -cosine))
     one, other, cosine = one[order], other[order], cosine[order]
     same = np.concatenate(
-        [(hashes[0][one[at : at + PIECE]] == hashes[1][other[at : at + PIECE]]).all(axis=1) for at in
+        [_equal(hashes[0][one[at : at + PIECE]], hashes[1][other[at : at + PIECE]]) for at in
          range(0, len(one), PIECE)] or [np.zeros(0, bool)]
     )  # fmt: skip
     return Pairs(one, other, cosine, same)
@@ -191,8 +191,13 @@ def _same_bytes(
     order = np.argsort(key, kind="stable")
     next_to = np.flatnonzero(key[order][1:] == key[order][:-1])
     before, after = every[order[next_to]], every[order[next_to + 1]]
-    same = (hashes[before] == hashes[after]).all(axis=1)
+    same = _equal(hashes[before], hashes[after])
     return before[same], after[same]
+
+
+def _equal(one: UInt8[np.ndarray, "P 32"], other: UInt8[np.ndarray, "P 32"]) -> Bool[np.ndarray, " P"]:
+    """Which hashes are the same. Zeros stand for a hash that is not known: imported rows have no bytes to hash."""
+    return (one == other).all(axis=1) & one.any(axis=1)
 
 
 def around(found: Nearest, rows: UnitRows, base: UnitRows, threshold: float, pairs: Pairs, count: int = EXAMPLES) -> (
@@ -213,7 +218,7 @@ def around(found: Nearest, rows: UnitRows, base: UnitRows, threshold: float, pai
     """
     above = np.flatnonzero(~pairs.same_bytes)[::-1][:count]
     nearest = found.similarity[:, 0]
-    below = np.flatnonzero((nearest < threshold) & (nearest > NOTHING))
+    below = np.flatnonzero((nearest < threshold - ROUNDING) & (nearest > NOTHING))
     below = below[np.argsort(-nearest[below], kind="stable")[: 2 * count]]
     one, other = rows.rows.at(below), base.rows.at(found.index[below, 0].astype(np.int64))
     if rows is base:

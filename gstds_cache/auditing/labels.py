@@ -2,8 +2,9 @@
 
 A row is *doubted* where, among the classes whose probability reaches the mean probability that rows of that class have
 for it, the most probable one is not the row's label (C. Northcutt, L. Jiang and I. Chuang, *Confident learning*, JAIR
-2021; the counts are its joint). We differ from cleanlab in one thing: where several classes reach their threshold it
-takes the most probable of all classes, we the most probable of those.
+2021; the counts are its joint). We differ from cleanlab in two things: where several classes reach their threshold it
+takes the most probable of all classes, we the most probable of those; and we look only at a row's :data:`CLASSES_KEPT`
+most probable classes, it at all of them.
 
 How far the doubts can be trusted is measured: some labels are flipped on purpose, the probe learns again, and it is
 counted how many of the flipped ones are found, and how many others are doubted.

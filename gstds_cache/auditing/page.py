@@ -65,7 +65,7 @@ def _parts(findings: Findings, config: AuditConfig, pictures: Pictures, others: 
     if findings.doubts is None:
         parts.append(Part("Labels in doubt", missing=f"No label can be judged: {findings.no_doubts}."))
     else:
-        parts.append(view.view_labels(findings.doubts, findings.test, pictures, config.rank, shown))
+        parts.append(view.view_labels(findings.doubts, findings.test, findings.no_test, pictures, config.rank, shown))
     every = rows.rows.all()
     parts.append(view.view_outliers("far", findings.mean, findings.outliers, every, found.k, pictures, shown))
     return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from gstds_cache.selection.difficulty import PIECE
 from gstds_cache.selection.linear_probe import ProbeSettings, rows_to_learn
 from gstds_cache.selection.unit_rows import UnitRows
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.store.spec import differences
+from gstds_cache.store.spec import CacheSpec, differences
 
 DUPLICATES, LEAKS, LABELS, JOINT, OUTLIERS = (
     f"{name}.parquet" for name in ("duplicates", "leaks", "labels", "joint", "outliers")
@@ -45,6 +46,7 @@ class Findings:
         doubts: Labels in doubt; None where there are no classes.
         no_doubts: Why there are none.
         test: What was found of flipped labels; None where that was not measured.
+        no_test: Why it was not measured, where labels are in doubt.
         others: Rows of the other store that was searched for, where one was given.
         leaked: Their nearest rows in this store.
         leaks: Pairs: ``one`` of the other store, ``other`` of this one.
@@ -62,6 +64,7 @@ class Findings:
     doubts: Doubts | None = None
     no_doubts: str = ""
     test: FlipTest | None = None
+    no_test: str = "`flipped` is 0"
     others: UnitRows | None = None
     leaked: Nearest | None = None
     leaks: Pairs | None = None
@@ -76,7 +79,7 @@ def require_same_model(store: EmbeddingStore, other: EmbeddingStore) -> None:
     Raises:
         FingerprintMismatchError: The stores' models or preprocessing differ; the fields are named.
     """
-    ours, theirs = store.spec, other.spec
+    ours, theirs = (replace(spec, encoder=_model_of(spec)) for spec in (store.spec, other.spec))
     same = replace(theirs, encoder=ours.encoder, dim=ours.dim)
     lines = [
         line.replace("the store has", f"{store.location} has").replace("this run has", f"{other.location} has")
@@ -89,6 +92,11 @@ def require_same_model(store: EmbeddingStore, other: EmbeddingStore) -> None:
             + "\n    ".join(lines),
             hint="embed both data sets with the same model, size and weights",
         )
+
+
+def _model_of(spec: CacheSpec) -> dict[str, Any]:
+    """What made the rows: an import's digest of the rows themselves is left out, which differs between data sets."""
+    return {name: value for name, value in spec.encoder.items() if not (spec.imported and name == "vectors")}
 
 
 def audit_store(
@@ -167,7 +175,11 @@ def _judge_labels(
     findings.doubts = find_doubts(predictions, store.labels, config.rank)
     if config.flipped:
         told = _phase(show, "probe of flipped labels")
-        changed, flipped = flip_labels(store.labels, rows_to_learn(store).all(), config.flipped, config.seed)
+        rows = rows_to_learn(store).all()
+        changed, flipped = flip_labels(store.labels, rows, config.flipped, config.seed)
+        if len(np.unique(changed[rows])) < 2:
+            findings.no_test = f"with {len(flipped):,} of them flipped all {len(rows):,} labels are the same"
+            return
         again = predict(store, settings, labels=changed, threads=threads, device=device, progress=told)
         findings.test = flip_test(find_doubts(again, changed, config.rank), flipped)
 

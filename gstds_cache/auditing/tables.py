@@ -40,7 +40,7 @@ class Items:
     def names(self, labels: Int64[np.ndarray, " b"]) -> pa.Array:
         """Names of classes; null where there is none."""
         classes = self.store.classes
-        return pa.array([classes[n] if 0 <= n < len(classes) else None for n in labels.tolist()], pa.utf8())
+        return pa.array([_text(classes[n]) if 0 <= n < len(classes) else None for n in labels.tolist()], pa.utf8())
 
 
 def write_duplicates(file: Path, items: Items, groups: Groups) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,11 +156,24 @@ def view_groups(groups: Groups, pictures: Pictures, threshold: float, exact: boo
     return part
 
 
+def _renumbered(labels: np.ndarray, classes: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
+    """Labels by the numbers of their classes' names in ``numbers``, which grows; -1 where there is no name."""
+    number = np.array([numbers.setdefault(name, len(numbers)) for name in classes], np.int64)
+    named = (labels >= 0) & (labels < len(classes))
+    return np.where(named, number[np.where(named, labels, 0)], -1)
+
+
 def view_leaks(
     pairs: Pairs, below: Pairs, ones: Pictures, others: Pictures, threshold: float, shown: int
 ) -> Part:  # fmt: skip
     """Pairs of two stores, and those just below the threshold."""
     given = np.asarray(others.store.labels[pairs.other], np.int64), np.asarray(ones.store.labels[pairs.one], np.int64)
+    if ones.store.classes and others.store.classes:  # by name: the same number may mean another class in each
+        numbers: dict[str, int] = {}
+        given = (
+            _renumbered(given[0], others.store.classes, numbers),
+            _renumbered(given[1], ones.store.classes, numbers),
+        )
     conflict = int(((given[0] != given[1]) & (given[0] >= 0) & (given[1] >= 0)).sum())
     near = _pair_rows(below, ones, others, len(below))
     return Part(
@@ -178,15 +191,18 @@ def view_leaks(
     )
 
 
-def view_labels(doubts: Doubts, test: FlipTest | None, pictures: Pictures, rank: str, shown: int) -> Part:
+def view_labels(
+    doubts: Doubts, test: FlipTest | None, no_test: str, pictures: Pictures, rank: str, shown: int
+) -> Part:  # fmt: skip
     """The labels most in doubt, and how far the doubts can be trusted."""
     share = doubts.doubted.mean()
     part = Part(
         "Labels in doubt",
         [
-            f"{int(doubts.doubted.sum()):,} of {len(doubts.row):,} labels ({share:.1%}) are doubted: a probe that did "
-            f"not see them finds another class more probable. Ranked by {rank}.",
-            flip_sentence(test) if test else "How many of them are right was not measured: `flipped` is 0.",
+            f"{int(doubts.doubted.sum()):,} of {len(doubts.row):,} labels ({share:.1%}) are doubted: confident "
+            "learning, with a probe that did not see the row, counts it for another class. Ranked by "
+            f"{rank}.",
+            flip_sentence(test) if test else f"How many of them are right was not measured: {no_test}.",
         ],
         missing=pictures.why,
     )

@@ -64,11 +64,11 @@ def fill_template(name: str, package: str = "gstds_cache.report", **values: Any)
 
 
 def write_page(file: Path, html: str) -> int:
-    """Write the page; a killed write leaves what was there.
+    """Write the page; a killed write leaves what was there. Of names that are no UTF-8 it has the escapes.
 
     Returns:
         Bytes of the file.
     """
     with atomic_write(file, durable=False) as out:
-        out.write(html.encode())
+        out.write(html.encode("utf-8", "backslashreplace"))
     return file.stat().st_size

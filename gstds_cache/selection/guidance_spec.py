@@ -154,7 +154,7 @@ def key_of(store: EmbeddingStore, spec: GuidanceSpec, labels: str = "") -> Guida
             "settings": recorded_settings(spec.settings),
             "cache": store.fingerprint,
             "labels": labels,
-            "valid": _sha256_of(map(store.valid_in, range(store.spec.shards))),
+            "valid": valid_digest(store),
             **({"hidden": store.hidden_digest} if store.hidden_digest else {}),
             # Folds of more rows are assigned by another permutation than they were.
             **({"folds": "computed"} if len(store) > STORED else {}),
@@ -167,6 +167,11 @@ def key_of(store: EmbeddingStore, spec: GuidanceSpec, labels: str = "") -> Guida
 def labels_digest(store: EmbeddingStore) -> str:
     """SHA-256 of a store's labels."""
     return _sha256_of(np.ascontiguousarray(part, "<i8") for part in pieces(store.labels))
+
+
+def valid_digest(store: EmbeddingStore) -> str:
+    """SHA-256 of which of a store's rows have an embedding: a repair changes it, but not the fingerprint."""
+    return _sha256_of(map(store.valid_in, range(store.spec.shards)))
 
 
 def recorded_settings(settings: ProbeSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from gstds_cache.config import OnceConfig
 from gstds_cache.files.digest import digest_of
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.guidance_spec import valid_digest
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
@@ -44,10 +45,12 @@ def core_set_header(store: EmbeddingStore, count: int, config: OnceConfig) -> He
         "seed": config.seed,
         **({"hidden": store.hidden_digest} if store.hidden_digest else {}),
     }
+    # Where a row has no embedding: once it is repaired, others are chosen.
+    valid = {"valid": valid_digest(store)} if store.quarantined else {}
     batches = len(batches_of(count, config.batch_size)) - 1
     return Header(
         cache_fingerprint=store.fingerprint,
-        selection_digest=digest_of({"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings}),
+        selection_digest=digest_of({"algorithm": ALGORITHM, "cache": store.fingerprint, "select": settings, **valid}),
         items=len(store),
         items_root=store.spec.items_root,
         seed=config.seed,

@@ -9,9 +9,9 @@ HIDDEN = "***"
 SHORTEST = 6  # characters of a value that is looked for: shorter ones stand in any text
 
 _NAMES = "token|secret|password|passwd|api_?key|access_?key|credential|signature"
-_SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_QUERY = re.compile(rf"([?&;][^=&\s]*(?:{_NAMES})[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
+_SECRET_NAME = re.compile(f"{_NAMES}|auth$", re.IGNORECASE)
+_USER = re.compile(r"(?<=://)[^\s'\"?#]+(?=@)")  # to the last @: a password may hold others, and slashes
+_QUERY = re.compile(rf"([?&;](?:[^=&\s]*(?:{_NAMES}|auth(?!or))[^=&\s]*|sig)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def without_credentials(text: str) -> str:

@@ -94,7 +94,7 @@ class Feed:
     def _work(self) -> None:
         try:
             self._send_all()
-        except Exception as error:  # whatever a tracker's library raises: training is worth more
+        except BaseException as error:  # whatever a tracker's library raises, SystemExit too: training is worth more
             self._note(f"failed ({in_words(error)}), and training goes on without it")
         finally:
             with self._changed:
@@ -111,6 +111,8 @@ class Feed:
         reader = self._points.reader(first)
         while (count := self._wait()) is not None:
             points = reader.take(count)
+            if not points:
+                raise OSError(f"{self._points.path} has fewer points than were written")
             tracker.send(self._sent, points)
             with self._changed:
                 self._sent += len(points)

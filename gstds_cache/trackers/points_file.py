@@ -15,7 +15,7 @@ class PointsFile:
 
     def __init__(self, path: Path) -> None:
         """Nothing is read or written yet; the folder exists when it is."""
-        self._path = path
+        self.path = path
 
     def keep(self, step: int) -> tuple[int, Point | None]:
         """Drop the points after ``step``, and final ones: a resumed run has them again.
@@ -24,16 +24,16 @@ class PointsFile:
             How many points stay, and the last of them.
         """
         count, last, kept = 0, None, 0
-        if not self._path.exists():
+        if not self.path.exists():
             return 0, None
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             for line in file:
                 point = _parse(line)
                 if point is None or point.final or point.step > step:
                     break
                 count, last, kept = count + 1, point, kept + len(line)
-        if kept < self._path.stat().st_size:
-            with self._path.open("rb") as old, atomic_write(self._path, durable=False) as new:
+        if kept < self.path.stat().st_size:
+            with self.path.open("rb") as old, atomic_write(self.path, durable=False) as new:
                 new.write(old.read(kept))
         return count, last
 
@@ -47,12 +47,12 @@ class PointsFile:
             json.dumps({"step": point.step, **({"final": True} if point.final else {}), "values": point.values}) + "\n"
             for point in points
         )
-        with writing(self._path), self._path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(text)
 
     def reader(self, first: int) -> PointsReader:
         """Reads the points from place ``first`` on, while others are appended."""
-        return PointsReader(self._path, first)
+        return PointsReader(self.path, first)
 
 
 class PointsReader:
@@ -81,7 +81,11 @@ class PointsReader:
 
 
 def _parse(line: bytes) -> Point | None:
+    """A line's point; None of one that is damaged."""
     if not line.endswith(b"\n"):
         return None
-    fields = json.loads(line)
-    return Point(fields["step"], fields["values"], fields.get("final", False))
+    try:
+        fields = json.loads(line)
+        return Point(int(fields["step"]), dict(fields["values"]), bool(fields.get("final", False)))
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -95,7 +95,7 @@ class Tracking:
         except OSError as error:
             self._give_up(error)
             return
-        self._spent = (last.values["core_seconds"] if last else 0.0) - time.process_time()
+        self._spent = (last.values.get("core_seconds", 0.0) if last else 0.0) - time.process_time()
         for name in self._names:
             run = TrackedRun(self._run.name, self._folder / name, self._run.config, self._run.identity)
             feed = Feed(name, open_tracker(name), run, self._points, self._folder / f"{name}.json")

@@ -18,7 +18,9 @@ from vector_store import clustered, vector_store
 
 import gstds_cache
 from gstds_cache.api.audit import AuditReport, audit
+from gstds_cache.auditing.tables import Items
 from gstds_cache.errors import FingerprintMismatchError, UsageError
+from gstds_cache.report.page import write_page
 
 EVIL = "<script>alert(1)<!-- & $x_$ \"'"
 CLASSES = ("plain", EVIL, "日本")
@@ -190,3 +192,14 @@ def test_an_interrupt_leaves_no_file(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         audit(store, out=tmp_path / "out", device="cpu", threads=2, progress=stop)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path) -> None:
+    rows, labels = clustered(30)
+    store = vector_store(tmp_path / "s", rows, labels)
+    store.classes = ("a\udcff", "b", "c")
+    names = Items(store).names(np.array([0, -1, 2]))
+    assert names.to_pylist() == ["a\\udcff", None, "c"]
+    size = write_page(tmp_path / "page.html", "<p>a\udcff</p>")
+    assert (tmp_path / "page.html").read_bytes() == b"<p>a\\udcff</p>"
+    assert size == 14

@@ -8,6 +8,8 @@ import torch
 from vector_store import clustered, vector_store
 
 from gstds_cache.api.hide import hide_rows
+from gstds_cache.api.import_rows import import_embeddings
+from gstds_cache.auditing import run
 from gstds_cache.auditing.duplicates import around, group_rows, pairs_above
 from gstds_cache.auditing.labels import (
     CLASSES_KEPT,
@@ -20,6 +22,7 @@ from gstds_cache.auditing.labels import (
 )
 from gstds_cache.auditing.run import audit_store, require_same_model
 from gstds_cache.auditing.search import find_nearest
+from gstds_cache.auditing.view import Pictures, view_labels, view_leaks
 from gstds_cache.config import AuditConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError
 from gstds_cache.selection.linear_probe import ProbeSettings
@@ -176,3 +179,66 @@ def test_flipped_labels_are_found_and_counted(tmp_path) -> None:
     assert told[-1][0] == told[-1][1] - 1
     again = predict(store, settings, labels=changed, threads=1, device=CPU)
     assert again.own.tobytes() == predictions.own.tobytes()
+
+
+def test_equal_rows_reach_a_threshold_of_1(tmp_path) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 33))
+    rows[20:] = rows[:20] * np.linspace(0.1, 9, 20)[:, None]
+    findings = look(vector_store(tmp_path / "s", rows), threshold=1.0)
+    assert (findings.groups.count, findings.groups.spare, len(findings.pairs)) == (20, 20, 20)
+
+
+def test_leaks_compare_labels_by_the_names_of_their_classes(tmp_path) -> None:
+    rows = np.eye(6)
+    train = vector_store(tmp_path / "train", rows, [0, 1, 2, 0, 1, -1])
+    test = vector_store(tmp_path / "test", rows, [2, 1, 0, 0, 3, 1], classes=("c", "b", "a", "d"))
+    findings = look(train, test)
+    assert findings.leaks is not None
+    ones, others = (Pictures(store, None, "", str) for store in (test, train))
+    part = view_leaks(findings.leaks, findings.leaks.at(np.arange(0)), ones, others, 0.9, 5)
+    assert "In 2 pairs labels differ." in part.text[0]  # the fourth, c and a, and the fifth, d and b
+    assert _differing(tmp_path, rows) == 4  # by number, where one has no names
+
+
+def _differing(folder, rows) -> int:
+    train = vector_store(folder / "named", rows, [0, 1, 2, 0, 1, -1])
+    test = vector_store(folder / "unnamed", rows, [2, 1, 0, 1, 3, 1], classes=())
+    findings = look(train, test)
+    assert findings.leaks is not None
+    ones, others = (Pictures(store, None, "", str) for store in (test, train))
+    text = view_leaks(findings.leaks, findings.leaks.at(np.arange(0)), ones, others, 0.9, 5).text[0]
+    return int(text.split(" pairs labels differ")[0].split()[-1])
+
+
+def test_a_flip_that_leaves_one_class_is_not_measured(tmp_path) -> None:
+    rows, _ = clustered(60)
+    labels = np.zeros(60, np.int64)
+    labels[7] = 1
+    store = vector_store(tmp_path / "s", rows, labels)
+    only = np.zeros(60, np.int64), np.array([7])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "flip_labels", lambda *_: only)  # what the seed decides
+        findings = look(store)
+    assert findings.doubts is not None
+    assert findings.test is None
+    text = view_labels(findings.doubts, None, findings.no_test, Pictures(store, None, "", str), "x", 1).text[1]
+    assert text.endswith("was not measured: with 1 of them flipped all 60 labels are the same.")
+
+
+def test_hashes_of_imported_rows_are_not_known_and_their_model_is_compared_by_name(tmp_path) -> None:
+    rows = np.random.default_rng(1).normal(size=(60, 32)).astype(np.float32)
+    rows[[9, 30, 44]] = rows[2]
+
+    def bring(name: str, vectors: np.ndarray, model: str) -> EmbeddingStore:
+        return import_embeddings(vectors, tmp_path / name, model=model, progress=False, notify=lambda _line: None)
+
+    one, other = bring("one", rows, "mine"), bring("other", rows[20:40] + 0, "mine")
+    findings = look(one, other)
+    assert findings.groups.row.tolist() == [2, 9, 30, 44]
+    assert findings.groups.count == 1
+    assert not findings.groups.same_bytes.any()
+    assert findings.leaks is not None
+    assert len(findings.leaks) == 19 + 4  # each row with itself, and row 30 with its four equals
+    assert not findings.leaks.same_bytes.any()
+    with pytest.raises(FingerprintMismatchError, match=r"encoder\.model.*mine.*yours"):
+        require_same_model(one, bring("yours", rows[:30], "yours"))

@@ -178,3 +178,38 @@ def test_the_command(store, tmp_path) -> None:
         bad = run(*words)
         assert bad.exit_code == 2, bad.output
         assert said in bad.output, bad.output
+
+
+def test_no_file_of_the_users_is_replaced(store, tmp_path) -> None:
+    def once(out: str, **more):
+        settings = {"device": "cpu", "progress": False} | more
+        return select_once(store, 20, out=tmp_path / out, method="cells", **settings).summary.cache_hit
+
+    mine = tmp_path / "x.csv"
+    mine.write_text("my notes\n")
+    with pytest.raises(UsageError, match=r"x\.csv: the file exists and holds something else"):
+        once("x.arrow")
+    assert mine.read_text() == "my notes\n"
+    assert not (tmp_path / "x.arrow").exists()
+    with pytest.raises(UsageError, match=r"y\.csv: the list of ids has the same name"):
+        once("y.csv")
+    assert not (tmp_path / "y.csv").exists()
+    assert not once("x.arrow", force=True)
+    assert mine.read_text().startswith("id,row,label,class\n")
+    assert once("x.arrow")
+    ids = tmp_path / "ids.txt"
+    assert [once("z.arrow", ids=ids), once("z.arrow", ids=ids)] == [False, True]
+    ids.write_text("my notes\n")
+    with pytest.raises(UsageError, match=r"ids\.txt: the file exists"):
+        once("z.arrow", ids=ids)
+
+
+def test_a_repaired_row_and_those_that_cannot_be_chosen_count(tmp_path) -> None:
+    rows, labels = clustered(60)
+    whole, broken = (vector_store(tmp_path / name, rows, labels, bad=bad) for name, bad in (("w", ()), ("b", (0, 3))))
+    assert whole.fingerprint == broken.fingerprint
+    headers = [core_set_header(store, 30, OnceConfig()) for store in (whole, broken)]
+    assert headers[0].selection_digest != headers[1].selection_digest
+    hide_rows(tmp_path / "b", [1])
+    made = select_once(tmp_path / "b", 30, out=tmp_path / "c.arrow", device="cpu", progress=False).summary
+    assert {name: counts["seen"] for name, counts in made.classes.items()} == {"a": 18, "b": 19, "c": 20}

@@ -265,6 +265,37 @@ def test_a_feed_goes_on_where_it_was(tmp_path, killed_at) -> None:
     assert [place for place, _ in told if place >= 0] == [*range(5), *range(5)]
 
 
+@pytest.mark.parametrize(
+    "line", ["{\n", "[]\n", "{}\n", '{"step": null, "values": {}}\n', '{"step": 3, "values": 1}\n']
+)
+def test_a_damaged_line_ends_the_points_and_no_run(tmp_path, line) -> None:
+    file = PointsFile(tmp_path / "points.jsonl")
+    file.append([Point(1, {"x": 1.0}), Point(2, {"x": 2.0})])
+    whole = (tmp_path / "points.jsonl").read_text()
+    (tmp_path / "points.jsonl").write_text(whole + line)
+    assert file.keep(12) == (2, Point(2, {"x": 2.0}))
+    assert (tmp_path / "points.jsonl").read_text() == whole
+
+
+def notes_of(feed: Feed) -> str:
+    feed.tell(3)
+    feed.close("finished", 30.0)
+    return " ".join(feed.notes())
+
+
+def test_a_feed_without_the_points_or_whose_library_exits_ends_with_a_note(tmp_path) -> None:
+    file = PointsFile(tmp_path / "points.jsonl")
+    file.append([Point(1, {"x": 1.0})])
+    run = TrackedRun("run", tmp_path, {}, "identity")
+    short = Feed("wandb", lambda run: Recording([], run), run, file, tmp_path / "wandb.json")
+    assert "points.jsonl has fewer points than were written" in notes_of(short)
+
+    def leave(run: TrackedRun) -> Recording:
+        raise SystemExit(1)
+
+    assert "failed (SystemExit" in notes_of(Feed("wandb", leave, run, file, tmp_path / "other.json"))
+
+
 def test_names() -> None:
     assert tracker_names("tensorboard, mlflow,tensorboard,") == ("tensorboard", "mlflow")
     assert tracker_names(["wandb"]) == ("wandb",)
@@ -298,4 +329,7 @@ def test_nothing_of_a_tracker_is_loaded_without_one(tmp_path) -> None:
 def test_credentials() -> None:
     text = f"https://user:pass@host/x?api_key=1234567&a=b&X-Amz-Signature=ff {SECRET}"
     assert without_credentials(text) == "https://***@host/x?api_key=***&a=b&X-Amz-Signature=*** ***"
+    assert without_credentials("see s3://me:p@ss/w@host/x?sig=ff&author=me&auth=12, a@b") == (
+        "see s3://***@host/x?sig=***&author=me&auth=*** a@b"
+    )
     assert flat({"a": {"b": 1, "c": {"d": None}}, "e": True}) == {"a.b": 1, "a.c.d": None, "e": True}
