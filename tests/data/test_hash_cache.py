@@ -81,9 +81,9 @@ def root_of(photos: Path, hash_cache: HashCache | None) -> str:
 COUNT_OPENS = """
 import json, os, sys
 folder, place, query = sys.argv[1:]
-opened = []
+opened, by_system_call = [], []  # a file object, and where it is opened by a function of ours the call in that
 sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], (str, bytes))
-                 and opened.append(os.path.abspath(os.fsdecode(args[0]))))
+                 and (by_system_call if args[1] is None else opened).append(os.path.abspath(os.fsdecode(args[0]))))
 from pathlib import Path
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.hash_cache import HashCache
@@ -91,7 +91,9 @@ from gstds_cache.data.sources import open_source
 hash_cache = HashCache(Path(place))
 source = open_source(f"imagefolder:{folder}{query}", hash_cache=hash_cache)
 manifest = build_manifest(source, hash_cache=hash_cache)
-inside = [path for path in opened if path.startswith(os.path.abspath(folder) + "/") and path.endswith(".png")]
+of_images = [[path for path in paths if path.startswith(os.path.abspath(folder) + "/") and path.endswith(".png")]
+             for paths in (opened, by_system_call)]
+inside = max(of_images, key=len)
 print(json.dumps([manifest.root, len(inside), len(set(inside)), hash_cache.notes]))
 """
 

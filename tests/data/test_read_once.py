@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
@@ -130,9 +131,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Image files that were opened."""
     names: set[str] = set()
 
-    def counted(path: str) -> io.FileIO:
+    def counted(path: str, **options: Any) -> io.FileIO:
         names.add(path)
-        return io.FileIO(path)
+        return io.FileIO(path, **options)
 
     monkeypatch.setattr(files_module, "io", SimpleNamespace(FileIO=counted))
     return names
