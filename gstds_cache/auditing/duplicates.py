@@ -197,7 +197,8 @@ def _same_bytes(
 
 def _equal(one: UInt8[np.ndarray, "P 32"], other: UInt8[np.ndarray, "P 32"]) -> Bool[np.ndarray, " P"]:
     """Which hashes are the same. Zeros stand for a hash that is not known: imported rows have no bytes to hash."""
-    return (one == other).all(axis=1) & one.any(axis=1)
+    same: Bool[np.ndarray, " P"] = (one == other).all(axis=1) & one.any(axis=1)
+    return same
 
 
 def around(found: Nearest, rows: UnitRows, base: UnitRows, threshold: float, pairs: Pairs, count: int = EXAMPLES) -> (
