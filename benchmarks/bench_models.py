@@ -8,6 +8,7 @@ Weights are not trained: all values of a tensor are equal, which changes no spee
 
 from __future__ import annotations
 
+import sys
 import time
 
 import timm
@@ -52,7 +53,7 @@ def main() -> None:
     for name, alias in ALIASES.items():
         if not arguments.smoke or name == "dinov2-small":
             found[name] = rate(alias.timm, alias.size, arguments.batches, **alias.options)
-            print(name, found[name], flush=True)
+            print(name, found[name], file=sys.stderr, flush=True)
     report("models", {"batch_size": BATCH, "models": found}, arguments)
 
 

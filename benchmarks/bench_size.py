@@ -11,6 +11,7 @@ with the 95 % interval of its difference from the largest size, row by row (McNe
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def of_sizes(uri: str, images: int, model: str, sizes: list[int]) -> dict[str, A
     found, right = {}, {}
     for size in sorted(sizes):
         found[size], right[size] = measured(source, model, size)
-        print(source.kind, size, found[size], flush=True)
+        print(source.kind, size, found[size], file=sys.stderr, flush=True)
     largest = max(sizes)
     for size in sizes:
         gained, lost = (int((a & ~b).sum()) for a, b in ((right[size], right[largest]), (right[largest], right[size])))

@@ -50,7 +50,7 @@ def append_command(
             ("data set", f"{report.already_there:,} items were there already, {report.appended:,} are new"),
             (
                 "new rows",
-                f"embedded {report.embedded:,}, took {report.reused:,} over by their bytes, "
+                f"embedded {report.embedded:,}, took {report.reused:,} over whose bytes the store has under other ids, "
                 f"quarantined {report.quarantined:,}",
             ),
             ("fingerprint", f"{report.fingerprint_before[:12]} -> {report.fingerprint[:12]}"),

@@ -132,7 +132,9 @@ def _export_scores(
 
     done = export_scores(store, selection, file, device=device, guidance=guidance, schedule=schedule, replace=replace)
     click.echo(f"wrote {file}: {done.rows:,} samples in {done.epochs} epochs, {done.bytes / 1e6:,.1f} MB")
-    click.echo(f"never kept: {done.never_kept:,}; never in a batch, as they have no embedding: {done.unseen:,}")
+    click.echo(
+        f"never kept: {done.never_kept:,}; never in a batch, as they have no embedding or are hidden: {done.unseen:,}"
+    )
     if as_json:
         print_json(done.to_dict())
 

@@ -111,7 +111,8 @@ def _compute(study: Study) -> str:
         samples, reached, seeds = found
         if seeds < 3:
             continue
-        largest = max(line["gradient_samples"] for line in study.runs if line["method"] == method)
+        own = [line for line in study.runs if line["method"] == method and line["ratio"] == ratio]
+        largest = max(line["gradient_samples"] for line in own)
         share = f"{samples / spent:.2f}" if reached else f"not at {largest / spent:.2f}"
         rows.append([method, f"{ratio:g}", f"{reached} of {seeds}", share])
     text = (
@@ -222,7 +223,7 @@ def _rivals(study: Study, ours: str, ratio: float, epochs: int) -> str:
 
 def advice_table(studies: dict[str, Study]) -> str:
     """What probes foretold beside what networks reached, by setting."""
-    rows, right, judged = [], 0, 0
+    rows, answers = [], []
     for name, study in studies.items():
         for line in (one for one in study.lines if one["kind"] == "advice"):
             found = {f["way"]: f for f in line["forecasts"]}
@@ -232,18 +233,19 @@ def advice_table(studies: dict[str, Study]) -> str:
                 continue
             advised = line["advised"]
             agreed = agrees(advised, networks)
-            if agreed is not None:
-                judged, right = judged + 1, right + agreed
             cells = [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
-            answer = {None: "not told apart", True: "yes", False: "no"}[agreed]
-            rows.append([name, f"{line['ratio']:g}", *cells, advised or "do not select", answer])
+            answers.append({None: "not told apart", True: "yes", False: "no"}[agreed])
+            rows.append([name, f"{line['ratio']:g}", *cells, advised or "do not select", answers[-1]])
     if not rows:
         return ""
     head = ("data set", "ratio", *(f"{way}: probes / networks" for way in WAYS), "advice", "right?")
     return (
-        "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. The "
-        "advice is right if it names a draw with which networks are ahead, or none where networks are behind or not "
-        f"told apart with all of them: {right} of {judged}.\n\n{table(head, rows)}"
+        "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. "
+        "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
+        f"with none of them. Of {len(answers)}: right {answers.count('yes')}, "
+        f"wrong {answers.count('no')}, "
+        f"a draw named and networks not told apart from random {answers.count('not told apart')}."
+        f"\n\n{table(head, rows)}"
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from gstds_cache.config import ADVICE_EPOCHS, ADVICE_RATIOS, DEVICE, MOST_EPOCHS, as_tuple, as_type
-from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
@@ -20,6 +19,7 @@ from gstds_cache.selection.advice import FULL, RANDOM, RULE, Forecast, forecasts
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
+from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
 PROBE_ENOUGH = 0.9  # held-out accuracy of a linear probe from which it is advised to train that before a network
@@ -96,7 +96,7 @@ def advise(
 
     Linear probes learn from the cached embeddings of up to 16,384 rows: from all of them, and from as many as stay at
     each ratio, drawn at random and in other ways; they are judged on rows that they never saw. They tell the sign of a
-    difference, not its size: how well this agrees with networks has not been measured yet.
+    difference, not its size: docs/method.md has how it agreed with networks.
 
     Args:
         store: A store, or its location.
@@ -122,7 +122,7 @@ def advise(
     if not 1 <= epochs <= MOST_EPOCHS or threads < 0:
         raise UsageError(f"`epochs`, `threads`: got {epochs} and {threads}, expected 1 or more, and 0 or more")
     opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
-    labels = LabelCounts.of(opened.labels)
+    labels = count_labels(opened)
     if labels.different < 2 or labels.one_each:
         raise UsageError(
             f"{opened.location} has no labels that a probe could learn", hint="give a store of images with classes"

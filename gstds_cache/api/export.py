@@ -59,7 +59,7 @@ class ScoresReport:
         rows: Samples in it.
         epochs: Epochs of the selection.
         never_kept: Samples that were in a batch and never stayed.
-        unseen: Samples that were never in a batch, as they have no embedding.
+        unseen: Samples that were never in a batch, as they have no embedding or are hidden.
         bytes: Size of the file.
     """
 

@@ -111,6 +111,8 @@ def _change(store: LocationLike, rows: Sequence[int] | None, ids: Any, change: C
     named = _rows_named(metadata, rows, ids)
     with metadata.transport.lock():
         for _ in range(TRIES):
+            # Rows that another process appended and hid meanwhile are among those that are hidden.
+            metadata = read_metadata(metadata.location, transport=metadata.transport)
             before = read_hidden(metadata.transport, metadata.spec.items)
             after = np.asarray(change(before.rows, named), np.int64)
             if len(after) >= metadata.spec.items:

@@ -181,10 +181,10 @@ def _provenance(
 ) -> dict[str, Any]:
     """How the store was made; no identity."""
     command = ["gstds-cache", "import", str(vectors.path or "VECTORS")]
-    options = {"--key": key, "--ids": ids, "--labels": labels, "--dataset": dataset, "--dtype": dtype, "--model": model}
-    for flag, value in options.items():
+    options = {"key": key, "ids": ids, "labels": labels, "dataset": dataset, "dtype": dtype, "model": model}
+    for name, value in options.items():
         if value is not None:
-            command += [flag, str(value) if isinstance(value, (str, Path)) else flag.strip("-").upper()]
+            command += [f"--{name}", str(value) if isinstance(value, (str, Path)) else name.upper()]
     named = {"dataset": dataset} if isinstance(dataset, str) else {}
     return {
         **named,

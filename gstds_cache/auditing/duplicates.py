@@ -172,8 +172,8 @@ def _stay_of_all(rows: UnitRows, members: Int64[np.ndarray, " m"], threshold: fl
     for first in range(0, len(members), AT_ONCE):
         block = rows.at(members[first : first + AT_ONCE])
         near = threshold - ROUNDING
-        free = (block @ kept.T < near).all(axis=1)
-        among = block @ block.T >= near
+        free: np.ndarray = np.all(block @ kept.T < near, axis=1)
+        among: np.ndarray = np.greater_equal(block @ block.T, near)
         for place in range(len(block)):
             if free[place]:
                 stay[first + place] = True

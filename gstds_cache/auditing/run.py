@@ -166,7 +166,10 @@ def _look_for_leaks(
 def _judge_labels(
     findings: Findings, store: EmbeddingStore, config: AuditConfig, device: torch.device, show: Progress
 ) -> None:
-    settings, threads = ProbeSettings(folds=config.folds, seed=config.seed), config.threads or cores()
+    # A pass over fewer rows than a batch is one step: with a smaller batch as many passes as steps are made, no more.
+    others = max(1, len(rows_to_learn(store)) * (config.folds - 1) // config.folds)
+    settings = ProbeSettings(folds=config.folds, seed=config.seed, batch_size=min(ProbeSettings.batch_size, others))
+    threads = config.threads or cores()
     told = _phase(show, "probe")
     predictions = predict(store, settings, threads=threads, device=device, progress=told)
     findings.doubts = find_doubts(predictions, store.labels, config.rank)

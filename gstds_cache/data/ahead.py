@@ -95,11 +95,11 @@ class ReadAhead:
             part = self._part(row)
             return self._submit(part).result() if part.size else b""
         request, part = ahead.under_way.pop(row)
-        data = request.answer.result()
-        request.left -= 1
+        request.left -= 1  # also where there is no answer: its room is for others
         if not request.left:
             ahead.size, ahead.requests = ahead.size - request.size, ahead.requests - 1
         self._ask(ahead)
+        data = request.answer.result()
         return data[part.start - request.start :][: part.size]
 
     def _ahead(self) -> _Ahead:

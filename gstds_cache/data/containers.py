@@ -32,16 +32,30 @@ class Container:
     signature: Callable[[], Signature]
 
     @classmethod
-    def of_file(cls, path: Path, rows: range, what: str) -> Container:
+    def of_file(cls, path: Path, rows: range, what: str, opened: Signature) -> Container:
         """Items in a local file.
 
         Args:
             path: The file.
             rows: Their rows.
             what: What is read there, where the same file may give other items; no path.
+            opened: The signature that it had before it was opened.
 
         Returns:
             The container.
         """
         absolute = str(path.absolute())
-        return cls(f"{absolute}\0{what}", rows, partial(signature_of, absolute))
+        return cls(f"{absolute}\0{what}", rows, partial(if_same, opened, partial(signature_of, absolute)))
+
+
+def if_same(opened: Signature, now: Callable[[], Signature]) -> Signature:
+    """The signature of what is read, which may have been opened before another took its place.
+
+    Args:
+        opened: What it was before it was opened.
+        now: Asks for the one that it has now.
+
+    Returns:
+        It, if it is the same still; else one that vouches for nothing: no digest is recalled or kept by it.
+    """
+    return seen if (seen := now()) == opened else (-1, -1, -1, -1)

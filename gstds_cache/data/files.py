@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +71,7 @@ class Files:
         Raises:
             OSError: The file is gone, or cannot be read.
         """
-        with io.FileIO(self.path(row)) as file:  # Half the system calls of a buffered file.
+        with io.FileIO(self.path(row), opener=regular_file) as file:  # Half the system calls of a buffered file.
             if os.fstat(file.fileno()).st_size > _AT_ONCE:
                 return hashlib.file_digest(file, "sha256").digest()
             return hashlib.sha256(file.readall()).digest()
@@ -104,7 +106,7 @@ class FileSource:
         Raises:
             OSError: The file is gone, or cannot be read.
         """
-        with io.FileIO(self.files.path(row)) as file:
+        with io.FileIO(self.files.path(row), opener=regular_file) as file:
             return file.readall()
 
     def image(self, row: int) -> Image.Image:
@@ -115,7 +117,7 @@ class FileSource:
             OSError: This process may open no more files.
         """
         try:
-            with io.FileIO(self.files.path(row)) as file:
+            with io.FileIO(self.files.path(row), opener=regular_file) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > MAX_BYTES:
                     raise UndecodableError(f"too large a file: {size} bytes, at most {MAX_BYTES} are decoded")
@@ -125,6 +127,27 @@ class FileSource:
                 raise
             raise UndecodableError(f"unreadable: {error.strerror or type(error).__name__}") from None
         return decode_image(data)
+
+
+def regular_file(path: str, flags: int) -> int:
+    """Open a file for ``opener=``, unless opening or reading it might never end: a pipe, or a device such as /dev/zero.
+
+    Args:
+        path: The file, links followed.
+        flags: Those of ``os.open``.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        OSError: It cannot be opened, or is neither a regular file nor a folder, of which Python says so itself.
+    """
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(number).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(number)
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return number
 
 
 def printable(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from gstds_cache.data.columns import Columns, find_columns
-from gstds_cache.data.containers import Container, Signature
+from gstds_cache.data.containers import Container, Signature, if_same
 from gstds_cache.data.files import Files, FileSource
 from gstds_cache.data.hash_cache import signature_of
 from gstds_cache.data.names import AT_ONCE, Names
@@ -62,7 +62,7 @@ def open_hugging_face(uri: str, name: str, params: Mapping[str, str]) -> ImageSo
         else:
             loaded = _from_hub(datasets, uri, name, params)
     dataset, notes = _split(uri, loaded, params.get("split"))
-    return _adapt(dataset, uri, "hf", params, notes)
+    return _adapt(dataset, uri, "hf", params, notes, loaded_here=True)
 
 
 def open_dataset_object(dataset: Any, uri: str) -> ImageSource:
@@ -80,7 +80,7 @@ def open_dataset_object(dataset: Any, uri: str) -> ImageSource:
     """
     kind = (getattr(dataset, "format", None) or {}).get("type")
     notes = ("its transform is not applied: images are embedded as they are stored",) if kind == "custom" else ()
-    return _adapt(dataset, uri, uri, {}, notes)
+    return _adapt(dataset, uri, uri, {}, notes, loaded_here=False)
 
 
 def is_dataset(value: Any) -> bool:
@@ -212,7 +212,12 @@ def _split(uri: str, loaded: Any, split: str | None) -> tuple[Any, tuple[str, ..
     return loaded[split], ()
 
 
-def _adapt(dataset: Any, uri: str, kind: str, params: Mapping[str, str], notes: Sequence[str]) -> ImageSource:
+def _adapt(
+    dataset: Any, uri: str, kind: str, params: Mapping[str, str], notes: Sequence[str], *, loaded_here: bool
+) -> ImageSource:
+    # Of an object that a program loaded, nobody knows whether its files are still those that it mapped.
+    paths = tuple(sorted({str(file["filename"]) for file in dataset.cache_files})) if loaded_here else ()
+    opened = _signature(paths)
     schema = dataset.features.arrow_schema
     _require_images(uri, dataset, params)
     columns = find_columns(uri, schema, _with_features(dataset, params))
@@ -233,7 +238,7 @@ def _adapt(dataset: Any, uri: str, kind: str, params: Mapping[str, str], notes: 
         ids=ids,
         labels=labels,
         cells=cells,
-        containers=_containers(dataset, columns),
+        containers=_containers(dataset, columns, paths, opened),
         classes=read.classes,
         notes=notes,
     )
@@ -326,9 +331,8 @@ def _values(dataset: Any, name: str) -> Iterator[Any]:
             yield from column.take(rows.slice(start, AT_ONCE)).to_pylist()
 
 
-def _containers(dataset: Any, columns: Columns) -> tuple[Container, ...]:
-    """The data set's files as one container; none where it is in memory, or names files of images elsewhere."""
-    paths = sorted({str(file["filename"]) for file in dataset.cache_files})
+def _containers(dataset: Any, columns: Columns, paths: tuple[str, ...], opened: Signature) -> tuple[Container, ...]:
+    """The data set's files as one container; none where it has none, or names files of images elsewhere."""
     chunks = dataset.data.column(columns.image).chunks
     held = columns.form == "bytes" or (
         columns.form == "struct" and all(chunk.null_count == chunk.field("bytes").null_count == 0 for chunk in chunks)
@@ -341,13 +345,13 @@ def _containers(dataset: Any, columns: Columns) -> tuple[Container, ...]:
         for start in range(0, len(rows), AT_ONCE):
             picked.update(np.asarray(rows.slice(start, AT_ONCE).combine_chunks(), np.int64).tobytes())
     name = "\n".join([*paths, f"\0hf {columns.image} {picked.hexdigest()}"])
-    return (Container(name, range(len(dataset)), partial(_signature, tuple(paths))),)
+    return (Container(name, range(len(dataset)), partial(if_same, opened, partial(_signature, paths))),)
 
 
 def _signature(paths: tuple[str, ...]) -> Signature:
     """One for several files: all sizes, the latest times, and a hash of all there is."""
     parts = [signature_of(path) for path in paths]
-    if any(part[0] < 0 for part in parts):
+    if not parts or any(part[0] < 0 for part in parts):
         return -1, -1, -1, -1
     digest = hashlib.sha256(repr(parts).encode()).digest()
     sizes, changed, made, _ = zip(*parts, strict=True)

@@ -79,13 +79,19 @@ class ObjectSource:
             IntegrityError: It is another than when it was listed.
         """
         try:
-            return self.reading.take(row)
+            data = self.reading.take(row)
         except ChangedError as error:
-            raise IntegrityError(
-                f"object {self.objects.path(row)}: changed since it was listed, expected what was there then",
-                hint="nothing committed is lost: leave a data set as it is while it is read, and run the same command "
-                "again. With another image it is another data set, and needs another store",
-            ) from error
+            raise self._changed(row) from error
+        if len(data) != self.objects.signatures[row, 0]:
+            raise self._changed(row)
+        return data
+
+    def _changed(self, row: int) -> IntegrityError:
+        return IntegrityError(
+            f"object {self.objects.path(row)}: changed since it was listed, expected what was there then",
+            hint="nothing committed is lost: leave a data set as it is while it is read, and run the same command "
+            "again. With another image it is another data set, and needs another store",
+        )
 
     def image(self, row: int) -> Image.Image:
         """Object ``row`` in RGB.

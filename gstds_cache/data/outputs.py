@@ -17,6 +17,7 @@ from gstds_cache.files.location import Location, LocationLike
 # Commit records are in `receipts` in format 1.
 STORE = frozenset(
     {"zarr.json", "embeddings", "label", "valid", "items.arrow", "commits", "receipts", "COMPLETE.json", "repair.json"}
+    | {"grown", "parts", "hidden"}
 )
 RUN = frozenset({"config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"})
 MIRROR = frozenset({"embeddings.npy", "mirror.json"})

@@ -64,11 +64,11 @@ def open_parquet(uri: str, path: str, params: Mapping[str, str]) -> ImageSource:
     paths = _paths(uri, path)
     columns, table = None, _Index()
     for name in paths:
-        file = open_table_file(uri, name)
+        signature, file = signature_of(name), open_table_file(uri, name)
         if columns is None:
             columns, first = find_columns(uri, file.schema, params), file.schema
         _require_same(uri, columns, first, name, file.schema)
-        table.add(name, file, columns)
+        table.add(name, signature, file, columns)
     assert columns is not None
     if not table.rows:
         raise DatasetError(f"data set {uri!r}: got 0 rows in {len(paths)} files, expected one for each image")
@@ -107,7 +107,7 @@ class _Index:
         self.sizes: list[int] = [0]
         self._groups: list[tuple[int, int, int]] = []
 
-    def add(self, path: str, file: TableFile, columns: Columns) -> None:
+    def add(self, path: str, signature: Signature, file: TableFile, columns: Columns) -> None:
         self.starts.append(self.rows)
         for number, rows in enumerate(file.rows):
             if rows:
@@ -115,7 +115,7 @@ class _Index:
                 self.sizes.append(file.size(number, columns))
             self.rows += rows
         self.paths.append(path)
-        self.signatures.append(signature_of(path))
+        self.signatures.append(signature)
         if columns.form == "struct":
             self.complete = self.complete and file.complete(columns.image)
 
@@ -127,8 +127,8 @@ class _Index:
     def containers(self, columns: Columns) -> tuple[Container, ...]:
         ends = [*self.starts[1:], self.rows]
         return tuple(
-            Container.of_file(Path(path), range(start, end), f"{columns.form} {columns.image}")
-            for path, start, end in zip(self.paths, self.starts, ends, strict=True)
+            Container.of_file(Path(path), range(start, end), f"{columns.form} {columns.image}", opened)
+            for path, start, end, opened in zip(self.paths, self.starts, ends, self.signatures, strict=True)
         )
 
 
@@ -166,7 +166,7 @@ class TableCells:
             uri: The data set, for errors.
             columns: What is read.
             paths: The files.
-            signatures: Of each, when its footer was read.
+            signatures: Of each, before its footer was read.
             files: [G] the file of each group of rows.
             numbers: [G] its number in the file.
             starts: [G + 1] its first row; the last is the number of all rows.
@@ -314,7 +314,9 @@ def _paths(uri: str, path: str) -> list[str]:
             f"data set {uri!r}: got {what}, expected a file, a folder of files or a pattern such as train-*.parquet",
             hint=f"look for it: ls {shlex.quote(printable(os.path.dirname(place) or '.'))}",  # noqa: PTH120
         )
-    return sorted(found, key=os.fsencode)
+    found.sort(key=lambda name: (name.count("/"), os.fsencode(name)), reverse=True)
+    once = {os.path.realpath(name): name for name in found}  # a link to a folder above leads to each file many times
+    return sorted(once.values(), key=os.fsencode)
 
 
 def _require_same(uri: str, columns: Columns, first: pa.Schema, path: str, schema: pa.Schema) -> None:

@@ -65,8 +65,9 @@ class Shards:
 
     def stems(self) -> list[str]:
         """The shards' names without ``.tar``, as far as they differ: the folder that all of them lie in is left out."""
-        folder = os.path.commonpath([os.path.dirname(shard.where) for shard in self.shards])  # noqa: PTH120
-        return [printable(shard.where[len(folder) + 1 :].removesuffix(".tar")) for shard in self.shards]
+        parts = [shard.where.split("/") for shard in self.shards]
+        shared = len(os.path.commonprefix([folders for *folders, _ in parts]))  # noqa: RUF071 - of lists of names
+        return [printable("/".join(names[shared:]).removesuffix(".tar")) for names in parts]
 
 
 def find_shards(uri: str, target: str) -> Shards:
@@ -145,7 +146,7 @@ def _on_disk(uri: str, names: list[str]) -> Iterator[str]:
     for name in names:
         path = str(local_file(name, f"data set {uri!r}"))
         if os.path.isdir(path):  # noqa: PTH112
-            found = [str(file) for file in Path(path).glob("*.tar")]
+            found = [str(file) for file in Path(path).glob("*.tar") if not file.name.startswith(".")]
         elif _MAGIC.search(path) and not os.path.exists(path):  # noqa: PTH110
             found = glob.glob(path)  # noqa: PTH207 - Path's takes no absolute pattern
         else:
@@ -184,7 +185,11 @@ def _in_bucket(uri: str, names: list[str]) -> Shards:
         wanted = [match[2]]
         if not last or _MAGIC.search(last):
             pattern = folder + slash + (last or "*.tar")
-            wanted = sorted((path for path in there if fnmatchcase(path, pattern)), key=str.encode)
+            hidden = f"{folder}{slash}."  # passed over as on disk, unless the pattern asks for them
+            matched = (path for path in there if fnmatchcase(path, pattern))
+            wanted = sorted(
+                (path for path in matched if last.startswith(".") or not path.startswith(hidden)), key=str.encode
+            )
             if not wanted:
                 raise DatasetError(
                     f"data set {uri!r}: s3://{name}/{folder} has no object {last or '*.tar'}, {EXPECTED}"

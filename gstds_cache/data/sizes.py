@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gstds_cache.data.decode import UndecodableError, header_size
+from gstds_cache.data.files import regular_file
 from gstds_cache.data.source import ImageSource
 from gstds_cache.runtime.resources import about_us
 from gstds_cache.seeding import rng_for
@@ -74,7 +75,7 @@ def _size_of(source: ImageSource, row: int) -> tuple[int, int, str]:
         except UndecodableError:
             return *source.image(row).size, ""
     try:
-        with io.FileIO(source.files.path(row)) as file:
+        with io.FileIO(source.files.path(row), opener=regular_file) as file:
             data = file.read(_HEADER_BYTES)
             try:
                 return header_size(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from PIL import Image
 
 from gstds_cache.data.containers import Container
 from gstds_cache.data.decode import UndecodableError, decode_image
-from gstds_cache.data.files import MAX_BYTES, Files
+from gstds_cache.data.files import MAX_BYTES, Files, regular_file
 from gstds_cache.data.labels import NO_LABEL, LabelColumn
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError
@@ -74,7 +75,7 @@ class TableSource:
         """The bytes of image file ``row``; none where the cell is empty.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: It cannot be read, or the cell is the path of a file of more than ``MAX_BYTES``.
         """
         return self._data(row) or b""
 
@@ -90,18 +91,23 @@ class TableSource:
         except OSError as error:
             if about_us(error):
                 raise
+            if error.errno == errno.EFBIG:
+                raise UndecodableError(str(error.strerror)) from None
             raise UndecodableError(f"unreadable: {error.strerror or str(error) or type(error).__name__}") from None
         if data is None:
             raise UndecodableError("no image: the cell is empty")
         if len(data) > MAX_BYTES:
-            raise UndecodableError(f"too large a file: {len(data)} bytes, at most {MAX_BYTES} are decoded")
+            raise UndecodableError(_too_large(len(data)))
         return decode_image(data)
 
     def _data(self, row: int) -> bytes | None:
         cell = self.cells.cell(row)
         if not isinstance(cell, str):
             return cell
-        with io.FileIO(cell) as file:
+        with io.FileIO(cell, opener=regular_file) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise OSError(errno.EFBIG, _too_large(size), cell)
             return file.readall()
 
     def for_workers(self) -> Callable[[], TableSource]:
@@ -111,6 +117,10 @@ class TableSource:
 
 def _with_own(source: TableSource) -> TableSource:
     return replace(source, cells=source.cells.reopened())
+
+
+def _too_large(size: int) -> str:
+    return f"too large a file: {size} bytes, at most {MAX_BYTES} are decoded"
 
 
 def cell_of(value: Any) -> Cell:

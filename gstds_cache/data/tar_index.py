@@ -318,9 +318,7 @@ class TarScan:
         """
         if len(header) == BLOCK and not any(header):
             if any(self._read_at(offset + BLOCK, _AFTER_END)):
-                raise TarError(
-                    f"goes on after its end at byte {offset}, expected one archive; join several by tar --concatenate"
-                )
+                raise TarError(f"goes on after its end at byte {offset}, expected one archive; join several into one")
             return
         self._check()
         if len(header) == BLOCK:

@@ -14,9 +14,9 @@ from jaxtyping import Int64
 from PIL import Image
 
 from gstds_cache.data.ahead import ReadAhead
-from gstds_cache.data.containers import Container
+from gstds_cache.data.containers import Container, if_same
 from gstds_cache.data.decode import UndecodableError, decode_image
-from gstds_cache.data.files import MAX_BYTES, Files, printable
+from gstds_cache.data.files import IMAGE_EXTENSIONS, MAX_BYTES, Files, printable
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.labels import LabelColumn
 from gstds_cache.data.members import LabelMember, image_members
@@ -199,7 +199,8 @@ class _Table:
         size[there] = index.size[chosen[there]]
         keys = Names.of(printable(key.decode("utf-8", "surrogateescape")) for key in index.all_keys())
         self._parts.append((offset, size, keys, opened.labels))
-        if opened.digests and len(index):
+        # Of an extension that image= names and that is no image's, nothing was hashed in passing.
+        if opened.digests and len(index) and np.isin(chosen[there], list(opened.digests)).all():
             self._keep(opened, chosen)
         for kind, count in index.ignored.items():
             self._ignored[kind] = self._ignored.get(kind, 0) + count
@@ -217,7 +218,7 @@ class _Table:
 
     @property
     def _what(self) -> str:
-        return ";".join(self._images)
+        return ";".join(self._images) or "auto " + " ".join(IMAGE_EXTENSIONS)  # of which a package may add some
 
     def source(self, cache: ShardCache) -> ShardSource:
         """The data set."""
@@ -303,4 +304,5 @@ class _Containers(Sequence[Container]):
     def __getitem__(self, place: int) -> Container:  # type: ignore[override]
         shard = self._shards[place]
         rows = range(int(self._first[place]), int(self._first[place + 1]))
-        return Container(f"{shard.where}\0images {self._what}", rows, partial(signature_now, shard))
+        now = partial(if_same, shard.signature, partial(signature_now, shard))
+        return Container(f"{shard.where}\0images {self._what}", rows, now)

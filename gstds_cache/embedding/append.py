@@ -27,7 +27,7 @@ from gstds_cache.data.subset import Subset, taken
 from gstds_cache.embedding.decoding import decode_by, try_decoder
 from gstds_cache.embedding.estimate import disk_bytes, require_disk
 from gstds_cache.embedding.job import EmbedJob
-from gstds_cache.embedding.reuse import KnownRows
+from gstds_cache.embedding.reuse import KnownRows, count_readable_among
 from gstds_cache.embedding.run import fill, provenance_of
 from gstds_cache.embedding.settle import prepare_as_stored
 from gstds_cache.encoders.encoder import Encoder
@@ -39,6 +39,7 @@ from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.store import layout
 from gstds_cache.store.grown import GrownMetadata, Growth, joined, read_metadata
+from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store
 from gstds_cache.store.spec import CacheSpec
@@ -163,7 +164,8 @@ def append_dataset(
     transport = read_metadata(where).transport
     with transport.lock():
         transport.collect_temporaries()
-        store = EmbeddingStore(read_metadata(where, transport=transport))
+        metadata = read_metadata(where, transport=transport)
+        store = EmbeddingStore(metadata)
         if store.spec.imported:
             raise UsageError(
                 f"{where} holds imported rows: no model here makes others like them",
@@ -185,7 +187,7 @@ def append_dataset(
         _require_same_encoder(store, encoder)
         part, spec, kept = _part_of(store, old, manifest, source, new)
         job = EmbedJob(part, config, device, encoder, notify)
-        growth = _growth(store, old, part_manifest=kept, spec=spec, new=new, uri=source.uri)
+        growth = _growth(metadata, store, old, part_manifest=kept, spec=spec, new=new, uri=source.uri)
         folder = where.below(layout.PARTS, growth.part)
         _clear_leftovers(where, store, growth)
         need = disk_bytes(part, len(kept), spec.shard_rows, job.row_bytes())
@@ -220,8 +222,15 @@ def _new_items(old: DatasetManifest, manifest: DatasetManifest, where: str) -> _
     """What of a data set a store does not have.
 
     Raises:
-        FingerprintMismatchError: An item that the store has is another in the data set, or its classes are others.
+        FingerprintMismatchError: An item that the store has is another in the data set, or its classes are others; or
+            the data set has all images of the store, each under another id.
     """
+    if manifest.classes and not old.classes and old.labels.max(initial=-1) >= 0:
+        raise FingerprintMismatchError(
+            f"labels in {where} are numbers without names, and the data set has the classes {manifest.classes[0]!r} to "
+            f"{manifest.classes[-1]!r}: labels would mean something else",
+            hint="nothing was changed; append a data set whose labels are the same numbers, without names",
+        )
     if tuple(manifest.classes[: len(old.classes)]) != tuple(old.classes):
         theirs = next((n for n, m in zip(manifest.classes, old.classes, strict=False) if n != m), "none more")
         place = next((i for i, n in enumerate(old.classes) if manifest.classes[i : i + 1] != (n,)), 0)
@@ -232,6 +241,8 @@ def _new_items(old: DatasetManifest, manifest: DatasetManifest, where: str) -> _
         )
     at = rows_by_id(manifest.ids, old.ids)
     there = np.flatnonzero(at >= 0)
+    if not len(there):
+        _refuse_renumbered(old, manifest, where)
     other = (manifest.sha256[there] != old.sha256[at[there]]).any(axis=1)
     relabelled = manifest.labels[there] != old.labels[at[there]]
     for changed, what in ((other, "other bytes"), (relabelled, "another label")):
@@ -245,6 +256,22 @@ def _new_items(old: DatasetManifest, manifest: DatasetManifest, where: str) -> _
             )
     in_order = len(there) == len(old) and bool((at[: len(old)] == np.arange(len(old))).all())
     return _NewItems(np.flatnonzero(at < 0), len(there), in_order)
+
+
+def _refuse_renumbered(old: DatasetManifest, manifest: DatasetManifest, where: str) -> None:
+    """Refuse a data set that has every image of the store and none of its ids: all rows would be there twice.
+
+    Raises:
+        FingerprintMismatchError: It is one.
+    """
+    readable, found = count_readable_among(old.sha256, manifest.sha256)
+    if readable and found == readable:
+        raise FingerprintMismatchError(
+            f"the bytes of all {found:,} images of {where} are in the data set, but under other ids, as "
+            f"{manifest.ids[0]!r} (the store has {old.ids[0]!r}): each would be there twice",
+            hint="nothing was changed; ids of tables and shards are numbered by file unless a column is named "
+            "(`id=COLUMN`): append the new files alone, or embed all into a new store with `reuse`",
+        )
 
 
 def _require_same_encoder(store: EmbeddingStore, encoder: Encoder) -> None:
@@ -301,11 +328,10 @@ def _part_of(
 
 
 def _growth(
-    store: EmbeddingStore, old: DatasetManifest, *, part_manifest: DatasetManifest, spec: CacheSpec, new: _NewItems,
-    uri: str,
+    metadata: StoreMetadata, store: EmbeddingStore, old: DatasetManifest, *, part_manifest: DatasetManifest,
+    spec: CacheSpec, new: _NewItems, uri: str,
 ) -> Growth:  # fmt: skip
-    """The record that will make a part count."""
-    metadata = read_metadata(store.location)
+    """The record that will make a part count, after those of ``metadata``: what it says of the store is as of then."""
     number = len(metadata.records) + 1 if isinstance(metadata, GrownMetadata) else 1
     first = len(old) // spec.shard_rows * spec.shard_rows
     whole = joined([old, part_manifest], [0, first], part_manifest.classes)

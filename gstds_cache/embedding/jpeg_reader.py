@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.decode import EXACT, Decoding, UndecodableError, decoding_as
-from gstds_cache.data.files import MAX_BYTES
+from gstds_cache.data.files import MAX_BYTES, regular_file
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Room
 from gstds_cache.embedding.jpeg import device_jpeg
@@ -104,7 +104,7 @@ class JpegReader:
         if self.source.files is None:
             return self._packed(row)
         try:
-            with io.FileIO(self.source.files.path(row)) as file:
+            with io.FileIO(self.source.files.path(row), opener=regular_file) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     return None
                 is_jpeg = file.read(2) == b"\xff\xd8"

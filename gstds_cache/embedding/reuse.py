@@ -107,6 +107,27 @@ class KnownRows:
         return known, taken
 
 
+def count_readable_among(some: UInt8[np.ndarray, "N 32"], others: UInt8[np.ndarray, "M 32"]) -> tuple[int, int]:
+    """How many of some items could be read, and how many of these have the bytes of one of the others.
+
+    Args:
+        some: Hashes of the items.
+        others: Hashes of the others.
+
+    Returns:
+        Both numbers; what is held are the hashes of a part of either.
+    """
+    readable, found, parts = 0, 0, 1
+    while parts < 256 and max(len(some), len(others)) > parts * PART_ROWS:
+        parts *= 2
+    for part in range(parts):
+        mine, names = (_sortable(hashes[_rows_of(hashes, part, parts)]) for hashes in (some, others))
+        mine = mine[mine != np.void(UNREADABLE)]
+        readable, found = readable + len(mine), found + int(_lookup(np.sort(names), mine)[0].sum())
+        mapped.release(some, others)
+    return readable, found
+
+
 def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str) -> None:
     ours, theirs = {**store.spec.encoder, "dtype": store.spec.dtype}, {**encoder, "dtype": dtype}
     lines = [

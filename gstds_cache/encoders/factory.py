@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -148,14 +149,7 @@ def _from_timm(
     if config["crop_mode"] not in {"center", "squash"}:
         raise EncoderError(f"timm:{name} crops by {config['crop_mode']!r}, which is not supported: center, squash")
 
-    def at(size: tuple[int, int]) -> tuple[int | tuple[int, int], tuple[int, int]]:
-        transform = timm.data.create_transform(
-            **{**config, "input_size": (3, *size)}, is_training=False, use_prefetcher=True
-        )
-        resize = transform.transforms[0].size
-        return resize if isinstance(resize, int) else tuple(resize), size
-
-    resize, crop = at(config["input_size"][1:])
+    resize, crop = _timm_sizes(config, *config["input_size"][1:])
     preprocessing = Preprocessing(
         resize=resize,
         crop=crop,
@@ -169,8 +163,24 @@ def _from_timm(
     pooling = pool if isinstance(pool, str) else str(getattr(pool, "pool_type", type(pool).__name__))
     pooling = pooling if alias is None else alias.pooling
     free = side is None and not model.pretrained_cfg.get("fixed_input_size") and crop[0] == crop[1]
-    sizes: Sizes | None = (lambda side: at((side, side))) if free else None
+    sizes: Sizes | None = partial(_timm_sizes, config) if free else None
     return _finish(f"timm:{name}", model, preprocessing, weights, matched, download, pooling or "none", side, sizes)
+
+
+# Not inside the functions that use them: an encoder that is pickled for another process takes them along.
+def _timm_sizes(
+    config: Mapping[str, Any], height: int, width: int | None = None
+) -> tuple[int | tuple[int, int], tuple[int, int]]:
+    import timm
+
+    size = height, height if width is None else width
+    asked = {**config, "input_size": (3, *size)}
+    resize = timm.data.create_transform(**asked, is_training=False, use_prefetcher=True).transforms[0].size
+    return resize if isinstance(resize, int) else tuple(resize), size
+
+
+def _torchvision_sizes(resize: int, own: int, side: int) -> tuple[int, tuple[int, int]]:
+    return round(resize * side / own), (side, side)
 
 
 def _as_timm(model: nn.Module) -> Callable[[StateDict], StateDict]:
@@ -218,9 +228,7 @@ def _from_torchvision(name: str, weights: Path | None, allow_untrained: bool, si
     preset = models.get_model_weights(name).DEFAULT.transforms()
     own = preset.crop_size[0]
 
-    def at(side: int) -> tuple[int, tuple[int, int]]:
-        return round(preset.resize_size[0] * side / own), (side, side)
-
+    at: Sizes = partial(_torchvision_sizes, preset.resize_size[0], own)
     resize, crop = at(side or own)
     preprocessing = Preprocessing(
         resize=resize,

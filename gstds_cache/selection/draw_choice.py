@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from gstds_cache.config import STRATA, SelectConfig
-from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
 from gstds_cache.files.digest import canonical_json, digest_of
@@ -25,8 +24,10 @@ from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
+from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
+ALGORITHM = 1  # raised by whoever changes how draws are tried, so that no outcome kept is believed for another trial
 TRIED = (RULE, "loss-minus-reference", "damped-loss")
 DRAWN = 1 << 16  # rows that a probe learns from in all its epochs, about: longer runs are tried as shorter ones
 
@@ -46,7 +47,7 @@ def choose_draw(
     Returns:
         The configuration, and what was found, in a sentence.
     """
-    labels = LabelCounts.of(store.labels)
+    labels = count_labels(store)
     if labels.different < 2 or labels.one_each:
         return without_draw(
             config
@@ -55,7 +56,8 @@ def choose_draw(
     if share == 1:
         return without_draw(config), "nothing is left out, so there is nothing to draw"
     epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
-    digest = digest_of({"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS})
+    tried = {"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS}
+    digest = digest_of({"algorithm": ALGORITHM, **tried})
     records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     found = _recorded(records, digest)
     if found is None:

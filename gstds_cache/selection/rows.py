@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int64
 
+from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.store.reader import EmbeddingStore
 
 
@@ -49,3 +50,8 @@ class EligibleRows:
 def rows_left_out(store: EmbeddingStore) -> Int64[np.ndarray, " A"]:
     """The rows of a store that no selection takes, ascending: those without an embedding, and those that are hidden."""
     return np.union1d(store.without_embedding, store.hidden)
+
+
+def count_labels(store: EmbeddingStore) -> LabelCounts:
+    """What labels the rows of a store have, but for those that are hidden."""
+    return LabelCounts.of(np.delete(store.labels, store.hidden) if len(store.hidden) else store.labels)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
 from gstds_cache.graph.cuda import log_fallback
@@ -30,7 +29,7 @@ from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.rows import EligibleRows, rows_left_out
+from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
 from gstds_cache.selection.rule import RuleBatch, read_only
 from gstds_cache.selection.selected_batch import Candidates, SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
@@ -92,7 +91,7 @@ class BatchSelector:
         largest = max(self.plan.rows_in(0), self.plan.rows_in(self.plan.batches_per_epoch - 1))
         self.knn_backend = resolve_backend(config.knn_backend, self.device, largest, config.knn)
         self.solver = _solver(config, self.device, largest, max(1, self.rule.vectors))
-        labels, share = LabelCounts.of(store.labels), self.plan.total_kept / self.plan.total_rows
+        labels, share = count_labels(store), self.plan.total_kept / self.plan.total_rows
         self._label_counts = labels
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))

@@ -211,7 +211,7 @@ class GrownMetadata(StoreMetadata):
             commits, wrong = part.scan_commits()
             mine = {shard + first: commit for shard, commit in commits.items()}
             found |= {shard: _of_whole(commit, first, self.spec.shard_rows) for shard, commit in mine.items()
-                      if self.part_of(shard)[0] == first}  # fmt: skip
+                      if self.part_of(shard)[2] is part}  # fmt: skip
             problems += [_of_part(problem, first, prefix) for problem in wrong]
         return dict(sorted(found.items())), problems
 
@@ -271,7 +271,8 @@ class GrownMetadata(StoreMetadata):
 
     def discarded(self) -> set[int]:
         """Shards that a repair has discarded and not yet committed again."""
-        return {shard + first for first, _, part in self.parts for shard in part.discarded()}
+        return {shard + first for first, _, part in self.parts for shard in part.discarded()
+                if self.part_of(shard + first)[2] is part}  # fmt: skip
 
 
 def _wrong_part(base: StoreMetadata, record: Growth) -> IntegrityError:

@@ -29,16 +29,18 @@ DRIVER = shutil.which("chromedriver")
 QUICK = {"device": "cpu", "threads": 1, "progress": False}
 
 
-def embed(folder: Path, name: str, *, seed: int, items: int) -> gstds_cache.EmbeddingStore:
-    """A store of coloured noise, a class a colour; the last image of each class does not decode."""
+def make_images(folder: Path, *, seed: int, items: int) -> None:
+    """Coloured noise, a class a colour; the last image of each class does not decode."""
     for label, word in enumerate(CLASSES):
-        where = folder / name / word
-        where.mkdir(parents=True)
+        (folder / word).mkdir(parents=True)
         for number in range(items):
             pixels = np.random.default_rng([seed, label, number]).integers(0, 150, (12, 12, 3))
             pixels[..., label] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(where / f"{number:02d}.png")
-        (where / f"{items:02d}.png").write_bytes(b"no image")
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / word / f"{number:02d}.png")
+        (folder / word / f"{items:02d}.png").write_bytes(b"no image")
+
+
+def embed(folder: Path, name: str) -> gstds_cache.EmbeddingStore:
     return gstds_cache.embed(
         f"imagefolder:{folder / name}", cache=folder / f"{name}.store", model=MODEL, batch_size=8, shard_rows=16,
         workers=0, device="cpu", progress=False,
@@ -48,17 +50,11 @@ def embed(folder: Path, name: str, *, seed: int, items: int) -> gstds_cache.Embe
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> tuple[Path, AuditReport]:
     folder = tmp_path_factory.mktemp("audit")
-    train = embed(folder, "train", seed=0, items=14)
-    (folder / "test" / "plain").mkdir(parents=True)
-    shutil.copy(folder / "train" / "plain" / "03.png", folder / "test" / "plain" / "copy.png")
-    shutil.rmtree(folder / "test")
-    test = embed(folder, "test", seed=1, items=4)
+    make_images(folder / "train", seed=0, items=14)
+    make_images(folder / "test", seed=1, items=4)
     shutil.copy(folder / "train" / "plain" / "03.png", folder / "train" / EVIL / "13.png")  # the same bytes, twice
-    train = gstds_cache.embed(
-        f"imagefolder:{folder / 'train'}", cache=folder / "train2.store", model=MODEL, batch_size=8, shard_rows=16,
-        workers=0, device="cpu", progress=False,
-    )  # fmt: skip
-    done = audit(train, against=test, out=folder / "out", threshold=0.999, shown=6, **QUICK)
+    train, test = embed(folder, "train"), embed(folder, "test")
+    done = audit(train, against=test, out=folder / "out", threshold=0.999, shown=6, folds=2, **QUICK)
     return folder, done
 
 
@@ -172,7 +168,7 @@ def test_the_command(tmp_path) -> None:
         return CliRunner().invoke(main, ["audit", str(tmp_path / "s"), "--threads", "1", "--out",
                                          str(tmp_path / "out"), *words])  # fmt: skip
 
-    done = run("--no-page", "--json", "--flipped", "0")
+    done = run("--no-page", "--json", "--flipped", "0", "--folds", "2")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["labelled"], found["flip_test"]) == (60, None)

@@ -93,9 +93,9 @@ def test_hidden_rows_are_not_looked_at(tmp_path) -> None:
     rows, labels = clustered(60)
     rows[7] = rows[3]
     vector_store(tmp_path / "s", rows, labels)
-    assert look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0).groups.row.tolist() == [3, 7]
+    assert look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0, folds=2).groups.row.tolist() == [3, 7]
     hide_rows(tmp_path / "s", [3, 10])
-    findings = look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0)
+    findings = look(EmbeddingStore(tmp_path / "s"), threshold=0.999, flipped=0.0, folds=2)
     assert (len(findings.rows), findings.groups.count) == (58, 0)
     assert findings.doubts is not None
     assert not {3, 10} & set(findings.doubts.row.tolist())
@@ -114,7 +114,7 @@ def test_leaks_name_both_rows_and_other_models_are_refused(tmp_path) -> None:
     train = vector_store(tmp_path / "train", rows, labels)
     copies = np.concatenate([rows[[7, 30]] * 3, np.random.default_rng(5).normal(size=(10, 16))])
     test = vector_store(tmp_path / "test", copies, [0] * 12)
-    findings = look(train, test, flipped=0.0, threshold=0.999)
+    findings = look(train, test, flipped=0.0, threshold=0.999, folds=2)
     assert findings.leaks is not None
     assert (findings.leaks.one.tolist(), findings.leaks.other.tolist()) == ([0, 1], [7, 30])
     other = vector_store(tmp_path / "other", copies, model="another")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ import pytest
 from PIL import Image
 from s3_api import BUCKET, FaultProxy, upload
 
+from gstds_cache.data.ahead import ReadAhead
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import DatasetError, IncompleteError, IntegrityError, StoreUnavailableError, UsageError
 from gstds_cache.files import bucket as bucket_module
 from gstds_cache.files.bucket import Bucket
-from gstds_cache.files.fetch import Part, ProcessFetcher, ThreadFetcher
+from gstds_cache.files.fetch import AT_ONCE, Part, ProcessFetcher, ThreadFetcher
 from gstds_cache.files.location import Location
 
 
@@ -98,6 +101,36 @@ def test_an_object_that_changed_or_went_away(place, tmp_path) -> None:
     assert source.payload(0) == png(0)
 
 
+def test_an_object_that_comes_short(place, tmp_path, monkeypatch) -> None:
+    source = open_source(put(place[0], tmp_path, ["a/0.png"]))
+    monkeypatch.setattr(ReadAhead, "take", lambda _self, _row: png(0)[:-1])
+    for read in (source.payload, source.image):
+        with pytest.raises(IntegrityError, match=r"object s3://.*/a/0\.png: changed since it was listed"):
+            read(0)
+
+
+def test_objects_that_cannot_be_read_leave_room_to_read_ahead(monkeypatch) -> None:
+    asked: list[str] = []
+
+    def submit(_self: ReadAhead, part: Part) -> Future[bytes]:
+        asked.append(part.path)
+        answer: Future[bytes] = Future()
+        if int(part.path) < 40:
+            answer.set_exception(FileNotFoundError(part.path))
+        else:
+            answer.set_result(b"x")
+        return answer
+
+    monkeypatch.setattr(ReadAhead, "_submit", submit)
+    reading = ReadAhead(Bucket(Location(None, BUCKET), "data sets"), lambda row: Part(str(row), 0, 1))
+    reading.expect(range(100))
+    for row in range(40):
+        with pytest.raises(FileNotFoundError):
+            reading.take(row)
+    assert reading.take(40) == b"x"
+    assert asked == [str(row) for row in range(41 + AT_ONCE)]
+
+
 def test_places_without_images(place, tmp_path) -> None:
     prefix, _ = place
     with pytest.raises(DatasetError, match="got no image and no class folder"):
@@ -143,6 +176,7 @@ class TestShards:
         for number in range(2):
             upload(f"{place[0]}/s-{number}.tar", shard(range(10 * number, 10 * number + 10)))
         upload(f"{place[0]}/deeper/s-9.tar", b"not looked at")
+        upload(f"{place[0]}/._s-0.tar", b"what a file manager leaves")
         return f"webdataset:s3://{BUCKET}/{place[0]}"
 
     @pytest.mark.parametrize("pattern", ["/", "/*.tar", "/s-{0..1}.tar", "/s-[01].tar"])
@@ -160,6 +194,21 @@ class TestShards:
             roots.append(build_manifest(source, hash_cache=hash_cache).root)
             assert proxy.count("GET", ".tar") == 2  # indexed and hashed in one reading
         assert roots[0] == roots[1]
+
+    def test_an_extension_that_is_no_images_is_hashed_as_well(self, place, tmp_path) -> None:
+        upload(f"{place[0]}/a.tar", shard(range(3)))
+        hash_cache = HashCache(tmp_path / "hashes")
+        source = open_source(f"webdataset:s3://{BUCKET}/{place[0]}/a.tar?image=cls&label=", hash_cache=hash_cache)
+        digests = build_manifest(source, hash_cache=hash_cache).sha256
+        assert [row.tobytes() for row in digests] == [hashlib.sha256(b"%d" % row).digest() for row in range(3)]
+
+    def test_keys_that_repeat_have_the_same_ids_as_on_disk(self, place, tmp_path) -> None:
+        for name in "ab":
+            upload(f"{place[0]}/{name}.tar", shard(range(2)))
+            (tmp_path / f"{name}.tar").write_bytes(shard(range(2)))
+        ids = ["a/000", "a/001", "b/000", "b/001"]
+        assert list(open_source(f"webdataset:{tmp_path}").ids) == ids
+        assert list(open_source(f"webdataset:s3://{BUCKET}/{place[0]}/*.tar").ids) == ids
 
     def test_rows_side_by_side_are_one_request(self, uri, place) -> None:
         source = open_source(f"{uri}/*.tar")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from source_kinds import CLASSES, class_folders, hugging_face_object, items
 
+from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data.files import FileSource
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.mapstyle import MapStyleSource
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -53,6 +57,20 @@ def test_splits(dataset, made, tmp_path) -> None:
     datasets.DatasetDict({"a": dataset, "b": dataset}).save_to_disk(str(tmp_path / "e"))
     with pytest.raises(DatasetError, match="got no split of a, b, expected one"):
         open_source(f"hf:{tmp_path / 'e'}")
+
+
+def test_files_that_are_replaced_after_they_were_mapped_vouch_for_nothing(dataset, made, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(hash_cache_module, "RACY_NS", 0)
+    cache, saved = tmp_path / "hashes", tmp_path / "saved"
+    dataset.save_to_disk(str(saved))
+    assert open_source(datasets.load_from_disk(str(saved))).containers == ()  # nobody knows when it was mapped
+    source = open_source(f"hf:{saved}")
+    dataset.select(range(COUNT)[::-1]).save_to_disk(str(tmp_path / "new"))
+    for path in (tmp_path / "new").iterdir():
+        path.replace(saved / path.name)
+    build_manifest(source, hash_cache=HashCache(cache))
+    digests = build_manifest(open_source(f"hf:{saved}"), hash_cache=HashCache(cache)).sha256
+    assert [row.tobytes() for row in digests] == [hashlib.sha256(item.data).digest() for item in made[::-1]]
 
 
 def test_a_folder_of_parquet_files_and_one_file(dataset, made, tmp_path) -> None:

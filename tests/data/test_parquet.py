@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from source_kinds import Item, items, table
 
+from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data import parquet as parquet_module
 from gstds_cache.data import table_files
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import FileSource
+from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.table import TableSource
 from gstds_cache.errors import DatasetError, UsageError
@@ -202,6 +206,28 @@ def test_damage(tmp_path: Path, twenty) -> None:
     with pytest.raises(UndecodableError) as spoiled:
         source.image(5)
     assert spoiled.value.reason == "unreadable: a group of rows in t.parquet is damaged"
+
+
+def test_a_link_to_a_folder_above_repeats_no_row(tmp_path: Path, twenty) -> None:
+    (tmp_path / "sub").mkdir()
+    pq.write_table(table(twenty).slice(0, 2), tmp_path / "sub" / "a.parquet")
+    pq.write_table(table(twenty).slice(2, 3), tmp_path / "t.parquet")
+    plain = list(open_source(f"parquet:{tmp_path}").ids)
+    (tmp_path / "sub" / "loop").symlink_to("..")
+    assert list(open_source(f"parquet:{tmp_path}").ids) == plain
+    assert len(plain) == 5
+
+
+def test_a_file_that_is_replaced_after_it_was_opened_vouches_for_nothing(tmp_path: Path, twenty, monkeypatch) -> None:
+    monkeypatch.setattr(hash_cache_module, "RACY_NS", 0)
+    uri = written(tmp_path, {"image": [item.data for item in twenty[:2]]})
+    source = open_source(uri)
+    assert source.payload(0) == twenty[0].data  # from here on the file is open
+    pq.write_table(pa.table({"image": [item.data for item in twenty[2:4]]}), tmp_path / "new")
+    (tmp_path / "new").replace(tmp_path / "t.parquet")
+    build_manifest(source, hash_cache=HashCache(tmp_path / "hashes"))
+    digests = build_manifest(open_source(uri), hash_cache=HashCache(tmp_path / "hashes")).sha256
+    assert [row.tobytes() for row in digests] == [hashlib.sha256(item.data).digest() for item in twenty[2:4]]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gstds_cache.data import shard_reading
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data import members as members_module
+from gstds_cache.data import shard_reading, webdataset
+from gstds_cache.data.decode import Decoding, UndecodableError, decoding_as
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
+from gstds_cache.data.shards import Shard, Shards
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import DatasetError, IntegrityError, UsageError
 
@@ -106,6 +109,15 @@ class TestImages:
                 source.image(row)
         assert source.notes[0] == "1 of 3 samples have no image; they are items that cannot be decoded"
 
+    def test_they_are_decoded_as_the_block_around_says(self, tmp_path) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, "JPEG")
+        source = open_source(f"webdataset:{write(tmp_path / 'a.tar', [('1.jpg', file.getvalue())])}")
+        with decoding_as(Decoding(side=16)):
+            assert source.image(0).size == (16, 16)
+        with decoding_as(Decoding(max_pixels=64 * 64 - 1)), pytest.raises(UndecodableError, match="too many pixels"):
+            source.image(0)
+
     def test_none_at_all(self, tmp_path) -> None:
         path = write(tmp_path / "a.tar", [("1.txt", b"x"), ("1.npy", b"x")])
         with pytest.raises(
@@ -127,6 +139,11 @@ class TestKeys:
         assert list(source.ids) == ["a/0", "a/1", "b/0", "b/1"]
         assert source.notes[0] == "ids are SHARD/KEY: the key '0' is in more than one shard"
 
+    def test_they_are_the_same_in_a_bucket(self) -> None:
+        for folder in ("/", "/data/x/", "s3://bucket/", "s3://bucket/x/"):
+            paths = [f"{folder}{name}.tar" for name in ("s0", "deep/s1")]
+            assert Shards(tuple(Shard(path, path, (1, 1, 1, 1)) for path in paths)).stems() == ["s0", "deep/s1"]
+
     def test_a_key_twice_in_one_shard_is_refused(self, tmp_path) -> None:
         path = write(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", png(2)), ("0.cls", b"1")])
         with pytest.raises(DatasetError, match=r"a\.tar: got the key '0' for two samples of it"):
@@ -144,6 +161,10 @@ class TestPatterns:
     def test_shards_in_order(self, folder, pattern) -> None:
         expected = ["k1", "k2", "k10"][: 2 if ".." in pattern else 3]
         assert list(open_source(f"webdataset:{folder}{pattern}").ids) == expected
+
+    def test_hidden_files_are_none(self, folder) -> None:
+        (folder / "._s-001.tar").write_bytes(b"what a file manager leaves")
+        assert list(open_source(f"webdataset:{folder}").ids) == ["k1", "k2", "k10"]
 
     @pytest.mark.parametrize(
         ("pattern", "message"),
@@ -233,6 +254,26 @@ class TestTheIndexThatIsKept:
         (tmp_path / "b.tar").unlink()
         assert open_source(uri, hash_cache=HashCache(cache)).ids[0] == "b0"
         assert opened == [str(tmp_path / "a.tar")]
+
+    def test_one_that_is_replaced_after_it_was_opened_vouches_for_nothing(self, tmp_path, opened) -> None:
+        path, cache = write(tmp_path / "a.tar", [("0.png", png(1))]), tmp_path / "hashes"
+        source = open_source(f"webdataset:{path}", hash_cache=HashCache(cache))
+        assert source.payload(0) == png(1)  # from here on the file is open
+        write(tmp_path / "new", [("0.png", png(2))]).replace(path)
+        build_manifest(source, hash_cache=HashCache(cache))
+        hash_cache = HashCache(cache)
+        manifest = build_manifest(open_source(f"webdataset:{path}", hash_cache=hash_cache), hash_cache=hash_cache)
+        assert manifest.sha256[0].tobytes() == hashlib.sha256(png(2)).digest()
+
+    def test_a_new_kind_of_image_is_looked_for_again(self, tmp_path, opened, monkeypatch) -> None:
+        path, cache = write(tmp_path / "a.tar", [("0.seg.png", png(1)), ("0.new", png(2))]), tmp_path / "hashes"
+        for kinds, expected in (((".png",), png(1)), ((".png", ".new"), png(2))):
+            monkeypatch.setattr(webdataset, "IMAGE_EXTENSIONS", kinds)
+            monkeypatch.setattr(members_module, "_IMAGES", frozenset(kind[1:] for kind in kinds))
+            hash_cache = HashCache(cache)
+            source = open_source(f"webdataset:{path}", hash_cache=hash_cache)
+            manifest = build_manifest(source, hash_cache=hash_cache)
+            assert manifest.sha256[0].tobytes() == hashlib.sha256(expected).digest()
 
     @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
     def test_a_damaged_index_is_made_again(self, tmp_path, opened, damage) -> None:

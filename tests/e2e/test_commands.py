@@ -125,7 +125,7 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
 
     scores = command("gstds-cache", "export", "photos.store", "scores.parquet", "--scores", selected["out"], "--json")
     assert result_of(scores)["rows"] == 60
-    assert "never in a batch, as they have no embedding: 2" in scores.stdout
+    assert "never in a batch, as they have no embedding or are hidden: 2" in scores.stdout
     page = result_of(command("gstds-cache", "report", "run", selected["out"], "--json"))
     assert (page["runs"], page["selections"], page["missing"]) == (1, 1, [])
     assert "cats (19)" in (tmp_path / "report.html").read_text()

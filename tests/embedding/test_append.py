@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -14,12 +15,14 @@ from real_store import GROWN, ITEMS, Images, append, embed, files_of, objects_of
 from small_store import fill as fill_small
 
 import gstds_cache
+import gstds_cache.embedding.append as appending
 from gstds_cache.data.align import in_order
 from gstds_cache.embedding.append import AppendReport
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, StoreNotFoundError, UsageError
 from gstds_cache.store import layout
 from gstds_cache.store.describe import summarise
 from gstds_cache.store.grown import growth_key, read_metadata
+from gstds_cache.store.local import LocalTransport
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store
 from gstds_cache.store.verify import verify
@@ -132,7 +135,7 @@ def test_new_images_alone_come_last_and_their_bytes_may_be_known(store) -> None:
         in_order(only(items, [row for row in range(GROWN + 1) if items.ids[row] != "item/0028"]), grown.manifest().ids)
 
 
-@pytest.mark.parametrize("what", ["bytes", "label", "classes", "model", "imported", "incomplete"])
+@pytest.mark.parametrize("what", ["bytes", "label", "classes", "names", "ids", "model", "imported", "incomplete"])
 def test_what_does_not_belong_is_refused_by_name_and_nothing_changes(what, store, tmp_path, monkeypatch) -> None:
     source, error, words = images(GROWN), FingerprintMismatchError, ""
     if what == "bytes":
@@ -145,6 +148,14 @@ def test_what_does_not_belong_is_refused_by_name_and_nothing_changes(what, store
     elif what == "classes":
         source.classes = ("a", "c", "b")
         words = "class 1 is 'b' in .* and 'c' in the data set"
+    elif what == "names":
+        store, plain = tmp_path / "n", images()
+        plain.classes = ()
+        embed(store, plain)
+        words = "labels in .* are numbers without names, and the data set has the classes 'a' to 'c'"
+    elif what == "ids":
+        source.ids = [f"a/{row:04d}" for row in range(GROWN)]
+        words = r"the bytes of all 22 images of .* but under other ids, as 'a/0000' \(the store has 'item/0000'\)"
     elif what == "model":
         monkeypatch.setattr(real_store.Tiny, "preprocessing", real_store.Preprocessing(resize=9, crop=(9, 9)))
         words = "encoder.preprocessing: the store has"
@@ -158,6 +169,46 @@ def test_what_does_not_belong_is_refused_by_name_and_nothing_changes(what, store
     with pytest.raises(error, match=words):
         append(store, source)
     assert untouched(store) == before
+
+
+def test_images_of_which_some_are_there_under_other_ids_are_appended(store) -> None:
+    source = only(images(GROWN), list(range(1, GROWN)))  # not row 0
+    source.ids = [f"a/{name}" for name in source.ids]
+    report = append(store, source)
+    assert (report.appended, report.already_there, report.items) == (GROWN - 1, 0, ITEMS + GROWN - 1)
+    assert report.reused == ITEMS - 2  # one of them has no embedding
+
+
+@pytest.mark.parametrize("count", [25, GROWN])
+def test_of_two_appends_at_once_the_first_one_counts_and_the_store_can_be_opened(store, monkeypatch, count) -> None:
+    """As in a bucket, where writers do not exclude one another: one runs while the other hashes its data set."""
+    build, reports = appending.build_manifest, []
+
+    def meanwhile(*args, **options):
+        monkeypatch.setattr(appending, "build_manifest", build)
+        reports.append(append(store, images(count)))
+        return build(*args, **options)
+
+    monkeypatch.setattr(LocalTransport, "lock", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(appending, "build_manifest", meanwhile)
+    with pytest.raises(IncompleteError, match="another process appended to it meanwhile"):
+        append(store, images(GROWN))
+    opened = EmbeddingStore(store)
+    assert (len(opened), opened.fingerprint) == (count, reports[0].fingerprint)
+    assert verify(store, "full").problems == ()
+    assert append(store, images(GROWN)).items == GROWN
+
+
+def test_a_shard_that_a_later_part_has_is_not_one_to_repair(store) -> None:
+    for count in (25, 27, GROWN):  # the second and the third part begin with shard 3, the first with shard 2
+        append(store, images(count))
+    parts = read_metadata(store).parts
+    assert [first for first, _, _ in parts] == [0, 2, 3, 3]
+    for number, found in ((0, {0}), (1, {2}), (2, set()), (3, {3})):
+        note = parts[number][2].location.path / layout.REPAIR
+        note.write_text(json.dumps({parts[number][2].spec.names.shards: [0, 1]} if number else {"shards": [0, 2]}))
+        assert read_metadata(store).discarded() == (found if number != 3 else {3, 4}), number
+        note.unlink()
 
 
 def test_a_selection_of_before_is_valid_still(store, tmp_path) -> None:

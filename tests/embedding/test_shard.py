@@ -242,9 +242,11 @@ def test_a_data_set_that_is_known_whole_is_committed(array_source, watched, tmp_
 
 
 def test_a_killed_decoder_ends_the_run_with_a_way_on(array_source, tiny_model, tmp_path) -> None:
+    test = os.getpid()
+
     class Deadly(array_source):
         def image(self, row):
-            if row == 30:
+            if row == 30 and os.getpid() != test:  # not where the size of some images is looked at
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().image(row)
 

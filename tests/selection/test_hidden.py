@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from real_store import GROWN, Images, append, embed
 
 import gstds_cache
+from gstds_cache.api import hide
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import IntegrityError, UsageError
+from gstds_cache.selection import draw_choice
+from gstds_cache.selection.advice import Forecast
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.describe import summarise
 from gstds_cache.store.hidden import HiddenRows, record_key
@@ -97,6 +102,60 @@ def test_hidden_rows_teach_no_probe(store) -> None:
     np.save(scores, np.where(np.arange(N) == 50, np.nan, 1.0))
     own = BatchSelector(EmbeddingStore(store), SelectConfig(**CONFIG | {"guidance": f"file:{scores}"}))
     assert own.guidance.of_rows is not None
+
+
+def test_of_labels_that_are_hidden_no_probe_is_asked(store) -> None:
+    """One class is left: the default selection has no guidance, and ``draw="auto"`` no draw."""
+    gstds_cache.hide_rows(store, [row for row in range(N) if row % 3])
+    summary = select(store, **{"guidance": SelectConfig.guidance}).summary
+    assert (summary.guidance, summary.total_rows) == ("none", 2 * 27)
+    config = SelectConfig(draw="auto", device="cpu")
+    chosen, why = draw_choice.choose_draw(EmbeddingStore(store), config, 0.5, threads=1, device=torch.device("cpu"))
+    assert (chosen.draw, "no labels that a probe could learn" in why) == (None, True)
+    with pytest.raises(UsageError, match="no labels that a probe could learn"):
+        gstds_cache.advise(store, progress=False)
+
+
+def test_draws_are_tried_again_where_other_rows_are_hidden(store, monkeypatch) -> None:
+    asked: list[int] = []
+
+    def tried(store, *_) -> list[Forecast]:
+        asked.append(len(store.hidden))
+        return [Forecast(way, 0.5, 0.9, 0.0, 0.1, 0.0, 0.1) for way in draw_choice.TRIED]
+
+    monkeypatch.setattr(draw_choice, "_try_out", tried)
+    for rows in ([], [], [4], [5], []):
+        if rows:
+            gstds_cache.hide_rows(store, rows)
+        config = SelectConfig(draw="auto", device="cpu", epochs=2)
+        draw_choice.choose_draw(EmbeddingStore(store), config, 0.5, threads=1, device=torch.device("cpu"))
+    assert asked == [0, 1, 2]
+
+
+def test_a_core_set_counts_the_rows_that_it_was_chosen_from(store) -> None:
+    gstds_cache.hide_rows(store, [3, 4, 6])
+    summary = gstds_cache.select_once(store, 20, epochs=1, batch_size=20, device="cpu", progress=False).summary
+    assert {name: counts["seen"] for name, counts in summary.classes.items()} == {
+        "class 0": 25,
+        "class 1": 26,
+        "class 2": 25,
+    }
+    assert summary.total_rows == 25 + 26 + 25
+
+
+def test_what_another_process_appended_and_hid_meanwhile_stays_hidden(tmp_path, monkeypatch) -> None:
+    where, named = tmp_path / "g", hide._rows_named
+    embed(where)
+
+    def meanwhile(*args):
+        monkeypatch.setattr(hide, "_rows_named", named)
+        append(where, Images(GROWN))
+        gstds_cache.hide_rows(where, [30])
+        return named(*args)
+
+    monkeypatch.setattr(hide, "_rows_named", meanwhile)
+    assert gstds_cache.hide_rows(where, [4]).rows == (4, 30)
+    assert EmbeddingStore(where).hidden.tolist() == [4, 30]
 
 
 def test_the_number_is_shown_and_damage_is_found(store) -> None:

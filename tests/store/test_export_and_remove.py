@@ -68,7 +68,7 @@ def test_a_name_in_another_encoding_is_a_name(store: Path, command: Run, tmp_pat
     ("name", "words"),
     [
         (b"no\xff/rows.npy", "check the path"),
-        (b"folder.npy", "is a directory"),
+        (b"folder.npy", "is a folder"),
         (b"rows.\xff", "got the ending"),
         (b"x" * 300 + b".parquet", "check the path"),
     ],
