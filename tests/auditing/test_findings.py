@@ -192,7 +192,7 @@ def test_leaks_compare_labels_by_the_names_of_their_classes(tmp_path) -> None:
     rows = np.eye(6)
     train = vector_store(tmp_path / "train", rows, [0, 1, 2, 0, 1, -1])
     test = vector_store(tmp_path / "test", rows, [2, 1, 0, 0, 3, 1], classes=("c", "b", "a", "d"))
-    findings = look(train, test)
+    findings = look(train, test, flipped=0.0, folds=2)
     assert findings.leaks is not None
     ones, others = (Pictures(store, None, "", str) for store in (test, train))
     part = view_leaks(findings.leaks, findings.leaks.at(np.arange(0)), ones, others, 0.9, 5)
@@ -203,7 +203,7 @@ def test_leaks_compare_labels_by_the_names_of_their_classes(tmp_path) -> None:
 def _differing(folder, rows) -> int:
     train = vector_store(folder / "named", rows, [0, 1, 2, 0, 1, -1])
     test = vector_store(folder / "unnamed", rows, [2, 1, 0, 1, 3, 1], classes=())
-    findings = look(train, test)
+    findings = look(train, test, flipped=0.0, folds=2)
     assert findings.leaks is not None
     ones, others = (Pictures(store, None, "", str) for store in (test, train))
     text = view_leaks(findings.leaks, findings.leaks.at(np.arange(0)), ones, others, 0.9, 5).text[0]
@@ -218,7 +218,7 @@ def test_a_flip_that_leaves_one_class_is_not_measured(tmp_path) -> None:
     only = np.zeros(60, np.int64), np.array([7])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "flip_labels", lambda *_: only)  # what the seed decides
-        findings = look(store)
+        findings = look(store, folds=2)
     assert findings.doubts is not None
     assert findings.test is None
     text = view_labels(findings.doubts, None, findings.no_test, Pictures(store, None, "", str), "x", 1).text[1]
