@@ -6,7 +6,6 @@ python -m benchmarks.study.tables --check    # exit code 1 if the document says 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study.analysis import OFTEN, Interval, Line, Study
+from benchmarks.study.document import write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
 from benchmarks.study.settings import Setting, load_setting
 from benchmarks.study.tune import best, tried
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 DRAWN = ("draw:loss-minus-reference", "draw:damped-loss")
@@ -309,24 +308,8 @@ def render(results: Path = RESULTS) -> str:
     return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])
 
 
-def placed(document: str, text: str) -> str:
-    """``document`` with ``text`` between its markers."""
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
-
-
 def main() -> int:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--check", action="store_true")
-    arguments = made.parse_args()
-    old = DOCUMENT.read_text()
-    new = placed(old, render())
-    if arguments.check:
-        if new != old:
-            print(f"{DOCUMENT} does not say what the lines say: python -m benchmarks.study.tables", file=sys.stderr)
-        return int(new != old)
-    DOCUMENT.write_text(new)
-    return 0
+    return write_or_check(__doc__, render, BEGIN, END)
 
 
 if __name__ == "__main__":

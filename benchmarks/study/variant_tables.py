@@ -6,16 +6,16 @@ python -m benchmarks.study.variant_tables --check    # exit code 1 if the docume
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.study.document import write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.screen import VARIANTS
-from benchmarks.study.tables import DOCUMENT, table
+from benchmarks.study.tables import table
 from benchmarks.study.variants import PREFIX
 
 BEGIN, END = "<!-- variants:begin (python -m benchmarks.study.variant_tables) -->", "<!-- variants:end -->"
@@ -83,24 +83,8 @@ def render(results: Path = FOLDER) -> str:
     return table(["variant", *(f"{stem}, rate {lr:g}" for stem, lr in columns)], rows)
 
 
-def placed(document: str, text: str) -> str:
-    """``document`` with ``text`` between its markers."""
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
-
-
 def main() -> int:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--check", action="store_true")
-    arguments = made.parse_args()
-    old = DOCUMENT.read_text()
-    new = placed(old, render())
-    if arguments.check:
-        if new != old:
-            print(f"{DOCUMENT} does not say what the lines say: run it without --check", file=sys.stderr)
-        return int(new != old)
-    DOCUMENT.write_text(new)
-    return 0
+    return write_or_check(__doc__, render, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def require_faiss() -> None:
     """
     try:
         import faiss  # noqa: F401
-    except Exception as error:
+    except Exception as error:  # a wheel of another CUDA ends its import with whatever its loader raises
         raise UsageError(f"an audit needs faiss, which cannot be loaded: {error}", hint=INSTALL) from error
 
 

@@ -18,11 +18,12 @@ from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.analysis import OFTEN, Study, bootstrap  # noqa: E402
+from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
 from benchmarks.study.lines import append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
 from benchmarks.study.runs import Task  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
-from benchmarks.study.tables import BEGIN, DOCUMENT, END, placed, render  # noqa: E402
+from benchmarks.study.tables import BEGIN, END, render  # noqa: E402
 from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
@@ -192,7 +193,7 @@ def test_a_torn_line_is_not_read(tmp_path) -> None:
 
 def test_the_document_says_what_the_lines_say() -> None:
     text = DOCUMENT.read_text()
-    assert placed(text, render()) == text, "run: python -m benchmarks.study.tables"
+    assert placed(text, render(), BEGIN, END) == text, "run: python -m benchmarks.study.tables"
     assert text.count(BEGIN) == text.count(END) == 1
 
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study import references, variant_tables, variants  # noqa: E402
+from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
 from benchmarks.study.lines import append  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
 from benchmarks.study.screen import Screen  # noqa: E402
 from benchmarks.study.settings import load_setting  # noqa: E402
-from benchmarks.study.tables import DOCUMENT  # noqa: E402
 from benchmarks.study.variants import (  # noqa: E402
     Variant,
     VariantFeedback,
@@ -209,6 +209,6 @@ def test_lines_of_the_study_and_of_the_screen_are_named_alike(tmp_path) -> None:
 
 def test_the_document_has_the_table_of_the_lines() -> None:
     text = DOCUMENT.read_text()
-    assert variant_tables.placed(text, variant_tables.render()) == text, (
+    assert placed(text, variant_tables.render(), variant_tables.BEGIN, variant_tables.END) == text, (
         "run: python -m benchmarks.study.variant_tables"
     )
