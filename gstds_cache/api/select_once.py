@@ -90,19 +90,7 @@ def select_once(
     if listed.suffix not in ENDINGS:
         raise UsageError(f"`ids` {listed}: got the ending {listed.suffix!r}, expected one of {', '.join(ENDINGS)}")
     found = stored_header(path) == header
-    if not found and path.exists() and not force and out is not None:
-        raise UsageError(f"`out` {path}: the file holds something else", hint="give another name, or `force=True`")
-    if listed.resolve() == path.resolve():
-        raise UsageError(
-            f"`out` {path}: the list of ids has the same name",
-            hint="give `out` another ending, such as .arrow, or `ids`",
-        )
-    # A default file is named by the selection's digest, and nobody's but ours.
-    taken = listed.exists() and not force and not (out is None and ids is None)
-    if taken and not (found and _is_list_of(listed, opened, _rows_of(path))):
-        raise UsageError(
-            f"`ids` {listed}: the file exists and holds something else", hint="give another name, or `force=True`"
-        )
+    _refuse_files(path, listed, opened, found=found, named=(out is not None, ids is not None), force=force)
     with limited_threads(config.threads), showing(progress, "rows") as show:
         if found:
             chosen = _rows_of(path)
@@ -125,6 +113,29 @@ def select_once(
             anew=True,
         )
     return Selection(path.absolute(), _summary(opened, header, path, chosen, len(unit_rows), found, seconds))
+
+
+def _refuse_files(
+    path: Path, listed: Path, store: EmbeddingStore, *, found: bool, named: tuple[bool, bool], force: bool
+) -> None:
+    """Refuse to replace what is not ours; ``named`` says whether the user named the selection, and the list.
+
+    Raises:
+        UsageError: A file holds something else, or both are one.
+    """
+    if not found and path.exists() and not force and named[0]:
+        raise UsageError(f"`out` {path}: the file holds something else", hint="give another name, or `force=True`")
+    if listed.resolve() == path.resolve():
+        raise UsageError(
+            f"`out` {path}: the list of ids has the same name",
+            hint="give `out` another ending, such as .arrow, or `ids`",
+        )
+    # A default file is named by the selection's digest, and nobody's but ours.
+    taken = listed.exists() and not force and any(named)
+    if taken and not (found and _is_list_of(listed, store, _rows_of(path))):
+        raise UsageError(
+            f"`ids` {listed}: the file exists and holds something else", hint="give another name, or `force=True`"
+        )
 
 
 def _default_path(store: EmbeddingStore, header: Header) -> Path:
