@@ -140,9 +140,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.reader: EmbeddingStore | None = None
         self.committed: set[int] = set()
 
-    @initialize(shards=st.sampled_from([[], [0], [0, 2], [1, 2], [0, 1, 2], "all"]))
-    def begin(self, shards: list[int] | str) -> None:
-        """Begin at some point of a run; to get there by embedding would take most of the time."""
+    @initialize(shards=st.sampled_from([[], [0], [0, 2], [1, 2], [0, 1, 2], "all"]), step=st.integers(0, 7))
+    def begin(self, shards: list[int] | str, step: int) -> None:
+        """Begin at some point of a run; to get there by embedding would take most of the time.
+
+        The next run is killed in one of its first steps, so that kills do not depend on the rules being drawn.
+        """
         done = [0, 1, 2] if shards == "all" else shards
         keys = (
             KEYS if shards == "all" else [*SMALL, *(key for shard in done for key in (OBJECTS[shard], RECEIPTS[shard]))]
@@ -152,6 +155,10 @@ class StoreMachine(RuleBasedStateMachine):
             (self.store / key).write_bytes(self.model.objects[key])
         (self.store / ".lock").touch()
         self.committed = set(done)
+        if shards == "all":
+            self.kill("mirror", lambda: self.read_all("mirror", partial=False), step, may_add=set())
+        else:
+            self.kill("embed", lambda: self._embed([0, 1, 2]), step, may_add={0, 1, 2})
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -398,5 +405,6 @@ def test_no_order_of_events_gives_a_wrong_row(model: Model, tally, examples: int
     )
     tally.stops += count.stopped
     tally.faults += count.harmed
-    assert count.stopped > examples / 4
-    assert count.harmed > examples / 4
+    # Every example begins with a kill; how many faults follow is Hypothesis's choice, and differs by its version.
+    assert count.stopped >= examples
+    assert count.harmed > 0
