@@ -121,6 +121,8 @@ class Draw:
         if not self.needs_losses:
             return self.score(last, reference, prior)
         seen = np.isfinite(last)
+        if seen.all():
+            return self.score(last, reference, prior)
         if not seen.any():
             return prior
         known = self.score(last[seen], reference[seen], prior[seen])
@@ -222,8 +224,9 @@ def draw_rows(
     keys = np.log(_weights(scores)) + rng.gumbel(size=len(scores))
     shares, sizes = quotas(candidates, rng), np.bincount(candidates.stratum)
     order = np.argsort(candidates.stratum * APART - keys)  # one sort: by stratum, the largest numbers first
-    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.sort(order[place < np.repeat(shares, sizes)])
+    first = np.cumsum(sizes) - sizes  # of each stratum in that order
+    place = np.arange(candidates.keep) + np.repeat(first - (np.cumsum(shares) - shares), shares)
+    return np.sort(order[place])
 
 
 def quotas(candidates: Candidates, rng: np.random.Generator) -> Int64[np.ndarray, " S"]:
@@ -292,6 +295,6 @@ def inclusion(
 
 
 def _weights(scores: Float64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
-    mean = float(scores.mean())
+    mean = float(np.add.reduce(scores)) / len(scores)  # as mean() computes it, without the price of its call
     raised: Float64[np.ndarray, " B"] = scores + FLOOR * mean if mean > 0 else np.ones(len(scores))
     return raised
