@@ -64,6 +64,7 @@ class Feedback:
         """
         self.draw, self._seed, self._items = _draw_of(header, draw), header.seed, header.items
         self._weights = np.ones(header.items, np.float32) if importance else None
+        self._chance = _chance_of(header)
         self._block = (-1, -1)  # epoch and block of batches that self._keys are of
         self.reset()
 
@@ -92,7 +93,7 @@ class Feedback:
             return first
         if batch.epoch > self.epoch:
             raise UsageError(f"epoch {batch.epoch} cannot be drawn before epoch {self.epoch} has ended")
-        scores = self.draw.scores(offered, self.losses[batch.kept])
+        scores = self.draw.scores(offered, self.losses[batch.kept], self._chance)
         drawn = draw_rows(offered, scores, self._numbers(batch.epoch, batch.batch_id))
         rows: Int64[np.ndarray, " M"] = batch.kept[drawn]
         if self._weights is not None:
@@ -271,6 +272,18 @@ def _draw_of(header: Header, given: str | None) -> Draw:
             f"`draw={name!r}`: its file was changed since the selection was made", hint="select again with it"
         )
     return draw
+
+
+def _chance_of(header: Header) -> float | None:
+    """Loss that stands for that of rows before any is known; None in selections that were made without it.
+
+    Raises:
+        StreamError: It is no loss.
+    """
+    chance = header.settings.get("chance")
+    if chance is None or (type(chance) is float and 0 < chance < np.inf):
+        return chance
+    raise StreamError(f"the selection's header is damaged: its loss of a network that knows nothing is {chance!r:.80}")
 
 
 def _joined(reports: list[Reported]) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
