@@ -168,6 +168,8 @@ class EmbedConfig:
         max_pixels: Images of more pixels (width x height) are quarantined.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
+        shard: ``I/N``, I from 0: embed this part of the store's shards alone, beside other processes with the other
+            parts. The last of them finishes the store. None embeds all that is missing.
     """
 
     model: str = DEFAULT_MODEL
@@ -180,6 +182,7 @@ class EmbedConfig:
     max_pixels: int = 64_000_000
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         _as_declared(self)
@@ -438,6 +441,7 @@ class EmbedSettings(TypedDict, total=False):
     max_pixels: int
     dtype: Literal["float16", "float32"]
     allow_untrained: bool
+    shard: str | None
 
 
 class SelectSettings(TypedDict, total=False):

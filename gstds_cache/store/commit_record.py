@@ -131,7 +131,9 @@ def valid_in(spec: CacheSpec, commits: dict[int, CommitRecord], shard: int) -> n
 def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
     """The rows [A] int64, ascending, whose ``valid`` is not 1."""
     parts = [
-        np.unique([item.row for item in commits[shard].quarantined] if shard in commits else spec.rows_of(shard))
+        np.unique([item.row for item in commits[shard].quarantined])
+        if shard in commits
+        else np.arange(spec.rows_of(shard).start, spec.rows_of(shard).stop)
         for shard in range(spec.shards)
         if shard not in commits or commits[shard].quarantined
     ]

@@ -210,12 +210,19 @@ class StoreMetadata:
         listed = self.transport.sizes(f"{self.spec.names.commits}/")
         return [shard for shard in range(self.spec.shards) if self.spec.names.commit_key(shard) in listed]
 
-    def scan_commits(self) -> tuple[dict[int, CommitRecord], list[Problem]]:
-        """All commit records that can be read, by shard, and a problem for each that cannot.
+    def scan_commits(self, among: range | None = None) -> tuple[dict[int, CommitRecord], list[Problem]]:
+        """The commit records that can be read, by shard, and a problem for each that cannot.
 
         Records that were read or written by way of this object before are not read again.
+
+        Args:
+            among: The shards whose records are read; None for all.
+
+        Returns:
+            The records, and what is wrong.
         """
-        names, shards, problems = self.spec.names, self.committed(), []
+        names, problems = self.spec.names, list[Problem]()
+        shards = [shard for shard in self.committed() if among is None or shard in among]
         unread = [shard for shard in shards if shard not in self._commits]
         for shard, data in zip(unread, self.transport.get_many(list(map(names.commit_key, unread))), strict=True):
             try:
@@ -239,13 +246,13 @@ class StoreMetadata:
             raise IntegrityError(f"commit record of shard {shard} is not as it was written")
         return commit
 
-    def commits(self) -> dict[int, CommitRecord]:
-        """All commit records by shard.
+    def commits(self, among: range | None = None) -> dict[int, CommitRecord]:
+        """The commit records by shard: all, or those of the shards ``among``.
 
         Raises:
             ChunkCorruptError: One is damaged or belongs elsewhere.
         """  # noqa: DOC501
-        found, problems = self.scan_commits()
+        found, problems = self.scan_commits(among)
         if problems:
             raise corrupt(self.location, problems)
         return found

@@ -45,7 +45,6 @@ class EmbeddingStore:
         fingerprint: SHA-256 of the specification.
         hidden: Rows that selections leave out, ascending, int64 [A]; as they were when the store was opened.
         hidden_digest: Identity of these; empty where there are none.
-        without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
         access_asked: How they were asked for, e.g. ``auto``.
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
@@ -128,7 +127,6 @@ class EmbeddingStore:
             problems += self._metadata.check_complete(record, self.commits)
         if problems:
             raise corrupt(self.location, problems)
-        self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back, self.access_asked = mirror, "", access
         self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
@@ -180,6 +178,14 @@ class EmbeddingStore:
     def quarantined(self) -> list[Quarantined]:
         """Items that could not be decoded, in row order."""
         return [item for shard in sorted(self.commits) for item in self.commits[shard].quarantined]
+
+    @cached_property
+    def without_embedding(self) -> Int64[np.ndarray, " A"]:
+        """Rows that have none, ascending; of a whole store those that could not be decoded. Made when first asked for.
+
+        8 bytes a row: not for a store that is being filled, whose rows are nearly all missing.
+        """
+        return without_embedding(self.spec, self.commits)
 
     @cached_property
     def valid(self) -> UInt8[np.ndarray, " N"]:
