@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a process that finishes a store holds one for each shard
 class CommitRecord:
     """What was committed for one shard. No time and no count of tries: the same rows give the same record.
 
@@ -96,7 +96,7 @@ class CommitRecord:
                 f"commit record of shard {shard} belongs to shard {commit.shard} of store {commit.fingerprint[:12]}, "
                 f"expected store {fingerprint[:12]}"
             )
-        return commit
+        return replace(commit, fingerprint=fingerprint)  # one text for all records
 
 
 def commits_root(commits: dict[int, CommitRecord], names: Format) -> str:
