@@ -46,8 +46,8 @@ def run(image_folder: Path, tiny_model: str, tmp_path: Path, forks: Forks):
 
     def small(text: str) -> str:
         text = text.replace("/data/photos.store", str(tmp_path / "photos.store"))
-        text = re.sub(r"imagefolder:/data/photos(?! --selection)",
-                      f"imagefolder:{image_folder} --model {tiny_model} --batch-size 4 --shard-rows 8", text)  # fmt: skip
+        embedded = f"imagefolder:{image_folder} --model {tiny_model} --batch-size 4 --shard-rows 8"
+        text = re.sub(r"imagefolder:/data/photos(?! --selection)", embedded, text)
         return text.replace("imagefolder:/data/photos", f"imagefolder:{image_folder}")
 
     def begin(script: str, **environment: str):
@@ -88,10 +88,8 @@ def test_a_slurm_array(run, tmp_path) -> None:
     first, last = map(int, re.findall(r"#SBATCH --array=(\d+)-(\d+)", script)[0])
     assert first == 0, "parts are counted from 0"
     begin, wait = run
-    tasks = range(first, last + 1)
-    texts = wait(
-        *(begin(script, SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_TASK_COUNT=str(last + 1)) for task in tasks)
-    )
+    tasks, count = range(first, last + 1), {"SLURM_ARRAY_TASK_COUNT": str(last + 1)}
+    texts = wait(*[begin(script, SLURM_ARRAY_TASK_ID=str(task), **count) for task in tasks])
     assert complete(tmp_path / "photos.store")
     assert all(f"{task}/{last + 1} of the store's shards" in text for task, text in zip(tasks, texts, strict=True))
 
@@ -114,7 +112,7 @@ def test_a_kubernetes_indexed_job(run, s3_prefix) -> None:
     begin, wait = run
     # Kubernetes puts the variable's value in the place of $(NAME), and a shell would run a program of that name.
     words = " ".join([*container["command"], *container["args"]]).replace("s3://bucket/photos.store", s3_prefix)
-    wait(*(begin(words.replace("$(JOB_COMPLETION_INDEX)", str(index))) for index in range(count)))
+    wait(*[begin(words.replace("$(JOB_COMPLETION_INDEX)", str(index))) for index in range(count)])
     assert complete(s3_prefix)
 
 
