@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -174,6 +174,9 @@ class MadeUp:
         if self._shard(key) is None and key not in self._small:
             raise FileNotFoundError(key)
         return self._small[key]
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
 
     def sha256(self, key: str) -> str:
         shard = self._shard(key)

@@ -197,9 +197,9 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
 
 
 def _images_line(report: EmbedReport) -> str:
-    missing = report.items - report.ok - len(report.quarantined)
-    left = f" + {missing:,} not embedded yet" if missing else ""
-    return f"{report.items:,} in = {report.ok:,} ok + {len(report.quarantined):,} quarantined{left}"
+    known = report.ok + len(report.quarantined)
+    of = "in" if known == report.items else f"of {report.items:,} in this part"
+    return f"{known:,} {of} = {report.ok:,} ok + {len(report.quarantined):,} quarantined"
 
 
 def _part_line(report: EmbedReport) -> str:

@@ -161,10 +161,12 @@ def embed_dataset(
     if job.part is not None:  # without the lock, which others may share
         finishing = time.perf_counter()
         metadata = finish_if_last(metadata, check, job.notify)
-    store = EmbeddingStore(metadata, allow_partial=job.part is not None)
+    mine = None if job.part is None else job.shards(metadata.spec)
+    store = EmbeddingStore(metadata, allow_partial=mine is not None, among=mine)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
-    store.report = _report(job, store, before=before, clock=clock, estimate=estimate)
+    left = store.spec.shards - (len(store.commits) if mine is None else len(metadata.committed()))
+    store.report = _report(job, store, before=before, clock=clock, estimate=estimate, left=left)
     return store
 
 
@@ -303,7 +305,7 @@ def _estimate(
 
 
 def _report(
-    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None
+    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None, left: int = 0
 ) -> EmbedReport:
     worked = clock.ended > 0
     inside = ("decode", "forward", "commit", "commit_wait", "waiting")
@@ -330,7 +332,7 @@ def _report(
         looks_at=job.looks_at,
         shard=job.config.shard,
         part_shards=len(job.shards(store.spec)),
-        shards_left=store.spec.shards - len(store.commits),
+        shards_left=left,
     )
 
 

@@ -90,9 +90,9 @@ class EmbedReport:
         location: The store, as a user names it.
         fingerprint: Its fingerprint.
         model: The reference model.
-        items: Items in the data set; ``items == ok + len(quarantined)`` where no shard is left.
-        ok: Rows with an embedding.
-        quarantined: Items that could not be decoded, with the reasons.
+        items: Items in the data set; ``items == ok + len(quarantined)`` of a store that is complete.
+        ok: Rows with an embedding; of a store that is not complete, those of this call's part.
+        quarantined: Items that could not be decoded, with the reasons; of the same rows.
         embedded: Images put through the model by this call.
         reused: Rows taken over from other stores.
         committed_before: Rows, of those that this call was to embed, that were committed already when it began.

@@ -63,6 +63,7 @@ class EmbeddingStore:
         mirror: Path | None = None,
         state: str | None = None,
         hidden: str | None = None,
+        among: range | None = None,
     ) -> None:
         """Open a store and check its commit records against what is there (sizes, not hashes).
 
@@ -76,6 +77,8 @@ class EmbeddingStore:
             hidden: Digest of the rows that selections leave out, as an earlier selection names it; None for those that
                 are hidden now.
             state: The fingerprint that the store had before rows were appended, to open it as it was then.
+            among: Of a store that is not complete, the shards to know of: whoever fills a part of a store need not read
+                the commit records of all others. None for all; a copy in another process knows all.
 
         Raises:
             StoreNotFoundError: There is no store at ``where``, or it never had the fingerprint ``state``.
@@ -121,7 +124,7 @@ class EmbeddingStore:
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
-        self.commits = self._metadata.commits()
+        self.commits = self._metadata.commits(among if record is None else None)
         problems = self._metadata.check_sizes(self.commits)
         if record is not None:
             problems += self._metadata.check_complete(record, self.commits)
