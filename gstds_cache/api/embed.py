@@ -16,6 +16,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.outputs import inside_warning
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.part import parse_part
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
@@ -56,7 +57,7 @@ def embed(
         **settings: Fields of :class:`gstds_cache.EmbedConfig`.
 
     Returns:
-        The store. Its ``report`` says what this call did.
+        The store. Its ``report`` says what this call did. With ``shard=I/N`` it may lack shards of other parts.
 
     Raises:
         UsageError: An argument cannot be meant, or the default place for stores cannot be written.
@@ -70,6 +71,7 @@ def embed(
     single = isinstance(reuse, str | os.PathLike | Location | EmbeddingStore)
     others = (reuse,) if single else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
+    parse_part(config.shard)
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
@@ -133,6 +135,7 @@ def estimate_embedding(
     """
     require_settings(estimate_embedding, EmbedConfig, settings)
     config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
+    parse_part(config.shard)
     _require_locations(cache)
     source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
     _warn_if_inside(source, cache or root, notify)
@@ -186,6 +189,8 @@ def _record_cost(report: EmbedReport, meter: EnergyMeter, device: str) -> list[s
         device=device,
         joules_from=meter.source,
     )
-    # A record that was there before the first row is of another store of the same fingerprint, that was removed.
-    note = keep_record(store_costs(report.location), cost, anew=not report.committed_before)
+    # A record that was there before the first row is of another store of the same fingerprint, that was removed; or of
+    # another part of this one.
+    anew = not report.committed_before and report.shard is None
+    note = keep_record(store_costs(report.location), cost, anew=anew, in_turn=report.shard is not None)
     return [note] if note else []
