@@ -32,11 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm  # noqa: F401 - loaded here, and so not in each process that is forked
 import torch
 from harness import parser, report
 from PIL import Image
 
 import gstds_cache
+import gstds_cache.embedding.run  # noqa: F401
+import gstds_cache.encoders.factory  # noqa: F401
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 
