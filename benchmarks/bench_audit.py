@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -77,21 +78,33 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), round(time.process_time() - begun, 2)
 
 
+def flat_search_seconds(rows: np.ndarray, sample: np.ndarray) -> float:
+    flat = faiss.IndexFlatIP(rows.shape[1])
+    flat.add(rows)
+    return cpu_seconds(lambda: flat.search(sample, 11))[1]
+
+
 def near_duplicates(kind: str, count: int, dim: int) -> dict[str, Any]:
     rows, pairs = planted(kind, count, dim)
-    result: dict[str, Any] = {"rows": count, "dim": dim, "pairs": pairs, "probes": PROBES}
+    sample = rows[: max(1, min(count, 400))].copy()
+    of_all = round(flat_search_seconds(rows, sample) * count / len(sample), 1)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "planted.store", rows.astype(np.float16), np.zeros(count, np.int64))
+        del rows
         store = UnitRows.of(EmbeddingStore(Path(folder) / "planted.store", access="memory"))
         found, seconds = cpu_seconds(lambda: find_nearest(store, store, 10, device=CPU, exact_rows=0))
-    result |= {"recall": recall(found.index, pairs), "cpu_seconds": seconds}
-    flat = faiss.IndexFlatIP(dim)
-    flat.add(rows)
-    sample = rows[: max(1, min(count, 400))]
-    _, seconds = cpu_seconds(lambda: flat.search(sample, 11))
-    result["flat_cpu_seconds_of_all_rows"] = round(seconds * count / len(sample), 1)
-    result["over_flat"] = round(result["cpu_seconds"] / max(result["flat_cpu_seconds_of_all_rows"], 1e-9), 4)
-    return result
+        recalled = recall(found.index, pairs)
+    return {
+        "rows": count,
+        "dim": dim,
+        "pairs": pairs,
+        "probes": PROBES,
+        "recall": recalled,
+        "cpu_seconds": seconds,
+        "flat_cpu_seconds_of_all_rows": of_all,
+        "over_flat": round(seconds / max(of_all, 1e-9), 4),
+        "most_resident_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
 
 
 def other_indexes(count: int, dim: int) -> dict[str, Any]:
@@ -211,7 +224,8 @@ def main() -> None:
     made.add_argument("--store", help="a store with labels, of which a tenth is flipped")
     made.add_argument("--folds", type=int, default=5)
     made.add_argument("--corrected", nargs=3, metavar=("STORE", "CSV", "TEST"))
-    made.add_argument("--parts", nargs="*", default=["duplicates", "labels", "corrected"])
+    made.add_argument("--parts", nargs="*", default=["duplicates", "indexes", "labels", "corrected"])
+    made.add_argument("--kinds", nargs="*", default=["independent", "clustered"], help="of the planted rows")
     arguments = made.parse_args()
     limit_threads(1)
     faiss.omp_set_num_threads(1)
@@ -222,8 +236,9 @@ def main() -> None:
             write(Path(arguments.store), *made_up(600, 32, 4))
             result["core_sets"] = core_sets(*[EmbeddingStore(arguments.store)] * 2, 60, 2)
         if "duplicates" in arguments.parts:
-            for kind in ("independent", "clustered"):
+            for kind in arguments.kinds:
                 result[f"near_duplicates_{kind}"] = near_duplicates(kind, arguments.rows, arguments.dim)
+        if "indexes" in arguments.parts:
             result["indexes"] = other_indexes(arguments.rows // 10, arguments.dim)
         if arguments.store and "labels" in arguments.parts:
             result["flipped_labels"] = flipped_labels(EmbeddingStore(arguments.store), arguments.folds)

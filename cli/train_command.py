@@ -82,6 +82,11 @@ Examples:
     "workers",
     help="Processes that decode images. [default: 1; beside a GPU every core]",
 )
+@setting_option(
+    TrainConfig,
+    "max_pixels",
+    help="Images of more pixels (width x height) are not decoded; give what the store was made with.",
+)
 @click.option(
     "--memory-budget",
     type=int,

@@ -306,6 +306,7 @@ class TrainConfig:
         images: Where decoded images are held: on the ``device``, or on the ``host`` (within ``memory_budget``, else
             decoded as they are needed). ``auto`` is a GPU where they take half of its free memory at most.
         workers: Processes that decode images; None is 1 on a CPU, and beside a GPU every core.
+        max_pixels: Images of more pixels (width x height) are not decoded; as the store was made with.
         memory_budget: Bytes of decoded images that may be held in main memory.
         threads: CPU threads training may use; 0 takes one where a step is small (training/flops.py), else all.
         repack: Re-pack what a selection keeps into batches of this many rows, over all ranks together; 0 leaves each
@@ -334,6 +335,7 @@ class TrainConfig:
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     images: Literal["auto", "device", "host"] = "auto"
     workers: int | None = None
+    max_pixels: int = EmbedConfig.max_pixels
     memory_budget: int = 2 << 30
     threads: int = 0
     repack: int = 0
@@ -356,6 +358,7 @@ class TrainConfig:
         _require_range("`image_size`", self.image_size or 8, 8, LARGEST_SIDE, ", or 0")
         _require(0 <= self.label_smoothing < 1, "`label_smoothing`", self.label_smoothing, "from 0 to below 1")
         _require_range("`workers`", self.workers, 0, MOST_WORKERS, ", or None")
+        _require_range("`max_pixels`", self.max_pixels, 1, MOST_PIXELS)
         _require(self.memory_budget >= 0, "`memory_budget`", self.memory_budget, "0 or more")
         _require_range("`threads`", self.threads, 0, MOST_THREADS)
 
@@ -490,6 +493,7 @@ class TrainSettings(TypedDict, total=False):
     compile: Literal["off", "default", "reduce-overhead"]
     images: Literal["auto", "device", "host"]
     workers: int | None
+    max_pixels: int
     memory_budget: int
     threads: int
     repack: int

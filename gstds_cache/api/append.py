@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gstds_cache.config import DEVICE, EmbedConfig, as_type
+from gstds_cache.costs.energy import EnergyMeter
+from gstds_cache.costs.records import Cost, added, keep_record, recall_store, store_costs
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.append import AppendReport, append_dataset
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.runtime.devices import describe_device, resolve_devices
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.grown import read_metadata
@@ -73,6 +77,35 @@ def append_to_store(
         decoder=metadata.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"),
     )
     hash_cache = HashCache(hashes_folder())
+    before = recall_store(where, metadata.spec.fingerprint)
+    devices = resolve_devices(config.device)
+    meter = EnergyMeter(*devices)
     with showing(progress, "images", check="shards") as show:
-        source = open_source(dataset, hash_cache=hash_cache, progress=lambda done, total: show("hash", done, total, {}))
-        return append_dataset(where, source, config, progress=show, notify=notify, hash_cache=hash_cache)
+
+        def report_progress(phase: str, done: int, total: int, shares: Mapping[str, float]) -> None:
+            meter.add("embed")
+            show(phase, done, total, shares)
+
+        source = open_source(
+            dataset, hash_cache=hash_cache, progress=lambda done, total: report_progress("hash", done, total, {})
+        )
+        report = append_dataset(where, source, config, progress=report_progress, notify=notify, hash_cache=hash_cache)
+    meter.add("embed")
+    if report.appended and before is not None and before.of == report.fingerprint_before:
+        _record_cost(report, before, meter, describe_device(devices[0]), notify)
+    return report
+
+
+def _record_cost(report: AppendReport, before: Cost, meter: EnergyMeter, device: str, notify: Notify) -> None:
+    """Add to what the store cost what the new rows did; where that is not known, the sum is not."""
+    cost = Cost(
+        of=report.fingerprint,
+        samples=report.embedded,
+        reused=report.reused,
+        seconds=report.seconds["total"],
+        joules=meter.total,
+        device=device,
+        joules_from=meter.source,
+    )
+    if note := keep_record(store_costs(report.location), added(before, cost)):
+        notify(f"note: {note}")

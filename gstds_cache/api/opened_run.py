@@ -12,6 +12,7 @@ from typing import Any
 
 from gstds_cache.config import TrainConfig, TrainSettings
 from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
+from gstds_cache.data.decode import Decoding, decoding_as
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_sources
@@ -98,6 +99,7 @@ def open_run(
     config, where = TrainConfig(**settings), _location_of(selection)
     with ExitStack() as held:
         held.enter_context(limited_threads(config.threads))
+        held.enter_context(decoding_as(Decoding(max_pixels=config.max_pixels)))
         ranks = held.enter_context(process_group(config.device))
         if where == "-" and ranks.world_size > 1:
             raise UsageError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Unpack
 
 from gstds_cache.api.selection import Selection, SelectionSummary
-from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings, as_type, require_settings
+from gstds_cache.config import MEMORY_BUDGET, STRATA, SelectConfig, SelectSettings, as_type, require_settings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
@@ -193,6 +193,8 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
     share = plan.total_kept / plan.total_rows
     chosen, why = choose_draw(store, config, share, threads=config.threads or cores(), device=device)
     inform(f"draw auto: {why}")
+    if chosen.draw is None and config.strata != STRATA:
+        inform(f"note: `strata` {config.strata} is not used: it is for draws, and the rule keeps rows")
     return chosen
 
 

@@ -254,8 +254,8 @@ def _hold_run_dir(
 def _tracking(names: tuple[str, ...], run: OpenedRun, run_dir: RunDir) -> Tracking:
     """What the trackers are told: rank 0's alone."""
     return Tracking(
-        names if run.ranks.first else (),
-        run_dir=run_dir.path,
+        names,
+        run_dir=run_dir.path if run.ranks.first else None,
         config=run_dir.config | run_dir.provenance,
         identity=run_dir.config,
         notify=run.notify,

@@ -143,6 +143,11 @@ def view_groups(groups: Groups, pictures: Pictures, threshold: float, exact: boo
     if not groups.count:
         part.text[0] = f"None: no two rows reach a cosine of {threshold:g}, or have the same bytes."
     order = np.lexsort((begins, -sizes, ~differ))[:shown]
+    if len(order) < groups.count:
+        part.text.append(
+            f"{many(len(order), 'group')} of these are shown: those whose labels differ first, then the largest. All "
+            "are in duplicates.parquet."
+        )
     for number in order.tolist():
         at, size = int(begins[number]), int(sizes[number])
         tiles = tuple(
@@ -203,6 +208,8 @@ def view_labels(
             "learning, with a probe that did not see the row, counts it for another class. Ranked by "
             f"{rank}.",
             flip_sentence(test) if test else f"How many of them are right was not measured: {no_test}.",
+            "Under each of the most doubtful images are its label and the probability that the probe gives it, then "
+            "the class that the probe suggests.",
         ],
         missing=pictures.why,
     )

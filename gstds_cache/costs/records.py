@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gstds_cache.errors import IncompleteError
 from gstds_cache.files.atomic import atomic_write
@@ -34,6 +35,7 @@ class Cost:
         device: Where it was computed last.
         store: The store a selection was made from.
         joules_from: What is counted in ``joules``, and what was in use and is not, in words.
+        before: Of a store that was appended to: what it cost as it was before, which is counted in all of the above.
     """
 
     of: str
@@ -44,6 +46,7 @@ class Cost:
     device: str
     store: str | None = None
     joules_from: str = ""
+    before: Cost | None = None
 
 
 def store_costs(where: LocationLike) -> list[Path]:
@@ -59,16 +62,28 @@ def selection_costs(file: Path) -> Path:
 def recall(path: Path, of: str | None = None) -> Cost | None:
     """The cost in ``path``, or None where there is none, or one of something else than ``of``."""
     try:
-        cost = Cost(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        cost: Cost | None = _parsed(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return cost if of in {None, cost.of} else None
+    while cost is not None and of not in {None, cost.of}:
+        cost = cost.before
+    return cost
 
 
 def recall_store(where: LocationLike, of: str | None = None) -> Cost | None:
     """The cost of the store at ``where``, or None where none of this fingerprint is written down."""
     found = (recall(path, of) for path in store_costs(where))
     return next((cost for cost in found if cost is not None), None)
+
+
+def added(before: Cost, cost: Cost) -> Cost:
+    """What a store cost that was appended to.
+
+    Args:
+        before: What it cost before.
+        cost: What the append cost; of the store as it is now.
+    """
+    return replace(_sum(before, cost), before=before)
 
 
 def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
@@ -84,16 +99,12 @@ def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
     """
     before = None if anew else recall(path, cost.of)
     if before is not None:
-        known = before.joules is not None and cost.joules is not None
-        fields = asdict(cost) | {
-            "samples": before.samples + cost.samples,
-            "reused": before.reused + cost.reused,
-            "seconds": before.seconds + cost.seconds,
-            "joules": (before.joules or 0) + (cost.joules or 0) if known else None,
-        }
-        cost = Cost(**fields)
+        cost = _sum(before, cost)
     with atomic_write(path, durable=False) as file:
-        file.write(json.dumps(asdict(cost), sort_keys=True).encode() + b"\n")
+        fields = asdict(cost)
+        if cost.before is None:
+            del fields["before"]
+        file.write(json.dumps(fields, sort_keys=True).encode() + b"\n")
 
 
 def record_in_turn(path: Path, cost: Cost) -> None:
@@ -137,3 +148,24 @@ def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False, in_tur
     except IncompleteError as error:
         return f"what it cost is not kept: {error.message}"
     return "" if place.path else f"what it cost is not kept: {place.note}"
+
+
+def _sum(before: Cost, cost: Cost) -> Cost:
+    known = before.joules is not None and cost.joules is not None
+    return replace(
+        cost,
+        samples=before.samples + cost.samples,
+        reused=before.reused + cost.reused,
+        seconds=before.seconds + cost.seconds,
+        joules=(before.joules or 0) + (cost.joules or 0) if known else None,
+    )
+
+
+def _parsed(fields: dict[str, Any]) -> Cost:
+    """A cost and those before it.
+
+    Raises:
+        TypeError: These are no fields of one.
+    """
+    before = fields.get("before")
+    return Cost(**fields | {"before": None if before is None else _parsed(before)})

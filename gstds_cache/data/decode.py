@@ -21,7 +21,16 @@ from gstds_cache.data.grey import GreyScale, UndecodableError, eight_bits
 from gstds_cache.errors import DatasetError
 from gstds_cache.runtime.resources import about_us
 
-__all__ = ["EXACT", "Decoding", "UndecodableError", "decode_image", "decoding_as", "to_rgb"]
+__all__ = [
+    "EXACT",
+    "TOO_MANY",
+    "Decoding",
+    "UndecodableError",
+    "current_decoding",
+    "decode_image",
+    "decoding_as",
+    "to_rgb",
+]
 
 # Named rather than left open, so that what decodes does not depend on the plugins another import registered, and so
 # that a file cannot choose a decoder that runs a program (EPS runs Ghostscript).
@@ -31,6 +40,9 @@ _UNKNOWN = f"not an image in a known format ({', '.join(FORMATS[:7])})"
 HAS_HEIC = find_spec("pillow_heif") is not None
 HEIC_EXTRA = "the extra heic: pip install 'gstds-cache[heic]'"
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
+
+TOO_MANY = "too many pixels"
+"""How the reason begins for an image above the cap."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -77,6 +89,11 @@ def decoding_as(how: Decoding) -> Iterator[None]:
         _DECODING.reset(token)
 
 
+def current_decoding() -> Decoding:
+    """The way of the :func:`decoding_as` around this, for what decodes in another thread or process."""
+    return _DECODING.get()
+
+
 def decode_image(data: bytes, how: Decoding | None = None) -> Image.Image:
     """Decode the first frame of an image file to upright RGB.
 
@@ -116,7 +133,7 @@ def decode_image(data: bytes, how: Decoding | None = None) -> Image.Image:
         except UnidentifiedImageError:
             raise UndecodableError(_UNKNOWN) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UndecodableError(f"too many pixels: {error}") from None
+            raise UndecodableError(f"{TOO_MANY}: {error}") from None
         except Exception as error:  # Bytes from anywhere can raise anything in a decoder: OSError, SyntaxError, ...
             if about_us(error):
                 raise
@@ -272,7 +289,7 @@ def _require_colours(image: Image.Image) -> None:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise UndecodableError(f"too many pixels: {width} x {height}, at most {max_pixels} are decoded")
+        raise UndecodableError(f"{TOO_MANY}: {width} x {height}, at most {max_pixels} are decoded")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from gstds_cache.data.copies import NotCopiedError
+from gstds_cache.data.decode import Decoding, current_decoding
 from gstds_cache.data.decoders import PixelDecoder, PixelTransform, Workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import AHEAD, Filled, Pool
@@ -230,6 +231,7 @@ def pixel_batches(
     *,
     workers: int,
     pin: bool,
+    how: Decoding | None = None,
 ) -> PixelBatches:
     """Decode ``batches`` of rows, in order. Workers start at once, not with the first batch asked for.
 
@@ -242,12 +244,14 @@ def pixel_batches(
         batches: Rows of each batch; read lazily, a few batches ahead, in the thread that asks for the pixels.
         workers: Worker processes; 0 decodes in this one.
         pin: Whether batches go into page-locked memory, for a GPU.
+        how: How image files are decoded; None as in this thread now.
 
     Returns:
         An iterator of one batch of pixels per batch of rows. It raises what the source raises, with a worker's trace as
         a note, and IncompleteError where a worker is killed or has no memory.
     """
-    return PixelBatches(Workers(PixelDecoder(source, transform, shape), workers), shape, iter(batches), pin=pin)
+    decoder = PixelDecoder(source, transform, shape, how or current_decoding())
+    return PixelBatches(Workers(decoder, workers), shape, iter(batches), pin=pin)
 
 
 def default_workers(device: torch.device) -> int:

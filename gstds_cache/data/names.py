@@ -91,7 +91,14 @@ class Names(Sequence[str]):
     @classmethod
     def numbered(cls, count: int) -> Names:
         """Row numbers of seven digits and more."""
-        return cls.of(f"{row:07d}" for row in range(count))
+
+        def write(file: IO[bytes]) -> None:
+            with pa.ipc.new_file(file, _SCHEMA) as writer:
+                for start in range(0, count, AT_ONCE):
+                    array = _numbers(start, min(start + AT_ONCE, count))
+                    writer.write_batch(pa.record_batch([array], schema=_SCHEMA))
+
+        return cls(mapped.written(write))
 
     def __len__(self) -> int:
         return self._length
@@ -154,6 +161,17 @@ class Names(Sequence[str]):
         for array in self._arrays:
             yield array
             mapped.release(self.file)
+
+
+def _numbers(start: int, stop: int) -> pa.BinaryArray:
+    """Row numbers as names. Digits by digits, not number by number: a million take 0.05 s, not 1."""
+    digits = len(f"{start:07d}")
+    if len(f"{stop - 1:07d}") != digits:
+        return pa.array([f"{row:07d}".encode() for row in range(start, stop)], pa.binary(), memory_pool=POOL)
+    powers = 10 ** np.arange(digits - 1, -1, -1, dtype=np.int64)
+    texts = (np.arange(start, stop)[:, None] // powers % 10 + ord("0")).astype(np.uint8)
+    ends = np.arange(0, texts.size + 1, digits, dtype=np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), stop - start, [None, pa.py_buffer(ends), pa.py_buffer(texts)])
 
 
 def duplicate(names: Names) -> str | None:

@@ -37,6 +37,7 @@ SHARD_BYTES = 16 << 20
 """Of a shard, four times that of a store that is embedded: nothing is lost with one that was not committed."""
 UNIT = 4e-3
 """How far from 1 a row's length may be to be taken for 1: a unit row rounded to bfloat16 is off by 0.002 at most."""
+LENGTHS_AT_ONCE = 2048
 THREADS = 4
 MOST_NAMED = 5
 
@@ -192,9 +193,14 @@ def import_vectors(
 
 
 def _lengths(tensor: Float[torch.Tensor, "R D"]) -> Float32[torch.Tensor, " R"]:
-    """The rows' lengths in float32. Some rows at a time: a copy of all in float32 takes three times as long."""
-    parts = [torch.linalg.vector_norm(tensor[i : i + 256].float(), dim=1) for i in range(0, len(tensor), 256)]
-    return torch.cat(parts)
+    """The rows' lengths in float32.
+
+    Few calls: each gives up Python's lock, and waits 5 ms for it beside a thread that computes in Python, as the items'
+    root is. Of all rows at once torch would hold a copy in float32.
+    """
+    starts = range(0, len(tensor), LENGTHS_AT_ONCE)
+    parts = [tensor[start : start + LENGTHS_AT_ONCE] for start in starts]
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])
 
 
 def _find(where: Location) -> StoreMetadata | None:

@@ -66,7 +66,8 @@ def run_config(config: TrainConfig, header: Header, eval_root: str | None) -> di
         header: The selection's.
         eval_root: Merkle root of the evaluation set's items; None where there is no such set.
     """
-    return {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY} | {
+    usual = {"max_pixels"} if config.max_pixels == TrainConfig.max_pixels else set()  # as before it could be set
+    return {name: value for name, value in asdict(config).items() if name not in NOT_IDENTITY | usual} | {
         "selection_digest": header.selection_digest,
         "cache_fingerprint": header.cache_fingerprint,
         "items_root": header.items_root,
@@ -96,7 +97,7 @@ def default_name(identity: dict[str, Any], defaults: dict[str, Any]) -> str:
     name = f"{arch}-{identity['selection_digest'][:8]}-s{identity['seed']}"
     for field in sorted(identity, key=lambda field: (field != "repack", field)):
         value = identity[field]
-        if value != defaults[field]:
+        if value != defaults.get(field):
             text = str(value)[:8] if field == "eval_root" else "" if value is True else f"{value}"
             name += f"-{SPELLED.get(field, field.removesuffix('_root'))}{text.replace('/', '-')}"
     return name

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
-from gstds_cache.data.decode import UndecodableError
+from gstds_cache.data.decode import TOO_MANY, UndecodableError, current_decoding
 from gstds_cache.data.loading import PixelBatches, default_workers, pixel_batches, worth_workers
 from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.preprocessing import without_ends
@@ -75,7 +75,7 @@ class ImageFeed:
 
     def _set_up(self, source: ImageSource, side: int, workers: int, *, pin: bool) -> None:
         self.side, self._source, self._workers, self._pin = side, source, workers, pin
-        self.in_memory = True
+        self.in_memory, self._how = True, current_decoding()  # batches may be asked for in another thread
         self._failed: dict[int, str] = {}
         self._fine = torch.ones(len(source), dtype=torch.bool)
 
@@ -161,13 +161,17 @@ class ImageFeed:
 
     def _decode(self, rows: Iterable[Sequence[int]], workers: int, *, pin: bool) -> PixelBatches:
         shape = (3, self.side, self.side)
-        return pixel_batches(self._source, SquarePixels(self.side), shape, rows, workers=workers, pin=pin)
+        return pixel_batches(
+            self._source, SquarePixels(self.side), shape, rows, workers=workers, pin=pin, how=self._how
+        )
 
     def _refuse(self, failures: Iterable[tuple[int, str]]) -> None:
         for row, reason in failures:
+            changed = "the data set changed since it was embedded: run gstds-embed and gstds-select again"
+            larger = "give the `max_pixels` that it was embedded with"
             raise UsageError(
                 f"item {self._source.ids[row]!r} (row {row}) is to be trained on, but cannot be decoded: {reason}",
-                hint="the data set changed since it was embedded: run gstds-embed and gstds-select again",
+                hint=larger if reason.startswith(TOO_MANY) else changed,
             )
 
 

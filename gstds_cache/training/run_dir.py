@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gstds_cache.config import TrainConfig
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
 from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
@@ -22,7 +23,8 @@ from gstds_cache.training.tracking import FOLDER as TRACKERS
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
-LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1}
+LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1,
+                         "max_pixels": TrainConfig.max_pixels}  # fmt: skip
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
 UNRECORDED = ("precision",)
 """Settings that followed from the device alone: a configuration written without one agrees with any."""

@@ -35,7 +35,8 @@ FOLDER = "trackers"
 class Tracking:
     """Collects a run's points and hands them to its trackers; ``with tracking:`` around the run.
 
-    Without names it does nothing, and loads nothing.
+    Without names it loads no tracker, and does nothing unless an earlier session of the run had some: then points are
+    written all the same, for the next session that has them.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class Tracking:
         """Nothing is written or begun before :meth:`begin`.
 
         Args:
-            names: The trackers, from :func:`~gstds_cache.trackers.names.tracker_names`; none on other ranks than 0.
-            run_dir: The run's directory.
+            names: The trackers, from :func:`~gstds_cache.trackers.names.tracker_names`.
+            run_dir: The run's directory; None on other ranks than 0, and nothing is done.
             config: What the trackers are told about the run, nested as it may be.
             identity: What decides the run's outcome.
             notify: Called with lines for the user.
         """
-        self._names = names
+        self._names = names if run_dir is not None else ()
+        self._points: PointsFile | None = None
+        self._recording = False
         if run_dir is not None:
             self._folder = run_dir / FOLDER
             self._points = PointsFile(self._folder / "points.jsonl")
@@ -71,8 +74,6 @@ class Tracking:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Write what is left, and let the trackers send it."""
-        if not self._feeds:
-            return
         self.flush()
         outcome: Outcome = "finished"
         if kind is not None:
@@ -87,7 +88,7 @@ class Tracking:
 
         The run's directory is held, and what it takes for its own is decided.
         """
-        if not self._names:
+        if self._points is None or not (self._names or self._points.path.exists()):
             return
         try:
             self._folder.mkdir(exist_ok=True)
@@ -95,8 +96,10 @@ class Tracking:
         except OSError as error:
             self._give_up(error)
             return
+        self._recording = True
         self._spent = (last.values.get("core_seconds", 0.0) if last else 0.0) - time.process_time()
         for name in self._names:
+            assert self._points is not None
             run = TrackedRun(self._run.name, self._folder / name, self._run.config, self._run.identity)
             feed = Feed(name, open_tracker(name), run, self._points, self._folder / f"{name}.json")
             self._feeds.append(feed)
@@ -111,7 +114,7 @@ class Tracking:
             gradient_samples: Samples whose gradient was computed, with its own.
             epoch_end: Whether it is an epoch's last.
         """
-        if self._feeds and (epoch_end or step % EVERY == 0):
+        if self._recording and (epoch_end or step % EVERY == 0):
             self._taken.append((step, {"lr": lr, "gradient_samples": gradient_samples}, epoch_end))
 
     def loss(self, step: int, loss: float) -> None:
@@ -133,13 +136,13 @@ class Tracking:
 
     def final(self, step: int, accuracy: float | None) -> None:
         """What was measured after the last step."""
-        if self._feeds and accuracy is not None:
+        if self._recording and accuracy is not None:
             self._add(Point(step, {"test_accuracy": accuracy}, final=True))
 
     def flush(self) -> None:
         """Write the points that wait; before a checkpoint that holds their steps."""
         self._show_notes()
-        if not self._waiting:
+        if self._points is None or not self._waiting:
             return
         try:
             self._points.append(self._waiting)
@@ -160,7 +163,7 @@ class Tracking:
         self._notify(f"note: `log`: {self._folder} cannot be written ({error}); training goes on without trackers")
         for feed in self._feeds:
             feed.close("failed", 0.1)
-        self._feeds, self._waiting, self._names = [], [], ()
+        self._feeds, self._waiting, self._names, self._recording = [], [], (), False
 
     def _show_notes(self) -> None:
         for feed in self._feeds:

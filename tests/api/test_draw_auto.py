@@ -86,6 +86,9 @@ def test_without_labels_or_without_anything_left_out_the_rule_keeps_rows(store, 
         assert stream.header.format != 3
     select(store, draw="auto", notify=notes.append, **(SMALL | {"keep": 1.0}))
     assert any("nothing is left out" in note for note in notes)
+    assert not any("strata" in note for note in notes)
+    select(store, draw="auto", strata=4, notify=notes.append, **(SMALL | {"keep": 1.0}))
+    assert "note: `strata` 4 is not used: it is for draws, and the rule keeps rows" in notes
 
 
 def test_a_loop_may_report_losses_whatever_auto_settled_on(store) -> None:

@@ -11,10 +11,11 @@ from PIL import Image
 from real_store import MODEL
 from small_store import fill
 
+from gstds_cache.api.append import append_to_store
 from gstds_cache.api.embed import embed, estimate_embedding
 from gstds_cache.api.repair import repair_store
 from gstds_cache.config import EmbedSettings
-from gstds_cache.costs.records import recall_store
+from gstds_cache.costs.records import recall_store, store_costs
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, UsageError
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
@@ -63,6 +64,24 @@ def test_rows_of_one_store_are_taken_over_and_the_default_bar_and_log_are_quiet_
     assert f"lies inside the image folder {image_folder}" in caplog.text
     assert "give a `cache` outside of it" in caplog.text
     assert capsys.readouterr().out == ""
+
+
+def test_what_an_append_cost_is_added_and_the_store_as_it_was_keeps_its_cost(tmp_path: Path) -> None:
+    def pairs(count: int) -> list[tuple[Image.Image, int]]:
+        return [(Image.new("RGB", (20, 20), (row * 9, 80, 200 - row * 5)), row % 2) for row in range(count)]
+
+    old = embed(pairs(12), "s.store", progress=False, **SMALL)
+    before = recall_store(old.location, old.fingerprint)
+    report = append_to_store("s.store", pairs(20), progress=False, device="cpu", workers=0)
+    cost = recall_store(old.location, report.fingerprint)
+    assert (cost.samples, cost.reused, cost.device) == (20, 0, "cpu")
+    assert cost.seconds == pytest.approx(before.seconds + report.seconds["total"])
+    assert recall_store(old.location, old.fingerprint) == before
+    assert recall_store(old.location) == cost
+    # Where it is not known what a store cost before, it is not known afterwards.
+    store_costs(old.location)[0].unlink()
+    report = append_to_store("s.store", pairs(24), progress=False, device="cpu", workers=0)
+    assert (report.appended, recall_store(old.location)) == (4, None)
 
 
 def test_a_data_set_may_be_an_object(tmp_path: Path) -> None:

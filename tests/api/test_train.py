@@ -18,7 +18,7 @@ import torch
 from gstds_cache.api.train import estimate_training, train
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import FingerprintMismatchError, UsageError
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.schema import Header
@@ -98,6 +98,18 @@ def test_a_call_trains_writes_its_ledger_and_goes_on(selection) -> None:
         train(DATASET, selection, evaluation=DATASET, **SETTINGS)
     again = train(DATASET, selection, evaluation=DATASET, resume=True, **SETTINGS)
     assert (again.steps, again.accuracy) == (report.steps, report.accuracy)
+
+
+def test_the_cap_of_pixels_is_the_runs_and_a_default_one_leaves_its_name(selection) -> None:
+    settings = SETTINGS | {"image_size": 8}  # the digits are arrays of 8 x 8, which no cap is for
+    usual = train(DATASET, selection, norm_samples=0, **settings)
+    assert "max_pixels" not in json.loads((usual.run_dir / "config.json").read_text())["config"]
+    again = train(DATASET, selection, norm_samples=0, max_pixels=1 << 20, **settings)
+    assert again.run_dir == usual.run_dir.with_name(
+        f"{usual.run_dir.name.replace('-norm0', '')}-max_pixels1048576-norm0"
+    )
+    with pytest.raises(FingerprintMismatchError, match="max_pixels: the run has 1048576, now 2097152"):
+        train(DATASET, selection, norm_samples=0, max_pixels=1 << 21, out=again.run_dir, resume=True, **settings)
 
 
 def test_threads_random_numbers_and_the_interrupt_handler_are_put_back(selection, monkeypatch) -> None:

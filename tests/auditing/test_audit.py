@@ -93,6 +93,8 @@ def test_nothing_is_loaded_and_no_name_becomes_markup(work) -> None:
     assert not re.findall(r"""(?:src|href|action)\s*=\s*["'](?!data:|#)""", html)
     for title in ("Near-duplicates", "The threshold", "Leaks", "Labels in doubt", "Outliers"):
         assert f">{title}</h2>" in html
+    assert "Under each of the most doubtful images" in html
+    assert ("6 groups of these are shown" in html) == (work[1].groups > 6)
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 

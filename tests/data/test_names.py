@@ -93,6 +93,10 @@ def test_names_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_row_numbers_and_names_that_are_no_text() -> None:
     assert Names.numbered(2) == ("0000000", "0000001")
+    for start in (0, 9_999_990, 9_999_999, 10_000_000, 99_999_995):
+        numbers = names_module._numbers(start, start + 10)
+        assert numbers.to_pylist() == [f"{row:07d}".encode() for row in range(start, start + 10)]
+        numbers.validate(full=True)
     assert Names.of(names := Names.of(["a"])) is names
     with pytest.raises(UnicodeEncodeError):
         Names.of(["\udc80"], "strict")

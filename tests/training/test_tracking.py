@@ -201,6 +201,23 @@ def test_one_that_fails_loses_no_step_and_gets_the_rest_at_the_next_session(
     assert [(place, point.step) for place, point in told] == [(0, 4), (1, 8), (2, 10), (3, 12), (4, 12), (-1, 0)]
 
 
+def test_points_of_a_session_without_trackers_are_sent_by_the_next_one(source, uneven, tmp_path, monkeypatch) -> None:
+    told: list[tuple[int, Point]] = []
+    monkeypatch.setattr(tracking_module, "open_tracker", lambda _: lambda run: Recording(told, run))
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, uneven[0], out, ("wandb",), interruptible=stopped_after(5))
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, uneven[0], out, (), interruptible=stopped_after(4))  # to step 9
+    assert (told, [line["step"] for line in lines(out)]) == ([], [4, 8])
+    run(source, uneven[0], out, ("wandb",))
+    assert [(place, point.step) for place, point in told] == [(1, 8), (2, 10), (3, 12), (4, 12), (-1, 0)]
+    # A run that never had a tracker has nothing written down.
+    run(source, uneven[0], tmp_path / "plain", ())
+    assert not (tmp_path / "plain" / "trackers").exists()
+
+
 def test_a_tracker_that_hangs_keeps_no_run(source, uneven, tmp_path, monkeypatch) -> None:
     import threading
 

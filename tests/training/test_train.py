@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
+from gstds_cache.data.decode import Decoding, decoding_as
 from gstds_cache.data.loading import pixel_batches
+from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import (
     DivergedError,
@@ -336,6 +339,26 @@ def test_a_feed_refuses_an_undecodable_image_by_name(array_source) -> None:
         with pytest.raises(UsageError, match=r"item/0004.*made to fail"):
             list(feed.batches([np.array([1, 2]), np.array([3, 4])]))
         assert np.flatnonzero(~feed.decodable).tolist() == ([4] if budget else [])
+
+
+def test_images_above_the_cap_are_trained_on_where_it_is_raised(tmp_path) -> None:
+    for number, side in enumerate((20, 40, 20, 20)):
+        folder = tmp_path / "photos" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (60 * number, 90, 10)).save(folder / f"{number}.png")
+    source = open_source(f"imagefolder:{tmp_path / 'photos'}")
+    (large,) = [row for row, name in enumerate(source.ids) if name.endswith("1.png")]
+    for budget, workers in ((1 << 20, 0), (0, 1)):
+        for cap, fits in ((1600, True), (1599, False)):
+            with decoding_as(Decoding(max_pixels=cap)):
+                feed = ImageFeed(source, side=8, memory_budget=budget, workers=workers)
+            # As a loader's thread asks, whose own way of decoding is the default.
+            if fits:
+                assert next(iter(feed.batches([np.array([large])]))).any()
+                continue
+            with pytest.raises(UsageError, match=r"too many pixels: 40 x 40, at most 1599") as refused:
+                list(feed.batches([np.array([large])]))
+            assert "give the `max_pixels` that it was embedded with" in refused.value.hint
 
 
 def test_the_default_size_is_the_images_own_where_they_agree(array_source) -> None:
