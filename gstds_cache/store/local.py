@@ -27,12 +27,21 @@ TEMPORARY = re.compile(r"\.[A-Za-z0-9._-]+\.(\d+)(-[0-9a-f]{8})?\.tmp")
 
 
 class LocalTransport:
-    """Objects under one directory (:class:`gstds_cache.store.transport.Transport`)."""
+    """Objects under one directory (:class:`gstds_cache.store.transport.Transport`).
 
-    exclusive = True
+    Attributes:
+        exclusive: Whether :meth:`lock` keeps every other writer out. Where it is shared, creating a file only if there
+            is none (link) decides between several writers, as conditional writes do in a bucket.
+    """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, shared: bool = False) -> None:
+        """Take the directory.
+
+        Args:
+            root: The directory.
+            shared: Whether :meth:`lock` lets other processes in that share it, on this machine or on others.
+        """
+        self.root, self.exclusive = root, not shared
 
     @property
     def location(self) -> Location:
