@@ -22,7 +22,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(MAKE) --no-print-directory --jobs 2 --output-sync check-types compiled lint docs
 	@echo "== tests: about 15 minutes on 2 cores"
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults and not ray"
+	@echo "== tests on a Ray cluster of two nodes, which take both cores: a minute; left out, and counted, without ray"
+	$(BIN)/python -m pytest tests/cluster -m "ray and not faults"
 
 # The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
 study-tables: $(VENV)/.installed
@@ -32,7 +34,7 @@ study-tables: $(VENV)/.installed
 # the same points again.
 faults: $(VENV)/.installed
 	@echo "== faults: about three quarters of an hour on 2 cores"
-	$(BIN)/python -m pytest tests/faults tests/cuda tests/e2e/test_rubbish.py tests/e2e/test_unwritable_places.py -m "faults or not faults"
+	$(BIN)/python -m pytest tests/faults tests/cluster tests/cuda tests/e2e/test_rubbish.py tests/e2e/test_unwritable_places.py -m "faults or not faults"
 
 lint: $(VENV)/.installed
 	@echo "== ruff and import-linter: seconds"

@@ -10,7 +10,7 @@ import click
 
 from gstds_cache.config import AUDIT_FOLDER, AuditConfig
 
-from .common import Command, F, LocalPath, json_option, notify, print_json, print_table, setting_option
+from .common import Command, F, LocalPath, engine_option, json_option, notify, print_json, print_table, setting_option
 
 if TYPE_CHECKING:
     from gstds_cache.api.audit import AuditReport
@@ -54,6 +54,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @click.option("--against-dataset", help="Where the data set of OTHER_STORE is now.")
 @click.option("--page/--no-page", default=True, help="Whether to make the page of pictures.")
 @click.option("--force", "replace", is_flag=True, help="Replace the files of an earlier audit.")
+@engine_option
 @json_option
 def audit(store: str, as_json: bool, **options: Any) -> None:
     """Call :func:`gstds_cache.audit`, print."""
@@ -62,7 +63,7 @@ def audit(store: str, as_json: bool, **options: Any) -> None:
 
     keep_freed_memory()
     try:
-        found = run_audit(store, **options)
+        found = run_audit(store, notify=notify, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command again begins anew: an audit keeps nothing half done") from None
     _print(found)

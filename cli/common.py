@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
-from gstds_cache.config import DEVICE
+from gstds_cache.config import DEVICE, ENGINE
 from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
 from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
@@ -139,6 +139,15 @@ def device_option(function: F) -> F:
     return click.option(
         "--device", default=DEVICE, show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
     )(function)
+
+
+def engine_option(function: F) -> F:
+    """Adds ``--engine``."""
+    text = (
+        "Where it runs: local, in this process; ray, on the cluster of $RAY_ADDRESS, or one that is started on this "
+        "machine for the run; or ray:HOST:PORT. Needs pip install 'gstds-cache[ray]'."
+    )
+    return click.option("--engine", default=ENGINE, show_default=True, metavar="ENGINE", help=text)(function)
 
 
 class LocalPath(click.Path):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gstds_cache.config import DEFAULT_MODEL, SMALLEST_BATCH, EmbedConfig, SelectConfig
-from gstds_cache.errors import command_line
+from gstds_cache.config import DEFAULT_MODEL, ENGINE, SMALLEST_BATCH, EmbedConfig, SelectConfig
+from gstds_cache.errors import UsageError, command_line
 from gstds_cache.runtime.openmp import wait_briefly
 from gstds_cache.runtime.progress import shares_text
 
 from .common import (
     Command,
+    engine_option,
     json_option,
     notify,
     print_json,
@@ -105,6 +106,13 @@ time; without, models that take any size look at no more pixels than the images'
     help="Take over rows of the same images by the same model from this store, found by the hash of their bytes; a "
     "grown data set then embeds only what is new. May be given several times.",
 )
+@engine_option
+@click.option(
+    "--gpus-per-task",
+    type=float,
+    metavar="GPUS",
+    help="With --engine ray: GPUs of a task, or the part of one. [default: 1 where the model runs on a GPU]",
+)
 @setting_option(EmbedConfig, "allow_untrained", help="Accept a model without pretrained weights.")
 @setting_option(
     EmbedConfig,
@@ -116,7 +124,14 @@ time; without, models that take any size look at no more pixels than the images'
 @click.option("--dry-run", is_flag=True, help="Only measure what it would take; hash, embed and write nothing.")
 @json_option
 def main(
-    dataset: str, cache: str | None, reuse: tuple[str, ...], dry_run: bool, as_json: bool, **settings: Any
+    dataset: str,
+    cache: str | None,
+    reuse: tuple[str, ...],
+    engine: str,
+    gpus_per_task: float | None,
+    dry_run: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Parse, call :func:`gstds_cache.embed`, print."""
     wait_briefly()
@@ -125,9 +140,12 @@ def main(
 
     keep_freed_memory()
     if dry_run:
+        if engine != ENGINE or gpus_per_task is not None:
+            raise UsageError("--dry-run measures this machine: it takes no --engine and no --gpus-per-task")
         _dry_run(dataset, cache, reuse, as_json, settings)
         return
-    report = embed(dataset, cache, reuse=reuse, notify=notify, **settings).report
+    where: Any = {"engine": engine, "gpus_per_task": gpus_per_task}
+    report = embed(dataset, cache, reuse=reuse, notify=notify, **where, **settings).report
     assert report is not None
     _print(report, reuse)
     if as_json:

@@ -21,6 +21,7 @@ from .common import (
     Command,
     F,
     LocalPath,
+    engine_option,
     json_option,
     notify,
     print_json,
@@ -141,6 +142,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     "--memory-budget, else a mirror where the disk has room, else a window, which is slow.",
 )
 @click.option("--mirror", metavar="FOLDER", help="Folder of a mirror. [default: STORE.mirror]")
+@engine_option
 @setting("threads", "CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]")
 @click.option(
     "--out",
@@ -170,6 +172,7 @@ def main(
     memory_budget: int,
     access: Literal["auto", "device", "memory", "mirror", "window"],
     mirror: str | None,
+    engine: str,
     out: str | None,
     force: bool,
     address: str | None,
@@ -182,6 +185,10 @@ def main(
     _check_together(address, service, out, force)
     given: Any = {name: value for name, value in options.items() if _is_given(context, name)}
     reading: Any = {"memory_budget": memory_budget << 20, "access": access, "mirror": mirror}
+    if _is_given(context, "engine"):
+        if address is not None or once is not None:
+            raise UsageError(f"--engine has batches selected elsewhere: it takes no {'--once' if once else '--serve'}")
+        reading["engine"] = engine
     if once is not None:
         _select_once(store, once, {**given, "keep": keep, "address": address}, out, force, reading, as_json)
         return

@@ -24,6 +24,7 @@ STRATA = 8
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""
 DEVICE = "auto"
+ENGINE: Final = "local"
 # Of the calls that take no configuration, and their commands.
 CHECK_LEVEL: Final = "quick"
 SAMPLE_ROWS = 64  # that a check embeds again

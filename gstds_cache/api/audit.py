@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Unpack
 
 from gstds_cache.auditing.labels import FlipTest
 from gstds_cache.auditing.run import FILES, Findings, audit_store, write_tables
-from gstds_cache.config import AUDIT_FOLDER, AuditConfig, AuditSettings, require_settings
+from gstds_cache.cluster.engine import Engine
+from gstds_cache.config import AUDIT_FOLDER, DEVICE, ENGINE, AuditConfig, AuditSettings, require_settings
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import UsageError
@@ -17,6 +19,7 @@ from gstds_cache.files.atomic import make_folder
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike, local_file
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.reader import EmbeddingStore
@@ -82,7 +85,9 @@ def audit(
     against_dataset: Any = None,
     page: bool = True,
     replace: bool = False,
+    engine: str = ENGINE,
     progress: Progress | bool | None = True,
+    notify: Notify | None = None,
     **settings: Unpack[AuditSettings],
 ) -> AuditReport:
     """Look through a store: near-duplicates, labels in doubt, outliers and, with another store, leaks.
@@ -99,7 +104,10 @@ def audit(
         against_dataset: The same for ``against``.
         page: Whether to make the page.
         replace: Whether the folder may hold an earlier audit's files.
+        engine: Where nearest rows are searched for, as for :func:`gstds_cache.select`; probes of labels run in this
+            process in any case.
         progress: As for :func:`gstds_cache.embed`.
+        notify: Told of a cluster's progress, a line each; by default it is logged.
         settings: As the fields of :class:`~gstds_cache.AuditConfig`.
 
     Returns:
@@ -117,13 +125,18 @@ def audit(
     folder = _folder(out, replace)
     if page:
         _require_page()
-    device = resolve_device(config.device)
+    where_run = Engine.parse(engine)
+    device = resolve_device(_on_cpus(config).device if where_run.ray else config.device)
     opened = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
     other = against if against is None or isinstance(against, EmbeddingStore) else EmbeddingStore(against)
     if other is None and against_dataset is not None:
         raise UsageError("`against_dataset` says where the images of `against` are: it needs `against`")
-    with limited_threads(config.threads), showing(progress, "rows", **_COUNTED) as show:
-        findings = audit_store(opened, other, config, device, show)
+    with (
+        limited_threads(config.threads),
+        showing(progress, "rows", **_COUNTED) as show,
+        where_run.opened(notify or log) as executor,
+    ):
+        findings = audit_store(opened, other, config, device, show, executor)
         make_folder(folder)
         for name in FILES:  # of an earlier audit, which may have found what this one does not look for
             (folder / name).unlink(missing_ok=True)
@@ -150,6 +163,20 @@ def audit(
 
 
 _COUNTED = {"probe": "passes", "probe of flipped labels": "passes"}
+
+
+def _on_cpus(config: AuditConfig) -> AuditConfig:
+    """``config`` for the workers of a cluster.
+
+    Raises:
+        UsageError: It asks for a GPU.
+    """
+    if config.device not in {DEVICE, "cpu"}:
+        raise UsageError(
+            f"`device`: got {config.device!r} with `engine='ray'`, which searches on CPUs",
+            hint="leave `device` out, or search on the GPU of this machine: `engine='local'`",
+        )
+    return dataclasses.replace(config, device="cpu")
 
 
 def _folder(out: str | Path, replace: bool) -> Path:

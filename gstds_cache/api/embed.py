@@ -9,7 +9,8 @@ from errno import EACCES, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any, Unpack
 
-from gstds_cache.config import EmbedConfig, EmbedSettings, as_tuple, require_settings
+from gstds_cache.cluster.engine import Engine
+from gstds_cache.config import ENGINE, EmbedConfig, EmbedSettings, as_tuple, require_settings
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, store_costs
 from gstds_cache.data.hash_cache import HashCache
@@ -33,6 +34,8 @@ def embed(
     cache: LocationLike | None = None,
     *,
     reuse: LocationLike | Sequence[LocationLike] = (),
+    engine: str = ENGINE,
+    gpus_per_task: float | None = None,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[EmbedSettings],
@@ -51,6 +54,9 @@ def embed(
         cache: The store's location: a directory, or ``s3://BUCKET/PREFIX``. None: a directory named by data set, model
             and their contents, in ``$GSTDS_CACHE`` or ``~/.cache/gstds-cache``.
         reuse: Other stores, complete or not. Rows of the same images by the same model are taken over from them.
+        engine: Where images are embedded: ``local``, in this process; ``ray``, on the Ray cluster of ``$RAY_ADDRESS``
+            or one that is started on this machine for the call; or ``ray:HOST:PORT`` (docs/ray.md).
+        gpus_per_task: With Ray: GPUs of a task, or the part of one; None is one where the model runs on a GPU.
         progress: True shows a bar on stderr, False nothing; or a function that is called with phase, images done,
             images in all, and shares of the time.
         notify: Called with each line for the user: an estimate, warnings, notes. None logs them as warnings.
@@ -72,6 +78,8 @@ def embed(
     others = (reuse,) if single else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
     parse_part(config.shard)
+    where_run = Engine.parse(engine, gpus_per_task)
+    _require_one_device(where_run, config)
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
@@ -92,16 +100,18 @@ def embed(
             dataset, hash_cache=hash_cache, progress=lambda done, total: report_progress("hash", done, total, {})
         )
         _warn_if_inside(source, cache or root, tell)
-        store = embed_dataset(
-            source,
-            config,
-            where=cache,
-            root=root,
-            reuse=others,
-            progress=report_progress,
-            notify=tell,
-            hash_cache=hash_cache,
-        )
+        with where_run.opened(tell) as executor:
+            store = embed_dataset(
+                source,
+                config,
+                where=cache,
+                root=root,
+                reuse=others,
+                executor=executor,
+                progress=report_progress,
+                notify=tell,
+                hash_cache=hash_cache,
+            )
     meter.add("embed")
     report = store.report
     assert report is not None
@@ -140,6 +150,28 @@ def estimate_embedding(
     source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
     _warn_if_inside(source, cache or root, notify)
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)
+
+
+def _require_one_device(engine: Engine, config: EmbedConfig) -> None:
+    """Refuse several devices in each task of Ray, GPUs for a model that runs on CPUs, and parts beside Ray's tasks.
+
+    Raises:
+        UsageError: They were asked for.
+    """
+    if not engine.ray:
+        return
+    if config.shard is not None:
+        raise UsageError(
+            f"`shard`: got {config.shard!r} with `engine='ray'`, which gives the shards to its workers itself",
+            hint="leave one of them out",
+        )
+    if config.device == "cpu" and engine.gpus_per_task is not None:
+        raise UsageError("`device='cpu'` and `gpus_per_task` contradict each other", hint="leave one of them out")
+    if "," in config.device:
+        raise UsageError(
+            f"`device`: got {config.device!r} with `engine='ray'`, expected one device",
+            hint="several GPUs of a node are used by several tasks: give `device='cuda'`, and `gpus_per_task=1`",
+        )
 
 
 def _require_locations(cache: LocationLike | None, reuse: Sequence[LocationLike] = ()) -> None:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Unpack
 
 from gstds_cache.api.selection import Selection, SelectionSummary
-from gstds_cache.config import MEMORY_BUDGET, STRATA, SelectConfig, SelectSettings, as_type, require_settings
+from gstds_cache.cluster.engine import Engine
+from gstds_cache.config import (
+    DEVICE,
+    ENGINE,
+    MEMORY_BUDGET,
+    STRATA,
+    SelectConfig,
+    SelectSettings,
+    as_type,
+    require_settings,
+)
 from gstds_cache.costs.energy import EnergyMeter
 from gstds_cache.costs.records import Cost, keep_record, selection_costs
 from gstds_cache.errors import UsageError
@@ -46,6 +56,7 @@ def select(
     memory_budget: int = MEMORY_BUDGET,
     access: Kind = "auto",
     mirror: str | Path | None = None,
+    engine: str = ENGINE,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -69,6 +80,8 @@ def select(
             once; or a ``window`` of shards. ``auto`` takes the GPU where the CUDA kernels run and the rows fit, else
             memory where they fit the budget, else a mirror where the disk has room.
         mirror: Folder of the mirror; None is ``STORE.mirror``.
+        engine: Where batches are selected: ``local``, in this process; ``ray``, on the Ray cluster of ``$RAY_ADDRESS``
+            or one that is started on this machine for the call; or ``ray:HOST:PORT`` (docs/ray.md).
         progress: True for a line on stderr, a callback, or False.
         notify: Told the plan, notes and warnings, a line each; by default warnings are logged.
         settings: As the fields of :class:`~gstds_cache.SelectConfig`.
@@ -83,7 +96,9 @@ def select(
     """
     require_settings(select, SelectConfig, settings)
     config = config_of(keep, settings)
-    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
+    with _opened(
+        partial(open_store, store, memory_budget, access, mirror), config, notify, Engine.parse(engine)
+    ) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
         return Selection(path.absolute(), run.summary(str(path)))
@@ -97,6 +112,7 @@ def stream_selection(
     memory_budget: int = MEMORY_BUDGET,
     access: Kind = "auto",
     mirror: str | Path | None = None,
+    engine: str = ENGINE,
     progress: Progress | bool | None = True,
     notify: Notify | None = None,
     **settings: Unpack[SelectSettings],
@@ -113,6 +129,7 @@ def stream_selection(
         memory_budget: As for :func:`select`.
         access: As for :func:`select`.
         mirror: As for :func:`select`.
+        engine: As for :func:`select`.
         progress: As for :func:`select`.
         notify: As for :func:`select`.
         settings: As for :func:`select`.
@@ -131,7 +148,9 @@ def stream_selection(
         raise UsageError(f"`stream`: got {stream!r:.80}, expected a binary stream")
     settings.setdefault("threads", 1)
     config = config_of(keep, settings)
-    with _opened(partial(open_store, store, memory_budget, access, mirror), config, notify) as run:
+    with _opened(
+        partial(open_store, store, memory_budget, access, mirror), config, notify, Engine.parse(engine)
+    ) as run:
         run.deliver(stream, force=False, progress=progress)
         return run.summary("-")
 
@@ -199,19 +218,38 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
 
 
 @contextmanager
-def _opened(open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None) -> Iterator[_Run]:
+def _opened(
+    open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None, engine: Engine
+) -> Iterator[_Run]:
     """Open the store and plan the run, with its thread limits, and say what will be done.
 
     Yields:
         The run.
     """
     begun, logger = time.perf_counter(), logging.getLogger("gstds_cache")
-    with limited_threads(config.threads or 0):
-        opened, inform = open_it(), notify or logger.info
+    inform = notify or logger.info
+    config = _on_cpus(config) if engine.ray else config
+    with limited_threads(config.threads or 0), engine.opened(inform) as executor:
+        opened = open_it()
         config = with_draw_chosen(opened, config, inform)
         run = _Run(BatchSelector(opened, config), notify or logger.warning, inform, begun)
+        run.selector.executor = executor
         run.announce()
         yield run
+
+
+def _on_cpus(config: SelectConfig) -> SelectConfig:
+    """``config`` for the workers of a cluster.
+
+    Raises:
+        UsageError: It asks for a GPU.
+    """
+    if config.device not in {DEVICE, "cpu"} or config.solver == "cuda":
+        raise UsageError(
+            f"`device`: got {config.device!r} with `engine='ray'`, which selects on CPUs",
+            hint="leave `device` and `solver` out, or select on the GPU of this machine: `engine='local'`",
+        )
+    return replace(config, device="cpu")
 
 
 @dataclass

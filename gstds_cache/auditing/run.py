@@ -18,6 +18,7 @@ from gstds_cache.auditing.labels import Doubts, FlipTest, find_doubts, flip_labe
 from gstds_cache.auditing.search import NOTHING, Nearest, find_nearest
 from gstds_cache.config import AuditConfig
 from gstds_cache.errors import FingerprintMismatchError, UsageError
+from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.runtime.threads import cores
 from gstds_cache.selection.difficulty import PIECE
@@ -100,7 +101,12 @@ def _model_of(spec: CacheSpec) -> dict[str, Any]:
 
 
 def audit_store(
-    store: EmbeddingStore, other: EmbeddingStore | None, config: AuditConfig, device: torch.device, show: Progress
+    store: EmbeddingStore,
+    other: EmbeddingStore | None,
+    config: AuditConfig,
+    device: torch.device,
+    show: Progress,
+    executor: Executor | None = None,
 ) -> Findings:
     """Look for near-duplicates, outliers, labels in doubt and, in two stores, leaks.
 
@@ -110,6 +116,7 @@ def audit_store(
         config: What to look for.
         device: Where.
         show: Called with what is done.
+        executor: Where nearest rows are searched for; None for this process. Probes of labels run here in any case.
 
     Returns:
         What was found.
@@ -127,7 +134,7 @@ def audit_store(
             raise UsageError(f"{other.location}: no row has an embedding")
     hashes = store.manifest().sha256
     found = find_nearest(rows, rows, config.knn, device=device, exact_rows=config.exact_rows, seed=config.seed,
-                         progress=_phase(show, "nearest rows"))  # fmt: skip
+                         progress=_phase(show, "nearest rows"), executor=executor)  # fmt: skip
     pairs = pairs_above(found, rows, rows, config.threshold, (hashes, hashes))
     mean = _means(found)
     findings = Findings(
@@ -140,7 +147,7 @@ def audit_store(
     )
     findings.examples = around(found, rows, rows, config.threshold, pairs)
     if other is not None:
-        _look_for_leaks(findings, other, hashes, config, device, show)
+        _look_for_leaks(findings, other, hashes, config, device, show, executor)
     findings.no_doubts = why_no_labels(store, config.folds)
     if not findings.no_doubts:
         _judge_labels(findings, store, config, device, show)
@@ -154,10 +161,11 @@ def _look_for_leaks(
     config: AuditConfig,
     device: torch.device,
     show: Progress,
+    executor: Executor | None,
 ) -> None:
     rows, others = findings.rows, UnitRows.of(other)
     found = find_nearest(others, rows, config.knn, device=device, exact_rows=config.exact_rows, seed=config.seed,
-                         progress=_phase(show, "rows of the other store"))  # fmt: skip
+                         progress=_phase(show, "rows of the other store"), executor=executor)  # fmt: skip
     leaks = pairs_above(found, others, rows, config.threshold, (other.manifest().sha256, hashes))
     findings.others, findings.leaked, findings.leaks = others, found, leaks
     findings.leak_examples = around(found, others, rows, config.threshold, leaks)[1]

@@ -12,7 +12,7 @@ is searched in and ``4 PROBES`` of one that is searched for; all of it in mapped
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from jaxtyping import Float32, Int, Int32, Int64
 
 from gstds_cache.auditing.faiss_index import cell_centroids
 from gstds_cache.files import mapped
+from gstds_cache.files.digest import digest_of
+from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.unit_rows import UnitRows
 
@@ -33,7 +35,8 @@ PRODUCTS = 1 << 24
 """Similarities that are held at a time."""
 
 Counted = Callable[[int, int], None]
-Found = tuple[Float32[np.ndarray, "b c"], Int64[np.ndarray, "b c"]]
+Found = tuple[Float32[np.ndarray, "b c"], Int[np.ndarray, "b c"]]
+Looked = tuple[Int64[np.ndarray, " b"], Float32[np.ndarray, "b k"], Int32[np.ndarray, "b k"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ def find_nearest(
     seed: int = 0,
     probes: int = PROBES,
     progress: Counted = lambda _done, _total: None,
+    executor: Executor | None = None,
 ) -> Nearest:
     """Search for the nearest rows of every row.
 
@@ -78,6 +82,7 @@ def find_nearest(
         seed: Of the cells.
         probes: Cells that a row looks into.
         progress: Called with rows done and rows in all.
+        executor: Where rows are looked up; None for this process.
 
     Returns:
         What was found.
@@ -88,53 +93,132 @@ def find_nearest(
         mapped.zeros((len(queries), k), np.int32), mapped.zeros((len(queries), k), np.float32), len(base) <= exact_rows
     )
     found.index[:], found.similarity[:] = -1, NOTHING
+    search, executor = Search(queries, base, k, own, device), executor or LocalExecutor()
     if found.exact:
-        _compare_all(found, queries, base, own, device, progress)
+        _compare_all(search, executor, found, progress)
     else:
-        _compare_cells(found, queries, base, own, device, seed, probes, progress)
+        _compare_cells(search, executor, found, seed, probes, progress)
     return found
 
 
-def _compare_all(
-    found: Nearest, queries: UnitRows, base: UnitRows, own: bool, device: torch.device, progress: Counted
-) -> None:
-    for first, block in queries.blocks():
-        rows = np.arange(first, first + len(block))
-        for begin, others in base.blocks():
-            similarity, index = nearest(block, others, found.k + own, device)
-            _merge(found, rows, (similarity, index + begin), own)
-        progress(first + len(block), len(queries))
+def _compare_all(search: Search, executor: Executor, found: Nearest, progress: Counted) -> None:
+    count, block, done = len(search.queries), search.queries.block, 0
+    units = [Lookup(np.arange(first, min(first + block, count)), None) for first in range(0, count, block)]
+    for rows, similarity, index in executor.run(search, units):
+        found.similarity[rows], found.index[rows] = similarity, index
+        done += len(rows)
+        progress(done, count)
 
 
 def _compare_cells(
-    found: Nearest,
-    queries: UnitRows,
-    base: UnitRows,
-    own: bool,
-    device: torch.device,
-    seed: int,
-    probes: int,
-    progress: Counted,
+    search: Search, executor: Executor, found: Nearest, seed: int, probes: int, progress: Counted
 ) -> None:
+    queries, base, device = search.queries, search.base, search.device
     cells = max(1, round(math.sqrt(len(base))))
     rng = rng_for(seed, "audit-cells")
     sample = np.sort(rng.choice(len(base), min(len(base), SAMPLE_PER_CELL * cells), replace=False))
     centroids = cell_centroids(base.at(sample), cells, seed, device)
     probes = min(probes, cells)
     visits = _Members.of(queries, centroids, probes, device)
-    members = _Members.first_of(visits, probes) if own else _Members.of(base, centroids, 1, device)
-    done = 0
-    for cell in range(cells):
-        here, lookers = members.of_cell(cell), visits.of_cell(cell) // probes
-        for begin in range(0, len(here), base.block):
-            part = here[begin : begin + base.block]
-            others = base.at(part)
+    members = _Members.first_of(visits, probes) if search.own else _Members.of(base, centroids, 1, device)
+
+    def units() -> Iterator[Lookup]:
+        for cell in range(cells):
+            here, lookers = members.of_cell(cell), visits.of_cell(cell) // probes
             for start in range(0, len(lookers), queries.block):
-                rows = lookers[start : start + queries.block]
-                similarity, place = nearest(queries.at(rows), others, found.k + own, device)
-                _merge(found, rows, (similarity, part[place]), own)
-        done += len(lookers)
+                yield Lookup(lookers[start : start + queries.block], here)
+
+    done = 0
+    for rows, similarity, index in executor.run(search, units()):
+        _merge(found, rows, (similarity, index))
+        done += len(rows)
         progress(done // probes, len(queries))
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A unit of a search.
+
+    Attributes:
+        rows: Rows to search for, int64 [b].
+        among: Rows to search in, int64 [n]; None for all.
+    """
+
+    rows: Int64[np.ndarray, " b"]
+    among: Int64[np.ndarray, " n"] | None
+
+    @property
+    def name(self) -> str:
+        """The unit in words."""
+        return f"{self.rows[0]}-{self.rows[-1]}" if len(self.rows) else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Looks rows up: a task and its own recipe (:class:`gstds_cache.runtime.executor.PortableTask`).
+
+    Attributes:
+        queries: Rows to search for.
+        base: Rows to search in.
+        k: How many to find.
+        own: Whether both are the same rows, of which none is its own neighbour.
+        device: Where products are computed.
+    """
+
+    queries: UnitRows
+    base: UnitRows
+    k: int
+    own: bool
+    device: torch.device
+    cpus = 1
+    gpu = False
+    counted = "blocks of rows"
+
+    @property
+    def key(self) -> str:
+        """What tells this search from others."""
+        stores = [[str(rows.store.location), rows.store.fingerprint, len(rows)] for rows in (self.queries, self.base)]
+        return digest_of(["search", *stores, self.k])
+
+    def recipe(self) -> Search:
+        """How it is made in another process, which opens the stores itself."""
+        return self
+
+    def open(self) -> Search:
+        """It is made by being unpickled."""
+        return self
+
+    def receive(self, result: Looked) -> Looked:
+        """What another process found is what this one would have."""
+        return result
+
+    def __call__(self, units: Sequence[Lookup]) -> Iterator[Looked]:
+        """Search.
+
+        Args:
+            units: What to look up.
+
+        Yields:
+            The rows of each unit, with the similarities and the numbers of what was found.
+        """
+        for unit in units:
+            shape = (len(unit.rows), self.k)
+            found = Nearest(np.full(shape, -1, np.int32), np.full(shape, NOTHING, np.float32), exact=True)
+            block = self.queries.at(unit.rows)
+            for numbers, others in self._among(unit):
+                similarity, place = nearest(block, others, self.k + self.own, self.device)
+                own = unit.rows if self.own else None
+                _merge(found, np.arange(len(unit.rows)), (similarity, numbers[place]), own)
+            yield unit.rows, found.similarity, found.index
+
+    def _among(self, unit: Lookup) -> Iterator[tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n D"]]]:
+        if unit.among is None:
+            for begin, others in self.base.blocks():
+                yield np.arange(begin, begin + len(others)), others
+            return
+        for begin in range(0, len(unit.among), self.base.block):
+            part = unit.among[begin : begin + self.base.block]
+            yield part, self.base.at(part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +281,21 @@ def nearest(
     return torch.cat([part[0] for part in parts]).cpu().numpy(), torch.cat([part[1] for part in parts]).cpu().numpy()
 
 
-def _merge(found: Nearest, rows: Int64[np.ndarray, " b"], new: Found, own: bool) -> None:
-    """Put what was found of some rows, each of which is there once, with what they have."""
-    similarity, index = np.clip(new[0], -1, 1), new[1]
-    if own:
-        similarity = np.where(index == rows[:, None], NOTHING, similarity)
+def _merge(
+    found: Nearest, rows: Int64[np.ndarray, " b"], new: Found, own: Int64[np.ndarray, " b"] | None = None
+) -> None:
+    """Put what was found of some rows, each of which is there once, with what they have.
+
+    Args:
+        found: What they have.
+        rows: Where they are in ``found``.
+        new: What was found; numbers below 0 are none.
+        own: Their own numbers, which are not to be found; None where they cannot be.
+    """
+    index = new[1]
+    similarity = np.where(index < 0, NOTHING, np.clip(new[0], -1, 1))
+    if own is not None:
+        similarity = np.where(index == own[:, None], NOTHING, similarity)
     better = similarity.max(axis=1, initial=NOTHING) > found.similarity[rows, -1]
     # Equal ones with lower numbers count as well: the order in which blocks come does not show.
     better |= similarity.max(axis=1, initial=NOTHING) == found.similarity[rows, -1]

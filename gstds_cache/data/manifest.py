@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,18 +18,16 @@ from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.containers import Container
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache, old_enough, signatures_of
+from gstds_cache.data.hashing import SPREAD_FROM, UNREADABLE, hash_by, hash_item
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.objects import Objects
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.subset import Subset, taken
-from gstds_cache.errors import GstdsError, IntegrityError
+from gstds_cache.errors import IntegrityError
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import merkle_root
+from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.progress import Counted
-from gstds_cache.runtime.resources import about_us
-
-UNREADABLE = bytes(32)
-"""The SHA-256 recorded for an item whose bytes could not be read."""
 
 HASH_THREADS = 4
 _BLOCK = 100
@@ -184,6 +181,7 @@ def build_manifest(
     hash_cache: HashCache | None = None,
     progress: Counted | None = None,
     threads: int = HASH_THREADS,
+    executor: Executor | None = None,
 ) -> DatasetManifest:
     """Read and hash every item of a source.
 
@@ -192,6 +190,7 @@ def build_manifest(
         hash_cache: Digests of files kept from before: a file that has not changed since is not opened.
         progress: Called with (items done, items in all) about every 100 items and at the end.
         threads: Threads that read and hash; hashing and file reads leave Python's lock.
+        executor: Where items are read and hashed instead; None for this process.
 
     Returns:
         The manifest, in the source's order, with ``UNREADABLE`` for items whose bytes could not be read.
@@ -199,7 +198,7 @@ def build_manifest(
     return DatasetManifest(
         kind=source.kind,
         ids=Names.of(source.ids, "strict"),
-        sha256=hash_items(source, hash_cache=hash_cache, progress=progress, threads=threads),
+        sha256=hash_items(source, hash_cache=hash_cache, progress=progress, threads=threads, executor=executor),
         labels=source.labels,
         classes=tuple(source.classes),
     )
@@ -212,6 +211,7 @@ def hash_items(
     progress: Counted | None = None,
     threads: int = HASH_THREADS,
     read: bool = True,
+    executor: Executor | None = None,
 ) -> UInt8[np.ndarray, "N 32"]:
     """SHA-256 of every item's payload, in order, ``UNREADABLE`` where reading raises OSError.
 
@@ -224,6 +224,7 @@ def hash_items(
         threads: Threads that read and hash.
         read: Whether files are read; else those that ``hash_cache`` does not know are ``UNREADABLE``. What is neither
             in files nor in containers is read all the same.
+        executor: Where items are read and hashed instead; None for this process.
 
     Returns:
         [N, 32] digests, read-only: of one data set and object of ``hash_cache`` they are one array.
@@ -236,21 +237,28 @@ def hash_items(
         return taken(digests, source.rows) if isinstance(source, Subset) else digests
     containers: Sequence[Container] = getattr(source, "containers", ())
     files: Files | None = getattr(source, "objects", source.files)
+    if len(source) < SPREAD_FROM:
+        executor = None
     cached = hash_cache is not None and (files is not None or len(containers) > 0)
     if hash_cache is None or not cached:
-        digests = _hash_all(source, progress, threads)
+        digests = _hash_all(source, progress, threads, executor)
     elif files is not None:
-        digests = _hash_new(source, files, hash_cache, progress, threads, read=read)
+        digests = _hash_new(source, files, hash_cache, progress, threads, read=read, executor=executor)
     else:
-        digests = _hash_contained(source, containers, hash_cache, progress, threads, read=read)
+        digests = _hash_contained(source, containers, hash_cache, progress, threads, read=read, executor=executor)
     digests.flags.writeable = False
     if hash_cache is not None and (read or not cached):
         hash_cache.keep(source, digests)
     return digests
 
 
-def _hash_all(source: ImageSource, progress: Counted | None, threads: int) -> UInt8[np.ndarray, "N 32"]:
+def _hash_all(
+    source: ImageSource, progress: Counted | None, threads: int, executor: Executor | None
+) -> UInt8[np.ndarray, "N 32"]:
     files, digests = source.files, mapped.zeros((len(source), 32), np.uint8)
+    if executor is not None:
+        _hash_elsewhere(executor, source, digests, range(len(source)), progress)
+        return digests
     _in_blocks(lambda block: _hash_rows(source, files, digests, block), len(source), progress, threads, digests)
     return digests
 
@@ -263,6 +271,7 @@ def _hash_contained(
     threads: int,
     *,
     read: bool,
+    executor: Executor | None,
 ) -> UInt8[np.ndarray, "N 32"]:
     """Hash the items of the containers that are not known or have changed; a container is kept when it is done."""
     digests, total = mapped.zeros((len(source), 32), np.uint8), len(source)
@@ -281,7 +290,11 @@ def _hash_contained(
         def work(block: range, rows: range = rows) -> None:
             _hash_rows(source, None, digests, rows[block.start : block.stop])
 
-        _in_blocks(work, len(rows), progress and _shifted(progress, rows.start, total), threads, digests)
+        told = progress and _shifted(progress, rows.start, total)
+        if executor is not None:
+            _hash_elsewhere(executor, source, digests, rows, told)
+        else:
+            _in_blocks(work, len(rows), told, threads, digests)
         readable = (part != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1).all()
         if readable and container.signature() == seen and old_enough(np.array([seen], np.int64), now).all():
             hash_cache.record_contained(container.name, seen, part)
@@ -301,6 +314,7 @@ def _hash_new(
     threads: int,
     *,
     read: bool,
+    executor: Executor | None,
 ) -> UInt8[np.ndarray, "N 32"]:
     """Hash the files that are not known or have changed; where ``read`` is False, leave them ``UNREADABLE``."""
     signatures, digests = hash_cache.recall(files)
@@ -317,7 +331,10 @@ def _hash_new(
             changed[rows] = _hash_changed(source, files, signatures, digests, rows, seen, now)
 
     try:
-        _in_blocks(work, len(source), progress, threads, *touched)
+        if executor is not None and read:
+            _hash_changed_elsewhere(executor, source, files, signatures, digests, changed, progress)
+        else:
+            _in_blocks(work, len(source), progress, threads, *touched)
     finally:
         if changed.any():
             hash_cache.record(files, signatures, digests, changed)
@@ -355,7 +372,55 @@ def _hash_rows(
     some = list(rows)
     expect_rows(source, some)
     for row in some:
-        digests[row] = np.frombuffer(_hash_item(source, files, row), np.uint8)
+        digests[row] = np.frombuffer(hash_item(source, files, row), np.uint8)
+
+
+def _hash_elsewhere(
+    executor: Executor,
+    source: ImageSource,
+    digests: UInt8[np.ndarray, "N 32"],
+    rows: range,
+    progress: Counted | None,
+) -> None:
+    """Have rows hashed by an executor."""
+    units = (np.arange(first, min(first + _BLOCK, rows.stop)) for first in range(rows.start, rows.stop, _BLOCK))
+    done = 0
+    for part, hashed, _machine in hash_by(executor, source, source.files, units):
+        digests[part] = hashed
+        done += len(part)
+        if progress is not None:
+            progress(done, len(rows))
+
+
+def _hash_changed_elsewhere(
+    executor: Executor,
+    source: ImageSource,
+    files: Files,
+    signatures: Int64[np.ndarray, "N 4"],
+    digests: UInt8[np.ndarray, "N 32"],
+    changed: Bool[np.ndarray, " N"],
+    progress: Counted | None,
+) -> None:
+    """:func:`_hash_changed` of all blocks, where an executor has files read; this process looks at their times."""
+    waiting: dict[int, tuple[Int64[np.ndarray, "n 4"], Int64[np.ndarray, "n 4"], int]] = {}
+    looked = 0
+
+    def units() -> Iterator[Int64[np.ndarray, " n"]]:
+        nonlocal looked
+        for first in range(0, len(files), _BLOCK):
+            rows, seen, now = _changed(files, signatures, range(first, min(first + _BLOCK, len(files))))
+            looked = min(first + _BLOCK, len(files))
+            if rows.size:
+                waiting[int(rows[0])] = seen, signatures[rows], now
+                signatures[rows] = -1
+                yield rows
+
+    for rows, hashed, _machine in hash_by(executor, source, files, units()):
+        digests[rows] = hashed
+        seen, before, now = waiting.pop(int(rows[0]))
+        changed[rows] = _sign(files, signatures, digests, rows, seen, before, now)
+        if progress is not None:
+            progress(looked, len(files))
 
 
 def _changed(
@@ -395,19 +460,21 @@ def _hash_changed(
     before = signatures[rows]
     signatures[rows] = -1
     _hash_rows(source, files, digests, rows.tolist())
+    return _sign(files, signatures, digests, rows, seen, before, now)
+
+
+def _sign(
+    files: Files,
+    signatures: Int64[np.ndarray, "N 4"],
+    digests: UInt8[np.ndarray, "N 32"],
+    rows: Int64[np.ndarray, " n"],
+    seen: Int64[np.ndarray, "n 4"],
+    before: Int64[np.ndarray, "n 4"],
+    now: int,
+) -> Bool[np.ndarray, " n"]:
+    """Give files that were hashed their signatures; returns for which it is another than ``before``."""
     after = _signatures(files, rows)
     readable = (digests[rows] != np.frombuffer(UNREADABLE, np.uint8)).any(axis=1)
     reliable = readable & (seen == after).all(axis=1) & old_enough(seen, now)
     signatures[rows[reliable]] = seen[reliable]
     return np.asarray((signatures[rows] != before).any(axis=1))
-
-
-def _hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
-    try:
-        # A file can be larger than memory.
-        by_path = files is not None and not isinstance(files, Objects)
-        return files.sha256(row) if files and by_path else hashlib.sha256(source.payload(row)).digest()
-    except OSError as error:
-        if about_us(error) or isinstance(error, GstdsError):
-            raise
-        return UNREADABLE

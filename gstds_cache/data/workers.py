@@ -385,17 +385,17 @@ def _serve(
             pipe.send((room.size, reply))
 
 
-def portable_error(error: BaseException) -> Exception:
+def portable_error(error: BaseException, where: str = "in a process that decodes images") -> Exception:
     """The error with its trace as a note, or, where it does not pickle, another that says the same."""
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, Exception):
-        return RuntimeError(f"in a process that decodes images: {trace}")
+        return RuntimeError(f"{where}: {trace}")
     if not isinstance(error, GstdsError):
-        error.add_note(f"In a process that decodes images:\n{trace}")
+        error.add_note(f"{where[0].upper()}{where[1:]}:\n{trace}")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"in a process that decodes images: {trace}")
+        return RuntimeError(f"{where}: {trace}")
     return error
 
 

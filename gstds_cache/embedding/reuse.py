@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from gstds_cache.data.manifest import UNREADABLE
+from gstds_cache.data.hashing import UNREADABLE
 from gstds_cache.errors import FingerprintMismatchError
 from gstds_cache.files import mapped
 from gstds_cache.files.location import LocationLike

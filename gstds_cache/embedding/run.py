@@ -6,7 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder
+from gstds_cache.embedding.elsewhere import Anywhere
 from gstds_cache.embedding.estimate import disk_bytes, estimate_run, require_disk, workers_for
 from gstds_cache.embedding.job import (
     EmbedJob,
@@ -109,7 +110,10 @@ def embed_dataset(
         progress("check", done, total, {})
 
     manifest = build_manifest(
-        source, hash_cache=hash_cache, progress=lambda done, total: progress("hash", done, total, {})
+        source,
+        hash_cache=hash_cache,
+        progress=lambda done, total: progress("hash", done, total, {}),
+        executor=executor,
     )
     hashed = time.perf_counter()
     encoder = open_encoder(config.model, allow_untrained=config.allow_untrained)
@@ -129,7 +133,7 @@ def embed_dataset(
     location = Location.parse(where, "`cache`").absolute()
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
-    with _workers_ahead(job, stored) as workers:
+    with nullcontext() if executor is not None else _workers_ahead(job, stored) as workers:
         try_decoder(encoder, device)
         spec, hit = resolve_store(job, stored, manifest)
         if hit is not None:
@@ -137,7 +141,7 @@ def embed_dataset(
             hit.report = _report(job, hit, before=spec.items, clock=Clock(started=0.0), estimate=None)
             return hit
         estimating = time.perf_counter()
-        estimate = _estimate_rest(job, location, stored, spec)
+        estimate = _estimate_rest(job, location, stored, spec, here=executor is None)
         job.seconds["estimate"] = job.seconds.pop("fit", 0.0) + time.perf_counter() - estimating
         attributes = {
             "kind": manifest.kind,
@@ -154,7 +158,8 @@ def embed_dataset(
                 location, spec, labels=manifest.labels, items=items, attributes=attributes, shared=shared
             ) as writer:
                 del items
-                task, before = fill(job, writer, workers, executor, progress)
+                anywhere = None if executor is None else Anywhere(executor, manifest.sha256, reuse)
+                task, before = fill(job, writer, workers, anywhere, progress)
                 metadata, clock, finishing = writer.metadata, task.clock, time.perf_counter()
                 if not shared:
                     writer.finish(check)
@@ -270,15 +275,17 @@ def _workers_of_a_device(job: EmbedJob) -> int:
     return min(workers, max(1, workers // len(job.devices)))
 
 
-def _estimate_rest(job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec) -> Estimate | None:
-    """Refuse what cannot fit the disk; where much is left to do, say what it will take."""
+def _estimate_rest(
+    job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec, *, here: bool
+) -> Estimate | None:
+    """Refuse what cannot fit the disk; where much is left to do in this process, say what it will take."""
     missing = job.missing(stored, spec)
     left = sum(map(len, missing))
     known = 0 if job.known is None else sum(map(job.known.count_in, missing))
     transport = open_transport(location)
     need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
     require_disk(need, transport.free_bytes(), location=str(location))
-    if left - known <= ESTIMATE_FROM:
+    if left - known <= ESTIMATE_FROM or not here:
         return None
     estimate = _estimate(job, spec, location, stored, known)
     for line in estimate.lines():
@@ -337,7 +344,7 @@ def _report(
 
 
 def fill(
-    job: EmbedJob, writer: StoreWriter, workers: Workers | None, executor: Executor | None, progress: Progress
+    job: EmbedJob, writer: StoreWriter, workers: Workers | None, anywhere: Anywhere | None, progress: Progress
 ) -> tuple[EmbedTask, int]:
     """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
     spec, mine = writer.spec, job.shards(writer.spec)
@@ -345,7 +352,7 @@ def fill(
     total = sum(len(spec.rows_of(shard)) for shard in mine)
     before = sum(len(spec.rows_of(shard)) for shard in committed)
     count = _workers_of_a_device(job)
-    several = _several_devices(job, spec, count) if executor is None and len(job.devices) > 1 else None
+    several = _several_devices(job, spec, count) if anywhere is None and len(job.devices) > 1 else None
     clocks = [] if several is None else several.clocks
 
     def on_batch(clock: Clock) -> None:
@@ -362,7 +369,11 @@ def fill(
         on_batch=on_batch,
     )
     shards = [shard for shard in mine if shard not in committed]
-    for _commit in (several or executor or LocalExecutor()).run(task, shards):
+    if anywhere is not None:
+        commits = anywhere.run(job, task, writer, shards)
+    else:
+        commits = (several or LocalExecutor()).run(task, shards)
+    for _commit in commits:
         pass
     for clock in clocks:
         task.clock.add(clock)

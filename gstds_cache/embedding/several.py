@@ -27,12 +27,10 @@ from jaxtyping import Bool, Float
 
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import portable_error
-from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder
-from gstds_cache.embedding.settle import prepare_as_stored
+from gstds_cache.embedding.decoding import start_workers, try_decoder
+from gstds_cache.embedding.elsewhere import open_same_encoder
 from gstds_cache.embedding.shard import Clock, EmbedTask, Known
-from gstds_cache.encoders.encoder import Encoder
-from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import EncoderError, IncompleteError, UsageError
+from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
 from gstds_cache.store.spec import CacheSpec
 
@@ -312,7 +310,9 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
     with suppress(EOFError, ConnectionError):  # It has gone: go, without a word.
         try:
             run_on = torch.device(device)
-            encoder = _same_encoder(setup, run_on)
+            encoder = open_same_encoder(
+                setup.model, setup.allow_untrained, setup.decoder, setup.spec, run_on, f"the process for {device}"
+            )
             workers = start_workers(setup.source, encoder, setup.workers)  # before there is a CUDA context
             if run_on.type == "cuda":
                 torch.cuda.set_device(run_on)  # else page-locked memory would have a context on the first GPU as well
@@ -328,16 +328,3 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
             raise
         except Exception as error:
             asking.send(portable_error(error))
-
-
-def _same_encoder(setup: DeviceSetup, device: torch.device) -> Encoder:
-    encoder = open_encoder(setup.model, allow_untrained=setup.allow_untrained)
-    decode_by(encoder, setup.decoder, device)
-    prepare_as_stored(encoder, setup.spec.encoder)
-    if encoder.spec.to_dict() != setup.spec.encoder:
-        raise EncoderError(
-            f"{setup.model}: in the process for {device} it is another model: {encoder.spec.to_dict()}, expected "
-            f"{setup.spec.encoder}",
-            hint="a factory has to give the same weights in every process",
-        )
-    return encoder

@@ -38,6 +38,9 @@ IN_FLIGHT = 1
 """Batches whose rows are not waited for while the next is queued."""
 
 
+SPENT = ("waiting", "forward", "commit_wait", "decode", "commit", "images", "shards", "reused", "on_device")
+
+
 @dataclass
 class Clock:
     """Seconds of each part of embedding, and images done.
@@ -81,6 +84,11 @@ class Clock:
         """Add what another process did beside this one; the time of the main thread stays this one's."""
         for name in ("decode", "commit", "workers", "images", "shards", "reused", "on_device"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def since(self, before: Clock) -> Clock:
+        """What was added to ``before``; of no process, and at no time."""
+        spent = {name: getattr(self, name) - getattr(before, name) for name in SPENT}
+        return Clock(started=0.0, **spent)
 
     def shares(self) -> dict[str, float]:
         """What share of the time was spent how: of the workers' time for decode, of the wall clock for the others."""

@@ -1,34 +1,96 @@
-"""Where shards of work run. The work itself knows nothing of it.
+"""Where units of work run. The work itself knows nothing of it.
 
-A *task* takes the ids of some shards and yields one result per shard as each is done. An executor decides which process
-gets which ids. This file holds the contract and the in-process executor.
+A *task* takes some units (shards of a store, blocks of batches) and yields one result per unit as each is done. An
+executor decides which process gets which units. This file holds the contract and the in-process executor; one suite
+tests every executor (tests/cluster/test_contract.py).
+
+A task that may run in other processes says how it is made there (:meth:`PortableTask.recipe`), and takes in what comes
+back (:meth:`PortableTask.receive`). Units are idempotent: an executor may run one again, or twice at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 R = TypeVar("R")
-Task = Callable[[Sequence[int]], Iterator[R]]
+Task = Callable[[Sequence[Any]], Iterator[R]]
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """Makes a task anew in another process. It is pickled, and holds no credentials."""
+
+    @property
+    def key(self) -> str:
+        """What tells this recipe from others: a process opens one with the same key once."""
+        ...
+
+    @property
+    def cpus(self) -> int:
+        """Cores that one task uses."""
+        ...
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        ...
+
+    @property
+    def counted(self) -> str:
+        """What its units are, e.g. ``shards``."""
+        ...
+
+    def open(self) -> Task[Any]:
+        """Load what the task needs (a model, a data set), and check that it is what the first process has."""
+        ...
+
+
+@runtime_checkable
+class PortableTask(Protocol):
+    """A task that other processes can run as well."""
+
+    def recipe(self) -> Recipe:
+        """How the task is made in another process."""
+        ...
+
+    def receive(self, result: Any) -> Any:
+        """Take in a unit's result that another process computed; returns what the task itself would have yielded."""
+        ...
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs a task over shards and yields the results in the order they finish."""
+    """Runs a task over units, each of them once or, where that changes nothing, more often."""
 
-    def run(self, task: Task[R], shards: Sequence[int]) -> Iterator[R]:
-        """Run ``task`` over ``shards``; every shard is done once or an exception is raised."""
+    def run(self, task: Task[R], units: Iterable[Any], *, ordered: bool = False) -> Iterator[R]:
+        """Run ``task`` over ``units``.
+
+        Args:
+            task: What to do.
+            units: Read as they are needed.
+            ordered: Whether results come in the order of the units; else in the order in which they finish. Few are
+                held back meanwhile, however many units there are.
+
+        Yields:
+            One result per unit, or an exception is raised.
+        """
         ...
 
 
 class LocalExecutor:
-    """Runs all shards one after the other in this process."""
+    """Runs all units one after the other in this process."""
 
-    def run(self, task: Task[R], shards: Sequence[int]) -> Iterator[R]:
-        """Run ``task`` over ``shards`` in order, here.
+    def run(self, task: Task[R], units: Iterable[Any], *, ordered: bool = False) -> Iterator[R]:
+        """Run ``task`` over ``units`` in order, here.
+
+        Args:
+            task: What to do.
+            units: What to do it to.
+            ordered: They are in any case.
 
         Yields:
-            One result per shard.
+            One result per unit.
         """
-        yield from task(shards)
+        del ordered
+        yield from task(units if isinstance(units, Sequence) else list(units))

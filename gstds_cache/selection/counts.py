@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Int64
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 
+_COUNTED = ("batches", "rows", "kept", "status", "iterations", "reused", "seconds", "classes")
 PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
 
 
@@ -109,6 +111,22 @@ class SelectionCounts:
             self.status.update({flag.name.lower(): count for flag in status if flag.name})
             if status == Status.CONVERGED:
                 self.status["converged"] += count
+
+    def parts(self) -> dict[str, Any]:
+        """What was counted, for another process."""
+        return {name: getattr(self, name) for name in _COUNTED}
+
+    def merge(self, parts: Mapping[str, Any]) -> None:
+        """Count what another process counted, and gave by :meth:`parts`."""
+        self.spent(parts["seconds"])
+        with self._lock:
+            for name in ("batches", "rows", "kept", "reused"):
+                setattr(self, name, getattr(self, name) + parts[name])
+            self.status.update(parts["status"])
+            self.iterations.update(parts["iterations"])
+            for label, (seen, kept) in parts["classes"].items():
+                before = self.classes.get(label, (0, 0))
+                self.classes[label] = before[0] + seen, before[1] + kept
 
     def share(self, status: Status) -> float:
         """Batches with this flag over all batches."""

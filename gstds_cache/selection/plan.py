@@ -201,6 +201,10 @@ class SelectionPlan:
             yield self.stack(first, stop)
             first = stop
 
+    def groups(self, epoch: int) -> Int64[np.ndarray, " T"]:
+        """The groups of an epoch's batches, in the order in which they come."""
+        return np.arange(self.batches_per_epoch) if self._in_its_own_order(epoch) else self._groups(epoch)
+
     def keep(self, seq: int) -> int:
         """Rows that stay of batch ``seq``."""
         return int(self._piece(seq // PIECE)[1][seq % PIECE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,12 +19,14 @@ from gstds_cache.files.digest import digest_of
 from gstds_cache.graph.cuda import log_fallback
 from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.runtime.devices import resolve_device
-from gstds_cache.runtime.threads import cores, in_threads
+from gstds_cache.runtime.executor import Executor
+from gstds_cache.runtime.threads import cores, in_threads, limited_threads
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.device_batches import map_pairs, pieces_of
 from gstds_cache.selection.device_run import DeviceRun
 from gstds_cache.selection.difficulty import Difficulty
+from gstds_cache.selection.elsewhere import select_by
 from gstds_cache.selection.floors import check_floor, hold_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
@@ -59,9 +61,11 @@ class BatchSelector:
         device_run: What of it runs on a device from rows to results.
         pending: Batches after the one that a run handed over last which it need not wait for: who writes batches to a
             file takes them together.
+        executor: Where batches are selected; None for this process's own threads and devices.
     """
 
     pending = 0
+    executor: Executor | None = None
 
     def __init__(self, store: EmbeddingStore, config: SelectConfig) -> None:
         """Parse the configuration, check it against the store and plan the run; nothing is computed yet.
@@ -155,6 +159,9 @@ class BatchSelector:
         Raises:
             SolverError: A row's embedding holds NaN or Inf.
         """
+        if self.executor is not None:
+            yield from select_by(self, self.executor, start)
+            return
         if self.device_run.has_rule:
             yield from self._run_on_device(start)
             return
@@ -199,14 +206,45 @@ class BatchSelector:
                         return
                     for left, (selection, seen) in zip(range(len(selections) - 1, -1, -1), selections, strict=True):
                         self.pending = left
-                        labels = kept = np.zeros(0, np.int64)
-                        if seen.labels is not None and not self._labels_are_ids and selection.candidates is None:
-                            labels, kept = seen.labels, self._labels_of(selection.kept)
-                        self.counts.add(selection, labels, kept)
+                        self._count(selection, seen)
                         yield selection, seen
             finally:
                 done.close()
                 self.graphs_note = spectra.note if spectra is not None else ""
+
+    def select(self, seqs: Sequence[int]) -> Iterator[SelectedBatch]:
+        """Select some batches, in this thread; batches of the same rows share a graph.
+
+        Args:
+            seqs: Their positions in the run.
+
+        Yields:
+            The batches, in the order of ``seqs``; what :meth:`run` would have selected.
+        """
+        needs_graphs = self.rule.vectors or self.guidance.kind == "disagreement"
+        spectra = self._new_spectra() if needs_graphs else None
+        batches = [self.plan.batch(seq) for seq in seqs]
+        first: dict[tuple[int, int], BatchPlan] = {}
+        for batch in batches:
+            first.setdefault((batch.assignment, batch.group), batch)
+        solved: dict[tuple[int, int], Spectrum] = {}
+        if spectra is not None:
+            with closing(spectra), limited_threads(1):
+                for stack in _of_one_size(list(first.values()), STACK[self.solver.type]):
+                    names = [(batch.assignment, batch.group) for batch in stack]
+                    solved |= dict(zip(names, spectra.of(stack), strict=True))
+            self.counts.reuse(len(batches) - len(first))
+        for batch in batches:
+            with self.counts.timed("rule", self.device):
+                selection, seen = self._choose(batch, solved.get((batch.assignment, batch.group)))
+            self._count(selection, seen)
+            yield selection
+
+    def _count(self, selection: SelectedBatch, seen: RuleBatch) -> None:
+        labels = kept = np.zeros(0, np.int64)
+        if seen.labels is not None and not self._labels_are_ids and selection.candidates is None:
+            labels, kept = seen.labels, self._labels_of(selection.kept)
+        self.counts.add(selection, labels, kept)
 
     def _chosen(
         self, spectra: Spectra | None, start: int
@@ -408,6 +446,16 @@ class BatchSelector:
                 batch.keep, stratum, reference.astype(np.float32), (prior / prior.mean()).astype(np.float32)
             ),
         )
+
+
+def _of_one_size(batches: Sequence[BatchPlan], most: int) -> Iterator[list[BatchPlan]]:
+    """Yields stacks of up to ``most`` batches that have as many rows."""
+    by_size: dict[int, list[BatchPlan]] = {}
+    for batch in batches:
+        by_size.setdefault(len(batch.indices), []).append(batch)
+    for same in by_size.values():
+        for start in range(0, len(same), most):
+            yield same[start : start + most]
 
 
 def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int64
 
 from gstds_cache.errors import (
     ChunkCorruptError,
+    FingerprintMismatchError,
     IncompleteError,
     IntegrityError,
     NondeterminismError,
@@ -74,6 +76,12 @@ class StoreWriter:
     def committed(self, shard: int) -> bool:
         """Whether the shard has a commit record by now; another writer may have given it one."""
         return self._transport.exists(self.spec.names.commit_key(shard))
+
+    def read_commit(self, shard: int) -> CommitRecord:
+        """The commit record of a shard that has one."""
+        names = self.spec.names
+        data = self._transport.get(names.commit_key(shard))
+        return CommitRecord.from_bytes(data, names, shard=shard, fingerprint=self.spec.fingerprint)
 
     def discard(self, shards: Sequence[int]) -> None:
         """Undo the commit of ``shards``: COMPLETE goes first, then each commit record, then its object.
@@ -216,9 +224,7 @@ class StoreWriter:
         return record
 
     def _same_or_refuse(self, commit: CommitRecord) -> CommitRecord:
-        names = self.spec.names
-        data = self._transport.get(names.commit_key(commit.shard))
-        committed = CommitRecord.from_bytes(data, names, shard=commit.shard, fingerprint=self.spec.fingerprint)
+        committed = self.read_commit(commit.shard)
         if committed == commit:
             self.metadata.remember(committed)
             return committed
@@ -286,6 +292,33 @@ def open_writer(
             metadata = StoreMetadata(location, transport=transport)
         del items, objects  # Mapped, and no longer needed.
         yield StoreWriter(metadata)
+
+
+def join_writer(where: LocationLike, fingerprint: str) -> StoreWriter:
+    """A writer beside others, of a store that another process has opened for writing and will finish.
+
+    It takes no lock: the process that opened the store has it. Several may commit the same shard.
+
+    Args:
+        where: The store.
+        fingerprint: What that process writes.
+
+    Returns:
+        The writer.
+
+    Raises:
+        StoreNotFoundError: This machine sees no store there.
+        FingerprintMismatchError: It holds something else.
+    """
+    location = Location.parse(where).absolute()
+    metadata = StoreMetadata(location, transport=open_transport(location, shared=True))
+    if metadata.spec.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"{location}: on {platform.node()} it has the fingerprint {metadata.spec.fingerprint[:12]}, expected "
+            f"{fingerprint[:12]}",
+            hint="give a place for the store that every machine sees as the same: a shared folder, or s3://",
+        )
+    return StoreWriter(metadata)
 
 
 @contextmanager

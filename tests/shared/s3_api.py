@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 import pytest
 
 BUCKET = "gstds-test"
+SECRET = "test-secret"
 # moto looks for a signature, and does not check it.
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=none"
 SERVER = """
@@ -246,7 +247,7 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
