@@ -53,6 +53,7 @@ Examples:
   gstds-embed digits
   gstds-embed imagefolder:photos --cache photos.store --dry-run
   gstds-embed imagefolder:photos --cache photos.store
+  gstds-embed imagefolder:photos --cache photos.store --shard 0/4
   gstds-embed 'torchvision:CIFAR10?root=data' --model 'timm:resnet18?weights=resnet18.safetensors'
 
 The default MODEL is {DEFAULT_MODEL} with the ImageNet weights of an installed package; others are
@@ -113,6 +114,13 @@ time; without, models that take any size look at no more pixels than the images'
     help="With --engine ray: GPUs of a task, or the part of one. [default: 1 where the model runs on a GPU]",
 )
 @setting_option(EmbedConfig, "allow_untrained", help="Accept a model without pretrained weights.")
+@setting_option(
+    EmbedConfig,
+    "shard",
+    metavar="I/N",
+    help="Embed part I of N of the store, I from 0, beside other processes or machines that take the others; the last "
+    "one finishes the store (docs/scale.md).",
+)
 @click.option("--dry-run", is_flag=True, help="Only measure what it would take; hash, embed and write nothing.")
 @json_option
 def main(
@@ -173,7 +181,8 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             ("fingerprint", report.fingerprint[:12]),
             ("model", report.model),
             ("looks at", report.looks_at),
-            ("images", f"{report.items:,} in = {report.ok:,} ok + {len(bad):,} quarantined"),
+            ("images", _images_line(report)),
+            *([] if report.shard is None else [("part", _part_line(report))]),
             (
                 "this run",
                 f"embedded {report.embedded:,} ({report.images_per_second:.1f} images/s), "
@@ -192,12 +201,27 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
         click.echo("larger images are taken with --max-pixels N, into a store of its own")
     if bad:
         click.echo(f"all quarantined images: {command_line('gstds-cache', 'info', report.location)}")
-    if report.ok:
+    if report.shards_left:
+        click.echo(
+            f"shards left: {report.shards_left:,} of {report.shards:,}, being embedded by others or not begun; whoever "
+            "commits the last one finishes the store, and so does this command without --shard"
+        )
+    elif report.ok:
         # Smaller data sets need a smaller batch than the default.
         batch = () if report.ok >= SelectConfig.batch_size else ("--batch-size", max(SMALLEST_BATCH, report.ok // 4))
         click.echo(f"next: {command_line('gstds-select', report.location, *batch)}")
     else:
         click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
+
+
+def _images_line(report: EmbedReport) -> str:
+    known = report.ok + len(report.quarantined)
+    of = "in" if known == report.items else f"of {report.items:,} in this part"
+    return f"{known:,} {of} = {report.ok:,} ok + {len(report.quarantined):,} quarantined"
+
+
+def _part_line(report: EmbedReport) -> str:
+    return f"{report.shard} of the store's shards: {report.part_shards:,} of {report.shards:,}, all committed"
 
 
 if __name__ == "__main__":

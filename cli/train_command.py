@@ -104,6 +104,12 @@ Examples:
 )
 @setting_option(
     TrainConfig,
+    "accumulate",
+    metavar="K",
+    help="Gradient accumulation: compute each step in K pieces, in the memory of one; the update stays one.",
+)
+@setting_option(
+    TrainConfig,
     "norm_samples",
     metavar="N",
     help="Random rows that re-estimate the statistics of batch normalisation before testing; 0 leaves those of the "

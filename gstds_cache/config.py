@@ -169,6 +169,8 @@ class EmbedConfig:
         max_pixels: Images of more pixels (width x height) are quarantined.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
+        shard: ``I/N``, I from 0: embed this part of the store's shards alone, beside other processes with the other
+            parts. The last of them finishes the store. None embeds all that is missing.
     """
 
     model: str = DEFAULT_MODEL
@@ -181,6 +183,7 @@ class EmbedConfig:
     max_pixels: int = 64_000_000
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         _as_declared(self)
@@ -315,6 +318,8 @@ class TrainConfig:
             for the draws that have a name.
         importance_weights: Weight each row's loss by 1 / its probability of having been drawn, capped, with mean 1 in a
             batch. Only for candidates.
+        accumulate: Gradient accumulation: each rank computes a step's rows in this many pieces one after the other and
+            adds their gradients up before the one update, in the memory of one piece. 1 computes them at once.
     """
 
     arch: str = "resnet18"
@@ -336,9 +341,13 @@ class TrainConfig:
     norm_samples: int = 4096
     draw: str | None = None
     importance_weights: bool = False
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         _as_declared(self)
+        _require_range("`accumulate`", self.accumulate, 1, MOST_ROWS)
+        hint = "pass `compile='default'`: a CUDA graph overwrites the gradients of the piece before"
+        _require(self.accumulate == 1 or self.compile != "reduce-overhead", "`accumulate`", self.accumulate, "1", hint)
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require_range("`repack`", self.repack, 0, MOST_ROWS)
         _require_range("`norm_samples`", self.norm_samples or 2, 2, MOST_ROWS, ", or 0")
@@ -439,6 +448,7 @@ class EmbedSettings(TypedDict, total=False):
     max_pixels: int
     dtype: Literal["float16", "float32"]
     allow_untrained: bool
+    shard: str | None
 
 
 class SelectSettings(TypedDict, total=False):
@@ -487,6 +497,7 @@ class TrainSettings(TypedDict, total=False):
     norm_samples: int
     draw: str | None
     importance_weights: bool
+    accumulate: int
 
 
 class AuditSettings(TypedDict, total=False):

@@ -17,6 +17,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.outputs import inside_warning
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.part import parse_part
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
 from gstds_cache.files.derived import cache_root, find_cache_root, hashes_folder
@@ -62,7 +63,7 @@ def embed(
         **settings: Fields of :class:`gstds_cache.EmbedConfig`.
 
     Returns:
-        The store. Its ``report`` says what this call did.
+        The store. Its ``report`` says what this call did. With ``shard=I/N`` it may lack shards of other parts.
 
     Raises:
         UsageError: An argument cannot be meant, or the default place for stores cannot be written.
@@ -76,8 +77,9 @@ def embed(
     single = isinstance(reuse, str | os.PathLike | Location | EmbeddingStore)
     others = (reuse,) if single else as_tuple("reuse", reuse, "locations of stores")
     config, notify = EmbedConfig(**settings), notify or log
+    parse_part(config.shard)
     where_run = Engine.parse(engine, gpus_per_task)
-    _require_one_device(where_run, config)
+    _require_suitable(where_run, config)
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
@@ -143,20 +145,26 @@ def estimate_embedding(
     """
     require_settings(estimate_embedding, EmbedConfig, settings)
     config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
+    parse_part(config.shard)
     _require_locations(cache)
     source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
     _warn_if_inside(source, cache or root, notify)
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)
 
 
-def _require_one_device(engine: Engine, config: EmbedConfig) -> None:
-    """Refuse several devices in each task of Ray, and GPUs for a model that runs on CPUs.
+def _require_suitable(engine: Engine, config: EmbedConfig) -> None:
+    """Refuse several devices in each task of Ray, GPUs for a model that runs on CPUs, and a part of what Ray spreads.
 
     Raises:
         UsageError: They were asked for.
     """
     if not engine.ray:
         return
+    if config.shard is not None:
+        raise UsageError(
+            "`shard` and `engine='ray'` both say how shards are spread: give one of them",
+            hint="on a Ray cluster leave `shard` out: all shards are given to its workers",
+        )
     if config.device == "cpu" and engine.gpus_per_task is not None:
         raise UsageError("`device='cpu'` and `gpus_per_task` contradict each other", hint="leave one of them out")
     if "," in config.device:
@@ -213,6 +221,8 @@ def _record_cost(report: EmbedReport, meter: EnergyMeter, device: str) -> list[s
         device=device,
         joules_from=meter.source,
     )
-    # A record that was there before the first row is of another store of the same fingerprint, that was removed.
-    note = keep_record(store_costs(report.location), cost, anew=not report.committed_before)
+    # A record that was there before the first row is of another store of the same fingerprint, that was removed; or of
+    # another part of this one.
+    anew = not report.committed_before and report.shard is None
+    note = keep_record(store_costs(report.location), cost, anew=anew, in_turn=report.shard is not None)
     return [note] if note else []

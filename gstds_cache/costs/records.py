@@ -6,13 +6,19 @@ Where nothing can be written beside a store, it is in the cache (:mod:`gstds_cac
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gstds_cache.errors import IncompleteError
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import COST, derived_paths, keep
 from gstds_cache.files.location import Location, LocationLike
+from gstds_cache.files.lock import exclusive
+
+TURN = 5.0
+"""Seconds to wait until other processes have written down theirs."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,44 @@ def record(path: Path, cost: Cost, *, anew: bool = False) -> None:
         file.write(json.dumps(asdict(cost), sort_keys=True).encode() + b"\n")
 
 
-def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False) -> str:
+def record_in_turn(path: Path, cost: Cost) -> None:
+    """:func:`record`, where other processes may add theirs at the same moment: one after the other.
+
+    Args:
+        path: The file; its folder is there.
+        cost: What the session cost.
+
+    Raises:
+        OSError: The file cannot be written.
+        IncompleteError: It was not this process's turn for :data:`TURN` seconds.
+    """
+    lock, tries = path.with_name(f".{path.name}.lock"), 50
+    for left in reversed(range(tries)):
+        try:
+            with exclusive(lock, of=path):
+                record(path, cost)
+                lock.unlink(missing_ok=True)
+            return
+        except IncompleteError:
+            if not left:
+                raise
+        time.sleep(TURN / tries)
+
+
+def keep_record(paths: Sequence[Path], cost: Cost, *, anew: bool = False, in_turn: bool = False) -> str:
     """:func:`record` at the first of ``paths`` that can be written.
 
     Args:
         paths: Where the cost may be written down, the best place first.
         cost: What the session cost.
         anew: As for :func:`record`.
+        in_turn: Whether other processes add theirs to the same file, and none may be lost.
 
     Returns:
         Why it is written down nowhere, for the user; empty where it is.
     """
-    place = keep(lambda path: record(path, cost, anew=anew), paths)
+    try:
+        place = keep(lambda path: record_in_turn(path, cost) if in_turn else record(path, cost, anew=anew), paths)
+    except IncompleteError as error:
+        return f"what it cost is not kept: {error.message}"
     return "" if place.path else f"what it cost is not kept: {place.note}"

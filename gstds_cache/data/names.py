@@ -64,6 +64,31 @@ class Names(Sequence[str]):
         return cls(mapped.written(write))
 
     @classmethod
+    def of_arrays(cls, arrays: Iterable[pa.BinaryArray]) -> Names:
+        """Write the names of Arrow arrays to a mapped file, without a Python object for each name.
+
+        Args:
+            arrays: The names, as bytes; of any lengths.
+
+        Returns:
+            The names.
+        """
+
+        def write(file: IO[bytes]) -> None:
+            with pa.ipc.new_file(file, _SCHEMA) as writer:
+                held: list[pa.BinaryArray] = []
+                for array in arrays:
+                    held.append(array)
+                    while (count := sum(map(len, held))) >= AT_ONCE:
+                        joined = pa.concat_arrays(held, memory_pool=POOL)
+                        writer.write_batch(pa.record_batch([joined.slice(0, AT_ONCE)], schema=_SCHEMA))
+                        held = [joined.slice(AT_ONCE)] if count > AT_ONCE else []
+                if held:
+                    writer.write_batch(pa.record_batch([pa.concat_arrays(held)], schema=_SCHEMA))
+
+        return cls(mapped.written(write))
+
+    @classmethod
     def numbered(cls, count: int) -> Names:
         """Row numbers of seven digits and more."""
         return cls.of(f"{row:07d}" for row in range(count))

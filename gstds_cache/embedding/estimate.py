@@ -38,6 +38,7 @@ def estimate_run(
     batch_size: int,
     shard_rows: int,
     known_rows: int = 0,
+    committed_rows: int | None = None,
     disk_free: int | None = None,
     looks_at: str = "",
 ) -> Estimate:
@@ -55,6 +56,7 @@ def estimate_run(
         batch_size: Images per forward pass.
         shard_rows: Rows per shard.
         known_rows: How many of those that are left need not be embedded, since another store has them.
+        committed_rows: Rows that are committed; None where those are all but ``remaining_rows``.
         disk_free: Bytes free where the store is, if known.
         looks_at: The size of the pictures that the model looks at, and why, in words.
 
@@ -75,7 +77,7 @@ def estimate_run(
     buffers = 4 * shard_bytes + (2 * workers + 2) * images.numel()
     return Estimate(
         items=len(source),
-        committed=len(source) - remaining_rows,
+        committed=len(source) - remaining_rows if committed_rows is None else committed_rows,
         images=remaining_rows - known_rows,
         batch_size=batch_size,
         workers=workers,

@@ -14,6 +14,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import fitting_batch_size, row_bytes
 from gstds_cache.embedding.mismatch import explained
+from gstds_cache.embedding.part import Part, parse_part
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import IncompleteError, StoreNotFoundError, UsageError, command_line
@@ -61,6 +62,20 @@ class EmbedJob:
     def batch_size(self) -> int | None:
         """The batch size asked for, or that of the store whose rows are taken over: then they are what we'd compute."""
         return self.config.batch_size or (self.known.batch_size if self.known else None)
+
+    @property
+    def part(self) -> Part | None:
+        """Which part of the store's shards this call is to embed; None for all."""
+        return parse_part(self.config.shard)
+
+    def shards(self, spec: CacheSpec) -> range:
+        """The shards that this call is to embed where they are not committed."""
+        return range(spec.shards) if self.part is None else self.part.shards(spec.shards)
+
+    def missing(self, stored: StoreMetadata | None, spec: CacheSpec) -> list[range]:
+        """Rows of each shard that is this call's to embed and is not committed."""
+        committed = set() if stored is None else set(stored.committed())
+        return [spec.rows_of(shard) for shard in self.shards(spec) if shard not in committed]
 
     def row_bytes(self) -> int:
         """Bytes of one row of the store."""

@@ -33,6 +33,7 @@ from gstds_cache.embedding.job import (
     resolve_spec,
     resolve_store,
 )
+from gstds_cache.embedding.part import finish_if_last, parse_part
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.settle import SIZE_BY, Settled, Settling
 from gstds_cache.embedding.several import DeviceSetup, SeveralDevices
@@ -47,6 +48,7 @@ from gstds_cache.runtime.devices import describe_device, resolve_devices
 from gstds_cache.runtime.executor import Executor, LocalExecutor
 from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
+from gstds_cache.store.commit_record import counts_of
 from gstds_cache.store.embed_report import EmbedReport, Estimate
 from gstds_cache.store.factory import open_transport
 from gstds_cache.store.metadata import StoreMetadata
@@ -85,7 +87,7 @@ def embed_dataset(
         hash_cache: Hashes of files remembered from earlier runs.
 
     Returns:
-        The store; its ``report`` says what was done.
+        The store; its ``report`` says what was done. Where ``config`` names a part of it, other shards may be missing.
 
     Raises:
         ValueError: Neither ``where`` nor ``root`` is given.
@@ -100,8 +102,13 @@ def embed_dataset(
     if where is None and root is None:
         raise ValueError("where or root is needed")
     begun = time.perf_counter()
+    parse_part(config.shard)
     progress = progress or (lambda _phase, _done, _total, _shares: None)
     device = resolve_devices(config.device)[0]
+
+    def check(done: int, total: int) -> None:
+        progress("check", done, total, {})
+
     manifest = build_manifest(
         source,
         hash_cache=hash_cache,
@@ -142,17 +149,29 @@ def embed_dataset(
             "provenance": provenance_of(source.uri, config, job.devices)
             | ({SIZE_BY: settled.by} if settled.by else {}),
         }
-        items = manifest.to_arrow()
-        with open_writer(location, spec, labels=manifest.labels, items=items, attributes=attributes) as writer:
-            del items
-            anywhere = None if executor is None else Anywhere(executor, manifest.sha256, reuse)
-            task, before = fill(job, writer, workers, anywhere, progress)
-            finishing = time.perf_counter()
-            writer.finish(lambda done, total: progress("check", done, total, {}))
-    store = EmbeddingStore(writer.metadata)
+        if stored is not None and job.part is not None and not job.missing(stored, spec):
+            # Another process may hold the lock to finish the store; there is nothing to wait for.
+            metadata, before, clock = stored, sum(map(len, map(spec.rows_of, job.shards(spec)))), Clock(started=0.0)
+        else:
+            items, shared = manifest.to_arrow(), job.part is not None
+            with open_writer(
+                location, spec, labels=manifest.labels, items=items, attributes=attributes, shared=shared
+            ) as writer:
+                del items
+                anywhere = None if executor is None else Anywhere(executor, manifest.sha256, reuse)
+                task, before = fill(job, writer, workers, anywhere, progress)
+                metadata, clock, finishing = writer.metadata, task.clock, time.perf_counter()
+                if not shared:
+                    writer.finish(check)
+    if job.part is not None:  # without the lock, which others may share
+        finishing = time.perf_counter()
+        metadata = finish_if_last(metadata, check, job.notify)
+    mine = None if job.part is None else job.shards(metadata.spec)
+    store = EmbeddingStore(metadata, allow_partial=mine is not None, among=mine)
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
-    store.report = _report(job, store, before=before, clock=task.clock, estimate=estimate)
+    left = store.spec.shards - (len(store.commits) if mine is None else len(metadata.committed()))
+    store.report = _report(job, store, before=before, clock=clock, estimate=estimate, left=left)
     return store
 
 
@@ -198,7 +217,7 @@ def estimate_dataset(
         require_fit(job, stored)
     check_determinism(job, spec)
     folder = location or (None if root is None else Location(root))
-    return _estimate(job, spec, folder, _committed_rows(stored))
+    return _estimate(job, spec, folder, stored)
 
 
 def _settle(settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = ()) -> Settled:
@@ -260,47 +279,40 @@ def _estimate_rest(
     job: EmbedJob, location: Location, stored: StoreMetadata | None, spec: CacheSpec, *, here: bool
 ) -> Estimate | None:
     """Refuse what cannot fit the disk; where much is left to do in this process, say what it will take."""
-    committed = _committed_rows(stored)
-    left = spec.items - committed
-    known = 0 if job.known is None else sum(map(job.known.count_in, _missing(stored, spec)))
+    missing = job.missing(stored, spec)
+    left = sum(map(len, missing))
+    known = 0 if job.known is None else sum(map(job.known.count_in, missing))
     transport = open_transport(location)
     need = disk_bytes(job.source, left, spec.shard_rows, job.row_bytes())
     require_disk(need, transport.free_bytes(), location=str(location))
     if left - known <= ESTIMATE_FROM or not here:
         return None
-    estimate = _estimate(job, spec, location, committed, known)
+    estimate = _estimate(job, spec, location, stored, known)
     for line in estimate.lines():
         job.notify(line)
     return estimate
 
 
-def _estimate(job: EmbedJob, spec: CacheSpec, location: Location | None, committed: int, known: int = 0) -> Estimate:
+def _estimate(
+    job: EmbedJob, spec: CacheSpec, location: Location | None, stored: StoreMetadata | None, known: int = 0
+) -> Estimate:
     return estimate_run(
         job.source,
         job.encoder,
         job.config,
         job.device,
-        spec.items - committed,
+        sum(map(len, job.missing(stored, spec))),
         batch_size=spec.batch_size,
         shard_rows=spec.shard_rows,
         known_rows=known,
+        committed_rows=0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.committed()),
         disk_free=None if location is None else open_transport(location).free_bytes(),
         looks_at=job.looks_at,
     )
 
 
-def _missing(stored: StoreMetadata | None, spec: CacheSpec) -> list[range]:
-    """Rows of each shard that is not committed."""
-    committed = set() if stored is None else set(stored.committed())
-    return [spec.rows_of(shard) for shard in range(spec.shards) if shard not in committed]
-
-
-def _committed_rows(stored: StoreMetadata | None) -> int:
-    return 0 if stored is None else sum(len(stored.spec.rows_of(shard)) for shard in stored.committed())
-
-
 def _report(
-    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None
+    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None, left: int = 0
 ) -> EmbedReport:
     worked = clock.ended > 0
     inside = ("decode", "forward", "commit", "commit_wait", "waiting")
@@ -312,7 +324,7 @@ def _report(
         fingerprint=store.fingerprint,
         model=job.encoder.spec.model,
         items=store.spec.items,
-        ok=store.spec.items - len(store.quarantined),
+        ok=counts_of(store.spec, store.commits)[0],
         quarantined=tuple(store.quarantined),
         embedded=clock.images,
         reused=clock.reused,
@@ -325,6 +337,9 @@ def _report(
         notes=(*job.source.notes, *label_notes(job.source.labels, len(job.source.classes)), *job.encoder.notes),
         estimate=estimate,
         looks_at=job.looks_at,
+        shard=job.config.shard,
+        part_shards=len(job.shards(store.spec)),
+        shards_left=left,
     )
 
 
@@ -332,8 +347,9 @@ def fill(
     job: EmbedJob, writer: StoreWriter, workers: Workers | None, anywhere: Anywhere | None, progress: Progress
 ) -> tuple[EmbedTask, int]:
     """Embed the shards that are not committed; returns the task, with its clock, and the rows committed before."""
-    spec = writer.spec
-    committed = writer.recover()
+    spec, mine = writer.spec, job.shards(writer.spec)
+    committed = writer.recover(None if job.part is None else mine)
+    total = sum(len(spec.rows_of(shard)) for shard in mine)
     before = sum(len(spec.rows_of(shard)) for shard in committed)
     count = _workers_of_a_device(job)
     several = _several_devices(job, spec, count) if anywhere is None and len(job.devices) > 1 else None
@@ -341,7 +357,7 @@ def fill(
 
     def on_batch(clock: Clock) -> None:
         done = sum(one.images + one.reused for one in (clock, *clocks))
-        progress("embed", before + done, spec.items, clock.shares())
+        progress("embed", before + done, total, clock.shares())
 
     task = EmbedTask(
         job.source,
@@ -352,7 +368,7 @@ def fill(
         known=job.known,
         on_batch=on_batch,
     )
-    shards = [shard for shard in range(spec.shards) if shard not in committed]
+    shards = [shard for shard in mine if shard not in committed]
     if anywhere is not None:
         commits = anywhere.run(job, task, writer, shards)
     else:

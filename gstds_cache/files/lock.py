@@ -1,4 +1,4 @@
-"""One writer at a time, for as long as a process lives."""
+"""One writer at a time, or several that share, for as long as a process lives."""
 
 from __future__ import annotations
 
@@ -48,7 +48,31 @@ def exclusive(lock: Path, *, of: Path) -> Iterator[None]:
     Raises:
         IncompleteError: Another process or thread holds it, or the file system has no locks.
     """
-    file, identity = _acquire(lock, of)
+    with _holding(lock, of, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def shared(lock: Path, *, of: Path) -> Iterator[None]:
+    """Hold the lock file ``lock`` beside other processes that share it; :func:`exclusive` keeps them out, and they it.
+
+    Args:
+        lock: The lock file, made if need be; never deleted by who shares it.
+        of: What it protects, for the error.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        IncompleteError: A process holds it alone, another thread of this one holds it, or the file system has no locks.
+    """
+    with _holding(lock, of, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _holding(lock: Path, of: Path, kind: int) -> Iterator[None]:
+    file, identity = _acquire(lock, of, kind)
     try:
         yield
     finally:
@@ -57,7 +81,7 @@ def exclusive(lock: Path, *, of: Path) -> Iterator[None]:
             _held.discard(identity)
 
 
-def _acquire(lock: Path, of: Path) -> tuple[int, tuple[int, int]]:
+def _acquire(lock: Path, of: Path, kind: int) -> tuple[int, tuple[int, int]]:
     """Open and lock the file that has the name ``lock`` once it is locked; returns its descriptor and identity."""  # noqa: DOC501
     while True:
         with _guard:
@@ -65,7 +89,7 @@ def _acquire(lock: Path, of: Path) -> tuple[int, tuple[int, int]]:
                 raise _taken(of, "another thread of this process")
             file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, kind | fcntl.LOCK_NB)
                 identity = _identity(os.fstat(file))
                 if _identity_at(lock) == identity:
                     _held.add(identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a process that finishes a store holds one for each shard
 class CommitRecord:
     """What was committed for one shard. No time and no count of tries: the same rows give the same record.
 
@@ -96,7 +96,7 @@ class CommitRecord:
                 f"commit record of shard {shard} belongs to shard {commit.shard} of store {commit.fingerprint[:12]}, "
                 f"expected store {fingerprint[:12]}"
             )
-        return commit
+        return replace(commit, fingerprint=fingerprint)  # one text for all records
 
 
 def commits_root(commits: dict[int, CommitRecord], names: Format) -> str:
@@ -131,7 +131,9 @@ def valid_in(spec: CacheSpec, commits: dict[int, CommitRecord], shard: int) -> n
 def without_embedding(spec: CacheSpec, commits: dict[int, CommitRecord]) -> np.ndarray:
     """The rows [A] int64, ascending, whose ``valid`` is not 1."""
     parts = [
-        np.unique([item.row for item in commits[shard].quarantined] if shard in commits else spec.rows_of(shard))
+        np.unique([item.row for item in commits[shard].quarantined])
+        if shard in commits
+        else np.arange(spec.rows_of(shard).start, spec.rows_of(shard).stop)
         for shard in range(spec.shards)
         if shard not in commits or commits[shard].quarantined
     ]

@@ -90,12 +90,12 @@ class EmbedReport:
         location: The store, as a user names it.
         fingerprint: Its fingerprint.
         model: The reference model.
-        items: Items in the data set; ``items == ok + len(quarantined)``.
-        ok: Rows with an embedding.
-        quarantined: Items that could not be decoded, with the reasons.
+        items: Items in the data set; ``items == ok + len(quarantined)`` of a store that is complete.
+        ok: Rows with an embedding; of a store that is not complete, those of this call's part.
+        quarantined: Items that could not be decoded, with the reasons; of the same rows.
         embedded: Images put through the model by this call.
         reused: Rows taken over from other stores.
-        committed_before: Rows that were committed already when this call began.
+        committed_before: Rows, of those that this call was to embed, that were committed already when it began.
         shards: Shards of the store.
         batch_size: Images of every forward pass.
         workers: Processes that decoded.
@@ -106,6 +106,9 @@ class EmbedReport:
         notes: What the user should know.
         estimate: What was expected of this call, where it was long enough to ask.
         looks_at: The size of the pictures that the model looks at, and why, in words.
+        shard: Which part of the store's shards this call was to embed, as ``I/N``; None for all.
+        part_shards: How many shards these are.
+        shards_left: Shards of the store that were not committed when this call ended: other parts'.
     """
 
     location: str
@@ -125,6 +128,9 @@ class EmbedReport:
     notes: tuple[str, ...] = ()
     estimate: Estimate | None = None
     looks_at: str = ""
+    shard: str | None = None
+    part_shards: int = 0
+    shards_left: int = 0
 
     @property
     def cache_hit(self) -> bool:

@@ -203,15 +203,22 @@ class GrownMetadata(StoreMetadata):
         return [shard for shard in range(self.spec.shards)
                 if shard - (first := self.part_of(shard)[0]) in found[first]]  # fmt: skip
 
-    def scan_commits(self) -> tuple[dict[int, CommitRecord], list[Problem]]:
-        """All commit records that can be read, by shard of the whole, and a problem for each that cannot."""
+    def scan_commits(self, among: range | None = None) -> tuple[dict[int, CommitRecord], list[Problem]]:
+        """The commit records that can be read, by shard of the whole, and a problem for each that cannot.
+
+        Args:
+            among: The shards whose records are returned; None for all. All are read.
+
+        Returns:
+            The records, and what is wrong.
+        """
         found: dict[int, CommitRecord] = {}
         problems = []
         for first, prefix, part in self.parts:
             commits, wrong = part.scan_commits()
             mine = {shard + first: commit for shard, commit in commits.items()}
             found |= {shard: _of_whole(commit, first, self.spec.shard_rows) for shard, commit in mine.items()
-                      if self.part_of(shard)[2] is part}  # fmt: skip
+                      if self.part_of(shard)[2] is part and (among is None or shard in among)}  # fmt: skip
             problems += [_of_part(problem, first, prefix) for problem in wrong]
         return dict(sorted(found.items())), problems
 

@@ -9,16 +9,17 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from gstds_cache.errors import UsageError
 from gstds_cache.files import mapped
-from gstds_cache.files.atomic import atomic_create, atomic_write, flush_directory, make_folder
+from gstds_cache.files.atomic import STALE, atomic_create, atomic_write, flush_directory, make_folder
 from gstds_cache.files.digest import sha256_file
 from gstds_cache.files.location import Location
-from gstds_cache.files.lock import exclusive
+from gstds_cache.files.lock import exclusive, shared
 from gstds_cache.store.transport import PIECE, check_key
 
 LOCK = ".lock"
@@ -131,19 +132,23 @@ class LocalTransport:
             flush_directory(path.parent)
 
     def collect_temporaries(self) -> int:
-        """Delete what killed writers left behind; returns how many files that were."""
+        """Delete what killed writers left behind; returns how many files that were.
+
+        Where the lock is shared a process number may be that of a process on another machine: what was written to
+        within the hour stays, until a writer that is alone comes.
+        """
         count = 0
         for path in self.root.rglob(".*.tmp"):
             match = TEMPORARY.fullmatch(path.name)
-            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            if match and (_ended(int(match[1])) if self.exclusive else _stale(path)):
                 path.unlink(missing_ok=True)
                 count += 1
         return count
 
     def lock(self) -> AbstractContextManager[None]:
-        """The store's writer lock (:func:`gstds_cache.files.lock.exclusive`)."""
+        """The store's writer lock, held alone or shared (:mod:`gstds_cache.files.lock`)."""
         make_folder(self.root)
-        return exclusive(self.root / LOCK, of=self.root)
+        return (exclusive if self.exclusive else shared)(self.root / LOCK, of=self.root)
 
     def mark_used(self) -> None:
         """Set the time of the lock file, whose content is nothing; a store that may only be read stays as it is."""
@@ -196,11 +201,20 @@ def _remove_empty(folder: Path) -> None:
         ) from error
 
 
-def _alive(pid: int) -> bool:
+def _stale(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > STALE
+    return False
+
+
+def _ended(pid: int) -> bool:
+    """Whether a temporary file of process ``pid`` is nobody's: that process is gone, or it is this one."""
+    if pid == os.getpid():
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        return False
+    return False

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from gstds_cache.store.transport import Transport, map_object
 
 HASHERS = 4
 """Objects that are hashed at a time."""
+AT_ONCE = 1 << 10
+"""Objects that are asked for together; each that waits takes a kilobyte of memory."""
 
 METADATA_KEYS = (
     layout.GROUP,
@@ -210,18 +213,26 @@ class StoreMetadata:
         listed = self.transport.sizes(f"{self.spec.names.commits}/")
         return [shard for shard in range(self.spec.shards) if self.spec.names.commit_key(shard) in listed]
 
-    def scan_commits(self) -> tuple[dict[int, CommitRecord], list[Problem]]:
-        """All commit records that can be read, by shard, and a problem for each that cannot.
+    def scan_commits(self, among: range | None = None) -> tuple[dict[int, CommitRecord], list[Problem]]:
+        """The commit records that can be read, by shard, and a problem for each that cannot.
 
         Records that were read or written by way of this object before are not read again.
+
+        Args:
+            among: The shards whose records are read; None for all.
+
+        Returns:
+            The records, and what is wrong.
         """
-        names, shards, problems = self.spec.names, self.committed(), []
-        unread = [shard for shard in shards if shard not in self._commits]
-        for shard, data in zip(unread, self.transport.get_many(list(map(names.commit_key, unread))), strict=True):
-            try:
-                self._commits[shard] = self._parse(shard, data)
-            except IntegrityError as error:
-                problems.append(Problem(names.commit_key(shard), error.message, shard))
+        names, problems = self.spec.names, list[Problem]()
+        shards = [shard for shard in self.committed() if among is None or shard in among]
+        unread = (shard for shard in shards if shard not in self._commits)
+        while some := list(islice(unread, AT_ONCE)):
+            for shard, data in zip(some, self.transport.get_many(list(map(names.commit_key, some))), strict=True):
+                try:
+                    self._commits[shard] = self._parse(shard, data)
+                except IntegrityError as error:
+                    problems.append(Problem(names.commit_key(shard), error.message, shard))
         return {shard: self._commits[shard] for shard in shards if shard in self._commits}, problems
 
     def remember(self, commit: CommitRecord) -> None:
@@ -239,13 +250,13 @@ class StoreMetadata:
             raise IntegrityError(f"commit record of shard {shard} is not as it was written")
         return commit
 
-    def commits(self) -> dict[int, CommitRecord]:
-        """All commit records by shard.
+    def commits(self, among: range | None = None) -> dict[int, CommitRecord]:
+        """The commit records by shard: all, or those of the shards ``among``.
 
         Raises:
             ChunkCorruptError: One is damaged or belongs elsewhere.
         """  # noqa: DOC501
-        found, problems = self.scan_commits()
+        found, problems = self.scan_commits(among)
         if problems:
             raise corrupt(self.location, problems)
         return found
@@ -304,20 +315,25 @@ class StoreMetadata:
         """
         problems = self.check_sizes(commits)
         named = {problem.shard for problem in problems}
-        left = [(shard, commit) for shard, commit in commits.items() if shard not in named]
-        keys = [self.object_key(shard) for shard, _ in left]
+        left = (shard for shard in commits if shard not in named)
         pool = ThreadPoolExecutor(HASHERS, thread_name_prefix="gstds-hash")  # hashing leaves Python's lock
+        done = len(named)
         try:
-            hashes = pool.map(self.transport.sha256, keys)
-            for done, ((shard, commit), key, got) in enumerate(zip(left, keys, hashes, strict=True), len(named)):
-                if progress is not None:
-                    progress(done, len(commits))
-                if got != commit.object_sha256:
-                    text = f"{key} hashes to {got[:12]}, its commit record says {commit.object_sha256[:12]}"
-                    problems.append(Problem(key, text, shard))
+            while some := list(islice(left, AT_ONCE)):
+                for shard, got in zip(some, pool.map(self._object_sha256, some), strict=True):
+                    if progress is not None:
+                        progress(done, len(commits))
+                    done += 1
+                    if got != (told := commits[shard].object_sha256):
+                        key = self.object_key(shard)
+                        text = f"{key} hashes to {got[:12]}, its commit record says {told[:12]}"
+                        problems.append(Problem(key, text, shard))
         finally:
             pool.shutdown(cancel_futures=True)
         return problems
+
+    def _object_sha256(self, shard: int) -> str:
+        return self.transport.sha256(self.object_key(shard))
 
     def check_complete(self, record: Complete, commits: dict[int, CommitRecord]) -> list[Problem]:
         """Problems between the completeness record, the commit records and the objects that are no shards."""

@@ -45,7 +45,6 @@ class EmbeddingStore:
         fingerprint: SHA-256 of the specification.
         hidden: Rows that selections leave out, ascending, int64 [A]; as they were when the store was opened.
         hidden_digest: Identity of these; empty where there are none.
-        without_embedding: Rows that have none, ascending, int64 [A]; of a whole store those that could not be decoded.
         memory_budget: Bytes of embeddings that may be held in memory.
         access_asked: How they were asked for, e.g. ``auto``.
         access_kind: How rows are got at: ``memory``, ``mirror`` or ``window``.
@@ -64,6 +63,7 @@ class EmbeddingStore:
         mirror: Path | None = None,
         state: str | None = None,
         hidden: str | None = None,
+        among: range | None = None,
     ) -> None:
         """Open a store and check its commit records against what is there (sizes, not hashes).
 
@@ -77,6 +77,8 @@ class EmbeddingStore:
             hidden: Digest of the rows that selections leave out, as an earlier selection names it; None for those that
                 are hidden now.
             state: The fingerprint that the store had before rows were appended, to open it as it was then.
+            among: Of a store that is not complete, the shards to know of: whoever fills a part of a store need not read
+                the commit records of all others. None for all; a copy in another process knows all.
 
         Raises:
             StoreNotFoundError: There is no store at ``where``, or it never had the fingerprint ``state``.
@@ -122,13 +124,12 @@ class EmbeddingStore:
             )
         if record is None and access == "mirror":
             raise UsageError(f"{self.location} is not complete: a mirror is made of whole stores only")
-        self.commits = self._metadata.commits()
+        self.commits = self._metadata.commits(among if record is None else None)
         problems = self._metadata.check_sizes(self.commits)
         if record is not None:
             problems += self._metadata.check_complete(record, self.commits)
         if problems:
             raise corrupt(self.location, problems)
-        self.without_embedding: Int64[np.ndarray, " A"] = without_embedding(self.spec, self.commits)
         self._mirror, self.fell_back, self.access_asked = mirror, "", access
         self.report: EmbedReport | None = None
         self.access_kind, self.access_reason = self._choose_access(access, complete=record is not None)
@@ -180,6 +181,14 @@ class EmbeddingStore:
     def quarantined(self) -> list[Quarantined]:
         """Items that could not be decoded, in row order."""
         return [item for shard in sorted(self.commits) for item in self.commits[shard].quarantined]
+
+    @cached_property
+    def without_embedding(self) -> Int64[np.ndarray, " A"]:
+        """Rows that have none, ascending; of a whole store those that could not be decoded. Made when first asked for.
+
+        8 bytes a row: not for a store that is being filled, whose rows are nearly all missing.
+        """
+        return without_embedding(self.spec, self.commits)
 
     @cached_property
     def valid(self) -> UInt8[np.ndarray, " N"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError
@@ -56,7 +57,7 @@ class CacheSpec:
         """Whether another tool computed the rows: no model and no image are known that could make them again."""
         return str(self.encoder.get("model", "")).partition(":")[0] == IMPORTED
 
-    @property
+    @cached_property  # one text for all commit records that are held
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of all fields."""
         return digest_of(self.to_dict())

@@ -45,22 +45,25 @@ class StoreWriter:
         self.metadata = metadata
         self._transport = metadata.transport
 
-    def recover(self) -> dict[int, CommitRecord]:
+    def recover(self, among: range | None = None) -> dict[int, CommitRecord]:
         """Clear away what an interrupted run left, and return what is committed.
 
         Temporary files are deleted, and objects without a commit record as well, unless the store has other writers:
         theirs may be just about to get one. (What is left is overwritten when its shard is committed.) A committed
         object that is missing or of another size is not passed over.
 
+        Args:
+            among: The shards that this writer is to fill, where others fill the rest; None for all.
+
         Returns:
-            The commit records by shard.
+            The commit records of these shards, by shard.
 
         Raises:
             ChunkCorruptError: A committed object is missing or of another size, or a commit record is damaged.
         """  # noqa: DOC501
         self._transport.collect_temporaries()
-        commits = self.metadata.commits()
-        if self._transport.exclusive:
+        commits = self.metadata.commits(among)
+        if self._transport.exclusive and among is None:
             committed = {layout.object_key(shard) for shard in commits}
             for key in self._transport.sizes("embeddings/c/"):
                 if key not in committed:
@@ -247,6 +250,7 @@ def open_writer(
     labels: Int64[np.ndarray, " N"],
     items: bytes | memoryview,
     attributes: dict[str, Any],
+    shared: bool = False,
 ) -> Iterator[StoreWriter]:
     """Open the store at ``where`` for writing, making it first where there is none.
 
@@ -256,9 +260,11 @@ def open_writer(
         labels: Label of each row, -1 where there is none.
         items: Bytes of ``items.arrow``.
         attributes: ``kind``, ``classes`` and ``provenance`` of the data set and the run.
+        shared: Whether others may write at once that share the lock as well.
 
     Yields:
-        The writer. A directory's is the only one until the block ends; a bucket may have several at once.
+        The writer. A directory's is the only one until the block ends unless it is ``shared``; a bucket may have
+        several at once.
 
     Raises:
         UsageError: ``where`` is there and is no store.
@@ -266,7 +272,7 @@ def open_writer(
         IncompleteError: Another process is writing the store.
     """
     location = Location.parse(where).absolute()
-    transport = open_transport(location)
+    transport = open_transport(location, shared=shared)
     if not transport.exists(layout.GROUP):
         _require_room(location, transport)
     with transport.lock():
@@ -389,17 +395,25 @@ def _require_room(location: Location, transport: Transport) -> None:
         UsageError: It does.
     """
     path = location.path
-    if path is None:
-        names = {key.partition("/")[0] for key in transport.sizes()}
-    elif path.exists() and not path.is_dir():
+    if path is not None and path.exists() and not path.is_dir():
         raise UsageError(f"`cache`: got the file {path}, expected a directory, or nothing there yet")
-    else:
-        entries = path.iterdir() if path.is_dir() else ()
-        names = {entry.name for entry in entries if not entry.name.startswith(".")}
-    # A creation that was killed has written items.arrow first of all.
-    strange = sorted(names - layout.OWN_NAMES if layout.ITEMS in names else names)
+    strange = _strange_names(location, transport)
+    if strange and not transport.exclusive:
+        strange = _strange_names(location, transport)  # another writer made the store while names were listed
     if strange:
         raise UsageError(
             f"`cache`: {location} is not empty and is no store (it holds {strange[0]!r})",
             hint="nothing was changed; give the path of a new directory",
         )
+
+
+def _strange_names(location: Location, transport: Transport) -> list[str]:
+    """What lies at a location and is not of a store."""
+    path = location.path
+    if path is None:
+        names = {key.partition("/")[0] for key in transport.sizes()}
+    else:
+        entries = path.iterdir() if path.is_dir() else ()
+        names = {entry.name for entry in entries if not entry.name.startswith(".")}
+    # A creation that was killed has written items.arrow first of all.
+    return sorted(names - layout.OWN_NAMES if layout.ITEMS in names else names)

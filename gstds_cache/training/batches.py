@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -30,6 +31,7 @@ class TrainingBatch:
         positions: Where those rows stand in the global batch, int64 [m].
         size: Rows of the global batch, over all ranks (M).
         sha: Running hash over the selection's records up to this step, hexadecimal.
+        start: Where ``rows`` begin among this rank's rows of the step: not 0 in a piece of it.
     """
 
     epoch: int
@@ -38,6 +40,24 @@ class TrainingBatch:
     positions: Int64[np.ndarray, " m"]
     size: int
     sha: str
+    start: int = 0
+
+    def pieces(self, count: int) -> list[TrainingBatch]:
+        """The batch in ``count`` pieces of consecutive rows, alike in size, none of them empty; as it is for one."""
+        if count == 1:
+            return [self]
+        bounds = [number * len(self.rows) // count for number in range(count + 1)]
+        return [
+            replace(
+                self,
+                rows=self.rows[first:stop],
+                pixels=None if self.pixels is None else self.pixels[first:stop],
+                positions=self.positions[first:stop],
+                start=self.start + first,
+            )
+            for first, stop in pairwise(bounds)
+            if first < stop
+        ]
 
 
 class BatchLoader:

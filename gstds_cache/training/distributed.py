@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,6 +76,12 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(
             network, device_ids=[self.device] if self.device.type == "cuda" else None
         )
+
+    def alone(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which backward passes through ``model`` leave gradients on their rank; a later one sums them."""
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
 
     def sums(self, values: Sequence[float | int]) -> list[float]:
         """Each value summed over the ranks; every rank gets the same. All ranks have to ask."""

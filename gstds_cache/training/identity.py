@@ -30,6 +30,7 @@ SPELLED = {
     "repack": "b",
     "norm_samples": "norm",
     "importance_weights": "weights",
+    "accumulate": "pieces",
 }
 
 

@@ -200,8 +200,7 @@ class Trainer:
                 # 2. One step: forward, backward, the optimiser.
                 self._key_random_numbers()
                 with explained(self.config.compile, when=self.times.phase == "warm-up"):
-                    loss, samples = self.batch_loss(batch)
-                    self._update(loss)
+                    loss, samples = self._take_step(batch)
                 self._track(samples)
                 # 3. Ranks agree on the loss and on stopping, or one would wait for another for ever.
                 self._note(self._losses.add(self.step, loss, stop_asked()))
@@ -245,11 +244,12 @@ class Trainer:
         """The loss that a step descends.
 
         Args:
-            batch: This rank's rows of the step.
+            batch: This rank's rows of the step, or a piece of them.
 
         Returns:
             The mean cross-entropy of the step's rows (of several ranks, this rank's part of it, times their number, as
-            gradients are averaged), float32 []; and how many rows the step counts, over all ranks.
+            gradients are averaged; of a piece, its part), float32 []; and how many rows the step counts, over all
+            ranks.
         """
         pixels, target = self.inputs(batch)
         logits, smoothing = self.logits(pixels), self.config.label_smoothing
@@ -257,17 +257,16 @@ class Trainer:
             self.row_losses(batch, nn.functional.cross_entropy(logits.detach(), target, reduction="none"))
         if self.config.importance_weights and self._steps.feedback is not None:
             return self._weighted(self._steps.feedback, batch, logits, target), batch.size
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 and len(batch.rows) == batch.size:
             return nn.functional.cross_entropy(logits, target, label_smoothing=smoothing), batch.size
-        # Rows that were repeated to make slices equal count for nothing.
-        own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
+        own = self._own(batch)
         loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum", label_smoothing=smoothing)
         return loss * self.ranks.world_size / batch.size, batch.size
 
     def _report(self, batch: TrainingBatch, losses: Float32[Tensor, " m"]) -> None:
         """Report the losses of candidates; they wait on the device for the epoch's end."""
         assert self._steps.feedback is not None
-        own = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
+        own = self._own(batch)
         self._steps.feedback.report(self.step + 1, batch.rows[:own], losses[:own])
 
     def end_epoch(self, epoch: int) -> None:
@@ -281,6 +280,27 @@ class Trainer:
             self._save()
 
     # The parts of a step
+
+    def _take_step(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
+        """Descend the loss of a batch, piece by piece where gradients are accumulated; arguments and result as above.
+
+        Ranks have as many pieces each, and average the gradients once, with the last one.
+        """
+        *first, last = batch.pieces(self.config.accumulate)
+        before: Tensor | float = 0.0
+        for piece in first:
+            with self.ranks.alone(self.model):
+                loss, _ = self.batch_loss(piece)
+                loss.backward()  # type: ignore[no-untyped-call]
+            before = before + loss.detach()
+        loss, samples = self.batch_loss(last)
+        self._update(loss)
+        return (loss.detach() + before if first else loss), samples
+
+    def _own(self, batch: TrainingBatch) -> int:
+        """How many rows of a batch count; those after them were repeated to make the ranks' slices equal."""
+        real = real_rows(batch.size, self.ranks.rank, self.ranks.world_size)
+        return min(max(real - batch.start, 0), len(batch.rows))
 
     def inputs(self, batch: TrainingBatch) -> tuple[UInt8[Tensor, "m 3 S S"], Int64[Tensor, " m"]]:
         """A batch's augmented pixels and classes, on the device.
@@ -336,7 +356,7 @@ class Trainer:
         self, feedback: Feedback, batch: TrainingBatch, logits: Float32[Tensor, "m C"], target: Int64[Tensor, " m"]
     ) -> Float32[Tensor, ""]:
         """The loss of a step on candidates, each row weighted by 1 / its chance of having been drawn."""
-        own, smoothing = real_rows(batch.size, self.ranks.rank, self.ranks.world_size), self.config.label_smoothing
+        own, smoothing = self._own(batch), self.config.label_smoothing
         losses = nn.functional.cross_entropy(logits[:own], target[:own], reduction="none", label_smoothing=smoothing)
         weights = to_device(torch.from_numpy(feedback.weights_of(batch.rows[:own])), self.device)
         return (losses * weights).sum() * self.ranks.world_size / batch.size

@@ -22,7 +22,7 @@ from gstds_cache.training.tracking import FOLDER as TRACKERS
 CONFIG, METRICS, CHECKPOINT, LEDGER = "config.json", "metrics.jsonl", "checkpoint.pt", "ledger.json"
 LOCK = ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
-LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False}
+LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1}
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
 UNRECORDED = ("precision",)
 """Settings that followed from the device alone: a configuration written without one agrees with any."""

@@ -71,6 +71,19 @@ def test_many_are_mapped_and_equal_to_the_tuple() -> None:
     assert pa.concat_arrays(names.arrays(5, MANY)).to_pylist() == names.encoded(5, MANY)
 
 
+@pytest.mark.parametrize(
+    "lengths", [[], [0], [3], [AT_ONCE], [AT_ONCE, 3], [5, AT_ONCE, 0, AT_ONCE - 7, AT_ONCE + 1, 2]]
+)
+def test_arrays_of_any_lengths_become_names(lengths: list[int]) -> None:
+    strings = tuple(names_of(sum(lengths)))
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    whole = pa.array([name.encode() for name in strings], pa.binary())
+    names = Names.of_arrays(whole.slice(end - length, length) for end, length in zip(ends, lengths, strict=True))
+    assert names == strings
+    assert names.file == Names.of(strings).file, "whoever wrote it"
+    assert [names[row] for row in (0, -1) if strings] == [strings[row] for row in (0, -1) if strings]
+
+
 def test_names_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names_module, "_hashes", lambda names, start: np.zeros(len(names) - start, np.uint64))
     assert duplicate(Names.of(["a", "b", "c"])) is None

@@ -72,6 +72,9 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
     if path.stem == "bench_import":
         assert result["same_rows"]
         assert result["import_over_copy"] > 0
+    if path.stem == "bench_plan_size":
+        assert result["at_a_billion"]["shards of 4 MB"]["objects"] > 10**6
+        assert set(result["driver_bytes_per_unit"]) == {"100 to 1000"}
     if path.stem == "bench_memory":
         assert all(taken["anonymous"] >= 0 for jobs in result["rise_bytes"].values() for taken in jobs.values())
     if path.stem == "bench_ways_in":

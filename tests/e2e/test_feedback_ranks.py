@@ -44,7 +44,7 @@ def naive() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> tuple[Path, list[dict]]:
-    """Two ranks, in one folder: what the driver did on each, and a run of gstds-train."""
+    """Two ranks, in one folder: what the driver did on each, and a run of gstds-train that accumulates gradients."""
     folder = tmp_path_factory.mktemp("feedback")
     offered.write(folder / "s.arrow")
     manifest = build_manifest(open_source("digits"))
@@ -52,7 +52,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> tuple[Path, l
     process = forks.start(
         ["torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
          str(DRIVER), str(folder), str(folder / "s.arrow"),
-         *WORDS, "--selection", str(folder / "digits.arrow"), "--out", str(folder / "two")],
+         *WORDS, "--selection", str(folder / "digits.arrow"), "--out", str(folder / "two"), "--accumulate", "3"],
         cwd=folder,
         env=os.environ | {"GSTDS_CACHE": str(folder / "stores")},
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_ranks_that_report_differently_both_end_with_an_error(ran, mode, numbers
         assert f"the ranks reported the losses of {numbers} batches in epoch 0" in rank[mode]
 
 
-def test_gstds_train_draws_the_same_on_two_ranks_as_alone(ran) -> None:
+def test_gstds_train_draws_the_same_on_two_ranks_in_pieces_as_alone_at_once(ran) -> None:
     folder, _ = ran
     words = [*WORDS, "--selection", str(folder / "digits.arrow"), "--out", str(folder / "alone")]
     alone = CliRunner().invoke(main, words)

@@ -62,18 +62,28 @@ def torchrun(forks: Forks, ranks: int, folder: Path, selection: Path, *words: st
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks):
-    """One process alone; and two ranks on a cut selection, gone on with by four ranks on the whole one."""
+    """One process alone; and two ranks on a cut selection, then four on a longer one, then two on the whole one."""
     folder = tmp_path_factory.mktemp("torchrun")
     batches = write(folder / "s.arrow")
     whole = (folder / "s.arrow").read_bytes()
-    (folder / "cut.arrow").write_bytes(whole[: len(whole) * 6 // 10])
+    for name, tenths in (("cut.arrow", 4), ("longer.arrow", 7)):
+        (folder / name).write_bytes(whole[: len(whole) * tenths // 10])
     alone = CliRunner().invoke(
         main, [*WORDS, "--selection", str(folder / "s.arrow"), "--eval", "digits", "--out", str(folder / "alone")]
     )
     assert alone.exit_code == 0, alone.output
     two = torchrun(forks, 2, folder, folder / "cut.arrow", "--eval", "digits", "--log-to", "tensorboard")
-    four = torchrun(forks, 4, folder, folder / "s.arrow", "--eval", "digits", "--resume", "--log-to", "tensorboard")
-    return folder, batches, json.loads(alone.stdout.splitlines()[-1]), two, four
+    more = ("--eval", "digits", "--resume", "--log-to", "tensorboard")
+    trained = [step_of(folder / "ranks")]
+    four = torchrun(forks, 4, folder, folder / "longer.arrow", *more)
+    trained += [step_of(folder / "ranks")]
+    last = torchrun(forks, 2, folder, folder / "s.arrow", *more)
+    return folder, batches, json.loads(alone.stdout.splitlines()[-1]), ((two, four), trained), last
+
+
+def step_of(run: Path) -> int:
+    step: int = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    return step
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -81,9 +91,11 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def test_half_a_selection_is_said_by_every_rank_and_hangs_none(ran) -> None:
-    _, _, _, two, _ = ran
-    assert two.returncode != 0
-    assert "the selection is truncated" in two.stderr
+    _, batches, _, (cut, trained), _ = ran
+    for run in cut:
+        assert run.returncode != 0
+        assert "the selection is truncated" in run.stderr
+    assert 0 < trained[0] < trained[1] < len(batches), "each session takes steps, and goes on with those before"
 
 
 def test_ranks_miss_nothing_and_take_nothing_twice(ran) -> None:
@@ -117,11 +129,11 @@ def test_ranks_end_with_the_batch_norm_statistics_that_one_process_computes(fork
 
 
 def test_another_number_of_ranks_goes_on_to_the_same_losses(ran) -> None:
-    folder, batches, alone, _, four = ran
-    assert four.returncode == 0, four.stderr
-    result = json.loads(four.stdout.splitlines()[-1])
-    assert four.stdout.count("test accuracy") == 1  # the first rank prints, and no other
-    assert result["world_size"] == 4
+    folder, batches, alone, _, last = ran
+    assert last.returncode == 0, last.stderr
+    result = json.loads(last.stdout.splitlines()[-1])
+    assert last.stdout.count("test accuracy") == 1  # the first rank prints, and no other
+    assert result["world_size"] == 2
     for name in ("steps", "gradient_samples", "test_items"):
         assert result[name] == alone[name]
     assert result["gradient_samples"] == sum(map(len, batches))
@@ -135,7 +147,7 @@ def test_one_rank_tells_trackers_of_the_run(ran) -> None:
 
     folder, batches, *_ = ran
     trackers = folder / "ranks" / "trackers"
-    assert len(list((trackers / "tensorboard").glob("events.*"))) == 2  # one a session
+    assert len(list((trackers / "tensorboard").glob("events.*"))) == 3  # one a session
     events = EventAccumulator(str(trackers / "tensorboard")).Reload()
     epochs = [line["step"] for line in metrics(folder / "ranks") if "loss" in line]
     expected = sorted({*range(10, len(batches) + 1, 10), *epochs})

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from gstds_cache.errors import IncompleteError
-from gstds_cache.files.lock import exclusive
+from gstds_cache.files.lock import exclusive, shared
 
 HOLD = """
 import sys, time
@@ -103,3 +104,27 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(IncompleteError, match="has no file locks") as caught, exclusive(tmp_path / "lock", of=tmp_path):
         pass
     assert "local folder" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("held", "refused"), [("exclusive", {"exclusive", "shared"}), ("shared", {"exclusive"}), ("", set())]
+)
+def test_who_shares_a_lock_keeps_out_who_wants_it_alone_and_no_other(
+    tmp_path: Path, held: str, refused: set[str]
+) -> None:
+    def refused_elsewhere(kind: str) -> bool:
+        code = HOLD.replace("exclusive", kind).replace("time.sleep(60)", "pass")
+        words = [sys.executable, "-c", code, str(tmp_path / "lock")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or "is being written by another process" in done.stderr
+        return done.returncode != 0
+
+    holding = {"exclusive": exclusive, "shared": shared, "": lambda *_, **_of: nullcontext()}[held]
+    with holding(tmp_path / "lock", of=tmp_path):
+        assert {kind for kind in ("exclusive", "shared") if refused_elsewhere(kind)} == refused
+        if held:
+            for again in (exclusive, shared):
+                with pytest.raises(IncompleteError, match="another thread"), again(tmp_path / "lock", of=tmp_path):
+                    pass
+            assert refused_elsewhere("exclusive")
+    assert not refused_elsewhere("exclusive")
