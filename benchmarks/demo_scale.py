@@ -98,7 +98,11 @@ def main() -> None:
         for at, what in ((shards // 3, "worker"), (2 * shards // 3, "driver")):
             while process.poll() is None and committed(where) < at:
                 time.sleep(0.1)
-            victim = process.pid if what == "driver" else next(iter(workers()), 0)
+            while what == "worker" and process.poll() is None and not workers():
+                time.sleep(0.02)
+            if process.poll() is not None:
+                sys.exit(f"gstds-embed ended with {process.returncode}, before the {what} could be killed")
+            victim = process.pid if what == "driver" else workers()[0]
             say(f"{committed(where)} of {shards} shards are committed: SIGKILL to the {what} ({victim})")
             os.kill(victim, signal.SIGKILL)
         process.wait()
