@@ -98,9 +98,14 @@ def main() -> None:
         for at, what in ((shards // 3, "worker"), (2 * shards // 3, "driver")):
             while process.poll() is None and committed(where) < at:
                 time.sleep(0.1)
-            victim = process.pid if what == "driver" else next(iter(workers()), 0)
-            say(f"{committed(where)} of {shards} shards are committed: SIGKILL to the {what} ({victim})")
-            os.kill(victim, signal.SIGKILL)
+            victims = [process.pid] if what == "driver" else workers()
+            while process.poll() is None and not victims:
+                time.sleep(0.02)
+                victims = workers()
+            if process.poll() is not None:
+                sys.exit(f"gstds-embed ended with {process.returncode}, before the {what} could be killed")
+            say(f"{committed(where)} of {shards} shards are committed: SIGKILL to the {what} ({victims[0]})")
+            os.kill(victims[0], signal.SIGKILL)
         process.wait()
         left = committed(where)
         say("the same command again")

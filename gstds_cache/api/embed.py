@@ -79,7 +79,7 @@ def embed(
     config, notify = EmbedConfig(**settings), notify or log
     parse_part(config.shard)
     where_run = Engine.parse(engine, gpus_per_task)
-    _require_one_device(where_run, config)
+    _require_suitable(where_run, config)
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
@@ -152,8 +152,8 @@ def estimate_embedding(
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)
 
 
-def _require_one_device(engine: Engine, config: EmbedConfig) -> None:
-    """Refuse several devices in each task of Ray, GPUs for a model that runs on CPUs, and parts beside Ray's tasks.
+def _require_suitable(engine: Engine, config: EmbedConfig) -> None:
+    """Refuse several devices in each task of Ray, GPUs for a model that runs on CPUs, and a part of what Ray spreads.
 
     Raises:
         UsageError: They were asked for.
@@ -162,8 +162,8 @@ def _require_one_device(engine: Engine, config: EmbedConfig) -> None:
         return
     if config.shard is not None:
         raise UsageError(
-            f"`shard`: got {config.shard!r} with `engine='ray'`, which gives the shards to its workers itself",
-            hint="leave one of them out",
+            "`shard` and `engine='ray'` both say how shards are spread: give one of them",
+            hint="on a Ray cluster leave `shard` out: all shards are given to its workers",
         )
     if config.device == "cpu" and engine.gpus_per_task is not None:
         raise UsageError("`device='cpu'` and `gpus_per_task` contradict each other", hint="leave one of them out")

@@ -229,7 +229,7 @@ def _opened(
     begun, logger = time.perf_counter(), logging.getLogger("gstds_cache")
     inform = notify or logger.info
     config = _on_cpus(config) if engine.ray else config
-    with limited_threads(config.threads or 0), engine.opened(inform) as executor:
+    with limited_threads(config.threads or 0), engine.opened(notify or logger.warning) as executor:
         opened = open_it()
         config = with_draw_chosen(opened, config, inform)
         run = _Run(BatchSelector(opened, config), notify or logger.warning, inform, begun)

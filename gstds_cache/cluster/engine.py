@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +76,8 @@ class Engine:
         from gstds_cache.cluster.session import connected, is_to_start
 
         with ExitStack() as stack:
-            start = partial(stack.enter_context, connected(self.address))
-            if not is_to_start(self.address):
+            start: Callable[[], None] | None = partial(stack.enter_context, connected(self.address))
+            if start is not None and not is_to_start(self.address):
                 start()
                 start = None
             # Starting a cluster takes seconds: it waits until there is work.

@@ -107,17 +107,20 @@ class RayExecutor:
         """
         if not isinstance(task, PortableTask):
             raise TypeError(f"{type(task).__name__} has no recipe by which another process could make it")
-        if self._start is not None:
-            self._notify("ray: a cluster is started on this machine")
-            self._start()
-            self._start = None
+        self._require_started()
         recipe = task.recipe()
         if self.gpus_per_task is not None and is_dataclass(recipe) and "gpu" in {f.name for f in fields(recipe)}:
-            recipe = replace(recipe, gpu=True)  # type: ignore[type-var]  # this machine may have none
+            recipe = replace(recipe, gpu=True)  # this machine may have none
         run = _Run(self, recipe, units, ordered=ordered, limits=self._limits, notify=self._notify)
         with closing(run.results()) as results:
             for result in results:
                 yield task.receive(result)
+
+    def _require_started(self) -> None:
+        start, self._start = self._start, None
+        if start is not None:
+            self._notify("ray: a cluster is started on this machine")
+            start()
 
 
 @dataclass(eq=False)

@@ -54,11 +54,6 @@ def test_settings_that_contradict_each_other(photos: Path, tmp_path: Path) -> No
         gstds_cache.embed(f"imagefolder:{photos}", tmp_path / "s", engine="ray", gpus_per_task=1.0, device="cpu")
 
 
-def test_parts_of_a_store_and_tasks_of_ray_are_not_asked_for_together(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="`shard`: got '0/2' with `engine='ray'`.*\n  leave one of them out"):
-        gstds_cache.embed(f"imagefolder:{photos}", tmp_path / "s", engine="ray", shard="0/2")
-
-
 def test_without_ray_it_says_what_to_install(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"Ray, which is not installed\n  pip install 'gstds-cache\[ray\]'"):

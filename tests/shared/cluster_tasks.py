@@ -42,6 +42,18 @@ def build_slow(**_: Any) -> nn.Module:
     return Slow()
 
 
+class Slower(Tiny):
+    """Waits in each pass, in workers of Ray for longer: a test has the time to kill them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(1.0 if in_worker() else 0.0)
+        return super().forward(x)
+
+
+def build_slower(**_: Any) -> nn.Module:
+    return Slower()
+
+
 class ByProcess(Tiny):
     """Other weights in a worker of Ray than in the process that began."""
 
