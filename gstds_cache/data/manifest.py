@@ -151,7 +151,7 @@ class DatasetManifest:
             table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
             table.validate(full=True)
             table = table.cast(_SCHEMA.with_metadata(table.schema.metadata))
-            metadata, batches = table.schema.metadata, table.to_batches(AT_ONCE)
+            metadata, batches = table.schema.metadata, [batch for batch in table.to_batches(AT_ONCE) if len(batch)]
             sha256, labels, done = mapped.zeros((len(table), 32), np.uint8), mapped.zeros((len(table),), np.int64), 0
             for batch in batches:
                 part, digests = slice(done, done + len(batch)), batch["sha256"]
@@ -160,7 +160,7 @@ class DatasetManifest:
                 sha256[part] = whole[digests.offset : digests.offset + len(digests)]
                 labels[part] = batch["label"].to_numpy()
                 done += len(batch)
-                mapped.release(sha256, labels, data)
+                mapped.release(sha256, labels, memoryview(data))
             return cls(
                 kind=metadata[b"kind"].decode(),
                 ids=Names.of_arrays(batch["id"].cast(pa.binary()) for batch in batches),

@@ -83,7 +83,7 @@ class Names(Sequence[str]):
                         joined = pa.concat_arrays(held, memory_pool=POOL)
                         writer.write_batch(pa.record_batch([joined.slice(0, AT_ONCE)], schema=_SCHEMA))
                         held = [joined.slice(AT_ONCE)] if count > AT_ONCE else []
-                if held:
+                if any(map(len, held)):
                     writer.write_batch(pa.record_batch([pa.concat_arrays(held)], schema=_SCHEMA))
 
         return cls(mapped.written(write))

@@ -162,6 +162,7 @@ def test_same_columns_written_by_another_program() -> None:
         arrow_file({**GOOD, "sha256": pa.array([bytes(16)], pa.binary(16))}, META),
         arrow_file({**GOOD, "label": pa.array([None], pa.int64())}, META),
         arrow_file({**GOOD, "id": pa.array([None], pa.utf8())}, META),
+        arrow_file({**GOOD, "sha256": pa.array([None], pa.binary(32))}, META),
     ],
 )
 def test_damaged_files_are_refused(data: bytes) -> None:
