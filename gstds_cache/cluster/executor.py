@@ -105,16 +105,17 @@ class RayExecutor:
             IncompleteError: A unit failed again and again, or no node has what a task needs.
             Exception: What was raised in a worker.
         """
-        if not isinstance(task, PortableTask):
+        portable: object = task
+        if not isinstance(portable, PortableTask):
             raise TypeError(f"{type(task).__name__} has no recipe by which another process could make it")
         self._require_started()
-        recipe = task.recipe()
+        recipe = portable.recipe()
         if self.gpus_per_task is not None and is_dataclass(recipe) and "gpu" in {f.name for f in fields(recipe)}:
             recipe = replace(recipe, gpu=True)  # this machine may have none
         run = _Run(self, recipe, units, ordered=ordered, limits=self._limits, notify=self._notify)
         with closing(run.results()) as results:
             for result in results:
-                yield task.receive(result)
+                yield portable.receive(result)
 
     def _require_started(self) -> None:
         start, self._start = self._start, None

@@ -270,17 +270,12 @@ def select_by(selector: BatchSelector, executor: Executor, start: int) -> Iterat
             begun = time.perf_counter()
             batches = next(results, None)
             selector.counts.elapsed += time.perf_counter() - begun
-            for left, batch in zip(range(len(batches or ()) - 1, -1, -1), batches or (), strict=True):
-                if batch.seq == due:
-                    due += 1
-                    selector.pending = left
-                    yield batch
-                else:
-                    waiting.put(batch)
-                while (ready := waiting.take(due)) is not None:
-                    due += 1
-                    selector.pending = plan.total_batches - due
-                    yield ready
+            for batch in batches or ():
+                waiting.put(batch)
+            while (ready := waiting.take(due)) is not None:
+                due += 1
+                selector.pending = int(waiting.has(due))  # those that follow at once are written together
+                yield ready
             if batches is None:
                 return
     finally:
@@ -289,7 +284,7 @@ def select_by(selector: BatchSelector, executor: Executor, start: int) -> Iterat
 
 
 class _Waiting:
-    """Batches of later epochs, in a temporary file."""
+    """Batches that came before their turn, in a temporary file."""
 
     def __init__(self, batches: int) -> None:
         self._total, self._size = batches, 0
@@ -310,13 +305,15 @@ class _Waiting:
         self._places[batch.seq] = self._size, len(data)
         self._size += len(data)
 
+    def has(self, seq: int) -> bool:
+        """Whether a batch waits."""
+        return bool(self._size and seq < self._total and self._places[seq, 1])
+
     def take(self, seq: int) -> SelectedBatch | None:
         """A batch that waits; None where it is not there."""
-        if not self._size or seq >= self._total:
+        if not self.has(seq):
             return None
         place, size = self._places[seq].tolist()
-        if not size:
-            return None
         batch: SelectedBatch = pickle.loads(os.pread(self._file.fileno(), size, place))
         return batch
 
