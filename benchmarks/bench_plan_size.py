@@ -236,7 +236,7 @@ def at_a_billion(found: dict[str, Any], per_unit: float) -> dict[str, Any]:
         shard_rows = megabytes * 10**6 // (DIM * ITEM_BYTES)
         shards = -(-BILLION // shard_rows)
         data = BILLION * DIM * ITEM_BYTES
-        writes, reads = 2 * shards, 3 * shards  # object and record; HEAD, read back, and once more before COMPLETE
+        writes, reads = 2 * shards, 4 * shards  # object, record; HEAD, read back, and both once more at the end
         result[f"shards of {megabytes} MB"] = {
             "shard_rows": shard_rows,
             "objects": 2 * shards + 8,
