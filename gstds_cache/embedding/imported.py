@@ -37,7 +37,7 @@ SHARD_BYTES = 16 << 20
 """Of a shard, four times that of a store that is embedded: nothing is lost with one that was not committed."""
 UNIT = 4e-3
 """How far from 1 a row's length may be to be taken for 1: a unit row rounded to bfloat16 is off by 0.002 at most."""
-LENGTHS_AT_ONCE = 2048
+LENGTHS_AT_ONCE = 1024
 THREADS = 4
 MOST_NAMED = 5
 
