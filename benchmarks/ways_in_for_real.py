@@ -89,14 +89,14 @@ def shard_writer(folder: Path, items: Sequence[Item]) -> str:
     """Tar shards by webdataset's own writer, which cuts them by count."""
     import webdataset
 
-    classes = sorted({item.label for item in items})
+    classes, each = sorted({item.label for item in items}), max(2, len(items) // 3)
     with (
         redirect_stdout(io.StringIO()),
-        webdataset.ShardWriter(f"{folder}/shard-%06d.tar", maxcount=max(2, len(items) // 3)) as writer,
+        webdataset.ShardWriter(f"{folder}/shard-%06d.tar", maxcount=each) as writer,
     ):
         for row, item in enumerate(items):
             writer.write({"__key__": f"{row:09d}", item.ending: item.data, "cls": classes.index(item.label)})
-    return f"webdataset:{folder}"
+    return f"webdataset:{folder}/shard-{{000000..{(len(items) - 1) // each:06d}}}.tar"
 
 
 def parquet_by_pyarrow(folder: Path, items: Sequence[Item]) -> str:
@@ -258,11 +258,13 @@ def killed_after(uri: str, store: Path, model: str, shards: int) -> int:
     return len(list((store / "commits").glob("[0-9]*.json")))
 
 
-def measure(items: list[Item], work: Path, model: str) -> dict[str, Any]:
+def measure(items: list[Item], work: Path, model: str, ways: Sequence[str]) -> dict[str, Any]:
     shards = -(-len(items) // SHARD)
     result: dict[str, Any] = {"images": len(items), "shards": shards, "ways": {}}
     plain = ""
     for number, (name, write) in enumerate(WAYS.items()):
+        if ways and number and not any(part in name for part in ways):
+            continue
         place = work / f"way{number}"
         place.mkdir()
         uri = Child(lambda write=write, place=place: write(place, items)).result()
@@ -317,6 +319,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("folders", nargs="*", type=Path, help="folders of class folders")
     made.add_argument("--images", type=int, default=2000)
+    made.add_argument("--ways", nargs="*", default=[], help="parts of the names of those to try [default: all]")
     made.add_argument("--model", default="timm:tf_efficientnet_lite0?size=32")
     arguments = made.parse_args()
     if arguments.smoke:
@@ -334,7 +337,7 @@ def main() -> None:
                 place = work / str(number)
                 place.mkdir()
                 called = f"{folder.parent.name}/{folder.name}"
-                results[called] = measure(some_of(folder, arguments.images), place, arguments.model)
+                results[called] = measure(some_of(folder, arguments.images), place, arguments.model, arguments.ways)
                 shutil.rmtree(place)
         finally:
             server.communicate()

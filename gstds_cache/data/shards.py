@@ -215,10 +215,13 @@ def _object(entry: Entry, where: str) -> Shard:
 
 
 def _missing(uri: str, where: str, got: str, count: int) -> DatasetError:
+    folder = where.startswith("s3://") and not where.endswith(".tar")
     return DatasetError(
         f"data set {uri!r}: shard {printable(where)}: got {got}, expected a tar file"
         + (f"; it is one of {count:,} that the pattern names" if count > 1 else ""),
-        hint="check the numbers in the braces, or download what is missing",
+        hint=f"end a folder of a bucket with /: {printable(where)}/"
+        if folder
+        else "check the numbers in the braces, or download what is missing",
     )
 
 

@@ -37,7 +37,7 @@ SHARD_BYTES = 16 << 20
 """Of a shard, four times that of a store that is embedded: nothing is lost with one that was not committed."""
 UNIT = 4e-3
 """How far from 1 a row's length may be to be taken for 1: a unit row rounded to bfloat16 is off by 0.002 at most."""
-LENGTHS_AT_ONCE = 2048
+LENGTHS_AT_ONCE = 1024
 THREADS = 4
 MOST_NAMED = 5
 
@@ -198,9 +198,12 @@ def _lengths(tensor: Float[torch.Tensor, "R D"]) -> Float32[torch.Tensor, " R"]:
     Few calls: each gives up Python's lock, and waits 5 ms for it beside a thread that computes in Python, as the items'
     root is. Of all rows at once torch would hold a copy in float32.
     """
-    starts = range(0, len(tensor), LENGTHS_AT_ONCE)
-    parts = [tensor[start : start + LENGTHS_AT_ONCE] for start in starts]
-    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])
+    parts = []
+    for start in range(0, len(tensor), LENGTHS_AT_ONCE):
+        part = tensor[start : start + LENGTHS_AT_ONCE]
+        part = part.float() if part.dtype == torch.float64 else part  # vector_norm widens, and never narrows
+        parts.append(torch.linalg.vector_norm(part, dim=1, dtype=torch.float32))
+    return torch.cat(parts)
 
 
 def _find(where: Location) -> StoreMetadata | None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from gstds_cache.data import members as members_module
-from gstds_cache.data import shard_reading, webdataset
+from gstds_cache.data import shard_reading, shards, webdataset
 from gstds_cache.data.decode import Decoding, UndecodableError, decoding_as
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
@@ -308,6 +308,11 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch) -> None:
         assert source.payload(row) == png(row)
         assert len(source.reading._open) <= 2
     assert np.array_equal(source.first, range(6))
+
+
+def test_a_folder_of_a_bucket_is_told_from_a_shard_that_is_missing() -> None:
+    assert shards._missing("u", "s3://b/photos", "no such object", 1).hint.endswith("s3://b/photos/")
+    assert "braces" in shards._missing("u", "s3://b/photos/7.tar", "no such object", 9).hint
 
 
 def test_train_and_test_share_one_index(tmp_path) -> None:
