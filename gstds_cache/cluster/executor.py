@@ -11,9 +11,9 @@ import math
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -109,8 +109,8 @@ class RayExecutor:
         if not isinstance(portable, PortableTask):
             raise TypeError(f"{type(task).__name__} has no recipe by which another process could make it")
         self._require_started()
-        recipe = portable.recipe()
-        if self.gpus_per_task is not None and is_dataclass(recipe) and "gpu" in {f.name for f in fields(recipe)}:
+        recipe: Any = portable.recipe()
+        if self.gpus_per_task is not None and "gpu" in getattr(recipe, "__dataclass_fields__", {}):
             recipe = replace(recipe, gpu=True)  # this machine may have none
         run = _Run(self, recipe, units, ordered=ordered, limits=self._limits, notify=self._notify)
         with closing(run.results()) as results:
@@ -205,7 +205,7 @@ class _Run:
                 "images in a bucket), or an object that can be pickled",
             ) from error
 
-    def results(self) -> Iterator[Any]:
+    def results(self) -> Generator[Any, None, None]:
         """Give out units and collect results until all are there.
 
         Yields:
