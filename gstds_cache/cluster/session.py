@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gstds_cache.errors import StoreUnavailableError, UsageError
+from gstds_cache.errors import StoreUnavailableError, UsageError, command_line
 from gstds_cache.runtime.threads import cores
 
 ANSWERS_WITHIN = 10.0
@@ -160,7 +160,7 @@ def _require_answer(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise StoreUnavailableError(
             f"`engine`: no Ray cluster answers at {address} within {ANSWERS_WITHIN:.0f} s: {error}",
-            hint="start one there with `ray start --head`, or leave the address out",
+            hint=f"start one there with `{command_line('ray', 'start', '--head')}`, or leave the address out",
         ) from error
 
 
