@@ -252,7 +252,10 @@ def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Head
     own = variant.reference != "probe" or variant.calibrate != "none"
     reference = scores.reference(variant.reference) if own else None
     embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
-    return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings)
+    classes = len(data.train.classes)
+    return partial(
+        VariantFeedback, variant=variant, reference=reference, embeddings=embeddings, classes=classes
+    )
 
 
 def line_of(result: dict[str, Any]) -> str:
