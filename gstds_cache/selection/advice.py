@@ -126,7 +126,7 @@ def forecasts(
         last = np.full(len(others), np.nan)
         for epoch in range(epochs):
             rng = rng_for(settings.seed, "advice-draws", number, way, round(1000 * ratio), epoch)
-            drawn = draw_rows(offered, _scores(way, offered, last, hard[others]), rng)
+            drawn = draw_rows(offered, _scores(way, offered, last, hard[others], math.log(len(names))), rng)
             chosen = others[drawn]
             probe.learn_window(_part(window, chosen), rng)
             if way in DRAWS:
@@ -170,10 +170,14 @@ def difference(right: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"]) -> 
 
 
 def _scores(
-    way: str, offered: Candidates, last: Float64[np.ndarray, " n"], hard: Float64[np.ndarray, " n"]
+    way: str,
+    offered: Candidates,
+    last: Float64[np.ndarray, " n"],
+    hard: Float64[np.ndarray, " n"],
+    chance: float,
 ) -> Float64[np.ndarray, " n"]:
     if way in DRAWS:
-        return DRAWS[way].scores(offered, last)
+        return DRAWS[way].scores(offered, last, chance)
     return hard**2 if way == RULE else np.ones(len(hard))
 
 

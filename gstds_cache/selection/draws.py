@@ -30,7 +30,10 @@ LARGEST_WEIGHT = 5.0  # of a row that was drawn although that was unlikely: abov
 Score = Callable[
     [Float64[np.ndarray, " b"], Float64[np.ndarray, " b"], Float64[np.ndarray, " b"]], Float64[np.ndarray, " b"]
 ]
-"""From last losses, reference losses and priors of rows that were seen, float64 [b], to scores >= 0, float64 [b]."""
+"""From last losses, reference losses and priors of rows, float64 [b], to scores >= 0, float64 [b].
+
+Rows that never were trained on come with the mean last loss of the batch's rows that were, or with that of a network
+that knows nothing."""
 
 
 def loss_minus_reference(
@@ -80,7 +83,7 @@ class Draw:
         name: What a user calls it.
         summary: What it looks at, in a few words.
         score: A :data:`Score`.
-        needs_losses: Whether it looks at last losses. Only then rows that have none get the mean score, times prior.
+        needs_losses: Whether it looks at last losses. Only then those that have none count by their prior.
         needs_reference: Whether it looks at reference losses: a linear probe on labelled embeddings.
         needs_prior: Whether the prior counts, for rows without a loss or for all.
         source: SHA-256 of the file of a user's own function; empty for ours.
@@ -104,28 +107,41 @@ class Draw:
         return self.score(last, reference, prior)
 
     def scores(
-        self, candidates: Candidates, last: Float32[np.ndarray, " B"] | Float64[np.ndarray, " B"]
+        self,
+        candidates: Candidates,
+        last: Float32[np.ndarray, " B"] | Float64[np.ndarray, " B"],
+        chance: float | None = None,
     ) -> Float64[np.ndarray, " B"]:
         """Scores of a batch's rows.
 
         Args:
             candidates: The batch.
             last: Loss of each row when it was last trained on; NaN where it never was.
+            chance: Loss of a network that knows nothing, which stands for that of all rows before any loss is known;
+                None for selections that were made when rows without a loss were not told apart.
 
         Returns:
-            float64 [B], >= 0. Rows that never were trained on have the mean score of those that were, times their
-            prior; before there is any, their prior.
+            float64 [B], >= 0. Rows that never were trained on are scored as if they had the mean loss of those that
+            were, or ``chance`` before there is any, times their prior. Without ``chance`` they have the mean score of
+            those that were, times their prior; before there is any, their prior.
         """
         last, prior = np.asarray(last, np.float64), np.asarray(candidates.prior, np.float64)
         reference = np.asarray(candidates.reference, np.float64)
         if not self.needs_losses:
             return self.score(last, reference, prior)
         seen = np.isfinite(last)
-        if not seen.any():
+        if seen.all():
+            return self.score(last, reference, prior)
+        known = bool(seen.any())
+        if chance is not None:
+            guessed = float(last[seen].mean()) if known else chance
+            filled = self.score(np.where(seen, last, guessed), reference, prior)
+            return np.where(seen, filled, filled * prior)
+        if not known:
             return prior
-        known = self.score(last[seen], reference[seen], prior[seen])
-        scores: Float64[np.ndarray, " B"] = known.mean() * prior
-        scores[seen] = known
+        found = self.score(last[seen], reference[seen], prior[seen])
+        scores: Float64[np.ndarray, " B"] = found.mean() * prior
+        scores[seen] = found
         return scores
 
 
@@ -222,8 +238,9 @@ def draw_rows(
     keys = np.log(_weights(scores)) + rng.gumbel(size=len(scores))
     shares, sizes = quotas(candidates, rng), np.bincount(candidates.stratum)
     order = np.argsort(candidates.stratum * APART - keys)  # one sort: by stratum, the largest numbers first
-    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.sort(order[place < np.repeat(shares, sizes)])
+    first = np.cumsum(sizes) - sizes  # of each stratum in that order
+    place = np.arange(candidates.keep) + np.repeat(first - (np.cumsum(shares) - shares), shares)
+    return np.sort(order[place])
 
 
 def quotas(candidates: Candidates, rng: np.random.Generator) -> Int64[np.ndarray, " S"]:
@@ -292,6 +309,6 @@ def inclusion(
 
 
 def _weights(scores: Float64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
-    mean = float(scores.mean())
+    mean = float(np.add.reduce(scores)) / len(scores)  # as mean() computes it, without the price of its call
     raised: Float64[np.ndarray, " B"] = scores + FLOOR * mean if mean > 0 else np.ones(len(scores))
     return raised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
@@ -112,7 +113,13 @@ class BatchSelector:
         self._reference_key = self._key_of_reference(key)
         reference = "" if self._reference_key is None else self._reference_key.probe
         self.identity = identity(
-            self.store.fingerprint, self.config, self._settings, key.digest, reference, self.store.hidden_digest
+            self.store.fingerprint,
+            self.config,
+            self._settings,
+            key.digest,
+            reference,
+            self.store.hidden_digest,
+            round(math.log(self._label_counts.different), 6) if reference else 0.0,
         )
         self.digest = digest_of(self.identity)
         self.__dict__.pop("guidance", None)  # of the one before

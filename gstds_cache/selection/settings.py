@@ -21,7 +21,7 @@ ALGORITHM = 3  # raised by whoever changes what the same settings select, so tha
 NOT_IDENTITY = frozenset({"device", "knn_backend", "solver", "threads"})
 RECORDED_AS = {"batch_assignments": "partitions"}
 """Fields that digests and headers name otherwise: they keep the name they had when the first selections were stored."""
-BESIDE = {"draw_source", "hidden"}
+BESIDE = {"draw_source", "hidden", "chance"}
 """What stands among a selection's settings and is none of :class:`SelectConfig`."""
 
 
@@ -81,6 +81,7 @@ def identity(
     guidance: str,
     reference: str = "",
     hidden: str = "",
+    chance: float = 0.0,
 ) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values.
 
@@ -91,6 +92,8 @@ def identity(
         guidance: Digest of the guidance.
         reference: Digest of the probe that reference losses are of; empty where there are none.
         hidden: Digest of the rows that are left out; empty where there are none.
+        chance: Loss of a network that knows nothing: the logarithm of the number of classes; 0 where no draw looks at
+            reference losses.
     """
     select = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY} | {
         "schedule": settings.schedule.identity,
@@ -105,6 +108,8 @@ def identity(
     select |= {"hidden": hidden} if hidden else {}
     if settings.draw is not None:
         select |= {"draw_source": settings.draw.source} if settings.draw.source else {}
+        # Selections that were made when rows without a loss were not told apart have none, and are drawn from so.
+        select |= {"chance": chance} if chance else {}
         return {"algorithm": ALGORITHM, "cache": fingerprint, "select": select, "reference": reference}
     source = {"rule_source": settings.rule.source} if settings.rule.source else {}
     return {"algorithm": ALGORITHM, "cache": fingerprint, "select": select, **source}

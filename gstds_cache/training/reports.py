@@ -82,7 +82,7 @@ class BatchReports:
             return
         self._told = True
         log(
-            f"note: no losses were reported before epoch {epoch}: its rows are drawn by their prior alone"
+            f"note: no losses were reported before epoch {epoch}: its rows are drawn as if all had the same loss"
             if blind
             else f"note: no losses were reported in epoch {epoch - 1}: epoch {epoch} is drawn by earlier ones"
         )

@@ -189,7 +189,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
         They are copied where they are, and looked at when the epoch ends, so a step does not wait for a GPU. The last
         report of an epoch ends it; under several ranks these share their losses then, so each has to report.
 
-        - Never reported: rows are drawn by their prior alone, and a note says so. Batches of an epoch that were
+        - Never reported: rows are drawn as if all had the same loss, and a note says so. Batches of an epoch that were
           reported in part: an error when the next one begins.
         - A loss that is NaN or infinite leaves its row the one that it had, and a note tells how many.
         - A selection of kept rows needs no losses, and nothing is done with them: a loop may report whatever it is

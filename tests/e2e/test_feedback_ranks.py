@@ -35,7 +35,7 @@ def naive() -> list[list[int]]:
         if batch.batch_id == 0:
             for row, loss in later.items():
                 table[row] = loss
-        scores = DRAWS["loss-minus-reference"].scores(batch.candidates, table[batch.kept])
+        scores = DRAWS["loss-minus-reference"].scores(batch.candidates, table[batch.kept], offered.CHANCE)
         rows = batch.kept[draw_rows(batch.candidates, scores, rng_for(0, "draw", batch.epoch, batch.batch_id))]
         later.update(zip(rows.tolist(), loss_of(rows.tolist(), seq).tolist(), strict=True))
         batches.append(rows.tolist())

@@ -36,7 +36,25 @@ def candidates(keep: int, stratum: list[int] | np.ndarray, reference=0.0, prior=
     )
 
 
-def test_scores_are_the_formulas_and_rows_never_seen_have_the_mean_of_those_that_were_times_prior() -> None:
+def test_scores_are_the_formulas_and_rows_never_seen_have_the_mean_loss_of_those_that_were_times_prior() -> None:
+    batch = candidates(2, [0] * 5, reference=[0.5, 3.0, 2.0, 0.0, 1.0], prior=[1, 1, 1, 0.5, 2])
+    last = np.array([2.0, 1.0, 4.0, NAN, NAN], np.float32)
+    mean, chance = 7 / 3, 1.5
+    expected = {
+        "loss-minus-reference": ([1.5, 0.0, 2.0, 0.5 * mean, 2 * (mean - 1)], [1.0, 0.0, 0.0, 0.5 * 1.5, 2 * 0.5]),
+        "damped-loss": (
+            np.array([2, 1, 4, 0.5 * mean, 2 * mean]) / (1 + np.exp(3 * (batch.reference - 2))),
+            1.5 * batch.prior / (1 + np.exp(3 * (batch.reference - 2))),
+        ),
+        "loss": ([2.0, 1.0, 4.0, 0.5 * mean, 2 * mean], [1.5, 1.5, 1.5, 0.75, 3.0]),
+    }  # fmt: skip
+    for name, (some, none) in expected.items():
+        np.testing.assert_allclose(DRAWS[name].scores(batch, last, chance), some, rtol=1e-6)
+        np.testing.assert_allclose(DRAWS[name].scores(batch, np.full(5, NAN), chance), none, rtol=1e-6)
+    np.testing.assert_array_equal(DRAWS["prior"].scores(batch, last, chance), batch.prior)
+
+
+def test_in_selections_without_a_chance_rows_never_seen_have_the_mean_score_of_those_that_were_times_prior() -> None:
     batch = candidates(2, [0] * 5, reference=[0.5, 3.0, 2.0, 0.0, 1.0], prior=[1, 1, 1, 0.5, 2])
     last = np.array([2.0, 1.0, 4.0, NAN, NAN], np.float32)
     damped = [2 / (1 + np.exp(3 * (0.5 - 2))), 1 / (1 + np.exp(3.0)), 4 / 2]

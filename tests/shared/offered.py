@@ -12,6 +12,7 @@ from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.schema import CANDIDATES_FORMAT, Header
 
 ITEMS, EPOCHS, BATCHES, SIZE, KEEP = 72, 3, 4, 18, (6, 7, 5, 6)  # uneven on purpose
+CHANCE = 1.25  # loss of a network that knows nothing
 
 
 def header(draw: str = "loss-minus-reference", *, epochs: int = EPOCHS, seed: int = 0, **changes) -> Header:
@@ -19,7 +20,7 @@ def header(draw: str = "loss-minus-reference", *, epochs: int = EPOCHS, seed: in
     fields = {
         "cache_fingerprint": "c" * 64, "selection_digest": "d" * 64, "items": ITEMS, "items_root": "r" * 64,
         "seed": seed, "epochs": epochs, "batches_per_epoch": BATCHES, "total_batches": epochs * BATCHES,
-        "total_kept": sum(kept), "kept_per_epoch": kept, "settings": {"draw": draw, "strata": 3},
+        "total_kept": sum(kept), "kept_per_epoch": kept, "settings": {"draw": draw, "strata": 3, "chance": CHANCE},
         "format": CANDIDATES_FORMAT,
     }  # fmt: skip
     return Header(**(fields | changes))

@@ -71,7 +71,7 @@ def test_each_epoch_is_drawn_by_the_losses_that_the_steps_before_had(source, sel
         if batch.batch_id == 0:
             for before, losses in steps[max(0, seq - 4) : seq]:
                 table[before] = losses
-        scores = DRAWS["loss-minus-reference"].scores(batch.candidates, table[batch.kept])
+        scores = DRAWS["loss-minus-reference"].scores(batch.candidates, table[batch.kept], offered.CHANCE)
         drawn = draw_rows(batch.candidates, scores, rng_for(0, "draw", batch.epoch, batch.batch_id))
         np.testing.assert_array_equal(rows, batch.kept[drawn])
     assert all((losses > 0).all() for _, losses in steps)

@@ -56,7 +56,7 @@ def train(sampler: SelectedBatchSampler, *, steps: int = 10**9, start: int = 0) 
     return batches
 
 
-def naive(draw: str = "loss-minus-reference") -> list[list[int]]:
+def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHANCE) -> list[list[int]]:
     """The same by the definition: a table, changed when an epoch ends."""
     table, later, batches = np.full(offered.ITEMS, np.nan), {}, []
     for seq in range(offered.EPOCHS * offered.BATCHES):
@@ -65,7 +65,7 @@ def naive(draw: str = "loss-minus-reference") -> list[list[int]]:
             for row, loss in later.items():
                 table[row] = loss
             later = {}
-        scores = DRAWS[draw].scores(batch.candidates, table[batch.kept])
+        scores = DRAWS[draw].scores(batch.candidates, table[batch.kept], chance)
         rows = batch.kept[draw_rows(batch.candidates, scores, rng_for(0, "draw", batch.epoch, batch.batch_id))].tolist()
         later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
         batches.append(rows)
@@ -177,17 +177,30 @@ def test_repacked_batches_are_full_and_drop_the_rest_of_each_epoch(path) -> None
 # Reports that are not what they should be
 
 
-def test_never_reporting_draws_by_the_prior_and_says_so_once(path, caplog) -> None:
+def unreported(draw: str) -> list[list[int]]:
+    """The batches of a run in which no loss becomes known, by the definition."""
+    batches = [offered.batch(seq) for seq in range(offered.EPOCHS * offered.BATCHES)]
+    unknown = np.full(offered.SIZE, np.nan)
+    scores = [DRAWS[draw].scores(batch.candidates, unknown, offered.CHANCE) for batch in batches]
+    numbers = [rng_for(0, "draw", batch.epoch, batch.batch_id) for batch in batches]
+    return [
+        batch.kept[draw_rows(batch.candidates, of_rows, rng)].tolist()
+        for batch, of_rows, rng in zip(batches, scores, numbers, strict=True)
+    ]
+
+
+def test_never_reporting_draws_as_if_all_had_one_loss_and_says_so_once(path, caplog) -> None:
     sampler = SelectedBatchSampler(path)
     with caplog.at_level(logging.WARNING, "gstds_cache"):
         batches = [rows for _ in range(3) for rows in sampler]
     assert [record.message for record in caplog.records] == [
-        "note: no losses were reported before epoch 1: its rows are drawn by their prior alone"
+        "note: no losses were reported before epoch 1: its rows are drawn as if all had the same loss"
     ]
+    assert batches == unreported("loss-minus-reference") != unreported("prior")
     plain = offered.write(path.with_name("prior.arrow"), "prior")
     caplog.clear()
     other = SelectedBatchSampler(plain)
-    assert batches == [rows for _ in range(3) for rows in other]
+    assert unreported("prior") == [rows for _ in range(3) for rows in other]
     assert not caplog.records  # a draw that looks at no losses misses none
 
 
@@ -360,6 +373,10 @@ def test_a_selection_never_has_code_of_its_naming_run(tmp_path, monkeypatch) -> 
         broken = offered.write(tmp_path / "b.arrow", settings=settings)
         with pytest.raises(StreamError, match="says not how to draw them"):
             SelectedBatchSampler(broken)
+    for chance in (0.0, -1.0, "2.3", True):
+        broken = offered.write(tmp_path / "c.arrow", settings={"draw": "loss", "chance": chance})
+        with pytest.raises(StreamError, match="its loss of a network that knows nothing is"):
+            SelectedBatchSampler(broken)
 
 
 def test_what_cannot_report_refuses_candidates_and_kept_rows_need_no_reports(path, uneven) -> None:
@@ -410,3 +427,6 @@ def test_the_settings_of_a_header_decide_the_draw(path, tmp_path) -> None:
     damped = offered.write(tmp_path / "damped.arrow", "damped-loss")
     assert train(SelectedBatchSampler(damped)) == naive("damped-loss") != naive()
     assert replace(offered.header(), seed=1).candidates
+    # One of before rows without a loss were told apart is drawn from as it was.
+    before = offered.write(tmp_path / "before.arrow", settings={"draw": "loss-minus-reference", "strata": 3})
+    assert train(SelectedBatchSampler(before)) == naive(chance=None) != naive()
