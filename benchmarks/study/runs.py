@@ -252,10 +252,7 @@ def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Head
     own = variant.reference != "probe" or variant.calibrate != "none"
     reference = scores.reference(variant.reference) if own else None
     embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
-    classes = len(data.train.classes)
-    return partial(
-        VariantFeedback, variant=variant, reference=reference, embeddings=embeddings, classes=classes
-    )
+    return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings)
 
 
 def line_of(result: dict[str, Any]) -> str:

@@ -52,10 +52,9 @@ class Variant:
         aged: Whether losses are scaled by the means of the epochs they are from and of the last one.
         unseen: Factor of the scores of rows without a loss.
         impute: What stands for the loss of rows without one, so that they too are scored beside their reference loss:
-            ``chance`` is log C, all classes alike; ``mean`` the mean of all losses that are known, before there is one
-            log C; ``batch`` the mean of those of the batch, before there is one the score is the prior; ``both`` that
-            of the batch, before there is one log C. ``none`` gives them the batch's
-            mean score.
+            ``both`` is the mean of the batch's losses, before there is one log C, all classes alike; ``batch`` the
+            mean of the batch's, before there is one the score is the prior; ``mean`` the mean of all losses, before
+            there is one log C; ``chance`` always log C. ``none`` gives them the batch's mean score.
         step: Samples of a step; 0 for the setting's.
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
@@ -77,7 +76,7 @@ class Variant:
     visits: int = 1
     aged: bool = False
     unseen: float = 1.0
-    impute: Literal["none", "chance", "mean", "batch", "both"] = "none"
+    impute: Literal["both", "batch", "mean", "chance", "none"] = "both"
     step: int = 0
     rest: int = 0
 
@@ -161,7 +160,6 @@ class VariantFeedback(Feedback):
         *,
         reference: Float32[np.ndarray, " N"] | None = None,
         embeddings: Float32[np.ndarray, "N D"] | None = None,
-        classes: int = 10,
     ) -> None:
         """Begin without any loss.
 
@@ -170,11 +168,10 @@ class VariantFeedback(Feedback):
             variant: The variant.
             reference: Reference losses instead of the stream's.
             embeddings: Unit rows, for a dense graph.
-            classes: How many the labels are of.
         """
         self._variant, self._epochs, self._embeddings = variant, header.epochs, embeddings
         self._given, self.rest_side = reference, variant.rest
-        self._chance = float(np.log(classes))  # cross-entropy of all classes alike
+        self._chance = float(header.settings.get("chance", np.log(10)))  # cross-entropy of all classes alike
         self._strata: dict[bytes, Int16[np.ndarray, " B"]] = {}
         super().__init__(header)
 
