@@ -96,7 +96,7 @@ class Study:
         The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
         one budget.
         """
-        seconds = sum(line["cpu_seconds"].get(phase, 0.0) for phase in PAID)
+        seconds = self._own_seconds(line)
         shared = self.embed_seconds if line["embeds"] else 0.0
         for need in line["needs"]:
             if need == "probe":
@@ -104,6 +104,20 @@ class Study:
             else:
                 seconds += self.score_seconds(need)
         return float(seconds + shared / experiments)
+
+    def _own_seconds(self, line: Line) -> float:
+        """Core seconds of a run alone. Of a longer run they are its steps at the pace of the method's shortest runs.
+
+        Methods take turns within a budget, not from one budget to the next: at another hour the machine may be slower
+        by half.
+        """
+        same = [run for run in self.runs if (run["method"], run["ratio"]) == (line["method"], line["ratio"])]
+        shortest = [run for run in same if run["epochs"] == min(run["epochs"] for run in same)]
+        if any(line is run for run in shortest):
+            shortest = [line]
+        steps = sum(run["steps"] for run in shortest)
+        seconds = sum(run["cpu_seconds"].get(phase, 0.0) for run in shortest for phase in PAID)
+        return float(seconds * line["steps"] / steps)
 
     def budgets(self, method: str, ratio: float, seed: int, experiments: float) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and accuracies of ``method`` at all its budgets of epochs, cheapest first."""

@@ -25,8 +25,10 @@ PLAIN = "form=subtract"
 MORE = {f"{form}strata={count}" for form in ("", "form=uniform+") for count in (1, 32, 128)}
 MORE |= {PLAIN, "form=uniform", "graph=dense", "form=uniform+graph=dense", "guidance=uncertainty", "rest=16"}
 MORE |= {"form=uniform+step=16+strata=1", "step=16"}
+MORE |= {f"{form}impute={how}" for form in ("", "form=damped+") for how in ("batch", "mean", "chance", "none")}
 OWN = {"random": "form=uniform+strata=1", "draw:uniform": "form=uniform", "draw:loss": "form=loss"}
 OWN |= {"draw:loss-minus-reference": PLAIN, "draw:damped-loss": "form=damped"}
+LIKE = {"strata=1", "impute=none"}  # what a variant is compared with has these, where it has
 Cell = dict[int, float]  # seed: accuracy in %
 
 
@@ -77,8 +79,8 @@ def render(results: Path = FOLDER) -> str:
     for name in sorted(asked.union(*found.values())):
         row = [f"`{name}`"]
         for column in columns:
-            one = "strata=1" if "strata=1" in name.split("+") and "strata=1" in found[column] else PLAIN
-            row.append(shown(found[column].get(name), found[column].get(one)))
+            like, made = LIKE & {*name.split("+")}, found[column]
+            row.append(shown(made.get(name), made.get(_sorted(like)) or made.get(_sorted(like | {"impute=none"}))))
         rows.append(row)
     return table(["variant", *(f"{stem}, rate {lr:g}" for stem, lr in columns)], rows)
 

@@ -51,6 +51,10 @@ class Variant:
         visits: A row's loss is the mean of its last so many, 1 or 2.
         aged: Whether losses are scaled by the means of the epochs they are from and of the last one.
         unseen: Factor of the scores of rows without a loss.
+        impute: What stands for the loss of rows without one, so that they too are scored beside their reference loss:
+            ``both`` is the mean of the batch's losses, before there is one log C, all classes alike; ``batch`` the
+            mean of the batch's, before there is one the score is the prior; ``mean`` the mean of all losses, before
+            there is one log C; ``chance`` always log C. ``none`` gives them the batch's mean score.
         step: Samples of a step; 0 for the setting's.
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
@@ -72,6 +76,7 @@ class Variant:
     visits: int = 1
     aged: bool = False
     unseen: float = 1.0
+    impute: Literal["both", "batch", "mean", "chance", "none"] = "both"
     step: int = 0
     rest: int = 0
 
@@ -166,6 +171,7 @@ class VariantFeedback(Feedback):
         """
         self._variant, self._epochs, self._embeddings = variant, header.epochs, embeddings
         self._given, self.rest_side = reference, variant.rest
+        self._chance = float(header.settings.get("chance", np.log(10)))  # cross-entropy of all classes alike
         self._strata: dict[bytes, Int16[np.ndarray, " B"]] = {}
         super().__init__(header)
 
@@ -175,6 +181,7 @@ class VariantFeedback(Feedback):
         self._measured = np.full(self._items, np.nan)  # mean loss of the epoch that a row's loss is from
         self._lately = np.zeros(self._items, bool)
         self._reference = None if self._given is None else self._given.astype(np.float64)
+        self._imputed = self._chance
         self._set_draw()
 
     def rows_of(self, batch: SelectedBatch) -> Int64[np.ndarray, " M"]:
@@ -191,7 +198,14 @@ class VariantFeedback(Feedback):
         seen = np.isfinite(self.losses[rows])
         if not self._variant.prior:
             offered = replace(offered, prior=np.where(seen, np.float32(1), offered.prior))
-        scores = self.draw.scores(offered, self.losses[rows])
+        last = self.losses[rows]
+        if self._variant.impute in {"batch", "both"} and seen.any():
+            last = np.where(seen, last, last[seen].mean())
+        elif self._variant.impute == "both":
+            last = np.full(len(last), np.float32(self._chance))
+        if self._variant.impute in {"chance", "mean"}:
+            last = np.where(seen, last, np.float32(self._imputed))
+        scores = self.draw.scores(offered, last)
         scores = scores * np.where(self._lately[rows], self._variant.rotate, 1.0)
         scores = scores * np.where(seen, 1.0, self._variant.unseen)
         drawn = draw_rows(offered, scores, rng_for(self._seed, "draw", batch.epoch, batch.batch_id))
@@ -217,6 +231,8 @@ class VariantFeedback(Feedback):
             self.losses[rows] = np.where(np.isfinite(before), (losses + before) / 2, losses)
         elif variant.aged:
             self.losses = (self._raw * (losses.mean() / self._measured)).astype(np.float32)
+        if variant.impute == "mean":
+            self._imputed = float(np.nanmean(self.losses))
         if self._given is not None:
             self._reference = calibrated(
                 variant.calibrate, self._given.astype(np.float64), self.losses.astype(np.float64)

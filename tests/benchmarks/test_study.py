@@ -43,6 +43,7 @@ def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int
         "embeds": False,
         "needs": [],
         "cores": 2,
+        "steps": 100 * epochs,
         **more,
     }
 
@@ -114,6 +115,9 @@ def test_equal_wall_clock_reads_the_reference_between_its_budgets() -> None:
     study = Study(tuple(runs))
     assert study.at_equal_clock("slow", "random", 0.75, 8).mean == pytest.approx(1.0)  # half way in log seconds: 0.92
     assert study.at_equal_clock("slower", "random", 0.75, 8).beyond == 1
+    # A longer budget that was measured while the machine was slow counts at the pace of the shortest.
+    loaded = Study((runs[0], line("random", 0, 0.94, 95, epochs=32), *runs[2:]))
+    assert loaded.at_equal_clock("slow", "random", 0.75, 8) == study.at_equal_clock("slow", "random", 0.75, 8)
     assert study.at_equal_clock("quick", "random", 0.75, 8) is None
 
 
