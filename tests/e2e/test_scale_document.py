@@ -83,6 +83,7 @@ def test_parts_side_by_side_and_the_end(run, tmp_path) -> None:
     assert "no problem found" in text
 
 
+@pytest.mark.faults
 def test_a_slurm_array(run, tmp_path) -> None:
     script = block("SLURM_ARRAY_TASK_ID")
     first, last = map(int, re.findall(r"#SBATCH --array=(\d+)-(\d+)", script)[0])
@@ -102,6 +103,7 @@ def test_hosts_by_ssh(run, tmp_path) -> None:
     assert text.count("of the store's shards") == 3
 
 
+@pytest.mark.faults
 def test_a_kubernetes_indexed_job(run, s3_prefix) -> None:
     (text,) = blocks("yaml")
     job = yaml.safe_load(text)

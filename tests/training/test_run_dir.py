@@ -105,7 +105,7 @@ def test_a_ledger_may_follow_the_run_of_the_same_object(tmp_path: Path) -> None:
 
 OTHER = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.0, "image_size": 48, "augment": "none", "repack": 64, "seed": 3,
          "arch": "timm:resnet18", "norm_samples": 128, "label_smoothing": 0.1, "precision": "bfloat16",
-         "importance_weights": True, "accumulate": 4}  # fmt: skip
+         "importance_weights": True, "accumulate": 4, "max_pixels": 10_000}  # fmt: skip
 
 
 def identity(config: TrainConfig, **more: Any) -> dict[str, Any]:
