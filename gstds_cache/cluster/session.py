@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -20,7 +21,6 @@ ANSWERS_WITHIN = 10.0
 OBJECTS = 256 << 20
 """Bytes of Ray's object store of a cluster that is started here: it holds recipes, and no embeddings."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-TOKEN = {"RAY_AUTH_MODE": "token"}  # Ray 2.52 and later; it makes the token itself for a cluster of one machine
 # Ray takes this machine's outside address in place of 127.0.0.1, unless it believes that there are no clusters.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -43,13 +43,32 @@ def import_ray() -> Any:
     return ray
 
 
+_token: dict[str, str] = {}  # of clusters that this process starts; empty where Ray was imported without one
+
+
+def _import_with_token() -> None:
+    """Import Ray as a process whose clusters want a token (Ray 2.52 and later), which it asks for at its import alone.
+
+    A process that has imported Ray before starts clusters as it was imported.
+    """
+    if "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
+        return
+    wanted = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with _environment(wanted):
+        import_ray()
+    _token.update(wanted)
+
+
 def is_to_start(address: str | None) -> bool:
     """Whether a cluster has to be started here: none is connected to, and none is named.
 
     Raises:
         UsageError: Ray is not installed.
     """
-    return not import_ray().is_initialized() and (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    named = address or os.environ.get("RAY_ADDRESS") or "local"
+    if named == "local":
+        _import_with_token()
+    return not import_ray().is_initialized() and named == "local"
 
 
 @contextmanager
@@ -78,7 +97,7 @@ def connected(address: str | None) -> Iterator[None]:
         if address != "local":
             _require_answer(address)
         local = address == "local" or _is_loopback(address)
-        with _environment(TOKEN if address == "local" else {}), _on_loopback() if local else _environment({}):
+        with _environment(_token if address == "local" else {}), _on_loopback() if local else _environment({}):
             _init(ray, address)
             try:
                 yield
