@@ -96,11 +96,12 @@ def embed(
                 show.end()
             notify(line)
 
-        source = open_source(
-            dataset, hash_cache=hash_cache, progress=lambda done, total: report_progress("hash", done, total, {})
-        )
-        _warn_if_inside(source, cache or root, tell)
+        def hashed(done: int, total: int) -> None:
+            report_progress("hash", done, total, {})
+
         with where_run.opened(tell) as executor:
+            source = open_source(dataset, hash_cache=hash_cache, progress=hashed, executor=executor)
+            _warn_if_inside(source, cache or root, tell)
             store = embed_dataset(
                 source,
                 config,

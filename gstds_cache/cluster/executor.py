@@ -12,9 +12,10 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gstds_cache.cluster.progress import ClusterProgress
@@ -172,7 +173,7 @@ class _Run:
         self._slots, self._asked, self._fitted = 0, -math.inf, time.monotonic()
         self._landed = self._told = time.monotonic()
         self._remote = self._options()
-        self._shared = [self._ray.put((versions(), self._pickled(recipe)))]
+        self._shared = [self._ray.put((versions(), self._pickled(recipe), str(Path.cwd())))]
 
     def _options(self) -> Any:
         recipe, gpus = self._recipe, 0.0
@@ -224,7 +225,7 @@ class _Run:
             self._progress.end(self._of.retries, self._of.second_tries)
         finally:
             for flight in list(self._flights):
-                self._cancel(flight)
+                self._forget(flight)
 
     def _wait(self) -> list[Any]:
         if not self._flights:
@@ -330,7 +331,7 @@ class _Run:
         self._landed = self._told = time.monotonic()
         self._progress.add(answer, len(block.units))
         for other in list(block.flights):
-            self._cancel(other)
+            self._forget(other)
         if not self._ordered:
             yield from answer.results
             return
@@ -415,13 +416,15 @@ class _Run:
             )
             self._give(flight.block)
 
-    def _cancel(self, ref: Any) -> None:
+    def _forget(self, ref: Any) -> None:
+        """Ask no more what became of a task. It runs to its end, and what it returns is dropped.
+
+        Not ``ray.cancel``: where a task ends at the same time, Ray 2.60 ends this process with ``Check failed:
+        Tried to complete task that was not pending``.
+        """
         flight = self._flights.pop(ref, None)
         if flight is not None:
             flight.block.flights.discard(ref)
-        # As by Ctrl-C: a process that is ended would take the model with it. The cluster may be gone, and the task too.
-        with suppress(Exception):
-            self._ray.cancel(ref, force=False, recursive=False)
 
 
 def _passes(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import pickle
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,8 @@ def run_units(shared: Sequence[Any], key: str, units: Sequence[Any]) -> Answer:
     """Do units of work.
 
     Args:
-        shared: One reference, to the versions of the first process and the pickled recipe; fetched where it is needed.
+        shared: One reference, to what the first process has (its versions, the pickled recipe, its current folder);
+            fetched where it is needed.
         key: The recipe's key.
         units: The units.
 
@@ -71,8 +73,10 @@ def _open(shared: Sequence[Any], key: str) -> Task[Any]:
     if key not in _opened:
         import ray
 
-        expected, pickled = ray.get(shared[0])
+        expected, pickled, folder = ray.get(shared[0])
         require_same_versions(expected, f"the worker on {_node()}")
+        with suppress(OSError):
+            os.chdir(folder)  # a relative name means what it means to the first process
         _opened.clear()  # the memory of one run's model at a time
         _opened[key] = pickle.loads(pickled).open()
     return _opened[key]

@@ -30,6 +30,9 @@ OPEN_FILES = 64
 
 _INDEX = "index"
 
+Seen = tuple[Signature, int, Callable[[], Signature]]
+"""A shard's signature, the time it was seen, in nanoseconds, and what gives that of now."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -67,20 +70,11 @@ def index_shard(shard: Shard, *, bucket: Bucket | None, label: LabelMember, cach
         StoreUnavailableError: The bucket does not answer.
     """
     where = f"data set {uri!r}, shard {printable(shard.where)}"
-    kept, labels = (cache.recall(shard.where, what, shard.signature) for what in (_INDEX, label.what))
-    index = None
+    kept = kept_index(shard, label, cache)
     if kept is not None:
-        try:
-            index = TarIndex.from_bytes(kept)
-        except (ValueError, KeyError, TypeError):
-            index = None
-    if index is not None and (labels is not None or not label.extensions):
-        return Opened(shard, index, labels or _none(index), {})
-    seen: tuple[Signature, int, Callable[[], Signature]] = (
-        shard.signature,
-        time.time_ns(),
-        partial(signature_now, shard),
-    )
+        return kept
+    index = _recalled(shard, cache)
+    seen: Seen = (shard.signature, time.time_ns(), partial(signature_now, shard))
     digests: dict[int, bytes] = {}
     try:
         if index is None or bucket is not None:
@@ -101,10 +95,47 @@ def index_shard(shard: Shard, *, bucket: Bucket | None, label: LabelMember, cach
     members = label.members(index)
     samples = np.flatnonzero(members >= 0)
     found = ((int(sample), int(members[sample]), contents(int(members[sample]))) for sample in samples)
-    labels = json.dumps(label.values(index, found, where)).encode()
-    cache.record(shard.where, _INDEX, index.to_bytes(), seen)
-    cache.record(shard.where, label.what, labels, seen)
-    return Opened(shard, index, labels, digests)
+    opened = Opened(shard, index, json.dumps(label.values(index, found, where)).encode(), digests)
+    keep_index(opened, label, cache, seen)
+    return opened
+
+
+def kept_index(shard: Shard, label: LabelMember, cache: ShardCache) -> Opened | None:
+    """The index of a shard and its labels, where both are kept.
+
+    Args:
+        shard: The shard.
+        label: Where its labels are.
+        cache: Keeps them.
+
+    Returns:
+        Both; None where one is missing.
+    """
+    index, labels = _recalled(shard, cache), cache.recall(shard.where, label.what, shard.signature)
+    if index is None or (labels is None and label.extensions):
+        return None
+    return Opened(shard, index, labels or _none(index), {})
+
+
+def keep_index(opened: Opened, label: LabelMember, cache: ShardCache, seen: Seen) -> None:
+    """Keep the index of a shard and its labels.
+
+    Args:
+        opened: Both.
+        label: Where the labels are.
+        cache: Keeps them.
+        seen: As :meth:`gstds_cache.data.shard_cache.ShardCache.record` wants it.
+    """
+    cache.record(opened.shard.where, _INDEX, opened.index.to_bytes(), seen)
+    cache.record(opened.shard.where, label.what, opened.labels, seen)
+
+
+def _recalled(shard: Shard, cache: ShardCache) -> TarIndex | None:
+    kept = cache.recall(shard.where, _INDEX, shard.signature)
+    try:
+        return None if kept is None else TarIndex.from_bytes(kept)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _none(index: TarIndex) -> bytes:

@@ -34,7 +34,7 @@ class Shard:
     """One tar archive.
 
     Attributes:
-        name: A path, or an object's name below the bucket's location.
+        name: An absolute path, or an object's name below the bucket's location.
         where: How it is named to the user, and in caches: an absolute path, or ``s3://...``.
         signature: What it had when it was found.
         etag: The object's version; empty for a file.
@@ -92,7 +92,8 @@ def find_shards(uri: str, target: str) -> Shards:
     names = list(_expanded(uri, target))
     if target[:5].lower() == "s3://":
         return _in_bucket(uri, names)
-    shards = [Shard(path, os.path.abspath(path), signature_of(path)) for path in _on_disk(uri, names)]  # noqa: PTH100
+    paths = map(os.path.abspath, _on_disk(uri, names))  # a worker elsewhere has another current folder
+    shards = [Shard(path, path, signature_of(path)) for path in paths]
     for shard in shards:
         if shard.signature[0] < 0 or not os.path.isfile(shard.name):  # noqa: PTH113
             got = "no file" if os.path.exists(shard.name) else "nothing there"  # noqa: PTH110

@@ -13,6 +13,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import KINDS, ImageSource
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.files.location import expanded
+from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.progress import Counted
 from gstds_cache.uris import split_query
 
@@ -30,7 +31,7 @@ class _Scheme:
         function: Its function of the name without the query, what stands behind the scheme, and the query.
         parameters: What may stand in the query.
         parts: Whether ``split=train|test`` and ``holdout`` are ours: parts by content; else they are the scheme's own.
-        keeps: Whether the function takes the hash cache as well, beside which it keeps something.
+        keeps: Whether the function takes the hash cache, beside which it keeps something, and an executor as well.
     """
 
     module: str
@@ -62,6 +63,7 @@ def open_source(
     hash_cache: HashCache | None = None,
     progress: Counted | None = None,
     read: bool = True,
+    executor: Executor | None = None,
 ) -> ImageSource:
     """Open a data set.
 
@@ -77,6 +79,7 @@ def open_source(
         progress: Called with (items hashed, items in all) while a split is decided.
         read: Whether files are read for a split; if not, it is an estimate where ``hash_cache`` does not know them
             (:func:`gstds_cache.data.split.split_by_content`).
+        executor: Where tar shards are indexed; None for this process.
 
     Returns:
         The source, with its labels read and no image decoded unless the data set leaves no other way.
@@ -85,7 +88,7 @@ def open_source(
         UsageError: The name is of no known kind, or has a query parameter that its kind does not take.
         DatasetError: What is named does not exist, or is no data set.
     """
-    return open_sources((dataset,), hash_cache=hash_cache, progress=progress, read=read)[0]
+    return open_sources((dataset,), hash_cache=hash_cache, progress=progress, read=read, executor=executor)[0]
 
 
 def open_sources(
@@ -94,6 +97,7 @@ def open_sources(
     hash_cache: HashCache | None = None,
     progress: Counted | None = None,
     read: bool = True,
+    executor: Executor | None = None,
 ) -> tuple[ImageSource, ...]:
     """Open several data sets. Parts of one folder share its listing and the digests of its files.
 
@@ -102,6 +106,7 @@ def open_sources(
         hash_cache: As for :func:`open_source`.
         progress: As for :func:`open_source`.
         read: As for :func:`open_source`.
+        executor: As for :func:`open_source`.
 
     Returns:
         The sources, in order.
@@ -110,7 +115,7 @@ def open_sources(
         UsageError: A name is of no known kind, or has a query parameter that its kind does not take.
         DatasetError: What is named does not exist, or is no data set.
     """
-    opener = _Opener(hash_cache or HashCache(), progress, read)
+    opener = _Opener(hash_cache or HashCache(), progress, read, executor)
     return tuple(map(opener.open, datasets))
 
 
@@ -121,6 +126,7 @@ class _Opener:
     hash_cache: HashCache
     progress: Counted | None
     read: bool
+    executor: Executor | None = None
     wholes: dict[str, ImageSource] = field(default_factory=dict)
 
     def open(self, dataset: object) -> ImageSource:
@@ -165,7 +171,7 @@ class _Opener:
         asked = split_parameters(uri, rest, scheme.parameters, parts=scheme.parts)
         name = f"{base}?{urlencode(own)}" if own else base
         if name not in self.wholes:
-            self.wholes[name] = _open_whole(scheme, uri if asked is None else name, target, own, self.hash_cache)
+            self.wholes[name] = _open_whole(scheme, uri if asked is None else name, target, own, self)
         whole = self.wholes[name]
         if asked is None:
             return whole
@@ -175,11 +181,10 @@ class _Opener:
         )
 
 
-def _open_whole(
-    scheme: _Scheme, uri: str, target: str, params: Mapping[str, str], hash_cache: HashCache
-) -> ImageSource:
-    opener: Callable[..., ImageSource] = getattr(import_module(f"gstds_cache.data.{scheme.module}"), scheme.function)
-    return opener(uri, target, params, hash_cache) if scheme.keeps else opener(uri, target, params)
+def _open_whole(scheme: _Scheme, uri: str, target: str, params: Mapping[str, str], opener: _Opener) -> ImageSource:
+    of_kind: Callable[..., ImageSource] = getattr(import_module(f"gstds_cache.data.{scheme.module}"), scheme.function)
+    own = (opener.hash_cache, opener.executor) if scheme.keeps else ()
+    return of_kind(uri, target, params, *own)
 
 
 def _unknown(base: str) -> UsageError:

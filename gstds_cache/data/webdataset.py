@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,20 +17,19 @@ from gstds_cache.data.containers import Container, if_same
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import IMAGE_EXTENSIONS, MAX_BYTES, Files, printable
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.indexing import index_shards
 from gstds_cache.data.labels import LabelColumn
 from gstds_cache.data.members import LabelMember, image_members
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.data.shard_cache import ShardCache
-from gstds_cache.data.shard_reading import LocalShards, Opened, index_shard
+from gstds_cache.data.shard_reading import LocalShards, Opened
 from gstds_cache.data.shards import Shard, Shards, changed, find_shards, gone, signature_now
 from gstds_cache.errors import DatasetError
 from gstds_cache.files import mapped
 from gstds_cache.files.bucket import ChangedError
 from gstds_cache.files.fetch import Part
+from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.resources import about_us
-
-AT_ONCE = 4
-"""Shards that are indexed at a time."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,7 +130,9 @@ class ShardSource:
         return Part(shard.name, int(self.offset[row]), max(int(self.size[row]), 0), shard.etag)
 
 
-def open_webdataset(uri: str, target: str, params: Mapping[str, str], hash_cache: HashCache) -> ShardSource:
+def open_webdataset(
+    uri: str, target: str, params: Mapping[str, str], hash_cache: HashCache, executor: Executor | None = None
+) -> ShardSource:
     """Open tar shards as the webdataset library, img2dataset, clip-retrieval and NeMo Curator write them.
 
     A sample is the members that follow each other with one key (:mod:`gstds_cache.data.tar_index`); row i is sample i,
@@ -147,6 +147,7 @@ def open_webdataset(uri: str, target: str, params: Mapping[str, str], hash_cache
         target: Which shards (:func:`gstds_cache.data.shards.find_shards`).
         params: ``image``, extensions in the order of preference, e.g. ``jpg;png``; and ``label``.
         hash_cache: Beside it the indices are kept; digests of images that were read meanwhile go there.
+        executor: Where shards are indexed; None for this process.
 
     Returns:
         The source.
@@ -161,13 +162,8 @@ def open_webdataset(uri: str, target: str, params: Mapping[str, str], hash_cache
     label = LabelMember.parse(uri, params.get("label"))
     images, cache = _preferred(params.get("image")), ShardCache(hash_cache.folder)
     table = _Table(uri, shards, images, label, hash_cache)
-    index = partial(index_shard, bucket=shards.bucket, label=label, cache=cache, uri=uri)
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="index")
-    try:
-        for opened in pool.map(index, shards.shards):
-            table.add(opened)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for opened in index_shards(uri, shards, label, cache, executor):
+        table.add(opened)
     return table.source(cache)
 
 

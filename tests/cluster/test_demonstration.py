@@ -37,4 +37,4 @@ def test_a_worker_and_the_driver_are_killed(photos: Path) -> None:
 def test_the_benchmark(tmp_path: Path) -> None:
     result = run(str(BENCHMARKS / "bench_scale.py"), "--smoke", "--out", str(tmp_path / "scale.json"))
     assert result["same rows from both engines"]
-    assert result["ours, Ray, a worker killed"]["finished_shards_made_again"] == 0
+    assert result["a worker killed"]["ours, Ray"]["finished_shards_made_again"] == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,50 @@ def test_other_versions_on_a_worker_are_refused(
     monkeypatch.setattr(executor, "versions", lambda: versions_module.versions() | {"gstds-cache": "0.0.9"})
     with pytest.raises(FingerprintMismatchError, match="gstds-cache: got .*, expected 0.0.9"):
         gstds_cache.embed(f"imagefolder:{photos}", tmp_path / "ray.store", engine="ray", **SETTINGS)
+
+
+def test_workers_index_tar_shards(
+    cluster: LoopbackCluster, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gstds_cache.data import indexing
+
+    files = sorted(photos.rglob("*.png"))
+    for number in range(indexing.SPREAD_FROM):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+            for file in files[number :: indexing.SPREAD_FROM]:
+                shard.add(file, f"{file.parent.name}-{file.name}")
+    dataset = f"webdataset:{tmp_path}/*.tar"
+    time.sleep(2.1)  # what was written this recently is indexed again the next time
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "here"))  # with an index of its own
+    gstds_cache.embed(dataset, tmp_path / "here.store", workers=0, **SETTINGS)
+
+    def not_here(*_: Any, **__: Any) -> None:
+        raise AssertionError("this process indexed a shard")
+
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "ray"))
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "index_shard", not_here)
+        gstds_cache.embed(dataset, tmp_path / "ray.store", engine="ray", **SETTINGS)
+    assert contents(tmp_path / "ray.store") == contents(tmp_path / "here.store")
+    # What the workers found was kept: the next run asks nobody.
+    monkeypatch.setattr(indexing, "IndexAnywhere", not_here)
+    assert gstds_cache.embed(dataset, tmp_path / "ray.store", engine="ray", **SETTINGS).report.cache_hit  # type: ignore[union-attr]
+
+
+def test_a_damaged_tar_shard_has_the_error_of_one_process(cluster: LoopbackCluster, tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.tar").write_bytes(b"no archive" * 200)
+    words: list[str] = []
+    for engine in ("local", "ray"):
+        with pytest.raises(DatasetError) as caught:
+            gstds_cache.embed(f"webdataset:{tmp_path}/*.tar", tmp_path / "store", engine=engine, **SETTINGS)
+        words.append(str(caught.value))
+    assert words[0] == words[1]
+
+
+def test_a_relative_name_means_the_same_to_workers(
+    cluster: LoopbackCluster, photos: Path, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)  # where no worker is
+    gstds_cache.embed(f"imagefolder:{photos.name}", tmp_path / "ray.store", engine="ray", **SETTINGS)
+    assert contents(tmp_path / "ray.store") == contents(here)
