@@ -11,7 +11,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 from images import make_images
-from ray_cluster import LoopbackCluster
+from ray_cluster import LoopbackCluster, want_token
 from s3_api import BUCKET, FaultProxy, S3Server, s3_environment
 from vector_store import vector_store
 
@@ -20,7 +20,9 @@ WITHOUT = "Ray is not installed: pip install 'gstds-cache[ray]'"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out, and count, what needs Ray where there is none."""
-    if find_spec("ray") is None:
+    if find_spec("ray") is not None:
+        want_token()  # whichever test is the first to import ray
+    else:
         for item in items:
             if item.get_closest_marker("ray") is not None:
                 item.add_marker(pytest.mark.skip(reason=WITHOUT))

@@ -15,6 +15,16 @@ SHARED = Path(__file__).parent
 OBJECT_STORE = 80 << 20
 
 
+def want_token() -> None:
+    """Have this process show a token. Ray asks whether to at its import: this comes before it.
+
+    It stays in the environment: drivers that this process starts show it as well.
+    """
+    os.environ.update(
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+    )
+
+
 class LoopbackCluster:
     """Nodes of one core each; the first is the head node.
 
@@ -30,8 +40,7 @@ class LoopbackCluster:
             nodes: How many nodes there are.
             environment: What its processes get besides this one's environment.
         """
-        # The token stays in this process's environment: drivers that it starts show it.
-        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        want_token()
         path = os.pathsep.join([str(SHARED), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Ray's workers are nice (15): beside other work they would get no time at all.
         own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
