@@ -100,7 +100,7 @@ RANDOM = ["dropout", "rare dropout", "noise", "batch mean", "batch norm", "calls
 def test_a_row_that_does_not_depend_on_its_image_alone_is_refused(
     array_source, models, tmp_path, monkeypatch, what: str
 ) -> None:
-    # Eight images, however slow the machine is: of one image in batches of four, rare dropout spared all in 1 of 13 runs.
+    # Eight images, however slow the machine is: of one, in batches of four, rare dropout spared all in 1 of 13 runs.
     monkeypatch.setattr(determinism, "DECODE_SECONDS", 60.0)
     config = config_of(models, what, batch_size=16)
     with pytest.raises(EncoderError, match=r"row \d+ \(item/\d+\) gave two different rows") as caught:
