@@ -2,9 +2,10 @@
 
     python benchmarks/bench_scale.py [FOLDER] [--images 4000]
 
-- Embedding: images/s under way, from when two shards are committed (others: both processes have done a batch), on ours with Ray, ours in one process
-  (``workers=2``), Ray Data's ``map_batches`` with two actors (files read, decoded and embedded in batches, rows written
-  as Parquet), and a pool of two processes that write a file for each partition, as clip-retrieval does. Start-up apart.
+- Embedding: images/s under way, on ours with Ray, ours in one process (``workers=2``), Ray Data's ``map_batches`` with
+  two actors (files read, decoded and embedded in batches, rows written as Parquet), and a pool of two processes that
+  write a file for each partition, as clip-retrieval does. Under way: of ours from when two shards are committed, of the
+  others from when both processes have done a batch. Start-up apart.
 - What a kill costs: one worker is killed half-way; images put through the model again.
 - Selection: batches/s of one node, and of two.
 
@@ -248,7 +249,7 @@ class KillWorker(threading.Thread):
 
 
 def embedding(files: Path, folder: Path, rows: int, trials: int) -> dict[str, Any]:
-    """All ways of embedding in turn, as often as ``trials`` says, then all but the first with a kill; shards of ``rows`` rows."""
+    """All ways of embedding in turn, ``trials`` times, then all but the first with a kill; shards of ``rows`` rows."""
     names = sorted(map(str, files.rglob("*.*")))
     half = len(names) // 2
     ways: dict[str, Callable[[Path], dict[str, Any]]] = {
