@@ -22,7 +22,7 @@ from jaxtyping import Float32, Int, Int32, Int64
 from gstds_cache.auditing.faiss_index import cell_centroids
 from gstds_cache.files import mapped
 from gstds_cache.files.digest import digest_of
-from gstds_cache.runtime.executor import Executor, LocalExecutor
+from gstds_cache.runtime.executor import Executor, LocalExecutor, PickledTask
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.unit_rows import UnitRows
 
@@ -154,8 +154,8 @@ class Lookup:
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
-    """Looks rows up: a task and its own recipe (:class:`gstds_cache.runtime.executor.PortableTask`).
+class Search(PickledTask):
+    """Looks rows up.
 
     Attributes:
         queries: Rows to search for.
@@ -170,8 +170,6 @@ class Search:
     k: int
     own: bool
     device: torch.device
-    cpus = 1
-    gpu = False
     counted = "blocks of rows"
 
     @property
@@ -179,18 +177,6 @@ class Search:
         """What tells this search from others."""
         stores = [[str(rows.store.location), rows.store.fingerprint, len(rows)] for rows in (self.queries, self.base)]
         return digest_of(["search", *stores, self.k])
-
-    def recipe(self) -> Search:
-        """How it is made in another process, which opens the stores itself."""
-        return self
-
-    def open(self) -> Search:
-        """It is made by being unpickled."""
-        return self
-
-    def receive(self, result: Looked) -> Looked:
-        """What another process found is what this one would have."""
-        return result
 
     def __call__(self, units: Sequence[Lookup]) -> Iterator[Looked]:
         """Search.

@@ -16,7 +16,7 @@ from gstds_cache.data.files import Files
 from gstds_cache.data.objects import Objects
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DatasetError, GstdsError
-from gstds_cache.runtime.executor import Executor
+from gstds_cache.runtime.executor import Executor, PickledTask
 from gstds_cache.runtime.resources import about_us
 
 UNREADABLE = bytes(32)
@@ -53,8 +53,8 @@ def hash_item(source: ImageSource, files: Files | None, row: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class HashAnywhere:
-    """Hashes rows of a data set: a task, and its own recipe (:class:`gstds_cache.runtime.executor.PortableTask`).
+class HashAnywhere(PickledTask):
+    """Hashes rows of a data set.
 
     Attributes:
         source: The data set.
@@ -63,21 +63,7 @@ class HashAnywhere:
 
     source: ImageSource
     key: str = field(default_factory=lambda: uuid4().hex)
-    cpus = 1
-    gpu = False
     counted = "blocks of items to hash"
-
-    def recipe(self) -> HashAnywhere:
-        """How it is made in another process."""
-        return self
-
-    def open(self) -> HashAnywhere:
-        """It is made by being unpickled."""
-        return self
-
-    def receive(self, result: Hashed) -> Hashed:
-        """What another process hashed is what this one would have."""
-        return result
 
     def __call__(self, units: Sequence[Int64[np.ndarray, " n"]]) -> Iterator[Hashed]:
         """Hash.

@@ -17,7 +17,7 @@ from gstds_cache.data.shard_cache import ShardCache
 from gstds_cache.data.shard_reading import Opened, index_shard, keep_index, kept_index
 from gstds_cache.data.shards import Shard, Shards, signature_now
 from gstds_cache.errors import DatasetError, IntegrityError
-from gstds_cache.runtime.executor import Executor
+from gstds_cache.runtime.executor import Executor, PickledTask
 
 AT_ONCE = 4
 """Shards that are indexed at a time."""
@@ -26,8 +26,8 @@ SPREAD_FROM = 8
 
 
 @dataclass(frozen=True)
-class IndexAnywhere:
-    """Indexes tar shards: a task, and its own recipe (:class:`gstds_cache.runtime.executor.PortableTask`).
+class IndexAnywhere(PickledTask):
+    """Indexes tar shards.
 
     Attributes:
         uri: The data set, for errors.
@@ -40,21 +40,7 @@ class IndexAnywhere:
     shards: Shards
     label: LabelMember
     key: str = field(default_factory=lambda: uuid4().hex)
-    cpus = 1
-    gpu = False
     counted = "tar shards to index"
-
-    def recipe(self) -> IndexAnywhere:
-        """How it is made in another process."""
-        return self
-
-    def open(self) -> IndexAnywhere:
-        """It is made by being unpickled."""
-        return self
-
-    def receive(self, result: tuple[Opened | None, str]) -> tuple[Opened | None, str]:
-        """What another process indexed is what this one would have."""
-        return result
 
     def __call__(self, units: Sequence[int]) -> Iterator[tuple[Opened | None, str]]:
         """Index.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 R = TypeVar("R")
+T = TypeVar("T")
 Task = Callable[[Sequence[Any]], Iterator[R]]
 
 
@@ -57,6 +58,32 @@ class PortableTask(Protocol):
     def receive(self, result: Any) -> Any:
         """Take in a unit's result that another process computed; returns what the task itself would have yielded."""
         ...
+
+
+class PickledTask:
+    """A portable task that is its own recipe: it is pickled, and what it yields is the same wherever it runs.
+
+    A class that is derived from it has ``key`` and ``counted``, and is called with units.
+
+    Attributes:
+        cpus: Cores that one task uses.
+        gpu: Whether it computes on a GPU.
+    """
+
+    cpus = 1
+    gpu = False
+
+    def recipe(self: T) -> T:
+        """How it is made in another process."""
+        return self
+
+    def open(self: T) -> T:
+        """It is made by being unpickled."""
+        return self
+
+    def receive(self, result: R) -> R:
+        """What another process computed is what this one would have."""
+        return result
 
 
 @runtime_checkable
