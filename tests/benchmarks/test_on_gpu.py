@@ -29,7 +29,7 @@ from gpu_summary import FIGURES, Figure, line, summary  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.lines import read_lines  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
-from benchmarks.study.settings import names  # noqa: E402
+from benchmarks.study.settings import load_setting, names  # noqa: E402
 
 WRITES = "import json, sys; json.dump({'n': 1}, open(sys.argv[1], 'w'))"
 FAILS = f"{WRITES}; print('about to fail'); raise SystemExit('no such thing')"
@@ -295,3 +295,9 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
         "components": [2, 1, 1],
     }
     assert f"correct: {len(checks)} of {len(checks)} checks hold" in done.stdout
+
+
+def test_the_study_can_take_its_embeddings_from_the_store_that_a_part_makes() -> None:
+    words = gpu_parts.PARTS["store"].command
+    studied = {words[1] for words in gpu_study.commands(1) if words[0] == "benchmarks.study"}
+    assert {load_setting(name).model for name in studied} == {words[words.index("--model") + 1]}
