@@ -171,7 +171,7 @@ ALL = (
          needs=("cifar16.npy",), times_the_cpu=True),
     Part("path", script("bench_path.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 100, 45,
          needs=("cifar16.npy",), times_the_cpu=True),
-    # What the trainer's selection is made from, and what the study takes its embeddings from: the model of its settings.
+    # What the trainer selects from, and the study takes its embeddings from: the model of its settings.
     Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
                    "timm:tf_efficientnet_lite0?size=128", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
          instead=(*EMBED, "digits", "--cache", "{out}.store", "--model", "timm:test_resnet", "--allow-untrained",
