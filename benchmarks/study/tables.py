@@ -6,13 +6,15 @@ python -m benchmarks.study.tables --check    # exit code 1 if the document says 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.analysis import OFTEN, Interval, Line, Study
+from benchmarks.study.analysis import OFTEN, Interval, Line, Study, paired
 from benchmarks.study.document import write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
@@ -25,6 +27,9 @@ DRAWN = ("draw:loss-minus-reference", "draw:damped-loss")
 WAYS = {"default": "default", "loss-minus-reference": DRAWN[0], "damped-loss": DRAWN[1]}
 """Of ``gstds-cache advise``, and the methods that are the same."""
 WORTH = "loss-minus-reference"
+SHARING = ("default", *DRAWN)
+SHARES = ((1, "1"), (5, "5"), (20, "20"), (OFTEN, "the cache is there"))
+"""Experiments on one cache."""
 PHASES = ("images", "indices", "step")  # of training
 RIVALS = (
     "random",
@@ -169,29 +174,42 @@ def _verdict(interval: Interval) -> str:
 
 
 def _budgets(study: Study, ratio: float, epochs: int) -> str:
-    """The default with its cache's share counted, against random given the same seconds."""
-    if not study.of("default", ratio, epochs) or not study.of("random", ratio, epochs):
-        return ""
+    """Each method that needs the cache with its share counted, against random given the same seconds."""
     rows = []
-    for experiments, words in ((1, "1"), (5, "5"), (20, "20"), (OFTEN, "the cache is there")):
-        runs = study.of("default", ratio, epochs)
-        equal = study.at_equal_clock("default", "random", ratio, epochs, experiments)
-        rows.append(
-            [
-                words,
-                f"{np.mean([study.clock(line, experiments) for line in runs.values()]):.1f}",
-                "" if equal is None else f"{equal} {_verdict(equal)}",
-            ]
+    for method in SHARING:
+        for budget in sorted({line["epochs"] for line in study.runs if line["method"] == method}):
+            row = _whole_cost(study, method, ratio, budget)
+            rows += [row] if any(row[4:]) else []
+    text = ""
+    if rows:
+        seconds = ("core s, the cache there", "shared by 5")
+        head = ("method", "epochs", *seconds, *(f"minus random: {words}" for _, words in SHARES))
+        text = (
+            "Embedding and probe counted, shared by so many experiments: points ahead of random rows in the same core "
+            f"seconds:\n\n{table(head, rows)}\n\n"
         )
-    text = "The default's whole cost, embedding and probe shared by so many experiments:\n\n"
-    text += table(("experiments", "core s each", "minus random, same seconds"), rows)
+    return (text + _seconds_of_default(study, ratio, epochs)).strip()
+
+
+def _whole_cost(study: Study, method: str, ratio: float, epochs: int) -> list[str]:
+    """A row of the table above; its last cells are empty where random's smallest budget takes longer."""
+    runs = study.of(method, ratio, epochs).values()
+    seconds = [f"{np.mean([study.clock(line, n) for line in runs]):.1f}" for n in (OFTEN, 5)] if runs else ["", ""]
+    equal = [study.at_equal_clock(method, "random", ratio, epochs, experiments) for experiments, _ in SHARES]
+    return [method, str(epochs), *seconds, *("" if one is None else f"{one} {_verdict(one)}" for one in equal)]
+
+
+def _seconds_of_default(study: Study, ratio: float, epochs: int) -> str:
+    """What selecting by the default rule takes, and when the cache has paid for itself against everything."""
     runs, full = study.of("default", ratio, epochs), study.of("full", ratio, epochs)
+    if not runs:
+        return ""
     live = [line["cpu_seconds"]["select"] / line["cpu_seconds"]["train"] for line in runs.values()]
     replayed = [line["seconds"]["indices"] / sum(line["seconds"][p] for p in PHASES) for line in runs.values()]
     seconds = study.score_seconds("probe")
     probe = f"{seconds:.1f} s" if seconds >= 0.1 else "was there"
-    text += (
-        f"\n\nEmbedding once: {study.embed_seconds:.0f} core s; the probe: {probe}. Selection takes "
+    text = (
+        f"Embedding once: {study.embed_seconds:.0f} core s; the probe: {probe}. Selection takes "
         f"{100 * np.mean(live):.1f} % of training time live, {100 * np.mean(replayed):.1f} % replayed from a file."
     )
     if full:
@@ -218,8 +236,7 @@ def _rivals(study: Study, ours: str, ratio: float, epochs: int) -> str:
     for rival in RIVALS:
         there = study.at_equal_clock(rival, ours, ratio, epochs) if study.of(ours, ratio, epochs) else None
         if there is not None:
-            turned = Interval(-there.mean, -there.high, -there.low, there.seeds, there.beyond)
-            rows.append([rival, str(turned), turned.verdict])
+            rows.append([rival, str(-there), (-there).verdict])
     if not rows:
         return ""
     name = "The default" if ours == "default" else f"`{ours}`"
@@ -266,6 +283,25 @@ def agrees(advised: str | None, networks: dict[str, Interval | None]) -> bool | 
     return True if interval.low > 0 else False if interval.high < 0 else None
 
 
+def all_intervals(study: Study) -> set[Interval]:
+    """Every difference that can be quoted: of any two methods and budgets, and of any two at equal seconds."""
+    runs: dict[tuple[str, float, int], dict[int, float]] = {}
+    for line in study.runs:
+        ratio = math.nan if line["method"] == "full" else line["ratio"]
+        runs.setdefault((line["method"], ratio, line["epochs"]), {})[line["seed"]] = line["test_accuracy"]
+    found = set()
+    for a, b in permutations(runs, 2):
+        seeds = runs[a].keys() & runs[b].keys()
+        if seeds and (a[1] == b[1] or "full" in {a[0], b[0]}):
+            found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
+    for method, ratio, epochs in runs:
+        for reference in {one for one, _, _ in runs} - {method, "full"}:
+            for experiments, _ in SHARES if reference == "random" else SHARES[-1:]:
+                equal = study.at_equal_clock(method, reference, ratio, epochs, experiments)
+                found |= {equal, -equal} if equal is not None else set()
+    return found
+
+
 def hours(studies: Sequence[Study]) -> str:
     """Hours of compute behind the lines."""
     paid = sum(sum(line["cpu_seconds"].values()) for study in studies for line in study.runs)
@@ -308,8 +344,8 @@ def render(results: Path = RESULTS) -> str:
     """The whole text between the markers."""
     studies = studies_of(results)
     note = (
-        "Differences are in points, paired by seed, with 95 % bootstrap intervals over seeds; a star marks comparisons "
-        "in which random's (or the default's) largest budget took less time than the method, and was taken."
+        "Differences are in points, paired by seed, with 95 % intervals over seeds (Student's t); a star marks "
+        "comparisons in which random's (or the default's) largest budget took less time than the method, and was taken."
     )
     parts = [hours(list(studies.values())), note, advice_table(studies)]
     return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])

@@ -14,7 +14,6 @@ import numpy as np
 
 from benchmarks.study.document import write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
-from benchmarks.study.screen import VARIANTS
 from benchmarks.study.tables import table
 from benchmarks.study.variants import PREFIX
 
@@ -22,13 +21,11 @@ BEGIN, END = "<!-- variants:begin (python -m benchmarks.study.variant_tables) --
 FOLDER = RESULTS / "variants"
 SETTING = "cifar10-validation"
 PLAIN = "form=subtract"
-MORE = {f"{form}strata={count}" for form in ("", "form=uniform+") for count in (1, 32, 128)}
-MORE |= {PLAIN, "form=uniform", "graph=dense", "form=uniform+graph=dense", "guidance=uncertainty", "rest=16"}
-MORE |= {"form=uniform+step=16+strata=1", "step=16"}
-MORE |= {f"{form}impute={how}" for form in ("", "form=damped+") for how in ("batch", "mean", "chance", "none")}
+DEFAULTS = {PLAIN, "strata=8", "impute=both", ""}
+BEFORE = "impute=none"  # the default once; variants that were run again without it are shown as they are now
 OWN = {"random": "form=uniform+strata=1", "draw:uniform": "form=uniform", "draw:loss": "form=loss"}
 OWN |= {"draw:loss-minus-reference": PLAIN, "draw:damped-loss": "form=damped"}
-LIKE = {"strata=1", "impute=none"}  # what a variant is compared with has these, where it has
+LIKE = {"strata=1", BEFORE}  # what a variant is compared with has these, where it has
 Cell = dict[int, float]  # seed: accuracy in %
 
 
@@ -43,7 +40,7 @@ def key_of(line: dict[str, Any]) -> str:
 
 
 def _sorted(parts: set[str]) -> str:
-    return "+".join(sorted(parts - {PLAIN, "strata=8", ""})) or PLAIN
+    return "+".join(sorted(parts - DEFAULTS)) or PLAIN
 
 
 def cells(results: Path = FOLDER) -> dict[tuple[str, float], dict[str, Cell]]:
@@ -75,12 +72,13 @@ def render(results: Path = FOLDER) -> str:
     found = cells(results)
     columns = sorted(found)
     rows = []
-    asked = {_sorted({*name.split("+"), "strata=1"}) for name in VARIANTS} | MORE
-    for name in sorted(asked.union(*found.values())):
+    names = {name for column in found.values() for name in column}
+    again = {_sorted({*name.split("+"), BEFORE}) for name in names if BEFORE not in name} - {BEFORE}
+    for name in sorted(names - again):
         row = [f"`{name}`"]
         for column in columns:
             like, made = LIKE & {*name.split("+")}, found[column]
-            row.append(shown(made.get(name), made.get(_sorted(like)) or made.get(_sorted(like | {"impute=none"}))))
+            row.append(shown(made.get(name), made.get(_sorted(like)) or made.get(_sorted(like | {BEFORE}))))
         rows.append(row)
     return table(["variant", *(f"{stem}, rate {lr:g}" for stem, lr in columns)], rows)
 

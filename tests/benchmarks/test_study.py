@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,13 +18,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
-from benchmarks.study.analysis import OFTEN, Study, bootstrap  # noqa: E402
+from benchmarks.study.analysis import OFTEN, Study, paired  # noqa: E402
 from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
-from benchmarks.study.lines import append, read_lines  # noqa: E402
+from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
 from benchmarks.study.runs import Task  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
-from benchmarks.study.tables import BEGIN, END, render  # noqa: E402
+from benchmarks.study.tables import BEGIN, END, all_intervals, render, studies_of  # noqa: E402
 from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
@@ -91,14 +92,11 @@ def test_tasks_are_interleaved_seed_by_seed_and_full_runs_once() -> None:
 
 
 def test_intervals_are_of_paired_differences() -> None:
-    interval = bootstrap([0.01, 0.02, 0.03])
-    assert interval.mean == pytest.approx(2.0)
-    assert 1.0 <= interval.low < interval.mean < interval.high <= 3.0
-    assert (interval.verdict, bootstrap([-0.01, 0.01, 0.02]).verdict, bootstrap([-0.01] * 5).verdict) == (
-        "ahead",
-        "not told apart",
-        "behind",
-    )
+    interval = paired([0.01, 0.02, 0.03])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2.0 - 2.4841, 2.0 + 2.4841), abs=1e-4)
+    verdicts = [paired(values).verdict for values in ([0.02, 0.021, 0.022], [0.01, 0.02, 0.03], [-0.01] * 5, [0.1] * 2)]
+    assert verdicts == ["ahead", "not told apart", "behind", "too few seeds"]
+    assert str(paired([0.01])) == "+1.00 [one seed]"
     study = Study((line("a", 0, 0.9, 1), line("a", 1, 0.8, 1), line("b", 1, 0.7, 1), line("b", 0, 0.85, 1)))
     assert study.difference("a", "b", 0.75, 8).mean == pytest.approx(7.5)
     assert study.difference("a", "full", 0.75, 8) is None
@@ -248,3 +246,20 @@ def test_the_demo_says_what_to_expect_of_so_few_images(tmp_path) -> None:
     text = demo.what_to_expect(lines, tmp_path)
     assert text.startswith(few)
     assert "drawn by training losses reached 65.0 %, a random quarter 60.0 %" in text
+
+
+def test_intervals_in_prose_are_those_of_the_lines() -> None:
+    one = r"([+-]?\d+\.\d+)"
+    quoted = {
+        (document, *(part.lstrip("+") for part in match.groups()))
+        for document in ("README.md", "docs/method.md")
+        for match in re.finditer(rf"{one}\s\[{one},\s+{one}\]", (ROOT / document).read_text().split(BEGIN)[0])
+    }
+    assert len(quoted) > 30
+    known = {
+        tuple(f"{end:.{digits}f}" for end in (interval.mean, interval.low, interval.high))
+        for study in studies_of(RESULTS).values()
+        for interval in all_intervals(study)
+        for digits in (1, 2)
+    }
+    assert {one for one in quoted if one[1:] not in known} == set()

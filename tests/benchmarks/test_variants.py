@@ -195,16 +195,20 @@ def test_lines_of_the_study_and_of_the_screen_are_named_alike(tmp_path) -> None:
         "draw:loss-minus-reference": "form=subtract",
         "draw:loss-minus-reference^1/none": "guidance=none+strata=1",
         "variant:strata=1+power=2": "power=2+strata=1",
+        "variant:impute=both": "form=subtract",
     }
     assert {method: variant_tables.key_of(line(method, 0, 0.5)) for method in names} == names
     assert variant_tables.key_of({"kind": "screen", "variant": "form=subtract"}) == "strata=1"
     for seed, gain in enumerate((0.01, 0.03)):
         append(tmp_path / "cifar10-validation.jsonl", line("draw:loss-minus-reference^1", seed, 0.5))
         append(tmp_path / "cifar10-validation.jsonl", line("variant:strata=1+power=2", seed, 0.5 + gain))
+    append(tmp_path / "cifar10-validation.jsonl", line("variant:strata=1+impute=none+power=2", 0, 0.4))
+    append(tmp_path / "cifar10-validation.jsonl", line("variant:strata=1+impute=none+c=2", 0, 0.45))
     text = variant_tables.render(tmp_path)
     assert "| `power=2+strata=1` | 52.00 (+2.00 ± 1.00), 2 |" in text
     assert "| `strata=1` | 50.00, 2 |" in text
-    assert "| `rest=16` |  |" in text
+    assert "`c=2+impute=none+strata=1` | 45.00, 1" in text
+    assert "`impute=none+power=2+strata=1`" not in text  # run again since
 
 
 def test_the_document_has_the_table_of_the_lines() -> None:
