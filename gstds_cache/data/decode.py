@@ -154,7 +154,7 @@ def header_size(data: bytes) -> tuple[int, int, str]:
         try:
             with Image.open(io.BytesIO(data), formats=_formats_of(data)) as image:
                 return *image.size, image.format or ""
-        except Exception as error:
+        except Exception as error:  # Anything, as above.
             if about_us(error):
                 raise
             raise UndecodableError(_UNKNOWN) from None
