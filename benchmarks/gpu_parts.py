@@ -177,7 +177,7 @@ ALL = (
          instead=(*EMBED, "digits", "--cache", "{out}.store", "--model", "timm:test_resnet", "--allow-untrained",
                   "--device", "cpu", "--json"), read=read_last_line),
     Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
-                           "--seconds", "{seconds}"), 100, 40, needs=("cifar10",),
+                           "--seconds", "{seconds}"), 170, 40, needs=("cifar10",),
          optional=("cifar10.store", "--store", "{data}/cifar10.store")),
     Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
     sanitizer("memcheck"),
