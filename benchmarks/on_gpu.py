@@ -133,11 +133,12 @@ def told(words: list[str]) -> str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a part and what it started: asked first, killed after ``GRACE`` seconds.
+    """End a part and what it started: interrupted, asked, killed, ``GRACE`` seconds apart.
 
-    The group is killed even where its first process has ended: that one's children are in it.
+    Interrupted, pytest tells of the tests that have failed by then. The group is killed even where its first process
+    has ended: that one's children are in it.
     """
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+    for number, patience in ((signal.SIGINT, GRACE), (signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         if process.poll() is None:
             signal_group(process.pid, number)
             try:

@@ -20,6 +20,7 @@ from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.files.derived import cache_root
 from gstds_cache.graph.neighbors import normalized_rows
+from gstds_cache.runtime.threads import cores
 from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.training.augment import to_input
@@ -54,11 +55,15 @@ class StudyData:
 
     @cached_property
     def train_feed(self) -> ImageFeed:
-        return ImageFeed(self.train, side=self.setting.image_size, memory_budget=4 << 30, workers=0)
+        return self._decoded(self.train)
 
     @cached_property
     def test_feed(self) -> ImageFeed:
-        return ImageFeed(self.test, side=self.setting.image_size, memory_budget=4 << 30, workers=0)
+        return self._decoded(self.test)
+
+    def _decoded(self, source: ImageSource) -> ImageFeed:
+        workers = 0 if self.device == "cpu" else cores()  # beside a GPU most of a visit would be decoding
+        return ImageFeed(source, side=self.setting.image_size, memory_budget=4 << 30, workers=workers)
 
     @property
     def location(self) -> Path:

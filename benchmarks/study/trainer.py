@@ -29,6 +29,7 @@ from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
+from gstds_cache.training.device_images import DeviceImages, gather
 from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed
@@ -67,7 +68,7 @@ class StudyTrainer(Trainer):
             self._steps = StepReader(stream, remainder=remainder_of(stream.header), feedback=feedback)
 
     def open_feed(self) -> ImageFeed:
-        return self._given_feed
+        return self._given_feed if self.device.type == "cpu" else OnDevice(self._given_feed, self.device)
 
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
@@ -122,6 +123,15 @@ class StudyTrainer(Trainer):
             self._after_epoch(self.network)
             self.network.train()
             self.seconds["eval"] += time.perf_counter() - begun
+
+
+class OnDevice(DeviceImages):
+    """Images that were decoded once, on the device of one run."""
+
+    def __init__(self, decoded: ImageFeed, device: torch.device) -> None:
+        vars(self).update(vars(decoded))
+        self.images = decoded._pixels.to(device).permute(0, 2, 3, 1).contiguous()
+        self._pixels, self._pin, self.gather = self.images.permute(0, 3, 1, 2), False, gather
 
 
 def reestimated(network: nn.Module, feed: ImageFeed, config: TrainConfig) -> nn.Module:

@@ -26,7 +26,7 @@ from gstds_cache.data.workers import Filled, Pool
 from gstds_cache.embedding.jpeg_reader import Item
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import UsageError
-from gstds_cache.runtime.devices import own_stream
+from gstds_cache.runtime.devices import own_stream, to_device
 from gstds_cache.runtime.resources import out_of_memory
 
 PART = 64
@@ -37,6 +37,8 @@ DECODES_AHEAD = 3
 """Parts that wait for the device's decoder or are in it, while the part before is resized."""
 HELD = 2
 """Parts that are being resized on the device while the next is: their images' memory is still in use."""
+TOGETHER = 24 << 20
+"""Bytes of decoded images of one size that are resized together; in float32 they take four times as many."""
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
@@ -157,13 +159,13 @@ class DeviceBatches(PixelBatches):
             if not len(batch.pixels):
                 batch.pixels = torch.zeros((len(batch.rows), *self._shape), device=self._device)
             by_pillow: dict[int, torch.Tensor] = {}
+            decoded: list[tuple[int, torch.Tensor, int]] = []
             for place, (item, image) in enumerate(zip(items, images, strict=True), start):
                 row = batch.rows[place]
                 if item.reason:
                     batch.failures[row] = item.reason
                 elif image is not None:
-                    batch.pixels[place].copy_(self._preprocessing.resized(upright(image, item.orientation)))
-                    batch.on_device += 1
+                    decoded.append((place, image, item.orientation))
                 elif item.orientation:  # Its header promised more than the device could decode.
                     try:
                         with decoding_as(Decoding(max_pixels=self._preprocessing.max_pixels)):
@@ -173,10 +175,27 @@ class DeviceBatches(PixelBatches):
                         batch.failures[row] = error.reason
                 else:
                     by_pillow[place] = memory[item.offset : item.offset + item.size].view(self._shape)
+            self._resize(batch, decoded)
             self._place_pixels(batch, by_pillow)
             if self._resizing_stream is not None:
                 self._held.append((self._resizing_stream.record_event(), images))
         self._let_go(HELD)
+
+    def _resize(self, batch: PendingBatch, decoded: Sequence[tuple[int, torch.Tensor, int]]) -> None:
+        """Resize decoded images (place in the batch, image, EXIF's orientation), those of one size together.
+
+        One by one, starting operations takes the host longer than the device takes to carry them out.
+        """
+        for alike in alike_images(decoded):
+            places = [place for place, _, _ in alike]
+            (_, first, orientation), *others = alike
+            images = torch.stack([image for _, image, _ in alike]) if others else first[None]
+            values = self._preprocessing.resized(upright(images, orientation))
+            if others:
+                batch.pixels.index_copy_(0, to_device(torch.tensor(places), self._device), values)
+            else:
+                batch.pixels[places[0]].copy_(values[0])
+            batch.on_device += len(alike)
 
     def _place_pixels(self, batch: PendingBatch, pixels: dict[int, torch.Tensor]) -> None:
         """Put Pillow's pixels in their places, by one copy to the device."""
@@ -248,14 +267,34 @@ def _operator(device: torch.device) -> Callable[[list[torch.Tensor]], list[torch
     return lambda files: [torch.ops.image.decode_jpeg(file, _RGB, False) for file in files]
 
 
-def upright(image: UInt8[torch.Tensor, "3 H W"], orientation: int) -> UInt8[torch.Tensor, "3 h w"]:
-    """Turn an image as EXIF's ``orientation`` (1 to 8) says: what Pillow's ``exif_transpose`` does, on any device."""
+def alike_images(
+    decoded: Sequence[tuple[int, torch.Tensor, int]],
+) -> list[list[tuple[int, torch.Tensor, int]]]:
+    """Groups of images (place, image, orientation) of one size and orientation, of at most ``TOGETHER`` bytes each.
+
+    Which images are resized together changes no bit of them.
+    """
+    groups: list[list[tuple[int, torch.Tensor, int]]] = []
+    last: dict[tuple[torch.Size, int], list[tuple[int, torch.Tensor, int]]] = {}  # which still has room
+    for one in decoded:
+        _, image, orientation = one
+        kind = (image.shape, orientation)
+        group = last.get(kind)
+        if group is None or (len(group) + 1) * image.numel() > TOGETHER:
+            group = last[kind] = []
+            groups.append(group)
+        group.append(one)
+    return groups
+
+
+def upright(images: UInt8[torch.Tensor, "*n 3 H W"], orientation: int) -> UInt8[torch.Tensor, "*n 3 h w"]:
+    """Turn images as EXIF's ``orientation`` (1 to 8) says: what Pillow's ``exif_transpose`` does, on any device."""
     if orientation in {5, 7}:
-        image = image.transpose(1, 2)
+        images = images.transpose(-2, -1)
     if orientation in {2, 4}:
-        return image.flip(2 if orientation == 2 else 1)
+        return images.flip(-1 if orientation == 2 else -2)
     turns = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
-    return torch.rot90(image, turns, (1, 2)) if turns else image
+    return torch.rot90(images, turns, (-2, -1)) if turns else images
 
 
 def device_decoder_version(device: torch.device) -> str:

@@ -119,36 +119,36 @@ class Preprocessing:
         cropped = tvf.center_crop(resized, list(self.crop))
         return torch.from_numpy(np.asarray(cropped, dtype=np.uint8).transpose(2, 0, 1).copy())
 
-    def resized(self, image: UInt8[torch.Tensor, "3 H W"]) -> Float32[torch.Tensor, "3 h w"]:
-        """Resize and crop a decoded image on its device; :meth:`pixels` for what no Pillow has seen.
+    def resized(self, images: UInt8[torch.Tensor, "n 3 H W"]) -> Float32[torch.Tensor, "n 3 h w"]:
+        """Resize and crop decoded images of one size on their device; :meth:`pixels` for what no Pillow has seen.
 
         Values differ from Pillow's by its rounding between columns and rows; they are not rounded at all here.
 
         Args:
-            image: RGB, upright, on any device.
+            images: RGB, upright, on any device.
 
         Returns:
-            float32 [3, h, w] in about 0..255 (a bicubic filter exceeds that), h and w as in ``crop``.
+            float32 [n, 3, h, w] in about 0..255 (a bicubic filter exceeds that), h and w as in ``crop``.
         """
-        height, width = image.shape[1:]
+        height, width = images.shape[2:]
         if isinstance(self.resize, int):
             cut = max(height, width) - self.max_aspect * min(height, width)
             if cut > 0 and width > height:
-                image = image[:, :, cut // 2 : cut // 2 + self.max_aspect * height]
+                images = images[..., cut // 2 : cut // 2 + self.max_aspect * height]
             elif cut > 0:
-                image = image[:, cut // 2 : cut // 2 + self.max_aspect * width]
-            height, width = image.shape[1:]
+                images = images[..., cut // 2 : cut // 2 + self.max_aspect * width, :]
+            height, width = images.shape[2:]
             longer = int(self.resize * max(height, width) / min(height, width))
             size = (longer, self.resize) if height > width else (self.resize, longer)
         else:
             size = self.resize
-        values = image.to(torch.float32)
+        values = images.to(torch.float32)
         if (height, width) != size:
-            values = interpolate(values[None], size, mode=self.interpolation, antialias=True)[0]
+            values = interpolate(values, size, mode=self.interpolation, antialias=True)
         top, left = (round((length - crop) / 2) for length, crop in zip(size, self.crop, strict=True))
         if top < 0 or left < 0:
             return torch.as_tensor(tvf.center_crop(values, list(self.crop)))  # which fills up with black
-        return values[:, top : top + self.crop[0], left : left + self.crop[1]]
+        return values[..., top : top + self.crop[0], left : left + self.crop[1]]
 
 
 def without_ends(image: Image.Image, max_aspect: int) -> Image.Image:

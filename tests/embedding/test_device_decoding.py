@@ -18,7 +18,7 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding import decoding, device_decoding, jpeg_reader
 from gstds_cache.embedding.check import check_sample
-from gstds_cache.embedding.device_decoding import decode_jpegs, upright
+from gstds_cache.embedding.device_decoding import alike_images, decode_jpegs, upright
 from gstds_cache.embedding.jpeg import Jpeg, device_jpeg
 from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
@@ -173,7 +173,7 @@ def test_resized_pixels_are_torchvisions_and_almost_pillows(size, resize, interp
     ours = Preprocessing(resize=resize, crop=(28, 28), interpolation=interpolation)
     image = photograph(*size)
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    got = ours.resized(pixels)
+    (got,) = ours.resized(pixels[None])
     assert (got.shape, got.dtype) == ((3, 28, 28), torch.float32)
     if max(size) <= 16 * min(size):
         filter_ = InterpolationMode(interpolation)
@@ -184,11 +184,45 @@ def test_resized_pixels_are_torchvisions_and_almost_pillows(size, resize, interp
     assert float(difference.max()) <= 3
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_image_resized_with_others_of_its_size_has_the_same_bits(interpolation, orientation, device) -> None:
+    ours = Preprocessing(resize=60, crop=(56, 56), interpolation=interpolation)
+    images = [torch.from_numpy(np.asarray(photograph(130, 90, n)).transpose(2, 0, 1).copy()) for n in range(9)]
+    stacked = upright(torch.stack(images).to(device), orientation)
+    alone = [ours.resized(upright(image.to(device)[None], orientation))[0] for image in images]
+    assert torch.equal(ours.resized(stacked), torch.stack(alone))
+
+
+def test_images_are_alike_by_size_and_orientation_and_not_too_many(monkeypatch) -> None:
+    wide, tall = torch.zeros((3, 4, 6), dtype=torch.uint8), torch.zeros((3, 6, 4), dtype=torch.uint8)
+    decoded = [(5, wide, 1), (6, tall, 1), (7, wide, 1), (8, wide, 6), (9, wide, 1), (10, wide, 1)]
+
+    def places() -> list[list[int]]:
+        return [[place for place, _, _ in group] for group in alike_images(decoded)]
+
+    assert places() == [[5, 7, 9, 10], [6], [8]]
+    monkeypatch.setattr(device_decoding, "TOGETHER", 2 * wide.numel())
+    assert places() == [[5, 7], [6], [8], [9, 10]]
+    monkeypatch.setattr(device_decoding, "TOGETHER", 1)  # an image alone, whatever it takes
+    assert places() == [[5], [6], [7], [8], [9], [10]]
+
+
 def test_a_crop_larger_than_the_image_is_filled_up_with_black() -> None:
     ours = Preprocessing(resize=20, crop=(32, 32))
     image = photograph(40, 20)
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    got = ours.resized(pixels)
+    (got,) = ours.resized(pixels[None])
     assert bool((got[:, :6] == 0).all())
     assert float((got.round() - ours.pixels(image).float()).abs().max()) <= 3
 

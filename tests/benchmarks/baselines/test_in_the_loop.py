@@ -22,7 +22,7 @@ from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
 from benchmarks.study.baselines.seta import SeTa  # noqa: E402
-from benchmarks.study.trainer import train_once  # noqa: E402
+from benchmarks.study.trainer import OnDevice, StudyTrainer, train_once  # noqa: E402
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
 from gstds_cache.embedding.run import embed_dataset  # noqa: E402
 from gstds_cache.encoders.factory import packaged_weights  # noqa: E402
@@ -73,6 +73,18 @@ def test_a_forward_pass_for_the_choice_is_counted_apart(source, everything, tmp_
     plain, forward_samples = run(source, everything, tmp_path / "plain")
     assert (forward_samples, plain.gradient_samples) == (0, ITEMS * EPOCHS)
     assert "choose" not in plain.seconds
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_images_on_a_runs_device_give_the_same_run(source, everything, tmp_path, monkeypatch, chooses: bool) -> None:
+    def method() -> RhoLoss | None:
+        return RhoLoss(np.zeros(ITEMS, np.float32), 0.75) if chooses else None
+
+    run(source, everything, tmp_path / "host", method=method())
+    monkeypatch.setattr(StudyTrainer, "open_feed", lambda self: OnDevice(self._given_feed, self.device))
+    run(source, everything, tmp_path / "device", method=method())
+    theirs, ours = network(tmp_path / "host"), network(tmp_path / "device")
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
 
 
 def test_a_method_that_keeps_everything_is_plain_training(source, everything, tmp_path) -> None:
