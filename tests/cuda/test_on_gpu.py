@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from emulated import WHY_NOT, EmulatedKernels
+from no_sync import forbid_waiting
 from sklearn.datasets import load_digits
 
 from gstds_cache.cuda import build, launch
@@ -145,11 +146,11 @@ def test_nothing_waits_for_the_device():
     graph_stack(x, 10)
     solve_stack(graph_stack(x, 10), 1, **OPTIONS)  # compiled, and the start is on the device
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        forbid_waiting(True)
         solve_stack(graph_stack(x, 10), 1, **OPTIONS)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        forbid_waiting(False)
 
 
 @pytest.mark.parametrize("rule", ["cells-squared", "extremes", "coverage", "gap"])

@@ -19,6 +19,7 @@ import numpy as np
 import offered
 import pytest
 import torch
+from no_sync import forbid_waiting
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -460,22 +461,22 @@ def test_the_small_network_has_two_million_parameters_and_learns(array_source, s
 def test_no_step_waits_for_the_gpu(source, selection, tmp_path, images) -> None:
     class Strict(Trainer):
         def _key_random_numbers(self) -> None:
-            torch.cuda.set_sync_debug_mode("error" if self.step else "default")  # the first step warms up
+            forbid_waiting(self.step > 0)  # the first step warms up
             super()._key_random_numbers()
 
         def _show_progress(self) -> None:
-            torch.cuda.set_sync_debug_mode("default")
+            forbid_waiting(False)
             super()._show_progress()
 
         def end_epoch(self, epoch: int) -> None:
-            torch.cuda.set_sync_debug_mode("default")
+            forbid_waiting(False)
             super().end_epoch(epoch)
 
     config = replace(CONFIG, device="cuda", images=images, norm_samples=32)
     try:
         result = run(source, selection, tmp_path / "run", config, kind=Strict, evaluation=source)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        forbid_waiting(False)
     assert result.steps == 12
     assert result.seconds_per_sample is not None
     assert all(bool(values.isfinite().all()) for values in state(tmp_path / "run")["network"].values())
