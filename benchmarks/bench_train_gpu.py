@@ -3,9 +3,12 @@
     python benchmarks/bench_train_gpu.py imagefolder:cifar/train imagefolder:cifar/test [--store STORE] [--seconds 70]
 
 Throughput: samples a second of warm steps, ``conv7`` and ResNet-18 at 32 pixels, each also compiled. The bare loop
-draws its rows and random numbers on the device, logs nothing and saves nothing. Accuracy: ``conv7`` by the recipe of
-docs/trainers.md, seconds and test accuracy: the bare loop, the trainer on all rows, and the trainer on a selection of
-half of each batch (needs ``--store``, the embedded training set), in as many epochs and in as many steps.
+draws its rows and random numbers on the device, logs nothing and saves nothing. ``behind`` is for how many of its steps
+the host had to wait for the device at the end: where that is none or one, the host was what took the time.
+
+Accuracy: ``conv7`` by the recipe of docs/trainers.md, seconds and test accuracy: the bare loop, the trainer on all
+rows, and the trainer on a selection of half of each batch (needs ``--store``, the embedded training set), in as many
+epochs and in as many steps.
 
 Parts are measured until ``--seconds`` are over, the most important first. What was left out is named in the result,
 which is written to ``--out`` after every part. Decoded images stay in the temporary directory for the next run.
@@ -131,7 +134,7 @@ class TimedTrainer(Trainer):
     """The trainer, with the images it is given, timed from the first warm step to the last one's end."""
 
     given: DeviceImages
-    begun = ended = 0.0
+    begun = ended = asked = 0.0
     samples = 0
 
     def open_feed(self) -> ImageFeed:
@@ -146,6 +149,7 @@ class TimedTrainer(Trainer):
 
     def _save(self) -> None:
         if self.step == self._steps.total and not self.ended:
+            self.asked = time.perf_counter()
             self._wait()
             self.ended = time.perf_counter()
         super()._save()
@@ -172,8 +176,8 @@ def run_trainer(data: Data, selection: Path, config: TrainConfig) -> tuple[Timed
             return trainer, time.perf_counter() - begun, result.seconds
 
 
-def run_bare(data: Data, config: TrainConfig, batch: int, steps: int) -> tuple[nn.Module, float, float]:
-    """The bare loop: the network, seconds of its warm steps, and of all of them."""
+def run_bare(data: Data, config: TrainConfig, batch: int, steps: int) -> tuple[nn.Module, float, float, float]:
+    """The bare loop: the network, seconds of its warm steps, of all of them, and of the wait for the device after."""
     device, classes = data.device, int(data.labels.max()) + 1
     network = build_network(config.arch, classes=classes, side=SIDE, seed=config.seed)
     network = network.to(device).to(memory_format=torch.channels_last).train()
@@ -206,9 +210,10 @@ def run_bare(data: Data, config: TrainConfig, batch: int, steps: int) -> tuple[n
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    asked = time.perf_counter()
     data.wait()
     ended = time.perf_counter()
-    return network, ended - warm, ended - begun
+    return network, ended - warm, ended - begun, ended - asked
 
 
 def drawn(items: int, batch: int, device: torch.device) -> Iterator[Tensor]:
@@ -220,17 +225,20 @@ def drawn(items: int, batch: int, device: torch.device) -> Iterator[Tensor]:
 def throughput(data: Data, config: TrainConfig, batch: int, steps: int, trials: int) -> dict[str, Any]:
     """Samples a second of both, in turn."""
     rates: dict[str, list[float]] = {"bare": [], "trainer": []}
+    behind: dict[str, list[float]] = {"bare": [], "trainer": []}
     phases: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         selection = write_everything(Path(folder) / "all.arrow", len(data.labels), batch, 1, steps)
 
         def bare() -> None:
-            _, warm, _ = run_bare(data, config, batch, steps)
+            _, warm, _, waited = run_bare(data, config, batch, steps)
             rates["bare"].append((steps - WARM) * batch / warm)
+            behind["bare"].append(waited / warm * (steps - WARM))
 
         def trainer() -> None:
             made, _, seconds = run_trainer(data, selection, config)
             rates["trainer"].append(made.samples / (made.ended - made.begun))
+            behind["trainer"].append((made.ended - made.asked) / (made.ended - made.begun) * (steps - WARM))
             phases.append(seconds)
 
         seconds = interleaved(trials, bare=bare, trainer=trainer)
@@ -243,6 +251,7 @@ def throughput(data: Data, config: TrainConfig, batch: int, steps: int, trials: 
         "steps": steps,
         "samples_per_second": {name: spread(values[1:]) for name, values in rates.items()},
         "trainer_over_bare": spread(ratios),
+        "behind": {name: spread(values[1:]) for name, values in behind.items()},
         "whole_runs_seconds": seconds,
         "phases_of_the_first_run": phases[0],
         "phases_of_the_last_run": phases[-1],
@@ -263,7 +272,7 @@ def accuracy(
         for seed in range(trials):
             own = replace(config, seed=seed)
             torch.manual_seed(seed)
-            network, _, seconds = run_bare(data, own, batch, epochs * steps)
+            network, _, seconds, _ = run_bare(data, own, batch, epochs * steps)
             runs["bare"].append((seconds, data.accuracy(network)))
             trainer, seconds, _ = run_trainer(data, everything, own)
             runs["trainer"].append((seconds, data.accuracy(trainer.network)))
