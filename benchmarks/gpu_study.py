@@ -1,6 +1,6 @@
 """CIFAR-10 on a GPU: every method of the study, each with its best of three learning rates. A part of ``on_gpu.py``.
 
-    python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 12]
+    python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 8]
 
 ``conv7`` for 16 epochs: random, the draws and everything first, their rates (on a fifth of the training set, held out),
 then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; a seed of ResNet-18 for 30 epochs; the
@@ -62,7 +62,7 @@ def main() -> int:
     made.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu/study"))
     made.add_argument("--seconds", type=float, default=300.0)
     made.add_argument("--seeds", type=int, default=10)
-    made.add_argument("--jobs", type=int, default=12)
+    made.add_argument("--jobs", type=int, default=8)
     made.add_argument("--device", default="cuda")
     made.add_argument("--smoke", action="store_true", help="letters, two methods, on the CPU")
     arguments = made.parse_args()

@@ -43,7 +43,7 @@ from gstds_cache.stream.writer import header_of, write_file
 from gstds_cache.training.feedback import Feedback
 
 K_CENTRE_DIMS = 64
-CURVES = ("full", "random", "default")  # methods tested after each epoch too, outside of the clock
+CURVES = ("full", "random", "default")  # tested after each epoch too, outside of the clock; not where a GPU is lent
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         def after_epoch(network: nn.Module) -> None:
             nonlocal testing
             began = time.process_time()
-            if task.method in CURVES:
+            if task.method in CURVES and data.device == "cpu":
                 tested = reestimated(network, data.train_feed, config)
                 curve.append(round(data.accuracy(tested, CURVE_ITEMS), 5))
             last[:] = [network]
