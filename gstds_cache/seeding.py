@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from jaxtyping import Int64, UInt64
 
 GLOBAL_NUMBERS = threading.RLock()
 """Held by whoever seeds torch's, NumPy's or Python's global generator: these are shared by all threads of a process."""
+
+STEPS = 256  # whose seeds are made at once
 
 
 @cache
@@ -56,6 +58,24 @@ def torch_seed_for(seed: int, *key: int | str) -> int:
     """A 63-bit seed for ``torch.manual_seed`` or a ``torch.Generator``, keyed like :func:`rng_for`."""
     state = np.random.SeedSequence(_words(seed, key)).generate_state(1, np.uint64)[0]
     return int(state) & (2**63 - 1)
+
+
+def torch_seed_of_step(seed: int, purpose: str, step: int, *rest: int) -> int:
+    """``torch_seed_for(seed, purpose, step, *rest)``, of steps that follow each other: many seeds are made at once.
+
+    Raises:
+        ValueError: If a number is negative, or 2^32 or more.
+    """
+    block, place = divmod(step, STEPS)
+    return _seeds_of_steps(seed, purpose, block, rest)[place]
+
+
+@lru_cache(maxsize=16)
+def _seeds_of_steps(seed: int, purpose: str, block: int, rest: tuple[int, ...]) -> list[int]:
+    steps = np.arange(block * STEPS, (block + 1) * STEPS)
+    states = keys_for(seed, purpose, steps, *(np.full(STEPS, part) for part in rest))[:, 0]
+    seeds: list[int] = (states & np.uint64(2**63 - 1)).tolist()
+    return seeds
 
 
 def torch_rng_for(seed: int, *key: int | str) -> torch.Generator:

@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.runtime.devices import to_device
-from gstds_cache.seeding import torch_rng_for
+from gstds_cache.seeding import torch_seed_of_step
 
 
 def augment(
@@ -63,7 +63,7 @@ def draw(
     Returns:
         Rows and columns that each image is moved by, 0 to ``2 * shift``, and 1 where it is mirrored, on the CPU.
     """
-    rng = torch_rng_for(seed, "augment", step)
+    rng = torch.Generator().manual_seed(torch_seed_of_step(seed, "augment", step))
     draws = torch.empty((3, drawn), dtype=torch.int64)
     draws[:2] = torch.randint(0, 2 * shift + 1, (drawn, 2), generator=rng).T
     draws[2] = torch.rand(drawn, generator=rng) < 0.5 if mirror else 0

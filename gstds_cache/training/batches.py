@@ -77,8 +77,8 @@ class BatchLoader:
             seconds: Time spent waiting is added to its ``indices`` and ``images``.
         """
         self.steps, self._feed, self._ranks, self._seconds = steps, feed, ranks, seconds
-        # Epoch, kept rows and hash of the batches whose pixels are not given out yet.
-        self._ahead: deque[tuple[int, Int64[np.ndarray, " M"], str]] = deque()
+        # The batches whose pixels are not given out yet.
+        self._ahead: deque[TrainingBatch] = deque()
 
     def batches(self) -> Generator[TrainingBatch, None, None]:
         """Yield the batches from the reader's position on.
@@ -107,9 +107,8 @@ class BatchLoader:
                 yield self._batch(pixels)
 
     def _batch(self, pixels: UInt8[Tensor, "m 3 S S"] | None) -> TrainingBatch:
-        epoch, kept, sha = self._ahead.popleft()
-        positions = self._positions(len(kept))
-        return TrainingBatch(epoch, kept[positions], pixels, positions, len(kept), sha)
+        batch = self._ahead.popleft()
+        return batch if pixels is None else replace(batch, pixels=pixels)
 
     def all_batches(self) -> Generator[TrainingBatch, None, None]:
         """Yield the batches of all epochs; of candidates, an epoch's begin when the losses of the one before are in.
@@ -128,8 +127,8 @@ class BatchLoader:
             self._seconds["indices"] += time.perf_counter() - begun
             if batch is None:
                 return
-            self._ahead.append((batch.epoch, batch.kept, self.steps.position.sha256))
-            yield batch.kept[self._positions(len(batch.kept))]
-
-    def _positions(self, size: int) -> Int64[np.ndarray, " m"]:
-        return rank_positions(size, self._ranks.rank, self._ranks.world_size, "pad")
+            size = len(batch.kept)
+            positions = rank_positions(size, self._ranks.rank, self._ranks.world_size, "pad")
+            rows, sha = batch.kept[positions], self.steps.position.sha256
+            self._ahead.append(TrainingBatch(batch.epoch, rows, None, positions, size, sha))
+            yield rows

@@ -36,7 +36,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DivergedError, IncompleteError, IntegrityError, StreamError, UsageError
 from gstds_cache.runtime.devices import resolve_device, to_device
 from gstds_cache.runtime.progress import Progress
-from gstds_cache.seeding import torch_seed_for
+from gstds_cache.seeding import torch_seed_for, torch_seed_of_step
 from gstds_cache.stream.ranks import real_rows
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.training.augment import augment, largest_shift, to_input
@@ -387,7 +387,7 @@ class Trainer:
     def _key_random_numbers(self) -> None:
         """Dropout and its like repeat on resume, and differ from rank to rank."""
         rank = [self.ranks.rank] if self.ranks.rank else []
-        seed = torch_seed_for(self.config.seed, "step", self.step, *rank)
+        seed = torch_seed_of_step(self.config.seed, "step", self.step, *rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for devices of every kind: 0.2 ms
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):

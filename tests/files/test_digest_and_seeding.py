@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gstds_cache.files.digest import canonical_json, digest_of, merkle_root, sha256_file
-from gstds_cache.seeding import keys_for, rng_for, torch_rng_for
+from gstds_cache.seeding import keys_for, rng_for, torch_rng_for, torch_seed_for, torch_seed_of_step
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
@@ -58,6 +58,16 @@ def test_global_random_state_is_left_alone() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match=">= 0"):
         rng_for(-1, "x")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 3])
+def test_seeds_of_steps_are_those_of_each(seed: int) -> None:
+    for step in (0, 1, 255, 256, 10_000_000):
+        assert torch_seed_of_step(seed, "step", step) == torch_seed_for(seed, "step", step)
+        assert torch_seed_of_step(seed, "augment", step, 3) == torch_seed_for(seed, "augment", step, 3)
+    for step in (-1, 2**32):
+        with pytest.raises(ValueError, match="2\\^32"):
+            torch_seed_of_step(seed, "step", step)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**40 + 3, 2**70 + 1])
