@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
+# Images of containers set it. Nothing is compiled beforehand, so each of hundreds of processes would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo study-tables test faults lint check-types compiled docs coverage clean
 
