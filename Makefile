@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test
+# Images of containers set it. Nothing is compiled beforehand, so each of hundreds of processes would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo study-tables test faults lint check-types compiled docs coverage clean
 
@@ -34,7 +36,7 @@ study-tables: $(VENV)/.installed
 # the same points again.
 faults: $(VENV)/.installed
 	@echo "== faults: about three quarters of an hour on 2 cores"
-	$(BIN)/python -m pytest tests/faults tests/cluster tests/cuda tests/embedding/test_part.py tests/e2e/test_scale_document.py tests/e2e/test_rubbish.py tests/e2e/test_unwritable_places.py -m "faults or not faults"
+	$(BIN)/python -m pytest tests/faults tests/cluster tests/cuda tests/embedding/test_part.py tests/e2e/test_scale_document.py tests/e2e/test_container.py tests/e2e/test_rubbish.py tests/e2e/test_unwritable_places.py -m "faults or not faults"
 
 lint: $(VENV)/.installed
 	@echo "== ruff and import-linter: seconds"

@@ -260,7 +260,7 @@ def test_vectors_that_change_while_they_are_imported_are_refused(npy, tmp_path) 
 
 def test_what_is_selected_from_imported_rows_with_guidance_and_what_needs_a_model(npy, tmp_path) -> None:
     store = bring(npy, tmp_path / "s", labels=[CLASSES[row % 3] for row in range(N)])
-    settings = {"batch_size": 20, "epochs": 2, "knn": 5, "guidance": "uncertainty", "device": "cpu"}
+    settings = {"batch_size": 20, "epochs": 2, "knn": 5, "guidance": "uncertainty?steps=20", "device": "cpu"}
     selection = gstds_cache.select(store, keep=0.5, progress=False, **settings)
     assert selection.summary.kept == N
     assert set(selection.summary.classes) == set(CLASSES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from elsewhere import AS_NOBODY, UNKNOWN, codes, need_mounts, need_users, run_commands
 
 CONTAINER = f"""
@@ -21,14 +22,17 @@ cd volume
 """
 
 
-def test_the_three_commands_in_a_container(tmp_path: Path, image_folder: Path) -> None:
+# The default rule in the long suite: a user who can keep no compiled code compiles all of the solver, 12 s.
+@pytest.mark.parametrize("rule", [["--rule", "random"], pytest.param([], marks=pytest.mark.faults)], ids=" ".join)
+def test_the_three_commands_in_a_container(tmp_path: Path, image_folder: Path, rule: list[str]) -> None:
     need_mounts()
     need_users()
     (tmp_path / "volume").mkdir()
     train, test = (f"imagefolder:photos?split={part}" for part in ("train", "test"))
     commands = [
         ["gstds-embed", train, "--cache", "photos.store", "--batch-size", "16", "--workers", "2", "--json"],
-        ["gstds-select", "photos.store", "--batch-size", "16", "--epochs", "2", "--out", "selection.arrow", "--json"],
+        ["gstds-select", "photos.store", "--batch-size", "16", "--epochs", "2", "--out", "selection.arrow", "--json",
+         *rule],
         ["gstds-train", train, "--selection", "selection.arrow", "--eval", test, "--arch", "conv3", "--workers", "2",
          "--memory-budget", "0", "--lr", "0.01", "--json"],
     ]  # fmt: skip

@@ -35,8 +35,8 @@ def selects(store: str) -> list[list[str]]:
         [*select, "--rule", "random", "--out", "out/a.arrow"],
         [*select, "--rule", "random", "--seed", "1"],
         [*select, "--guidance", "none"],
-        [*select, "--guidance", "uncertainty?folds=2&epochs=1"],
-        [*select, "--guidance", "uncertainty?folds=2&epochs=1", "--seed", "2"],
+        [*select, "--guidance", "uncertainty?folds=2&epochs=1&steps=20"],
+        [*select, "--guidance", "uncertainty?folds=2&epochs=1&steps=20", "--seed", "2"],
         [*select, "--rule", "random", "--seed", "1"],
         ["gstds-cache", "verify", store],
     ]

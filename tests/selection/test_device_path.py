@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gstds_cache.config import EmbedConfig, SelectConfig
-from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.selection import device_path, device_run, throughput
 from gstds_cache.selection.device_rows import DeviceRows, StreamedRows, choose_rows
@@ -29,12 +28,8 @@ CONFIG = SelectConfig(batch_size=64, epochs=3, knn=6, device="cpu", guidance="no
 
 
 @pytest.fixture
-def store(array_source, tiny_model, tmp_path: Path, request: pytest.FixtureRequest) -> EmbeddingStore:
-    dtype = getattr(request, "param", "float16")
-    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu", dtype=dtype)
-    return EmbeddingStore(
-        embed_dataset(array_source(300, bad=frozenset({5, 150})), config, where=tmp_path / "store").location
-    )
+def store(copied_store, tmp_path: Path, request: pytest.FixtureRequest) -> EmbeddingStore:
+    return copied_store(tmp_path / "store", 300, frozenset({5, 150}), getattr(request, "param", "float16"))
 
 
 def everything(selections: list[SelectedBatch]) -> list[object]:

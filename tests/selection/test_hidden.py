@@ -90,7 +90,7 @@ def test_an_old_selection_stays_what_it_was_and_can_be_computed_again(store, tmp
 
 
 def test_hidden_rows_teach_no_probe(store) -> None:
-    settings = CONFIG | {"guidance": "probe"}
+    settings = CONFIG | {"guidance": "probe?steps=20"}
     plain = BatchSelector(EmbeddingStore(store), SelectConfig(**settings))
     gstds_cache.hide_rows(store, range(50, 70))
     guided = BatchSelector(EmbeddingStore(store), SelectConfig(**settings))

@@ -13,8 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from gstds_cache.config import EmbedConfig, SelectConfig
-from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.files import mapped
 from gstds_cache.runtime.notify import log_once
@@ -41,11 +40,8 @@ ends = Rule("ends", "far end of the third eigenvector", far_end, vectors=3)
 
 
 @pytest.fixture
-def store(array_source, tiny_model, tmp_path: Path) -> EmbeddingStore:
-    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu", dtype="float32")
-    return EmbeddingStore(
-        embed_dataset(array_source(200, bad=frozenset({5, 150})), config, where=tmp_path / "store").location
-    )
+def store(copied_store, tmp_path: Path) -> EmbeddingStore:
+    return copied_store(tmp_path / "store", 200, frozenset({5, 150}), "float32")
 
 
 def run(store: EmbeddingStore, start: int = 0, **changes) -> list[SelectedBatch]:

@@ -2,8 +2,9 @@
 
 ``python forked.py`` loads what our commands load, and forks a child for each program it is sent. The child is the
 program's from then on: its words, folder, environment and files, and its end: threads that are waited for, exit
-functions, files that are flushed. Not seen here is what happens while Python and libraries are loaded, and while the
-interpreter frees what modules hold, which would copy all of it (0.6 s of CPU); tests of that start a process anew.
+functions, files that are flushed. Not seen here is what happens while Python, libraries and what numba has compiled are
+loaded, and while the interpreter frees what modules hold, which would copy all of it (0.6 s of CPU); tests of that
+start a process anew.
 
 Processes that such a program starts are forked as well: its ``sys.executable``, and our commands beside it, are
 ``forked_client.py``, which asks for the fork, passes signals on and ends as the program does. It starts the real
@@ -196,6 +197,12 @@ def load() -> None:
             importlib.import_module(module.name)
     for name in LIBRARIES:
         importlib.import_module(name)
+    import torch
+
+    from gstds_cache.spectral.fiedler import fiedler_vectors
+
+    rows = np.random.default_rng(0).normal(size=(1, 64, 8)).astype(np.float32)  # torch's generator stays as it begins
+    fiedler_vectors(torch.from_numpy(rows), k=5)  # loads what numba has compiled: 0.25 s for each who selects
 
 
 def serve(requests: socket.socket, asked: socket.socket) -> dict[str, Any]:
