@@ -58,6 +58,10 @@ from gstds_cache.store.writer import StoreWriter, open_writer
 
 ESTIMATE_FROM = 1000
 """Images from which on a run is estimated before it begins."""
+NOTHING_TO_REUSE = (
+    "note: `reuse`: none of these items has a row there. Rows are found by the hash of an item's bytes: those of its "
+    "file, or, of a data set that is a Python object, those of its pixels. One does not find the other"
+)
 
 
 def embed_dataset(
@@ -133,6 +137,8 @@ def embed_dataset(
     location = Location.parse(where, "`cache`").absolute()
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
+        if not job.known.count:
+            job.notify(NOTHING_TO_REUSE)
     with nullcontext() if executor is not None else _workers_ahead(job, stored) as workers:
         try_decoder(encoder, device)
         spec, hit = resolve_store(job, stored, manifest)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.manifest import build_manifest
+from gstds_cache.data.python_object import open_object
+from gstds_cache.data.sources import open_source
 from gstds_cache.embedding import reuse
 from gstds_cache.embedding.check import check_sample
 from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.reuse import KnownRows
-from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.embedding.run import NOTHING_TO_REUSE, embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError, StoreNotFoundError, UsageError
 from gstds_cache.store import layout
@@ -57,6 +60,22 @@ def test_a_grown_data_set_embeds_only_what_is_new(array_source, config, tmp_path
     assert (alone.reused, alone.embedded) == (0, 70)
     assert shards_of(tmp_path / "grown") == shards_of(tmp_path / "alone")
     assert [item.row for item in done.quarantined] == [7]
+
+
+def test_stores_that_have_none_of_the_items_are_told(image_folder: Path, array_source, config, tmp_path: Path) -> None:
+    """The same images as files and as a Python object: another hash."""
+    source = open_source(f"imagefolder:{image_folder}")
+    files = (image_folder / name for name in source.ids)
+    pairs = [(Image.open(file), 0) for file in files if file.stat().st_size > 100]  # the others do not decode
+    embed_dataset(open_object(pairs), config, where=tmp_path / "object")
+    told: list[str] = []
+    done = embed_dataset(
+        source, config, where=tmp_path / "files", reuse=[tmp_path / "object"], notify=told.append
+    ).report
+    assert (done.reused, NOTHING_TO_REUSE in told) == (0, True)
+    told.clear()
+    embed_dataset(source, config, where=tmp_path / "again", reuse=[tmp_path / "files"], notify=told.append)
+    assert NOTHING_TO_REUSE not in told
 
 
 def test_many_items_are_looked_up_in_parts(array_source, config, tmp_path: Path, monkeypatch) -> None:
