@@ -208,7 +208,7 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         found["forward_with_cudnn_benchmark"] = forward_rate(model, device, size, arguments.seconds / 2)
         torch.backends.cudnn.benchmark = False
     yield found
-    decoders = list(arguments.decoders)
+    decoders = ["nvjpeg", "pillow"]
     by_device = open_encoder(model, allow_untrained=True).to(device)
     decoding.decode_by(by_device, "nvjpeg", device)
     try:
@@ -218,7 +218,7 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         )
     except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
         found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
-        decoders = [decoder for decoder in decoders if decoder != "nvjpeg"]
+        decoders.remove("nvjpeg")
     yield found
     rows: dict[str, np.ndarray] = {}
     for _ in range(arguments.trials):
@@ -263,7 +263,6 @@ def main() -> None:
     made.add_argument("--images", type=int, nargs="+", default=[16384, 1536], help="of each size")
     made.add_argument("--seconds", type=float, default=3.0, help="of each bare measurement")
     made.add_argument("--workers", type=int, help="[default: as gstds-embed chooses]")
-    made.add_argument("--decoders", nargs="+", default=["nvjpeg", "pillow"], choices=["nvjpeg", "pillow"])
     made.add_argument("--device", default="auto")
     arguments = made.parse_args()
     if arguments.smoke:

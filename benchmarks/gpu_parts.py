@@ -182,7 +182,7 @@ ALL = (
     Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
-    Part("embedding", script("bench_embed_gpu.py"), 100, 50),
+    Part("embedding", script("bench_embed_gpu.py"), 150, 50),
     Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "8",
                      *script("gpu_small.py", "--full")), 60, 20, read=read_profile),
     Part("study", (sys.executable, str(HERE / "gpu_study.py"), "--data", "{data}", "--results", "{results}/study",

@@ -95,24 +95,24 @@ def _usual(marker: int, body: bytes) -> bool:
     return body[7] in _SAMPLINGS and body[10] == body[13] == 0x11 and bytes(body[6::3]) != _RGB_IDS
 
 
-_NEVER = frozenset({-1})  # a table that no file has
+def _tables_of(scan: bytes, frame: bytes) -> set[int]:
+    """Huffman tables that a scan of all three components uses: 0x00 to 0x03 for DC, 0x10 to 0x13 for AC.
 
-
-def _tables_of(scan: bytes, frame: bytes) -> frozenset[int] | set[int]:
-    """Huffman tables that a scan of all three components uses: 0x00 to 0x03 for DC, 0x10 to 0x13 for AC."""
+    Of another scan, or none, a table that no file has.
+    """
     if len(scan) != 10 or scan[0] != 3 or scan[1:7:2] != frame[6::3]:
-        return _NEVER
+        return {-1}
     return {table for both in scan[2:7:2] for table in (both >> 4, 0x10 | both & 15)}
 
 
-def _huffman_tables(body: bytes) -> frozenset[int] | set[int]:
+def _huffman_tables(body: bytes) -> set[int]:
     """Tables of a segment, named as above; none where one is cut or has more codes than there are."""
-    found, at = set(), 0
+    found, at = set[int](), 0
     while at + 17 <= len(body):
         counts = body[at + 1 : at + 17]
         taken = sum(count << (16 - length) for length, count in enumerate(counts, 1))
         if taken > 1 << 16 or at + 17 + sum(counts) > len(body):
-            return frozenset()
+            return set()
         found.add(body[at])
         at += 17 + sum(counts)
     return found
@@ -120,7 +120,7 @@ def _huffman_tables(body: bytes) -> frozenset[int] | set[int]:
 
 def _quantization_tables(body: bytes) -> set[int]:
     """Numbers of a segment's tables that are whole."""
-    found, at = set(), 0
+    found, at = set[int](), 0
     while at < len(body):
         table = body[at]
         at += 129 if table >> 4 else 65

@@ -62,7 +62,7 @@ def test_a_grown_data_set_embeds_only_what_is_new(array_source, config, tmp_path
     assert [item.row for item in done.quarantined] == [7]
 
 
-def test_stores_that_have_none_of_the_items_are_told(image_folder: Path, array_source, config, tmp_path: Path) -> None:
+def test_stores_that_have_none_of_the_items_are_told(image_folder: Path, config, tmp_path: Path) -> None:
     """The same images as files and as a Python object: another hash."""
     source = open_source(f"imagefolder:{image_folder}")
     files = (image_folder / name for name in source.ids)

@@ -25,7 +25,7 @@ def copied_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Embe
     def embedded(items: int, bad: frozenset[int], dtype: str) -> Path:
         model = "tiny_encoder_of_stores:build"
         config = EmbedConfig(model=model, batch_size=16, shard_rows=64, workers=0, device="cpu", dtype=dtype)
-        where = folder / f"{items}-{len(bad)}-{dtype}"
+        where = folder / f"{items}-{sorted(bad)}-{dtype}"
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(folder)
             embed_dataset(ArraySource(items, bad=bad), config, where=where)
