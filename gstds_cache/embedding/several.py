@@ -27,9 +27,11 @@ from jaxtyping import Bool, Float
 
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import portable_error
+from gstds_cache.embedding.clock import Clock
 from gstds_cache.embedding.decoding import start_workers, try_decoder
 from gstds_cache.embedding.elsewhere import open_same_encoder
-from gstds_cache.embedding.shard import Clock, EmbedTask, Known
+from gstds_cache.embedding.plan import Known
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
 from gstds_cache.store.spec import CacheSpec
@@ -272,7 +274,7 @@ class _Asked(Iterator[int]):
         return int(shard)
 
     def known(self, span: range) -> tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]:
-        """The known rows among those of a shard that was given (:data:`gstds_cache.embedding.shard.Known`)."""
+        """The known rows among those of a shard that was given (:data:`gstds_cache.embedding.plan.Known`)."""
         known: tuple[Any, Any] = self._known[span.start // self._spec.shard_rows]
         return known
 
@@ -282,7 +284,7 @@ class _Asked(Iterator[int]):
 
 
 class _CommittedElsewhere:
-    """A :class:`gstds_cache.embedding.shard.ShardWriter` that has the first process commit."""
+    """A :class:`gstds_cache.embedding.commits.ShardWriter` that has the first process commit."""
 
     def __init__(self, committing: Connection, spec: CacheSpec, asked: _Asked) -> None:
         self._committing, self._asked = committing, asked

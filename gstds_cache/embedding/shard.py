@@ -9,115 +9,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import tee
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from gstds_cache.data.decoders import Workers
 from gstds_cache.data.loading import PixelBatch, PixelBatches
 from gstds_cache.data.source import ImageSource
+from gstds_cache.embedding.clock import Clock
+from gstds_cache.embedding.commits import CommitThread, ShardWriter
 from gstds_cache.embedding.decoding import open_batches, start_workers
+from gstds_cache.embedding.plan import Known, Plan, ShardWork
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
 from gstds_cache.runtime.devices import own_stream
 from gstds_cache.runtime.resources import GO_ON, explain, out_of_memory
 from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.commit_record import CommitRecord, Quarantined
-from gstds_cache.store.spec import CacheSpec
 
-Known = Callable[[range], tuple[Bool[np.ndarray, " R"], Float[np.ndarray, "K D"]]]
 NO_FEATURES = "no features: the model gives zeros alone for this image"
 IN_FLIGHT = 1
 """Batches whose rows are not waited for while the next is queued."""
-
-
-SPENT = ("waiting", "forward", "commit_wait", "decode", "commit", "images", "shards", "reused", "on_device")
-
-
-@dataclass
-class Clock:
-    """Seconds of each part of embedding, and images done.
-
-    ``waiting``, ``forward`` and ``commit_wait`` follow each other in the main thread and make up nearly all of its
-    time. ``decode`` and ``commit`` go on beside it.
-
-    Attributes:
-        waiting: The main thread waited for decoded images (without workers: decoded them).
-        forward: The main thread ran the model, or waited for it.
-        commit_wait: The main thread waited for the commit of the shard before.
-        decode: Reading and decoding, summed over the workers.
-        commit: The commit thread was busy.
-        workers: Decoding processes.
-        images: Images put through the model.
-        shards: Shards committed.
-        reused: Rows of the shards done so far that were known already.
-        on_device: Images that the device decoded.
-        started: When embedding began (``time.perf_counter``).
-        ended: When it ended; 0 while it goes on.
-    """
-
-    waiting: float = 0.0
-    forward: float = 0.0
-    commit_wait: float = 0.0
-    decode: float = 0.0
-    commit: float = 0.0
-    workers: int = 0
-    images: int = 0
-    shards: int = 0
-    reused: int = 0
-    on_device: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    ended: float = 0.0
-
-    def elapsed(self) -> float:
-        """Seconds from the start to the end, or to now."""
-        return (self.ended or time.perf_counter()) - self.started
-
-    def add(self, other: Clock) -> None:
-        """Add what another process did beside this one; the time of the main thread stays this one's."""
-        for name in ("decode", "commit", "workers", "images", "shards", "reused", "on_device"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def since(self, before: Clock) -> Clock:
-        """What was added to ``before``; of no process, and at no time."""
-        spent = {name: getattr(self, name) - getattr(before, name) for name in SPENT}
-        return Clock(started=0.0, **spent)
-
-    def shares(self) -> dict[str, float]:
-        """What share of the time was spent how: of the workers' time for decode, of the wall clock for the others."""
-        whole = max(self.elapsed(), 1e-9)
-        return {
-            "decode": self.decode / whole / max(self.workers, 1),
-            "forward": self.forward / whole,
-            "commit": self.commit / whole,
-            "waiting": self.waiting / whole,
-        }
-
-
-@dataclass
-class ShardWork:
-    """One shard on its way: the rows it will be, and what is left to embed of it.
-
-    Attributes:
-        shard: The shard.
-        span: Its rows.
-        block: [R, D] the rows, known ones filled in.
-        batches: Rows of each forward pass; no row that is known, and none of another shard.
-        quarantined: Items found so far that do not decode, or for which the model gives no features.
-    """
-
-    shard: int
-    span: range
-    block: Float[np.ndarray, "R D"]
-    batches: list[Sequence[int]]
-    quarantined: list[Quarantined] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -129,22 +46,6 @@ class _Flight:
     batch: PixelBatch | None = None
     features: Float32[torch.Tensor, "B D"] | None = None
     copied: torch.cuda.Event | None = None
-
-
-@runtime_checkable
-class ShardWriter(Protocol):
-    """What commits shards: :class:`gstds_cache.store.writer.StoreWriter`, or another process's."""
-
-    @property
-    def spec(self) -> CacheSpec:
-        """What the store holds."""
-        ...
-
-    def commit(
-        self, shard: int, rows: Float[np.ndarray, "R D"], quarantined: Sequence[Quarantined] = ()
-    ) -> CommitRecord:
-        """Commit one shard."""
-        ...
 
 
 class EmbedTask:
@@ -226,7 +127,7 @@ class EmbedTask:
         return IncompleteError(explained.message, hint=f"{explained.hint}{again}: {done}")
 
     def _run(self, shards: Iterable[int]) -> Iterator[CommitRecord]:
-        plan = _Plan(self.writer.spec, self.known)
+        plan = Plan(self.writer.spec, self.known)
         shards, ahead = tee(shards)
         workers, self._started = self._started or start_workers(self.source, self.encoder, self.workers), None
         rows = (rows for shard in ahead for rows in plan.look_ahead(shard))
@@ -326,97 +227,6 @@ class _Upload:
         current.wait_stream(self._stream)
         there.record_stream(current)  # Else their memory would be taken for the next batch while the model reads it.
         return there
-
-
-class _Plan:
-    """Shards' work, prepared by whoever needs it first: the loader, which looks for rows to decode, or the main loop.
-
-    Both are the same thread.
-    """
-
-    def __init__(self, spec: CacheSpec, known: Known | None) -> None:
-        self._spec, self._known = spec, known
-        self._work: dict[int, ShardWork] = {}
-        self._nothing_to_do: set[int] = set()
-
-    def look_ahead(self, shard: int) -> list[Sequence[int]]:
-        """Rows of each of the shard's forward passes."""
-        return [] if shard in self._nothing_to_do else self.take(shard).batches
-
-    def take(self, shard: int) -> ShardWork:
-        """The shard's work."""
-        work = self._work.get(shard) or self._prepare(shard)
-        if work.batches:
-            self._work[shard] = work
-        else:
-            # Not kept: in a data set that is known whole, the loader would fill memory with every shard's rows.
-            self._nothing_to_do.add(shard)
-        return work
-
-    def forget(self, shard: int) -> None:
-        """Drop the work of a shard whose batches have all been loaded."""
-        self._work.pop(shard, None)
-
-    def _prepare(self, shard: int) -> ShardWork:
-        span, size = self._spec.rows_of(shard), self._spec.batch_size
-        block = np.zeros((len(span), self._spec.dim), self._spec.dtype)
-        rows: Sequence[int] = span
-        if self._known is not None:
-            known, values = self._known(span)
-            block[known] = values
-            rows = (np.flatnonzero(~known) + span.start).tolist()
-        return ShardWork(shard, span, block, [rows[start : start + size] for start in range(0, len(rows), size)])
-
-
-class CommitThread:
-    """Commits shards in a thread of its own, one at a time, so that embedding goes on meanwhile.
-
-    At most one shard is under way. An error of its commit is raised by the next :meth:`collect`. Leaving the block
-    waits for what is under way and ends the thread.
-    """
-
-    def __init__(self, writer: ShardWriter, clock: Clock) -> None:
-        self._writer, self._clock = writer, clock
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gstds-commit")
-        self._pending: Future[CommitRecord] | None = None
-
-    def __enter__(self) -> CommitThread:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    @property
-    def done(self) -> bool:
-        """Whether a commit has ended that was not collected."""
-        return self._pending is not None and self._pending.done()
-
-    def begin(self, work: ShardWork) -> None:
-        """Commit a shard in the background. Its block is the thread's from now on."""
-        assert self._pending is None, "the commit before was not collected"
-        self._pending = self._pool.submit(self._commit, work)
-
-    def collect(self) -> Iterator[CommitRecord]:
-        """Wait for the commit under way, if there is one.
-
-        Yields:
-            Its commit record.
-        """
-        if self._pending is not None:
-            begun = time.perf_counter()
-            pending, self._pending = self._pending, None
-            commit = pending.result()
-            self._clock.commit_wait += time.perf_counter() - begun
-            yield commit
-
-    def _commit(self, work: ShardWork) -> CommitRecord:
-        begun = time.perf_counter()
-        try:
-            commit = self._writer.commit(work.shard, work.block, work.quarantined)
-            self._clock.shards += 1
-            return commit
-        finally:
-            self._clock.commit += time.perf_counter() - begun
 
 
 def _filled_up(pixels: UInt8[torch.Tensor, "n 3 H W"], batch_size: int) -> UInt8[torch.Tensor, "B 3 H W"]:

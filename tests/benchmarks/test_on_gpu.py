@@ -7,19 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from emulated import WHY_NOT
 from forked import ALWAYS, FORKS
+from vector_store import clustered, vector_store
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(ROOT)]
 
+import bring  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_study  # noqa: E402
 import on_gpu  # noqa: E402
@@ -228,6 +232,30 @@ def test_the_study_is_a_part(tmp_path) -> None:
     assert {(line["method"], line["lr"]) for line in lines if line["kind"] == "run"} == {
         (method, lr) for method in ("random", "draw:damped-loss") for lr in (0.1, 0.2)
     }
+
+
+def test_what_was_brought_is_unpacked_there(tmp_path, monkeypatch) -> None:
+    """Packed here, unpacked by a shell in another folder; a pip that does nothing stands for that machine's."""
+    image = tmp_path / "images" / "train" / "truck" / "0000.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"not looked at")
+    with tarfile.open(tmp_path / "cifar10.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "images" / "train", "train")
+    rows, _ = clustered(bring.ROWS, dim=4)
+    vector_store(tmp_path / "rows.store", rows, shard_rows=bring.ROWS)
+    monkeypatch.chdir(tmp_path)
+    Path(".bring/wheels").mkdir(parents=True)
+    for _ in range(2):
+        assert bring.main([str(tmp_path), "--rows", "rows.store"]) == 0
+    python3 = tmp_path / "bin" / "python3"
+    python3.parent.mkdir()
+    python3.write_text("#!/bin/sh\nexit 0\n")
+    python3.chmod(0o755)
+    there = "export PATH=bin:$PATH; . .bring/setup.sh && . .bring/setup.sh && echo $PYTHONPATH"
+    done = subprocess.run(["sh", "-ec", there], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == (str(tmp_path / ".site"), "")
+    assert (tmp_path / ".data" / "cifar10" / "train" / "truck" / "0000.jpg").read_bytes() == b"not looked at"
+    assert np.array_equal(np.load(".data/cifar16.npy"), rows.astype(np.float16))
 
 
 def test_figures_stand_beside_their_targets() -> None:

@@ -14,8 +14,8 @@ from slow_images import Buggy, Deadly, Slow, Waiting
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.embedding import several
+from gstds_cache.embedding.clock import Clock
 from gstds_cache.embedding.run import embed_dataset
-from gstds_cache.embedding.shard import Clock
 from gstds_cache.errors import IncompleteError, UsageError
 from gstds_cache.runtime import devices
 from gstds_cache.runtime.devices import resolve_device, resolve_devices

@@ -16,10 +16,12 @@ import torch
 
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.manifest import build_manifest
+from gstds_cache.embedding.clock import Clock
 from gstds_cache.embedding.run import embed_dataset
-from gstds_cache.embedding.shard import Clock, EmbedTask, out_of_memory
+from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.store import layout
 from gstds_cache.store.format import CURRENT
 from gstds_cache.store.reader import EmbeddingStore
