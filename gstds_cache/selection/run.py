@@ -11,7 +11,6 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
@@ -21,26 +20,23 @@ from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.threads import cores, in_threads, limited_threads
-from gstds_cache.seeding import rng_for
+from gstds_cache.selection.choose import RowChooser
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.device_batches import map_pairs, pieces_of
 from gstds_cache.selection.device_run import DeviceRun
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.elsewhere import select_by
-from gstds_cache.selection.floors import check_floor, hold_floor
+from gstds_cache.selection.floors import check_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
-from gstds_cache.selection.rule import RuleBatch, read_only
-from gstds_cache.selection.selected_batch import Candidates, SelectedBatch
+from gstds_cache.selection.rule import RuleBatch
+from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.settings import ParsedSettings, identity
 from gstds_cache.selection.spectra import Spectra, Spectrum
-from gstds_cache.selection.spread import weights
-from gstds_cache.selection.strata import cells_of
 from gstds_cache.spectral.block import why_not_solved
-from gstds_cache.spectral.status import Status
 from gstds_cache.store.reader import EmbeddingStore
 
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
@@ -101,7 +97,6 @@ class BatchSelector:
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))
         self.counts, self.graphs_note = SelectionCounts(), ""
-        self._labels = store.labels
         self._labels_are_ids = labels.one_each  # counts by class would be by row
         self.device_run = DeviceRun(self, count_labels=not labels.one_each)
 
@@ -126,7 +121,8 @@ class BatchSelector:
             round(math.log(self._label_counts.different), 6) if reference else 0.0,
         )
         self.digest = digest_of(self.identity)
-        self.__dict__.pop("guidance", None)  # of the one before
+        for made in ("guidance", "reference", "_chooser"):  # for the one before
+            self.__dict__.pop(made, None)
 
     @property
     def guidance_looks_at_graphs(self) -> bool:
@@ -176,9 +172,9 @@ class BatchSelector:
         """
 
         def choose(batch: BatchPlan, spectrum: Spectrum) -> SelectedBatch:
-            return self._choose(batch, spectrum)[0]
+            return self._chooser.choose(batch, spectrum)[0]
 
-        for ready in self.device_run.selections(start, self.guidance, choose, self._hold_floor):
+        for ready in self.device_run.selections(start, self.guidance, choose, self._chooser.hold_floor):
             for selection in ready:
                 # Those that follow come faster than a record batch of one could be written.
                 self.pending = self.plan.total_batches - selection.seq - 1
@@ -193,7 +189,7 @@ class BatchSelector:
         Yields:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
-        guidance, _ = self.guidance, self.reference  # before the threads start
+        guidance = self._chooser.guidance  # made before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
         with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
             done = self._chosen(spectra, start)
@@ -221,7 +217,8 @@ class BatchSelector:
         Yields:
             The batches, in the order of ``seqs``; what :meth:`run` would have selected.
         """
-        needs_graphs = self.rule.vectors or self.guidance.kind == "disagreement"
+        chooser = self._chooser
+        needs_graphs = self.rule.vectors or chooser.guidance.kind == "disagreement"
         spectra = self._new_spectra() if needs_graphs else None
         batches = [self.plan.batch(seq) for seq in seqs]
         first: dict[tuple[int, int], BatchPlan] = {}
@@ -236,14 +233,14 @@ class BatchSelector:
             self.counts.reuse(len(batches) - len(first))
         for batch in batches:
             with self.counts.timed("rule", self.device):
-                selection, seen = self._choose(batch, solved.get((batch.assignment, batch.group)))
+                selection, seen = chooser.choose(batch, solved.get((batch.assignment, batch.group)))
             self._count(selection, seen)
             yield selection
 
     def _count(self, selection: SelectedBatch, seen: RuleBatch) -> None:
         labels = kept = np.zeros(0, np.int64)
         if seen.labels is not None and not self._labels_are_ids and selection.candidates is None:
-            labels, kept = seen.labels, self._labels_of(selection.kept)
+            labels, kept = seen.labels, self._chooser.labels_of(selection.kept)
         self.counts.add(selection, labels, kept)
 
     def _chosen(
@@ -254,7 +251,7 @@ class BatchSelector:
             yield from in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
             return
         with closing(self.device_run.path(spectra).solved(start, None)) as stacks:
-            yield from in_threads(partial(map_pairs, self._choose), pieces_of(stacks), self.cpu_threads)
+            yield from in_threads(partial(map_pairs, self._chooser.choose), pieces_of(stacks), self.cpu_threads)
 
     def _new_spectra(self) -> Spectra:
         if not self.device_run.why_not:
@@ -326,6 +323,10 @@ class BatchSelector:
         self.counts.elapsed += time.perf_counter() - begun
         return probe.of_rows
 
+    @cached_property
+    def _chooser(self) -> RowChooser:
+        return RowChooser(self.store, self.config, self.plan, self.rule, self.draw, self.guidance, self.reference)
+
     def _key_of_reference(self, guidance: GuidanceKey) -> GuidanceKey | None:
         """The digests of the probe whose losses are the reference; it is that of the guidance, where that has one.
 
@@ -368,84 +369,7 @@ class BatchSelector:
     def _select(self, spectra: Spectra | None, batches: list[BatchPlan]) -> list[tuple[SelectedBatch, RuleBatch]]:
         solved = [None] * len(batches) if spectra is None else spectra.of(batches)
         with self.counts.timed("rule", self.device):
-            return [self._choose(batch, spectrum) for batch, spectrum in zip(batches, solved, strict=True)]
-
-    def _labels_of(self, rows: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        return np.asarray(self._labels[rows], np.int64)
-
-    def _see(self, batch: BatchPlan, spectrum: Spectrum | None) -> RuleBatch:
-        """What the rule gets to see of a batch."""
-        seen = RuleBatch(
-            vector=np.zeros(len(batch.indices)),
-            keep=batch.keep,
-            rng=rng_for(self.config.seed, "rule", batch.epoch, batch.batch_id),
-            labels=self._labels_of(batch.indices),
-            ratio=self.plan.ratio(batch.seq),
-            repeat=self.plan.repeat(batch.epoch),
-            per_batch_rng=rng_for(self.config.seed, "steady", batch.assignment, batch.group),
-        )
-        if spectrum is not None:
-            seen = replace(
-                seen,
-                vector=np.ascontiguousarray(spectrum.basis[:, 0]),
-                basis=spectrum.basis,
-                values=spectrum.values,
-                neighbors=spectrum.neighbors.astype(np.int64),
-                similarities=spectrum.similarities,
-            )
-        if self.rule.needs_guidance:
-            hard = self.guidance.of(batch.indices, self._labels_of(batch.indices), seen.neighbors)
-            seen = replace(seen, guidance=hard)
-        return read_only(seen)
-
-    def _choose(self, batch: BatchPlan, spectrum: Spectrum | None) -> tuple[SelectedBatch, RuleBatch]:
-        seen = self._see(batch, spectrum)
-        if self.draw is not None:
-            return self._offer(batch, spectrum, seen), seen
-        positions = self.rule.choose(seen)
-        if self.config.min_per_class:
-            positions = self._hold_floor(batch, positions)
-        selection = SelectedBatch(
-            seq=batch.seq,
-            epoch=batch.epoch,
-            batch_id=batch.batch_id,
-            n_in=len(batch.indices),
-            kept=batch.indices[positions],
-            score=None if spectrum is None else seen.vector[positions].astype(np.float32),
-            status=Status.NOT_COMPUTED if spectrum is None else spectrum.status,
-            value=float("nan") if spectrum is None else float(spectrum.values[0]),
-            residual=float("nan") if spectrum is None else spectrum.residual,
-        )
-        return selection, seen
-
-    def _hold_floor(self, batch: BatchPlan, positions: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
-        where = f"batch {batch.batch_id} of epoch {batch.epoch}"
-        labels = self._labels_of(batch.indices)
-        return hold_floor(positions, labels, self.config.min_per_class, self.store.classes, where)
-
-    def _offer(self, batch: BatchPlan, spectrum: Spectrum | None, seen: RuleBatch) -> SelectedBatch:
-        """All rows of a batch, with what a trainer draws by."""
-        rows, count = batch.indices, len(batch.indices)
-        stratum = np.zeros(count, np.int16)
-        if spectrum is not None:
-            order, bounds = cells_of(seen, min(self.config.strata, count))
-            stratum[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        prior = np.ones(count) if seen.guidance is None else weights(seen)
-        reference = np.full(count, np.nan) if self.reference is None else self.reference.of(rows)
-        return SelectedBatch(
-            seq=batch.seq,
-            epoch=batch.epoch,
-            batch_id=batch.batch_id,
-            n_in=count,
-            kept=rows,
-            score=None,
-            status=Status.NOT_COMPUTED if spectrum is None else spectrum.status,
-            value=float("nan") if spectrum is None else float(spectrum.values[0]),
-            residual=float("nan") if spectrum is None else spectrum.residual,
-            candidates=Candidates(
-                batch.keep, stratum, reference.astype(np.float32), (prior / prior.mean()).astype(np.float32)
-            ),
-        )
+            return [self._chooser.choose(batch, spectrum) for batch, spectrum in zip(batches, solved, strict=True)]
 
 
 def _of_one_size(batches: Sequence[BatchPlan], most: int) -> Iterator[list[BatchPlan]]:
