@@ -56,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("validation", metavar="SETTING", choices=names())
     made.add_argument("--into", required=True, nargs="+", choices=names(), help="settings that get the rates")
+    made.add_argument("--epochs", type=int, help="of the runs that count; default: the setting's")
     made.add_argument("--results", type=Path, default=RESULTS)
     arguments = made.parse_args(argv)
     try:
         rates = tried(
-            read_lines(arguments.results / f"{arguments.validation}.jsonl"), load_setting(arguments.validation).epochs
+            read_lines(arguments.results / f"{arguments.validation}.jsonl"),
+            arguments.epochs or load_setting(arguments.validation).epochs,
         )
     except GstdsError as error:
         print(f"error: {error.message}", file=sys.stderr)
