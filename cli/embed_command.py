@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gstds_cache.config import DEFAULT_MODEL, ENGINE, SMALLEST_BATCH, EmbedConfig, SelectConfig
+from gstds_cache.config import DEFAULT_MODEL, ENGINE, EmbedConfig
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.runtime.openmp import wait_briefly
 from gstds_cache.runtime.progress import shares_text
@@ -207,9 +207,7 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             "commits the last one finishes the store, and so does this command without --shard"
         )
     elif report.ok:
-        # Smaller data sets need a smaller batch than the default.
-        batch = () if report.ok >= SelectConfig.batch_size else ("--batch-size", max(SMALLEST_BATCH, report.ok // 4))
-        click.echo(f"next: {command_line('gstds-select', report.location, *batch)}")
+        click.echo(f"next: {command_line('gstds-select', report.location)}")
     else:
         click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
 

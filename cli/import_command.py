@@ -6,7 +6,6 @@ from typing import Literal
 
 import click
 
-from gstds_cache.config import SMALLEST_BATCH, SelectConfig
 from gstds_cache.errors import command_line
 
 from .common import Command, json_option, notify, print_json, print_table, seconds_line
@@ -94,7 +93,6 @@ def import_command(
             ("time", seconds_line(report.seconds)),
         ]
     )
-    batch = () if report.ok >= SelectConfig.batch_size else ("--batch-size", max(SMALLEST_BATCH, report.ok // 4))
-    click.echo(f"next: {command_line('gstds-select', report.location, *batch)}")
+    click.echo(f"next: {command_line('gstds-select', report.location)}")
     if as_json:
         print_json(report.to_dict())

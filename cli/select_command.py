@@ -61,7 +61,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 
 @click.command(cls=Command, help=HELP, renamed={"--partitions": "--batch-assignments"})
 @click.argument("store")
-@setting("batch_size", "Rows of a batch before selection.")
+@setting("batch_size", "Rows of a batch before selection. Not given, for fewer images: a quarter of them.")
 @setting("epochs", "Passes over the data set.")
 @setting(
     "schedule",
@@ -273,7 +273,10 @@ def _print(summary: SelectionSummary, as_json: bool) -> None:
     chosen = "training draws" if summary.rule.startswith("draw ") else "kept"
     rows = {
         "selection": f"{summary.selection_digest[:12]} of store {summary.cache_fingerprint[:12]}",
-        "this run": f"{summary.batches:,} batches, {chosen} {summary.kept:,} of {summary.rows:,} "
+        "this run": f"cache hit: {summary.total_batches:,} batches, {chosen} {summary.total_kept:,} of "
+        f"{summary.total_rows:,}; nothing was computed"
+        if summary.cache_hit
+        else f"{summary.batches:,} batches, {chosen} {summary.kept:,} of {summary.rows:,} "
         f"({summary.samples_per_second:,.0f} samples/s)",
         "Fiedler": status,
         "graphs": f"{summary.graphs_found:,} of {summary.batches:,} batches reused those of earlier epochs"
@@ -287,10 +290,14 @@ def _print(summary: SelectionSummary, as_json: bool) -> None:
     print_table([(name, text) for name, text in rows.items() if text], err=piped)
     if not piped:
         click.echo(f"wrote: {summary.out}")
-        words = ["gstds-train", summary.dataset_uri or "DATASET", "--selection", Path(summary.out)]
+        dataset = summary.dataset_uri or "DATASET"
+        words = ["gstds-train", dataset, "--selection", Path(summary.out)]
         draw = summary.rule.removeprefix("draw ")
         own = draw != summary.rule and ":" in draw  # a selection names it, and cannot have it run
-        click.echo(f"next: {command_line(*words, *(['--draw', draw] if own else []))}")
+        if dataset.startswith("python:"):
+            click.echo(f"next, in Python, where the data set is: gstds_cache.train(dataset, {summary.out!r})")
+        else:
+            click.echo(f"next: {command_line(*words, *(['--draw', draw] if own else []))}")
     if as_json:
         print_json(summary.to_dict(), err=piped)
 

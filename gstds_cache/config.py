@@ -134,7 +134,7 @@ def require_settings(call: Callable[..., object], config: type[DataclassInstance
         if name not in known:
             own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_KEYWORD]
             near = difflib.get_close_matches(name, [*known, *own], 1)
-            more = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            more = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join([*own, *known])}"
             raise TypeError(f"{call.__name__}() has no setting {name!r}; {more}")
 
 
@@ -200,7 +200,8 @@ class SelectConfig:
     """How a store's rows are selected. Every field but the last four is identity.
 
     Attributes:
-        batch_size: Rows a batch holds before selection (B), >= 4.
+        batch_size: Rows a batch holds before selection (B), >= 4. Where it is not given, of a store of fewer rows, a
+            quarter of them.
         epochs: Passes over the data set.
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
         order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).

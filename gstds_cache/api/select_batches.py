@@ -19,6 +19,7 @@ from gstds_cache.config import (
     DEVICE,
     ENGINE,
     MEMORY_BUDGET,
+    SMALLEST_BATCH,
     STRATA,
     SelectConfig,
     SelectSettings,
@@ -37,6 +38,8 @@ from gstds_cache.runtime.threads import cores, limited_threads
 from gstds_cache.selection.catalog import AUTO_DRAW
 from gstds_cache.selection.draw_choice import choose_draw, without_draw
 from gstds_cache.selection.floors import class_name
+from gstds_cache.selection.plan import batch_of_few
+from gstds_cache.selection.rows import rows_left_out
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.spectral.status import Status
 from gstds_cache.store.access import Kind
@@ -97,7 +100,11 @@ def select(
     require_settings(select, SelectConfig, settings)
     config = config_of(keep, settings)
     with _opened(
-        partial(open_store, store, memory_budget, access, mirror), config, notify, Engine.parse(engine)
+        partial(open_store, store, memory_budget, access, mirror),
+        config,
+        notify,
+        Engine.parse(engine),
+        fit="batch_size" not in settings,
     ) as run:
         path = _default_path(run) if out is None else local_file(out, "`out`")
         run.deliver(path, force=force, progress=progress)
@@ -149,7 +156,11 @@ def stream_selection(
     settings.setdefault("threads", 1)
     config = config_of(keep, settings)
     with _opened(
-        partial(open_store, store, memory_budget, access, mirror), config, notify, Engine.parse(engine)
+        partial(open_store, store, memory_budget, access, mirror),
+        config,
+        notify,
+        Engine.parse(engine),
+        fit="batch_size" not in settings,
     ) as run:
         run.deliver(stream, force=False, progress=progress)
         return run.summary("-")
@@ -204,6 +215,14 @@ def open_store(
     return store
 
 
+def with_batch_fitting(store: EmbeddingStore, config: SelectConfig) -> SelectConfig:
+    """``config``, whose batch size nobody gave, for a store that has fewer rows than that."""
+    rows = len(store) - len(rows_left_out(store))
+    if not SMALLEST_BATCH <= rows < config.batch_size:
+        return config
+    return replace(config, batch_size=batch_of_few(rows, config.knn))
+
+
 def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify) -> SelectConfig:
     """``config``, of which a draw ``auto`` is what probes on the store say, or no draw; and ``inform`` told why."""
     if config.draw != AUTO_DRAW:
@@ -219,9 +238,21 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
 
 @contextmanager
 def _opened(
-    open_it: Callable[[], EmbeddingStore], config: SelectConfig, notify: Notify | None, engine: Engine
+    open_it: Callable[[], EmbeddingStore],
+    config: SelectConfig,
+    notify: Notify | None,
+    engine: Engine,
+    *,
+    fit: bool,
 ) -> Iterator[_Run]:
     """Open the store and plan the run, with its thread limits, and say what will be done.
+
+    Args:
+        open_it: Opens it.
+        config: How to select.
+        notify: Whom to tell.
+        engine: Where batches are selected.
+        fit: Whether the batch size, which nobody gave, is made to fit a store of few rows.
 
     Yields:
         The run.
@@ -231,6 +262,8 @@ def _opened(
     config = _on_cpus(config) if engine.ray else config
     with limited_threads(config.threads or 0), engine.opened(notify or logger.warning) as executor:
         opened = open_it()
+        if fit:
+            config = with_batch_fitting(opened, config)
         config = with_draw_chosen(opened, config, inform)
         run = _Run(BatchSelector(opened, config), notify or logger.warning, inform, begun)
         run.selector.executor = executor

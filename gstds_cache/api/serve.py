@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Unpack
 
-from gstds_cache.api.select_batches import config_of, open_store, with_draw_chosen
+from gstds_cache.api.select_batches import config_of, open_store, with_batch_fitting, with_draw_chosen
 from gstds_cache.config import MEMORY_BUDGET, SelectConfig, SelectSettings, require_settings
 from gstds_cache.files import mapped
 from gstds_cache.files.derived import SELECTIONS, derived_paths, first_writable
@@ -78,6 +78,8 @@ def serve(
     tell = notify or logging.getLogger("gstds_cache").warning
     with limited_threads(config.threads or 0), ExitStack() as stack:
         opened = open_store(store, memory_budget, access, mirror)
+        if "batch_size" not in settings:
+            config = with_batch_fitting(opened, config)
         config = with_draw_chosen(opened, config, lambda text: tell(event_line("note", selection=text)))
         folders = derived_paths(opened.location, SELECTIONS)
         writable = first_writable(folders)

@@ -150,8 +150,8 @@ class _Opener:
         if kind == "python":
             raise UsageError(
                 f"data set {dataset!r}: got an object in a Python program, which cannot be opened by name",
-                hint="pass the object itself from Python, or a name: a function of yours that returns it is "
-                "package.module:function",
+                hint="pass the object itself from Python, where each command is a function that takes `dataset`; or a "
+                "name: a function of yours that returns it is package.module:function",
             )
         factory = target if kind == "module" and ":" in target else base
         if _FACTORY.fullmatch(factory):

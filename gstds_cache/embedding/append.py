@@ -243,6 +243,7 @@ def _new_items(old: DatasetManifest, manifest: DatasetManifest, where: str) -> _
     there = np.flatnonzero(at >= 0)
     if not len(there):
         _refuse_renumbered(old, manifest, where)
+        _refuse_another_way_in(old, manifest, where)
     other = (manifest.sha256[there] != old.sha256[at[there]]).any(axis=1)
     relabelled = manifest.labels[there] != old.labels[at[there]]
     for changed, what in ((other, "other bytes"), (relabelled, "another label")):
@@ -256,6 +257,22 @@ def _new_items(old: DatasetManifest, manifest: DatasetManifest, where: str) -> _
             )
     in_order = len(there) == len(old) and bool((at[: len(old)] == np.arange(len(old))).all())
     return _NewItems(np.flatnonzero(at < 0), len(there), in_order)
+
+
+def _refuse_another_way_in(old: DatasetManifest, manifest: DatasetManifest, where: str) -> None:
+    """Refuse files to a store of a Python object's items, and the reverse: the same images would not be recognised.
+
+    Raises:
+        FingerprintMismatchError: One of both is a Python object.
+    """
+    ours, theirs = (one.kind.startswith("python:") for one in (old, manifest))
+    if ours != theirs:
+        kinds = ("a data set that is a Python object", "files")
+        raise FingerprintMismatchError(
+            f"{where} is of {kinds[not ours]}, and has none of these items, which are of {kinds[not theirs]}: an image "
+            "that is in both would be there twice, as it has another id and another hash",
+            hint="nothing was changed; append the way the store was made, or embed into a new store",
+        )
 
 
 def _refuse_renumbered(old: DatasetManifest, manifest: DatasetManifest, where: str) -> None:

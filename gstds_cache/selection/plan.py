@@ -27,6 +27,11 @@ from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
 
+def batch_of_few(rows: int, knn: int) -> int:
+    """Rows of a batch where there are too few for the usual one: a quarter, or as many as neighbours need."""
+    return max(SMALLEST_BATCH, rows // 4, min(rows, 2 * (knn + 1)))
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """One batch before selection.
@@ -136,7 +141,7 @@ class SelectionPlan:
                 hint="there is nothing to select from so few: embed more images, or train on all of them",
             )
         if batch_size > len(rows):
-            fits = max(SMALLEST_BATCH, len(rows) // 4)
+            fits = batch_of_few(len(rows), 1)
             raise UsageError(
                 f"`batch_size`: got {batch_size}, but only {len(rows)} rows have an embedding",
                 hint=f"use `batch_size={fits}` or so" + (f", and `knn={fits - 1}` or less" if fits <= 10 else ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class BatchReports:
         """Nothing was yielded yet."""
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
-        self._told, self._weighted = False, 0
+        self._told, self._told_ahead, self._weighted = False, False, 0
 
     def yielded(self, step: int, rows: Int64[np.ndarray, " m"], own: int) -> None:
         """Count a batch that is yielded now."""
@@ -172,6 +173,8 @@ class BatchReports:
             raise UsageError(
                 f"state after step {step}: epoch {feedback.epoch} began after step {first}, and earlier losses are gone"
             )
+        if step is None and feedback.reported and len(self._waiting) > 1:
+            self._note_ahead()
         unreported = [batch.step for batch in self._waiting if step is not None and batch.step <= step]
         if unreported and feedback.reported:
             raise UsageError(
@@ -180,6 +183,18 @@ class BatchReports:
             )
         alone = self._world_size > 1 and feedback.unshared
         return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+
+    def _note_ahead(self) -> None:
+        """Say once that a state is after batches that were read ahead; torchdata's loader means it so."""
+        if self._told_ahead or "torchdata.stateful_dataloader" in sys.modules:
+            return
+        self._told_ahead = True
+        first, last = self._waiting[0].step, self._waiting[-1].step
+        log(
+            f"warning: state_dict() is after step {last}, and the losses of steps {first} to {last} are not reported: "
+            f"batches that a DataLoader's workers read ahead would be passed over. Say how many steps were trained: "
+            f"state_dict(step={first - 1})"
+        )
 
     def load(self, state: object, epoch: int) -> None:
         """Go on where :meth:`state` was taken.

@@ -69,6 +69,18 @@ def test_a_selection_is_a_short_value_and_stays_where_it_was(store, tmp_path, mo
         assert repr(stream) == f"SelectionStream({made.digest[:16]}, batch 1 of 6)"
 
 
+def test_a_batch_size_that_nobody_gave_fits_a_store_of_few_rows(store, tmp_path) -> None:
+    """A quarter of the 21 rows would be 5; ten neighbours need more than that, three do not."""
+    quiet = {"progress": False, "device": "cpu", "epochs": 1, "rule": "random"}
+    for knn, size in ((10, 21), (3, 8), (1, 5)):
+        fitted = select(store, out=tmp_path / f"{knn}.arrow", knn=knn, **quiet)
+        assert fitted == select(store, out=tmp_path / f"{knn}.arrow", knn=knn, batch_size=size, **quiet)
+    with pytest.raises(UsageError, match="`batch_size`: got 512, but only 21 rows have an embedding"):
+        select(store, batch_size=512, **quiet)
+    with pytest.raises(UsageError, match=r"`knn`: got 30, expected from 1 to batch size - 1 = 20"):
+        select(store, knn=30, **quiet)
+
+
 def test_a_service_outside_the_main_thread_needs_to_be_told_when_to_stop(store) -> None:
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(serve, store, "127.0.0.1:0", **QUICK)

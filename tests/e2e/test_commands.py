@@ -93,6 +93,8 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
     repeated = command(*SELECT)
     assert result_of(repeated)["cache_hit"]
     assert "cache hit" in repeated.stderr
+    assert "nothing was computed" in repeated.stdout
+    assert " 0 of 0" not in repeated.stdout
 
     out = ["--selection", selected["out"], "--eval", "imagefolder:photos", "--out", "run"]
     before = sorted(tmp_path.rglob("*"))

@@ -135,7 +135,9 @@ def test_new_images_alone_come_last_and_their_bytes_may_be_known(store) -> None:
         in_order(only(items, [row for row in range(GROWN + 1) if items.ids[row] != "item/0028"]), grown.manifest().ids)
 
 
-@pytest.mark.parametrize("what", ["bytes", "label", "classes", "names", "ids", "model", "imported", "incomplete"])
+@pytest.mark.parametrize(
+    "what", ["bytes", "label", "classes", "names", "ids", "object", "model", "imported", "incomplete"]
+)
 def test_what_does_not_belong_is_refused_by_name_and_nothing_changes(what, store, tmp_path, monkeypatch) -> None:
     source, error, words = images(GROWN), FingerprintMismatchError, ""
     if what == "bytes":
@@ -156,6 +158,10 @@ def test_what_does_not_belong_is_refused_by_name_and_nothing_changes(what, store
     elif what == "ids":
         source.ids = [f"a/{row:04d}" for row in range(GROWN)]
         words = r"the bytes of all 22 images of .* but under other ids, as 'a/0000' \(the store has 'item/0000'\)"
+    elif what == "object":  # none of its ids is in the store, and of its hashes only some could be
+        source = only(source, list(range(1, GROWN)))
+        source.ids, source.kind = [f"{row}" for row in range(GROWN - 1)], "python:torchvision.datasets.ImageFolder"
+        words = "is of files, and has none of these items, which are of a data set that is a Python object"
     elif what == "model":
         monkeypatch.setattr(real_store.Tiny, "preprocessing", real_store.Preprocessing(resize=9, crop=(9, 9)))
         words = "encoder.preprocessing: the store has"

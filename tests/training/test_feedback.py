@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,25 @@ def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(pa
     again = SelectedBatchSampler(path)
     again.load_state_dict(state)
     assert batches + train(again, start=2) == naive()
+
+
+def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypatch, caplog) -> None:
+    monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")  # which takes its states so, and means it
+    sampler = SelectedBatchSampler(path)
+    ahead = iter(sampler)
+    rows = [next(ahead) for _ in range(3)]
+    sampler.state_dict()  # nobody reports: what was yielded is all that is known
+    assert not caplog.records
+    sampler.report(loss_of(rows[0], 0))
+    states = [sampler.state_dict(), sampler.state_dict()]
+    assert [state["step"] for state in states] == [3, 3]
+    assert [record.message for record in caplog.records] == [
+        "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: batches that a "
+        "DataLoader's workers read ahead would be passed over. Say how many steps were trained: state_dict(step=1)"
+    ]
+    again = SelectedBatchSampler(path)
+    again.load_state_dict(sampler.state_dict(step=1))
+    assert [rows[0], *train(again, start=1)] == naive()
 
 
 def test_seeking_back_in_an_epoch_draws_it_again_and_to_the_beginning_starts_over(path) -> None:

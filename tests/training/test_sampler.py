@@ -104,6 +104,8 @@ def test_what_a_state_refuses(uneven, write, tmp_path) -> None:
         SelectedBatchSampler(tmp_path / "altered.arrow").load_state_dict(state)
     with pytest.raises(FingerprintMismatchError, match="batch_size"):
         SelectedBatchSampler(path, batch_size=8).load_state_dict(state)
+    with pytest.raises(FingerprintMismatchError, match="another selection_digest: it has 'f"):  # one of candidates
+        SelectedBatchSampler(path).load_state_dict(state | {"selection_digest": "f" * 64, "feedback": {}})
     with pytest.raises(StreamError, match="no sampler's state"):
         SelectedBatchSampler(path).load_state_dict({"epoch": 1})
     with pytest.raises(UsageError, match="steps 0 to 4 can be saved"):
