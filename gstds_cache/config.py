@@ -134,7 +134,7 @@ def require_settings(call: Callable[..., object], config: type[DataclassInstance
         if name not in known:
             own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_KEYWORD]
             near = difflib.get_close_matches(name, [*known, *own], 1)
-            more = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join([*own, *known])}"
+            more = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join([*known, *own])}"
             raise TypeError(f"{call.__name__}() has no setting {name!r}; {more}")
 
 

@@ -63,13 +63,16 @@ def test_a_difference_and_its_interval_are_mcnemars() -> None:
 )
 def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margin, way, words, command) -> None:
     forecasts = (Forecast("full", 0.0, 0.9, 0.0, 0.0), Forecast(way, 0.75, 0.8, over, margin))
-    advice = Advice(store="s", rows=1, classes=2, probe_accuracy=0.89, forecasts=forecasts, seconds=0.0)
+    advice = Advice(store="s", rows=1000, classes=2, probe_accuracy=0.89, forecasts=forecasts, seconds=0.0)
     assert advice.verdict.startswith(words)
     assert "linear classifier" not in advice.verdict
     easy = replace(advice, probe_accuracy=0.92)
     assert easy.verdict.startswith(words)
     assert "right on 92.0% of held-out rows" in easy.verdict
     assert advice.command == f"gstds-select s {command}"
+    few = replace(advice, rows=999)
+    assert few.verdict == "do not select: 999 labelled rows are too few to leave any out; train on all of them"
+    assert few.command == "gstds-select s --rule random --schedule constant:0"
 
 
 def test_arguments_and_stores_that_cannot_be_meant_are_refused(store, array_source, tiny_model, tmp_path) -> None:
