@@ -128,7 +128,7 @@ def _from_timm(
             hint = f"did you mean {name!r}, without timm:?"
             raise UsageError(f"unknown timm model {name!r}: it is an alias", hint=hint)
         raise unknown_name("timm model", name, timm.list_models())
-    weights = weights or packaged_weights(name)
+    own, weights = weights, weights or packaged_weights(name)
     download = weights is None and not allow_untrained
     with initial_weights(called, download, _bring(name) if download else ""):
         model = timm.create_model(name, pretrained=download, **({} if alias is None else alias.options))
@@ -138,6 +138,8 @@ def _from_timm(
     else:
         renamed = None if alias is None else _as_timm(model)
         matched = _load(model, weights, head=head, origin=f"timm:{name}", renamed=renamed)
+    if own is None and matched == "order":
+        matched = "name"  # A package's file is known to have the layers in this order: nothing to be told of.
         model.reset_classifier(0)
     asked: dict[str, Any] = {"input_size": (3, side, side)} if side else {}
     if alias is not None:

@@ -21,6 +21,7 @@ def default():
 
 
 def test_the_default_model_has_its_packaged_imagenet_weights(default) -> None:
+    assert default.notes == ()
     weights = packaged_weights("tf_efficientnet_lite0")
     assert default.spec.pretrained
     assert default.spec.weights == sha256_file(weights)
