@@ -6,10 +6,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from gstds_cache.config import as_type
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.runtime.notify import log
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
@@ -332,3 +334,17 @@ def require_items(expected: int, dataset: Sized) -> None:
             "another item",
             hint="give the data set that was embedded, in the same order and with every item",
         )
+    _note_order(getattr(dataset, "samples", None))
+
+
+def _note_order(samples: object) -> None:
+    """Say so where files, as torchvision's ImageFolder lists them, are not in the order of ``imagefolder:``."""
+    if not (isinstance(samples, list) and samples and isinstance(samples[0], tuple) and isinstance(samples[0][0], str)):
+        return
+    for (first, *_), (second, *_) in pairwise(samples):
+        if os.fsencode(first) > os.fsencode(second):
+            log(
+                f"note: `dataset` has {second} behind {first}, `imagefolder:` lists files by path: row i is another "
+                "item unless the store was made from such an object (gstds_cache.embed(dataset))"
+            )
+            return

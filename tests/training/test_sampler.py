@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchvision.datasets import ImageFolder
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, TruncatedStreamError, UsageError
 from gstds_cache.stream.reader import open_selection
@@ -89,6 +90,22 @@ def test_a_state_resumes_at_every_step_and_with_another_world_size(uneven, batch
             assert rank.step == step
         rest = [list(chain(*parts)) for parts in zip(*map(epochs_of, ranks), strict=True)]
         assert [sorted(set(rows)) for rows in rest] == [sorted(set(rows)) for rows in whole[step:]]
+
+
+def test_an_image_folder_that_lists_its_files_in_another_order_is_noted(uneven, tmp_path, caplog) -> None:
+    """Of classes one of whose names begins with the other, and of nested folders, torchvision's order is its own."""
+    path, _ = uneven
+    items = SelectedBatchSampler(path).header.items
+    for folder, other in (("plain", "b"), ("prefixed", "a-b")):
+        for count, name in ((items - 3, "a"), (3, other)):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for item in range(count):
+                (tmp_path / folder / name / f"{item:04d}.png").touch()
+    SelectedBatchSampler(path, dataset=ImageFolder(tmp_path / "plain"))
+    assert not caplog.records
+    SelectedBatchSampler(path, dataset=ImageFolder(tmp_path / "prefixed"))
+    assert "a-b/0000.png behind" in caplog.text
+    assert "row i is another item unless" in caplog.text
 
 
 def test_what_a_state_refuses(uneven, write, tmp_path) -> None:
