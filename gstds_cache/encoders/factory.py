@@ -138,9 +138,9 @@ def _from_timm(
     else:
         renamed = None if alias is None else _as_timm(model)
         matched = _load(model, weights, head=head, origin=f"timm:{name}", renamed=renamed)
+        model.reset_classifier(0)
     if own is None and matched == "order":
         matched = "name"  # A package's file is known to have the layers in this order: nothing to be told of.
-        model.reset_classifier(0)
     asked: dict[str, Any] = {"input_size": (3, side, side)} if side else {}
     if alias is not None:
         size = side or alias.size

@@ -243,21 +243,14 @@ class StepReader:
         if not isinstance(state, Mapping):
             raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
         mine = self.state_dict()
-        another = state.get("selection_digest", mine["selection_digest"])
-        if another != mine["selection_digest"]:
-            raise FingerprintMismatchError(
-                f"the state was saved with another selection_digest: it has {another!r}, this sampler "
-                f"{mine['selection_digest']!r}",
-                hint="load it with the selection and the batch size it was saved with",
-            )
-        if state.keys() != mine.keys() or state["format"] != STATE_FORMAT:
-            raise StreamError(f"this is no sampler's state: got the keys {sorted(state)}, expected {sorted(mine)}")
-        for name in ("cache_fingerprint", "batch_size", "remainder"):
-            if state[name] != mine[name]:
+        for name in ("selection_digest", "cache_fingerprint", "batch_size", "remainder"):
+            if state.get(name, mine[name]) != mine[name]:
                 raise FingerprintMismatchError(
                     f"the state was saved with another {name}: it has {state[name]!r}, this sampler {mine[name]!r}",
                     hint="load it with the selection and the batch size it was saved with",
                 )
+        if state.keys() != mine.keys() or state["format"] != STATE_FORMAT:
+            raise StreamError(f"this is no sampler's state: got the keys {sorted(state)}, expected {sorted(mine)}")
         if type(state["step"]) is not int or not isinstance(state["sha256"], str):
             raise UsageError(f"`state`: got the step {state['step']!r:.80}, expected what state_dict() returned")
 

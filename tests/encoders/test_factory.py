@@ -76,6 +76,7 @@ def test_an_untrained_model_is_refused_unless_allowed(monkeypatch: pytest.Monkey
     with pytest.raises(EncoderError, match="`allow_untrained=True`"):
         open_encoder("timm:test_resnet")
     encoder = open_encoder("timm:test_resnet", allow_untrained=True)
+    assert encoder.spec.dim == timm.create_model("test_resnet").num_features  # and not classes: no classifier is left
     assert not encoder.spec.pretrained
     assert encoder.notes == (UNTRAINED,)
     again = open_encoder("timm:test_resnet", allow_untrained=True)
