@@ -5,9 +5,10 @@
 The photographs are scikit-learn's two, cut and resized to so many megapixels in many shapes, with a sensor's noise, and
 saved as JPEGs of quality 90; each file is there several times, as links. Both decoders run in the same process on the
 same files: Pillow's workers on all cores, and nvJPEG. The bare decode is the decoder alone: as many processes as cores,
-each by itself; or nvJPEG and the resizing on the device, fed by processes that read. What is measured of a run is its
-steady state, the second half of its images: what was decoded ahead while the model started is not counted, and the
-start-up is told apart.
+each by itself; or nvJPEG and the resizing on the device, fed by processes that read. Where the device decodes, decoder
+and model share it, and neither can be as fast as by itself: ``decode_and_forward`` is both side by side, files in
+memory, and nothing else. What is measured of a run is its steady state, the second half of its images: what was decoded
+ahead while the model started is not counted, and the start-up is told apart.
 
 Every part is written as it ends. On a CPU (``--device cpu``, and ``--smoke``) torchvision's decoder stands for nvJPEG.
 """
@@ -22,7 +23,9 @@ import os
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import cycle
@@ -45,7 +48,7 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.devices import describe_device, resolve_device
+from gstds_cache.runtime.devices import describe_device, resolve_device, to_device
 from gstds_cache.runtime.threads import cores
 
 SHAPES = (1.0, 4 / 3, 3 / 2, 16 / 9)  # longer over shorter side
@@ -133,6 +136,46 @@ def decode_on_device(
     return {"decoder_alone": alone, "read_decoded_resized": steady_rate(cumulative(times))}
 
 
+def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.device, size: int, seconds: float) -> float:
+    """Images per second of decoder, resizing and model side by side on one device, and nothing else.
+
+    Files lie in memory, features stay on the device, no pixel is checked: what is left for a run to lose.
+    """
+    part = min(device_decoding.PART, size, len(source))
+    files = [torch.frombuffer(bytearray(source.payload(row)), dtype=torch.uint8) for row in range(part)]
+    cuda = device.type == "cuda"
+    decoding_stream = torch.cuda.Stream(device) if cuda else None
+
+    def decode() -> list[torch.Tensor | None]:
+        with torch.cuda.stream(decoding_stream):
+            return device_decoding.decode_jpegs(files, device)
+
+    with ThreadPoolExecutor(1) as thread:
+        decoding_now = deque(thread.submit(decode) for _ in range(device_decoding.DECODES_AHEAD))
+        queued: deque[tuple[torch.cuda.Event | None, list[Any]]] = deque()
+        done, begun = 0, 0.0
+        while not begun or time.perf_counter() - begun < seconds:
+            pixels, held = torch.empty((size // part * part, *encoder.input_shape), device=device), []
+            for start in range(0, len(pixels), part):
+                images = decoding_now.popleft().result()
+                decoding_now.append(thread.submit(decode))
+                decoded = [(place, image, 1) for place, image in enumerate(images, start) if image is not None]
+                for alike in device_decoding.alike_images(decoded):
+                    places = to_device(torch.tensor([place for place, _, _ in alike]), device)
+                    together = torch.stack([image for _, image, _ in alike])
+                    pixels.index_copy_(0, places, encoder.spec.preprocessing.resized(together))
+                held.append(images)
+            encoder.queue(pixels.round_().clamp_(0, 255).to(torch.uint8))
+            queued.append((torch.cuda.current_stream(device).record_event() if cuda else None, held))
+            if len(queued) > 1:
+                event, _ = queued.popleft()
+                if event is not None:
+                    event.synchronize()
+                done += len(pixels)
+                begun, done = (begun, done) if begun else (time.perf_counter(), 0)  # from the second batch on
+        return done / (time.perf_counter() - begun)
+
+
 def cumulative(times: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """Times, and images until then."""
     done = np.cumsum([count for _, count in times]).tolist()
@@ -216,6 +259,8 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         found["decode"]["nvjpeg"] = decode_on_device(
             source, by_device, device, size, arguments.seconds, large=megapixels >= 1
         )
+        yield found
+        found["decode_and_forward"] = decode_and_forward(source, by_device, device, size, arguments.seconds)
     except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
         found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
         decoders.remove("nvjpeg")
@@ -238,8 +283,11 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
             bare = decode["all_cores"] if decoder == "pillow" else decode["decoder_alone"]
             limit = min(found["forward"], bare)
             rates = found.setdefault("embed", {}).setdefault(decoder, {"trials": []})
-            rates["trials"].append({**run, "over_limit": run["images_per_second"] / limit})
-            for name in ("images_per_second", "over_limit"):
+            trial = {**run, "over_limit": run["images_per_second"] / limit}
+            if decoder == "nvjpeg" and "decode_and_forward" in found:
+                trial["over_decode_and_forward"] = run["images_per_second"] / found["decode_and_forward"]
+            rates["trials"].append(trial)
+            for name in sorted(trial.keys() & {"images_per_second", "over_limit", "over_decode_and_forward"}):
                 rates[name] = spread([one[name] for one in rates["trials"]])
             rates["limit_images_per_second"] = limit
             rates["limited_by"] = "forward" if limit == found["forward"] else "decode"

@@ -38,6 +38,8 @@ def commands(seeds: int) -> list[list[str]]:
         tune,
         # Half of the gradients of training on everything, and a quarter, beside it.
         ["benchmarks.study", "cifar10-conv7", "--methods", f"{head},{twice}", "--seeds", str(seeds)],
+        # As many gradients as the quarter and the half have, on everything in fewer epochs.
+        ["benchmarks.study", "cifar10-conv7", "--methods", "full*0.25,full*0.5", "--seeds", "5"],
         ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "1"],
         ["benchmarks.study", validation, "--methods", rest, "--lrs", RATES, "--seeds", "1"],
         tune,
