@@ -2,8 +2,9 @@
 
     python benchmarks/bench_train_gpu.py imagefolder:cifar/train imagefolder:cifar/test [--store STORE] [--seconds 70]
 
-Throughput: samples a second of warm steps, ``conv7`` and ResNet-18 at 32 pixels, each also compiled. The bare loop
-draws its rows and random numbers on the device, logs nothing and saves nothing. ``behind`` is for how many of its steps
+Throughput: samples a second of warm steps, ``conv7`` and ResNet-18 at 32 pixels, ``conv7`` also in steps of 128 and
+without CUDA graphs, each also compiled. The bare loop draws its rows and random numbers on the device, logs nothing and
+saves nothing, and records nothing. ``behind`` is for how many of its steps
 the host had to wait for the device at the end: where that is none or one, the host was what took the time.
 
 Accuracy: ``conv7`` by the recipe of docs/trainers.md, seconds and test accuracy: the bare loop, the trainer on all
@@ -304,6 +305,10 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     few, many = (8, 8) if arguments.smoke else (250, 400)  # what comes once a run is a percent of that
     yield "conv7", lambda: throughput(data, small, batch, many, trials)
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
+    yield "conv7, steps of a quarter", lambda: throughput(data, small, batch // 4, many, trials)
+    eager = replace(small, cuda_graphs=False)
+    yield "conv7, without graphs", lambda: throughput(data, eager, batch, many, trials)
+    yield "resnet18, without graphs", lambda: throughput(data, replace(resnet, cuda_graphs=False), batch, few, trials)
     full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
     yield "accuracy", lambda: accuracy(data, full, batch, arguments.epochs, min(trials, 2), store)
     if not arguments.smoke:  # compiling takes a minute on a CPU

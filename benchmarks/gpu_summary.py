@@ -105,6 +105,14 @@ FIGURES: list[Figure] = [
     Figure("trainer, small network, over a bare loop", "trainer", ("conv7", "trainer_over_bare"), 0.95),
     Figure("trainer, ResNet-18, over a bare loop", "trainer", ("resnet18", "trainer_over_bare"), 0.95),
     *[
+        Figure(f"the same, {what}", "trainer", (key, "trainer_over_bare"), None)
+        for what, key in (
+            ("small network in steps of 128", "conv7, steps of a quarter"),
+            ("small network without CUDA graphs", "conv7, without graphs"),
+            ("ResNet-18 without CUDA graphs", "resnet18, without graphs"),
+        )
+    ],
+    *[
         Figure(f"CIFAR-10, small network, {what}: {name}", "trainer", ("accuracy", name, what), None, unit=unit)
         for name in ("bare", "trainer", "half of each batch", "half of each batch, as many steps")
         for what, unit in (("seconds", "s"), ("accuracy", ""))
@@ -115,6 +123,7 @@ FIGURES: list[Figure] = [
         for size in (0.2, 12.0) for decoder in ("nvjpeg", "pillow")
         for what, key, target in (
             ("over the slower of forward and decode", "over_limit", 0.9 if decoder == "nvjpeg" else None),
+            ("over both side by side", "over_decode_and_forward", 0.9 if decoder == "nvjpeg" else None),
             ("images/s", "images_per_second", None),
         )
     ],

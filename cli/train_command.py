@@ -74,6 +74,12 @@ Examples:
 )
 @setting_option(
     TrainConfig,
+    "cuda_graphs",
+    flags=("--cuda-graphs/--no-cuda-graphs",),
+    help="Record steps that come again in a CUDA graph and replay them: on one GPU that holds the images.",
+)
+@setting_option(
+    TrainConfig,
     "images",
     help="Where decoded images are held; auto is the GPU where they take half of its free memory at most.",
 )

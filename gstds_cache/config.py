@@ -305,6 +305,9 @@ class TrainConfig:
             on CUDA and float32 on a CPU.
         compile: ``default`` or ``reduce-overhead`` compiles the network with ``torch.compile`` in that mode;
             ``reduce-overhead`` also replays CUDA graphs, one for each batch size. It needs a C compiler.
+        cuda_graphs: Whether steps that come again are recorded in a CUDA graph and replayed, which spares the host most
+            of a small network's step: on one GPU that holds the images (``images``), ``compile`` off, without
+            ``accumulate`` and ``importance_weights``. Else it changes nothing.
         images: Where decoded images are held: on the ``device``, or on the ``host`` (within ``memory_budget``, else
             decoded as they are needed). ``auto`` is a GPU where they take half of its free memory at most.
         workers: Processes that decode images; None is 1 on a CPU, and beside a GPU every core.
@@ -335,6 +338,7 @@ class TrainConfig:
     device: str = DEVICE
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["off", "default", "reduce-overhead"] = "off"
+    cuda_graphs: bool = True
     images: Literal["auto", "device", "host"] = "auto"
     workers: int | None = None
     max_pixels: int = EmbedConfig.max_pixels
@@ -493,6 +497,7 @@ class TrainSettings(TypedDict, total=False):
     device: str
     precision: Literal["auto", "float32", "bfloat16"]
     compile: Literal["off", "default", "reduce-overhead"]
+    cuda_graphs: bool
     images: Literal["auto", "device", "host"]
     workers: int | None
     max_pixels: int

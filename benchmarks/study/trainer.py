@@ -70,6 +70,11 @@ class StudyTrainer(Trainer):
     def open_feed(self) -> ImageFeed:
         return self._given_feed if self.device.type == "cpu" else OnDevice(self._given_feed, self.device)
 
+    def may_record(self) -> bool:
+        """Where a method chooses in each step, or the rest of a batch is trained on too, a step is more than that."""
+        feedback = self._steps.feedback
+        return self._method is None and not (isinstance(feedback, VariantFeedback) and feedback.rest_side)
+
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
         if self._method is None:

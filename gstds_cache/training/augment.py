@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -9,6 +11,16 @@ from jaxtyping import Float32, Int64, UInt8
 from gstds_cache.config import TrainConfig
 from gstds_cache.runtime.devices import to_device
 from gstds_cache.seeding import torch_seed_of_step
+
+
+class Augmentation(TypedDict):
+    """How the images of a step are augmented: arguments of :func:`augment` and of those that do the same elsewhere."""
+
+    shift: int
+    mirror: bool
+    seed: int
+    step: int
+    part: tuple[Int64[np.ndarray, " m"], int]
 
 
 def augment(

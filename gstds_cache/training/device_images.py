@@ -8,7 +8,7 @@ at. Only they and the rows cross to the device, 32 bytes an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import free_memory, to_device
 from gstds_cache.runtime.progress import Counted
-from gstds_cache.training.augment import draw
+from gstds_cache.training.augment import Augmentation, draw
 from gstds_cache.training.images import ImageFeed
 
 SHARE = 0.5
@@ -96,31 +96,24 @@ class DeviceImages(ImageFeed):
         return True
 
     def augmented(
-        self,
-        rows: Int64[np.ndarray, " m"],
-        *,
-        shift: int,
-        mirror: bool,
-        seed: int,
-        step: int,
-        part: tuple[Int64[np.ndarray, " m"], int],
-    ) -> tuple[UInt8[Tensor, "m 3 S S"], Int64[Tensor, " m"]]:
+        self, rows: Int64[np.ndarray, " m"], **how: Unpack[Augmentation]
+    ) -> tuple[UInt8[torch.Tensor, "m 3 S S"], Int64[torch.Tensor, " m"]]:
         """Images of a step, moved and mirrored as by :func:`~gstds_cache.training.augment.augment`.
 
         Args:
             rows: The step's rows, int64 [m].
-            shift: As there, as are the others.
-            mirror: Whether to mirror.
-            seed: The run's seed.
-            step: The step.
-            part: Where these rows stand in the step's batch, and how many that holds.
+            how: How they are augmented.
 
         Returns:
             uint8 [m, 3, S, S] and ``rows``, int64 [m], both on the device, which the host does not wait for.
         """
-        draws = draw(*part, shift=shift, mirror=mirror, seed=seed, step=step)
-        packed = to_device(torch.cat([torch.from_numpy(rows)[None], draws]), self.images.device)
-        return self.gather(self.images, packed, shift), packed[0]
+        packed = to_device(self.packed(rows, **how), self.images.device)
+        return self.gather(self.images, packed, how["shift"]), packed[0]
+
+    def packed(self, rows: Int64[np.ndarray, " m"], **how: Unpack[Augmentation]) -> Int64[torch.Tensor, "4 m"]:
+        """What :func:`gather` needs to know of a step's images, on the host; arguments as above."""
+        draws = draw(*how["part"], shift=how["shift"], mirror=how["mirror"], seed=how["seed"], step=how["step"])
+        return torch.cat([torch.from_numpy(rows)[None], draws])
 
 
 def gather(images: UInt8[Tensor, "N S S 3"], packed: Int64[Tensor, "4 m"], shift: int) -> UInt8[Tensor, "m 3 S S"]:

@@ -16,7 +16,7 @@ from gstds_cache.stream.schema import Header
 from gstds_cache.training.batch_norm import has_running_norms
 from gstds_cache.training.images import default_side
 
-NOT_IDENTITY = frozenset({"device", "compile", "images", "workers", "memory_budget", "threads", "draw"})
+NOT_IDENTITY = frozenset({"device", "compile", "cuda_graphs", "images", "workers", "memory_budget", "threads", "draw"})
 
 # How a run's default name spells the settings that are not the default ones; a setting that is not here is spelled out.
 SPELLED = {

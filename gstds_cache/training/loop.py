@@ -8,7 +8,7 @@ statistics of batch normalisation are re-estimated from random rows (``batch_nor
 
 On CUDA no step waits for the device: images are there (``device_images.py``), losses are read in blocks
 (``step_losses.py``), and a checkpoint, for which the host has to wait, is saved at an epoch's end only if the last one
-is some seconds old.
+is some seconds old. Steps of a size that comes again are replayed from a CUDA graph (``step_graphs.py``).
 
 Several ranks share each step's batch (``distributed.py``). Whatever their number, every kept row counts once in the
 step's gradient, so it is the same but for the order of summation, except for what sees a rank's own slice alone:
@@ -39,7 +39,7 @@ from gstds_cache.runtime.progress import Progress
 from gstds_cache.seeding import torch_seed_for, torch_seed_of_step
 from gstds_cache.stream.ranks import real_rows
 from gstds_cache.stream.reader import SelectionStream
-from gstds_cache.training.augment import augment, largest_shift, to_input
+from gstds_cache.training.augment import Augmentation, augment, largest_shift, to_input
 from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm, running_norms
 from gstds_cache.training.batches import BatchLoader, TrainingBatch
 from gstds_cache.training.checkpoint import Checkpoint
@@ -55,6 +55,7 @@ from gstds_cache.training.network import build_network, check_network, norms_fro
 from gstds_cache.training.optimizer import build_optimizer, load_optimizer, one_cycle
 from gstds_cache.training.report import TrainingResult, waiting_shares
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.step_graphs import StepGraphs, recordable
 from gstds_cache.training.step_losses import StepLosses
 from gstds_cache.training.step_times import StepTimes
 from gstds_cache.training.steps import StepReader, remainder_of
@@ -120,8 +121,8 @@ def train(
 class Trainer:
     """One run: its data, its network, and how far it is.
 
-    A subclass may replace :meth:`open_feed`, :meth:`batch_loss` and :meth:`end_epoch`: ``benchmarks/study/trainer.py``
-    does, for methods that choose from each batch while the network learns.
+    A subclass may replace :meth:`open_feed`, :meth:`batch_loss`, :meth:`may_record` and :meth:`end_epoch`:
+    ``benchmarks/study/trainer.py`` does, for methods that choose from each batch while the network learns.
 
     Attributes:
         device: Where the network is.
@@ -135,6 +136,7 @@ class Trainer:
 
     model: nn.Module
     _scores: Scores
+    _graphs: StepGraphs | None = None
     row_losses: Callable[[TrainingBatch, Float32[Tensor, " m"]], None] | None = None
 
     def __init__(
@@ -196,7 +198,7 @@ class Trainer:
         with callers_random_numbers, interruptible() as stop_asked, closing(loader.all_batches()) as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
-                self.times.begin(len(batch.rows))
+                self.times.begin(len(batch.rows), records=self._records(batch))
                 # 2. One step: forward, backward, the optimiser.
                 self._key_random_numbers()
                 with explained(self.config.compile, when=self.times.phase == "warm-up"):
@@ -263,6 +265,10 @@ class Trainer:
         loss = nn.functional.cross_entropy(logits[:own], target[:own], reduction="sum", label_smoothing=smoothing)
         return loss * self.ranks.world_size / batch.size, batch.size
 
+    def may_record(self) -> bool:
+        """Whether :meth:`batch_loss` does nothing but what :meth:`_recorded_step` does: a subclass's may not."""
+        return type(self).batch_loss is Trainer.batch_loss
+
     def _report(self, batch: TrainingBatch, losses: Float32[Tensor, " m"]) -> None:
         """Report the losses of candidates; they wait on the device for the epoch's end."""
         assert self._steps.feedback is not None
@@ -286,6 +292,15 @@ class Trainer:
 
         Ranks have as many pieces each, and average the gradients once, with the last one.
         """
+        graphs = self._graphs
+        if graphs is not None and batch.pixels is None:
+            if graphs.ready(len(batch.rows)):
+                return self._replay(graphs, batch), batch.size
+            with graphs.eager(len(batch.rows)):
+                return self._take_pieces(batch)
+        return self._take_pieces(batch)
+
+    def _take_pieces(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         *first, last = batch.pieces(self.config.accumulate)
         before: Tensor | float = 0.0
         for piece in first:
@@ -296,6 +311,32 @@ class Trainer:
         loss, samples = self.batch_loss(last)
         self._update(loss)
         return (loss.detach() + before if first else loss), samples
+
+    def _records(self, batch: TrainingBatch) -> bool:
+        """Whether this step is recorded before it is taken."""
+        return self._graphs is not None and batch.pixels is None and self._graphs.records(len(batch.rows))
+
+    def _replay(self, graphs: StepGraphs, batch: TrainingBatch) -> Float32[Tensor, ""]:
+        """Take a step of a size that is recorded; the loss."""
+        assert isinstance(self._feed, DeviceImages)
+        self._require_labels(batch)
+        rate = self._set_rate()
+        loss, *row_losses = graphs.take(self._feed.packed(batch.rows, **self._augmentation(batch)), rate)
+        if self.row_losses is not None:
+            self.row_losses(batch, *row_losses)
+        return loss
+
+    def _recorded_step(self, packed: Int64[Tensor, "4 m"]) -> tuple[Tensor, ...]:
+        """What :meth:`_take_pieces` does for one rank, one piece and images on the device, without the host's part."""
+        assert isinstance(self._feed, DeviceImages)
+        assert self._device_labels is not None
+        target = self._device_labels[packed[0]]
+        logits = self.logits(self._feed.gather(self._feed.images, packed, largest_shift(self.config)))
+        loss = nn.functional.cross_entropy(logits, target, label_smoothing=self.config.label_smoothing)
+        self._descend(loss)
+        if self.row_losses is None:
+            return (loss.detach(),)
+        return loss.detach(), nn.functional.cross_entropy(logits.detach(), target, reduction="none")
 
     def _own(self, batch: TrainingBatch) -> int:
         """How many rows of a batch count; those after them were repeated to make the ranks' slices equal."""
@@ -308,16 +349,22 @@ class Trainer:
         Raises:
             UsageError: A row has no label.
         """
-        part = (batch.positions, batch.size)
         if batch.pixels is not None or not isinstance(self._feed, DeviceImages) or self._device_labels is None:
             target = self.targets(batch)
-            return self.augmented(self.pixels(batch), part), target
+            return self.augmented(self.pixels(batch), (batch.positions, batch.size)), target
         self._require_labels(batch)
-        mirror, seed = self.config.augment == "crop+flip", self.config.seed
-        pixels, rows = self._feed.augmented(
-            batch.rows, shift=largest_shift(self.config), mirror=mirror, seed=seed, step=self.step, part=part
-        )
+        pixels, rows = self._feed.augmented(batch.rows, **self._augmentation(batch))
         return pixels, self._device_labels[rows]
+
+    def _augmentation(self, batch: TrainingBatch) -> Augmentation:
+        """How this step's images are augmented."""
+        return {
+            "shift": largest_shift(self.config),
+            "mirror": self.config.augment == "crop+flip",
+            "seed": self.config.seed,
+            "step": self.step,
+            "part": (batch.positions, batch.size),
+        }
 
     def targets(self, batch: TrainingBatch) -> Int64[Tensor, " m"]:
         """Classes of a batch's rows, int64 [m] on the device.
@@ -394,8 +441,16 @@ class Trainer:
                 torch.cuda.manual_seed(seed)
 
     def _update(self, loss: Float32[Tensor, ""]) -> None:
+        self._set_rate()
+        self._descend(loss)
+
+    def _set_rate(self) -> float:
+        rate = self.config.lr * one_cycle(self.step, self._steps.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * one_cycle(self.step, self._steps.total)
+            group["lr"] = rate
+        return rate
+
+    def _descend(self, loss: Float32[Tensor, ""]) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # now: gradients that a CUDA graph wrote end with its step
@@ -479,10 +534,19 @@ class Trainer:
         if isinstance(self._feed, DeviceImages):
             # No CUDA graph, which would copy its inputs, all images among them, in every step.
             self._feed.gather = compiled(gather, "off" if self.config.compile == "off" else "default")
+        if self._steps_are_recorded():
+            self._graphs = StepGraphs(self._recorded_step, self.optimizer, self.device)
         self.network.train()
         self.run_dir.begin()
         self.run_dir.drop_metrics_from(self.step + 1)
         self.tracking.begin(self.step)
+
+    def _steps_are_recorded(self) -> bool:
+        """Whether steps that come again are replayed: on one GPU that holds the images, taken at once."""
+        config = self.config
+        plain = config.compile == "off" and config.accumulate == 1 and not config.importance_weights
+        here = recordable(self.device) and self.ranks.world_size == 1 and isinstance(self._feed, DeviceImages)
+        return config.cuda_graphs and plain and here and self.may_record()
 
     def _save(self) -> None:
         begun = time.perf_counter()

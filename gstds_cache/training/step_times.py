@@ -16,8 +16,9 @@ class StepTimes:
     """Times the steps of one session.
 
     The first step loads and compiles kernels. Where ``torch.compile`` compiles the network, so do the first of each of
-    the first two batch sizes: from the second on it compiles for any size. These steps are ``warm-up``; the host waits
-    for them, so that nothing of theirs is counted to the next.
+    the first two batch sizes: from the second on it compiles for any size. Steps that are recorded in a CUDA graph
+    before they are taken last longer too. These steps are ``warm-up``; the host waits for them, so that nothing of
+    theirs is counted to the next.
 
     Attributes:
         phase: ``warm-up`` or ``step``: what the step under way counts as.
@@ -39,15 +40,17 @@ class StepTimes:
         self._first = 0.0  # the same of the first step
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, *, records: bool = False) -> None:
         """A step begins.
 
         Args:
             rows: Rows that this process takes.
+            records: Whether it is recorded before it is taken.
         """
         new = rows not in self._sizes and len(self._sizes) < max(1, self._sizes_compiled)
         if new:
             self._sizes.add(rows)
+        new |= records
         self.phase = "warm-up" if new else "step"
         self._events = None
         if self._device.type == "cuda" and not new and self._steps % EVERY == 1 and len(self._timed) < MOST:

@@ -22,8 +22,8 @@ import torch
 from no_sync import forbid_waiting
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
+from trained import CONFIG, run, state
 
-from gstds_cache.config import TrainConfig
 from gstds_cache.data import loading
 from gstds_cache.errors import DivergedError, UsageError
 from gstds_cache.runtime.devices import to_device
@@ -41,9 +41,6 @@ from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.step_losses import MOST_STEPS, StepLosses
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(
-    arch="conv3", image_size=16, augment="crop+flip", lr=0.02, device="cpu", workers=0, images="device"
-)
 
 
 @pytest.fixture
@@ -61,21 +58,6 @@ def selection(uneven) -> Path:
 def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are read in blocks, as on a GPU."""
     monkeypatch.setattr(loop, "StepLosses", partial(StepLosses, deferred=True))
-
-
-def run(
-    source: Any, selection: Path, out: Path, config: TrainConfig = CONFIG, kind: type[Trainer] = Trainer, **options: Any
-) -> TrainingResult:
-    interruptible = options.pop("interruptible", loop.never_interrupted)
-    with open_selection(selection) as stream:
-        run_dir = RunDir(out, run_config(config, stream.header, None), provenance={}, resume=True)
-        with run_dir:
-            return kind(source, stream, config, run_dir, **options).run(interruptible)
-
-
-def state(out: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
-    return loaded
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,271 @@
+"""Steps that are recorded and replayed give the run that steps taken one by one give.
+
+On a CPU a recording is the step itself, taken again: all but the recording runs here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import offered
+import pytest
+import torch
+from torch import Tensor, nn
+from trained import CONFIG, run, state
+
+from gstds_cache.config import TrainConfig
+from gstds_cache.selection.selected_batch import SelectedBatch
+from gstds_cache.spectral.status import Status
+from gstds_cache.stream.record_writer import SelectionWriter
+from gstds_cache.stream.schema import Header
+from gstds_cache.training import loop, step_graphs
+from gstds_cache.training.loop import Trainer
+from gstds_cache.training.step_graphs import EAGER, MOST, StepGraphs
+
+CPU = torch.device("cpu")
+SIZES = (8, 8, 5)  # of each epoch's batches
+EPOCHS = 6
+
+
+def write_alike(path: Path) -> Path:
+    """A selection whose batches have two sizes that come again: 18 steps."""
+    kept = [sum(SIZES)] * EPOCHS
+    header = Header("c" * 64, "d" * 64, 72, "r" * 64, 0, EPOCHS, 3, EPOCHS * 3, sum(kept), kept, {})
+    rng = np.random.default_rng(1)
+    with path.open("wb") as file, SelectionWriter(file, header) as writer:
+        for seq in range(EPOCHS * 3):
+            rows = rng.permutation(72)[: SIZES[seq % 3]]
+            writer.write(SelectedBatch(seq, seq // 3, seq % 3, 18, rows, None, Status.CONVERGED, 0.5, 0.0))
+    return path
+
+
+@pytest.fixture
+def source(array_source):
+    return array_source(72)
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    return write_alike(tmp_path / "alike.arrow")
+
+
+def stopping(asked: Iterator[bool]) -> AbstractContextManager[Callable[[], bool]]:
+    return nullcontext(lambda: next(asked, False))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps are recorded on a CPU as well, which is to take them again; the sizes of recordings and of replays."""
+    sizes: list[int] = []
+
+    def recording(step: Callable[[Tensor], Any], packed: Tensor, _device: torch.device) -> Callable[[Tensor], Any]:
+        sizes.append(-packed.shape[1])
+
+        def replay(rows: Tensor) -> Any:
+            sizes.append(packed.shape[1])
+            packed.copy_(rows)
+            return tuple(output.clone() for output in step(packed))
+
+        return replay
+
+    monkeypatch.setattr(step_graphs, "recording", recording)
+    monkeypatch.setattr(loop, "recordable", lambda _device: True)
+    return sizes
+
+
+def assert_same(a: Path, b: Path, **about: float) -> None:
+    """The same to the bit, or about the same on a GPU, whose kernels add in any order."""
+    mine, theirs = state(a), state(b)
+    assert mine["step"] == theirs["step"]
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=about.get("rtol", 0))
+    for name, values in theirs["network"].items():
+        torch.testing.assert_close(mine["network"][name], values, **(about or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("arch", ["conv3", "timm:test_resnet"])
+def test_a_replayed_run_is_the_run_without(source, alike, tmp_path, recorded, arch) -> None:
+    config = replace(CONFIG, arch=arch, label_smoothing=0.1)
+    run(source, alike, tmp_path / "plain", replace(config, cuda_graphs=False))
+    assert recorded == []
+    run(source, alike, tmp_path / "graphs", config)
+    assert_same(tmp_path / "graphs", tmp_path / "plain")
+    counts = Counter(recorded)
+    assert counts == {-8: 1, -5: 1, 8: 2 * EPOCHS - EAGER, 5: EPOCHS - EAGER}
+
+
+def test_a_replayed_run_that_was_stopped_goes_on(source, alike, tmp_path, recorded) -> None:
+    run(source, alike, tmp_path / "whole")
+    for stop_at in (7, 10):  # steps of that session
+        asked = iter([False] * (stop_at - 1) + [True])
+        with pytest.raises(KeyboardInterrupt):
+            run(source, alike, tmp_path / "run", interruptible=partial(stopping, asked))
+    run(source, alike, tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert state(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] < 1e-3  # a number, not a tensor
+    assert isinstance(state(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"], float)
+
+
+def test_losses_of_candidates_are_reported_from_replays(source, tmp_path, recorded) -> None:
+    stream = offered.write(tmp_path / "s.arrow", epochs=8)
+    plain = run(source, stream, tmp_path / "plain", replace(CONFIG, cuda_graphs=False))
+    graphs = run(source, stream, tmp_path / "graphs")
+    assert {6, 7, 5} <= set(recorded)
+    assert graphs.loss == pytest.approx(plain.loss, rel=1e-3)
+    mine, theirs = (state(tmp_path / name)["feedback"] for name in ("graphs", "plain"))
+    assert mine["epoch"] == theirs["epoch"] == 8
+    assert mine["rows"] == theirs["rows"]  # the rows of every epoch were drawn by the same losses
+
+
+@pytest.mark.parametrize(
+    "change", [{"accumulate": 2}, {"images": "host"}, {"cuda_graphs": False}, {"importance_weights": True}]
+)
+def test_steps_that_cannot_be_recorded_are_taken_as_ever(source, alike, tmp_path, recorded, change) -> None:
+    stream = offered.write(tmp_path / "s.arrow", epochs=6) if "importance_weights" in change else alike
+    run(source, stream, tmp_path / "run", replace(CONFIG, **change))
+    assert recorded == []
+
+
+def test_a_loss_of_ones_own_is_not_recorded(source, alike, tmp_path, recorded) -> None:
+    class Doubled(Trainer):
+        def batch_loss(self, batch):
+            loss, samples = super().batch_loss(batch)
+            return 2 * loss, samples
+
+    run(source, alike, tmp_path / "run", kind=Doubled)
+    assert recorded == []
+
+
+def test_no_more_sizes_are_recorded_than_there_is_room_for(monkeypatch) -> None:
+    network = nn.Linear(1, 1)
+    graphs = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(network.parameters(), lr=0.1), CPU)
+    monkeypatch.setattr(step_graphs, "recording", lambda step, _packed, _device: step)
+    replayed = []
+    for _ in range(EAGER + 1):
+        for size in range(1, MOST + 3):
+            if graphs.ready(size):
+                assert graphs.records(size)
+                assert int(graphs.take(torch.ones((4, size), dtype=torch.int64), 0.1)[0]) == 4 * size
+                assert not graphs.records(size)
+                replayed.append(size)
+            else:
+                with graphs.eager(size):
+                    pass
+    assert replayed == list(range(1, MOST + 1))
+    monkeypatch.setattr(StepGraphs, "_fits", lambda _graphs: False)
+    full = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(network.parameters(), lr=0.1), CPU)
+    for _ in range(EAGER):
+        with full.eager(3):
+            pass
+    assert not full.ready(3)
+
+
+def test_a_network_that_waits_for_the_gpu_is_not_recorded(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(step_graphs, "waits", lambda _device: nullcontext(["network.py:7"]))
+    graphs = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), CPU)
+    for _ in range(EAGER + 2):
+        assert not graphs.ready(4)
+        with graphs.eager(4):
+            pass
+    assert caplog.text.count("network.py:7") == 1
+
+
+def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) -> None:
+    phases: list[str] = []
+
+    class Timed(Trainer):
+        def _count(self, batch, samples, seconds) -> None:
+            phases.append(self.times.phase)
+            super()._count(batch, samples, seconds)
+
+    run(source, alike, tmp_path / "run", kind=Timed)
+    assert [step for step, phase in enumerate(phases) if phase == "warm-up"] == [0, 4, 11]
+
+
+# On a GPU
+
+
+class Sparse(nn.Module):
+    """A network with dropout, batch normalisation, and on request a look at its own values."""
+
+    def __init__(self, *, looks: bool) -> None:
+        super().__init__()
+        self.looks = looks
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        if self.looks and float(features.detach().sum()) > 1e9:
+            features = features * 0
+        found: Tensor = self.head(features)
+        return found
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    def use(looks: bool) -> None:
+        def build(*_: Any, **_how: Any) -> nn.Module:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                network = Sparse(looks=looks)
+                network(torch.zeros(2, 3, 16, 16))
+            return network
+
+        monkeypatch.setattr(loop, "build_network", build)
+        monkeypatch.setattr(loop, "check_network", lambda *_: None)
+
+    return use
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arch", ["conv3", "conv7", "timm:test_resnet", "dropout"])
+def test_a_graph_of_the_gpu_gives_the_run_without(source, alike, tmp_path, monkeypatch, sparse, arch) -> None:
+    if arch == "dropout":
+        sparse(False)
+    config = replace(CONFIG, arch="conv3" if arch == "dropout" else arch, device="cuda", precision="float32")
+    made: list[int] = []
+    whole = step_graphs.recording
+
+    def spy(step: Any, packed: Tensor, device: torch.device) -> Any:
+        made.append(packed.shape[1])
+        return whole(step, packed, device)
+
+    monkeypatch.setattr(step_graphs, "recording", spy)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    run(source, alike, tmp_path / "plain", replace(config, cuda_graphs=False))
+    run(source, alike, tmp_path / "graphs", config)
+    assert made == [8, 5]
+    assert_same(tmp_path / "graphs", tmp_path / "plain", rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_losses_of_candidates_are_those_without(source, tmp_path) -> None:
+    stream = offered.write(tmp_path / "s.arrow", epochs=8)
+    config: TrainConfig = replace(CONFIG, device="cuda", precision="float32")
+    losses = [
+        run(source, stream, tmp_path / str(graphs), replace(config, cuda_graphs=graphs)).loss
+        for graphs in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_that_looks_at_its_values_trains_without_graphs(
+    source, alike, tmp_path, monkeypatch, sparse, caplog
+) -> None:
+    sparse(True)
+    monkeypatch.setattr(step_graphs, "recording", lambda *_: pytest.fail("recorded"))
+    result = run(source, alike, tmp_path / "run", replace(CONFIG, device="cuda"))
+    assert result.steps == 3 * EPOCHS
+    assert "test_step_graphs.py" in caplog.text
