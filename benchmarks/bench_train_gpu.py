@@ -306,11 +306,11 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     yield "conv7", lambda: throughput(data, small, batch, many, trials)
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
     yield "conv7, steps of a quarter", lambda: throughput(data, small, batch // 4, many, trials)
+    full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
+    yield "accuracy", lambda: accuracy(data, full, batch, arguments.epochs, min(trials, 2), store)
     eager = replace(small, cuda_graphs=False)
     yield "conv7, without graphs", lambda: throughput(data, eager, batch, many, trials)
     yield "resnet18, without graphs", lambda: throughput(data, replace(resnet, cuda_graphs=False), batch, few, trials)
-    full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    yield "accuracy", lambda: accuracy(data, full, batch, arguments.epochs, min(trials, 2), store)
     if not arguments.smoke:  # compiling takes a minute on a CPU
         yield (
             "conv7, compiled",
