@@ -310,7 +310,7 @@ class Trainer:
             before = before + loss.detach()
         loss, samples = self.batch_loss(last)
         self._update(loss)
-        return (loss.detach() + before if first else loss), samples
+        return (loss.detach() + before if first else loss.detach()), samples
 
     def _records(self, batch: TrainingBatch) -> bool:
         """Whether this step is recorded before it is taken."""
