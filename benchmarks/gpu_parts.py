@@ -179,7 +179,7 @@ ALL = (
     Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
                            "--seconds", "{seconds}"), 170, 40, needs=("cifar10",),
          optional=("cifar10.store", "--store", "{data}/cifar10.store")),
-    Part("tests", (*TESTS, *tests_of_the_gpu()), 90, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
+    Part("tests", (*TESTS, *tests_of_the_gpu()), 120, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
     Part("embedding", script("bench_embed_gpu.py"), 150, 50),

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import free_memory, to_device
 from gstds_cache.runtime.notify import log
 
@@ -77,6 +78,9 @@ class StepGraphs:
 
         Returns:
             What the step returns, in memory that the next one leaves alone.
+
+        Raises:
+            UsageError: It cannot be recorded. This process can take no more steps on that GPU.
         """
         self._rate.fill_(rate)
         replay, rows = self._recorded.get(packed.shape[1]), to_device(packed, self._device)
@@ -106,13 +110,22 @@ class StepGraphs:
         return free_memory(self._device) > torch.cuda.max_memory_allocated(self._device)
 
     def _record(self, packed: Int64[Tensor, "4 m"]) -> Callable[[Int64[Tensor, "4 m"]], Outputs]:
-        """Record a step; none is taken."""
+        """Record a step; none is taken.
+
+        Raises:
+            UsageError: It cannot be recorded. This process can take no more steps on that GPU.
+        """
         groups = self._optimizer.param_groups
         before = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = self._rate  # read when the step is replayed
         try:
             return recording(self._step, packed.clone(), self._device)
+        except RuntimeError as error:
+            raise UsageError(
+                f"`cuda_graphs`: a step cannot be recorded in a CUDA graph here: {str(error).partition(chr(10))[0]}",
+                hint="pass `cuda_graphs=False`, in a new process; it goes on from the last checkpoint",
+            ) from error
         finally:
             for group, rate in zip(groups, before, strict=True):
                 group["lr"] = rate

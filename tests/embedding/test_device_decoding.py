@@ -409,7 +409,11 @@ def test_a_gpu_decodes_almost_what_pillow_does(photos, config, tmp_path, workers
     assert [item.row for item in ours.quarantined] == [item.row for item in theirs.quarantined]
     mine, pillows = rows_of(tmp_path / "gpu"), rows_of(tmp_path / "pillow")
     fine = np.flatnonzero((pillows != 0).any(axis=1))
-    assert float((mine[fine] * pillows[fine]).sum(axis=1).min()) > 0.995
+    cosines = dict(zip(fine.tolist(), (mine[fine] * pillows[fine]).sum(axis=1).tolist(), strict=True))
+    small = [row for row in cosines if source.ids[row].endswith("12_small.jpg")]  # of 9 x 11: colours of 5 x 6
+    assert len(small) == 3
+    assert min(cosines[row] for row in small) > 0.98  # 0.987 on an H200
+    assert min(cosine for row, cosine in cosines.items() if row not in small) > 0.995
     again = embed_dataset(source, on_gpu, where=tmp_path / "again").report
     assert again.embedded == len(source)
     assert rows_of(tmp_path / "again").tobytes() == mine.tobytes()

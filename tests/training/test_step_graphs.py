@@ -5,6 +5,7 @@ On a CPU a recording is the step itself, taken again: all but the recording runs
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from trained import CONFIG, run, state
 
 from gstds_cache.config import TrainConfig
+from gstds_cache.errors import UsageError
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -66,6 +68,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
 
     def recording(step: Callable[[Tensor], Any], packed: Tensor, _device: torch.device) -> Callable[[Tensor], Any]:
+        # What is left of an earlier step's graph keeps its gradients on another stream: a GPU cannot record then.
+        tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+        alive = [one for one in tensors if one.grad_fn is not None]
+        assert alive == []
         sizes.append(-packed.shape[1])
 
         def replay(rows: Tensor) -> Any:
@@ -174,6 +180,17 @@ def test_a_network_that_waits_for_the_gpu_is_not_recorded(monkeypatch, caplog) -
         with graphs.eager(4):
             pass
     assert caplog.text.count("network.py:7") == 1
+
+
+def test_a_recording_that_fails_ends_with_what_to_do(source, alike, tmp_path, recorded, monkeypatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(step_graphs, "recording", broken)
+    with pytest.raises(UsageError, match=r"(?s)CUDA graph.*not permitted when stream.*`cuda_graphs=False`") as caught:
+        run(source, alike, tmp_path / "run")
+    assert "and more" not in caught.value.message
+    assert run(source, alike, tmp_path / "run", replace(CONFIG, cuda_graphs=False)).steps == 3 * EPOCHS
 
 
 def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) -> None:
