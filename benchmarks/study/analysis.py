@@ -141,9 +141,9 @@ class Study:
         )
         return np.array([seconds for seconds, _ in points]), np.array([accuracy for _, accuracy in points])
 
-    def difference(self, a: str, b: str, ratio: float, epochs: int) -> Interval | None:
-        """Accuracy of ``a`` minus that of ``b`` at the same number of epochs."""
-        ours, theirs = self.of(a, ratio, epochs), self.of(b, ratio, epochs)
+    def difference(self, a: str, b: str, ratio: float, epochs: int, b_epochs: int | None = None) -> Interval | None:
+        """Accuracy of ``a`` minus that of ``b``, at the same number of epochs or after ``b_epochs``."""
+        ours, theirs = self.of(a, ratio, epochs), self.of(b, ratio, b_epochs or epochs)
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             return None

@@ -62,6 +62,9 @@ def study_tables(study: Study, name: str) -> str:
         return _tuning(study, name)
     parts = [f"### {name}\n\n{setting.about}. {_settings_line(study, name)}"]
     ratios = sorted({line["ratio"] for line in study.runs if line["method"] != "full"})
+    if shares_a_device(study):
+        parts += [*(_accuracies(study, ratio, setting.epochs) for ratio in ratios), _compute(study)]
+        return "\n\n".join(filter(None, parts))
     parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
     ratio = 0.75
     parts += [part for part in (_compute(study), _budgets(study, ratio, setting.epochs)) if part]
@@ -69,13 +72,21 @@ def study_tables(study: Study, name: str) -> str:
     return "\n\n".join(parts)
 
 
+def shares_a_device(study: Study) -> bool:
+    """Whether several runs at a time trained on one GPU: their seconds tell nothing of one alone."""
+    return any("device" in line and line["jobs"] > 1 for line in study.runs)
+
+
 def _settings_line(study: Study, name: str) -> str:
     setting = load_setting(name)
     run = study.runs[0]
+    gpus = sorted({line["gpu"] for line in study.runs if "device" in line})
+    where = f"one {' or '.join(gpus)}, {run['jobs']} at a time: their seconds are left out" if gpus else (
+        f"{run['cpu']}, {run['jobs']} at a time, one thread each"
+    )  # fmt: skip
     return (
         f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
-        f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, {run['cpu']}, {run['jobs']} at a "
-        "time, one thread each."
+        f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, {where}."
     )
 
 
@@ -160,6 +171,31 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
     head = (
         *("method", "seeds", "accuracy %", "gradient samples", "forward samples", "core s, cache there"),
         *("minus full", "minus random, same epochs", "minus random, same seconds"),
+    )
+    return f"Filter ratio {ratio}:\n\n" + table(head, rows)
+
+
+def _accuracies(study: Study, ratio: float, usual: int) -> str:
+    """Accuracies at every number of epochs, and no seconds."""
+    rows = []
+    found = {(line["method"], line["epochs"]) for line in study.runs}
+    names = [*ORDER, *sorted({method for method, _ in found} - set(ORDER))]
+    for method, epochs in sorted(found, key=lambda one: (names.index(one[0]), one[1])):
+        runs = study.of(method, ratio, epochs)
+        if not runs:
+            continue
+        accuracies = [100 * line["test_accuracy"] for line in runs.values()]
+        spread = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
+        full = None if method == "full" else study.difference(method, "full", ratio, epochs, b_epochs=usual)
+        random = None if method in {"random", "full"} else study.difference(method, "random", ratio, epochs)
+        rows.append([
+            *(method, str(epochs), str(len(runs)), f"{np.mean(accuracies):.2f}{spread}"),
+            f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
+            *(shown(full), shown(random)),
+        ])  # fmt: skip
+    head = (
+        *("method", "epochs", "seeds", "accuracy %", "gradient samples"),
+        *(f"minus full in {usual} epochs", "minus random, same epochs"),
     )
     return f"Filter ratio {ratio}:\n\n" + table(head, rows)
 
@@ -294,7 +330,7 @@ def all_intervals(study: Study) -> set[Interval]:
         seeds = runs[a].keys() & runs[b].keys()
         if seeds and (a[1] == b[1] or "full" in {a[0], b[0]}):
             found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
-    for method, ratio, epochs in runs:
+    for method, ratio, epochs in {} if shares_a_device(study) else runs:
         for reference in {one for one, _, _ in runs} - {method, "full"}:
             for experiments, _ in SHARES if reference == "random" else SHARES[-1:]:
                 equal = study.at_equal_clock(method, reference, ratio, epochs, experiments)
