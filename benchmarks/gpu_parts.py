@@ -24,7 +24,8 @@ class Part:
 
     Attributes:
         name: Its name in ``--parts`` and in the JSON.
-        command: The program and its words; ``{out}``, ``{results}``, ``{seconds}`` and ``{data}`` are filled in.
+        command: The program and its words; ``{out}``, ``{scratch}`` (its folder), ``{results}``, ``{seconds}`` and
+            ``{data}`` are filled in.
         limit: Seconds it may take.
         least: With fewer seconds left it is not started.
         smoke: Words added for a smoke run.
@@ -51,7 +52,7 @@ class Part:
     def words(self, out: Path, seconds: float, arguments: argparse.Namespace) -> list[str]:
         """The command as it is started."""
         filled = {"{out}": str(out), "{seconds}": f"{seconds - 3:.0f}", "{data}": str(arguments.data)}
-        filled["{results}"] = str(arguments.out)
+        filled["{results}"], filled["{scratch}"] = str(arguments.out), str(out.parent)
         words = list(self.command)
         if arguments.smoke:
             words = list(self.instead) or words + list(self.smoke)
@@ -165,17 +166,20 @@ TESTS = (
 )  # fmt: skip
 
 ALL = (
+    # What all others take their embeddings from: the model of the study's settings.
+    Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
+                   "timm:tf_efficientnet_lite0?size=128", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
+         instead=(*EMBED, "digits", "--cache", "{scratch}/store", "--model", "timm:test_resnet", "--allow-untrained",
+                  "--device", "cpu", "--json"), read=read_last_line),
+    Part("rows", (sys.executable, str(HERE / "gpu_rows.py"), "{data}/cifar10.store", "{data}/cifar16.npy"), 20, 5,
+         needs=("cifar10.store",),
+         instead=(sys.executable, str(HERE / "gpu_rows.py"), "{scratch}/store", "{scratch}/rows.npy")),
     Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 100, 20,
          needs=("cifar16.npy",)),
     Part("throughput", script("gpu_throughput.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 110, 40,
          needs=("cifar16.npy",), times_the_cpu=True),
     Part("path", script("bench_path.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 100, 45,
          needs=("cifar16.npy",), times_the_cpu=True),
-    # What the trainer selects from, and the study takes its embeddings from: the model of its settings.
-    Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
-                   "timm:tf_efficientnet_lite0?size=128", "--device", "cuda", "--json"), 60, 20, needs=("cifar10",),
-         instead=(*EMBED, "digits", "--cache", "{out}.store", "--model", "timm:test_resnet", "--allow-untrained",
-                  "--device", "cpu", "--json"), read=read_last_line),
     Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
                            "--seconds", "{seconds}"), 170, 40, needs=("cifar10",),
          optional=("cifar10.store", "--store", "{data}/cifar10.store")),

@@ -4,14 +4,15 @@
 
 ``conv7`` for 16 epochs: random, the draws and everything first, their rates (on a fifth of the training set, held out),
 then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; a seed of ResNet-18 for 30 epochs; the
-rivals; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; called again, runs
-that are there are not made again. At home the lines go into ``benchmarks/study/results/``.
+rivals; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs that are there,
+or in ``benchmarks/study/results/``, are not made again. At home the lines go there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,15 @@ def commands(seeds: int) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def take_up(results: Path, todo: list[list[str]]) -> None:
+    """Begin with the lines of earlier visits."""
+    results.mkdir(parents=True, exist_ok=True)
+    for name in sorted({words[1] for words in todo}):
+        known, here = ROOT / "benchmarks/study/results" / f"{name}.jsonl", results / f"{name}.jsonl"
+        if known.exists() and not here.exists():
+            shutil.copy(known, here)
+
+
 def main() -> int:
     """Run what is left, until the time is up.
 
@@ -76,6 +86,7 @@ def main() -> int:
                                           "--lrs", "0.1,0.2", "--seeds", "1"]]  # fmt: skip
     elif (arguments.data / "cifar10.store").exists():
         study += ["--reuse", str((arguments.data / "cifar10.store").resolve())]
+    take_up(arguments.results, todo)
     environment = os.environ | {"DATA": str(arguments.data.resolve())}
     for words in todo:
         more = shared + ([*study, "--device", arguments.device] if words[0] == "benchmarks.study" else [])

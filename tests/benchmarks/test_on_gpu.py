@@ -25,6 +25,7 @@ sys.path[:0] = [str(BENCHMARKS), str(ROOT)]
 
 import bring  # noqa: E402
 import gpu_parts  # noqa: E402
+import gpu_rows  # noqa: E402
 import gpu_study  # noqa: E402
 import on_gpu  # noqa: E402
 from gpu_parts import Part  # noqa: E402
@@ -139,7 +140,7 @@ def test_a_part_without_its_data_is_left_out(tmp_path) -> None:
 def test_an_unknown_part_is_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         on_gpu.parse(["--parts", "correct,corect"])
-    assert "--parts: got corect, expected some of correct, throughput" in capsys.readouterr().err
+    assert "--parts: got corect, expected some of store, rows, correct" in capsys.readouterr().err
 
 
 def test_when_it_is_stopped_its_part_ends_too(tmp_path) -> None:
@@ -241,12 +242,10 @@ def test_what_was_brought_is_unpacked_there(tmp_path, monkeypatch) -> None:
     image.write_bytes(b"not looked at")
     with tarfile.open(tmp_path / "cifar10.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "images" / "train", "train")
-    rows, _ = clustered(bring.ROWS, dim=4)
-    vector_store(tmp_path / "rows.store", rows, shard_rows=bring.ROWS)
     monkeypatch.chdir(tmp_path)
     Path(".bring/wheels").mkdir(parents=True)
     for _ in range(2):
-        assert bring.main([str(tmp_path), "--rows", "rows.store"]) == 0
+        assert bring.main([str(tmp_path)]) == 0
     python3 = tmp_path / "bin" / "python3"
     python3.parent.mkdir()
     python3.write_text("#!/bin/sh\nexit 0\n")
@@ -255,7 +254,23 @@ def test_what_was_brought_is_unpacked_there(tmp_path, monkeypatch) -> None:
     done = subprocess.run(["sh", "-ec", there], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == (str(tmp_path / ".site"), "")
     assert (tmp_path / ".data" / "cifar10" / "train" / "truck" / "0000.jpg").read_bytes() == b"not looked at"
-    assert np.array_equal(np.load(".data/cifar16.npy"), rows.astype(np.float16))
+
+
+def test_rows_for_the_kernels_are_those_of_the_store(tmp_path) -> None:
+    rows, _ = clustered(gpu_rows.ROWS + 100, dim=4)
+    vector_store(tmp_path / "rows.store", rows, shard_rows=gpu_rows.ROWS)
+    assert gpu_rows.main([str(tmp_path / "rows.store"), str(tmp_path / "rows.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), rows[: gpu_rows.ROWS].astype(np.float16))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.npy", "rows.store"]
+
+
+def test_the_study_of_a_gpu_begins_with_the_lines_of_earlier_visits(tmp_path) -> None:
+    gpu_study.take_up(tmp_path / "study", gpu_study.commands(1))
+    lines = read_lines(tmp_path / "study" / "cifar10-conv7.jsonl")
+    assert len([line for line in lines if line["kind"] == "run"]) >= 38
+    (tmp_path / "study" / "cifar10-conv7.jsonl").write_text("")
+    gpu_study.take_up(tmp_path / "study", gpu_study.commands(1))  # what is there is further than what was known
+    assert (tmp_path / "study" / "cifar10-conv7.jsonl").read_text() == ""
 
 
 def test_figures_stand_beside_their_targets() -> None:
