@@ -26,7 +26,7 @@ PROBE_ENOUGH = 0.9  # held-out accuracy of a linear probe from which it is advis
 FEWEST = 1000  # rows with a label; the smallest set of the study has 1,437 and selection does not pay there
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Advice:
     """What selection is likely to give, by small probes on the cached embeddings; nothing was trained besides.
 
@@ -45,6 +45,9 @@ class Advice:
     probe_accuracy: float
     forecasts: tuple[Forecast, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"Advice({self.store!r}, rows={self.rows}, {self.verdict!r})"
 
     @property
     def best(self) -> Forecast | None:

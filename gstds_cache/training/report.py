@@ -49,7 +49,7 @@ class TrainingResult:
         return waiting_shares(self.seconds)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainReport(TrainingResult):
     """What :func:`gstds_cache.train` did. ``seconds`` has ``open`` as well: opening the data, hashing its items.
 
@@ -70,6 +70,13 @@ class TrainReport(TrainingResult):
     world_size: int
     selection_digest: str
     cache_fingerprint: str
+
+    def __repr__(self) -> str:
+        accuracy = "" if self.accuracy is None else f"accuracy={self.accuracy.value:.4f}, "
+        return (
+            f"TrainReport({str(self.run_dir)!r}, {accuracy}loss={self.loss:.4f}, steps={self.steps}, "
+            f"gradient_samples={self.gradient_samples})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able values."""

@@ -72,6 +72,7 @@ def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margi
     assert advice.command == f"gstds-select s {command}"
     few = replace(advice, rows=999)
     assert few.verdict == "do not select: 999 labelled rows are too few to leave any out; train on all of them"
+    assert repr(few) == f"Advice('s', rows=999, {few.verdict!r})"
     assert few.command == "gstds-select s --rule random --schedule constant:0"
 
 

@@ -88,6 +88,10 @@ def test_a_call_trains_writes_its_ledger_and_goes_on(selection) -> None:
     assert (report.steps, report.gradient_samples, report.left_over) == (EPOCHS * STEPS, EPOCHS * STEPS * KEPT, 0)
     assert report.accuracy is not None
     assert 300 < report.accuracy.items < 400
+    assert repr(report) == (
+        f"TrainReport('{report.run_dir}', accuracy={report.accuracy.value:.4f}, loss={report.loss:.4f}, steps=6, "
+        "gradient_samples=120)"
+    )
     assert phases >= {"load", "train"}
     assert not lines
     written = json.loads((report.run_dir / "ledger.json").read_text())
