@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
+
 DRAWS = "draw:loss-minus-reference,draw:damped-loss"
 RIVALS = "infobatch,seta,orderdp,jest,rho-loss,selective-backprop"
 RATES = "0.1,0.2,0.4"
@@ -36,7 +39,7 @@ def commands(seeds: int) -> list[list[str]]:
     tune = ["benchmarks.study.tune", validation, "--into", "cifar10-conv7"]
     return [
         ["benchmarks.study", validation, "--methods", head, "--lrs", RATES, "--seeds", "1"],
-        tune,
+        [*tune, "--methods", head],
         # Half of the gradients of training on everything, and a quarter, beside it.
         ["benchmarks.study", "cifar10-conv7", "--methods", f"{head},{twice}", "--seeds", str(seeds)],
         # As many gradients as the quarter and the half have, on everything in fewer epochs.
@@ -55,12 +58,12 @@ def commands(seeds: int) -> list[list[str]]:
 
 
 def take_up(results: Path, todo: list[list[str]]) -> None:
-    """Begin with the lines of earlier visits."""
-    results.mkdir(parents=True, exist_ok=True)
+    """Begin with the runs of earlier visits."""
     for name in sorted({words[1] for words in todo}):
-        known, here = ROOT / "benchmarks/study/results" / f"{name}.jsonl", results / f"{name}.jsonl"
-        if known.exists() and not here.exists():
-            shutil.copy(known, here)
+        known, here = read_lines(RESULTS / f"{name}.jsonl"), results / f"{name}.jsonl"
+        for line in [] if here.exists() else known:
+            if line["kind"] == "run":  # what scores took is counted again where they are made again
+                append(here, line)
 
 
 def main() -> int:

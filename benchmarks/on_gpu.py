@@ -11,7 +11,7 @@ of --seconds is not started, and is named.
 The machine: Linux, x86-64, Python 3.11 or later; a GPU of compute capability 8.0 or later with its driver; torch >= 2.8
 with CUDA, torchvision, cuda-bindings, CuPy, numba, pyarrow, scikit-learn, scipy, timm, safetensors, threadpoolctl,
 jaxtyping, lazy-loader, click, pytest with pytest-xdist, and hypothesis; compute-sanitizer and ncu from CUDA's toolkit.
-What has to be brought along, apart from a checkout of this repository (8 MB), 45 MB, is put together by bring.py where
+What has to be brought along, apart from a checkout of this repository (8 MB), 38 MB, is put together by bring.py where
 there is a network; a wheel of faiss-gpu of CUDA's major version there may lie beside its wheels. Without one what asks
 for faiss is skipped, and named.
 
@@ -163,7 +163,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument(
         "--out", type=Path, default=out, help="folder for the three files [default: $OUT, or %(default)s]"
     )
-    made.add_argument("--data", type=Path, default=ROOT / ".data", help="where cifar10/ and cifar16.npy are")
+    made.add_argument("--data", type=Path, default=ROOT / ".data", help="where cifar10/ is; what is made of it too")
     made.add_argument("--commit", help="what to name as the commit where the checkout is no repository")
     made.add_argument("--smoke", action="store_true", help="on a CPU, kernels emulated, a few seconds a part")
     arguments = made.parse_args(words)

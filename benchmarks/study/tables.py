@@ -80,10 +80,11 @@ def shares_a_device(study: Study) -> bool:
 def _settings_line(study: Study, name: str) -> str:
     setting = load_setting(name)
     run = study.runs[0]
-    gpus = sorted({line["gpu"] for line in study.runs if "device" in line})
-    where = f"one {' or '.join(gpus)}, {run['jobs']} at a time: their seconds are left out" if gpus else (
-        f"{run['cpu']}, {run['jobs']} at a time, one thread each"
-    )  # fmt: skip
+    where = f"{run['cpu']}, {run['jobs']} at a time, one thread each"
+    if shares_a_device(study):
+        gpus = sorted({line["gpu"] for line in study.runs if "device" in line})
+        where = f"one {' or '.join(gpus)}, up to {max(line['jobs'] for line in study.runs)} at a time: their seconds "
+        where += "are left out"
     return (
         f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
         f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, {where}."
@@ -187,15 +188,17 @@ def _accuracies(study: Study, ratio: float, usual: int) -> str:
         accuracies = [100 * line["test_accuracy"] for line in runs.values()]
         spread = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
         full = None if method == "full" else study.difference(method, "full", ratio, epochs, b_epochs=usual)
+        alike = round(epochs * (1 - ratio))  # of everything: as many gradients
+        less = None if method == "full" else study.difference(method, "full", ratio, epochs, b_epochs=alike)
         random = None if method in {"random", "full"} else study.difference(method, "random", ratio, epochs)
         rows.append([
             *(method, str(epochs), str(len(runs)), f"{np.mean(accuracies):.2f}{spread}"),
             f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
-            *(shown(full), shown(random)),
+            *(shown(full), shown(less), shown(random)),
         ])  # fmt: skip
     head = (
         *("method", "epochs", "seeds", "accuracy %", "gradient samples"),
-        *(f"minus full in {usual} epochs", "minus random, same epochs"),
+        *(f"minus full in {usual} epochs", "minus full, as many gradients", "minus random, same epochs"),
     )
     return f"Filter ratio {ratio}:\n\n" + table(head, rows)
 

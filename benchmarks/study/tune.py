@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,13 @@ Tried = dict[str, dict[float, float]]
 """Mean accuracy by method and learning rate."""
 
 
-def tried(lines: Iterable[Line], epochs: int) -> Tried:
+def tried(lines: Iterable[Line], epochs: int, methods: Collection[str] = ()) -> Tried:
     """What each method reached in ``epochs`` with each learning rate; methods with one rate alone are left out.
+
+    Args:
+        lines: Result lines.
+        epochs: Of the runs that count.
+        methods: Those that count; all where none is named.
 
     Raises:
         UsageError: Methods had different rates, or one had fewer seeds than another.
@@ -35,7 +40,7 @@ def tried(lines: Iterable[Line], epochs: int) -> Tried:
     runs = [line for line in lines if line["kind"] == "run" and "lr" in line]
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in runs:
-        if line["epochs"] == epochs:
+        if line["epochs"] == epochs and (not methods or line["method"] in methods):
             found[line["method"]][line["lr"]].append(line["test_accuracy"])
     searched = {method: rates for method, rates in found.items() if len(rates) > 1}
     counts = {tuple(sorted((rate, len(values)) for rate, values in rates.items())) for rates in searched.values()}
@@ -57,12 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("validation", metavar="SETTING", choices=names())
     made.add_argument("--into", required=True, nargs="+", choices=names(), help="settings that get the rates")
     made.add_argument("--epochs", type=int, help="of the runs that count; default: the setting's")
+    made.add_argument("--methods", default="", help="comma between; default: all that were tried")
     made.add_argument("--results", type=Path, default=RESULTS)
     arguments = made.parse_args(argv)
     try:
         rates = tried(
             read_lines(arguments.results / f"{arguments.validation}.jsonl"),
             arguments.epochs or load_setting(arguments.validation).epochs,
+            arguments.methods.split(",") if arguments.methods else (),
         )
     except GstdsError as error:
         print(f"error: {error.message}", file=sys.stderr)

@@ -344,26 +344,19 @@ def mirror_safe(dataset: Any, uri: str) -> bool:
         DatasetError: The attribute is a property, and fails.
     """
     given = attribute(dataset, "mirror_safe", uri)
-    dataset = whole(dataset)
+    while type(dataset).__name__ == "Subset" and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
     known = type(dataset).__module__.startswith("torchvision.") and type(dataset).__name__ in MIRROR_UNSAFE
     return not known if given is None else bool(given)
 
 
-def whole(dataset: Any) -> Any:
-    """What a ``torch.utils.data.Subset`` is a part of; any other dataset itself."""
-    while type(dataset).__name__ == "Subset" and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return dataset
-
-
 def class_names(dataset: Any, uri: str) -> tuple[str, ...]:
-    """The dataset's class names, or those of what it is a part of, if there is a list of them.
+    """The dataset's class names, if it has a list of them.
 
     Raises:
         DatasetError: One is no text that UTF-8 can express.
     """
     names = attribute(dataset, "classes", uri)
-    names = attribute(whole(dataset), "classes", uri) if names is None else names
     names = names.tolist() if isinstance(names, np.ndarray) else names
     if isinstance(names, (list, tuple)):
         for name in names:

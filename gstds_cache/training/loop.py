@@ -21,7 +21,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, chain
 
@@ -130,7 +130,8 @@ class Trainer:
         seconds: Seconds by phase, over all sessions of the run.
         step: Steps taken, over all sessions of the run; on a GPU, asked for.
         times: How long steps take.
-        row_losses: Called in each step with its batch and the losses of its rows, float32 [m] on the device, if set.
+        row_losses: Called in each step with its batch and the losses of its rows, float32 [m] on the device, if it was
+            set before :meth:`run`.
         tracking: What experiment trackers are told.
     """
 
@@ -195,7 +196,8 @@ class Trainer:
         self._restore()
         loader = BatchLoader(self._steps, self._feed, self.ranks, self.seconds)
         callers_random_numbers = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
-        with callers_random_numbers, interruptible() as stop_asked, closing(loader.all_batches()) as batches:
+        every = closing(loader.all_batches())
+        with callers_random_numbers, interruptible() as stop_asked, self._recording(), every as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
                 self.times.begin(len(batch.rows), records=self._records(batch))
@@ -534,19 +536,28 @@ class Trainer:
         if isinstance(self._feed, DeviceImages):
             # No CUDA graph, which would copy its inputs, all images among them, in every step.
             self._feed.gather = compiled(gather, "off" if self.config.compile == "off" else "default")
-        if self._steps_are_recorded():
-            self._graphs = StepGraphs(self._recorded_step, self.optimizer, self.device)
         self.network.train()
         self.run_dir.begin()
         self.run_dir.drop_metrics_from(self.step + 1)
         self.tracking.begin(self.step)
 
-    def _steps_are_recorded(self) -> bool:
-        """Whether steps that come again are replayed: on one GPU that holds the images, taken at once."""
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Steps that come again are replayed meanwhile: on one GPU that holds the images, taken at once.
+
+        Afterwards nothing refers back to the trainer, so that its images leave the GPU's memory with it.
+        """
         config = self.config
         plain = config.compile == "off" and config.accumulate == 1 and not config.importance_weights
         here = recordable(self.device) and self.ranks.world_size == 1 and isinstance(self._feed, DeviceImages)
-        return config.cuda_graphs and plain and here and self.may_record()
+        if config.cuda_graphs and plain and here and self.may_record():
+            self._graphs = StepGraphs(self._recorded_step, self.optimizer, self.device)
+        try:
+            yield
+        finally:
+            self._graphs = None
+            if self._steps.feedback is not None:
+                self.row_losses = None
 
     def _save(self) -> None:
         begun = time.perf_counter()

@@ -1,19 +1,21 @@
 """Steps recorded in CUDA graphs: a step is one launch instead of some hundred, which take the host longer than the GPU.
 
 A step of a batch size that comes again is recorded once and replayed from then on, with the rows and the learning rate
-of each step. What a replay computes is what was recorded, kernel for kernel. Where a step cannot be recorded, it is
-taken as without: every condition is asked before, as a recording that fails leaves the GPU's random numbers unusable.
+of each step. What a replay computes is what was recorded, kernel for kernel. Where it is known beforehand that a step
+cannot be recorded, because the host waits for the GPU in it or the memory does not do, it is taken as without, and a
+line says so. A recording that fails for another reason leaves the GPU's random numbers unusable, and ends the run.
 
 PyTorch's rules for what may be recorded: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int64
@@ -26,7 +28,7 @@ from gstds_cache.runtime.notify import log
 EAGER = 3
 """Steps of each size that are taken without: the first ones load kernels and make the optimiser's state."""
 MOST = 4
-"""Sizes that are recorded; each has activations of its own in the GPU's memory."""
+"""Sizes that are recorded."""
 
 Outputs: TypeAlias = tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Tensor], Outputs]
@@ -40,7 +42,8 @@ def recordable(device: torch.device) -> bool:
 class StepGraphs:
     """Takes steps by replaying them.
 
-    A step is ``len(rows)`` images, whose ``packed`` are their rows and how they are augmented, int64 [4, m].
+    A step is ``len(rows)`` images, whose ``packed`` are their rows and how they are augmented, int64 [4, m]. The graphs
+    are of one stream and share their memory: none is replayed before the one before has been queued.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -55,15 +58,16 @@ class StepGraphs:
         self._step, self._optimizer, self._device = step, optimizer, device
         self._recorded: dict[int, Callable[[Int64[Tensor, "4 m"]], Outputs]] = {}
         self._eager: Counter[int] = Counter()  # steps of each size that were taken without
+        self._refused: set[int] = set()  # sizes for which there is no room
+        self._held = 0  # bytes of the recordings
+        self._possible, self._told = True, False
         self._rate = torch.zeros((), device=device)
-        self._possible = True
+        self._where = place(device)
 
     def ready(self, rows: int) -> bool:
-        """Whether a step of so many rows is to be replayed; it is recorded if it was not."""
-        if rows in self._recorded:
-            return True
-        enough = self._possible and self._eager[rows] >= EAGER and len(self._recorded) < MOST
-        return enough and self._fits()
+        """Whether a step of so many rows is replayed; it is recorded if it was not."""
+        due = self._possible and self._eager[rows] >= EAGER and rows not in self._refused
+        return rows in self._recorded or (due and len(self._recorded) < MOST)
 
     def records(self, rows: int) -> bool:
         """Whether the next step of so many rows is recorded first, which takes a while."""
@@ -90,24 +94,32 @@ class StepGraphs:
 
     @contextmanager
     def eager(self, rows: int) -> Iterator[None]:
-        """A step is taken without. The last one before recording is watched: if the host waits for the GPU in it, as in
-        a network that looks at its own values, none is recorded.
+        """A step is taken without. The last one before a size is recorded is watched: if the host waits for the GPU in
+        it, as in a network that looks at its own values, nothing more is recorded; if there is no room for what it
+        allocates once more, this size is not.
         """  # noqa: D205
         self._eager[rows] += 1
-        if not self._possible or self._eager[rows] != EAGER:
+        if not self._possible or self._eager[rows] != EAGER or len(self._recorded) >= MOST:
             yield
             return
-        with waits(self._device) as found:
+        with watched(self._device) as seen:
             yield
-        if found:
+        if seen.waits:
             self._possible = False
-            log(f"note: steps are not recorded in CUDA graphs, as the network waits for the GPU: {found[0]:.200}")
+            self._tell(f"the host waits for the GPU in them: {seen.waits[0]:.200}")
+            return
+        # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well.
+        more = max(0, seen.allocated - self._held)
+        if seen.allocated + more > room(self._device) - self._held:
+            self._refused.add(rows)
+            self._tell(f"{rows:,} rows take {seen.allocated >> 20:,} MiB, and there is no room for that twice")
+        else:
+            self._held += more
 
-    def _fits(self) -> bool:
-        """Whether there is room for as much again as steps have taken: replays have memory of their own."""
-        if self._device.type != "cuda":
-            return True
-        return free_memory(self._device) > torch.cuda.max_memory_allocated(self._device)
+    def _tell(self, why: str) -> None:
+        if not self._told:
+            log(f"note: steps are not recorded in CUDA graphs: {why}")
+        self._told = True
 
     def _record(self, packed: Int64[Tensor, "4 m"]) -> Callable[[Int64[Tensor, "4 m"]], Outputs]:
         """Record a step; none is taken.
@@ -119,11 +131,14 @@ class StepGraphs:
         before = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = self._rate  # read when the step is replayed
+        # What is left of an earlier step's autograd graph would have gradients added on that step's stream.
+        gc.collect()
         try:
-            return recording(self._step, packed.clone(), self._device)
+            return recording(self._step, packed.clone(), self._device, **self._where)
         except RuntimeError as error:
+            cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
-                f"`cuda_graphs`: a step cannot be recorded in a CUDA graph here: {str(error).partition(chr(10))[0]}",
+                f"`cuda_graphs`: a step cannot be recorded in a CUDA graph here: {str(cause).partition(chr(10))[0]}",
                 hint="pass `cuda_graphs=False`, in a new process; it goes on from the last checkpoint",
             ) from error
         finally:
@@ -131,20 +146,29 @@ class StepGraphs:
                 group["lr"] = rate
 
 
-def recording(step: Step, packed: Tensor, device: torch.device) -> Callable[[Tensor], Outputs]:
+def place(device: torch.device) -> dict[str, Any]:
+    """A stream and a pool of memory for a device's graphs: torch's own stream is that of the first device it used."""
+    if device.type != "cuda":
+        return {}
+    return {"stream": torch.cuda.Stream(device), "pool": torch.cuda.graph_pool_handle()}  # type: ignore[no-untyped-call]
+
+
+def recording(step: Step, packed: Tensor, device: torch.device, **where: Any) -> Callable[[Tensor], Outputs]:
     """Record ``step``.
 
     Args:
         step: What is recorded.
         packed: Its input, which every replay overwrites.
         device: The GPU.
+        where: Of :func:`place`.
 
     Returns:
         Replays it with another input.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may ask the driver for memory meanwhile: they are not recorded, and not forbidden.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    # The caller's stream is the current one again also where the recording fails. Other threads may ask the driver for
+    # memory meanwhile: they are not recorded, and not forbidden.
+    with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local", **where):
         outputs = step(packed)
 
     def replay(rows: Tensor) -> Outputs:
@@ -155,27 +179,44 @@ def recording(step: Step, packed: Tensor, device: torch.device) -> Callable[[Ten
     return replay
 
 
+class Seen:
+    """What a step did: where the host waited for the GPU, and bytes that it allocated there at most."""
+
+    def __init__(self) -> None:
+        """Nothing was seen yet."""
+        self.waits: list[str] = []
+        self.allocated = 0
+
+
 @contextmanager
-def waits(device: torch.device) -> Iterator[list[str]]:
-    """Where the host waits for the GPU in what is done meanwhile; known at its end.
+def watched(device: torch.device) -> Iterator[Seen]:
+    """Watch what is done meanwhile; all is known at the end. PyTorch's peak of allocated memory begins anew.
 
     Yields:
-        Warnings of PyTorch, one for each place.
+        What was seen.
     """
-    found: list[str] = []
+    seen = Seen()
     if device.type != "cuda":
-        yield found
+        yield seen
         return
     before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            yield seen
         finally:
             torch.cuda.set_sync_debug_mode(before)
+    seen.allocated = torch.cuda.max_memory_allocated(device) - held
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
-            found.append(f"{warning.filename}:{warning.lineno}")
-        elif "prototype" not in str(warning.message):
+            seen.waits.append(f"{warning.filename}:{warning.lineno}")
+        elif "debug mode is a prototype" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def room(device: torch.device) -> int:
+    """Bytes of a GPU's memory that torch can hand out, those of recordings among them; a CPU is not asked."""
+    return free_memory(device) if device.type == "cuda" else 0

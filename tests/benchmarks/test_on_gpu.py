@@ -216,7 +216,8 @@ def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
             assert all(find_method(task.method) for task in tasks_of(parse([setting, *words]), setting))
         else:
             assert module == "benchmarks.study.tune"
-            assert {setting, *words[1:]} <= set(names())
+            assert {setting, words[1]} <= set(names())
+            assert all(find_method(method) for method in "".join(words[3:]).split(",") if method)
 
 
 @pytest.mark.faults

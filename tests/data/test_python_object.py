@@ -65,7 +65,7 @@ def test_a_torchvision_data_set(cifar) -> None:
     assert (source.labels.tolist(), source.classes) == (cifar.targets, tuple(cifar.classes))
     assert source.image(11).tobytes() == cifar.data[11].tobytes()
     part = open_source(Subset(cifar, [5, 3]))
-    assert (part.labels.tolist(), part.classes) == ([5, 3], tuple(cifar.classes))
+    assert part.labels.tolist() == [5, 3]
     assert part.image(1).tobytes() == cifar.data[3].tobytes()
 
 

@@ -6,6 +6,7 @@ On a CPU a recording is the step itself, taken again: all but the recording runs
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +30,8 @@ from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.schema import Header
 from gstds_cache.training import loop, step_graphs
 from gstds_cache.training.loop import Trainer
-from gstds_cache.training.step_graphs import EAGER, MOST, StepGraphs
+from gstds_cache.training.report import TrainingResult
+from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs
 
 CPU = torch.device("cpu")
 SIZES = (8, 8, 5)  # of each epoch's batches
@@ -67,7 +69,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps are recorded on a CPU as well, which is to take them again; the sizes of recordings and of replays."""
     sizes: list[int] = []
 
-    def recording(step: Callable[[Tensor], Any], packed: Tensor, _device: torch.device) -> Callable[[Tensor], Any]:
+    def recording(step: Callable[[Tensor], Any], packed: Tensor, *_: Any, **_where: Any) -> Callable[[Tensor], Any]:
         # What is left of an earlier step's graph keeps its gradients on another stream: a GPU cannot record then.
         tensors = [one for one in gc.get_objects() if type(one) is Tensor]
         alive = [one for one in tensors if one.grad_fn is not None]
@@ -148,10 +150,13 @@ def test_a_loss_of_ones_own_is_not_recorded(source, alike, tmp_path, recorded) -
     assert recorded == []
 
 
-def test_no_more_sizes_are_recorded_than_there_is_room_for(monkeypatch) -> None:
-    network = nn.Linear(1, 1)
-    graphs = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(network.parameters(), lr=0.1), CPU)
-    monkeypatch.setattr(step_graphs, "recording", lambda step, _packed, _device: step)
+def graphs_of(step: Callable[[Tensor], Any] = lambda packed: (packed.sum(),)) -> StepGraphs:
+    return StepGraphs(step, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), CPU)
+
+
+def test_no_more_sizes_are_recorded_than_four(monkeypatch) -> None:
+    graphs = graphs_of()
+    monkeypatch.setattr(step_graphs, "recording", lambda step, *_, **_where: step)
     replayed = []
     for _ in range(EAGER + 1):
         for size in range(1, MOST + 3):
@@ -164,26 +169,73 @@ def test_no_more_sizes_are_recorded_than_there_is_room_for(monkeypatch) -> None:
                 with graphs.eager(size):
                     pass
     assert replayed == list(range(1, MOST + 1))
-    monkeypatch.setattr(StepGraphs, "_fits", lambda _graphs: False)
-    full = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(network.parameters(), lr=0.1), CPU)
-    for _ in range(EAGER):
-        with full.eager(3):
-            pass
-    assert not full.ready(3)
+
+
+def see(monkeypatch: pytest.MonkeyPatch, *, waits: list[str] | None = None, allocated: int = 0) -> None:
+    """Let every watched step have been so."""
+    seen = Seen()
+    seen.waits, seen.allocated = waits or [], allocated
+    monkeypatch.setattr(step_graphs, "watched", lambda _device: nullcontext(seen))
+
+
+@pytest.mark.parametrize(
+    ("free", "sizes"),
+    [
+        (100, {}),
+        (119, {}),
+        (120, {60: True}),  # once to replay, once to go on without
+        (180, {60: True, 40: True, 90: True}),  # smaller ones and, at the end, 30 more
+        (179, {60: True, 40: True, 90: False}),
+    ],
+)
+def test_a_size_is_recorded_where_there_is_room_for_it_twice(monkeypatch, caplog, free, sizes) -> None:
+    """A size of n rows allocates n MiB; recordings share theirs."""
+    monkeypatch.setattr(step_graphs, "room", lambda _device: free << 20)
+    graphs = graphs_of()
+    for size in sizes or {60: False}:
+        see(monkeypatch, allocated=size << 20)
+        for _ in range(EAGER):
+            with graphs.eager(size):
+                pass
+        assert graphs.ready(size) == sizes.get(size, False)
+    assert caplog.text.count("there is no room for that twice") == (not all(sizes.values()) or not sizes)
 
 
 def test_a_network_that_waits_for_the_gpu_is_not_recorded(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(step_graphs, "waits", lambda _device: nullcontext(["network.py:7"]))
-    graphs = StepGraphs(lambda packed: (packed.sum(),), torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), CPU)
+    see(monkeypatch, waits=["network.py:7"])
+    graphs = graphs_of()
     for _ in range(EAGER + 2):
-        assert not graphs.ready(4)
-        with graphs.eager(4):
-            pass
+        for size in (4, 5):
+            assert not graphs.ready(size)
+            with graphs.eager(size):
+                pass
     assert caplog.text.count("network.py:7") == 1
 
 
+@pytest.mark.parametrize("candidates", [False, True])
+def test_images_go_with_the_trainer(source, alike, tmp_path, recorded, candidates) -> None:
+    """Half of a GPU's memory may be theirs: the next run must not wait for the garbage collector."""
+    stream = offered.write(tmp_path / "s.arrow", epochs=6) if candidates else alike
+    kept: list[weakref.ref[Trainer]] = []
+
+    class Watched(Trainer):
+        def run(self, *arguments: Any) -> TrainingResult:
+            kept.append(weakref.ref(self))
+            return super().run(*arguments)
+
+    run(source, stream, tmp_path / "first", kind=Watched)  # what is made once in a process is made here
+    gc.collect()
+    gc.disable()
+    try:
+        run(source, stream, tmp_path / "second", kind=Watched)
+        assert kept[-1]() is None
+    finally:
+        gc.enable()
+    assert recorded
+
+
 def test_a_recording_that_fails_ends_with_what_to_do(source, alike, tmp_path, recorded, monkeypatch) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **_where: Any) -> Any:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(step_graphs, "recording", broken)
@@ -251,9 +303,9 @@ def test_a_graph_of_the_gpu_gives_the_run_without(source, alike, tmp_path, monke
     made: list[int] = []
     whole = step_graphs.recording
 
-    def spy(step: Any, packed: Tensor, device: torch.device) -> Any:
+    def spy(step: Any, packed: Tensor, *where: Any, **more: Any) -> Any:
         made.append(packed.shape[1])
-        return whole(step, packed, device)
+        return whole(step, packed, *where, **more)
 
     monkeypatch.setattr(step_graphs, "recording", spy)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -282,7 +334,7 @@ def test_a_network_that_looks_at_its_values_trains_without_graphs(
     source, alike, tmp_path, monkeypatch, sparse, caplog
 ) -> None:
     sparse(True)
-    monkeypatch.setattr(step_graphs, "recording", lambda *_: pytest.fail("recorded"))
+    monkeypatch.setattr(step_graphs, "recording", lambda *_, **_where: pytest.fail("recorded"))
     result = run(source, alike, tmp_path / "run", replace(CONFIG, device="cuda"))
     assert result.steps == 3 * EPOCHS
     assert "test_step_graphs.py" in caplog.text
