@@ -135,7 +135,8 @@ Examples:
 @setting_option(
     TrainConfig,
     "importance_weights",
-    help="Weight losses by 1 / the chance of a row to be drawn, capped. For a selection made with --draw.",
+    help="Weight losses by 1 / the chance of a row to be drawn, capped: a fair gradient, from which networks learned "
+    "less (docs/method.md). For a selection made with --draw.",
 )
 @click.option(
     "--out",
