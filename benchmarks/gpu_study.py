@@ -1,10 +1,10 @@
 """CIFAR-10 on a GPU: every method of the study, each with its best of three learning rates. A part of ``on_gpu.py``.
 
-    python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 8]
+    python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 12]
 
 ``conv7`` for 16 epochs: random, the draws and everything first, their rates (on a fifth of the training set, held out),
-then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; a seed of ResNet-18 for 30 epochs; the
-rivals; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs that are there,
+then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; the rivals; a seed of ResNet-18 for 30
+epochs; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs that are there,
 or in ``benchmarks/study/results/``, are not made again. At home the lines go there.
 """
 
@@ -44,10 +44,10 @@ def commands(seeds: int) -> list[list[str]]:
         ["benchmarks.study", "cifar10-conv7", "--methods", f"{head},{twice}", "--seeds", str(seeds)],
         # As many gradients as the quarter and the half have, on everything in fewer epochs.
         ["benchmarks.study", "cifar10-conv7", "--methods", "full*0.25,full*0.5", "--seeds", "5"],
-        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "1"],
         ["benchmarks.study", validation, "--methods", rest, "--lrs", RATES, "--seeds", "1"],
         tune,
         ["benchmarks.study", "cifar10-conv7", "--methods", rest, "--seeds", "3"],
+        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "1"],
         ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "3"],
         ["benchmarks.study", "cifar10-conv7", "--methods", f"random,{DRAWS},infobatch,seta,orderdp", "--ratios", "0.5",
          "--seeds", "3"],
@@ -76,8 +76,8 @@ def main() -> int:
     made.add_argument("--data", type=Path, default=Path(".data"), help="holds cifar10/, and maybe cifar10.store")
     made.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu/study"))
     made.add_argument("--seconds", type=float, default=300.0)
-    made.add_argument("--seeds", type=int, default=10)
-    made.add_argument("--jobs", type=int, default=8)
+    made.add_argument("--seeds", type=int, default=6)
+    made.add_argument("--jobs", type=int, default=12)
     made.add_argument("--device", default="cuda")
     made.add_argument("--smoke", action="store_true", help="letters, two methods, on the CPU")
     arguments = made.parse_args()
