@@ -6,10 +6,11 @@ On a CPU a recording is the step itself, taken again: all but the recording runs
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from gstds_cache.stream.schema import Header
 from gstds_cache.training import loop, step_graphs
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
-from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs
+from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs, place, recording, watched
 
 CPU = torch.device("cpu")
 SIZES = (8, 8, 5)  # of each epoch's batches
@@ -255,6 +256,96 @@ def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) ->
 
     run(source, alike, tmp_path / "run", kind=Timed)
     assert [step for step, phase in enumerate(phases) if phase == "warm-up"] == [0, 4, 11]
+
+
+# What is asked of PyTorch's CUDA, by stand-ins for its functions
+
+CUDA = torch.device("cuda:1")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands for ``torch.cuda``; what it was told."""
+    told: dict[str, Any] = {"mode": 0, "replayed": 0}
+
+    class Graph:
+        def replay(self) -> None:
+            told["replayed"] += 1
+
+    @contextmanager
+    def capture(graph: Graph, **how: Any) -> Iterator[None]:
+        told["how"] = how
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+
+    stand_ins = {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "current_stream": lambda device: ("current", device),
+        "stream": lambda stream: nullcontext(told.setdefault("kept", stream)),
+        "Stream": lambda device: ("stream", device),
+        "graph_pool_handle": lambda: "pool",
+        "get_sync_debug_mode": lambda: told["mode"],
+        "set_sync_debug_mode": lambda mode: told.update(mode=mode),
+        "reset_peak_memory_stats": lambda device: told.update(reset=device),
+        "memory_allocated": lambda _device: 100,
+        "max_memory_allocated": lambda _device: 175,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return told
+
+
+def test_a_watched_step_tells_its_waits_and_its_memory_and_other_warnings_go_on(cuda) -> None:
+    def step() -> Seen:
+        with watched(CUDA) as seen:
+            assert cuda["mode"] == "warn"
+            for text in ("Synchronization debug mode is a prototype", "called a synchronizing CUDA operation", "other"):
+                warnings.warn(text, stacklevel=1)
+        return seen
+
+    with pytest.warns(UserWarning, match="other") as others:
+        seen = step()
+    assert len(others) == 1
+    assert seen.allocated == 75
+    assert [Path(place.rpartition(":")[0]).name for place in seen.waits] == ["test_step_graphs.py"]
+    assert (cuda["mode"], cuda["reset"]) == (0, CUDA)
+    with pytest.raises(KeyError), watched(CUDA):
+        raise KeyError
+    assert cuda["mode"] == 0
+
+
+def test_a_recording_is_of_a_stream_and_a_pool_of_its_own_and_replays_with_new_rows(cuda) -> None:
+    where, calls = place(CUDA), []
+    assert place(CPU) == {}
+    packed, outputs = torch.zeros((4, 3), dtype=torch.int64), torch.tensor([1.0])
+
+    def step(rows: Tensor) -> tuple[Tensor, ...]:
+        calls.append(rows)
+        return (outputs,)
+
+    replay = recording(step, packed, CUDA, **where)
+    assert cuda["how"] == {"capture_error_mode": "thread_local", "stream": ("stream", CUDA), "pool": "pool"}
+    assert cuda["kept"] == ("current", CUDA)
+    (given,) = replay(torch.ones((4, 3), dtype=torch.int64))
+    assert (len(calls), cuda["replayed"], int(packed.sum())) == (1, 1, 12)
+    outputs += 1
+    assert float(given) == 1.0  # a later replay changes its own memory alone
+
+
+def test_a_failed_recording_tells_what_failed_first(cuda) -> None:
+    def step(_packed: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing blocking stream")
+
+    graphs = graphs_of(step)
+    for _ in range(EAGER):
+        with graphs.eager(4):
+            pass
+    with pytest.raises(UsageError, match="would make the legacy stream depend"):
+        graphs.take(torch.ones((4, 4), dtype=torch.int64), 0.25)
+    assert [group["lr"] for group in graphs._optimizer.param_groups] == [0.1]
 
 
 # On a GPU
