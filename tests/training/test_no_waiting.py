@@ -36,6 +36,7 @@ from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.identity import run_config
 from gstds_cache.training.images import ImageFeed, decoding_workers
 from gstds_cache.training.loop import Trainer
+from gstds_cache.training.network import build_network
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.step_losses import MOST_STEPS, StepLosses
@@ -368,7 +369,7 @@ def test_losses_of_candidates_are_read_when_their_epoch_ends_and_weights_are_onl
 
 
 def test_evaluation_reads_one_number(source, monkeypatch) -> None:
-    network = loop.build_network("conv3", classes=3, side=16, seed=0)
+    network = build_network("conv3", classes=3, side=16, seed=0)
     with counted(monkeypatch) as found:
         loop.evaluate(network, source, CPU, side=16, workers=0)
     assert found == {"__int__": 1, "item": 1}
@@ -422,7 +423,7 @@ def test_a_network_that_cannot_be_compiled_ends_with_a_sentence(source, selectio
 
 
 def test_the_small_network_has_two_million_parameters_and_learns(array_source, selection, tmp_path) -> None:
-    network = loop.build_network("conv7", classes=10, side=32, seed=0)
+    network = build_network("conv7", classes=10, side=32, seed=0)
     assert sum(values.numel() for values in network.parameters()) == pytest.approx(2e6, rel=0.02)
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 

@@ -29,7 +29,7 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.schema import Header
-from gstds_cache.training import loop, step_graphs
+from gstds_cache.training import learner, step_graphs
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs, place, recording, watched
@@ -85,7 +85,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay
 
     monkeypatch.setattr(step_graphs, "recording", recording)
-    monkeypatch.setattr(loop, "recordable", lambda _device: True)
+    monkeypatch.setattr(learner, "recordable", lambda _device: True)
     return sizes
 
 
@@ -378,8 +378,8 @@ def sparse(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
                 network(torch.zeros(2, 3, 16, 16))
             return network
 
-        monkeypatch.setattr(loop, "build_network", build)
-        monkeypatch.setattr(loop, "check_network", lambda *_: None)
+        monkeypatch.setattr(learner, "build_network", build)
+        monkeypatch.setattr(learner, "check_network", lambda *_: None)
 
     return use
 

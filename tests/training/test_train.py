@@ -34,7 +34,7 @@ from gstds_cache.stream.reader import open_selection
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.writer import write_file
 from gstds_cache.training import evaluate as evaluating
-from gstds_cache.training import images, loop
+from gstds_cache.training import images, learner
 from gstds_cache.training.augment import augment, to_input
 from gstds_cache.training.evaluate import evaluate
 from gstds_cache.training.identity import run_config
@@ -110,7 +110,7 @@ def test_a_run_spends_what_the_selection_says_and_writes_it_down(source, selecti
 def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
     source, selection, tmp_path, monkeypatch
 ) -> None:
-    to_input, calls = loop.to_input, []
+    to_input, calls = learner.to_input, []
 
     def slow_at_first(pixels):
         calls.append(len(pixels))
@@ -118,7 +118,7 @@ def test_the_time_of_a_step_leaves_out_what_the_first_one_takes_to_warm_up(
             time.sleep(1)
         return to_input(pixels)
 
-    monkeypatch.setattr(loop, "to_input", slow_at_first)
+    monkeypatch.setattr(learner, "to_input", slow_at_first)
     report = run(source, selection, tmp_path / "run")
     assert len(calls) == report.steps
     assert report.seconds["warm-up"] > 1 > report.seconds["step"] > 0
