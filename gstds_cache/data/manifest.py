@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import IO
 
 import numpy as np
@@ -30,8 +32,11 @@ from gstds_cache.runtime.executor import Executor
 from gstds_cache.runtime.progress import Counted
 
 HASH_THREADS = 4
+CLEARLY = 0.8
+"""Share of the time of one thread that several have to do with, to be taken."""
 _BLOCK = 100
-_WAVE = 200 * _BLOCK
+_WAVE = 200  # blocks that are handed to threads at once
+_TRIAL, _TRIAL_SECONDS = 16, 0.1  # blocks that are done alone, for so long at most, and as many in threads
 _RECORDS = 1 << 16
 _SCHEMA = pa.schema(
     [
@@ -348,22 +353,48 @@ def _in_blocks(
     threads: int,
     *touched: np.ndarray | memoryview,
 ) -> None:
-    """Do ``work`` for blocks of rows in threads; when this returns or raises, none of them runs any more."""
+    """Do ``work`` for blocks of rows; when this returns or raises, no thread of it runs any more.
 
-    def work_from(start: int) -> int:
-        stop = min(start + _BLOCK, rows)
-        work(range(start, stop))
-        return stop
+    In threads only where that is found to be quicker: a small file that is in memory takes a microsecond or ten, and
+    threads that hand Python's lock to each other for it take ten times as long.
+    """
 
+    def do(block: range) -> range:
+        work(block)
+        return block
+
+    def follow(done: Iterable[range]) -> float:
+        """Take what is done; seconds a block."""
+        count, begun = 0, time.perf_counter()
+        for block in done:
+            count += 1
+            if progress is not None:
+                progress(block.stop, rows)
+        mapped.release(*touched)
+        return (time.perf_counter() - begun) / max(count, 1)
+
+    blocks = (range(first, min(first + _BLOCK, rows)) for first in range(0, rows, _BLOCK))
+    alone = follow(_for_a_while(map(do, islice(blocks, _TRIAL))))
     pool = ThreadPoolExecutor(max(1, threads))
     try:
-        for first in range(0, rows, _WAVE):  # What waits for a thread takes memory.
-            for stop in pool.map(work_from, range(first, min(first + _WAVE, rows), _BLOCK)):
-                if progress is not None:
-                    progress(stop, rows)
-            mapped.release(*touched)
+        together = follow(pool.map(do, islice(blocks, _TRIAL))) if threads > 1 else math.inf
+        while wave := list(islice(blocks, _WAVE)):  # What waits for a thread takes memory.
+            follow(pool.map(do, wave) if together < CLEARLY * alone else map(do, wave))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _for_a_while(done: Iterable[range]) -> Iterator[range]:
+    """Stop after a while.
+
+    Yields:
+        What is done within a tenth of a second, and one more.
+    """
+    until = time.perf_counter() + _TRIAL_SECONDS
+    for block in done:
+        yield block
+        if time.perf_counter() > until:
+            return
 
 
 def _hash_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gstds_cache.data import manifest as manifest_module
 from gstds_cache.data.arrays import ArraySource
 from gstds_cache.data.manifest import UNREADABLE, DatasetManifest, build_manifest, hash_items
 from gstds_cache.data.sources import open_source
@@ -195,6 +197,30 @@ def test_build_keeps_order(threads: int) -> None:
     assert (built.ids, built.kind, built.classes) == (items.ids, "tiny", ("a",))
     assert np.array_equal(built.labels, items.labels)
     assert len(built) == 1234
+
+
+@pytest.mark.parametrize(
+    ("alone", "beside", "several"),
+    [(0.01, 0.01, True), (0.001, 0.01, False)],  # waiting for a disk; handing a lock to each other
+    ids=["waits", "contends"],
+)
+def test_threads_hash_where_they_are_quicker(alone: float, beside: float, several: bool) -> None:
+    """A block takes ``alone`` seconds in this thread, ``beside`` in each of four that run side by side."""
+    seen: list[tuple[int, int]] = []
+    told: list[int] = []
+
+    def work(block: range) -> None:
+        here = threading.get_ident() == me
+        time.sleep(alone if here else beside)
+        seen.append((block.start, threading.get_ident()))
+
+    me, rows = threading.get_ident(), 6050
+    manifest_module._in_blocks(work, rows, lambda done, total: told.append(done) or total, 4)
+    assert sorted(start for start, _ in seen) == list(range(0, rows, 100))
+    assert told == [*range(100, 6001, 100), 6050]
+    rest = {thread for start, thread in seen if start >= 3200}  # after both trials
+    assert (rest == {me}) == (not several)
+    assert len(rest) > 1 or not several
 
 
 @pytest.mark.parametrize("rows", [1, 100, 101, 1234])
