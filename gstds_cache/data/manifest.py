@@ -35,7 +35,7 @@ HASH_THREADS = 4
 CLEARLY = 0.8
 """Share of the time of one thread that several have to do with, to be taken."""
 _BLOCK = 100
-_WAVE = 200  # blocks that are handed to threads at once
+_WAVE = 200  # blocks that are handed to threads at once, at most
 _TRIAL, _TRIAL_SECONDS = 16, 0.1  # blocks that are done alone, for so long at most, and as many in threads
 _RECORDS = 1 << 16
 _SCHEMA = pa.schema(
@@ -374,12 +374,16 @@ def _in_blocks(
         return (time.perf_counter() - begun) / max(count, 1)
 
     blocks = (range(first, min(first + _BLOCK, rows)) for first in range(0, rows, _BLOCK))
-    alone = follow(_for_a_while(map(do, islice(blocks, _TRIAL))))
-    pool = ThreadPoolExecutor(max(1, threads))
+    pool, try_both = ThreadPoolExecutor(max(1, threads)), True
     try:
-        together = follow(pool.map(do, islice(blocks, _TRIAL))) if threads > 1 else math.inf
-        while wave := list(islice(blocks, _WAVE)):  # What waits for a thread takes memory.
-            follow(pool.map(do, wave) if together < CLEARLY * alone else map(do, wave))
+        while try_both:
+            alone = follow(_for_a_while(map(do, islice(blocks, _TRIAL))))
+            together = follow(pool.map(do, islice(blocks, _TRIAL))) if threads > 1 else math.inf
+            several, usual, count, try_both = together < CLEARLY * alone, min(alone, together), _TRIAL, False
+            while not try_both and (wave := list(islice(blocks, count))):  # What waits for a thread takes memory.
+                # Of other files, as where those that were known have ended, it is found out again.
+                try_both = follow(pool.map(do, wave) if several else map(do, wave)) > 2 * usual
+                count = min(2 * count, _WAVE)
     finally:
         pool.shutdown(cancel_futures=True)
 
