@@ -65,7 +65,8 @@ def append_command(
     if not report.in_order:
         click.echo(
             "note: the data set does not begin with the store's items in their order; rows are in the order in which "
-            "they were appended",
+            "they were appended, which no data set has: gstds-train refuses selections from it. To train, "
+            f"{command_line('gstds-embed', dataset)} --cache NEW --reuse {report.location}",
             err=True,
         )
     click.echo(f"next: {command_line('gstds-select', report.location)}")

@@ -76,7 +76,8 @@ Examples:
     TrainConfig,
     "cuda_graphs",
     flags=("--cuda-graphs/--no-cuda-graphs",),
-    help="Record steps that come again in a CUDA graph and replay them: on one GPU that holds the images.",
+    help="Start each training step as one launch, a CUDA graph recorded from an earlier one. By default on one GPU "
+    "that holds the images; never on a CPU or with --compile, --accumulate, --importance-weights.",
 )
 @setting_option(
     TrainConfig,
@@ -135,8 +136,8 @@ Examples:
 @setting_option(
     TrainConfig,
     "importance_weights",
-    help="Weight losses by 1 / the chance of a row to be drawn, capped: a fair gradient, from which networks learned "
-    "less (docs/method.md). For a selection made with --draw.",
+    help="Weight losses by 1 / the chance of a row to be drawn, capped: only where the gradient "
+    "has to be that of all rows, as networks learn less from it. For a selection made with --draw.",
 )
 @click.option(
     "--out",

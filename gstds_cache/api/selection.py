@@ -90,7 +90,8 @@ class Selection:
     summary: SelectionSummary = field(compare=False)
 
     def __repr__(self) -> str:
-        return f"Selection({str(self.path)!r}, epochs={self.epochs}, total_steps={self.total_steps})"
+        steps = f"epochs={self.epochs}, total_steps={self.total_steps}"
+        return f"Selection({str(self.path)!r}, {self.summary.rule!r}, {steps})"
 
     def __fspath__(self) -> str:
         """Its file: whatever takes a selection's path takes this as well."""

@@ -130,6 +130,8 @@ def train(
                 interruptible=partial(stop_after_step, run.notify),
                 tracking=tracking,
             )
+        if result.seconds_per_sample is None:  # the run was finished, and no step was taken
+            result = replace(result, seconds_per_sample=run_dir.ledger().get("step_seconds_per_sample"))
         seconds = {"open": round(opened, 3), **result.seconds, "total": round(result.seconds["total"] + opened, 3)}
         report = _report(run, replace(result, seconds=seconds), run_dir.path)
         if run.ranks.first:

@@ -185,7 +185,7 @@ def find_draw(name: str) -> Draw:
                 "`draw='auto'` is settled where a selection is made", hint="name the draw that it settled on"
             )
         if name not in DRAWS:
-            raise unknown_name("draw", name, [*DRAWS, "module:function"])
+            raise unknown_name("draw", name, [catalog.AUTO_DRAW, *DRAWS, "module:function"])
         return DRAWS[name]
     loaded: Any = load_factory(name, "draw", DRAWS)
     own = loaded if isinstance(loaded, Draw) else Draw(name, "your own", loaded)

@@ -209,6 +209,14 @@ class RunDir:
         with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics, sort_keys=True) + "\n")
 
+    def ledger(self) -> dict[str, Any]:
+        """The ledger of an earlier session; empty where there is none, or none that can be read."""
+        try:
+            found = json.loads((self.path / LEDGER).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def write_ledger(self, ledger: dict[str, Any]) -> None:
         """Replace ``ledger.json``."""
         with self:

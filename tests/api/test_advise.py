@@ -65,6 +65,7 @@ def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margi
     forecasts = (Forecast("full", 0.0, 0.9, 0.0, 0.0), Forecast(way, 0.75, 0.8, over, margin))
     advice = Advice(store="s", rows=1000, classes=2, probe_accuracy=0.89, forecasts=forecasts, seconds=0.0)
     assert advice.verdict.startswith(words)
+    assert ("all rows are 10.0% ahead of it" in advice.verdict) == words.startswith("select")
     assert "linear classifier" not in advice.verdict
     easy = replace(advice, probe_accuracy=0.92)
     assert easy.verdict.startswith(words)

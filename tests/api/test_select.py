@@ -56,7 +56,7 @@ def test_a_selection_is_a_short_value_and_stays_where_it_was(store, tmp_path, mo
     made, found = (select(opened, out="s.arrow", progress=False, notify=lambda _: None, **QUICK) for _ in range(2))
     assert made.summary != found.summary  # one was computed, the other found
     assert len({made, found}) == 1
-    assert repr(made) == f"Selection('{tmp_path}/s.arrow', epochs=2, total_steps=6)"
+    assert repr(made) == f"Selection('{tmp_path}/s.arrow', 'random', epochs=2, total_steps=6)"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(list(made)) == 6

@@ -102,6 +102,8 @@ def test_a_call_trains_writes_its_ledger_and_goes_on(selection) -> None:
         train(DATASET, selection, evaluation=DATASET, **SETTINGS)
     again = train(DATASET, selection, evaluation=DATASET, resume=True, **SETTINGS)
     assert (again.steps, again.accuracy) == (report.steps, report.accuracy)
+    assert again.ledger.saved_seconds == report.ledger.saved_seconds  # no step was taken, and what they took is known
+    assert json.loads((report.run_dir / "ledger.json").read_text())["saved_seconds"] == report.ledger.saved_seconds
 
 
 def test_the_cap_of_pixels_is_the_runs_and_a_default_one_leaves_its_name(selection) -> None:
