@@ -26,7 +26,8 @@ import numpy as np
 from harness import interleaved, parser, report, spread
 
 from gstds_cache.data.hash_cache import RACY_NS, HashCache
-from gstds_cache.data.manifest import DatasetManifest, build_manifest, hash_items
+from gstds_cache.data.item_hashes import hash_items
+from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.sources import open_source
 
 ENCODER = """

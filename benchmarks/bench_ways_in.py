@@ -34,7 +34,7 @@ from harness import parser, report, spread
 from PIL import Image
 
 from gstds_cache.data.hash_cache import HashCache
-from gstds_cache.data.manifest import hash_items
+from gstds_cache.data.item_hashes import hash_items
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 

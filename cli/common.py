@@ -92,7 +92,9 @@ def notify(line: str) -> None:
 def flags_of(command: click.Command) -> dict[str, str]:
     """What ``command`` calls each of its parameters: a flag, or the word of an argument."""
     return {
-        parameter.name: max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.name.upper()
+        parameter.name: max(parameter.opts or parameter.secondary_opts, key=len)
+        if isinstance(parameter, click.Option)
+        else parameter.name.upper()
         for parameter in command.params
         if parameter.name
     }

@@ -75,9 +75,9 @@ Examples:
 @setting_option(
     TrainConfig,
     "cuda_graphs",
-    flags=("--cuda-graphs/--no-cuda-graphs",),
-    help="Start each training step as one launch, a CUDA graph recorded from an earlier one. By default on one GPU "
-    "that holds the images; never on a CPU or with --compile, --accumulate, --importance-weights.",
+    flags=(" /--no-cuda-graphs",),
+    help="Start the kernels of each training step one by one, also on a GPU that holds the images; else they are "
+    "recorded in a CUDA graph, and started together.",
 )
 @setting_option(
     TrainConfig,

@@ -129,7 +129,9 @@ _ARGUMENT = re.compile(r"`([a-z]\w*)(?:=([^`]+))?`")
 
 
 def with_flags(text: str, flags: Mapping[str, str]) -> str:
-    """An error's text for the command line: `` `knn` `` becomes ``--knn``, `` `knn=10` `` becomes ``--knn 10``.
+    """An error's text for the command line.
+
+    `` `knn` `` becomes ``--knn``, `` `knn=10` `` becomes ``--knn 10``, `` `page=False` `` becomes ``--no-page``.
 
     Args:
         text: Text that names arguments in backticks.
@@ -145,6 +147,8 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
             return match[0]
         if value is None or value == "True":
             return flags[name]
+        if value == "False":
+            return f"--no-{flags[name].removeprefix('--').removeprefix('no-')}"
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
         return f"{flags[name]} {shlex.quote(value)}"

@@ -55,11 +55,13 @@ def test_an_unknown_name_lists_the_nearest_first() -> None:
         ("pass `knn=10`", "pass --knn 10"),
         ("pass `order='window:4 096'`", "pass --order 'window:4 096'"),
         ("pass `order='window:ROWS'` or `allow_untrained=True`", "pass --order window:ROWS or --allow-untrained"),
+        ("pass `page=False`, or `cuda_graphs=False`", "pass --no-page, or --no-cuda-graphs"),
         ("`x` has a NaN in `metrics.jsonl`", "`x` has a NaN in `metrics.jsonl`"),
     ],
 )
 def test_a_command_names_flags_where_the_library_names_arguments(text: str, expected: str) -> None:
-    flags = {"knn": "--knn", "order": "--order", "allow_untrained": "--allow-untrained"}
+    flags = {"knn": "--knn", "order": "--order", "allow_untrained": "--allow-untrained", "page": "--page"}
+    flags |= {"cuda_graphs": "--no-cuda-graphs"}  # which has no other
     assert errors.with_flags(text, flags) == expected
 
 

@@ -62,7 +62,7 @@ def study_tables(study: Study, name: str) -> str:
         return _tuning(study, name)
     parts = [f"### {name}\n\n{setting.about}. {_settings_line(study, name)}"]
     ratios = sorted({line["ratio"] for line in study.runs if line["method"] != "full"})
-    if shares_a_device(study):
+    if why_no_seconds(study):
         parts += [*(_accuracies(study, ratio, setting.epochs) for ratio in ratios), _compute(study)]
         return "\n\n".join(filter(None, parts))
     parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
@@ -72,22 +72,26 @@ def study_tables(study: Study, name: str) -> str:
     return "\n\n".join(parts)
 
 
-def shares_a_device(study: Study) -> bool:
-    """Whether several runs at a time trained on one GPU: their seconds tell nothing of one alone."""
-    return any("device" in line and line["jobs"] > 1 for line in study.runs)
+def why_no_seconds(study: Study) -> str:
+    """Why the seconds of a setting's runs tell nothing of one beside another; empty where they do."""
+    if any("device" in line and line["jobs"] > 1 for line in study.runs):
+        return "several shared a GPU"
+    return "" if len(_processors(study)) == 1 else "they are of two processors"
+
+
+def _processors(study: Study) -> list[str]:
+    return sorted({line["gpu"] if "device" in line else line["cpu"] for line in study.runs})
 
 
 def _settings_line(study: Study, name: str) -> str:
-    setting = load_setting(name)
-    run = study.runs[0]
-    where = f"{run['cpu']}, {run['jobs']} at a time, one thread each"
-    if shares_a_device(study):
-        gpus = sorted({line["gpu"] for line in study.runs if "device" in line})
-        where = f"one {' or '.join(gpus)}, up to {max(line['jobs'] for line in study.runs)} at a time: their seconds "
-        where += "are left out"
+    setting, why = load_setting(name), why_no_seconds(study)
+    jobs = f"up to {max(line['jobs'] for line in study.runs)} at a time"
+    if not why:
+        jobs = f"{study.runs[0]['jobs']} at a time, one thread each"
     return (
         f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
-        f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, {where}."
+        f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, "
+        f"{' and '.join(_processors(study))}, {jobs}{f': seconds are left out, as {why}' if why else ''}."
     )
 
 
@@ -154,11 +158,10 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
             continue
         accuracies = [100 * line["test_accuracy"] for line in runs.values()]
         spread = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
-        rule = next(iter(runs.values()))["rule"]
         equal = None if method in {"random", "full"} else study.at_equal_clock(method, "random", ratio, epochs)
         rows.append(
             [
-                f"{method} (`{rule}`)" if method == "default" else method,
+                _named(method, runs),
                 str(len(runs)),
                 f"{np.mean(accuracies):.2f}{spread}",
                 f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
@@ -174,6 +177,10 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
         *("minus full", "minus random, same epochs", "minus random, same seconds"),
     )
     return f"Filter ratio {ratio}:\n\n" + table(head, rows)
+
+
+def _named(method: str, runs: dict[int, Line]) -> str:
+    return f"{method} (`{next(iter(runs.values()))['rule']}`)" if method == "default" else method
 
 
 def _accuracies(study: Study, ratio: float, usual: int) -> str:
@@ -192,7 +199,7 @@ def _accuracies(study: Study, ratio: float, usual: int) -> str:
         less = None if method == "full" else study.difference(method, "full", ratio, epochs, b_epochs=alike)
         random = None if method in {"random", "full"} else study.difference(method, "random", ratio, epochs)
         rows.append([
-            *(method, str(epochs), str(len(runs)), f"{np.mean(accuracies):.2f}{spread}"),
+            *(_named(method, runs), str(epochs), str(len(runs)), f"{np.mean(accuracies):.2f}{spread}"),
             f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
             *(shown(full), shown(less), shown(random)),
         ])  # fmt: skip
@@ -333,7 +340,7 @@ def all_intervals(study: Study) -> set[Interval]:
         seeds = runs[a].keys() & runs[b].keys()
         if seeds and (a[1] == b[1] or "full" in {a[0], b[0]}):
             found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
-    for method, ratio, epochs in {} if shares_a_device(study) else runs:
+    for method, ratio, epochs in {} if why_no_seconds(study) else runs:
         for reference in {one for one, _, _ in runs} - {method, "full"}:
             for experiments, _ in SHARES if reference == "random" else SHARES[-1:]:
                 equal = study.at_equal_clock(method, reference, ratio, epochs, experiments)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, UInt8
 
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.hashing import UNREADABLE
-from gstds_cache.data.manifest import hash_items
+from gstds_cache.data.item_hashes import hash_items
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.subset import Subset, taken

@@ -94,10 +94,17 @@ class StepGraphs:
 
     @contextmanager
     def eager(self, rows: int) -> Iterator[None]:
-        """A step is taken without. The last one before a size is recorded is watched: if the host waits for the GPU in
-        it, as in a network that looks at its own values, nothing more is recorded; if there is no room for what it
-        allocates once more, this size is not.
-        """  # noqa: D205
+        """A step is taken without, and the last one before a size is recorded is watched.
+
+        If the host waits for the GPU in it, as in a network that looks at its own values, nothing more is recorded; if
+        there is no room for what it allocates once more, this size is not.
+
+        Args:
+            rows: Its rows.
+
+        Yields:
+            Nothing.
+        """
         self._eager[rows] += 1
         if not self._possible or self._eager[rows] != EAGER or len(self._recorded) >= MOST:
             yield
@@ -138,7 +145,7 @@ class StepGraphs:
         except RuntimeError as error:
             cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
-                f"`cuda_graphs`: a step cannot be recorded in a CUDA graph here: {str(cause).partition(chr(10))[0]}",
+                f"a step cannot be recorded in a CUDA graph here: {str(cause).partition(chr(10))[0]}",
                 hint="pass `cuda_graphs=False`, in a new process; it goes on from the last checkpoint",
             ) from error
         finally:

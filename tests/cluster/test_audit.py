@@ -13,8 +13,7 @@ from ray_cluster import LoopbackCluster
 
 import gstds_cache
 from gstds_cache.auditing.search import find_nearest
-from gstds_cache.data import hashing
-from gstds_cache.data import manifest as manifest_module
+from gstds_cache.data import hashing, item_hashes
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
@@ -56,7 +55,7 @@ def test_an_audit(cluster: LoopbackCluster, vectors: Path, tmp_path: Path) -> No
 
 
 def test_hashing(executor: Executor, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "SPREAD_FROM", 10)
+    monkeypatch.setattr(item_hashes, "SPREAD_FROM", 10)
     want = build_manifest(open_source(f"folder:{photos}"))
     for hash_cache in (None, HashCache(tmp_path / "hashes"), HashCache(tmp_path / "hashes")):
         done: list[int] = []
@@ -75,7 +74,7 @@ def test_hashing(executor: Executor, photos: Path, tmp_path: Path, monkeypatch: 
 def test_a_machine_that_does_not_see_the_data_set(
     executor: Executor, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest_module, "SPREAD_FROM", 10)
+    monkeypatch.setattr(item_hashes, "SPREAD_FROM", 10)
     source = open_source(f"folder:{photos}")
 
     def elsewhere(task: hashing.HashAnywhere) -> hashing.HashAnywhere:

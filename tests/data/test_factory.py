@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from gstds_cache.data.decode import UndecodableError
-from gstds_cache.data.manifest import UNREADABLE, build_manifest
+from gstds_cache.data.hashing import UNREADABLE
+from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import ImageSource, open_source
 from gstds_cache.errors import DatasetError, UsageError
 

@@ -23,7 +23,9 @@ from forked import FORKS
 from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import FILE, RACY_NS, HashCache, old_enough, signatures_of
-from gstds_cache.data.manifest import UNREADABLE, build_manifest, hash_items
+from gstds_cache.data.hashing import UNREADABLE
+from gstds_cache.data.item_hashes import hash_items
+from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.subset import Subset
 

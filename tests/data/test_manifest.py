@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gstds_cache.data import manifest as manifest_module
 from gstds_cache.data.arrays import ArraySource
-from gstds_cache.data.manifest import UNREADABLE, DatasetManifest, build_manifest, hash_items
+from gstds_cache.data.blocks import in_blocks
+from gstds_cache.data.hashing import UNREADABLE
+from gstds_cache.data.item_hashes import hash_items
+from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.errors import IntegrityError
 
@@ -215,7 +217,7 @@ def test_threads_hash_where_they_are_quicker(alone: float, beside: float, severa
         seen.append((block.start, threading.get_ident()))
 
     me, rows = threading.get_ident(), 6050
-    manifest_module._in_blocks(work, rows, lambda done, total: told.append(done) or total, 4)
+    in_blocks(work, rows, lambda done, total: told.append(done) or total, 4)
     assert sorted(start for start, _ in seen) == list(range(0, rows, 100))
     assert told == [*range(100, 6001, 100), 6050]
     rest = [thread == me for start, thread in seen if start >= 3200]  # after both trials
@@ -231,7 +233,7 @@ def test_where_other_files_begin_it_is_found_out_again() -> None:
         if block.start >= 14_000:
             rest.add(threading.get_ident())
 
-    manifest_module._in_blocks(work, 16_000, None, 4)
+    in_blocks(work, 16_000, None, 4)
     assert len(rest - {me}) > 1
 
 

@@ -128,7 +128,9 @@ def text(*_, **__): return "images"
 
 
 def name_of(parameter: click.Parameter) -> str:
-    return parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name)
+    return (
+        (parameter.opts or parameter.secondary_opts)[0] if isinstance(parameter, click.Option) else str(parameter.name)
+    )
 
 
 def values_for(parameter: click.Parameter) -> tuple[str, ...]:

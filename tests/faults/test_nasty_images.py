@@ -25,7 +25,8 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data import files as files_module
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import printable
-from gstds_cache.data.manifest import UNREADABLE, build_manifest
+from gstds_cache.data.hashing import UNREADABLE
+from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.store.reader import EmbeddingStore
