@@ -55,7 +55,7 @@ def advise(store: str, ratios: tuple[float, ...], epochs: int, device: str, thre
         [
             ("linear probe", f"right on {advice.probe_accuracy:.1%} of held-out rows, {advice.classes:,} classes"),
             ("advice", advice.verdict),
-            ("time", f"{advice.seconds:.1f} s"),
+            ("cost", advice.cost),
         ]
     )
     click.echo(f"next: {advice.command}")

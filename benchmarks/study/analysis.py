@@ -73,6 +73,54 @@ def paired(differences: Sequence[float], beyond: int = 0) -> Interval:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What reaching an accuracy takes, over seeds.
+
+    Attributes:
+        reached: What each seed spent that got there.
+        seeds: All that ran the method's largest budget.
+        smallest: What the method's smallest budget takes, in the mean.
+        largest: What its largest takes.
+    """
+
+    reached: tuple[float, ...]
+    seeds: int
+    smallest: float
+    largest: float
+
+    def as_share(self, of: float) -> str:
+        """In words: the geometric mean as a share of ``of``, with Student's 95 % interval, if all seeds got there.
+
+        If some did not, the median seed's; it is known only to be more than the largest budget if that seed is one of
+        them, and at most the smallest where all were there after it.
+        """
+        if len(self.reached) < self.seeds:
+            median = float(np.median([*self.reached, *[math.inf] * (self.seeds - len(self.reached))]))
+            return f"{median / of:.2f}, median" if math.isfinite(median) else f"more than {self.largest / of:.2f}"
+        if max(self.reached) <= 1.05 * self.smallest:
+            return f"at most {self.smallest / of:.2f}"
+        logs = np.log(np.array(self.reached) / of)
+        if self.seeds < 2:
+            return f"{math.exp(logs[0]):.2f} [one seed]"
+        half = float(student.ppf((1 + LEVEL) / 2, self.seeds - 1) * logs.std(ddof=1) / math.sqrt(self.seeds))
+        low, middle, high = np.exp(logs.mean() + half * np.array([-1, 0, 1]))
+        return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _crossing(points: Sequence[tuple[int, float, float]], target: float) -> float | None:
+    """Where accuracy first reaches ``target``, of (epochs, cost, accuracy) cheapest first; None where it does not."""
+    costs, accuracies = np.array([cost for _, cost, _ in points]), np.array([accuracy for *_, accuracy in points])
+    there = np.flatnonzero(accuracies >= target)
+    if not len(there):
+        return None
+    first = int(there[0])
+    if first == 0:
+        return float(costs[0])  # its smallest budget: it may have been there earlier
+    share = (target - accuracies[first - 1]) / (accuracies[first] - accuracies[first - 1])
+    return float(np.exp(np.interp(share, [0, 1], np.log(costs[first - 1 : first + 1]))))
+
+
+@dataclass(frozen=True)
 class Study:
     """One setting's lines.
 
@@ -175,54 +223,34 @@ class Study:
             return None
         return paired(differences, beyond)
 
-    def seconds_to(self, method: str, ratio: float, target: float, experiments: float = OFTEN) -> float | None:
-        """Mean over seeds of the least seconds after which ``method`` was at ``target``; None where a seed never was.
-
-        It may be there at the end of a run of any budget, or after one of its epochs.
-        """
-        best: dict[int, float] = {}
-        for line in self.runs:
-            if line["method"] != method or (method != "full" and line["ratio"] != ratio):
-                continue
-            spent = self.clock(line, experiments)
-            epochs = len(line["curve"])
-            points = [(spent * (e + 1) / epochs, accuracy) for e, accuracy in enumerate(line["curve"][:-1])]
-            reached = [s for s, accuracy in [*points, (spent, line["test_accuracy"])] if accuracy >= target]
-            best[line["seed"]] = min([best.get(line["seed"], np.inf), *reached])
-        if not best or not np.isfinite(list(best.values())).all():
-            return None
-        return float(np.mean(list(best.values())))
-
-    def gradients_to(self, method: str, ratio: float, target: float) -> tuple[float, int, int] | None:
-        """Gradient samples after which ``method`` is at ``target``, read off between its budgets of epochs.
+    def cost_to(self, method: str, ratio: float, target: float, experiments: float | None = None) -> Cost | None:
+        """What ``method`` spends until it is at ``target``, read off between its budgets of epochs.
 
         A budget is a run to its end, with its own schedule of the learning rate; between two, accuracy is a straight
-        line over log gradient samples.
+        line over the logarithm of what was spent. Only seeds that ran the method's largest budget count: of the others
+        it is not known whether they would have got there.
+
+        Args:
+            method: As in the lines.
+            ratio: The filter ratio; anything for ``full``.
+            target: Test accuracy, a share.
+            experiments: Core seconds are counted, with so many experiments on one cache; gradient samples where None.
 
         Returns:
-            The median over the seeds that got there (NaN if none did), how many did, and seeds in all; None where there
-            are no runs.
+            The cost; None where there are no runs.
         """
-        found: dict[int, list[tuple[float, float]]] = {}
+        found: dict[int, list[tuple[int, float, float]]] = {}
         for line in self.runs:
             if line["method"] == method and (method == "full" or line["ratio"] == ratio):
-                found.setdefault(line["seed"], []).append((line["gradient_samples"], line["test_accuracy"]))
+                spent = line["gradient_samples"] if experiments is None else self.clock(line, experiments)
+                found.setdefault(line["seed"], []).append((line["epochs"], float(spent), line["test_accuracy"]))
         if not found:
             return None
-        reached = []
-        for points in found.values():
-            samples, accuracies = (np.array(values) for values in zip(*sorted(points), strict=True))
-            there = np.flatnonzero(accuracies >= target)
-            if not len(there):
-                continue
-            first = int(there[0])
-            if first == 0:
-                reached.append(float(samples[0]))  # its smallest budget: it may have been there earlier
-                continue
-            low, high = accuracies[first - 1], accuracies[first]
-            share = (target - low) / (high - low)
-            reached.append(float(np.exp(np.interp(share, [0, 1], np.log(samples[first - 1 : first + 1])))))
-        return float(np.median(reached)) if reached else math.nan, len(reached), len(found)
+        most = max(epochs for points in found.values() for epochs, _, _ in points)
+        seeds = [sorted(points) for points in found.values() if max(points)[0] == most]
+        reached = [cost for points in seeds if (cost := _crossing(points, target)) is not None]
+        smallest, largest = (float(np.mean([points[place][1] for points in seeds])) for place in (0, -1))
+        return Cost(tuple(reached), len(seeds), smallest, largest)
 
     def break_even(self, ratio: float, epochs: int, method: str = "default") -> float | None:
         """Experiments after which embedding and probe have been paid for by what ``method`` saves against ``full``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -115,38 +115,36 @@ def _tuning(study: Study, name: str) -> str:
 
 
 def _compute(study: Study) -> str:
-    """Gradient samples to the accuracy of training on everything, for each number of epochs it was trained for."""
+    """What reaching the accuracy of training on everything takes, for each number of epochs that it was trained for."""
     budgets = {line["epochs"] for line in study.runs if line["method"] == "full"}
     if not budgets or len({line["epochs"] for line in study.runs}) < 2:
         return ""
-    parts = []
+    counted = [(None, "gradient samples")]
+    if not why_no_seconds(study):
+        counted += [(OFTEN, "core seconds, the cache there"), (5, "shared by 5"), (1, "not shared")]
+    head, parts = ("method", "ratio", "seeds that got there", *(words for _, words in counted)), []
     for most in sorted(budgets):
         everything = study.of("full", 0.0, most).values()
         target = float(np.mean([line["test_accuracy"] for line in everything]))
-        spent = float(np.mean([line["gradient_samples"] for line in everything]))
-        rows = _compute_rows(study, target, spent)
-        text = (
-            f"Gradient samples until the accuracy of everything in {most} epochs ({100 * target:.2f} %), as a share of "
-            "those of everything; median of the seeds that got there:\n\n"
-        )
-        parts.append(text + table(("method", "ratio", "seeds that got there", "share of the gradient samples"), rows))
+        spent = [np.mean([_spent(study, line, shared) for line in everything]) for shared, _ in counted]
+        rows = []
+        for method, ratio in sorted({(line["method"], line["ratio"]) for line in study.runs} - {("full", 0.0)}):
+            costs = [study.cost_to(method, ratio, target, shared) for shared, _ in counted]
+            known = [cost for cost in costs if cost is not None]
+            if known and known[0].seeds > 2:
+                shares = [cost.as_share(float(of)) for cost, of in zip(known, spent, strict=True)]
+                rows.append([method, f"{ratio:g}", f"{len(known[0].reached)} of {known[0].seeds}", *shares])
+        if rows:
+            text = (
+                f"Compute to the accuracy of everything in {most} epochs ({100 * target:.2f} %), as a share of what "
+                "that took; 95 % intervals, of the seeds that ran the method's largest budget:\n\n"
+            )
+            parts.append(text + table(head, rows))
     return "\n\n".join(parts)
 
 
-def _compute_rows(study: Study, target: float, spent: float) -> list[list[str]]:
-    rows = []
-    for method, ratio in sorted({(line["method"], line["ratio"]) for line in study.runs if line["method"] != "full"}):
-        found = study.gradients_to(method, ratio, target)
-        if found is None:
-            continue
-        samples, reached, seeds = found
-        if seeds < 3:
-            continue
-        own = [line for line in study.runs if line["method"] == method and line["ratio"] == ratio]
-        largest = max(line["gradient_samples"] for line in own)
-        share = f"{samples / spent:.2f}" if reached else f"not at {largest / spent:.2f}"
-        rows.append([method, f"{ratio:g}", f"{reached} of {seeds}", share])
-    return rows
+def _spent(study: Study, line: Line, experiments: float | None) -> float:
+    return float(line["gradient_samples"] if experiments is None else study.clock(line, experiments))
 
 
 def _main_table(study: Study, ratio: float, epochs: int) -> str:
@@ -259,13 +257,6 @@ def _seconds_of_default(study: Study, ratio: float, epochs: int) -> str:
         f"{100 * np.mean(live):.1f} % of training time live, {100 * np.mean(replayed):.1f} % replayed from a file."
     )
     if full:
-        target = float(np.mean([line["test_accuracy"] for line in full.values()]))
-        times = [
-            f"{method} {'never' if (s := study.seconds_to(method, ratio, target)) is None else f'{s:.1f} s'}"
-            for method in ("random", "default")
-        ]
-        times = [f"full {np.mean([study.clock(line, OFTEN) for line in full.values()]):.1f} s", *times]
-        text += f" Time to full training's mean accuracy ({100 * target:.2f} %), the cache there: {', '.join(times)}."
         even = study.break_even(ratio, epochs)
         saved = study.difference("default", "full", ratio, epochs)
         if even is not None:
@@ -292,7 +283,7 @@ def _rivals(study: Study, ours: str, ratio: float, epochs: int) -> str:
 
 def advice_table(studies: dict[str, Study]) -> str:
     """What probes foretold beside what networks reached, by setting."""
-    rows, answers = [], []
+    rows, answers, whether, orders = [], [], [], []
     for name, study in studies.items():
         for line in (one for one in study.lines if one["kind"] == "advice"):
             found = {f["way"]: f for f in line["forecasts"]}
@@ -302,18 +293,25 @@ def advice_table(studies: dict[str, Study]) -> str:
                 continue
             advised = line["advised"]
             agreed = agrees(advised, networks)
+            whether.append((advised is not None) == any(one is not None and one.low > 0 for one in networks.values()))
+            pairs = ordered_pairs(study, line)
+            orders += pairs
             cells = [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
             answers.append({None: "not told apart", True: "yes", False: "no"}[agreed])
-            rows.append([name, f"{line['ratio']:g}", *cells, advised or "do not select", answers[-1]])
+            order = f"{sum(pairs)} of {len(pairs)}"
+            rows.append([name, f"{line['ratio']:g}", *cells, order, advised or "do not select", answers[-1]])
     if not rows:
         return ""
-    head = ("data set", "ratio", *(f"{way}: probes / networks" for way in WAYS), "advice", "right?")
+    head = ("data set", "ratio", *(f"{way}: probes / networks" for way in WAYS), "order", "advice", "right?")
     return (
         "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. "
         "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
         f"with none of them. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
-        f"a draw named and networks not told apart from random {answers.count('not told apart')}."
+        f"a draw named and networks not told apart from random {answers.count('not told apart')}. "
+        f"Whether to select at all, with any of the three, it said rightly on {sum(whether)}. *Order*: of the pairs of "
+        f"these three and random rows that networks tell apart, those that probes have in the same order; "
+        f"{sum(orders)} of {len(orders)} in all."
         f"\n\n{table(head, rows)}"
     )
 
@@ -327,6 +325,18 @@ def agrees(advised: str | None, networks: dict[str, Interval | None]) -> bool | 
         return None
     interval = known[advised]
     return True if interval.low > 0 else False if interval.high < 0 else None
+
+
+def ordered_pairs(study: Study, line: Line) -> list[bool]:
+    """Of each pair of ways that networks tell apart, whether the probes of an advice have it in the same order."""
+    ahead = {forecast["way"]: forecast["over_random"] for forecast in line["forecasts"]}
+    methods = {"random": "random", **WAYS}
+    found = []
+    for a, b in combinations(methods, 2):
+        networks = study.difference(methods[a], methods[b], line["ratio"], line["epochs"])
+        if networks is not None and networks.verdict in {"ahead", "behind"}:
+            found.append((networks.low > 0) == (ahead[a] > ahead[b]))
+    return found
 
 
 def all_intervals(study: Study) -> set[Interval]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gstds_cache.config import ADVICE_EPOCHS, ADVICE_RATIOS, DEVICE, MOST_EPOCHS, as_tuple, as_type
+from gstds_cache.costs.records import recall_store
 from gstds_cache.errors import UsageError, command_line
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
@@ -36,6 +37,8 @@ class Advice:
         classes: Classes among them.
         probe_accuracy: Share of held-out rows that a linear probe on all embeddings predicts rightly.
         forecasts: ``full`` first, then each way of drawing at each ratio.
+        epochs: Passes over the data set that the run would make.
+        embedding_seconds: What embedding the store took, once for all runs; None where it is not written down.
         seconds: What this took.
     """
 
@@ -44,6 +47,8 @@ class Advice:
     classes: int
     probe_accuracy: float
     forecasts: tuple[Forecast, ...]
+    epochs: int
+    embedding_seconds: float | None
     seconds: float
 
     def __repr__(self) -> str:
@@ -80,6 +85,19 @@ class Advice:
         if ahead is None:
             return ""
         return f"; all rows are {ahead:.1%} ahead of it" if ahead > 0 else f"; it is {-ahead:.1%} ahead of all rows"
+
+    def gradient_samples(self, forecast: Forecast) -> int:
+        """What a network would train on in such a run: rows times epochs; about, as batches of a few rows round it."""
+        return round(self.rows * self.epochs * (1 - forecast.ratio))
+
+    @property
+    def cost(self) -> str:
+        """What selecting takes beside training, in words."""
+        seconds = self.embedding_seconds
+        embedding = (
+            "embedding: not written down" if seconds is None else f"embedding {seconds:,.1f} s, once for all runs"
+        )
+        return f"{embedding}; this advice {self.seconds:.1f} s"
 
     @property
     def command(self) -> str:
@@ -163,15 +181,20 @@ def advise(
         classes=labels.different,
         probe_accuracy=float((probe.columns["predicted"] == opened.labels)[known].mean()),
         forecasts=tuple(found),
+        epochs=epochs,
+        embedding_seconds=None if (cost := recall_store(opened.location, opened.fingerprint)) is None else cost.seconds,
         seconds=round(time.perf_counter() - begun, 3),
     )
 
 
 def table(advice: Advice) -> list[tuple[str, ...]]:
     """The forecasts as rows of words, a heading first."""
-    rows: list[tuple[str, ...]] = [("ratio", "drawn", "held-out accuracy", "minus random, 95 % interval")]
+    rows: list[tuple[str, ...]] = [
+        ("ratio", "drawn", "gradient samples", "held-out accuracy", "minus random, 95 % interval")
+    ]
     for forecast in advice.forecasts:
         low, high = forecast.over_random - forecast.margin, forecast.over_random + forecast.margin
         versus = "" if forecast.way in {FULL, RANDOM} else f"{forecast.over_random:+.2%} [{low:+.2%}, {high:+.2%}]"
-        rows.append((f"{forecast.ratio:g}", forecast.way, f"{forecast.accuracy:.2%}", versus))
+        samples = f"{advice.gradient_samples(forecast):,}"
+        rows.append((f"{forecast.ratio:g}", forecast.way, samples, f"{forecast.accuracy:.2%}", versus))
     return rows

@@ -14,6 +14,7 @@ from gstds_cache.cli.cache_command import main
 from gstds_cache.api.advise import Advice, advise, table
 from gstds_cache.api.embed import embed
 from gstds_cache.config import EmbedConfig
+from gstds_cache.costs.records import recall_store
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.advice import WAYS, Forecast, compared
@@ -63,7 +64,8 @@ def test_a_difference_and_its_interval_are_mcnemars() -> None:
 )
 def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margin, way, words, command) -> None:
     forecasts = (Forecast("full", 0.0, 0.9, 0.0, 0.0), Forecast(way, 0.75, 0.8, over, margin))
-    advice = Advice(store="s", rows=1000, classes=2, probe_accuracy=0.89, forecasts=forecasts, seconds=0.0)
+    advice = Advice(store="s", rows=1000, classes=2, probe_accuracy=0.89, forecasts=forecasts, epochs=20,
+                    embedding_seconds=None, seconds=0.25)  # fmt: skip
     assert advice.verdict.startswith(words)
     assert ("all rows are 10.0% ahead of it" in advice.verdict) == words.startswith("select")
     assert "linear classifier" not in advice.verdict
@@ -75,6 +77,11 @@ def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margi
     assert few.verdict == "do not select: 999 labelled rows are too few to leave any out; train on all of them"
     assert repr(few) == f"Advice('s', rows=999, {few.verdict!r})"
     assert few.command == "gstds-select s --rule random --schedule constant:0"
+    assert [advice.gradient_samples(forecast) for forecast in forecasts] == [20_000, 5_000]
+    assert advice.cost == "embedding not written down; this advice 0.2 s"
+    assert replace(advice, embedding_seconds=1234.5).cost == (
+        "embedding 1,234.5 s, once for all runs; this advice 0.2 s"
+    )
 
 
 def test_arguments_and_stores_that_cannot_be_meant_are_refused(store, array_source, tiny_model, tmp_path) -> None:
@@ -94,9 +101,14 @@ def test_the_command_prints_a_table_the_advice_and_what_to_type(store) -> None:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["ratio", "drawn", "held-out", "accuracy", "minus", "random,", "95", "%", "interval"]
+    assert [part.strip() for part in lines[0].split("  ") if part] == [
+        "ratio", "drawn", "gradient samples", "held-out accuracy", "minus random, 95 % interval"
+    ]  # fmt: skip
     result = json.loads(lines[-1])
     assert result["verdict"] in done.stdout
     assert f"next: {result['command']}" in lines
+    assert lines[2].split()[:3] == ["0.5", "random", "192"]  # half of 385 rows, once
+    assert f"embedding {recall_store(store.location).seconds:,.1f} s, once for all runs" in done.stdout
+    assert result["embedding_seconds"] == recall_store(store.location).seconds
     assert len(result["forecasts"]) == len(WAYS)
     assert Path(result["store"]) == Path(str(store.location))

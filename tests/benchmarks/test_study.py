@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from forked import Forks
 
 ROOT = Path(__file__).parents[2]
@@ -18,13 +19,23 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
-from benchmarks.study.analysis import OFTEN, Study, paired  # noqa: E402
+from benchmarks.study.analysis import OFTEN, Line, Study, paired  # noqa: E402
 from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
 from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
 from benchmarks.study.runs import Task  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
-from benchmarks.study.tables import BEGIN, END, all_intervals, render, studies_of  # noqa: E402
+from benchmarks.study.tables import (  # noqa: E402
+    BEGIN,
+    END,
+    WAYS,
+    advice_table,
+    agrees,
+    all_intervals,
+    ordered_pairs,
+    render,
+    studies_of,
+)
 from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
@@ -130,21 +141,49 @@ def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     assert study.clock(guided, 20) == pytest.approx(5 + 210 / 20)
     assert study.clock(scored, 20) == pytest.approx(12)
     assert study.break_even(0.75, 8, "default") == pytest.approx(210 / 21)
-    curved = line("random", 0, 0.9, 8, curve=[0.1, 0.95, 0.2, 0.3])
-    assert Study((curved,)).seconds_to("random", 0.75, 0.9) == pytest.approx(4)
-    assert Study((curved,)).seconds_to("random", 0.75, 0.96, OFTEN) is None
 
 
-def test_gradient_samples_to_an_accuracy_are_read_between_budgets() -> None:
+def test_the_cost_of_an_accuracy_is_read_between_budgets_of_seeds_that_ran_the_largest() -> None:
+    def of(seed: int, accuracy: float, seconds: float, samples: int, epochs: int = 8) -> Line:
+        return line("random", seed, accuracy, seconds, epochs=epochs, gradient_samples=samples, steps=epochs)
+
+    runs = [of(0, 0.90, 1, 100), of(0, 0.94, 4, 400, 32), of(1, 0.89, 1, 100), of(1, 0.93, 4, 400, 32)]
+    study = Study((*runs, of(2, 0.91, 1, 100)))  # the third never ran the longer budget: it is no failure
+    cost = study.cost_to("random", 0.75, 0.92)
+    assert (cost.seeds, cost.smallest, cost.largest) == (2, 100, 400)
+    assert cost.reached == pytest.approx((200, 100 * 4**0.75))  # half way and three quarters of the way, in logarithms
+    low, middle, high = np.exp(np.log(4) * (0.625 + scipy.stats.t.ppf(0.975, 1) * 0.125 * np.array([-1, 0, 1])))
+    assert cost.as_share(100.0) == f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    seconds = study.cost_to("random", 0.75, 0.92, OFTEN)
+    assert seconds.reached == pytest.approx((2, 4**0.75))
+    assert study.cost_to("random", 0.75, 0.935).as_share(100.0) == "more than 4.00"  # the median of 2
+    assert study.cost_to("random", 0.75, 0.95).as_share(800.0) == "more than 0.50"
+    assert study.cost_to("random", 0.75, 0.80).as_share(200.0) == "at most 0.50"
+    assert study.cost_to("default", 0.75, 0.95) is None
+
+
+def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_networks_tell_apart() -> None:
+    accuracies = {"random": 0.60, "default": 0.50, "draw:loss-minus-reference": 0.70, "draw:damped-loss": 0.601}
     runs = [
-        line("random", 0, 0.90, 1, gradient_samples=100),
-        line("random", 0, 0.94, 1, epochs=32, gradient_samples=400),
-        line("random", 1, 0.91, 1, gradient_samples=100),
+        line(method, seed, accuracy + 0.001 * (seed - 1) * (method == "draw:damped-loss"), 1)
+        for method, accuracy in accuracies.items()
+        for seed in range(3)
     ]
-    samples, reached, seeds = Study(tuple(runs)).gradients_to("random", 0.75, 0.92)
-    assert (samples, reached, seeds) == (pytest.approx(200), 1, 2)  # half way in log samples
-    assert math.isnan(Study(tuple(runs)).gradients_to("random", 0.75, 0.95)[0])
-    assert Study(tuple(runs)).gradients_to("default", 0.75, 0.95) is None
+    foretold = {"full": 0.0, "random": 0.0, "default": 0.1, "loss-minus-reference": 0.2, "damped-loss": 0.3}
+    advice = {
+        "kind": "advice", "ratio": 0.75, "epochs": 8, "advised": "damped-loss", "setting": "s",
+        "forecasts": [{"way": way, "over_random": over} for way, over in foretold.items()],
+    }  # fmt: skip
+    study = Study((*runs, advice))
+    # Told apart: default behind the other three, the difference ahead of them. Probes have default ahead of random, and
+    # the difference behind the damped loss.
+    assert ordered_pairs(study, advice) == [False, True, True, True, False]
+    text = advice_table({"s": study})
+    assert "right 0, wrong 0, a draw named and networks not told apart from random 1" in text
+    assert "said rightly on 1." in text
+    assert "3 of 5 in all" in text
+    networks = {way: study.difference(method, "random", 0.75, 8) for way, method in WAYS.items()}
+    assert [agrees(way, networks) for way in (*WAYS, None)] == [False, True, None, False]
 
 
 def test_each_method_gets_the_best_of_the_same_learning_rates() -> None:
