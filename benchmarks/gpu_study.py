@@ -3,9 +3,9 @@
     python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 12]
 
 ``conv7`` for 16 epochs: random, the draws and everything first, their rates (on a fifth of the training set, held out),
-then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; the rivals; a seed of ResNet-18 for 30
-epochs; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs that are there,
-or in ``benchmarks/study/results/``, are not made again. At home the lines go there.
+then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; the rivals; rates and a seed of
+ResNet-18 for 30 epochs; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs
+that are there, or in ``benchmarks/study/results/``, are not made again. At home the lines go there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def commands(seeds: int) -> list[list[str]]:
     head, rest = f"full,random,{DRAWS}", f"default,{RIVALS}"  # the longest first
     twice, validation = times(f"random,{DRAWS}", 2), "cifar10-conv7-validation"
     tune = ["benchmarks.study.tune", validation, "--into", "cifar10-conv7"]
+    large = "cifar10-jpegs-resnet18"
     return [
         ["benchmarks.study", validation, "--methods", head, "--lrs", RATES, "--seeds", "1"],
         [*tune, "--methods", head],
@@ -47,13 +48,17 @@ def commands(seeds: int) -> list[list[str]]:
         ["benchmarks.study", validation, "--methods", rest, "--lrs", RATES, "--seeds", "1"],
         tune,
         ["benchmarks.study", "cifar10-conv7", "--methods", rest, "--seeds", "3"],
-        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "1"],
-        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", f"{head},{twice}", "--seeds", "3"],
-        ["benchmarks.study", "cifar10-conv7", "--methods", f"random,{DRAWS},infobatch,seta,orderdp", "--ratios", "0.5",
+        ["benchmarks.study", f"{large}-validation", "--methods", head, "--lrs", RATES, "--seeds", "1"],
+        ["benchmarks.study.tune", f"{large}-validation", "--into", large],
+        ["benchmarks.study", large, "--methods", f"{head},{twice}", "--seeds", "1"],
+        ["benchmarks.study", large, "--methods", f"{head},{twice}", "--seeds", "3"],
+        ["benchmarks.study", "cifar10-conv7", "--methods", f"random,{DRAWS},{RIVALS}", "--ratios", "0.5",
          "--seeds", "3"],
         ["benchmarks.study", "cifar10-conv7", "--methods", f"{times(f'random,{DRAWS}', 4)},full*2", "--seeds", "3"],
         ["benchmarks.study", "cifar10-conv7", "--methods", rest, "--seeds", str(seeds)],
-        ["benchmarks.study", "cifar10-jpegs-resnet18", "--methods", "infobatch,seta,orderdp", "--seeds", "3"],
+        ["benchmarks.study", f"{large}-validation", "--methods", RIVALS, "--lrs", RATES, "--seeds", "1"],
+        ["benchmarks.study.tune", f"{large}-validation", "--into", large],
+        ["benchmarks.study", large, "--methods", RIVALS, "--seeds", "3"],
     ]  # fmt: skip
 
 

@@ -220,6 +220,22 @@ def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
             assert all(find_method(method) for method in "".join(words[3:]).split(",") if method)
 
 
+def test_no_method_meets_the_test_set_before_its_rates_were_tried() -> None:
+    tried, tuned = {}, {}
+    for module, setting, *words in gpu_study.commands(seeds=10):
+        if module == "benchmarks.study.tune":
+            asked = "".join(words[3:]).split(",") if words[3:] else tried[setting]
+            tuned.setdefault(words[1], set()).update(set(asked) & tried[setting])
+            continue
+        methods = {task.method for task in tasks_of(parse([setting, *words]), setting)}
+        if "--lrs" in words:
+            assert setting.endswith("-validation")
+            tried.setdefault(setting, set()).update(methods)
+        else:
+            assert methods <= tuned[setting], f"{setting}: {methods - tuned[setting]}"
+    assert tuned["cifar10-conv7"] == tuned["cifar10-jpegs-resnet18"] | {"default"}
+
+
 @pytest.mark.faults
 def test_the_study_is_a_part(tmp_path) -> None:
     """On the CPU, its smallest setting: two methods with two learning rates each, lines beside the results."""
