@@ -6,7 +6,17 @@ import click
 
 from gstds_cache.errors import command_line
 
-from .common import Command, device_option, json_option, notify, print_json, print_table, seconds_line, workers_option
+from .common import (
+    Command,
+    device_option,
+    json_option,
+    next_selection,
+    notify,
+    print_json,
+    print_table,
+    seconds_line,
+    workers_option,
+)
 
 HELP = """Embed what is new in DATASET and append it to STORE, in place.
 
@@ -69,6 +79,6 @@ def append_command(
             f"{command_line('gstds-embed', dataset)} --cache NEW --reuse {report.location}",
             err=True,
         )
-    click.echo(f"next: {command_line('gstds-select', report.location)}")
+    click.echo(next_selection(report.location))
     if as_json:
         print_json(report.to_dict())

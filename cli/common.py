@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 
 from gstds_cache.config import DEVICE, ENGINE
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, with_flags
+from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, command_line, with_flags
 from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
 
@@ -204,6 +204,16 @@ def print_table(rows: list[tuple[str, str]], *, err: bool = False) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}", err=err)
+
+
+def next_selection(store: str) -> str:
+    """What to type after a store was made: with labels, drawing as its embeddings advise."""
+    from gstds_cache.selection.rows import count_labels
+    from gstds_cache.store.reader import EmbeddingStore
+
+    labels = count_labels(EmbeddingStore(store))
+    more = ("--draw", "auto") if labels.different > 1 and not labels.one_each else ()
+    return f"next: {command_line('gstds-select', store, *more)}"
 
 
 def seconds_line(seconds: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from .common import (
     Command,
     engine_option,
     json_option,
+    next_selection,
     notify,
     print_json,
     print_table,
@@ -207,7 +208,7 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             "commits the last one finishes the store, and so does this command without --shard"
         )
     elif report.ok:
-        click.echo(f"next: {command_line('gstds-select', report.location)}")
+        click.echo(next_selection(report.location))
     else:
         click.echo(f"no image has an embedding: {bad[0].reason}; see gstds-cache info {report.location}", err=True)
 

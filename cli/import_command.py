@@ -6,9 +6,7 @@ from typing import Literal
 
 import click
 
-from gstds_cache.errors import command_line
-
-from .common import Command, json_option, notify, print_json, print_table, seconds_line
+from .common import Command, json_option, next_selection, notify, print_json, print_table, seconds_line
 
 HELP = """Make a complete store of VECTORS that another tool made: .npy, .parquet, .arrow or .safetensors, [N, D].
 
@@ -93,6 +91,6 @@ def import_command(
             ("time", seconds_line(report.seconds)),
         ]
     )
-    click.echo(f"next: {command_line('gstds-select', report.location)}")
+    click.echo(next_selection(report.location))
     if as_json:
         print_json(report.to_dict())

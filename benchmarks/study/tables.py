@@ -358,17 +358,29 @@ def all_intervals(study: Study) -> set[Interval]:
     return found
 
 
-def hours(studies: Sequence[Study]) -> str:
-    """Hours of compute behind the lines."""
-    paid = sum(sum(line["cpu_seconds"].values()) for study in studies for line in study.runs)
+def hours(results: Path, studies: Sequence[Study]) -> str:
+    """Hours of compute behind the lines: those of the tables, and those of variants and pilots."""
+    runs = [line for study in studies for line in study.runs]
     own = [line for study in studies for line in study.lines if line["setting"] == study.runs[0]["setting"]]
-    once = sum(line["cpu_seconds"] for line in own if line["kind"] == "embedding")
-    once += sum(line["cpu_seconds"] for line in own if line["kind"] == "scores")
-    count = sum(len(study.runs) for study in studies)
+    once = sum(map(_core_seconds, (line for line in own if line["kind"] in {"embedding", "scores"})))
+    on_gpu = [line for line in runs if "device" in line]
+    gpu = sum(sum(line["seconds"].values()) / line["jobs"] for line in on_gpu)
+    others = [line for folder in ("variants", "pilots") for path in sorted((results / folder).glob("*.jsonl"))
+              for line in read_lines(path)]  # fmt: skip
+    tried = [line for line in others if line.get("kind") in {"run", "screen"}]
+    core = sum(_core_seconds(line) for line in runs if "device" not in line)
     return (
-        f"{count} runs: {paid / 3600:.1f} core hours of selecting and training, {once / 3600:.1f} of embedding and "
-        "scores."
+        f"{len(runs) - len(on_gpu)} runs on CPUs: {core / 3600:.1f} core hours of selecting and training, "
+        f"{once / 3600:.1f} of embedding and scores. {len(on_gpu)} runs on a GPU: {gpu / 3600:.2f} hours of it, "
+        f"several at a time. {len(tried)} runs of variants and pilots, which are in no table here: "
+        f"{sum(map(_core_seconds, others)) / 3600:.1f} core hours."
     )
+
+
+def _core_seconds(line: Line) -> float:
+    """Of a line of any kind; the first pilots counted none."""
+    seconds = line.get("cpu_seconds", 0.0)
+    return float(sum(seconds.values()) if isinstance(seconds, dict) else seconds)
 
 
 def _lines_of(path: Path) -> list[Line]:
@@ -403,7 +415,7 @@ def render(results: Path = RESULTS) -> str:
         "Differences are in points, paired by seed, with 95 % intervals over seeds (Student's t); a star marks "
         "comparisons in which random's (or the default's) largest budget took less time than the method, and was taken."
     )
-    parts = [hours(list(studies.values())), note, advice_table(studies)]
+    parts = [hours(results, list(studies.values())), note, advice_table(studies)]
     return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])
 
 

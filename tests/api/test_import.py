@@ -320,7 +320,11 @@ def test_the_command(npy, tmp_path, command, result_of) -> None:
     assert result_of(done)["items"] == N
     assert "labels are text: 3 classes, sorted: cat, dog, owl" in done.stderr
     assert "imported" in command("gstds-cache", "ls", ".").stdout
-    assert "cache hit" in command("gstds-cache", "import", "vectors.npy", "--labels", "labels.txt", "--out", "s").stdout
+    again = command("gstds-cache", "import", "vectors.npy", "--labels", "labels.txt", "--out", "s").stdout
+    assert "cache hit" in again
+    assert again.splitlines()[-1] == "next: gstds-select s --draw auto"
+    plain = command("gstds-cache", "import", "vectors.npy", "--out", "plain").stdout
+    assert plain.splitlines()[-1] == "next: gstds-select plain"
     refused = command("gstds-cache", "import", "vectors.npy", "--ids", "labels.txt", "--out", "t", code=2)
     assert "--ids: id 'cat' occurs more than once" in refused.stderr
 

@@ -80,7 +80,7 @@ def test_the_main_job(command, result_of, embed_words, tmp_path) -> None:
     assert (embedded["items"], embedded["ok"], embedded["embedded"]) == (60, 58, 60)
     assert [item["id"] for item in embedded["quarantined"]] == ["cats/07.png", "owls/03.png"]
     assert "60 in = 58 ok + 2 quarantined" in first.stdout
-    assert "next: gstds-select photos.store" in first.stdout
+    assert "next: gstds-select photos.store --draw auto\n" in first.stdout
 
     again = command(*embed_words)
     assert "cache hit" in again.stdout
