@@ -209,7 +209,7 @@ def _print_plan(ledger: Ledger, as_json: bool) -> None:
     _print_ledger(ledger)
     if ledger.warning:
         click.echo(f"warning: {ledger.warning}", err=True)
-    click.echo("plan: nothing was trained or written")
+    click.echo("plan: nothing was trained or written; whether the files are those that were selected, a run checks")
     if as_json:
         print_json({"plan": True, "ledger": ledger.to_dict()})
 

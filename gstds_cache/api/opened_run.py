@@ -14,9 +14,12 @@ from gstds_cache.config import TrainConfig, TrainSettings
 from gstds_cache.costs.records import Cost, recall, recall_store, selection_costs
 from gstds_cache.data.decode import Decoding, decoding_as
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.manifest import DatasetManifest
+from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_sources
-from gstds_cache.errors import UsageError
+from gstds_cache.embedding.mismatch import explained
+from gstds_cache.errors import FingerprintMismatchError, GstdsError, UsageError
 from gstds_cache.files.location import Location, LocationLike, local_file
 from gstds_cache.runtime.notify import Notify, log
 from gstds_cache.runtime.progress import Progress, showing
@@ -24,7 +27,7 @@ from gstds_cache.runtime.threads import limited_threads
 from gstds_cache.store.grown import read_metadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import SelectionStream, is_service, open_selection, require_store
+from gstds_cache.stream.reader import SelectionStream, is_service, open_selection, require_manifest, require_store
 from gstds_cache.stream.schema import Header
 from gstds_cache.training.classes import count_classes
 from gstds_cache.training.distributed import Ranks, process_group
@@ -45,6 +48,7 @@ class OpenedRun:
         config: The settings, with nothing left to the data set.
         ranks: This process among those that train together.
         flops: FLOPs of a sample's forward and backward pass; None where they cannot be counted.
+        store: Where the store is, or was when it was selected from; None where that is not known.
         embed_cost: What the store cost; None where no record of it was found.
         select_cost: What the selection cost; None where no record of it was found.
         progress: Called with progress.
@@ -58,10 +62,35 @@ class OpenedRun:
     config: TrainConfig
     ranks: Ranks
     flops: float | None
+    store: str | None
     embed_cost: Cost | None
     select_cost: Cost | None
     progress: Progress
     notify: Notify
+
+    def require_items(self, manifest: DatasetManifest) -> None:
+        """Refuse a selection from other items than those of ``manifest``, the training set's.
+
+        Raises:
+            FingerprintMismatchError: It is from others: which, where the store is still there.
+        """
+        header, source = self.stream.header, self.source
+        try:
+            require_manifest(header, manifest, uri=source.uri)
+        except FingerprintMismatchError:
+            stored = self._stored()
+            if stored is None:
+                require_manifest(header, manifest, uri=source.uri, why=why_items_differ(source))
+                raise
+            with explained(stored, manifest, source):
+                raise
+
+    def _stored(self) -> StoreMetadata | None:
+        try:
+            where = None if self.store is None else Location.parse(self.store)
+            return None if where is None else read_metadata(where, state=self.stream.header.cache_fingerprint)
+        except (GstdsError, OSError):
+            return None
 
 
 @contextmanager
@@ -120,9 +149,12 @@ def open_run(
         config = resolve_auto(config, source)
         flops = flops_per_sample(config.arch, classes=classes, side=config.image_size)
         held.enter_context(limited_threads(_step_threads(config, ranks, stream.header, flops)))
-        costs = _costs(stream.header, where, store)
+        select_cost = None if is_stream(where) else recall(selection_costs(Path(where)), stream.header.selection_digest)
+        store = store or (select_cost.store if select_cost else None)
+        embed_cost = recall_store(store, stream.header.cache_fingerprint) if store else None
         tell = (notify or log) if ranks.first else _tell_nobody
-        yield OpenedRun(source, other, stream, where, config, ranks, flops, *costs, show, tell)
+        costs = (embed_cost, select_cost)
+        yield OpenedRun(source, other, stream, where, config, ranks, flops, store, *costs, show, tell)
 
 
 def _check_draws(config: TrainConfig, header: Header) -> None:
@@ -179,10 +211,3 @@ def show_hashing(show: Progress, done: int, total: int) -> None:
 
 def _tell_nobody(_line: str) -> None:
     """The first rank speaks for all."""
-
-
-def _costs(header: Header, where: str, store: str | None) -> tuple[Cost | None, Cost | None]:
-    """What embedding and selection cost, where that was written down."""
-    select = None if is_stream(where) else recall(selection_costs(Path(where)), header.selection_digest)
-    store = store or (select.store if select else None)
-    return (recall_store(store, header.cache_fingerprint) if store else None), select

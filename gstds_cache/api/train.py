@@ -18,7 +18,6 @@ from gstds_cache.costs.records import Cost
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.outputs import inside_warning
-from gstds_cache.data.repeatable import why_items_differ
 from gstds_cache.errors import IncompleteError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike, local_file
@@ -27,7 +26,6 @@ from gstds_cache.runtime.notify import Notify
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.seeding import GLOBAL_NUMBERS
 from gstds_cache.store.reader import EmbeddingStore
-from gstds_cache.stream.reader import require_manifest
 from gstds_cache.stream.schema import Header
 from gstds_cache.trackers.names import tracker_names
 from gstds_cache.training.identity import default_run_dir, run_config
@@ -224,8 +222,7 @@ def _hold_run_dir(
     """
     header, source = run.stream.header, run.source
     manifest = build_manifest(source, hash_cache=hash_cache, progress=partial(show_hashing, run.progress))
-    why = why_items_differ(source)
-    require_manifest(header, manifest, uri=source.uri, why=why)
+    run.require_items(manifest)
     eval_root = build_manifest(run.evaluation, hash_cache=hash_cache).root if run.evaluation else None
     path = default_run_dir(run.config, source, header, eval_root) if out is None else local_file(out, "`out`")
     if warning := inside_warning(source, path, what="the run", argument="out"):

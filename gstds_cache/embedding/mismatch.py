@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+import numpy as np
 
 from gstds_cache.data.files import NEWER_EXTENSIONS
 from gstds_cache.data.manifest import DatasetManifest
@@ -45,12 +47,26 @@ def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: Imag
         before = stored.manifest()
     except IntegrityError:  # a damaged list of items is verify's to tell
         return []
-    if before.ids != manifest.ids:
-        return ["the items have other ids, or another order"]
-    other_bytes = int((before.sha256 != manifest.sha256).any(axis=1).sum())
-    labels = int((before.labels != manifest.labels).sum())
+    row = _first_difference(before.ids, manifest.ids)
+    if row is not None:
+        return [
+            "the items have other ids, or another order: the first that differs is item "
+            f"{row}, {manifest.ids[row]!r}, and was {before.ids[row]!r}"
+        ]
+    other_bytes = np.flatnonzero((before.sha256 != manifest.sha256).any(axis=1))
+    labels = np.flatnonzero(before.labels != manifest.labels)
     lines = [
-        f"of {len(manifest):,} items {other_bytes:,} have other bytes, {labels:,} another label; the ids are the same"
-    ]
+        f"of {len(manifest):,} items {len(other_bytes):,} have other bytes, {len(labels):,} another label; the ids are "
+        "the same",
+        *(f"the first with {what}: item {rows[0]}, {manifest.ids[int(rows[0])]!r}"
+          for what, rows in (("other bytes", other_bytes), ("another label", labels)) if len(rows)),
+    ]  # fmt: skip
     why = why_items_differ(source)
-    return [*lines, why] if why and other_bytes else lines
+    return [*lines, why] if why and len(other_bytes) else lines
+
+
+def _first_difference(before: Sequence[str], now: Sequence[str]) -> int | None:
+    """The first row whose ids differ, of as many; None where all are the same."""
+    if before == now:
+        return None
+    return next(row for row, (one, other) in enumerate(zip(before, now, strict=True)) if one != other)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import threadpoolctl
 import torch
+from PIL import Image
 
+import gstds_cache
 from gstds_cache.api.train import estimate_training, train
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
@@ -157,6 +159,35 @@ def test_it_trains_in_a_thread_which_gets_no_signals(selection) -> None:
     thread.start()
     thread.join()
     assert reports[0].steps == EPOCHS * STEPS
+
+
+def test_a_file_that_has_changed_since_it_was_embedded_is_named(tiny_model, tmp_path) -> None:
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    for number in range(24):
+        path = folder / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+    settings = {"device": "cpu", "progress": False}
+    gstds_cache.embed(f"imagefolder:{folder}", tmp_path / "store", model=tiny_model, workers=0, **settings)
+    chosen = gstds_cache.select(
+        tmp_path / "store", rule="random", batch_size=12, epochs=1, out=tmp_path / "s.arrow", **settings
+    )
+
+    def refused() -> str:
+        with pytest.raises(FingerprintMismatchError, match="made from another data set") as caught:
+            train(f"imagefolder:{folder}", chosen.path, **SETTINGS)
+        return caught.value.message
+
+    Image.new("RGB", (8, 8)).save(folder / "b" / "03.png")
+    said = refused()
+    assert "of 24 items 1 have other bytes, 0 another label" in said
+    assert "the first with other bytes: item 13, 'b/03.png'" in said
+    (folder / "b" / "03.png").rename(folder / "b" / "04.png")
+    assert "the first that differs is item 13, 'b/04.png', and was 'b/03.png'" in refused()
+    (tmp_path / "store").rename(tmp_path / "moved")  # where it is now is not known
+    assert "item 13" not in refused()
+    with pytest.raises(FingerprintMismatchError, match="item 13"):
+        train(f"imagefolder:{folder}", chosen.path, cache=tmp_path / "moved", **SETTINGS)
 
 
 def test_an_estimate_writes_nothing(selection, tmp_path) -> None:
