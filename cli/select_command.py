@@ -236,7 +236,7 @@ def _select_once(
 
     ids, settings = given.pop("ids", None), {name: value for name, value in given.items() if value is not None}
     selection = select_once(store, once, out=out, ids=ids, force=force, **reading, **settings)
-    _print(selection.summary, as_json)
+    _print(selection.summary, as_json, once)
     click.echo(f"ids: {ids or selection.path.with_suffix('.csv')}", err=as_json)
 
 
@@ -267,15 +267,21 @@ def _dropped(summary: SelectionSummary) -> str:
     return "by class: " + ", ".join(words)
 
 
-def _print(summary: SelectionSummary, as_json: bool) -> None:
+def _print(summary: SelectionSummary, as_json: bool, once: int | None = None) -> None:
     status = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.status.items())) or "none computed"
     piped = summary.out == "-"
     chosen = "training draws" if summary.rule.startswith("draw ") else "kept"
+    counted = f"{chosen} {summary.total_kept:,} of {summary.total_rows:,}"
+    if once is not None:
+        counted = (
+            f"{once:,} of {summary.total_rows // summary.epochs:,} rows, the same in each of {summary.epochs} epochs"
+        )
     rows = {
         "selection": f"{summary.selection_digest[:12]} of store {summary.cache_fingerprint[:12]}",
-        "this run": f"cache hit: {summary.total_batches:,} batches, {chosen} {summary.total_kept:,} of "
-        f"{summary.total_rows:,}; nothing was computed"
+        "this run": f"cache hit: {summary.total_batches:,} batches, {counted}; nothing was computed"
         if summary.cache_hit
+        else f"{summary.total_batches:,} batches, {counted}"
+        if once is not None
         else f"{summary.batches:,} batches, {chosen} {summary.kept:,} of {summary.rows:,} "
         f"({summary.samples_per_second:,.0f} samples/s)",
         "Fiedler": status,

@@ -164,6 +164,8 @@ def test_the_command(store, tmp_path) -> None:
     assert len((tmp_path / "c.txt").read_text().splitlines()) == 30
     summary = next(json.loads(line) for line in done.output.splitlines() if line.startswith("{"))
     assert summary["rule"] == "once cells"
+    again = run("--once", "30", "--epochs", "3", "--out", str(tmp_path / "three.arrow"))
+    assert "3 batches, 30 of 300 rows, the same in each of 3 epochs" in again.output
     for words, said in (
         (("--once", "30", "--schedule", "constant:0.5"), "--schedule says how batches are selected"),
         (("--once", "30", "--keep", "0.5"), "--keep says how batches"),
