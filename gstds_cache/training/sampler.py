@@ -19,6 +19,7 @@ from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import REMAINDER, Remainder
 from gstds_cache.training.distributed import default_ranks
 from gstds_cache.training.feedback import Feedback
+from gstds_cache.training.label_check import note_other_labels
 from gstds_cache.training.reports import BatchReports, Losses
 from gstds_cache.training.steps import StepReader, require_items
 
@@ -80,7 +81,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
             tail: What happens where a global batch does not divide by ``world_size``: ``drop`` leaves its last rows
                 out, ``pad`` repeats its first ones.
             dataset: Checked to be the data set the selection was made from: by its number of items, or, where it is
-                one of this package's image sources, by the hash of every item.
+                one of this package's image sources, by the hash of every item. Where it has labels (``targets``) and
+                the store is still there, a note says if they are not those of the store's rows.
             draw: The selection's own draw function, ``module:function``: a selection names it, and cannot have it run.
             importance_weights: Whether :meth:`weights` will be asked.
 
@@ -105,6 +107,7 @@ class SelectedBatchSampler(Sampler[list[int]]):
         self._may_start_here = True
         if dataset is not None:
             _require_dataset(self._steps, dataset)
+            note_other_labels(selection, self.header, dataset)
 
     def __repr__(self) -> str:
         numbers = f"epochs={self.epochs}, total_steps={self.total_steps}, rank={self.rank} of {self.world_size}"

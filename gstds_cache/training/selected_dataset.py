@@ -13,6 +13,7 @@ from gstds_cache.stream.ranks import TAIL, Tail, rank_slice
 from gstds_cache.stream.reader import SelectionStream
 from gstds_cache.stream.repack import REMAINDER, Remainder
 from gstds_cache.training.distributed import default_ranks
+from gstds_cache.training.label_check import note_other_labels
 from gstds_cache.training.steps import StepReader, require_items
 
 
@@ -60,7 +61,8 @@ class SelectedDataset(IterableDataset[Any]):
     ) -> None:
         """Open a selection; arguments as in :class:`~gstds_cache.training.sampler.SelectedBatchSampler`.
 
-        Item i of ``dataset`` has to be item i of the data set that was embedded; the number of items is checked.
+        Item i of ``dataset`` has to be item i of the data set that was embedded: the number of its items is checked,
+        and its labels, as there.
         ``collate`` makes a batch of the list of its items. The rank is read here, in the main process.
 
         Raises:
@@ -73,6 +75,7 @@ class SelectedDataset(IterableDataset[Any]):
         self._steps = StepReader(selection, batch_size=batch_size, remainder=remainder)
         self.header, self.total_steps = self._steps.header, self._steps.total
         require_items(self.header.items, dataset)
+        note_other_labels(selection, self.header, dataset)
 
     def __len__(self) -> int:
         """Batches of one iteration."""
