@@ -20,7 +20,6 @@ from gstds_cache.data.mapstyle import LABEL_ATTRIBUTES
 from gstds_cache.errors import GstdsError
 from gstds_cache.files.location import Location
 from gstds_cache.runtime.notify import log
-from gstds_cache.store.grown import read_metadata
 from gstds_cache.stream.schema import Header
 
 AGREES = 0.5
@@ -100,6 +99,8 @@ def _stored_labels(selection: object, header: Header) -> Int[np.ndarray, " N"] |
     """Labels of the store that a selection file was made from, where it is on this machine still."""
     if not isinstance(selection, (str, os.PathLike)) or "://" in os.fspath(selection):
         return None
+    from gstds_cache.store.grown import read_metadata  # zarr: a sampler without it starts sooner
+
     try:
         cost = recall(selection_costs(Path(os.fspath(selection))), header.selection_digest)
         where = None if cost is None or cost.store is None else Location.parse(cost.store)
