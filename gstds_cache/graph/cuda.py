@@ -313,12 +313,19 @@ def graph_stack(x: Float[Tensor, "G B D"], k: int, *, inverse: Float32[Tensor, "
     return stack
 
 
+def room_for_edges(nodes: int, k: int) -> int:
+    """Edges that a graph of a stack has room for, each direction counted.
+
+    Where no two rows name each other there are 2 B k; the bridges find their room where some do.
+    """
+    return 2 * nodes * k
+
+
 def _empty_stack(graphs: int, nodes: int, k: int, device: torch.device, finite: Bool[Tensor, ""]) -> GraphStack:
     def room(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(graphs, *shape, dtype=dtype, device=device)
 
-    # Where no two rows name each other there are 2 B k directed edges; the bridges find their room where some do.
-    edges = 2 * nodes * k
+    edges = room_for_edges(nodes, k)
     return GraphStack(
         crow=room(nodes + 1, dtype=torch.int32),
         col=room(edges, dtype=torch.int16),

@@ -18,6 +18,7 @@ from gstds_cache.graph import faiss_search
 from gstds_cache.graph.compiled import nearest_in_rows
 from gstds_cache.graph.cuda import log_fallback, nearest_by_kernels, why_not_graphs
 from gstds_cache.graph.neighbors import Candidates, KnnGraph, as_stack, normalized_rows
+from gstds_cache.runtime.resources import out_of_memory
 
 Search = Callable[[Float32[Tensor, "G B D"], int], Candidates]
 Nearest = Callable[[Float32[Tensor, "G B D"], int], KnnGraph]
@@ -207,7 +208,8 @@ def nearest(rows: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> K
 
     Raises:
         UsageError: If ``k`` < 1, or the backend is unknown or cannot run here.
-        OutOfMemoryError: A device's memory is too small for a backend other than cuda, of which the CPU takes over.
+        RuntimeError: A device's memory is too small for a backend other than cuda, of which the CPU takes over; or what
+            else fails on a device.
     """
     _require_neighbors(k)
     _, nodes, _ = rows.shape
@@ -215,8 +217,8 @@ def nearest(rows: Float[Tensor, "G B D"], k: int, *, backend: str = "auto") -> K
     k = min(k, nodes - 1)
     try:
         return BACKENDS[name](rows, k)
-    except torch.OutOfMemoryError as error:
-        if name != "cuda":
+    except RuntimeError as error:
+        if name != "cuda" or not out_of_memory(error):
             raise
         log_fallback(rows.device, in_words(error))
     return nearest_by_torch(normalized_rows(rows.cpu()), k).to(rows.device)

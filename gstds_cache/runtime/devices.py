@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 from gstds_cache.errors import UsageError
+from gstds_cache.runtime.notify import log_once
+
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+"""One of these is there where an NVIDIA driver is."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,7 +56,10 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
 
 def _resolved(word: str, name: str, expected: str) -> torch.device:
     if word == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        why = why_no_cuda()
+        if why and os.environ.get("CUDA_VISIBLE_DEVICES", "all") and any(Path(path).exists() for path in DRIVER):
+            log_once(f"note: there is an NVIDIA driver, but torch cannot use CUDA: {why}; the CPU computes")
+        return torch.device("cpu" if why else "cuda")
     try:
         device = torch.device(word)
     except RuntimeError as error:
@@ -55,10 +68,49 @@ def _resolved(word: str, name: str, expected: str) -> torch.device:
         raise UsageError(f"`device`: got {name!r}, expected {expected}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"`device`: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices",
+            f"`device`: got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
+            + (f": {why}" if (why := why_no_cuda()) else ""),
             hint="use `device='cpu'`, or check the driver with: nvidia-smi",
         )
     return device
+
+
+def why_no_cuda() -> str:
+    """Why torch cannot use CUDA, in its own words: no driver, or one that is too old; empty where it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of is asked for below
+        if torch.cuda.is_available():
+            return ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        return str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+    return "it sees no GPU"
+
+
+@contextmanager
+def callers_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is drawn meanwhile, on the CPU and on ``device``, leaves the caller's random numbers as they were.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BaseException: What is raised in the block: of a recording that failed, say, after which a GPU's random numbers
+            cannot be put back, and their error would take its place.
+    """
+    raised: BaseException | None = None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                yield
+            except BaseException as error:
+                raised = error
+                raise
+    except BaseException as error:
+        if raised is None or error is raised:
+            raise
+        raise raised from None
 
 
 def describe_device(device: torch.device) -> str:

@@ -101,15 +101,17 @@ def _disk(error: BaseException) -> GstdsError | None:
     return IncompleteError(f"{DISK[error.errno]}{_of(error)}", hint=_mend(error))
 
 
+MEMORY = ("out of memory", "OUT_OF_MEMORY", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+"""How torch, the C++ library and the CUDA driver (``CUDA_ERROR_OUT_OF_MEMORY``) say that memory ran out."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is a way to say that memory ran out: Python's, the system's, or that of a library or device."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     text = text_of(error)
     # Told by its text, so that torch is not imported to look for torch.OutOfMemoryError, which is a RuntimeError.
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
-    )
+    return isinstance(error, RuntimeError) and any(words in text for words in MEMORY)
 
 
 def full_disk(path: str | Path) -> str:

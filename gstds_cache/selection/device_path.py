@@ -31,6 +31,7 @@ from gstds_cache.errors import SolverError, in_words
 from gstds_cache.graph.cuda import GraphStack, graph_stack, log_fallback, unsigned
 from gstds_cache.graph.neighbors import require_finite
 from gstds_cache.runtime.devices import free_memory
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.counts import SelectionCounts
 from gstds_cache.selection.cuda_rule import Draws, finish, keep_of_cells
@@ -139,11 +140,16 @@ class DevicePath:
             guidance: As :meth:`solved` takes it.
             beside: Computes on the CPU.
             alone: Whether no other stack is in flight.
+
+        Raises:
+            RuntimeError: Something else than memory fails there.
         """
         if planned.indices.shape[1] == self._plan.batch_size:
             try:
                 return self._queue(planned, guidance)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # of torch, of page-locked memory, of the driver that loads a kernel
+                if not out_of_memory(error):
+                    raise
                 if len(planned) > 1 or not alone:
                     return None
                 log_fallback(self._device, in_words(error))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from gstds_cache.errors import UsageError, in_words
+from gstds_cache.graph.cuda import room_for_edges
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.selection.cuda_rule import why_not_ruled
 from gstds_cache.selection.device_batches import Choose, HoldFloor, count_labels_into, selections_of
 from gstds_cache.selection.device_path import DevicePath
@@ -61,7 +63,8 @@ class DeviceRun:
             return f"neighbours are found by {of.knn_backend}, and graphs solved on {of.solver}"
         if of.plan.batch_size <= DENSE_BY_DESIGN:
             return f"graphs of up to {DENSE_BY_DESIGN} rows are solved on the CPU"
-        return why_not_solved(of.device, of.plan.batch_size, max(1, of.rule.vectors))
+        nodes = of.plan.batch_size
+        return why_not_solved(of.device, nodes, max(1, of.rule.vectors), room_for_edges(nodes, of.config.knn))
 
     @cached_property
     def has_rule(self) -> bool:
@@ -101,11 +104,14 @@ class DeviceRun:
 
         Raises:
             UsageError: It ran out, and they have to.
+            RuntimeError: Something else than memory fails there.
         """
         of = self._of
         try:
             return DeviceRows(of.store, of.device, threads=of.cpu_threads)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             if of.store.access_asked == "device":
                 raise UsageError(
                     f"`access='device'`: {in_words(error)}",

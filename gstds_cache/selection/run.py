@@ -15,7 +15,7 @@ import torch
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
-from gstds_cache.graph.cuda import log_fallback
+from gstds_cache.graph.cuda import log_fallback, room_for_edges
 from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.executor import Executor
@@ -397,7 +397,7 @@ def _solver(config: SelectConfig, device: torch.device, largest: int, vectors: i
     if config.solver == "cpu":
         return torch.device("cpu")
     if config.solver == "auto":
-        reason = why_not_solved(device, largest, vectors)
+        reason = why_not_solved(device, largest, vectors, room_for_edges(largest, config.knn))
         log_fallback(device, reason)
         return torch.device("cpu") if reason else device
     if device.type != "cuda":

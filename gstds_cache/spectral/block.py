@@ -87,15 +87,17 @@ def solve_bytes(nodes: int, edges: int, m: int, *, normalized: bool) -> int:
     return sum(map(aligned, sizes))
 
 
-def why_not_solved(device: torch.device, nodes: int, q: int) -> str:
+def why_not_solved(device: torch.device, nodes: int, q: int, edges: int = 0) -> str:
     """Why the kernel cannot solve graphs of this size on a device, in words; empty where it can.
 
-    The kernel is compiled, if it is not in the cache.
+    The kernel is compiled, if it is not in the cache, and so is its variant for graphs that shared memory does not hold
+    where these are such.
 
     Args:
         device: Any device.
         nodes: Nodes of a graph, B.
         q: Pairs wanted.
+        edges: Edges that there is room for, each direction counted.
     """
     reason = build.why_not(device)
     if reason:
@@ -104,8 +106,11 @@ def why_not_solved(device: torch.device, nodes: int, q: int) -> str:
         return f"{q} eigenvectors of {nodes:,} nodes are more than {LARGEST_Q} and {LARGEST_GRAPH:,}"
     if 3 * block_size(q) >= nodes:
         return f"{q} eigenvectors of {nodes} nodes leave no room for an iteration"
+    m = block_size(q)
     try:
-        solve_kernel(device, block_size(q), spill=False)
+        solve_kernel(device, m, spill=False)
+        if solve_bytes(nodes, edges, m, normalized=True) > launch.shared_memory_limit(device):
+            solve_kernel(device, m, spill=True)
     except KernelError as error:
         return error.message
     return ""

@@ -13,10 +13,11 @@ from torch import Tensor
 from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError, in_words
 from gstds_cache.graph.components import bridge_components, label_components
-from gstds_cache.graph.cuda import graph_stack, log_fallback
+from gstds_cache.graph.cuda import graph_stack, log_fallback, room_for_edges
 from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import as_stack, normalized_rows
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.spectral.block import fiedler_of_stack, rest_on_cpu, solve_graphs, solve_stack, why_not_solved
 from gstds_cache.spectral.compiled import block_size, lobpcg_compiled
 from gstds_cache.spectral.dense import iterate, solve_dense
@@ -36,7 +37,7 @@ def _solve(
         return solve_dense(A, q, tolerance=tolerance), torch.zeros(A.graph.graphs, dtype=torch.bool, device=device)
     options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "seed": seed}
     if start is None:
-        reason = why_not_solved(device, nodes, q)
+        reason = why_not_solved(device, nodes, q, A.graph.col.numel() // A.graph.graphs)
         ritz = None if reason else solve_graphs(A.graph, q, laplacian=A.kind, **options)
         if ritz is not None:
             return ritz, rest_on_cpu(ritz, A.graph.subset, A.kind, threads=threads, **options)
@@ -177,6 +178,7 @@ def fiedler_vectors(
     Raises:
         UsageError: If an argument is out of range.
         SolverError: If a row holds NaN or Inf.
+        RuntimeError: If something else than memory fails on a GPU.
     """
     batches = as_stack(x, device)
     _check_options(q, tolerance, max_iterations, seed, threads)
@@ -188,11 +190,18 @@ def fiedler_vectors(
     }
     _, nodes, _ = batches.shape
     name = resolve_backend(backend, batches.device, nodes, k)
-    if name == "cuda" and k >= 1 and nodes > DENSE_BY_DESIGN and not why_not_solved(batches.device, nodes, q):
+    if (
+        name == "cuda"
+        and k >= 1
+        and nodes > DENSE_BY_DESIGN
+        and not why_not_solved(*(batches.device, nodes, q, room_for_edges(nodes, min(k, nodes - 1))))
+    ):
         try:
             graphs = graph_stack(batches, min(k, nodes - 1))
             return fiedler_of_stack(graphs, solve_stack(graphs, q, **options), batches, threads=threads, **options)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             log_fallback(batches.device, in_words(error))
         return fiedler_vectors(batches.cpu(), k=k, q=q, threads=threads, **options).to(batches.device)
     rows = normalized_rows(batches)

@@ -25,6 +25,7 @@ from torch import Tensor
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import DivergedError, IncompleteError, IntegrityError, StreamError
+from gstds_cache.runtime.devices import callers_random_numbers
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.seeding import torch_seed_for
 from gstds_cache.stream.reader import SelectionStream
@@ -143,9 +144,8 @@ class Trainer(Learner):
         """
         self._restore()
         loader = BatchLoader(self._steps, self._feed, self.ranks, self.seconds)
-        callers_random_numbers = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
         every = closing(loader.all_batches())
-        with callers_random_numbers, interruptible() as stop_asked, self._recording(), every as batches:
+        with callers_random_numbers(self.device), interruptible() as stop_asked, self._recording(), every as batches:
             # 1. The next batch: its kept rows from the selection, their pixels from the feed.
             while (batch := self._next_batch(batches, stop_asked)) is not None:
                 self.times.begin(len(batch.rows), records=self._records(batch))
@@ -317,7 +317,7 @@ class Trainer(Learner):
             if first is None:  # not one of the rows can be decoded
                 return
             shown = self._showing("norms", chain([first], inputs), len(batches))
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            with callers_random_numbers(self.device):
                 torch.manual_seed(torch_seed_for(self.config.seed, "norms"))  # dropout that ``eval`` does not stop
                 samples = reestimate_batch_norm(self.network, shown)
         self.ranks.same_buffers(self.network)

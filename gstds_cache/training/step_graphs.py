@@ -1,9 +1,9 @@
 """Steps recorded in CUDA graphs: a step is one launch instead of some hundred, which take the host longer than the GPU.
 
 A step of a batch size that comes again is recorded once and replayed from then on, with the rows and the learning rate
-of each step. What a replay computes is what was recorded, kernel for kernel. Where it is known beforehand that a step
-cannot be recorded, because the host waits for the GPU in it or the memory does not do, it is taken as without, and a
-line says so. A recording that fails for another reason leaves the GPU's random numbers unusable, and ends the run.
+of each step. What a replay computes is what was recorded, kernel for kernel. Where a step cannot be recorded because
+the host waits for the GPU in it, or the memory does not do, it is taken as without, and a line says so. A recording
+that fails for another reason leaves the GPU's random numbers unusable, and ends the run.
 
 PyTorch's rules for what may be recorded: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -15,13 +15,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from gstds_cache.errors import UsageError
+from gstds_cache.errors import UsageError, in_words
 from gstds_cache.runtime.devices import free_memory, to_device
 from gstds_cache.runtime.notify import log
 
@@ -87,10 +88,18 @@ class StepGraphs:
             UsageError: It cannot be recorded. This process can take no more steps on that GPU.
         """
         self._rate.fill_(rate)
-        replay, rows = self._recorded.get(packed.shape[1]), to_device(packed, self._device)
-        if replay is None:
-            replay = self._recorded[packed.shape[1]] = self._record(rows)
-        return replay(rows)
+        size, rows = packed.shape[1], to_device(packed, self._device)
+        if size not in self._recorded:
+            try:
+                self._recorded[size] = self._record(rows)
+            except torch.OutOfMemoryError as error:
+                # What could not be allocated was not launched, and the recording ended as others do: the step can be
+                # taken without. Its gradients are memory that no kernel wrote.
+                self._optimizer.zero_grad(set_to_none=True)
+                self._refused.add(size)
+                self._tell(f"recording one of {size:,} rows took more memory than there is: {in_words(error)}")
+                return self._step(rows)
+        return self._recorded[size](rows)
 
     @contextmanager
     def eager(self, rows: int) -> Iterator[None]:
@@ -133,6 +142,7 @@ class StepGraphs:
 
         Raises:
             UsageError: It cannot be recorded. This process can take no more steps on that GPU.
+            OutOfMemoryError: There is no room for it.
         """
         groups = self._optimizer.param_groups
         before = [group["lr"] for group in groups]
@@ -142,6 +152,8 @@ class StepGraphs:
         gc.collect()
         try:
             return recording(self._step, packed.clone(), self._device, **self._where)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
@@ -157,7 +169,13 @@ def place(device: torch.device) -> dict[str, Any]:
     """A stream and a pool of memory for a device's graphs: torch's own stream is that of the first device it used."""
     if device.type != "cuda":
         return {}
-    return {"stream": torch.cuda.Stream(device), "pool": torch.cuda.graph_pool_handle()}  # type: ignore[no-untyped-call]
+    return {"stream": _stream_of(device), "pool": torch.cuda.graph_pool_handle()}
+
+
+@cache
+def _stream_of(device: torch.device) -> Any:
+    """One for all runs of a process: cuBLAS keeps a workspace for each stream that it was used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def recording(step: Step, packed: Tensor, device: torch.device, **where: Any) -> Callable[[Tensor], Outputs]:

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import threadpoolctl
 import torch
 
+from gstds_cache.errors import UsageError
+from gstds_cache.runtime import devices, notify
+from gstds_cache.runtime.devices import callers_random_numbers, resolve_device, why_no_cuda
 from gstds_cache.runtime.threads import in_threads, limited_threads
 
 
@@ -114,3 +120,69 @@ def test_a_reader_that_stops_early_stops_the_work() -> None:
     results.close()
     assert len(done) <= 5
     assert threading.active_count() == there
+
+
+OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading\n"
+    "and installing a new version from the URL"
+)
+
+
+@pytest.mark.parametrize("driver", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_driver_that_is_too_old_is_said_and_the_cpu_taken(monkeypatch, tmp_path, caplog, driver, hidden) -> None:
+    def init() -> None:
+        raise RuntimeError(OLD)
+
+    def available() -> bool:
+        warnings.warn("CUDA initialization: " + OLD, stacklevel=1)
+        return False
+
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    monkeypatch.setattr(devices, "DRIVER", (str(tmp_path / ("version" if driver else "nothing")),))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "") if hidden else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    notify.log_once.cache_clear()
+    for _ in range(2):
+        assert resolve_device("auto") == torch.device("cpu")
+    said = "torch cannot use CUDA: The NVIDIA driver on your system is too old (found version 11040); the CPU computes"
+    assert caplog.text.count(said) == (driver and not hidden)
+    with pytest.raises(UsageError, match=r"`device`: got 'cuda', but torch sees 0 .*: The NVIDIA driver .* is too old"):
+        resolve_device("cuda")
+
+
+def test_what_torch_cannot_do_is_told_in_its_words(monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        assert "driver" in why_no_cuda() or "CUDA" in why_no_cuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_no_cuda() == ""
+
+
+def test_random_numbers_are_the_callers_again_and_their_failure_hides_no_error(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = torch.rand(1)
+    with callers_random_numbers(cpu):
+        torch.manual_seed(9)
+        torch.rand(5)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+
+    @contextmanager
+    def beyond(devices: list[torch.device]) -> Iterator[None]:
+        assert devices == [torch.device("cuda", 1)]
+        try:
+            yield
+        finally:
+            raise RuntimeError("offset increment outside graph capture encountered unexpectedly")
+
+    monkeypatch.setattr(torch.random, "fork_rng", beyond)
+    gpu = torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="cannot be recorded"), callers_random_numbers(gpu):
+        raise UsageError("a step cannot be recorded")
+    with pytest.raises(KeyboardInterrupt), callers_random_numbers(gpu):
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="offset increment"), callers_random_numbers(gpu):
+        pass

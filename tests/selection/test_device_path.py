@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gstds_cache.config import SelectConfig
-from gstds_cache.errors import SolverError, UsageError
+from gstds_cache.errors import KernelError, SolverError, UsageError, in_words
 from gstds_cache.selection import device_path, device_run, throughput
 from gstds_cache.selection.device_rows import DeviceRows, StreamedRows, choose_rows
 from gstds_cache.selection.run import BatchSelector
@@ -213,16 +213,31 @@ def test_where_memory_runs_short_stacks_become_smaller(store: EmbeddingStore, on
     assert everything([selection for selection, _ in on_device(store).watch()]) == whole
 
 
-def test_batches_that_have_no_room_even_alone_go_to_the_cpu(store: EmbeddingStore, on_device, monkeypatch) -> None:
+DRIVERS = KernelError("loading solve.cu: the CUDA driver answered CUDA_ERROR_OUT_OF_MEMORY")
+PINNED = RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("error", [ERROR, DRIVERS, PINNED])
+def test_batches_that_have_no_room_even_alone_go_to_the_cpu(
+    store: EmbeddingStore, on_device, monkeypatch, error
+) -> None:
     def refuse(*_arguments, **_options):
-        raise ERROR
+        raise error
 
     logged: list[str] = []
     monkeypatch.setattr(device_path, "graph_stack", refuse)
     monkeypatch.setattr(device_path, "log_fallback", lambda _device, reason: logged.append(reason))
     selector = on_device(store)
     assert everything(list(selector.run())) == everything(list(BatchSelector(store, CONFIG).run()))
-    assert logged == ["OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."] * 12
+    assert logged == [in_words(error)] * 12
+    assert "\n" not in logged[0]
+
+    def broken(*_arguments, **_options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device_path, "graph_stack", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(on_device(store).run())
 
 
 def test_rows_that_do_not_fit_after_all_are_copied_batch_by_batch(

@@ -210,6 +210,26 @@ def test_sizes_that_the_kernel_takes(emulated_kernels, nodes, q, reason):
     assert bool(found) == bool(reason)
 
 
+def test_the_variant_for_graphs_that_shared_memory_does_not_hold_is_compiled_before_the_run(monkeypatch):
+    """In the middle of one it would take seconds, and a failure there would end it."""
+    asked = []
+    monkeypatch.setattr(build, "why_not", lambda device: "")  # noqa: ARG005
+    monkeypatch.setattr(block, "solve_kernel", lambda _device, m, spill: asked.append((m, spill)))
+    monkeypatch.setattr(launch, "shared_memory_limit", lambda device: 227 << 10)  # noqa: ARG005
+    gpu = torch.device("cuda", 0)
+    assert why_not_solved(gpu, 512, 1, 2 * 512 * 10) == ""
+    assert asked == [(2, False)]
+    assert why_not_solved(gpu, 1024, 8, 2 * 1024 * 10) == ""
+    assert asked[1:] == [(10, False), (10, True)]
+
+    def fails(_device, _m, spill):
+        if spill:
+            raise KernelError("does not compile")
+
+    monkeypatch.setattr(block, "solve_kernel", fails)
+    assert why_not_solved(gpu, 1024, 8, 2 * 1024 * 10) == "does not compile"
+
+
 def test_a_kernel_that_does_not_compile_is_said_once_and_done_without(monkeypatch, said):
     def fails(*arguments, device):
         raise KernelError(f"does not compile {arguments[0]}\nits log")

@@ -246,6 +246,31 @@ def test_a_recording_that_fails_ends_with_what_to_do(source, alike, tmp_path, re
     assert run(source, alike, tmp_path / "run", replace(CONFIG, cuda_graphs=False)).steps == 3 * EPOCHS
 
 
+def test_where_a_recording_has_no_room_after_all_the_step_is_taken_without(
+    source, alike, tmp_path, recorded, monkeypatch, caplog
+) -> None:
+    """What it held is what a failed recording leaves: gradients of memory that nothing wrote."""
+    run(source, alike, tmp_path / "plain", replace(CONFIG, cuda_graphs=False))
+    tried: list[int] = []
+
+    class Watched(Trainer):
+        def _replay(self, graphs: StepGraphs, batch: Any) -> Any:
+            def full(_step: Any, packed: Tensor, *_: Any, **_where: Any) -> Any:
+                tried.append(packed.shape[1])
+                for parameter in self.network.parameters():
+                    parameter.grad = torch.full_like(parameter, torch.nan)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 is full")
+
+            monkeypatch.setattr(step_graphs, "recording", full)
+            return super()._replay(graphs, batch)
+
+    run(source, alike, tmp_path / "run", kind=Watched)
+    assert tried == [8, 5]  # each size once
+    assert_same(tmp_path / "run", tmp_path / "plain")
+    assert caplog.text.count("recording one of 8 rows took more memory than there is") == 1
+    assert "GPU 0 is full" not in caplog.text
+
+
 def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) -> None:
     phases: list[str] = []
 
@@ -264,7 +289,7 @@ CUDA = torch.device("cuda:1")
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Stands for ``torch.cuda``; what it was told."""
     told: dict[str, Any] = {"mode": 0, "replayed": 0}
 
@@ -280,12 +305,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         except RuntimeError as error:
             raise RuntimeError("operation failed due to a previous error during capture") from error
 
+    def stream(device: torch.device) -> tuple[str, torch.device]:
+        told["streams"] = told.get("streams", 0) + 1
+        return ("stream", device)
+
+    step_graphs._stream_of.cache_clear()
     stand_ins = {
         "CUDAGraph": Graph,
         "graph": capture,
         "current_stream": lambda device: ("current", device),
         "stream": lambda stream: nullcontext(told.setdefault("kept", stream)),
-        "Stream": lambda device: ("stream", device),
+        "Stream": stream,
         "graph_pool_handle": lambda: "pool",
         "get_sync_debug_mode": lambda: told["mode"],
         "set_sync_debug_mode": lambda mode: told.update(mode=mode),
@@ -295,7 +325,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    return told
+    yield told
+    step_graphs._stream_of.cache_clear()
 
 
 def test_a_watched_step_tells_its_waits_and_its_memory_and_other_warnings_go_on(cuda) -> None:
@@ -328,6 +359,9 @@ def test_a_recording_is_of_a_stream_and_a_pool_of_its_own_and_replays_with_new_r
 
     replay = recording(step, packed, CUDA, **where)
     assert cuda["how"] == {"capture_error_mode": "thread_local", "stream": ("stream", CUDA), "pool": "pool"}
+    assert cuda["streams"] == 1
+    place(CUDA)
+    assert cuda["streams"] == 1  # one for all runs
     assert cuda["kept"] == ("current", CUDA)
     (given,) = replay(torch.ones((4, 3), dtype=torch.int64))
     assert (len(calls), cuda["replayed"], int(packed.sum())) == (1, 1, 12)
