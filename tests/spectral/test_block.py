@@ -19,6 +19,7 @@ from gstds_cache.graph.laplacian import Laplacian, SparseGraph
 from gstds_cache.runtime.notify import log_once
 from gstds_cache.spectral import block, fiedler
 from gstds_cache.spectral.block import fiedler_of_stack, solve_graphs, solve_stack, why_not_solved
+from gstds_cache.spectral.compiled import block_size
 from gstds_cache.spectral.fiedler import fiedler_of_graph, fiedler_vectors
 from gstds_cache.spectral.status import Status
 
@@ -42,10 +43,11 @@ def launches(emulated_kernels):
 
 
 @pytest.mark.parametrize("laplacian", ["combinatorial", "normalized"])
-@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("q", [1, 3, 6, 16])
 @pytest.mark.parametrize("noise", [0.2, 2.0], ids=["components", "connected"])
 def test_what_the_cpu_finds(emulated_kernels, noise, q, laplacian):
     x = batches(noise=noise)
+    assert x.shape[1] > 3 * block_size(q)  # else it is solved densely
     mine = fiedler_vectors(x, k=8, q=q, laplacian=laplacian, backend="cuda")
     graph = graph_stack(x, 8).on_cpu(range(5))
     for g in range(5):
