@@ -40,6 +40,10 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
     if path.stem == "bench_guidance":
         accuracy = result["held_out_accuracy"]
         assert accuracy["ours_1_threads"] == accuracy["ours_2_threads"] > accuracy["lbfgs"] - 0.1
+    if path.stem == "bench_commits":
+        (compared,) = result["by_batch_size"].values()
+        assert compared["same_rows_kept"]
+        assert 0.1 < compared["new_over_old"]["median"] < 10
     if path.stem == "bench_growth":
         for case in ("default", "anew"):
             assert result["cases"][case]["by_rows"]["600"]["ms_per_batch"]["median"] > 0
