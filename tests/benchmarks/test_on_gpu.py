@@ -209,6 +209,14 @@ def test_what_other_programs_print_is_read() -> None:
     }
 
 
+def test_one_call_has_time_for_the_kernels_their_tests_the_sanitizers_and_the_trainer() -> None:
+    names = list(gpu_parts.PARTS)
+    first = names[: names.index("embedding")]
+    assert first[2:6] == ["correct", "tests", "memcheck", "racecheck"]
+    assert {"throughput", "path", "trainer"} <= set(first)
+    assert sum(gpu_parts.PARTS[name].limit for name in first) <= 520
+
+
 def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
     for module, setting, *words in gpu_study.commands(seeds=10):
         if module == "benchmarks.study":
