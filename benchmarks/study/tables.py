@@ -100,18 +100,19 @@ def _rates(lrs: dict[str, float]) -> str:
 
 
 def _tuning(study: Study, name: str) -> str:
-    """Learning rates that were tried on validation data."""
-    setting, searched = load_setting(name), tried(study.runs, load_setting(name).epochs)
-    rates = sorted({rate for found in searched.values() for rate in found})
-    rows = [
-        [method, *(f"{100 * searched[method][rate]:.2f}" for rate in rates), f"{best(searched[method]):g}"]
-        for method in sorted(searched)
-    ]
-    text = f"### {name}\n\n{setting.about}."
-    if rows:
-        text += f" Learning rates tried, {setting.epochs} epochs, accuracy in % on validation data:\n\n"
-        text += table(("method", *(f"{rate:g}" for rate in rates), "taken"), rows)
-    return text
+    """Learning rates that were tried on validation data, for each number of epochs."""
+    parts = [f"### {name}\n\n{load_setting(name).about}."]
+    for epochs in sorted({line["epochs"] for line in study.runs}):
+        searched = tried(study.runs, epochs)
+        rates = sorted({rate for found in searched.values() for rate in found})
+        rows = [
+            [method, *(f"{100 * searched[method][rate]:.2f}" for rate in rates), f"{best(searched[method]):g}"]
+            for method in sorted(searched)
+        ]
+        if rows:
+            parts.append(f"Learning rates tried, {epochs} epochs, accuracy in % on validation data:")
+            parts.append(table(("method", *(f"{rate:g}" for rate in rates), "taken"), rows))
+    return "\n\n".join(parts)
 
 
 def _compute(study: Study) -> str:

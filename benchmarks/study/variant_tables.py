@@ -26,7 +26,8 @@ BEFORE = "impute=none"  # the default once; variants that were run again without
 OWN = {"random": "form=uniform+strata=1", "draw:uniform": "form=uniform", "draw:loss": "form=loss"}
 OWN |= {"draw:loss-minus-reference": PLAIN, "draw:damped-loss": "form=damped"}
 LIKE = {"strata=1", BEFORE}  # what a variant is compared with has these, where it has
-Cell = dict[int, float]  # seed: accuracy in %
+Cell = dict[tuple[int, str], float]
+"""Accuracy in % by seed and processor: on another one the same seed is another run, as sums are rounded otherwise."""
 
 
 def key_of(line: dict[str, Any]) -> str:
@@ -50,18 +51,18 @@ def cells(results: Path = FOLDER) -> dict[tuple[str, float], dict[str, Cell]]:
         for line in read_lines(path):
             if line["kind"] == "screen" or (line["kind"] == "run" and line["ratio"] == 0.75):
                 column = found.setdefault((path.stem, line["lr"]), {})
-                column.setdefault(key_of(line), {})[line["seed"]] = 100 * line["test_accuracy"]
+                column.setdefault(key_of(line), {})[line["seed"], line.get("cpu", "")] = 100 * line["test_accuracy"]
     return found
 
 
 def shown(cell: Cell | None, baseline: Cell | None) -> str:
-    """Mean, its difference from the baseline's on the same seeds with a standard error, and the seeds."""
+    """Mean, its difference from the baseline's on the same seeds and processor with a standard error, and the runs."""
     if not cell:
         return ""
     text = f"{np.mean(list(cell.values())):.2f}"
     both = sorted(cell.keys() & (baseline or {}).keys())
     if baseline is not None and both and cell is not baseline:
-        differences = [cell[seed] - baseline[seed] for seed in both]
+        differences = [cell[run] - (baseline or {})[run] for run in both]
         error = f" ± {np.std(differences, ddof=1) / len(both) ** 0.5:.2f}" if len(both) > 1 else ""
         text += f" ({np.mean(differences):+.2f}{error})"
     return f"{text}, {len(cell)}"
