@@ -94,10 +94,8 @@ class Advice:
     def cost(self) -> str:
         """What selecting takes beside training, in words."""
         seconds = self.embedding_seconds
-        embedding = (
-            "embedding: not written down" if seconds is None else f"embedding {seconds:,.1f} s, once for all runs"
-        )
-        return f"{embedding}; this advice {self.seconds:.1f} s"
+        embedding = "not written down" if seconds is None else f"{seconds:,.1f} s, once for all runs"
+        return f"embedding {embedding}; this advice {self.seconds:.1f} s"
 
     @property
     def command(self) -> str:

@@ -56,10 +56,11 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
 
 def _resolved(word: str, name: str, expected: str) -> torch.device:
     if word == "auto":
-        why = why_no_cuda()
-        if why and os.environ.get("CUDA_VISIBLE_DEVICES", "all") and any(Path(path).exists() for path in DRIVER):
-            log_once(f"note: there is an NVIDIA driver, but torch cannot use CUDA: {why}; the CPU computes")
-        return torch.device("cpu" if why else "cuda")
+        if _is_available():
+            return torch.device("cuda")
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "all") and any(Path(path).exists() for path in DRIVER):
+            log_once(f"note: there is an NVIDIA driver, but torch cannot use CUDA: {why_no_cuda()}; the CPU computes")
+        return torch.device("cpu")
     try:
         device = torch.device(word)
     except RuntimeError as error:
@@ -77,15 +78,19 @@ def _resolved(word: str, name: str, expected: str) -> torch.device:
 
 def why_no_cuda() -> str:
     """Why torch cannot use CUDA, in its own words: no driver, or one that is too old; empty where it can."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of is asked for below
-        if torch.cuda.is_available():
-            return ""
+    if _is_available():
+        return ""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         return str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
     return "it sees no GPU"
+
+
+def _is_available() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old, which is asked for where it matters
+        return torch.cuda.is_available()
 
 
 @contextmanager
