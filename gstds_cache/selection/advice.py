@@ -65,14 +65,17 @@ class Forecast:
 def preferred(found: Iterable[Forecast]) -> Forecast | None:
     """The way to draw that is advised; None where none is clearly ahead of random rows.
 
-    It is the one that is furthest ahead by its interval's lower end, unless :data:`USUAL` is ahead too and that one is
-    not clearly ahead of it.
+    Of the ratios at which one is, the one that leaves out least: at higher ones ways differ more, and all are further
+    behind all rows. There it is the one that is furthest ahead by its interval's lower end, unless :data:`USUAL` is
+    ahead too and that one is not clearly ahead of it.
     """
     ahead = [forecast for forecast in found if forecast.helps]
+    least = min((forecast.ratio for forecast in ahead), default=0.0)
+    ahead = [forecast for forecast in ahead if forecast.ratio == least]
     best = max(ahead, key=lambda forecast: forecast.over_random - forecast.margin, default=None)
     if best is None or best.over_usual > best.usual_margin:
         return best
-    return next((other for other in ahead if (other.way, other.ratio) == (USUAL, best.ratio)), best)
+    return next((other for other in ahead if other.way == USUAL), best)
 
 
 def forecasts(

@@ -17,7 +17,7 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.costs.records import recall_store
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.advice import WAYS, Forecast, compared
+from gstds_cache.selection.advice import WAYS, Forecast, compared, preferred
 from gstds_cache.store.reader import EmbeddingStore
 
 QUICK = {"ratios": (0.5, 0.9), "epochs": 2, "device": "cpu", "progress": False}
@@ -82,6 +82,32 @@ def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margi
     assert replace(advice, embedding_seconds=1234.5).cost == (
         "embedding 1,234.5 s, once for all runs; this advice 0.2 s"
     )
+
+
+@pytest.mark.parametrize(
+    ("found", "advised"),
+    [
+        ([], None),
+        ([("default", 0.5, 0.01, 0.02)], None),
+        # Of those that are ahead, the usual one, unless another is clearly ahead of it.
+        ([("loss-minus-reference", 0.5, 0.05, 0.01), ("damped-loss", 0.5, 0.02, 0.01)], ("damped-loss", 0.5)),
+        (
+            [("loss-minus-reference", 0.5, 0.05, 0.01, 0.03, 0.02), ("damped-loss", 0.5, 0.02, 0.01)],
+            ("loss-minus-reference", 0.5),
+        ),
+        ([("loss-minus-reference", 0.5, 0.05, 0.01), ("damped-loss", 0.5, 0.02, 0.03)], ("loss-minus-reference", 0.5)),
+        ([("default", 0.5, 0.05, 0.01), ("loss-minus-reference", 0.5, 0.05, 0.04)], ("default", 0.5)),
+        # Of the ratios the one that leaves out least, however far ahead others are of as few random rows.
+        (
+            [("damped-loss", 0.9, 0.09, 0.01), ("default", 0.75, 0.02, 0.01), ("default", 0.5, 0.0, 0.01)],
+            ("default", 0.75),
+        ),
+    ],
+)
+def test_what_is_advised_of_what_is_ahead(found, advised) -> None:
+    forecasts = [Forecast(way, ratio, 0.8, *more) for way, ratio, *more in found]
+    best = preferred(forecasts)
+    assert (best and (best.way, best.ratio)) == advised
 
 
 def test_arguments_and_stores_that_cannot_be_meant_are_refused(store, array_source, tiny_model, tmp_path) -> None:
