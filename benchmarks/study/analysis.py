@@ -96,7 +96,9 @@ class Cost:
         """
         if len(self.reached) < self.seeds:
             median = float(np.median([*self.reached, *[math.inf] * (self.seeds - len(self.reached))]))
-            return f"{median / of:.2f}, median" if math.isfinite(median) else f"more than {self.largest / of:.2f}"
+            if not math.isfinite(median):
+                return f"more than {self.largest / of:.2f}"
+            return f"{'at most ' if median <= 1.05 * self.smallest else ''}{median / of:.2f}, median"
         if max(self.reached) <= 1.05 * self.smallest:
             return f"at most {self.smallest / of:.2f}"
         logs = np.log(np.array(self.reached) / of)
@@ -104,7 +106,8 @@ class Cost:
             return f"{math.exp(logs[0]):.2f} [one seed]"
         half = float(student.ppf((1 + LEVEL) / 2, self.seeds - 1) * logs.std(ddof=1) / math.sqrt(self.seeds))
         low, middle, high = np.exp(logs.mean() + half * np.array([-1, 0, 1]))
-        return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        bound = "at most " if min(self.reached) <= 1.001 * self.smallest else ""  # some were there after the smallest
+        return f"{bound}{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _crossing(points: Sequence[tuple[int, float, float]], target: float) -> float | None:

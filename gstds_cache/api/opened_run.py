@@ -87,8 +87,11 @@ class OpenedRun:
 
     def _stored(self) -> StoreMetadata | None:
         try:
-            where = None if self.store is None else Location.parse(self.store)
-            return None if where is None else read_metadata(where, state=self.stream.header.cache_fingerprint)
+            if self.store is None:
+                return None
+            found = read_metadata(Location.parse(self.store), state=self.stream.header.cache_fingerprint)
+            # Another store may have taken its place.
+            return found if found.spec.fingerprint == self.stream.header.cache_fingerprint else None
         except (GstdsError, OSError):
             return None
 

@@ -53,11 +53,13 @@ def _what_differs(stored: StoreMetadata, manifest: DatasetManifest, source: Imag
             "the items have other ids, or another order: the first that differs is item "
             f"{row}, {manifest.ids[row]!r}, and was {before.ids[row]!r}"
         ]
-    other_bytes = np.flatnonzero((before.sha256 != manifest.sha256).any(axis=1))
+    # Of vectors that were imported without their data set no hash is known: zeros.
+    known = before.sha256.any(axis=1)
+    other_bytes = np.flatnonzero(known & (before.sha256 != manifest.sha256).any(axis=1))
     labels = np.flatnonzero(before.labels != manifest.labels)
+    differ = f"{len(other_bytes):,} have other bytes, {len(labels):,}" if known.any() else f"{len(labels):,} have"
     lines = [
-        f"of {len(manifest):,} items {len(other_bytes):,} have other bytes, {len(labels):,} another label; the ids are "
-        "the same",
+        f"of {len(manifest):,} items {differ} another label; the ids are the same",
         *(f"the first with {what}: item {rows[0]}, {manifest.ids[int(rows[0])]!r}"
           for what, rows in (("other bytes", other_bytes), ("another label", labels)) if len(rows)),
     ]  # fmt: skip

@@ -58,7 +58,8 @@ def _resolved(word: str, name: str, expected: str) -> torch.device:
     if word == "auto":
         if _is_available():
             return torch.device("cuda")
-        if os.environ.get("CUDA_VISIBLE_DEVICES", "all") and any(Path(path).exists() for path in DRIVER):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in {"", "-1", "NoDevFiles"}
+        if not hidden and any(Path(path).exists() for path in DRIVER):
             log_once(f"note: there is an NVIDIA driver, but torch cannot use CUDA: {why_no_cuda()}; the CPU computes")
         return torch.device("cpu")
     try:

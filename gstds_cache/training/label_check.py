@@ -41,21 +41,25 @@ def note_other_labels(selection: object, header: Header, dataset: Any) -> None:
     if labels is None or stored is None or len(labels) != len(stored):
         return
     rows = np.flatnonzero(stored >= 0)
-    share, kappa, first = agreement(labels[rows], stored[rows])
+    mine, theirs = labels[rows], stored[rows]
+    if max(len(np.unique(mine)), len(np.unique(theirs))) > len(rows) / 2:
+        return  # hardly two rows have the same: they are no classes
+    # One of them may be finer: species beside genera.
+    share, kappa, first = max(agreement(mine, theirs), agreement(theirs, mine), key=lambda found: found[1])
     if kappa < AGREES:
         log(
-            f"note: the labels of `dataset` go with the store's on {share:.1%} of the rows, little more than by "
-            f"chance, and first differ on row {rows[first]}. Item i has to be the item i that was embedded: is it "
-            "shuffled, or another part? (If it is labelled in another way, all is well.)"
+            f"note: the labels of `dataset` go with the store's on {share:.1%} of the rows alone, and first differ on "
+            f"row {rows[first]}. Item i has to be the item i that was embedded: is it shuffled, or another part? (If "
+            "it is labelled in another way, all is well.)"
         )
 
 
-def agreement(labels: Shaped[np.ndarray, " N"], stored: Int[np.ndarray, " N"]) -> tuple[float, float, int]:
+def agreement(labels: Shaped[np.ndarray, " N"], others: Shaped[np.ndarray, " N"]) -> tuple[float, float, int]:
     """How far labels are a function of others, whatever their numbers.
 
     Args:
         labels: [N] labels, numbers or text.
-        stored: [N] the others.
+        others: [N] the others.
 
     Returns:
         The share of rows whose label is the commonest of those with the same other label; how far that is from what
@@ -64,7 +68,7 @@ def agreement(labels: Shaped[np.ndarray, " N"], stored: Int[np.ndarray, " N"]) -
     if not len(labels):
         return 1.0, 1.0, 0
     _, mine = np.unique(labels, return_inverse=True)
-    _, theirs = np.unique(stored, return_inverse=True)
+    _, theirs = np.unique(others, return_inverse=True)
     pairs, place, counts = np.unique(theirs * (mine.max() + 1) + mine, return_inverse=True, return_counts=True)
     best = np.zeros(theirs.max() + 1, np.int64)
     np.maximum.at(best, pairs // (mine.max() + 1), counts)
@@ -77,22 +81,30 @@ def agreement(labels: Shaped[np.ndarray, " N"], stored: Int[np.ndarray, " N"]) -
 
 def labels_of(dataset: Any) -> Shaped[np.ndarray, " N"] | None:
     """The labels of a map-style data set, numbers or text; None where it shows none without its items being read."""
+    try:
+        return _labels_of(dataset)
+    except Exception:  # a property of the user's own that fails, keys for indices: whatever it is, it is not for us
+        return None
+
+
+def _labels_of(dataset: Any) -> Shaped[np.ndarray, " N"] | None:
     if isinstance(dataset, Subset):
-        labels = labels_of(dataset.dataset)
-        return None if labels is None else labels[np.asarray(dataset.indices, np.int64)]
+        labels, rows = _labels_of(dataset.dataset), _plain(dataset.indices)
+        return labels[rows] if labels is not None and rows.ndim == 1 and rows.dtype.kind in "iu" else None
     if isinstance(dataset, ConcatDataset):
-        parts = [labels_of(part) for part in dataset.datasets]
+        parts = [_labels_of(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
     for name in LABEL_ATTRIBUTES:
-        try:
-            values = getattr(dataset, name, None)
-            if values is not None and may_be_labels(values, len(dataset)):
-                array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-                return array if array.ndim == 1 and array.dtype.kind in "iubU" else None
-        except Exception:  # a property of the user's own that fails; whatever it holds is not for us
-            return None
+        values = getattr(dataset, name, None)
+        if values is not None and may_be_labels(values, len(dataset)):
+            array = _plain(values)
+            return array if array.ndim == 1 and array.dtype.kind in "iubU" else None
     return None
+
+
+def _plain(values: Any) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _stored_labels(selection: object, header: Header) -> Int[np.ndarray, " N"] | None:
@@ -106,6 +118,7 @@ def _stored_labels(selection: object, header: Header) -> Int[np.ndarray, " N"] |
         where = None if cost is None or cost.store is None else Location.parse(cost.store)
         if where is None or where.path is None:
             return None
-        return read_metadata(where, state=header.cache_fingerprint).labels()
+        found = read_metadata(where, state=header.cache_fingerprint)
+        return found.labels() if found.spec.fingerprint == header.cache_fingerprint else None  # or another is there now
     except (GstdsError, OSError):
         return None

@@ -94,12 +94,12 @@ class StepGraphs:
                 self._recorded[size] = self._record(rows)
             except torch.OutOfMemoryError as error:
                 # What could not be allocated was not launched, and the recording ended as others do: the step can be
-                # taken without. Its gradients are memory that no kernel wrote.
+                # taken without, below, where the error no longer holds what was recorded, and its memory. The
+                # gradients are memory that no kernel wrote.
                 self._optimizer.zero_grad(set_to_none=True)
                 self._refused.add(size)
                 self._tell(f"recording one of {size:,} rows took more memory than there is: {in_words(error)}")
-                return self._step(rows)
-        return self._recorded[size](rows)
+        return self._recorded[size](rows) if size in self._recorded else self._step(rows)
 
     @contextmanager
     def eager(self, rows: int) -> Iterator[None]:

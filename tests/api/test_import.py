@@ -312,6 +312,12 @@ def test_vectors_of_a_data_set_train_on_it_in_whatever_order_they_come(tmp_path)
     selection = gstds_cache.select(other, keep=0.5, **settings)
     with pytest.raises(FingerprintMismatchError, match="made from another data set"):
         gstds_cache.train(uri, selection, out=tmp_path / "run2", **training)
+    classes = [name.partition("/")[0] for name in ids]
+    relabelled = bring(rows, tmp_path / "relabelled", ids=ids, labels=[classes[-1], *classes[1:]])
+    selection = gstds_cache.select(relabelled, keep=0.5, **settings)
+    with pytest.raises(FingerprintMismatchError, match=r"items 1 have another label; .*\n.*item 0, ") as caught:
+        gstds_cache.train(uri, selection, out=tmp_path / "run3", **training)
+    assert "bytes" not in caught.value.message  # which are not known of imported vectors
 
 
 def test_the_command(npy, tmp_path, command, result_of) -> None:

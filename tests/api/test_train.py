@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -185,6 +186,12 @@ def test_a_file_that_has_changed_since_it_was_embedded_is_named(tiny_model, tmp_
     (folder / "b" / "03.png").rename(folder / "b" / "04.png")
     assert "the first that differs is item 13, 'b/04.png', and was 'b/03.png'" in refused()
     (tmp_path / "store").rename(tmp_path / "moved")  # where it is now is not known
+    assert "item 13" not in refused()
+    (folder / "a" / "00.png").rename(folder / "a" / "01.png")
+    gstds_cache.embed(f"imagefolder:{folder}", tmp_path / "store", model=tiny_model, workers=0, **settings)
+    (folder / "a" / "01.png").rename(folder / "a" / "00.png")  # of another store in its place nothing is said
+    assert "item 0" not in refused()
+    shutil.rmtree(tmp_path / "store")
     assert "item 13" not in refused()
     with pytest.raises(FingerprintMismatchError, match="item 13"):
         train(f"imagefolder:{folder}", chosen.path, cache=tmp_path / "moved", **SETTINGS)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
-from benchmarks.study.analysis import OFTEN, Line, Study, paired  # noqa: E402
+from benchmarks.study.analysis import OFTEN, Cost, Line, Study, paired  # noqa: E402
 from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
 from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
@@ -160,6 +160,8 @@ def test_the_cost_of_an_accuracy_is_read_between_budgets_of_seeds_that_ran_the_l
     assert study.cost_to("random", 0.75, 0.95).as_share(800.0) == "more than 0.50"
     assert study.cost_to("random", 0.75, 0.80).as_share(200.0) == "at most 0.50"
     assert study.cost_to("default", 0.75, 0.95) is None
+    assert Cost((10, 10, 10), 4, 10, 40).as_share(20) == "at most 0.50, median"
+    assert Cost((10, 10, 14), 3, 10, 40).as_share(20).startswith("at most 0.56 [")
 
 
 def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_networks_tell_apart() -> None:

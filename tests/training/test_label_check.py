@@ -70,6 +70,8 @@ def test_a_shuffled_data_set_is_noted_and_the_one_that_was_embedded_is_not(selec
     assert labels[order[first]] != labels[first]
     assert "is it shuffled" in note
     assert len(check(Subset(halves, order))) == 1
+    assert check(Labelled([100 * label + row % 3 for row, label in enumerate(labels)])) == []  # species beside genera
+    assert check(Labelled([f"caption {row}" for row in range(N)])) == []  # no classes
     some = list(labels)
     some[3] = (some[3] + 1) % CLASSES  # a label that was corrected
     assert check(Labelled(some)) == []
@@ -88,6 +90,16 @@ def test_nothing_is_said_where_the_store_is_gone(selection, labels, tmp_path, ca
         copied.write_bytes(selection.path.read_bytes())
         gstds_cache.SelectedBatchSampler(copied, dataset=shuffled)
     assert len(notes(caplog)) == 1
+
+
+def test_another_store_that_took_its_place_tells_nothing(selection, labels, tmp_path, caplog) -> None:
+    (tmp_path / "store").rename(tmp_path / "moved")
+    rows = np.random.default_rng(3).normal(size=(N, 8)).astype(np.float32)
+    gstds_cache.import_embeddings(rows, tmp_path / "store", labels=labels[::-1])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        gstds_cache.SelectedBatchSampler(selection, dataset=Labelled(labels))
+    assert notes(caplog) == []
 
 
 def test_agreement_is_of_the_commonest_labels_and_beyond_chance() -> None:
@@ -117,3 +129,6 @@ def test_labels_that_are_none_are_none() -> None:
     assert labels_of(Subset(Labelled([0.5, 1.5]), [1])) is None
     assert labels_of(ConcatDataset([Labelled([1]), Labelled([0.5])])) is None
     np.testing.assert_array_equal(labels_of(Subset(Labelled([7, 8, 9]), [2, 0])), [9, 7])
+    np.testing.assert_array_equal(labels_of(Subset(Labelled([7, 8, 9]), torch.tensor([1, 1]))), [8, 8])
+    assert labels_of(Subset(Labelled([7, 8]), ["k0", "k1"])) is None  # keys of a data set of another kind
+    assert labels_of(Subset(Labelled([7, 8]), [(0, 1), (1, 0)])) is None

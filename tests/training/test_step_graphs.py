@@ -252,11 +252,18 @@ def test_where_a_recording_has_no_room_after_all_the_step_is_taken_without(
     """What it held is what a failed recording leaves: gradients of memory that nothing wrote."""
     run(source, alike, tmp_path / "plain", replace(CONFIG, cuda_graphs=False))
     tried: list[int] = []
+    held: list[weakref.ref[nn.Module]] = []
 
     class Watched(Trainer):
+        def _recorded_step(self, packed: Tensor) -> tuple[Tensor, ...]:
+            assert held[-1]() is None  # what was recorded is gone, and its memory
+            return super()._recorded_step(packed)
+
         def _replay(self, graphs: StepGraphs, batch: Any) -> Any:
             def full(_step: Any, packed: Tensor, *_: Any, **_where: Any) -> Any:
                 tried.append(packed.shape[1])
+                graph = nn.Module()
+                held.append(weakref.ref(graph))
                 for parameter in self.network.parameters():
                     parameter.grad = torch.full_like(parameter, torch.nan)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 is full")
