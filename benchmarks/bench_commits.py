@@ -40,7 +40,9 @@ for _ in range(2):
         kept.update(selected.kept.astype("<i8").tobytes())
         batches += 1
     seconds = time.process_time() - begun
-print(json.dumps({"ms_a_batch": 1000 * seconds / batches, "batches": batches, "kept": kept.hexdigest()}))
+import gstds_cache
+code = str(Path(gstds_cache.__file__).parents[1])
+print(json.dumps({"code": code, "ms_a_batch": 1000 * seconds / batches, "batches": batches, "kept": kept.hexdigest()}))
 """
 
 
@@ -51,7 +53,10 @@ def select(code: Path, store: Path, batch_size: int, epochs: int) -> dict[str, A
     done = subprocess.run(words, env=environment, cwd=code, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: selecting with the code in {code} failed:\n{done.stderr}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    measured = dict(json.loads(done.stdout.splitlines()[-1]))
+    if Path(measured["code"]).resolve() != code.resolve():
+        raise SystemExit(f"error: got the code in {measured['code']}, expected that in {code}")
+    return measured
 
 
 def compared(old: Path, store: Path, batch_size: int, epochs: int, trials: int) -> dict[str, Any]:

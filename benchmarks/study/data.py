@@ -27,7 +27,6 @@ from gstds_cache.training.augment import to_input
 from gstds_cache.training.images import ImageFeed
 
 TEST_BATCH = 512
-CURVE_ITEMS = 4096  # test images of the accuracy after each epoch
 
 
 @dataclass
@@ -100,12 +99,10 @@ class StudyData:
         return seconds
 
     @torch.inference_mode()
-    def accuracy(self, network: nn.Module, items: int | None = None) -> float:
-        """Share of the test set's decodable images classified rightly; of ``items`` evenly spread ones where given."""
+    def accuracy(self, network: nn.Module) -> float:
+        """Share of the test set's decodable images classified rightly."""
         network.eval()
         rows = np.flatnonzero(self.test_feed.decodable)
-        if items is not None and items < len(rows):
-            rows = rows[np.linspace(0, len(rows) - 1, items).astype(np.int64)]
         parts = [rows[start : start + TEST_BATCH] for start in range(0, len(rows), TEST_BATCH)]
         right = 0
         for part, pixels in zip(parts, self.test_feed.batches(parts), strict=True):

@@ -30,10 +30,10 @@ from benchmarks.study.baselines.rho_loss import RhoLoss
 from benchmarks.study.baselines.rs2 import rs2
 from benchmarks.study.baselines.selective_backprop import SelectiveBackprop
 from benchmarks.study.baselines.seta import SeTa, random_share
-from benchmarks.study.data import CURVE_ITEMS, StudyData
+from benchmarks.study.data import StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
-from benchmarks.study.trainer import reestimated, train_once
+from benchmarks.study.trainer import train_once
 from benchmarks.study.variants import VariantFeedback
 from gstds_cache.config import SelectConfig
 from gstds_cache.seeding import rng_for
@@ -43,7 +43,6 @@ from gstds_cache.stream.writer import header_of, write_file
 from gstds_cache.training.feedback import Feedback
 
 K_CENTRE_DIMS = 64
-CURVES = ("full", "random", "default")  # tested after each epoch too, outside of the clock; not where a GPU is lent
 
 
 @dataclass(frozen=True)
@@ -90,19 +89,10 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             importance_weights=method.importance_weights,
             device=data.device,
         )
-        curve: list[float] = []
         last: list[nn.Module] = []
 
-        testing = 0.0
-
         def after_epoch(network: nn.Module) -> None:
-            nonlocal testing
-            began = time.process_time()
-            if task.method in CURVES and data.device == "cpu":
-                tested = reestimated(network, data.train_feed, config)
-                curve.append(round(data.accuracy(tested, CURVE_ITEMS), 5))
             last[:] = [network]
-            testing += time.process_time() - began
 
         cpu_begun = time.process_time()
         report, forward_samples = train_once(
@@ -112,7 +102,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             after_epoch=after_epoch,
             feedback=_feedback(method, data, scores),
         )
-        cpu["train"] = time.process_time() - cpu_begun - testing
+        cpu["train"] = time.process_time() - cpu_begun
         phases = {k: v for k, v in report.seconds.items() if k not in {"load", "eval", "total"}}
         return {
             "kind": "run",
@@ -126,7 +116,6 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "seed": task.seed,
             "lr": task.lr,
             "test_accuracy": round(data.accuracy(last[0]), 6),
-            "curve": curve,
             "gradient_samples": report.gradient_samples,
             "forward_samples": forward_samples,
             "norm_samples": report.forward_samples,

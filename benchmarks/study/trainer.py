@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.schema import Header
-from gstds_cache.training.batch_norm import random_batches, random_inputs, reestimate_batch_norm
 from gstds_cache.training.batches import TrainingBatch
 from gstds_cache.training.device_images import DeviceImages, gather
 from gstds_cache.training.feedback import Feedback
@@ -137,15 +135,6 @@ class OnDevice(DeviceImages):
         vars(self).update(vars(decoded))
         self.images = decoded._pixels.to(device).permute(0, 2, 3, 1).contiguous()
         self._pixels, self._pin, self.gather = self.images.permute(0, 3, 1, 2), False, gather
-
-
-def reestimated(network: nn.Module, feed: ImageFeed, config: TrainConfig) -> nn.Module:
-    """A copy of ``network`` with the statistics that :meth:`Trainer.run` ends with, to test in the middle of a run."""
-    copied = deepcopy(network)
-    if config.norm_samples:
-        rows = random_batches(len(feed.decodable), config.norm_samples, config.seed)
-        reestimate_batch_norm(copied, random_inputs(feed, rows))
-    return copied
 
 
 def train_once(
