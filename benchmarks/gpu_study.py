@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 12]
 
-``conv7`` for 16 epochs: random, the draws and everything first, their rates (on a fifth of the training set, held out),
-then seeds on the test set at ratio 0.75 in as many epochs and in twice as many; the rivals; rates and a seed of
-ResNet-18 for 30 epochs; more seeds, ratios and epochs. A line for each run is in the folder of results as it ends; runs
-that are there, or in ``benchmarks/study/results/``, are not made again. At home the lines go there.
+``conv7`` for 16 epochs: rates (on a fifth of the training set, held out), then seeds on the test set at ratio 0.75, the
+draws and random also in twice as many epochs; half of each batch; 64 epochs of everything beside 128 of a quarter.
+ResNet-18 for 30 epochs, and the rivals with it. A line for each run is in the folder of results as it ends; runs that
+are there, or in ``benchmarks/study/results/``, are not made again. At home the lines go there. Networks can be two
+commands side by side, each with a ``--folder`` of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,34 +34,54 @@ def times(methods: str, budget: int) -> str:
     return ",".join(f"{method}*{budget}" for method in methods.split(","))
 
 
-def commands(seeds: int) -> list[list[str]]:
-    """The study's commands, the most important first."""
+def of_conv7(seeds: int) -> list[list[str]]:
+    """The study's commands for the small network, the most important first."""
     head, rest = f"full,random,{DRAWS}", f"default,{RIVALS}"  # the longest first
-    twice, validation = times(f"random,{DRAWS}", 2), "cifar10-conv7-validation"
-    tune = ["benchmarks.study.tune", validation, "--into", "cifar10-conv7"]
-    large = "cifar10-jpegs-resnet18"
+    validation, setting = "cifar10-conv7-validation", "cifar10-conv7"
+    tune = ["benchmarks.study.tune", validation, "--into", setting]
+    twice, half = times(f"random,{DRAWS}", 2), ["--ratios", "0.5", "--seeds", "3"]
+    long, budgets = "cifar10-conv7-64", f"full*4,{times(f'random,{DRAWS}', 8)}"
     return [
         ["benchmarks.study", validation, "--methods", head, "--lrs", RATES, "--seeds", "1"],
         [*tune, "--methods", head],
-        # Half of the gradients of training on everything, and a quarter, beside it.
-        ["benchmarks.study", "cifar10-conv7", "--methods", f"{head},{twice}", "--seeds", str(seeds)],
-        # As many gradients as the quarter and the half have, on everything in fewer epochs.
-        ["benchmarks.study", "cifar10-conv7", "--methods", "full*0.25,full*0.5", "--seeds", "5"],
         ["benchmarks.study", validation, "--methods", rest, "--lrs", RATES, "--seeds", "1"],
         tune,
-        ["benchmarks.study", "cifar10-conv7", "--methods", rest, "--seeds", "3"],
-        ["benchmarks.study", f"{large}-validation", "--methods", head, "--lrs", RATES, "--seeds", "1"],
-        ["benchmarks.study.tune", f"{large}-validation", "--into", large],
-        ["benchmarks.study", large, "--methods", f"{head},{twice}", "--seeds", "1"],
-        ["benchmarks.study", large, "--methods", f"{head},{twice}", "--seeds", "3"],
-        ["benchmarks.study", "cifar10-conv7", "--methods", f"random,{DRAWS},{RIVALS}", "--ratios", "0.5",
+        # Half of the gradients of training on everything, and a quarter, beside it; everything in fewer epochs.
+        ["benchmarks.study", setting, "--methods", f"full,{twice},full*0.5,full*0.25,random,{DRAWS},{rest}",
          "--seeds", "3"],
-        ["benchmarks.study", "cifar10-conv7", "--methods", f"{times(f'random,{DRAWS}', 4)},full*2", "--seeds", "3"],
-        ["benchmarks.study", "cifar10-conv7", "--methods", rest, "--seeds", str(seeds)],
-        ["benchmarks.study", f"{large}-validation", "--methods", RIVALS, "--lrs", RATES, "--seeds", "1"],
-        ["benchmarks.study.tune", f"{large}-validation", "--into", large],
-        ["benchmarks.study", large, "--methods", RIVALS, "--seeds", "3"],
+        ["benchmarks.study", setting, "--methods", f"random,{DRAWS}", *half],
+        # So many epochs that the network has learned most rows.
+        ["benchmarks.study", validation, "--methods", budgets, "--lrs", "0.1,0.2", "--seeds", "1"],
+        ["benchmarks.study.tune", validation, "--into", long, "--epochs", "64", "--methods", "full"],
+        ["benchmarks.study.tune", validation, "--into", long, "--epochs", "128", "--methods", f"random,{DRAWS}"],
+        ["benchmarks.study", long, "--methods", f"full,{twice}", "--seeds", "2"],
+        ["benchmarks.study", setting, "--methods", RIVALS, *half],
+        ["benchmarks.study", setting, "--methods", f"full,{twice},full*0.5,full*0.25,random,{DRAWS},{rest}",
+         "--seeds", str(seeds)],
     ]  # fmt: skip
+
+
+def of_resnet18(seeds: int) -> list[list[str]]:
+    """The study's commands for ResNet-18, at two rates: 30 epochs of everything take half a minute of a GPU."""
+    head, setting = f"full,random,{DRAWS}", "cifar10-jpegs-resnet18"
+    twice, validation = times(f"random,{DRAWS}", 2), f"{setting}-validation"
+    tune = ["benchmarks.study.tune", validation, "--into", setting]
+    return [
+        ["benchmarks.study", validation, "--methods", head, "--lrs", "0.1,0.2", "--seeds", "1"],
+        tune,
+        ["benchmarks.study", setting, "--methods", f"full,{twice},random,{DRAWS}", "--seeds", str(min(seeds, 3))],
+        ["benchmarks.study", validation, "--methods", RIVALS, "--lrs", "0.1,0.2", "--seeds", "1"],
+        tune,
+        ["benchmarks.study", setting, "--methods", RIVALS, "--seeds", str(min(seeds, 3))],
+    ]
+
+
+NETWORKS = {"conv7": of_conv7, "resnet18": of_resnet18}
+
+
+def commands(networks: Iterable[str], seeds: int) -> list[list[str]]:
+    """The study's commands for these networks, one after the other."""
+    return [words for name in networks for words in NETWORKS[name](seeds)]
 
 
 def take_up(results: Path, todo: list[list[str]]) -> None:
@@ -74,6 +96,8 @@ def take_up(results: Path, todo: list[list[str]]) -> None:
 def main() -> int:
     """Run what is left, until the time is up.
 
+    A setting of which a run failed does not keep the next one from running, but rates that cannot be told do.
+
     Returns:
         The first exit code that is not 0; 0 where time ran out.
     """
@@ -81,20 +105,24 @@ def main() -> int:
     made.add_argument("--data", type=Path, default=Path(".data"), help="holds cifar10/, and maybe cifar10.store")
     made.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu/study"))
     made.add_argument("--seconds", type=float, default=300.0)
+    made.add_argument("--folder", type=Path, help="stores and scores [default: study/ in --data]")
+    made.add_argument("--networks", default=",".join(NETWORKS), help="which, comma between [default: %(default)s]")
     made.add_argument("--seeds", type=int, default=6)
     made.add_argument("--jobs", type=int, default=12)
     made.add_argument("--device", default="cuda")
     made.add_argument("--smoke", action="store_true", help="letters, two methods, on the CPU")
     arguments = made.parse_args()
-    until, todo = time.monotonic() + arguments.seconds, commands(arguments.seeds)
+    until = time.monotonic() + arguments.seconds
+    todo = commands(arguments.networks.split(","), arguments.seeds)
     shared = ["--results", str(arguments.results.resolve())]
-    study = ["--folder", str((arguments.data / "study").resolve()), "--jobs", str(arguments.jobs)]
+    study = ["--folder", str((arguments.folder or arguments.data / "study").resolve()), "--jobs", str(arguments.jobs)]
     if arguments.smoke:
         arguments.device, todo = "cpu", [["benchmarks.study", "glyphs-smoke", "--methods", "random,draw:damped-loss",
                                           "--lrs", "0.1,0.2", "--seeds", "1"]]  # fmt: skip
     elif (arguments.data / "cifar10.store").exists():
         study += ["--reuse", str((arguments.data / "cifar10.store").resolve())]
     take_up(arguments.results, todo)
+    code = 0
     environment = os.environ | {"DATA": str(arguments.data.resolve())}
     for words in todo:
         more = shared + ([*study, "--device", arguments.device] if words[0] == "benchmarks.study" else [])
@@ -103,10 +131,11 @@ def main() -> int:
                                   timeout=max(0.0, until - time.monotonic()))  # fmt: skip
         except subprocess.TimeoutExpired:
             print(f"stopped after {arguments.seconds:.0f} s in: {' '.join(words)}", flush=True)
-            return 0
-        if done.returncode:
-            return done.returncode
-    return 0
+            return code
+        code = code or done.returncode
+        if done.returncode and words[0] != "benchmarks.study":
+            break
+    return code
 
 
 if __name__ == "__main__":

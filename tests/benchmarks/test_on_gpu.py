@@ -217,29 +217,44 @@ def test_one_call_has_time_for_the_kernels_their_tests_the_sanitizers_and_the_tr
     assert sum(gpu_parts.PARTS[name].limit for name in first) <= 520
 
 
+COMMANDS = gpu_study.commands(gpu_study.NETWORKS, seeds=10)
+
+
 def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
-    for module, setting, *words in gpu_study.commands(seeds=10):
+    rates: dict[str, dict[Any, set[float]]] = {}
+    for module, setting, *words in COMMANDS:
         if module == "benchmarks.study":
-            assert len({task.lr for task in tasks_of(parse([setting, *words]), setting)}) == 3 or "--lrs" not in words
-            assert all(find_method(task.method) for task in tasks_of(parse([setting, *words]), setting))
+            for task in tasks_of(parse([setting, *words]), setting):
+                assert find_method(task.method)
+                if "--lrs" in words:
+                    rates.setdefault(setting, {}).setdefault((task.method, task.epochs), set()).add(task.lr)
         else:
             assert module == "benchmarks.study.tune"
             assert {setting, words[1]} <= set(names())
-            assert all(find_method(method) for method in "".join(words[3:]).split(",") if method)
+    for setting, of_methods in rates.items():
+        for kind in (False, True):  # a long budget may have fewer, the same for each method
+            long = [of for (_, epochs), of in of_methods.items() if (epochs > 30) is kind]
+            assert len({tuple(sorted(one)) for one in long}) <= 1, setting
+            assert all(len(one) >= 2 for one in long)
 
 
 def test_no_method_meets_the_test_set_before_its_rates_were_tried() -> None:
     tried, tuned = {}, {}
-    for module, setting, *words in gpu_study.commands(seeds=10):
+    for module, setting, *words in COMMANDS:
         if module == "benchmarks.study.tune":
-            asked = "".join(words[3:]).split(",") if words[3:] else tried[setting]
-            tuned.setdefault(words[1], set()).update(set(asked) & tried[setting])
+            options = dict(zip(words[::2], words[1::2], strict=True))
+            epochs = int(options.get("--epochs", load_setting(setting).epochs))
+            known = {method for method, budget in tried[setting] if budget == epochs}
+            asked = set(options["--methods"].split(",")) if "--methods" in options else known
+            assert asked <= known
+            tuned.setdefault(words[1], set()).update(asked)
             continue
-        methods = {task.method for task in tasks_of(parse([setting, *words]), setting)}
+        tasks = list(tasks_of(parse([setting, *words]), setting))
         if "--lrs" in words:
             assert setting.endswith("-validation")
-            tried.setdefault(setting, set()).update(methods)
+            tried.setdefault(setting, set()).update((task.method, task.epochs) for task in tasks)
         else:
+            methods = {task.method for task in tasks}
             assert methods <= tuned[setting], f"{setting}: {methods - tuned[setting]}"
     assert tuned["cifar10-conv7"] == tuned["cifar10-jpegs-resnet18"] | {"default"}
 
@@ -290,11 +305,11 @@ def test_rows_for_the_kernels_are_those_of_the_store(tmp_path) -> None:
 
 
 def test_the_study_of_a_gpu_begins_with_the_lines_of_earlier_visits(tmp_path) -> None:
-    gpu_study.take_up(tmp_path / "study", gpu_study.commands(1))
+    gpu_study.take_up(tmp_path / "study", COMMANDS)
     lines = read_lines(tmp_path / "study" / "cifar10-conv7.jsonl")
     assert len([line for line in lines if line["kind"] == "run"]) >= 38
     (tmp_path / "study" / "cifar10-conv7.jsonl").write_text("")
-    gpu_study.take_up(tmp_path / "study", gpu_study.commands(1))  # what is there is further than what was known
+    gpu_study.take_up(tmp_path / "study", COMMANDS)  # what is there is further than what was known
     assert (tmp_path / "study" / "cifar10-conv7.jsonl").read_text() == ""
 
 
@@ -367,5 +382,5 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
 
 def test_the_study_can_take_its_embeddings_from_the_store_that_a_part_makes() -> None:
     words = gpu_parts.PARTS["store"].command
-    studied = {words[1] for words in gpu_study.commands(1) if words[0] == "benchmarks.study"}
+    studied = {words[1] for words in COMMANDS if words[0] == "benchmarks.study"}
     assert {load_setting(name).model for name in studied} == {words[words.index("--model") + 1]}

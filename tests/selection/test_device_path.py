@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_memory
 import numpy as np
 import pytest
 import torch
@@ -306,6 +307,44 @@ def test_on_a_gpu_the_rows_are_those_of_the_cpu_in_every_stack(store: EmbeddingS
     assert everything(select(EmbeddingStore(store.location, access="memory"))) == everything(ours)
     monkeypatch.setattr(device_path, "GRAPHS_A_PROCESSOR", 1 / 100)
     assert everything(select(store)) == everything(ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_whose_memory_runs_out_the_rows_are_the_same(copied_store, tmp_path: Path, monkeypatch) -> None:
+    store = copied_store(tmp_path / "large", 4096, frozenset(), "float16")
+    stack, sizes, logged = device_path.graph_stack, list[int](), list[str]()
+
+    def graph_stack(rows: torch.Tensor, *arguments, **options):
+        made = stack(rows, *arguments, **options)
+        sizes.append(len(rows))
+        return made
+
+    def select() -> list[SelectedBatch]:
+        opened = EmbeddingStore(store.location, access="memory")
+        return list(BatchSelector(opened, replace(CONFIG, batch_size=1024, device="cuda", solver="cuda")).run())
+
+    monkeypatch.setattr(device_path, "graph_stack", graph_stack)
+    monkeypatch.setattr(device_path, "log_fallback", lambda _device, reason: logged.append(reason))
+    whole, most = select(), max(sizes)
+    assert len(whole) == 12
+    assert most > 1
+    assert not logged
+    found = set()
+    for mebibytes in (96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 2, 0):
+        sizes.clear()
+        logged.clear()
+        with gpu_memory.left(mebibytes << 20):
+            ours = select()
+        same = np.mean([np.isin(a.kept, b.kept).mean() for a, b in zip(ours, whole, strict=True)])
+        print(mebibytes, "MiB:", sizes, len(logged), "on the CPU,", same)
+        assert [s.status for s in ours] == [s.status for s in whole]
+        assert same >= 0.99
+        if not logged:
+            assert everything(ours) == everything(whole)
+        found.add(("smaller" if max(sizes, default=0) < most else "whole", "on the CPU" if logged else "on the GPU"))
+    assert ("smaller", "on the GPU") in found
+    assert any(where == "on the CPU" for _, where in found)
 
 
 def test_the_rate_of_a_run_is_that_of_its_stacks(store: EmbeddingStore, on_device) -> None:

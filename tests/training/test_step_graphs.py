@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_memory
 import numpy as np
 import offered
 import pytest
@@ -470,3 +471,29 @@ def test_a_network_that_looks_at_its_values_trains_without_graphs(
     result = run(source, alike, tmp_path / "run", replace(CONFIG, device="cuda"))
     assert result.steps == 3 * EPOCHS
     assert "test_step_graphs.py" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_that_has_no_room_for_a_recording_the_step_is_taken_without(
+    source, alike, tmp_path, monkeypatch, caplog
+) -> None:
+    config: TrainConfig = replace(CONFIG, device="cuda", precision="float32")
+    whole, tried = step_graphs.recording, list[int]()
+
+    def full(step: Any, packed: Tensor, *where: Any, **more: Any) -> Any:
+        tried.append(packed.shape[1])
+        with gpu_memory.left(0):
+            return whole(step, packed, *where, **more)
+
+    run(source, alike, tmp_path / "plain", replace(config, cuda_graphs=False))
+    monkeypatch.setattr(step_graphs, "recording", full)
+    result = run(source, alike, tmp_path / "run", config)
+    assert result.steps == 3 * EPOCHS
+    assert tried == [8, 5]
+    assert "took more memory than there is" in caplog.text
+    assert_same(tmp_path / "run", tmp_path / "plain", rtol=2e-3, atol=2e-4)
+    # The stream, the pool and the GPU are as they were: a run that has room records.
+    monkeypatch.setattr(step_graphs, "recording", whole)
+    run(source, alike, tmp_path / "after", config)
+    assert_same(tmp_path / "after", tmp_path / "plain", rtol=2e-3, atol=2e-4)
