@@ -9,7 +9,7 @@ the host had to wait for the device at the end: where that is none or one, the h
 
 Accuracy: ``conv7`` by the recipe of docs/trainers.md, seconds and test accuracy: the bare loop, the trainer on all
 rows, and the trainer on a selection of half of each batch (needs ``--store``, the embedded training set), in as many
-epochs and in as many steps.
+epochs and in as many steps; each is a part of its own.
 
 Parts are measured until ``--seconds`` are over, the most important first. What was left out is named in the result,
 which is written to ``--out`` after every part. Decoded images stay in the temporary directory for the next run.
@@ -259,42 +259,40 @@ def throughput(data: Data, config: TrainConfig, batch: int, steps: int, trials: 
     }
 
 
+WAYS = ("bare", "trainer", "half of each batch", "half of each batch, as many steps")
+
+
 def accuracy(
-    data: Data, config: TrainConfig, batch: int, epochs: int, trials: int, store: str | None
+    data: Data, config: TrainConfig, batch: int, epochs: int, trials: int, way: str, store: str | None
 ) -> dict[str, Any]:
     """Seconds and accuracy of the recipe: the bare loop, the trainer on everything, the trainer on a selection."""
-    steps = len(data.labels) // batch
+    steps, runs = len(data.labels) // batch, list[tuple[float, float]]()
     found: dict[str, Any] = {
         "recipe": {"epochs": epochs, "batch": batch, "lr": config.lr, "weight_decay": config.weight_decay}
     }
+    if way.startswith("half") and store is None:
+        return found | {"not measured": "no --store"}
     with tempfile.TemporaryDirectory() as folder:
-        everything = write_everything(Path(folder) / "all.arrow", len(data.labels), batch, epochs, steps)
-        runs: dict[str, list[tuple[float, float]]] = {"bare": [], "trainer": []}
+        chosen, own = Path(folder) / "s.arrow", config
+        if way == "trainer":
+            write_everything(chosen, len(data.labels), batch, epochs, steps)
+        elif store is not None and way != "bare":
+            begun, passes = time.perf_counter(), epochs * (2 if way.endswith("steps") else 1)
+            select(store, keep=0.5, epochs=passes, out=chosen, progress=False)
+            found["selecting, seconds"] = time.perf_counter() - begun
+            own = replace(config, repack=batch)
         for seed in range(trials):
-            own = replace(config, seed=seed)
-            torch.manual_seed(seed)
-            network, _, seconds, _ = run_bare(data, own, batch, epochs * steps)
-            runs["bare"].append((seconds, data.accuracy(network)))
-            trainer, seconds, _ = run_trainer(data, everything, own)
-            runs["trainer"].append((seconds, data.accuracy(trainer.network)))
-        if store is not None:
-            for name, passes in (("half of each batch", epochs), ("half of each batch, as many steps", 2 * epochs)):
-                begun = time.perf_counter()
-                chosen = select(store, keep=0.5, epochs=passes, out=Path(folder) / f"{passes}.arrow", progress=False)
-                found[f"selecting, {passes} epochs"] = time.perf_counter() - begun
-                runs[name] = []
-                for seed in range(trials):
-                    own = replace(config, seed=seed, repack=batch)
-                    trainer, seconds, _ = run_trainer(data, Path(chosen), own)
-                    runs[name].append((seconds, data.accuracy(trainer.network)))
-        else:
-            found["with a selection"] = "not measured: no --store"
-    for name, values in runs.items():
-        found[name] = {
-            "seconds": spread([seconds for seconds, _ in values]),
-            "accuracy": spread([share for _, share in values]),
-        }
-    return found
+            if way == "bare":
+                torch.manual_seed(seed)
+                network, _, seconds, _ = run_bare(data, replace(own, seed=seed), batch, epochs * steps)
+            else:
+                trainer, seconds, _ = run_trainer(data, chosen, replace(own, seed=seed))
+                network = trainer.network
+            runs.append((seconds, data.accuracy(network)))
+    return found | {
+        "seconds": spread([seconds for seconds, _ in runs]),
+        "accuracy": spread([share for _, share in runs]),
+    }
 
 
 def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -307,7 +305,11 @@ def parts(data: Data, arguments: Any, store: str | None) -> Iterator[tuple[str, 
     yield "resnet18", lambda: throughput(data, resnet, batch, few, trials)
     yield "conv7, steps of a quarter", lambda: throughput(data, small, batch // 4, many, trials)
     full = replace(small, norm_samples=RECIPE.norm_samples, lr=arguments.lr, weight_decay=arguments.weight_decay)
-    yield "accuracy", lambda: accuracy(data, full, batch, arguments.epochs, min(trials, 2), store)
+    for way in WAYS:
+        yield (
+            f"accuracy, {way}",
+            lambda way=way: accuracy(data, full, batch, arguments.epochs, min(trials, 2), way, store),
+        )
     eager = replace(small, cuda_graphs=False)
     yield "conv7, without graphs", lambda: throughput(data, eager, batch, many, trials)
     yield "resnet18, without graphs", lambda: throughput(data, replace(resnet, cuda_graphs=False), batch, few, trials)
@@ -332,7 +334,7 @@ def main() -> None:
     made.add_argument("--lr", type=float, default=RECIPE.lr, help="of the recipe")
     made.add_argument("--weight-decay", type=float, default=RECIPE.weight_decay, help="of the recipe")
     made.add_argument("--seconds", type=float, default=70.0, help="no part is begun after these")
-    made.add_argument("--only", nargs="+", help="names of parts, e.g. conv7 accuracy")
+    made.add_argument("--only", nargs="+", help="parts whose name begins so, e.g. conv7 accuracy")
     made.add_argument("--device", default="auto")
     made.add_argument("--resnet", default="resnet18")
     made.set_defaults(trials=3)
@@ -351,7 +353,7 @@ def main() -> None:
     left_out = []
     with closing(parts(data, arguments, arguments.store)) as measured:
         for name, measure in measured:
-            unwanted = arguments.only is not None and name not in arguments.only
+            unwanted = arguments.only is not None and not name.startswith(tuple(arguments.only))
             if unwanted or time.perf_counter() - begun > arguments.seconds:
                 left_out.append(name)
                 continue

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +115,18 @@ def read_tests(text: str) -> dict[str, Any]:
     """Counts and names out of pytest's summary.
 
     Examples:
-        ``== 2 failed, 31 passed, 4 skipped, 900 deselected in 12.3s ==`` and lines of ``FAILED``, ``SKIPPED``.
+        ``== 2 failed, 31 passed, 4 skipped, 900 deselected in 12.3s ==`` and lines of ``FAILED``, ``SKIPPED``. Where it
+        was stopped there is no summary, but a line for each test that had ended: ``[gw0] [ 12%] FAILED tests/...``.
     """
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text)}
     lines = text.splitlines()
+    ended = [line.partition("] ")[2].partition("] ")[2] for line in lines if re.match(r"\[gw\d+\] \[ *\d+%\] ", line)]
+    if not counts:
+        counts = Counter(line.split()[0].lower() for line in ended)
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR "))]
     return {
         "counts": counts,
-        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR "))],
+        "failed": told or [line for line in ended if line.startswith(("FAILED", "ERROR "))],
         "skipped": [line for line in lines if line.startswith("SKIPPED")],
         "without_faiss": importlib.util.find_spec("faiss") is None,
     }
@@ -159,32 +165,37 @@ def read_study(text: str) -> dict[str, Any]:
 
 EMBED = (sys.executable, "-c", "from gstds_cache.cli.embed_command import main; main()")
 TESTS = (
-    sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "-rfEs", "--durations=5",
+    sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "-rfEs", "--durations=5",
+    "--capture=sys",  # what C++ says before it ends a process goes to the log
     "-n", "4", "--dist", "loadfile", "-p", "no:benchmark",  # which, where it is installed, warns of xdist
     # Deprecations in the versions of a machine that we did not choose are no failure there.
     "-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning", "-W", "ignore::FutureWarning",
+)  # fmt: skip
+TRAINER = (
+    "bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
+    "--seconds", "{seconds}",
 )  # fmt: skip
 
 ALL = (
     # What all others take their embeddings from: the model of the study's settings.
     Part("store", (*EMBED, "imagefolder:{data}/cifar10/train", "--cache", "{data}/cifar10.store", "--model",
-                   "timm:tf_efficientnet_lite0?size=128", "--device", "cuda", "--json"), 50, 20, needs=("cifar10",),
+                   "timm:tf_efficientnet_lite0?size=128", "--device", "cuda", "--json"), 45, 20, needs=("cifar10",),
          instead=(*EMBED, "digits", "--cache", "{scratch}/store", "--model", "timm:test_resnet", "--allow-untrained",
                   "--device", "cpu", "--json"), read=read_last_line),
-    Part("rows", (sys.executable, str(HERE / "gpu_rows.py"), "{data}/cifar10.store", "{data}/cifar16.npy"), 15, 5,
+    Part("rows", (sys.executable, str(HERE / "gpu_rows.py"), "{data}/cifar10.store", "{data}/cifar16.npy"), 10, 5,
          needs=("cifar10.store",),
          instead=(sys.executable, str(HERE / "gpu_rows.py"), "{scratch}/store", "{scratch}/rows.npy")),
-    Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 50, 20,
+    Part("correct", script("gpu_correct.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 30, 20,
          needs=("cifar16.npy",)),
-    Part("tests", (*TESTS, *tests_of_the_gpu()), 100, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
-    sanitizer("memcheck", 25),
+    Part("tests", (*TESTS, *tests_of_the_gpu()), 95, 30, smoke=("-k", "test_knn_contract"), read=read_tests),
+    sanitizer("memcheck", 20),
     sanitizer("racecheck", 40),
     Part("throughput", script("gpu_throughput.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 65, 40,
          needs=("cifar16.npy",), times_the_cpu=True),
     Part("path", script("bench_path.py", "--seconds", "{seconds}", "--rows", "{data}/cifar16.npy"), 55, 45,
          needs=("cifar16.npy",), times_the_cpu=True),
-    Part("trainer", script("bench_train_gpu.py", "imagefolder:{data}/cifar10/train", "imagefolder:{data}/cifar10/test",
-                           "--seconds", "{seconds}"), 120, 40, needs=("cifar10",),
+    Part("trainer", script(*TRAINER, "--only", "conv7", "resnet18"), 85, 40, needs=("cifar10",)),
+    Part("recipe", script(*TRAINER, "--only", "accuracy"), 75, 40, needs=("cifar10",),
          optional=("cifar10.store", "--store", "{data}/cifar10.store")),
     # Up to here one call is enough; the same command again goes on.
     Part("embedding", script("bench_embed_gpu.py"), 150, 50),

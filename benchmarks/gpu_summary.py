@@ -113,7 +113,7 @@ FIGURES: list[Figure] = [
         )
     ],
     *[
-        Figure(f"CIFAR-10, small network, {what}: {name}", "trainer", ("accuracy", name, what), None, unit=unit)
+        Figure(f"CIFAR-10, small network, {what}: {name}", "recipe", (f"accuracy, {name}", what), None, unit=unit)
         for name in ("bare", "trainer", "half of each batch", "half of each batch, as many steps")
         for what, unit in (("seconds", "s"), ("accuracy", ""))
     ],

@@ -4,9 +4,9 @@
     python -m benchmarks.study.tables          # then: the tables of docs/method.md from the result lines
 
 Each run is a process of its own, forked from this one, which holds the decoded images; ``--jobs`` at a time, one
-thread each. With ``--device cuda`` networks are trained there, by those processes alone: one that is forked from one
-that has used CUDA cannot. Several at a time share the GPU, and their seconds with it. Methods are interleaved seed by
-seed, so that what else the machine does meets them alike.
+thread each. With ``--device cuda`` rows are selected and networks trained there, by those processes alone: one that is
+forked from one that has used CUDA cannot. Several at a time share the GPU, and their seconds with it. Methods are
+interleaved seed by seed, so that what else the machine does meets them alike.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--lrs", default="", help="learning rates to try; default: each method's own of the setting")
     made.add_argument("--seeds", default="5", help="how many, or FIRST-LAST")
     made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    made.add_argument("--device", default="cpu", help="where networks are trained")
+    made.add_argument("--device", default="cpu", help="where rows are selected and networks trained")
     made.add_argument("--folder", type=Path, default=Path(".study"), help="stores and scores")
     made.add_argument("--reuse", type=Path, action="append", default=[], help="a store to take embeddings over from")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of the result lines")

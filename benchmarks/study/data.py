@@ -36,8 +36,8 @@ class StudyData:
     Attributes:
         setting: The setting.
         folder: Where stores, scores and results are.
-        device: Where networks are trained and tested. Nothing else is computed there: a process that is forked from
-            one that has used CUDA cannot use it.
+        device: Where a run's rows are selected, and its network is trained and tested, by a process of its own.
+            Nothing else is computed there: a process that is forked from one that has used CUDA cannot use it.
     """
 
     setting: Setting

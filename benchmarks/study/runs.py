@@ -156,7 +156,7 @@ def _selection(
             knn=setting.knn,
             seed=task.seed,
             threads=1,
-            device="cpu",
+            device=data.device,
             batch_assignments=method.batch_assignments,
         )
         selector = BatchSelector(data.store, config)

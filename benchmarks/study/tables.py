@@ -341,7 +341,7 @@ def ordered_pairs(study: Study, line: Line) -> list[bool]:
 
 
 def all_intervals(study: Study) -> set[Interval]:
-    """Every difference that can be quoted: of any two methods and budgets, and of any two at equal seconds."""
+    """Every difference that can be quoted: of any two methods, ratios and budgets, and of two at equal seconds."""
     runs: dict[tuple[str, float, int], dict[int, float]] = {}
     for line in study.runs:
         ratio = math.nan if line["method"] == "full" else line["ratio"]
@@ -349,7 +349,7 @@ def all_intervals(study: Study) -> set[Interval]:
     found = set()
     for a, b in permutations(runs, 2):
         seeds = runs[a].keys() & runs[b].keys()
-        if seeds and (a[1] == b[1] or "full" in {a[0], b[0]}):
+        if seeds:
             found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
     for method, ratio, epochs in {} if why_no_seconds(study) else runs:
         for reference in {one for one, _, _ in runs} - {method, "full"}:

@@ -3,13 +3,15 @@
 A step of a batch size that comes again is recorded once and replayed from then on, with the rows and the learning rate
 of each step. What a replay computes is what was recorded, kernel for kernel. Where a step cannot be recorded because
 the host waits for the GPU in it, or the memory does not do, it is taken as without, and a line says so. A recording
-that fails for another reason leaves the GPU's random numbers unusable, and ends the run.
+that was begun and fails leaves PyTorch's allocator and the GPU's random numbers unusable, and ends the run: that there
+is memory is made sure of before.
 
 PyTorch's rules for what may be recorded: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import warnings
 from collections import Counter
@@ -22,14 +24,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from gstds_cache.errors import UsageError, in_words
-from gstds_cache.runtime.devices import free_memory, to_device
+from gstds_cache.errors import UsageError
+from gstds_cache.runtime.devices import to_device
 from gstds_cache.runtime.notify import log
 
 EAGER = 3
 """Steps of each size that are taken without: the first ones load kernels and make the optimiser's state."""
 MOST = 4
 """Sizes that are recorded."""
+MARGIN = (1.25, 64 << 20)
+"""What a recording may take more than the step's tensors: its memory comes in blocks of its own; cuBLAS's workspace."""
 
 Outputs: TypeAlias = tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Tensor], Outputs]
@@ -60,6 +64,7 @@ class StepGraphs:
         self._recorded: dict[int, Callable[[Int64[Tensor, "4 m"]], Outputs]] = {}
         self._eager: Counter[int] = Counter()  # steps of each size that were taken without
         self._refused: set[int] = set()  # sizes for which there is no room
+        self._takes: dict[int, int] = {}  # bytes that a step of each size allocates
         self._held = 0  # bytes of the recordings
         self._possible, self._told = True, False
         self._rate = torch.zeros((), device=device)
@@ -89,24 +94,27 @@ class StepGraphs:
         """
         self._rate.fill_(rate)
         size, rows = packed.shape[1], to_device(packed, self._device)
-        if size not in self._recorded:
-            try:
-                self._recorded[size] = self._record(rows)
-            except torch.OutOfMemoryError as error:
-                # What could not be allocated was not launched, and the recording ended as others do: the step can be
-                # taken without, below, where the error no longer holds what was recorded, and its memory. The
-                # gradients are memory that no kernel wrote.
-                self._optimizer.zero_grad(set_to_none=True)
-                self._refused.add(size)
-                self._tell(f"recording one of {size:,} rows took more memory than there is: {in_words(error)}")
+        if size not in self._recorded and self._has_room(size):
+            self._recorded[size] = self._record(rows)
         return self._recorded[size](rows) if size in self._recorded else self._step(rows)
+
+    def _has_room(self, rows: int) -> bool:
+        """Whether a recording fits beside what the others hold and a step that is taken without; it is held if so."""
+        takes = self._takes.get(rows, 0)
+        # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well.
+        more = max(0, takes - self._held)
+        if not can_allocate(int((takes + more) * MARGIN[0]) + MARGIN[1], self._device):
+            self._refused.add(rows)
+            self._tell(f"{rows:,} rows take {takes >> 20:,} MiB, and there is no room for that twice")
+            return False
+        self._held += more
+        return True
 
     @contextmanager
     def eager(self, rows: int) -> Iterator[None]:
         """A step is taken without, and the last one before a size is recorded is watched.
 
-        If the host waits for the GPU in it, as in a network that looks at its own values, nothing more is recorded; if
-        there is no room for what it allocates once more, this size is not.
+        If the host waits for the GPU in it, as in a network that looks at its own values, nothing more is recorded.
 
         Args:
             rows: Its rows.
@@ -124,13 +132,7 @@ class StepGraphs:
             self._possible = False
             self._tell(f"the host waits for the GPU in them: {seen.waits[0]:.200}")
             return
-        # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well.
-        more = max(0, seen.allocated - self._held)
-        if seen.allocated + more > room(self._device) - self._held:
-            self._refused.add(rows)
-            self._tell(f"{rows:,} rows take {seen.allocated >> 20:,} MiB, and there is no room for that twice")
-        else:
-            self._held += more
+        self._takes[rows] = seen.allocated
 
     def _tell(self, why: str) -> None:
         if not self._told:
@@ -142,7 +144,6 @@ class StepGraphs:
 
         Raises:
             UsageError: It cannot be recorded. This process can take no more steps on that GPU.
-            OutOfMemoryError: There is no room for it.
         """
         groups = self._optimizer.param_groups
         before = [group["lr"] for group in groups]
@@ -152,9 +153,10 @@ class StepGraphs:
         gc.collect()
         try:
             return recording(self._step, packed.clone(), self._device, **self._where)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # For ever: what the recording allocated is in the frames of this error, and torch 2.11 ended the process
+            # where they were freed after a recording that found no memory.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
             cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
                 f"a step cannot be recorded in a CUDA graph here: {str(cause).partition(chr(10))[0]}",
@@ -242,6 +244,14 @@ def watched(device: torch.device) -> Iterator[Seen]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def room(device: torch.device) -> int:
-    """Bytes of a GPU's memory that torch can hand out, those of recordings among them; a CPU is not asked."""
-    return free_memory(device) if device.type == "cuda" else 0
+def can_allocate(nbytes: int, device: torch.device) -> bool:
+    """Whether a GPU has so many bytes for torch now: asked by taking them for a moment. A CPU is not asked."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    torch.cuda.empty_cache()
+    return True

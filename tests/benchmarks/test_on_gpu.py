@@ -199,6 +199,9 @@ def test_what_other_programs_print_is_read() -> None:
     assert tests["counts"] == {"failed": 1, "passed": 4, "skipped": 2}
     assert tests["failed"] == ["FAILED tests/a.py::test_one - AssertionError"]
     assert tests["skipped"] == ["SKIPPED [2] tests/b.py:3: needs faiss"]
+    stopped = "[gw1] [ 12%] PASSED tests/a.py::test_two\n[gw0] [100%] FAILED tests/a.py::test_one[3]\nTerminated"
+    assert gpu_parts.read_tests(stopped)["counts"] == {"passed": 1, "failed": 1}
+    assert gpu_parts.read_tests(stopped)["failed"] == ["FAILED tests/a.py::test_one[3]"]
     (launch,) = gpu_parts.read_profile(PROFILED)["launches"]
     assert launch == {
         "kernel": "graph_block(const float *, int)",
@@ -213,7 +216,7 @@ def test_one_call_has_time_for_the_kernels_their_tests_the_sanitizers_and_the_tr
     names = list(gpu_parts.PARTS)
     first = names[: names.index("embedding")]
     assert first[2:6] == ["correct", "tests", "memcheck", "racecheck"]
-    assert {"throughput", "path", "trainer"} <= set(first)
+    assert {"throughput", "path", "trainer", "recipe"} <= set(first)
     assert sum(gpu_parts.PARTS[name].limit for name in first) <= 520
 
 

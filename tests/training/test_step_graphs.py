@@ -35,7 +35,7 @@ from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs, place, recording, watched
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")
 SIZES = (8, 8, 5)  # of each epoch's batches
 EPOCHS = 6
 
@@ -187,20 +187,49 @@ def see(monkeypatch: pytest.MonkeyPatch, *, waits: list[str] | None = None, allo
         (119, {}),
         (120, {60: True}),  # once to replay, once to go on without
         (180, {60: True, 40: True, 90: True}),  # smaller ones and, at the end, 30 more
-        (179, {60: True, 40: True, 90: False}),
+        (119, {40: True, 60: False, 50: True}),
     ],
 )
 def test_a_size_is_recorded_where_there_is_room_for_it_twice(monkeypatch, caplog, free, sizes) -> None:
-    """A size of n rows allocates n MiB; recordings share theirs."""
-    monkeypatch.setattr(step_graphs, "room", lambda _device: free << 20)
+    """A size of n rows allocates n MiB; recordings share theirs. What does not fit is not begun to be recorded."""
+    held = 0
+
+    def can_allocate(nbytes: int, _device: torch.device) -> bool:
+        return nbytes <= (free - held << 20)
+
+    made: list[int] = []
+    monkeypatch.setattr(step_graphs, "MARGIN", (1, 0))
+    monkeypatch.setattr(step_graphs, "can_allocate", can_allocate)
+    monkeypatch.setattr(
+        step_graphs, "recording", lambda step, packed, *_, **_where: made.append(packed.shape[1]) or step
+    )
     graphs = graphs_of()
     for size in sizes or {60: False}:
         see(monkeypatch, allocated=size << 20)
         for _ in range(EAGER):
             with graphs.eager(size):
                 pass
-        assert graphs.ready(size) == sizes.get(size, False)
+        assert graphs.ready(size)
+        assert int(graphs.take(torch.ones((4, size), dtype=torch.int64), 0.1)[0]) == 4 * size
+        assert graphs.ready(size) == (size in made) == sizes.get(size, False)
+        held = max(made, default=0)
     assert caplog.text.count("there is no room for that twice") == (not all(sizes.values()) or not sizes)
+
+
+def test_room_is_asked_for_by_taking_it(monkeypatch) -> None:
+    assert step_graphs.can_allocate(1 << 60, CPU)
+    told: list[int] = []
+
+    def empty(nbytes: int, **_how: Any) -> None:
+        told.append(nbytes)
+        if nbytes > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append(0))
+    assert step_graphs.can_allocate(100, CUDA)
+    assert told == [0, 100, 0]  # what torch keeps for later is given back, before and after
+    assert not step_graphs.can_allocate(101, CUDA)
 
 
 def test_a_network_that_waits_for_the_gpu_is_not_recorded(monkeypatch, caplog) -> None:
@@ -236,47 +265,41 @@ def test_images_go_with_the_trainer(source, alike, tmp_path, recorded, candidate
     assert recorded
 
 
-def test_a_recording_that_fails_ends_with_what_to_do(source, alike, tmp_path, recorded, monkeypatch) -> None:
-    def broken(*_: Any, **_where: Any) -> Any:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+FAILURES = {
+    "CUDA error: operation not permitted when stream is capturing\nand more": RuntimeError,
+    "CUDA out of memory. Tried to allocate 1.00 GiB.\nand more": torch.OutOfMemoryError,
+}
 
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_recording_that_fails_ends_with_what_to_do(source, alike, tmp_path, recorded, monkeypatch, failure) -> None:
+    held: list[weakref.ref[nn.Module]] = []
+
+    def broken(*_: Any, **_where: Any) -> Any:
+        graph = nn.Module()
+        held.append(weakref.ref(graph))
+        raise FAILURES[failure](failure)
+
+    whole = step_graphs.recording
     monkeypatch.setattr(step_graphs, "recording", broken)
-    with pytest.raises(UsageError, match=r"(?s)CUDA graph.*not permitted when stream.*`cuda_graphs=False`") as caught:
+    what = failure.partition("\n")[0]
+    with pytest.raises(UsageError, match=f"(?s)CUDA graph.*{what}.*`cuda_graphs=False`") as caught:
         run(source, alike, tmp_path / "run")
     assert "and more" not in caught.value.message
+    del caught
+    gc.collect()
+    assert held[0]() is not None  # freeing it ended the process on a GPU
+    monkeypatch.setattr(step_graphs, "recording", whole)
     assert run(source, alike, tmp_path / "run", replace(CONFIG, cuda_graphs=False)).steps == 3 * EPOCHS
 
 
-def test_where_a_recording_has_no_room_after_all_the_step_is_taken_without(
-    source, alike, tmp_path, recorded, monkeypatch, caplog
-) -> None:
-    """What it held is what a failed recording leaves: gradients of memory that nothing wrote."""
+def test_a_size_without_room_is_trained_as_ever(source, alike, tmp_path, recorded, monkeypatch, caplog) -> None:
     run(source, alike, tmp_path / "plain", replace(CONFIG, cuda_graphs=False))
-    tried: list[int] = []
-    held: list[weakref.ref[nn.Module]] = []
-
-    class Watched(Trainer):
-        def _recorded_step(self, packed: Tensor) -> tuple[Tensor, ...]:
-            assert held[-1]() is None  # what was recorded is gone, and its memory
-            return super()._recorded_step(packed)
-
-        def _replay(self, graphs: StepGraphs, batch: Any) -> Any:
-            def full(_step: Any, packed: Tensor, *_: Any, **_where: Any) -> Any:
-                tried.append(packed.shape[1])
-                graph = nn.Module()
-                held.append(weakref.ref(graph))
-                for parameter in self.network.parameters():
-                    parameter.grad = torch.full_like(parameter, torch.nan)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 is full")
-
-            monkeypatch.setattr(step_graphs, "recording", full)
-            return super()._replay(graphs, batch)
-
-    run(source, alike, tmp_path / "run", kind=Watched)
-    assert tried == [8, 5]  # each size once
+    monkeypatch.setattr(step_graphs, "can_allocate", lambda *_: False)
+    run(source, alike, tmp_path / "run")
+    assert recorded == []
     assert_same(tmp_path / "run", tmp_path / "plain")
-    assert caplog.text.count("recording one of 8 rows took more memory than there is") == 1
-    assert "GPU 0 is full" not in caplog.text
+    assert caplog.text.count("there is no room for that twice") == 1
 
 
 def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) -> None:
@@ -292,8 +315,6 @@ def test_recording_is_warm_up(source, alike, tmp_path, recorded, monkeypatch) ->
 
 
 # What is asked of PyTorch's CUDA, by stand-ins for its functions
-
-CUDA = torch.device("cuda:1")
 
 
 @pytest.fixture
@@ -479,21 +500,20 @@ def test_on_a_gpu_that_has_no_room_for_a_recording_the_step_is_taken_without(
     source, alike, tmp_path, monkeypatch, caplog
 ) -> None:
     config: TrainConfig = replace(CONFIG, device="cuda", precision="float32")
-    whole, tried = step_graphs.recording, list[int]()
+    asked, can_allocate = list[int](), step_graphs.can_allocate
 
-    def full(step: Any, packed: Tensor, *where: Any, **more: Any) -> Any:
-        tried.append(packed.shape[1])
-        with gpu_memory.left(0):
-            return whole(step, packed, *where, **more)
+    def nearly_full(nbytes: int, device: torch.device) -> bool:
+        asked.append(nbytes)
+        with gpu_memory.left(nbytes - (4 << 20)):
+            return can_allocate(nbytes, device)
 
     run(source, alike, tmp_path / "plain", replace(config, cuda_graphs=False))
-    monkeypatch.setattr(step_graphs, "recording", full)
-    result = run(source, alike, tmp_path / "run", config)
-    assert result.steps == 3 * EPOCHS
-    assert tried == [8, 5]
-    assert "took more memory than there is" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(step_graphs, "can_allocate", nearly_full)
+        patched.setattr(step_graphs, "recording", lambda *_, **_where: pytest.fail("recorded"))
+        assert run(source, alike, tmp_path / "run", config).steps == 3 * EPOCHS
+    assert len(asked) == 2
+    assert "there is no room for that twice" in caplog.text
     assert_same(tmp_path / "run", tmp_path / "plain", rtol=2e-3, atol=2e-4)
-    # The stream, the pool and the GPU are as they were: a run that has room records.
-    monkeypatch.setattr(step_graphs, "recording", whole)
-    run(source, alike, tmp_path / "after", config)
+    run(source, alike, tmp_path / "after", config)  # a run that has room records
     assert_same(tmp_path / "after", tmp_path / "plain", rtol=2e-3, atol=2e-4)
