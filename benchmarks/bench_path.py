@@ -135,6 +135,28 @@ def shares(store: EmbeddingStore, config: SelectConfig, device: torch.device, ba
     return found
 
 
+def several_epochs(
+    store: EmbeddingStore, config: SelectConfig, selector: BatchSelector, trials: int, size: int
+) -> dict[str, Any]:
+    """Four epochs in one run, each with batches of its own, in stacks of several sizes.
+
+    An epoch of 1.28 million rows is a few stacks: before the first one the device has nothing to do, and behind the
+    last one only the host has.
+    """
+    found, usual = {}, device_path.GRAPHS_A_PROCESSOR
+    try:
+        for graphs in (usual, usual / 2, usual / 4):
+            device_path.GRAPHS_A_PROCESSOR = graphs
+            other = BatchSelector(store, replace(config, epochs=4, batch_assignments=0))
+            other.device_run.__dict__["rows"] = selector.device_run.rows
+            timed(other, 1)
+            name = "path, four epochs" + (f", {graphs:g} graphs a processor in a stack" if graphs != usual else "")
+            found[name] = microseconds([timed(other, other.plan.total_batches) for _ in range(trials)], size)
+    finally:
+        device_path.GRAPHS_A_PROCESSOR = usual
+    return found
+
+
 def keep(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Write what has been measured so far: what is killed, or fails, later has shown that much."""
     if arguments.out is not None:
@@ -182,6 +204,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     keep(result, arguments)
     failed = sum(selector.counts.status[name] for name in ("max_iterations", "dense_fallback"))
     result["share_solved_again_on_the_cpu"] = failed / max(selector.counts.batches, 1)
+    result |= several_epochs(store, config, selector, trials, size)
+    keep(result, arguments)
     file = folder / "selection.arrow"
     written = []
     for _ in range(trials):

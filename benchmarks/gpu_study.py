@@ -7,6 +7,10 @@ draws and random also in twice as many epochs; half of each batch; 64 epochs of 
 ResNet-18 for 30 epochs, and the rivals with it. A line for each run is in the folder of results as it ends; runs that
 are there, or in ``benchmarks/study/results/``, are not made again. At home the lines go there. Networks can be two
 commands side by side, each with a ``--folder`` of its own.
+
+Runs beside each other share the GPU in turns, and better through CUDA's multi-process service: on an H200 six processes
+that replay conv7's step made 1,228 steps a second with it, 824 without. ``nvidia-cuda-mps-control -d`` starts it, in
+``CUDA_MPS_PIPE_DIRECTORY``, ``echo quit | nvidia-cuda-mps-control`` ends it.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ def test_smoke_mode_ends_with_a_result(path: Path, forks: Forks) -> None:
         assert result["solver, B=32"]["q=1"]["cosine_of_vectors"]["min"] > 0.999
     if path.stem == "bench_path":
         assert result["path"]["batches"] == 11
+        assert result["path, four epochs"]["million_samples_per_second"]["min"] > 0
         assert result["share_solved_again_on_the_cpu"] < 0.1
         assert result["path_to_a_file"]["million_samples_per_second"]["min"] > 0
     if path.stem == "bench_hit":
