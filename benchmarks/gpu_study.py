@@ -1,4 +1,4 @@
-"""CIFAR-10 on a GPU: every method of the study, each with its best of three learning rates. A part of ``on_gpu.py``.
+"""CIFAR-10 on a GPU: every method of the study, each with the best of its learning rates. A part of ``on_gpu.py``.
 
     python benchmarks/gpu_study.py --data FOLDER --results FOLDER [--seconds 300] [--jobs 12]
 

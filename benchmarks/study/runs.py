@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA
 from torch import nn
 
@@ -78,6 +79,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="study-") as name:
         folder = Path(name)
         load = os.getloadavg()[0]
+        torch.zeros(1, device=data.device)  # a GPU's start is no method's
         begun, cpu_begun = time.perf_counter(), time.process_time()
         selection = _selection(task, method, data, scores, folder, seconds, cpu)
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
@@ -124,6 +126,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
             "cpu_seconds": {k: round(v, 3) for k, v in cpu.items()},
             "embeds": method.embeds,
             "needs": sorted(method.needs),
+            "selected_on": data.device if method.kind == "rule" else "cpu",
             "loss": round(report.loss, 5),
             "load_average": round(load, 2),
         }

@@ -99,13 +99,14 @@ class StepGraphs:
         return self._recorded[size](rows) if size in self._recorded else self._step(rows)
 
     def _has_room(self, rows: int) -> bool:
-        """Whether a recording fits beside what the others hold and a step that is taken without; it is held if so."""
-        takes = self._takes.get(rows, 0)
-        # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well.
+        """Whether a recording fits beside the others and any step that is taken without; its memory counts if so."""
+        takes, largest = self._takes.get(rows, 0), max(self._takes.values(), default=0)
+        # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well,
+        # and a larger size may be among that.
         more = max(0, takes - self._held)
-        if not can_allocate(int((takes + more) * MARGIN[0]) + MARGIN[1], self._device):
+        if not can_allocate(int((largest + more) * MARGIN[0]) + MARGIN[1], self._device):
             self._refused.add(rows)
-            self._tell(f"{rows:,} rows take {takes >> 20:,} MiB, and there is no room for that twice")
+            self._tell(f"{rows:,} rows take {takes >> 20:,} MiB, and there is no room to record them as well")
             return False
         self._held += more
         return True
@@ -133,6 +134,8 @@ class StepGraphs:
             self._tell(f"the host waits for the GPU in them: {seen.waits[0]:.200}")
             return
         self._takes[rows] = seen.allocated
+        if any(seen.allocated >= self._takes[size] for size in self._refused):
+            self._refused.add(rows)
 
     def _tell(self, why: str) -> None:
         if not self._told:
@@ -154,8 +157,8 @@ class StepGraphs:
         try:
             return recording(self._step, packed.clone(), self._device, **self._where)
         except RuntimeError as error:
-            # For ever: what the recording allocated is in the frames of this error, and torch 2.11 ended the process
-            # where they were freed after a recording that found no memory.
+            # For ever: what is left of the recording is in the frames of this error, and torch 2.11 ended the process
+            # where that was freed, after a recording that had found no memory.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
             cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
