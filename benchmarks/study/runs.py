@@ -222,7 +222,8 @@ def _chooser(task: Task, method: Method, data: StudyData, scores: Scores) -> Bat
     if method.kind != "batch":
         return None
     if task.method == "infobatch":
-        return InfoBatch(len(data.train))
+        # Steps of one size are replayed on a GPU; its own code's loader makes them of one size, too.
+        return InfoBatch(len(data.train), step=0 if data.device == "cpu" else data.setting.step)
     if task.method == "seta":
         return SeTa(len(data.train), task.ratio, data.setting.step)
     if task.method == "orderdp":

@@ -10,22 +10,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from benchmarks.study.baselines.batch_method import (
     BatchMethod,
     ChosenRows,
+    Offer,
     StepContext,
+    WholeBatchMethod,
     choose_rows,
+    kept_of,
+    learner_losses,
     weighted_loss,
 )
+from benchmarks.study.baselines.last_losses import LastLosses
 from benchmarks.study.variants import VariantFeedback
 from gstds_cache.config import TrainConfig
 from gstds_cache.data.source import ImageSource
+from gstds_cache.runtime.devices import to_device
+from gstds_cache.seeding import rng_for
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.schema import Header
+from gstds_cache.training.augment import largest_shift
 from gstds_cache.training.batches import TrainingBatch
 from gstds_cache.training.device_images import DeviceImages, gather
 from gstds_cache.training.feedback import Feedback
@@ -34,6 +43,7 @@ from gstds_cache.training.images import ImageFeed
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
 from gstds_cache.training.run_dir import RunDir
+from gstds_cache.training.step_graphs import StepGraphs
 from gstds_cache.training.steps import StepReader, remainder_of
 
 
@@ -62,6 +72,12 @@ class StudyTrainer(Trainer):
         self._waiting: ChosenRows | None = None  # chosen, and not yet in a step
         self._last_loss, self.steps_taken = 0.0, 0
         super().__init__(source, stream, config, run_dir)
+        # Of steps that are replayed: what waits to be in one, with its weights; the last loss; losses not told yet.
+        self._packed = torch.empty((5, 0), dtype=torch.int64)
+        self._last = torch.zeros((), device=self.device)
+        self._seen: list[tuple[Int64[np.ndarray, " m"], Tensor]] = []
+        if isinstance(method, WholeBatchMethod):
+            method.prepare(self.device)
         if feedback is not None:
             self._steps = StepReader(stream, remainder=remainder_of(stream.header), feedback=feedback)
 
@@ -69,9 +85,72 @@ class StudyTrainer(Trainer):
         return self._given_feed if self.device.type == "cpu" else OnDevice(self._given_feed, self.device)
 
     def may_record(self) -> bool:
-        """Where a method chooses in each step, or the rest of a batch is trained on too, a step is more than that."""
+        """Not where the rest of a batch is trained on too, or a method is told of each step before the next."""
         feedback = self._steps.feedback
-        return self._method is None and not (isinstance(feedback, VariantFeedback) and feedback.rest_side)
+        if isinstance(feedback, VariantFeedback) and feedback.rest_side:
+            return False
+        return self._method is None or isinstance(self._method, WholeBatchMethod | LastLosses)
+
+    # A method's steps that are replayed. What it chooses from losses of the whole batch is chosen on the device; last
+    # losses, which decide about the next epoch alone, are read at the epoch's end. Elsewhere batch_loss does both.
+
+    def _take_step(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
+        if self._method is None or self._graphs is None or batch.pixels is not None:
+            return super()._take_step(batch)
+        assert isinstance(self._feed, DeviceImages)
+        begun = time.perf_counter()
+        packed = self._feed.packed(batch.rows, **self._augmentation(batch))
+        if isinstance(self._method, WholeBatchMethod):
+            loss, *_ = self._take(self._graphs, packed)
+            self.forward_samples += len(batch.rows)
+            return loss, kept_of(len(batch.rows), self._method.ratio)
+        rng = rng_for(self.config.seed, "method", self.step)
+        choice = self._method.choose(Offer(batch.rows, None, batch.epoch, self.stream.header.epochs, rng))
+        weights = np.ones(len(choice.positions), np.float32) if choice.weights is None else choice.weights
+        chosen = torch.cat([packed[:, torch.from_numpy(choice.positions)], torch.from_numpy(bits_of(weights))])
+        self._packed = torch.cat([self._packed, chosen], dim=1)
+        seconds = time.perf_counter() - begun
+        self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
+        self.seconds[self.times.phase] -= seconds  # the loop counts the whole step
+        step = self._method.step_rows or chosen.shape[1]
+        if self._packed.shape[1] < max(step, 1):
+            return self._last, 0
+        mine, self._packed = self._packed[:, :step].contiguous(), self._packed[:, step:]
+        self._last, losses = self._take(self._graphs, mine)
+        self._seen.append((mine[0].numpy(), losses))
+        return self._last, step
+
+    def _take(self, graphs: StepGraphs, packed: Int64[Tensor, "p m"]) -> tuple[Tensor, ...]:
+        """A step of rows and how they are augmented, replayed or not."""
+        rate = self._set_rate()
+        if graphs.ready(packed.shape[1]):
+            return graphs.take(packed, rate)
+        with graphs.eager(packed.shape[1]):
+            return self._recorded_step(to_device(packed, self.device))
+
+    def _recorded_step(self, packed: Int64[Tensor, "p m"]) -> tuple[Tensor, ...]:
+        if self._method is None:
+            return super()._recorded_step(packed)
+        assert isinstance(self._feed, DeviceImages)
+        assert self._device_labels is not None
+        target = self._device_labels[packed[0]]
+        pixels = self._feed.gather(self._feed.images, packed[:4], largest_shift(self.config))
+        if isinstance(self._method, WholeBatchMethod):
+            with self.autocast:
+                losses = learner_losses(self.network, pixels, target)
+            places = self._method.places(losses, packed[0])
+            loss = nn.functional.cross_entropy(self.logits(pixels[places]), target[places])
+            self._descend(loss)
+            return (loss.detach(),)
+        losses = nn.functional.cross_entropy(self.logits(pixels), target, reduction="none")
+        loss = (losses * packed[4].to(torch.int32).view(torch.float32)).mean()
+        self._descend(loss)
+        return loss.detach(), losses.detach()
+
+    def _records(self, batch: TrainingBatch) -> bool:
+        if self._graphs is None or not isinstance(self._method, LastLosses):
+            return super()._records(batch)
+        return self._graphs.records(self._method.step_rows)
 
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
@@ -120,12 +199,21 @@ class StudyTrainer(Trainer):
         self.steps_taken += samples > 0
 
     def end_epoch(self, epoch: int) -> None:
+        for rows, losses in self._seen:
+            assert self._method is not None
+            self._method.observe(rows, losses.cpu().numpy(), np.zeros(len(rows), bool))  # last losses ask for no more
+        self._seen.clear()
         super().end_epoch(epoch)
         if self._after_epoch is not None:
             begun = time.perf_counter()
             self._after_epoch(self.network)
             self.network.train()
             self.seconds["eval"] += time.perf_counter() - begun
+
+
+def bits_of(weights: Float32[np.ndarray, " m"]) -> Int64[np.ndarray, "1 m"]:
+    """Weights as whole numbers, beside rows."""
+    return weights.view(np.int32).astype(np.int64)[None]
 
 
 class OnDevice(DeviceImages):

@@ -47,8 +47,9 @@ def recordable(device: torch.device) -> bool:
 class StepGraphs:
     """Takes steps by replaying them.
 
-    A step is ``len(rows)`` images, whose ``packed`` are their rows and how they are augmented, int64 [4, m]. The graphs
-    are of one stream and share their memory: none is replayed before the one before has been queued.
+    A step is ``len(rows)`` images, whose ``packed`` are their rows and how they are augmented, int64 [4, m]; a subclass
+    of the trainer may add to that. The graphs are of one stream and share their memory: none is replayed before the one
+    before has been queued.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -61,7 +62,7 @@ class StepGraphs:
             device: A GPU.
         """
         self._step, self._optimizer, self._device = step, optimizer, device
-        self._recorded: dict[int, Callable[[Int64[Tensor, "4 m"]], Outputs]] = {}
+        self._recorded: dict[int, Callable[[Int64[Tensor, "_ m"]], Outputs]] = {}
         self._eager: Counter[int] = Counter()  # steps of each size that were taken without
         self._refused: set[int] = set()  # sizes for which there is no room
         self._takes: dict[int, int] = {}  # bytes that a step of each size allocates
@@ -79,7 +80,7 @@ class StepGraphs:
         """Whether the next step of so many rows is recorded first, which takes a while."""
         return rows not in self._recorded and self.ready(rows)
 
-    def take(self, packed: Int64[Tensor, "4 m"], rate: float) -> Outputs:
+    def take(self, packed: Int64[Tensor, "_ m"], rate: float) -> Outputs:
         """Take a step that is :meth:`ready`.
 
         Args:
@@ -142,7 +143,7 @@ class StepGraphs:
             log(f"note: steps are not recorded in CUDA graphs: {why}")
         self._told = True
 
-    def _record(self, packed: Int64[Tensor, "4 m"]) -> Callable[[Int64[Tensor, "4 m"]], Outputs]:
+    def _record(self, packed: Int64[Tensor, "_ m"]) -> Callable[[Int64[Tensor, "_ m"]], Outputs]:
         """Record a step; none is taken.
 
         Raises:

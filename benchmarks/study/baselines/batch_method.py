@@ -77,6 +77,36 @@ class BatchMethod(ABC):
         """See the step's losses, unweighted, and which rows were classified rightly, before the weights moved."""
 
 
+class WholeBatchMethod(BatchMethod):
+    """Keeps the rows of each batch with the largest keys, which follow from the learner's losses on all of it.
+
+    On a GPU it chooses there, in a step that is replayed (``trainer.py``); elsewhere as :meth:`choose` has it.
+    """
+
+    needs_losses = True
+    ratio: float
+
+    def prepare(self, device: torch.device) -> None:
+        """Put what :meth:`keys` looks at on the device."""
+
+    @abstractmethod
+    def keys(
+        self, losses: Float32[torch.Tensor, " B"], rows: Int64[torch.Tensor, " B"], gumbel: Float32[torch.Tensor, " B"]
+    ) -> Float32[torch.Tensor, " B"]:
+        """What rows are kept by.
+
+        Args:
+            losses: The learner's losses, on the device.
+            rows: Rows of the data set, there.
+            gumbel: Gumbel noise: the largest of logarithms of weights with it are a draw without replacement.
+        """
+
+    def places(self, losses: Float32[torch.Tensor, " B"], rows: Int64[torch.Tensor, " B"]) -> Int64[torch.Tensor, " M"]:
+        """Positions that are trained on, ascending; nothing waits for the device."""
+        gumbel = -torch.log(-torch.log(torch.rand_like(losses).clamp(1e-20, 1 - 1e-7)))
+        return self.keys(losses, rows, gumbel).topk(kept_of(len(losses), self.ratio)).indices.sort().values
+
+
 @dataclass(frozen=True)
 class StepContext:
     """When a batch is offered.

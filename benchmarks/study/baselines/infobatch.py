@@ -25,15 +25,16 @@ class InfoBatch(LastLosses):
 
     name = "infobatch"
 
-    def __init__(self, items: int, prune: float = 0.5) -> None:
+    def __init__(self, items: int, prune: float = 0.5, step: int = 0) -> None:
         """Start with all scores equal, so that the first epoch uses everything.
 
         Args:
             items: Items of the data set (N).
             prune: r, probability with which a well-learned sample is left out.
+            step: Samples of a training step; 0 takes a step on what is kept of each batch.
         """
         super().__init__(items)
-        self.prune = prune
+        self.prune, self.step_rows = prune, step
         self._epoch, self._mean = -1, START
 
     def choose(self, offer: Offer) -> Choice:

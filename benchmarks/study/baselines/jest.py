@@ -10,18 +10,18 @@ the sums vanish, and JEST reduces to softmax sampling of learner loss minus refe
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Float64, Int64
 
-from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
+from benchmarks.study.baselines.batch_method import Choice, Offer, WholeBatchMethod, kept_of
 
 CHUNKS = 16
 
 
-class Jest(BatchMethod):
+class Jest(WholeBatchMethod):
     """The method with its reference losses."""
 
     name = "jest"
-    needs_losses = True
 
     def __init__(self, reference: Float32[np.ndarray, " N"], ratio: float) -> None:
         """Take the reference losses.
@@ -30,13 +30,24 @@ class Jest(BatchMethod):
             reference: Loss of each item under the reference model, float32 [N].
             ratio: Share of each batch that is left out.
         """
-        self._reference, self._ratio = reference, ratio
+        self._reference, self.ratio = reference, ratio
+        self._there = torch.from_numpy(reference)
 
     def choose(self, offer: Offer) -> Choice:
         """Draw by learnability."""
         assert offer.losses is not None
         scores = (offer.losses - self._reference[offer.rows]).astype(np.float64)
-        return Choice(np.sort(draw_in_chunks(scores, kept_of(len(offer.rows), self._ratio), offer.rng)))
+        return Choice(np.sort(draw_in_chunks(scores, kept_of(len(offer.rows), self.ratio), offer.rng)))
+
+    def prepare(self, device: torch.device) -> None:
+        """The reference losses go there."""
+        self._there = self._there.to(device)
+
+    def keys(
+        self, losses: Float32[torch.Tensor, " B"], rows: Int64[torch.Tensor, " B"], gumbel: Float32[torch.Tensor, " B"]
+    ) -> Float32[torch.Tensor, " B"]:
+        """Learnability, with noise: drawn at once, which chunks without sums between them are as well."""
+        return losses - self._there[rows] + gumbel
 
 
 def draw_in_chunks(

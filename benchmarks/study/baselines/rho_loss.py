@@ -9,16 +9,16 @@ embeddings, cross-fitted on two halves, so that no sample's reference saw the sa
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float32, Int64
 
-from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
+from benchmarks.study.baselines.batch_method import Choice, Offer, WholeBatchMethod, kept_of
 
 
-class RhoLoss(BatchMethod):
+class RhoLoss(WholeBatchMethod):
     """The method with its reference losses."""
 
     name = "rho-loss"
-    needs_losses = True
 
     def __init__(self, reference: Float32[np.ndarray, " N"], ratio: float) -> None:
         """Take the irreducible losses.
@@ -27,11 +27,25 @@ class RhoLoss(BatchMethod):
             reference: Irreducible loss of each item, float32 [N].
             ratio: Share of each batch that is left out.
         """
-        self._reference, self._ratio = reference, ratio
+        self._reference, self.ratio = reference, ratio
+        self._there = torch.from_numpy(reference)
 
     def choose(self, offer: Offer) -> Choice:
         """The largest reducible losses."""
         assert offer.losses is not None
         reducible = offer.losses - self._reference[offer.rows]
-        keep = kept_of(len(offer.rows), self._ratio)
+        keep = kept_of(len(offer.rows), self.ratio)
         return Choice(np.sort(np.argsort(-reducible, kind="stable")[:keep]))
+
+    def prepare(self, device: torch.device) -> None:
+        """The irreducible losses go there."""
+        self._there = self._there.to(device)
+
+    def keys(
+        self,
+        losses: Float32[torch.Tensor, " B"],
+        rows: Int64[torch.Tensor, " B"],
+        gumbel: Float32[torch.Tensor, " B"],  # noqa: ARG002
+    ) -> Float32[torch.Tensor, " B"]:
+        """The reducible losses."""
+        return losses - self._there[rows]

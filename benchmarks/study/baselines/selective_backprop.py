@@ -9,16 +9,16 @@ proportion to u^beta, and the quantiles are those of the batch (the paper: of th
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float64
+import torch
+from jaxtyping import Float32, Float64, Int64
 
-from benchmarks.study.baselines.batch_method import BatchMethod, Choice, Offer, kept_of
+from benchmarks.study.baselines.batch_method import Choice, Offer, WholeBatchMethod, kept_of
 
 
-class SelectiveBackprop(BatchMethod):
+class SelectiveBackprop(WholeBatchMethod):
     """The method."""
 
     name = "selective-backprop"
-    needs_losses = True
 
     def __init__(self, ratio: float) -> None:
         """Set the budget.
@@ -26,14 +26,25 @@ class SelectiveBackprop(BatchMethod):
         Args:
             ratio: Share of each batch that is left out.
         """
-        self._ratio = ratio
+        self.ratio = ratio
 
     def choose(self, offer: Offer) -> Choice:
         """Draw by rank."""
         assert offer.losses is not None
-        keep = kept_of(len(offer.rows), self._ratio)
+        keep = kept_of(len(offer.rows), self.ratio)
         chance = chances(offer.losses.astype(np.float64), keep)
         return Choice(np.sort(offer.rng.choice(len(chance), keep, replace=False, p=chance)))
+
+    def keys(
+        self,
+        losses: Float32[torch.Tensor, " B"],
+        rows: Int64[torch.Tensor, " B"],  # noqa: ARG002
+        gumbel: Float32[torch.Tensor, " B"],
+    ) -> Float32[torch.Tensor, " B"]:
+        """The logarithm of :func:`chances`, but for a constant, with noise."""
+        size = len(losses)
+        rank = losses.argsort(stable=True).argsort() + 1
+        return (rank / size).log() * (size / kept_of(size, self.ratio) - 1) + gumbel
 
 
 def chances(losses: Float64[np.ndarray, " B"], keep: int) -> Float64[np.ndarray, " B"]:

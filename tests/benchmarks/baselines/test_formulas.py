@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
@@ -248,3 +249,21 @@ def test_rs2_uses_everything_before_anything_twice() -> None:
 
 def test_budgets_are_those_of_a_plan() -> None:
     assert [kept_of(512, 0.75), kept_of(10, 0.7), kept_of(3, 0.99)] == [128, 3, 1]
+
+
+@pytest.mark.parametrize("make", [RhoLoss, Jest, lambda _reference, ratio: SelectiveBackprop(ratio)])
+def test_what_a_device_chooses_is_what_the_host_chooses(make) -> None:
+    """As often, where it is drawn."""
+    rng, size, draws = np.random.default_rng(3), 12, 4000
+    losses, rows = rng.gamma(1.0, 1.5, size).astype(np.float32), rng.permutation(20)[:size]
+    method = make(rng.random(20).astype(np.float32), 0.67)
+    torch.manual_seed(0)
+    there, here = np.zeros(size), np.zeros(size)
+    for seed in range(draws):
+        here[method.choose(Offer(rows, losses, 0, 1, np.random.default_rng(seed))).positions] += 1
+        places = method.places(torch.from_numpy(losses), torch.from_numpy(rows))
+        assert places.tolist() == sorted(set(places.tolist()))
+        there[places.numpy()] += 1
+    assert here.sum() == there.sum() == draws * kept_of(size, 0.67)
+    assert np.abs(here - there).max() / draws < (0.035 if make is not RhoLoss else 1e-9)
+    assert np.ptp(here) > 0

@@ -13,14 +13,16 @@ from torch import nn
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study.baselines.batch_method import StepContext, choose_rows, learner_losses  # noqa: E402
+from benchmarks.study.baselines.batch_method import Choice, StepContext, choose_rows, learner_losses  # noqa: E402
 from benchmarks.study.baselines.epoch_method import EpochMethod  # noqa: E402
 from benchmarks.study.baselines.fixed import write_fixed  # noqa: E402
 from benchmarks.study.baselines.infobatch import InfoBatch  # noqa: E402
+from benchmarks.study.baselines.jest import Jest  # noqa: E402
 from benchmarks.study.baselines.last_losses import START  # noqa: E402
 from benchmarks.study.baselines.orderdp import OrderDP  # noqa: E402
 from benchmarks.study.baselines.rho_loss import RhoLoss  # noqa: E402
 from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
+from benchmarks.study.baselines.selective_backprop import SelectiveBackprop  # noqa: E402
 from benchmarks.study.baselines.seta import SeTa  # noqa: E402
 from benchmarks.study.trainer import OnDevice, StudyTrainer, train_once  # noqa: E402
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
@@ -32,6 +34,7 @@ from gstds_cache.selection.run import BatchSelector  # noqa: E402
 from gstds_cache.store.reader import EmbeddingStore  # noqa: E402
 from gstds_cache.stream.reader import open_selection  # noqa: E402
 from gstds_cache.stream.writer import write_file  # noqa: E402
+from gstds_cache.training import learner, step_graphs  # noqa: E402
 from gstds_cache.training.images import ImageFeed  # noqa: E402
 from gstds_cache.training.loop import train  # noqa: E402
 from gstds_cache.training.network import build_network  # noqa: E402
@@ -85,6 +88,91 @@ def test_images_on_a_runs_device_give_the_same_run(source, everything, tmp_path,
     run(source, everything, tmp_path / "device", method=method())
     theirs, ours = network(tmp_path / "host"), network(tmp_path / "device")
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps are replayed on a CPU as well, which is to take them again; the sizes of those that were."""
+    sizes: list[int] = []
+
+    def recording(step, packed, *_, **_where):
+        def replay(rows):
+            sizes.append(rows.shape[1])
+            packed.copy_(rows)
+            return tuple(output.clone() for output in step(packed))
+
+        return replay
+
+    monkeypatch.setattr(step_graphs, "recording", recording)
+    monkeypatch.setattr(learner, "recordable", lambda _device: True)
+    monkeypatch.setattr(StudyTrainer, "open_feed", lambda self: OnDevice(self._given_feed, self.device))
+    return sizes
+
+
+REFERENCE = (np.arange(ITEMS) % 5 / 5).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [RhoLoss, Jest, lambda _reference, ratio: SelectiveBackprop(ratio)])
+def test_what_is_chosen_from_whole_batches_is_chosen_in_replayed_steps(
+    source, everything, tmp_path, replayed, make
+) -> None:
+    result, forward_samples = run(source, everything, tmp_path / "run", method=make(REFERENCE, 0.75))
+    assert replayed == [BATCH] * (ITEMS // BATCH * EPOCHS - step_graphs.EAGER)
+    assert (forward_samples, result.gradient_samples) == (ITEMS * EPOCHS, ITEMS * EPOCHS // 4)
+    assert np.isfinite(result.loss)
+
+
+def test_a_replayed_run_chooses_the_rows_of_the_run_without(source, everything, tmp_path, monkeypatch, request) -> None:
+    run(source, everything, tmp_path / "plain", method=RhoLoss(REFERENCE, 0.75))
+    assert request.getfixturevalue("replayed") == []
+    run(source, everything, tmp_path / "replayed", method=RhoLoss(REFERENCE, 0.75))
+    mine, theirs = network(tmp_path / "replayed"), network(tmp_path / "plain")
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [OrderDP, SeTa, lambda items, _ratio, step: InfoBatch(items, step=step)])
+def test_last_losses_are_told_at_an_epochs_end_where_steps_are_replayed(
+    source, everything, tmp_path, replayed, make
+) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Told(StudyTrainer):
+        def end_epoch(self, epoch):
+            before = int((self._method.scores != START).sum())
+            super().end_epoch(epoch)
+            told.append((before, int((self._method.scores != START).sum())))
+
+    method = make(ITEMS, 0.5, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.study.trainer.StudyTrainer", Told)
+        result, forward_samples = run(source, everything, tmp_path / "run", method=method)
+    assert set(replayed) == {12}
+    assert forward_samples == 0
+    assert result.gradient_samples == 12 * (len(replayed) + step_graphs.EAGER) > 0
+    assert told[0][0] == 0 < told[0][1]
+    assert told[1][0] == told[0][1]
+    again, whole = make(ITEMS, 0.5, 12), method.scores.copy()
+    run(source, everything, tmp_path / "again", method=again)
+    assert np.array_equal(again.scores, whole)
+
+
+def test_weights_count_in_replayed_steps(source, everything, tmp_path, replayed) -> None:
+    class Weighted(InfoBatch):
+        factor = 1.0
+
+        def choose(self, offer):
+            rows = np.arange(len(offer.rows))
+            return Choice(rows, np.full(len(rows), self.factor, np.float32))
+
+    class Doubled(Weighted):
+        factor = 2.0
+
+    losses = [run(source, everything, tmp_path / kind.__name__, method=kind(ITEMS, step=BATCH))[0].loss
+              for kind in (Weighted, Doubled)]  # fmt: skip
+    assert losses[1] > 1.5 * losses[0]
+    plain, _ = run(source, everything, tmp_path / "plain")
+    assert losses[0] == pytest.approx(plain.loss, rel=1e-4)
 
 
 def test_a_method_that_keeps_everything_is_plain_training(source, everything, tmp_path) -> None:
