@@ -80,7 +80,20 @@ def of_resnet18(seeds: int) -> list[list[str]]:
     ]
 
 
-NETWORKS = {"conv7": of_conv7, "resnet18": of_resnet18}
+def alone(seeds: int) -> list[list[str]]:
+    """The small network's runs one at a time, for their seconds; with ``--jobs 1`` and nothing else on the GPU."""
+    setting, validation = "cifar10-conv7-alone", "cifar10-conv7-validation"
+    same = f"random,{DRAWS}"
+    return [
+        ["benchmarks.study.tune", validation, "--into", setting],
+        ["benchmarks.study", setting, "--methods", f"{same},{RIVALS},{times(same, 2)},full,full*0.5", "--seeds", "1"],
+        ["benchmarks.study", setting, "--methods", same, "--ratios", "0.5", "--seeds", "1"],
+        ["benchmarks.study", setting, "--methods", f"{same},{RIVALS},{times(same, 2)},full,full*0.5", "--seeds",
+         str(min(seeds, 4))],
+    ]  # fmt: skip
+
+
+NETWORKS = {"conv7": of_conv7, "resnet18": of_resnet18, "alone": alone}
 
 
 def commands(networks: Iterable[str], seeds: int) -> list[list[str]]:
@@ -110,7 +123,9 @@ def main() -> int:
     made.add_argument("--results", type=Path, default=Path("benchmarks/results/gpu/study"))
     made.add_argument("--seconds", type=float, default=300.0)
     made.add_argument("--folder", type=Path, help="stores and scores [default: study/ in --data]")
-    made.add_argument("--networks", default=",".join(NETWORKS), help="which, comma between [default: %(default)s]")
+    made.add_argument(
+        "--networks", default="conv7,resnet18", help="comma between; `alone` is conv7 one at a time [%(default)s]"
+    )
     made.add_argument("--seeds", type=int, default=6)
     made.add_argument("--jobs", type=int, default=12)
     made.add_argument("--device", default="cuda")
