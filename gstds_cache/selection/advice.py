@@ -30,8 +30,8 @@ BATCH = 64  # rows of a step
 INTERVAL = 1.96  # standard errors
 FULL, RANDOM, RULE = "full", "random", "default"
 USUAL = "damped-loss"  # what is advised unless something else is clearly ahead of it
-WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss")
-"""Ways to draw: all rows, at random, by the default rule's weights, and by two draws that look at training losses."""
+WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss", "loss-squared")
+"""Ways to draw: all rows, at random, by the default rule's weights, and by three draws that look at training losses."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ DRAWS = {
     "loss-minus-reference": "last training loss minus reference loss, not below 0",
     "damped-loss": "last training loss, times 1 / (1 + exp(3 (reference loss - 2)))",
     "loss": "last training loss",
+    "loss-squared": "last training loss squared",
     "prior": "guidance alone",
     "uniform": "all rows alike",
 }

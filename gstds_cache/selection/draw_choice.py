@@ -27,8 +27,8 @@ from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_o
 from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
-ALGORITHM = 2  # raised by whoever changes how draws are tried, so that no outcome kept is believed for another trial
-TRIED = (RULE, "loss-minus-reference", "damped-loss")
+ALGORITHM = 3  # raised by whoever changes how draws are tried, so that no outcome kept is believed for another trial
+TRIED = (RULE, "loss-minus-reference", "damped-loss", "loss-squared")
 DRAWN = 1 << 16  # rows that a probe learns from in all its epochs, about: longer runs are tried as shorter ones
 
 

@@ -61,6 +61,14 @@ def last_loss(
     return losses
 
 
+def loss_squared(
+    last: Float64[np.ndarray, " b"], _reference: Float64[np.ndarray, " b"], _prior: Float64[np.ndarray, " b"]
+) -> Float64[np.ndarray, " b"]:
+    """The last loss squared: sharper, for labels that are right, of which some are rare."""
+    squared: Float64[np.ndarray, " b"] = np.maximum(last, 0.0) ** 2
+    return squared
+
+
 def prior_alone(
     _last: Float64[np.ndarray, " b"], _reference: Float64[np.ndarray, " b"], prior: Float64[np.ndarray, " b"]
 ) -> Float64[np.ndarray, " b"]:
@@ -151,6 +159,7 @@ DRAWS = {
         Draw("loss-minus-reference", catalog.DRAWS["loss-minus-reference"], loss_minus_reference),
         Draw("damped-loss", catalog.DRAWS["damped-loss"], damped_loss),
         Draw("loss", catalog.DRAWS["loss"], last_loss, needs_reference=False),
+        Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False),
         Draw("prior", catalog.DRAWS["prior"], prior_alone, needs_losses=False, needs_reference=False),
         Draw("uniform", catalog.DRAWS["uniform"], uniform, needs_losses=False, needs_reference=False,
              needs_prior=False),

@@ -47,6 +47,7 @@ def test_scores_are_the_formulas_and_rows_never_seen_have_the_mean_loss_of_those
             1.5 * batch.prior / (1 + np.exp(3 * (batch.reference - 2))),
         ),
         "loss": ([2.0, 1.0, 4.0, 0.5 * mean, 2 * mean], [1.5, 1.5, 1.5, 0.75, 3.0]),
+        "loss-squared": ([4.0, 1.0, 16.0, 0.5 * mean**2, 2 * mean**2], [2.25, 2.25, 2.25, 1.125, 4.5]),
     }  # fmt: skip
     for name, (some, none) in expected.items():
         np.testing.assert_allclose(DRAWS[name].scores(batch, last, chance), some, rtol=1e-6)
