@@ -23,8 +23,8 @@ from benchmarks.study.tune import best, tried
 
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
-DRAWN = ("draw:loss-minus-reference", "draw:damped-loss")
-WAYS = {"default": "default", "loss-minus-reference": DRAWN[0], "damped-loss": DRAWN[1]}
+DRAWN = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared")
+WAYS = {"default": "default", **{method.removeprefix("draw:"): method for method in DRAWN}}
 """Of ``gstds-cache advise``, and the methods that are the same."""
 WORTH = "loss-minus-reference"
 SHARING = ("default", *DRAWN)
@@ -310,8 +310,8 @@ def advice_table(studies: dict[str, Study]) -> str:
         f"with none of them. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
         f"a draw named and networks not told apart from random {answers.count('not told apart')}. "
-        f"Whether to select at all, with any of the three, it said rightly on {sum(whether)}. *Order*: of the pairs of "
-        f"these three and random rows that networks tell apart, those that probes have in the same order; "
+        f"Whether to select at all, with any of the four, it said rightly on {sum(whether)}. *Order*: of the pairs of "
+        f"these four and random rows that networks tell apart, those that probes have in the same order; "
         f"{sum(orders)} of {len(orders)} in all."
         f"\n\n{table(head, rows)}"
     )
