@@ -172,7 +172,9 @@ def _selection(
     keep = kept_of(len(data.train), task.ratio)
     if method.kind == "batch":
         # Batches of which about a step's samples are kept; of SeTa's at most, by its first epoch and its last.
-        most = {"infobatch": INFOBATCH_KEEPS, "seta": random_share(task.ratio, task.epochs)}
+        # Where steps are of one size a batch gives one at most: of InfoBatch's it may keep all.
+        infobatch = INFOBATCH_KEEPS if data.device == "cpu" else 1.0
+        most = {"infobatch": infobatch, "seta": random_share(task.ratio, task.epochs)}
         rows = round(setting.step / most[task.method]) if task.method in most else setting.rows_before(task.ratio)
         config = SelectConfig(
             rule="random",

@@ -98,16 +98,17 @@ class StudyTrainer(Trainer):
         if self._method is None or self._graphs is None or batch.pixels is not None:
             return super()._take_step(batch)
         assert isinstance(self._feed, DeviceImages)
-        begun = time.perf_counter()
-        packed = self._feed.packed(batch.rows, **self._augmentation(batch))
+        begun, how = time.perf_counter(), self._augmentation(batch)
         if isinstance(self._method, WholeBatchMethod):
-            loss, *_ = self._take(self._graphs, packed)
+            loss, *_ = self._take(self._graphs, self._feed.packed(batch.rows, **how))
             self.forward_samples += len(batch.rows)
             return loss, kept_of(len(batch.rows), self._method.ratio)
         rng = rng_for(self.config.seed, "method", self.step)
         choice = self._method.choose(Offer(batch.rows, None, batch.epoch, self.stream.header.epochs, rng))
         weights = np.ones(len(choice.positions), np.float32) if choice.weights is None else choice.weights
-        chosen = torch.cat([packed[:, torch.from_numpy(choice.positions)], torch.from_numpy(bits_of(weights))])
+        rows = batch.rows[choice.positions]
+        how["part"] = (np.arange(len(rows)), len(rows))
+        chosen = torch.cat([self._feed.packed(rows, **how), torch.from_numpy(bits_of(weights))])
         self._packed = torch.cat([self._packed, chosen], dim=1)
         seconds = time.perf_counter() - begun
         self.seconds["choose"] = self.seconds.get("choose", 0.0) + seconds
@@ -150,7 +151,8 @@ class StudyTrainer(Trainer):
     def _records(self, batch: TrainingBatch) -> bool:
         if self._graphs is None or not isinstance(self._method, LastLosses):
             return super()._records(batch)
-        return self._graphs.records(self._method.step_rows)
+        # Warm-up, as recording is, up to the first step: it loads kernels.
+        return not self.steps_taken or self._graphs.records(self._method.step_rows)
 
     def batch_loss(self, batch: TrainingBatch) -> tuple[Float32[Tensor, ""], int]:
         """The loss on the rows that the method chooses; 0 rows where they are too few for a step."""
@@ -199,10 +201,12 @@ class StudyTrainer(Trainer):
         self.steps_taken += samples > 0
 
     def end_epoch(self, epoch: int) -> None:
+        begun = time.perf_counter()
         for rows, losses in self._seen:
             assert self._method is not None
             self._method.observe(rows, losses.cpu().numpy(), np.zeros(len(rows), bool))  # last losses ask for no more
         self._seen.clear()
+        self.seconds["step"] += time.perf_counter() - begun  # until the steps that were queued are done
         super().end_epoch(epoch)
         if self._after_epoch is not None:
             begun = time.perf_counter()

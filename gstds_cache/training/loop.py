@@ -192,8 +192,10 @@ class Trainer(Learner):
     def _end_feedback(self) -> None:
         """Draw the next epoch by the losses of this one."""
         if self._steps.feedback is not None:
+            begun = time.perf_counter()
             self._share_losses()
             self._steps.feedback.end_epoch(self._steps.position.epoch)
+            self.seconds["step"] += time.perf_counter() - begun  # a GPU's steps are waited for there
 
     def _next_batch(self, batches: Generator[TrainingBatch, None, None], stop_asked: StopAsked) -> TrainingBatch | None:
         try:

@@ -101,7 +101,8 @@ class StepGraphs:
 
     def _has_room(self, rows: int) -> bool:
         """Whether a recording fits beside the others and any step that is taken without; its memory counts if so."""
-        takes, largest = self._takes.get(rows, 0), max(self._takes.values(), default=0)
+        takes = self._takes.get(rows, 0)
+        largest = max((took for size, took in self._takes.items() if size not in self._recorded), default=0)
         # A recording has memory of its own, which other recordings share; what is not replayed needs its own as well,
         # and a larger size may be among that.
         more = max(0, takes - self._held)

@@ -58,6 +58,8 @@ def test_the_probes_are_asked_once_and_the_selection_is_that_of_the_draw_by_its_
          "damped-loss", "damped-loss: a probe"),
         ({"default": (0.03, 0.01, 0.01, 0.005), "loss-minus-reference": (0.02, 0.01), "damped-loss": (0.02, 0.01)},
          None, "the rule keeps rows: a probe"),
+        ({"damped-loss": (0.02, 0.01), "loss-squared": (0.03, 0.01, 0.01, 0.005)}, "loss-squared", "loss-squared: a"),
+        ({"damped-loss": (0.02, 0.01), "loss-squared": (0.03, 0.01, 0.01, 0.02)}, "damped-loss", "damped-loss: a"),
         ({"default": (-0.03, 0.01), "loss-minus-reference": (0.01, 0.02), "damped-loss": (0.0, 0.01)},
          None, "no draw is clearly ahead of random rows"),
     ],

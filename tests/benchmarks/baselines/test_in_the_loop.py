@@ -132,6 +132,21 @@ def test_a_replayed_run_chooses_the_rows_of_the_run_without(source, everything, 
 
 
 @pytest.mark.parametrize("make", [OrderDP, SeTa, lambda items, _ratio, step: InfoBatch(items, step=step)])
+def test_a_replayed_run_by_last_losses_is_the_run_without(source, everything, tmp_path, request, make) -> None:
+    """A batch of 24 gives a step of 24 at most, so that nothing is left waiting but for less than one."""
+    plain, theirs = make(ITEMS, 0.5, BATCH), tmp_path / "plain"
+    without, _ = run(source, everything, theirs, method=plain)
+    replayed = request.getfixturevalue("replayed")
+    method, ours = make(ITEMS, 0.5, BATCH), tmp_path / "replayed"
+    result, _ = run(source, everything, ours, method=method)
+    assert replayed or result.steps <= step_graphs.EAGER
+    assert (result.steps, result.gradient_samples) == (without.steps, without.gradient_samples)
+    np.testing.assert_allclose(method.scores, plain.scores, rtol=1e-3, atol=1e-4)
+    for name, tensor in network(ours).items():
+        torch.testing.assert_close(tensor, network(theirs)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [OrderDP, SeTa, lambda items, _ratio, step: InfoBatch(items, step=step)])
 def test_last_losses_are_told_at_an_epochs_end_where_steps_are_replayed(
     source, everything, tmp_path, replayed, make
 ) -> None:
