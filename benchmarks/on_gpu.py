@@ -76,7 +76,8 @@ class Run:
         out, printed = self.scratch / f"{part.name}.json", self.scratch / f"{part.name}.txt"
         out.unlink(missing_ok=True)
         words = part.words(out, seconds, self.arguments)
-        entry: dict[str, Any] = {"status": "running", "limit_s": round(seconds), "command": told(words)}
+        said = told(words, self.scratch, self.arguments.data)
+        entry: dict[str, Any] = {"status": "running", "limit_s": round(seconds), "command": said}
         self.parts[part.name] = entry
         self.save()
         begun, seen = time.monotonic(), 0.0
@@ -111,9 +112,13 @@ class Run:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def told(words: list[str]) -> str:
-    """A command as someone else would type it: without where Python and this checkout are."""
-    return " ".join("python" if word == sys.executable else word.removeprefix(f"{ROOT}/") for word in words)
+def told(words: list[str], scratch: Path, data: Path) -> str:
+    """A command as someone else would type it: without where Python, this checkout, its data and its results are."""
+    places = {f"{scratch}": "OUT", f"{data}": "DATA", f"{ROOT}/": ""}
+    said = ["python" if word == sys.executable else word for word in words]
+    for place, name in places.items():
+        said = [word.replace(place, name) for word in said]
+    return " ".join(said)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -220,6 +220,13 @@ def test_one_call_has_time_for_the_kernels_their_tests_the_sanitizers_and_the_tr
     assert sum(gpu_parts.PARTS[name].limit for name in first) <= 520
 
 
+def test_a_command_is_told_without_the_places_of_a_machine(tmp_path) -> None:
+    out, data = tmp_path / "out", tmp_path / "d"
+    words = [sys.executable, str(BENCHMARKS / "x.py"), "--out", f"{out}/x.json", f"imagefolder:{data}/train"]
+    told = on_gpu.told(words, out, data)
+    assert told == "python benchmarks/x.py --out OUT/x.json imagefolder:DATA/train"
+
+
 COMMANDS = gpu_study.commands(gpu_study.NETWORKS, seeds=10)
 
 
