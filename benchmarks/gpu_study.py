@@ -84,13 +84,13 @@ def alone(seeds: int) -> list[list[str]]:
     """The small network's runs one at a time, for their seconds; with ``--jobs 1`` and nothing else on the GPU."""
     setting, validation = "cifar10-conv7-alone", "cifar10-conv7-validation"
     same = f"random,{DRAWS}"
+    every = ["benchmarks.study", setting, "--methods", f"{same},{RIVALS},{times(same, 2)},full,full*0.5", "--seeds"]
     return [
         ["benchmarks.study.tune", validation, "--into", setting],
-        ["benchmarks.study", setting, "--methods", f"{same},{RIVALS},{times(same, 2)},full,full*0.5", "--seeds", "1"],
+        [*every, "1"],
         ["benchmarks.study", setting, "--methods", same, "--ratios", "0.5", "--seeds", "1"],
-        ["benchmarks.study", setting, "--methods", f"{same},{RIVALS},{times(same, 2)},full,full*0.5", "--seeds",
-         str(min(seeds, 4))],
-    ]  # fmt: skip
+        [*every, str(min(seeds, 4))],
+    ]
 
 
 NETWORKS = {"conv7": of_conv7, "resnet18": of_resnet18, "alone": alone}

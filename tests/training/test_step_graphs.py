@@ -20,6 +20,7 @@ import gpu_memory
 import numpy as np
 import offered
 import pytest
+import replays
 import torch
 from torch import Tensor, nn
 from trained import CONFIG, run, state
@@ -71,21 +72,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps are recorded on a CPU as well, which is to take them again; the sizes of recordings and of replays."""
     sizes: list[int] = []
 
-    def recording(step: Callable[[Tensor], Any], packed: Tensor, *_: Any, **_where: Any) -> Callable[[Tensor], Any]:
+    def begun(size: int) -> None:
         # What is left of an earlier step's graph keeps its gradients on another stream: a GPU cannot record then.
         tensors = [one for one in gc.get_objects() if type(one) is Tensor]
         alive = [one for one in tensors if one.grad_fn is not None]
         assert alive == []
-        sizes.append(-packed.shape[1])
+        sizes.append(-size)
 
-        def replay(rows: Tensor) -> Any:
-            sizes.append(packed.shape[1])
-            packed.copy_(rows)
-            return tuple(output.clone() for output in step(packed))
-
-        return replay
-
-    monkeypatch.setattr(step_graphs, "recording", recording)
+    monkeypatch.setattr(step_graphs, "recording", replays.on_cpu(sizes.append, begun))
     monkeypatch.setattr(learner, "recordable", lambda _device: True)
     return sizes
 

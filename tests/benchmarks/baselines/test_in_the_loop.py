@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replays
 import torch
 from torch import nn
 
@@ -95,15 +96,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps are replayed on a CPU as well, which is to take them again; the sizes of those that were."""
     sizes: list[int] = []
 
-    def recording(step, packed, *_, **_where):
-        def replay(rows):
-            sizes.append(rows.shape[1])
-            packed.copy_(rows)
-            return tuple(output.clone() for output in step(packed))
-
-        return replay
-
-    monkeypatch.setattr(step_graphs, "recording", recording)
+    monkeypatch.setattr(step_graphs, "recording", replays.on_cpu(sizes.append))
     monkeypatch.setattr(learner, "recordable", lambda _device: True)
     monkeypatch.setattr(StudyTrainer, "open_feed", lambda self: OnDevice(self._given_feed, self.device))
     return sizes
