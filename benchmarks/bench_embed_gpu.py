@@ -43,12 +43,13 @@ from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding import decoding, device_decoding
+from gstds_cache.embedding.device_resizing import Resizer
 from gstds_cache.embedding.job import BATCH_SIZE
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.runtime.allocator import keep_freed_memory
-from gstds_cache.runtime.devices import describe_device, own_stream, resolve_device, to_device
+from gstds_cache.runtime.devices import describe_device, own_stream, resolve_device
 from gstds_cache.runtime.threads import cores
 
 SHAPES = (1.0, 4 / 3, 3 / 2, 16 / 9)  # longer over shorter side
@@ -145,6 +146,7 @@ def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.devi
     files = [torch.frombuffer(bytearray(source.payload(row)), dtype=torch.uint8) for row in range(part)]
     cuda = device.type == "cuda"
     decoding_stream = own_stream(device) if cuda else None
+    resizer = Resizer(encoder.spec.preprocessing, device)
 
     def decode() -> list[torch.Tensor | None]:
         with torch.cuda.stream(decoding_stream):
@@ -155,17 +157,16 @@ def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.devi
         queued: deque[tuple[torch.cuda.Event | None, list[Any]]] = deque()
         done, begun = 0, 0.0
         while not begun or time.perf_counter() - begun < seconds:
-            pixels, held = torch.empty((size // part * part, *encoder.input_shape), device=device), []
+            pixels = torch.empty((size // part * part, *encoder.input_shape), dtype=torch.uint8, device=device)
+            held: list[Any] = []
             for start in range(0, len(pixels), part):
                 images = decoding_now.popleft().result()
                 decoding_now.append(thread.submit(decode))
-                decoded = [(place, image, 1) for place, image in enumerate(images, start) if image is not None]
-                for alike in device_decoding.alike_images(decoded):
-                    places = to_device(torch.tensor([place for place, _, _ in alike]), device)
-                    together = torch.stack([image for _, image, _ in alike])
-                    pixels.index_copy_(0, places, encoder.spec.preprocessing.resized(together))
+                resizer.resize(
+                    [(place, image, 1) for place, image in enumerate(images, start) if image is not None], pixels
+                )
                 held.append(images)
-            encoder.queue(pixels.round_().clamp_(0, 255).to(torch.uint8))
+            encoder.queue(pixels)
             queued.append((torch.cuda.current_stream(device).record_event() if cuda else None, held))
             if len(queued) > 1:
                 event, _ = queued.popleft()

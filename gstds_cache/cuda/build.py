@@ -24,6 +24,7 @@ from gstds_cache.errors import KernelError, in_words
 from gstds_cache.files import mapped
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import WritablePath, find_cache_root, first_writable, is_private
+from gstds_cache.runtime.notify import log_once
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-lineinfo")
@@ -89,6 +90,12 @@ def why_not(device: torch.device) -> str:
     except (KernelError, RuntimeError, AssertionError) as error:  # torch has no CUDA, or no driver is there
         return error.message if isinstance(error, KernelError) else in_words(error)
     return ""
+
+
+def log_fallback(device: torch.device, reason: str) -> None:
+    """Say once why a GPU is not used as well as it could be; nothing where there is no reason, or no GPU."""
+    if reason and device.type == "cuda":
+        log_once(f"CUDA kernels are not used ({reason}): other ways are taken, which are slower")
 
 
 def cubin(source: str, architecture: str, defines: tuple[str, ...]) -> bytes:

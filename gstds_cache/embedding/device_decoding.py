@@ -23,10 +23,11 @@ from gstds_cache.data.decode import Decoding, UndecodableError, decoding_as
 from gstds_cache.data.decoders import Workers
 from gstds_cache.data.loading import PendingBatch, PixelBatch, PixelBatches
 from gstds_cache.data.workers import Filled, Pool
+from gstds_cache.embedding.device_resizing import Decoded, Resizer
 from gstds_cache.embedding.jpeg_reader import Item
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import UsageError
-from gstds_cache.runtime.devices import own_stream, to_device
+from gstds_cache.runtime.devices import own_stream
 from gstds_cache.runtime.resources import out_of_memory
 
 PART = 64
@@ -37,8 +38,6 @@ DECODES_AHEAD = 3
 """Parts that wait for the device's decoder or are in it, while the part before is resized."""
 HELD = 2
 """Parts that are being resized on the device while the next is: their images' memory is still in use."""
-TOGETHER = 24 << 20
-"""Bytes of decoded images of one size that are resized together; in float32 they take four times as many."""
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
@@ -58,6 +57,7 @@ class DeviceBatches(PixelBatches):
         """
         self._device, self._preprocessing = device, preprocessing
         self._decoding_stream, self._resizing_stream = _streams(device)
+        self._resizer = Resizer(preprocessing, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gstds-decode")
         self._arrived: deque[Filled] = deque()
         self._decoding: deque[tuple[Filled, Future[list[torch.Tensor | None]]]] = deque()
@@ -157,9 +157,9 @@ class DeviceBatches(PixelBatches):
         """Queue the resizing of a part's images into their batch."""
         with _on(self._resizing_stream):
             if not len(batch.pixels):
-                batch.pixels = torch.zeros((len(batch.rows), *self._shape), device=self._device)
+                batch.pixels = torch.zeros((len(batch.rows), *self._shape), dtype=torch.uint8, device=self._device)
             by_pillow: dict[int, torch.Tensor] = {}
-            decoded: list[tuple[int, torch.Tensor, int]] = []
+            decoded: list[Decoded] = []
             for place, (item, image) in enumerate(zip(items, images, strict=True), start):
                 row = batch.rows[place]
                 if item.reason:
@@ -175,27 +175,12 @@ class DeviceBatches(PixelBatches):
                         batch.failures[row] = error.reason
                 else:
                     by_pillow[place] = memory[item.offset : item.offset + item.size].view(self._shape)
-            self._resize(batch, decoded)
+            self._resizer.resize(decoded, batch.pixels)
+            batch.on_device += len(decoded)
             self._place_pixels(batch, by_pillow)
             if self._resizing_stream is not None:
                 self._held.append((self._resizing_stream.record_event(), images))
         self._let_go(HELD)
-
-    def _resize(self, batch: PendingBatch, decoded: Sequence[tuple[int, torch.Tensor, int]]) -> None:
-        """Resize decoded images (place in the batch, image, EXIF's orientation), those of one size together.
-
-        One by one, starting operations takes the host longer than the device takes to carry them out.
-        """
-        for alike in alike_images(decoded):
-            places = [place for place, _, _ in alike]
-            (_, first, orientation), *others = alike
-            images = torch.stack([image for _, image, _ in alike]) if others else first[None]
-            values = self._preprocessing.resized(upright(images, orientation))
-            if others:
-                batch.pixels.index_copy_(0, to_device(torch.tensor(places), self._device), values)
-            else:
-                batch.pixels[places[0]].copy_(values[0])
-            batch.on_device += len(alike)
 
     def _place_pixels(self, batch: PendingBatch, pixels: dict[int, torch.Tensor]) -> None:
         """Put Pillow's pixels in their places, by one copy to the device."""
@@ -217,9 +202,6 @@ class DeviceBatches(PixelBatches):
         return torch.empty((0, *self._shape), dtype=torch.uint8)  # made on the device when it is needed
 
     def _done(self, batch: PendingBatch) -> PixelBatch:
-        with _on(self._resizing_stream):
-            # As many bits as Pillow's pixels have: the model sees the same range of values.
-            batch.pixels = batch.pixels.round_().clamp_(0, 255).to(torch.uint8)
         if self._resizing_stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._resizing_stream)
@@ -265,36 +247,6 @@ def _operator(device: torch.device) -> Callable[[list[torch.Tensor]], list[torch
     if device.type == "cuda":
         return lambda files: torch.ops.image.decode_jpegs_cuda(files, _RGB, device)
     return lambda files: [torch.ops.image.decode_jpeg(file, _RGB, False) for file in files]
-
-
-def alike_images(
-    decoded: Sequence[tuple[int, torch.Tensor, int]],
-) -> list[list[tuple[int, torch.Tensor, int]]]:
-    """Groups of images (place, image, orientation) of one size and orientation, of at most ``TOGETHER`` bytes each.
-
-    Which images are resized together changes no bit of them.
-    """
-    groups: list[list[tuple[int, torch.Tensor, int]]] = []
-    last: dict[tuple[torch.Size, int], list[tuple[int, torch.Tensor, int]]] = {}  # which still has room
-    for one in decoded:
-        _, image, orientation = one
-        kind = (image.shape, orientation)
-        group = last.get(kind)
-        if group is None or (len(group) + 1) * image.numel() > TOGETHER:
-            group = last[kind] = []
-            groups.append(group)
-        group.append(one)
-    return groups
-
-
-def upright(images: UInt8[torch.Tensor, "*n 3 H W"], orientation: int) -> UInt8[torch.Tensor, "*n 3 h w"]:
-    """Turn images as EXIF's ``orientation`` (1 to 8) says: what Pillow's ``exif_transpose`` does, on any device."""
-    if orientation in {5, 7}:
-        images = images.transpose(-2, -1)
-    if orientation in {2, 4}:
-        return images.flip(-1 if orientation == 2 else -2)
-    turns = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
-    return torch.rot90(images, turns, (-2, -1)) if turns else images
 
 
 def device_decoder_version(device: torch.device) -> str:

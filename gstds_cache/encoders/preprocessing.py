@@ -130,25 +130,56 @@ class Preprocessing:
         Returns:
             float32 [n, 3, h, w] in about 0..255 (a bicubic filter exceeds that), h and w as in ``crop``.
         """
-        height, width = images.shape[2:]
+        at = self.placing(images.shape[2], images.shape[3])
+        images = images[..., at.cut[0] : at.cut[0] + at.kept[0], at.cut[1] : at.cut[1] + at.kept[1]]
+        values = images.to(torch.float32)
+        if at.kept != at.size:
+            values = interpolate(values, at.size, mode=self.interpolation, antialias=True)
+        if min(at.corner) < 0:
+            return torch.as_tensor(tvf.center_crop(values, list(self.crop)))  # which fills up with black
+        top, left = at.corner
+        return values[..., top : top + self.crop[0], left : left + self.crop[1]]
+
+    def placing(self, height: int, width: int) -> Placing:
+        """What becomes of an image of so many pixels.
+
+        Args:
+            height: Of the upright image.
+            width: Likewise.
+        """
+        cut, kept = (0, 0), (height, width)
         if isinstance(self.resize, int):
-            cut = max(height, width) - self.max_aspect * min(height, width)
-            if cut > 0 and width > height:
-                images = images[..., cut // 2 : cut // 2 + self.max_aspect * height]
-            elif cut > 0:
-                images = images[..., cut // 2 : cut // 2 + self.max_aspect * width, :]
-            height, width = images.shape[2:]
-            longer = int(self.resize * max(height, width) / min(height, width))
-            size = (longer, self.resize) if height > width else (self.resize, longer)
+            beyond = max(height, width) - self.max_aspect * min(height, width)
+            if beyond > 0 and width > height:
+                cut, kept = (0, beyond // 2), (height, self.max_aspect * height)
+            elif beyond > 0:
+                cut, kept = (beyond // 2, 0), (self.max_aspect * width, width)
+            longer = int(self.resize * max(kept) / min(kept))
+            size = (longer, self.resize) if kept[0] > kept[1] else (self.resize, longer)
         else:
             size = self.resize
-        values = images.to(torch.float32)
-        if (height, width) != size:
-            values = interpolate(values, size, mode=self.interpolation, antialias=True)
-        top, left = (round((length - crop) / 2) for length, crop in zip(size, self.crop, strict=True))
-        if top < 0 or left < 0:
-            return torch.as_tensor(tvf.center_crop(values, list(self.crop)))  # which fills up with black
-        return values[..., top : top + self.crop[0], left : left + self.crop[1]]
+        top, left = (
+            round((length - crop) / 2) if length >= crop else -((crop - length) // 2)  # as torchvision's center_crop
+            for length, crop in zip(size, self.crop, strict=True)
+        )
+        return Placing(cut, kept, size, (top, left))
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What becomes of images of one size; (height, width) or (top, left) each, in pixels.
+
+    Attributes:
+        cut: Where that which is kept begins, in the image.
+        kept: How large it is.
+        size: What that is resized to.
+        corner: Where the crop begins in the resized image; below 0 where that is smaller, and black surrounds it.
+    """
+
+    cut: tuple[int, int]
+    kept: tuple[int, int]
+    size: tuple[int, int]
+    corner: tuple[int, int]
 
 
 def without_ends(image: Image.Image, max_aspect: int) -> Image.Image:

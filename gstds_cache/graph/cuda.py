@@ -24,7 +24,6 @@ from gstds_cache.errors import KernelError
 from gstds_cache.graph.components import BRIDGE_FLOOR
 from gstds_cache.graph.laplacian import SparseGraph
 from gstds_cache.graph.neighbors import KnnGraph, normalized_rows, require_finite, require_rows
-from gstds_cache.runtime.notify import log_once
 
 LARGEST_GRAPH = 8192  # rows; beyond that a matrix of all similarities takes more memory than it is worth
 PLACES = (10, 16, 32)  # neighbours that a variant of the kernel keeps of a row: the least that is enough
@@ -125,12 +124,6 @@ class GraphStack:
 def unsigned(x: Int16[Tensor, "*shape"]) -> Tensor:
     """The uint16 whose bits an int16 tensor holds, as int64."""
     return x.to(torch.int64) & 0xFFFF
-
-
-def log_fallback(device: torch.device, reason: str) -> None:
-    """Say once why a GPU is not used as well as it could be; nothing where there is no reason, or no GPU."""
-    if reason and device.type == "cuda":
-        log_once(f"CUDA kernels are not used ({reason}): other ways are taken, which are slower")
 
 
 def places(k: int) -> int:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
+from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import UsageError, in_words, unknown_name
 from gstds_cache.graph import faiss_search
 from gstds_cache.graph.compiled import nearest_in_rows
-from gstds_cache.graph.cuda import log_fallback, nearest_by_kernels, why_not_graphs
+from gstds_cache.graph.cuda import nearest_by_kernels, why_not_graphs
 from gstds_cache.graph.neighbors import Candidates, KnnGraph, as_stack, normalized_rows
 from gstds_cache.runtime.resources import out_of_memory
 

@@ -27,8 +27,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import SolverError, in_words
-from gstds_cache.graph.cuda import GraphStack, graph_stack, log_fallback, unsigned
+from gstds_cache.graph.cuda import GraphStack, graph_stack, unsigned
 from gstds_cache.graph.neighbors import require_finite
 from gstds_cache.runtime.devices import free_memory
 from gstds_cache.runtime.resources import out_of_memory

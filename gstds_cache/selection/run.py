@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
-from gstds_cache.graph.cuda import log_fallback, room_for_edges
+from gstds_cache.graph.cuda import room_for_edges
 from gstds_cache.graph.knn import resolve_backend
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.executor import Executor

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gstds_cache.config import SelectConfig
+from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import SolverError, UsageError, in_words
 from gstds_cache.graph.components import bridge_components, label_components
-from gstds_cache.graph.cuda import graph_stack, log_fallback, room_for_edges
+from gstds_cache.graph.cuda import graph_stack, room_for_edges
 from gstds_cache.graph.knn import nearest, resolve_backend
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph, symmetrise
 from gstds_cache.graph.neighbors import as_stack, normalized_rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -53,7 +54,10 @@ def explained(mode: Mode, *, when: bool) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        yield
+        with warnings.catch_warnings() if when else nullcontext():
+            if when:  # float32 is what was asked for: `precision` is how it is said otherwise
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            yield
     except TorchDynamoException as error:
         if not when:
             raise

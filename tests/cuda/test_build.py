@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gstds_cache.cuda import build
+from gstds_cache.embedding.device_resizing import REACH
 from gstds_cache.errors import KernelError
 from gstds_cache.graph.cuda import PLACES
 from gstds_cache.spectral.block import LARGEST_Q
@@ -38,6 +39,7 @@ VARIANTS = [
     *(("solve.cu", (f"M={m}", *spill), 255, 512) for m in range(6, block_size(LARGEST_Q) + 1, 2)
       for spill in ((), ("SPILL",))),
     ("rule.cu", (), 80, 0),
+    *(("resize.cu", (f"REACH={reach}",), 64, 0) for reach in REACH.values()),
 ]  # fmt: skip
 
 
@@ -69,7 +71,8 @@ def test_every_variant_that_is_asked_for_is_in_the_list():
         ("solve.cu", (f"M={block_size(q)}", *spill)) for q in range(1, LARGEST_Q + 1) for spill in ((), ("SPILL",))
     }
     asked |= {("graph.cu", (f"KNN={places}", *spill)) for places in PLACES for spill in ((), ("SPILL",))}
-    assert asked | {("rule.cu", ())} == {(source, defines) for source, defines, *_ in VARIANTS}
+    asked |= {("rule.cu", ()), *(("resize.cu", (f"REACH={reach}",)) for reach in REACH.values())}
+    assert asked == {(source, defines) for source, defines, *_ in VARIANTS}
 
 
 @needs_nvrtc

@@ -11,9 +11,10 @@ import subprocess
 
 import pytest
 import torch
-from emulated import WHY_NOT, cells_launch, compile_emulated, finish_launch, graph_launch, solve_launch
+from emulated import WHY_NOT, cells_launch, compile_emulated, finish_launch, graph_launch, resize_launch, solve_launch
 
 from gstds_cache.cuda import build
+from gstds_cache.embedding.device_resizing import REACH
 from gstds_cache.graph.cuda import stack_of
 from gstds_cache.graph.laplacian import SparseGraph
 
@@ -57,13 +58,17 @@ KERNELS = {
     "graph.cu": [("graph_block", ("KNN=10",), graph_launches)],
     "solve.cu": [("fiedler_block", ("M=2",), solve_launches)],
     "rule.cu": [("finish_block", (), lambda: [(finish_launch(threads=8), None)]), ("cells_block", (), cells_launches)],
+    "resize.cu": [
+        ("resize_block", (f"REACH={reach}",), lambda: [(resize_launch(threads=8), None)]) for reach in REACH.values()
+    ],
 }
 
 
 @pytest.mark.parametrize("source", list(KERNELS))
 def test_every_line_is_run(source, tmp_path):
     for function, defines, launches in KERNELS[source]:
-        flags = ("--coverage", "-O0", "-fno-inline", "-dumpbase", function)
+        name = "-".join((function, *defines))
+        flags = ("--coverage", "-O0", "-fno-inline", "-dumpbase", name)
         program = compile_emulated(tmp_path, source, function, defines, flags=flags, program=True)
         for number, (launch, _) in enumerate(launches()):
             launch.write(tmp_path / f"arguments{number}")

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import WHY_NOT, Launch, cells_launch, compile_emulated, finish_launch, graph_launch, solve_launch
+from emulated import (
+    WHY_NOT,
+    Launch,
+    cells_launch,
+    compile_emulated,
+    finish_launch,
+    graph_launch,
+    resize_launch,
+    solve_launch,
+)
 
 from gstds_cache.cuda import build
 from gstds_cache.graph.cuda import stack_of
@@ -30,6 +39,7 @@ KERNELS = {
     "graph.cu": {"graph_block": ("KNN=4",)},
     "solve.cu": {"fiedler_block": ("M=2",)},
     "rule.cu": {"finish_block": (), "cells_block": ()},
+    "resize.cu": {"resize_block": ("REACH=2",)},
 }
 
 
@@ -66,6 +76,7 @@ LAUNCHES = {
     "cells_block": lambda: [
         cells_launch(keep, threads=THREADS, far=far) for keep, far in ((12, False), (1, False), (70, True))
     ],
+    "resize_block": lambda: [resize_launch(threads=THREADS)],
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
@@ -18,7 +18,7 @@ from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding import decoding, device_decoding, jpeg_reader
 from gstds_cache.embedding.check import check_sample
-from gstds_cache.embedding.device_decoding import alike_images, decode_jpegs, upright
+from gstds_cache.embedding.device_decoding import decode_jpegs
 from gstds_cache.embedding.jpeg import Jpeg, device_jpeg
 from gstds_cache.embedding.repair import repair
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
@@ -172,14 +172,6 @@ def test_a_little_behind_the_end_and_filling_before_a_marker_are_fine() -> None:
     assert device_jpeg(data[:2] + b"\xff\xff" + data[2:]) == Jpeg(90, 60, 1)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_pillow_turns_them(orientation: int) -> None:
-    with Image.open(io.BytesIO(turned(WIDE, orientation))) as image:
-        theirs = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
-        stored = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    assert np.array_equal(upright(stored, orientation).numpy(), theirs)
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("resize", [32, (40, 36)])
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (32, 32), (1000, 20), (20, 1000), (9, 11), (32, 40)])
@@ -196,40 +188,6 @@ def test_resized_pixels_are_torchvisions_and_almost_pillows(size, resize, interp
     difference = (got.round().clamp(0, 255) - ours.pixels(image).float()).abs()
     assert float(difference.mean()) < 0.6
     assert float(difference.max()) <= 3
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-    ],
-)
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_an_image_resized_with_others_of_its_size_has_the_same_bits(interpolation, orientation, device) -> None:
-    ours = Preprocessing(resize=60, crop=(56, 56), interpolation=interpolation)
-    images = [torch.from_numpy(np.asarray(photograph(130, 90, n)).transpose(2, 0, 1).copy()) for n in range(9)]
-    stacked = upright(torch.stack(images).to(device), orientation)
-    alone = [ours.resized(upright(image.to(device)[None], orientation))[0] for image in images]
-    assert torch.equal(ours.resized(stacked), torch.stack(alone))
-
-
-def test_images_are_alike_by_size_and_orientation_and_not_too_many(monkeypatch) -> None:
-    wide, tall = torch.zeros((3, 4, 6), dtype=torch.uint8), torch.zeros((3, 6, 4), dtype=torch.uint8)
-    decoded = [(5, wide, 1), (6, tall, 1), (7, wide, 1), (8, wide, 6), (9, wide, 1), (10, wide, 1)]
-
-    def places() -> list[list[int]]:
-        return [[place for place, _, _ in group] for group in alike_images(decoded)]
-
-    assert places() == [[5, 7, 9, 10], [6], [8]]
-    monkeypatch.setattr(device_decoding, "TOGETHER", 2 * wide.numel())
-    assert places() == [[5, 7], [6], [8], [9, 10]]
-    monkeypatch.setattr(device_decoding, "TOGETHER", 1)  # an image alone, whatever it takes
-    assert places() == [[5], [6], [7], [8], [9], [10]]
 
 
 def test_a_crop_larger_than_the_image_is_filled_up_with_black() -> None:

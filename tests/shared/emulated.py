@@ -15,6 +15,7 @@ import torch
 
 from gstds_cache.cuda import build
 from gstds_cache.cuda.launch import Kernel
+from gstds_cache.embedding.device_resizing import resize_bytes
 from gstds_cache.errors import KernelError
 from gstds_cache.graph.cuda import graph_bytes, lists_bytes
 from gstds_cache.selection.cuda_rule import cells_bytes, finish_bytes
@@ -195,6 +196,23 @@ def cells_launch(keep: int, *, threads: int, far: bool = False, nodes: int = 70)
             torch.zeros(2, keep),
         ],
     )
+
+
+def resize_launch(*, threads: int) -> Launch:
+    """A launch of resize_block (cuda/resize.cu): two images of other sizes, the second turned, with black around it."""
+    height, width = 21, 19
+    images = torch.randint(256, (3 * 50 * 40 + 3 * 12 * 30,), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    table = torch.tensor(
+        [
+            [0, 2000, 40, 1, 50, 40, 30, 24, 4, 2, 1],
+            [6000 + 11 * 30, 360, 1, -30, 30, 12, 35, 14, 7, -2, 0],
+        ]
+    )
+    taps, lines = 10, 50
+    arguments = [height, width, taps, lines, images, table, torch.zeros(2, 3, height, width, dtype=torch.uint8)]
+    return Launch(2 * 3 * 2, threads, resize_bytes(width, taps, lines), arguments)
 
 
 def _eigenvectors(nodes: int = 70) -> torch.Tensor:

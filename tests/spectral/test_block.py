@@ -11,9 +11,10 @@ import scipy.linalg
 import torch
 
 from gstds_cache.cuda import build, launch
+from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import KernelError, SolverError, UsageError
 from gstds_cache.graph import cuda, knn
-from gstds_cache.graph.cuda import graph_stack, log_fallback
+from gstds_cache.graph.cuda import graph_stack
 from gstds_cache.graph.knn import knn_graph
 from gstds_cache.graph.laplacian import Laplacian, SparseGraph
 from gstds_cache.runtime.notify import log_once

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from gstds_cache.stream.reader import open_selection
 from gstds_cache.training import device_images, loop
 from gstds_cache.training.augment import augment
 from gstds_cache.training.batch_norm import random_batches, random_inputs
+from gstds_cache.training.compiled import explained
 from gstds_cache.training.device_images import DeviceImages, held_on_device
 from gstds_cache.training.distributed import Ranks
 from gstds_cache.training.identity import run_config
@@ -420,6 +422,17 @@ def test_on_a_gpu_a_compiled_network_trains_as_one_that_is_not(source, selection
     plain = run(source, selection, tmp_path / "a", replace(config, cuda_graphs=False))
     compiled = run(source, selection, tmp_path / "b", replace(config, compile=how))
     assert compiled.loss == pytest.approx(plain.loss, rel=1e-2)
+
+
+def test_what_torch_says_of_float32_while_it_compiles_is_not_passed_on() -> None:
+    """A GPU computes in float32 because that was asked for; what else the compiler warns of is told."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with explained("default", when=True):
+            warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+        warnings.warn("TensorFloat32 tensor cores", stacklevel=1)
+    assert [str(one.message) for one in told] == ["something else", "TensorFloat32 tensor cores"]
 
 
 def test_a_network_that_cannot_be_compiled_ends_with_a_sentence(source, selection, tmp_path, monkeypatch) -> None:
