@@ -244,15 +244,17 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
     device, model = arguments.resolved, arguments.model
     size = BATCH_SIZE[device.type] if megapixels < 1 else min(LARGE_BATCH, BATCH_SIZE[device.type])
     encoder = open_encoder(model, allow_untrained=True)
-    found: dict[str, Any] = {"decode": {"pillow": decode_on_all_cores(source, encoder, arguments.seconds)}}
-    yield found
+    found: dict[str, Any] = {"decode": {}}
+    decoders = list(arguments.decoders)
+    if "pillow" in decoders:
+        found["decode"]["pillow"] = decode_on_all_cores(source, encoder, arguments.seconds)
+        yield found
     found["forward"] = forward_rate(model, device, size, arguments.seconds / 2)
     if device.type == "cuda":  # what is left on the table: with it a row's last bits would differ from run to run
         torch.backends.cudnn.benchmark = True
         found["forward_with_cudnn_benchmark"] = forward_rate(model, device, size, arguments.seconds / 2)
         torch.backends.cudnn.benchmark = False
     yield found
-    decoders = ["nvjpeg", "pillow"]
     by_device = open_encoder(model, allow_untrained=True).to(device)
     decoding.decode_by(by_device, "nvjpeg", device)
     try:
@@ -262,7 +264,7 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         )
     except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
         found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
-        decoders.remove("nvjpeg")
+        decoders = [name for name in decoders if name != "nvjpeg"]
     yield found
     if megapixels < 1 and "nvjpeg" in decoders:  # of larger ones the model takes a twentieth of the time
         try:
@@ -314,6 +316,7 @@ def main() -> None:
     made.add_argument("--model", default=DEFAULT_MODEL)
     made.add_argument("--sizes", type=float, nargs="+", default=[0.2, 12.0], help="megapixels")
     made.add_argument("--images", type=int, nargs="+", default=[16384, 1536], help="of each size")
+    made.add_argument("--decoders", nargs="+", default=["nvjpeg", "pillow"], choices=["nvjpeg", "pillow"])
     made.add_argument("--seconds", type=float, default=3.0, help="of each bare measurement")
     made.add_argument("--workers", type=int, help="[default: as gstds-embed chooses]")
     made.add_argument("--device", default="auto")

@@ -79,6 +79,8 @@ def test_neighbours_are_those_of_float64(noise):
         (512, 8, "normalized"),
         (1024, 8, "combinatorial"),
         (3000, 1, "combinatorial"),
+        (300, 12, "combinatorial"),
+        (256, 16, "normalized"),
     ],
 )
 def test_as_its_emulation(request, b, q, laplacian):
@@ -105,7 +107,7 @@ def test_as_its_emulation(request, b, q, laplacian):
     assert same > 0.999, "rows whose neighbours the tensor cores' rounding changes"
 
 
-@pytest.mark.parametrize(("b", "q"), [(200, 1), (512, 1), (512, 8), (1024, 1)])
+@pytest.mark.parametrize(("b", "q"), [(200, 1), (512, 1), (512, 8), (1024, 1), (300, 16)])
 def test_the_same_bits_alone_stacked_and_again(b, q):
     x = batches(65, b).cuda()
     stack = graph_stack(x, 10)
