@@ -3,7 +3,7 @@
 Everything is paired by seed: two methods of one seed start from the same weights and see the same order of the data.
 Seconds are CPU seconds. A run is one process of one thread, so on an idle core they are its wall clock; on a busy
 machine they still are what an idle one would have shown, but for caches. The wall clock of each phase is in the lines
-as well.
+as well. Of runs that have a GPU to themselves it is what counts.
 
 Intervals are Student's t of the paired differences. A percentile bootstrap over three seeds would be the smallest and
 the largest of the three: with 3 pairs in 4 the mean lies between them, not with 95 %.
@@ -21,6 +21,7 @@ from scipy.stats import t as student
 
 Line = dict[str, Any]
 PAID = ("select", "scores", "train")  # not warm-up
+ONCE = ("warm-up", "images", "trial")  # phases that a run does not pay for: once for all runs, or for a process
 LEVEL = 0.95
 OFTEN = math.inf  # experiments on one cache: its share of the cost is nothing
 
@@ -146,6 +147,11 @@ class Study:
         }
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the runs were on a GPU, so that seconds are of the wall clock."""
+        return any("device" in line for line in self.runs)
+
+    @property
     def embed_seconds(self) -> float:
         """Core seconds of embedding the data set once."""
         return sum(line["cpu_seconds"] for line in self.lines if line["kind"] == "embedding")
@@ -155,13 +161,19 @@ class Study:
         return sum(line["cpu_seconds"] for line in self.lines if line["kind"] == "scores" and line["need"] == need)
 
     def clock(self, line: Line, experiments: float) -> float:
-        """Core seconds of a run, the cache's share with ``experiments`` on it counted.
+        """Core seconds of a run, the cache's share with ``experiments`` on it counted; on a GPU, seconds.
 
-        The probe is part of the cache. Early networks and forgetting counts are not shared: they are of one network and
-        one budget.
+        The probe is part of the cache, and so is the trial that says which guidance is used. Early networks and
+        forgetting counts are not shared: they are of one network and one budget. What was embedded with a GPU is not
+        counted there.
         """
+        if self.on_gpu:
+            return sum(spent for phase, spent in line["seconds"].items() if phase not in ONCE)
         seconds = self._own_seconds(line)
-        shared = self.embed_seconds if line["embeds"] else 0.0
+        shared = 0.0
+        if line["embeds"]:
+            trials = (run["cpu_seconds"].get("trial", 0.0) for run in self.runs)
+            shared = self.embed_seconds + sum(trials)
         for need in line["needs"]:
             if need == "probe":
                 shared += self.score_seconds(need)

@@ -71,7 +71,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
     """Run ``task`` and return its result line.
 
     Put apart and not counted, for any method: ``warm-up``, which is loading compiled code by selecting one batch; also
-    decoding the images into memory (all runs share it), and testing.
+    decoding the images into memory (all runs share it), and testing. ``trial`` is apart as well: the runs share it.
     """
     method = find_method(task.method)
     seconds: dict[str, float] = {}
@@ -162,8 +162,10 @@ def _selection(
             device=data.device,
             batch_assignments=method.batch_assignments,
         )
-        selector = BatchSelector(data.store, config)
-        _ = selector.guidance, selector.reference  # a trial for such runs, where none was made yet, is paid for
+        selector, begun, cpu_begun = BatchSelector(data.store, config), time.perf_counter(), time.process_time()
+        _ = selector.guidance, selector.reference
+        # Of the first run alone: of a trial of guidance the store keeps what came out.
+        seconds["trial"], cpu["trial"] = time.perf_counter() - begun, time.process_time() - cpu_begun
         begun, cpu_begun = time.perf_counter(), time.process_time()
         next(BatchSelector(data.store, config).run())
         seconds["warm-up"], cpu["warm-up"] = time.perf_counter() - begun, time.process_time() - cpu_begun

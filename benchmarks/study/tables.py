@@ -67,7 +67,8 @@ def study_tables(study: Study, name: str) -> str:
         return "\n\n".join(filter(None, parts))
     parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
     ratio = 0.75
-    parts += [part for part in (_compute(study), _budgets(study, ratio, setting.epochs)) if part]
+    budgets = "" if study.on_gpu else _budgets(study, ratio, setting.epochs)
+    parts += [part for part in (_compute(study), budgets) if part]
     parts += [part for part in (_rivals(study, ours, ratio, setting.epochs) for ours in ("default", *DRAWN)) if part]
     return "\n\n".join(parts)
 
@@ -87,7 +88,9 @@ def _settings_line(study: Study, name: str) -> str:
     setting, why = load_setting(name), why_no_seconds(study)
     jobs = f"up to {max(line['jobs'] for line in study.runs)} at a time"
     if not why:
-        jobs = f"{study.runs[0]['jobs']} at a time, one thread each"
+        jobs = (
+            f"{study.runs[0]['jobs']} at a time, {'selecting with one thread' if study.on_gpu else 'one thread each'}"
+        )
     return (
         f"`{setting.arch}`, {setting.image_size} pixels, {setting.epochs} epochs, steps of {setting.step}, "
         f"learning rate {setting.lr}{_rates(setting.lrs)}. {len(study.runs)} runs, "
@@ -122,7 +125,8 @@ def _compute(study: Study) -> str:
         return ""
     counted = [(None, "gradient samples")]
     if not why_no_seconds(study):
-        counted += [(OFTEN, "core seconds, the cache there"), (5, "shared by 5"), (1, "not shared")]
+        counted.append((OFTEN, f"{_unit(study)} seconds, the cache there"))
+        counted += [] if study.on_gpu else [(5, "shared by 5"), (1, "not shared")]
     head, parts = ("method", "ratio", "seeds that got there", *(words for _, words in counted)), []
     for most in sorted(budgets):
         everything = study.of("full", 0.0, most).values()
@@ -142,6 +146,10 @@ def _compute(study: Study) -> str:
             )
             parts.append(text + table(head, rows))
     return "\n\n".join(parts)
+
+
+def _unit(study: Study) -> str:
+    return "GPU" if study.on_gpu else "core"
 
 
 def _spent(study: Study, line: Line, experiments: float | None) -> float:
@@ -166,13 +174,19 @@ def _main_table(study: Study, ratio: float, epochs: int) -> str:
                 f"{np.mean([line['gradient_samples'] for line in runs.values()]):,.0f}",
                 f"{np.mean([line['forward_samples'] + line.get('norm_samples', 0) for line in runs.values()]):,.0f}",
                 f"{np.mean([study.clock(line, OFTEN) for line in runs.values()]):.1f}",
+                *(
+                    [f"{np.mean([study.clock(line, OFTEN) - line['seconds']['select'] for line in runs.values()]):.1f}"]
+                    if study.on_gpu
+                    else []
+                ),
                 "" if method == "full" else shown(study.difference(method, "full", ratio, epochs)),
                 "" if method in {"random", "full"} else shown(study.difference(method, "random", ratio, epochs)),
                 "" if equal is None else f"{equal} {_verdict(equal)}",
             ]
         )
     head = (
-        *("method", "seeds", "accuracy %", "gradient samples", "forward samples", "core s, cache there"),
+        *("method", "seeds", "accuracy %", "gradient samples", "forward samples", f"{_unit(study)} s, cache there"),
+        *(["the selection there, too"] if study.on_gpu else []),
         *("minus full", "minus random, same epochs", "minus random, same seconds"),
     )
     return f"Filter ratio {ratio}:\n\n" + table(head, rows)
@@ -353,7 +367,7 @@ def all_intervals(study: Study) -> set[Interval]:
             found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
     for method, ratio, epochs in {} if why_no_seconds(study) else runs:
         for reference in {one for one, _, _ in runs} - {method, "full"}:
-            for experiments, _ in SHARES if reference == "random" else SHARES[-1:]:
+            for experiments, _ in SHARES if reference == "random" and not study.on_gpu else SHARES[-1:]:
                 equal = study.at_equal_clock(method, reference, ratio, epochs, experiments)
                 found |= {equal, -equal} if equal is not None else set()
     return found

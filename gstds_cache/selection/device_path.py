@@ -47,7 +47,9 @@ from gstds_cache.spectral.block import BlockRitz, fiedler_of_stack, solve_stack
 from gstds_cache.spectral.result import FiedlerResult
 
 IN_FLIGHT = 2
-GRAPHS_A_PROCESSOR = 8  # of a stack: the last of them leave a device idle for a part of an eighth of its time
+GRAPHS_A_PROCESSOR = (
+    4  # of a stack: fewer leave the device less to wait for at both ends of a run, but cost the host more
+)
 WITHOUT_DEVICE = 64  # graphs of a stack where kernels are emulated
 SHARE = 0.4  # of the memory that is free beside the rows, for stacks in flight
 

@@ -142,6 +142,31 @@ def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
     assert study.break_even(0.75, 8, "default") == pytest.approx(210 / 21)
 
 
+def test_a_trial_of_guidance_is_shared_whichever_run_made_it() -> None:
+    runs = [line(name, 0, 0.9, 5, embeds=True) for name in ("default", "draw:damped-loss")]
+    runs[0]["cpu_seconds"]["trial"], runs[1]["cpu_seconds"]["trial"] = 8.0, 0.1
+    study = Study(tuple(runs))
+    assert [study.clock(run, OFTEN) for run in runs] == [5, 5]
+    assert [study.clock(run, 4) for run in runs] == [pytest.approx(5 + 8.1 / 4)] * 2
+
+
+def test_on_a_gpu_the_wall_clock_counts_and_the_selection_may_be_there() -> None:
+    def on_gpu(method: str, accuracy: float, step: float, epochs: int = 8, select: float = 1.0) -> Line:
+        phases = {"images": 9.0, "warm-up": 5.0, "trial": 4.0, "select": select, "indices": 0.25, "step": step}
+        more = {"device": "cuda", "gpu": "H", "jobs": 1, "seconds": phases}
+        return {**line(method, 0, accuracy, 100.0, epochs=epochs), **more}
+
+    runs = [
+        on_gpu("random", 0.90, 0.75),
+        on_gpu("random", 0.94, 2.75, 16),
+        on_gpu("draw:damped-loss", 0.93, 1.0, select=1.578),
+    ]
+    study = Study(tuple(runs))
+    assert [study.clock(run, OFTEN) for run in runs] == [2.0, 4.0, 2.828]
+    assert study.clock(runs[0], 1) == 2.0
+    assert study.at_equal_clock("draw:damped-loss", "random", 0.75, 8).mean == pytest.approx(1.0, abs=0.01)
+
+
 def test_the_cost_of_an_accuracy_is_read_between_budgets_of_seeds_that_ran_the_largest() -> None:
     def of(seed: int, accuracy: float, seconds: float, samples: int, epochs: int = 8) -> Line:
         return line("random", seed, accuracy, seconds, epochs=epochs, gradient_samples=samples, steps=epochs)
