@@ -73,11 +73,12 @@ class SelectionCounts:
             self.reused += batches
 
     def add(self, batch: SelectedBatch, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
-        """Count one batch."""
-        kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
-        for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
-            seen, stayed = self.classes.get(label, (0, 0))
-            self.classes[label] = seen + count, stayed + kept.get(label, 0)
+        """Count one batch; ``labels`` are empty where classes are not counted."""
+        if len(labels):
+            kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
+            for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
+                seen, stayed = self.classes.get(label, (0, 0))
+                self.classes[label] = seen + count, stayed + kept.get(label, 0)
         self.batches += 1
         self.rows += batch.n_in
         self.kept += batch.count

@@ -95,7 +95,7 @@ class DevicePath:
         self._labels_on_device: Tensor | None = None
 
     def solved(
-        self, start: int, guidance: Guidance | None, *, at_once: int | None = None
+        self, start: int, guidance: Guidance | None, *, end: int | None = None, at_once: int | None = None
     ) -> Generator[SolvedStack, None, None]:
         """Compute batches from ``start`` on.
 
@@ -103,6 +103,7 @@ class DevicePath:
             start: First ``seq``.
             guidance: With it the rule runs on the device, which has to be one of ``SQUARED``; None leaves rules to the
                 CPU, which then gets all spectra.
+            end: One past the last ``seq``; the run's end by default.
             at_once: Batches of a stack; as many as fit the device by default.
 
         Yields:
@@ -117,7 +118,7 @@ class DevicePath:
             torch.cuda.synchronize(self._device)  # what was uploaded on one stream both use
         most, flying = at_once or self._at_once(), deque[Flight]()
         with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "openmp")) as beside:
-            for stack in self._plan.stacks(start, most):
+            for stack in self._plan.stacks(start, most, end):
                 left = deque(stack.parts(most))
                 while left:
                     flight = self._begin(left[0], guidance, beside, alone=not flying)

@@ -121,8 +121,8 @@ class DeviceRun:
         self._choice = False, reason
         return None
 
-    def spectra_on_cpu(self) -> Spectra:
-        """What computes the spectra of the batches that are left to the CPU."""
+    def spectra_on_cpu(self, *, keep: bool = True) -> Spectra:
+        """What computes the spectra of the batches that are left to the CPU; ``keep`` as :class:`Spectra` takes it."""
         of, cpu = self._of, torch.device("cpu")
         return Spectra(
             of.store,
@@ -134,6 +134,7 @@ class DeviceRun:
             solver=cpu,
             backend="torch",
             gather=self.rows.gather,
+            keep=keep,
         )
 
     def path(self, on_cpu: Spectra) -> DevicePath:

@@ -163,7 +163,7 @@ class SelectionPlan:
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""
         epoch, batch_id = divmod(seq, self.batches_per_epoch)
-        assignment, group = self._assignment(epoch), self._group(epoch, batch_id)
+        assignment, group = self.place(seq)
         start = group * self.batch_size
         indices = self._rows_at(assignment, start, start + self.rows_in(group))
         return BatchPlan(seq, epoch, batch_id, indices, self.keep(seq), assignment, group)
@@ -190,16 +190,17 @@ class SelectionPlan:
         assignments = epoch % self.batch_assignments if self.batch_assignments else epoch
         return PlannedStack(seq, epoch, batch_id, indices, keep[first - begun : stop - begun], assignments, group)
 
-    def stacks(self, start: int, most: int) -> Iterator[PlannedStack]:
-        """All batches from ``start`` on, up to ``most`` in a stack; the last batch of an epoch alone, where it differs.
+    def stacks(self, start: int, most: int, end: int | None = None) -> Iterator[PlannedStack]:
+        """The batches from ``start`` to ``end``, up to ``most`` in a stack; an epoch's last alone, where it differs.
 
         Yields:
             Stacks, in order.
         """
+        end = self.total_batches if end is None else end
         odd = self.rows_in(self.batches_per_epoch - 1) != self.batch_size
         first = start
-        while first < self.total_batches:
-            stop = min(first + most, self.total_batches)
+        while first < end:
+            stop = min(first + most, end)
             if odd:
                 last = first - first % self.batches_per_epoch + self.batches_per_epoch - 1
                 stop = min(stop, last if first < last else first + 1)
@@ -222,6 +223,21 @@ class SelectionPlan:
     def ratio(self, seq: int) -> float:
         """The schedule's filter ratio at batch ``seq``."""
         return float(self._piece(seq // PIECE)[0][seq % PIECE])
+
+    def came_before(self, start: int) -> int:
+        """The ``seq`` from which on all batches are of rows that came together before, in a run from batch ``start``.
+
+        At most ``total_batches``, as where every epoch has an assignment of its own.
+        """
+        if not self.batch_assignments:
+            return self.total_batches
+        whole = -(-start // self.batches_per_epoch)  # first epoch that the run begins with
+        return min(self.total_batches, (whole + self.batch_assignments) * self.batches_per_epoch)
+
+    def place(self, seq: int) -> tuple[int, int]:
+        """Assignment and group of batch ``seq``: batches of the same are of the same rows, in the same order."""
+        epoch, batch_id = divmod(seq, self.batches_per_epoch)
+        return self._assignment(epoch), self._group(epoch, batch_id)
 
     def repeat(self, epoch: int) -> int:
         """How many epochs before this one had the same batches."""

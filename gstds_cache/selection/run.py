@@ -42,6 +42,10 @@ from gstds_cache.store.reader import EmbeddingStore
 
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 
+WITHOUT_GRAPHS = 64  # batches there where no graph is made: what each costs is little beside handing it over
+HELD_BYTES_A_ROW = 18  # of candidates in memory: row, stratum, reference loss, prior
+MOST_HELD = 1 << 30  # bytes of them; with more they are made in each epoch
+
 
 class BatchSelector:
     """Selects the batches of one run over one store.
@@ -162,7 +166,45 @@ class BatchSelector:
         if self.device_run.has_rule:
             yield from self._run_on_device(start)
             return
-        for selection, _seen in self.watch(start):
+        end = self._offered_before(start)
+        comes_again = end < self.plan.total_batches
+        held: dict[tuple[int, int], SelectedBatch] = {}
+        for selection, _seen in self.watch(start, end=end if comes_again else None):
+            if comes_again:
+                held[self.plan.place(selection.seq)] = selection
+            yield selection
+        yield from self._offer_again(end, held)
+
+    def _offered_before(self, start: int) -> int:
+        """The ``seq`` from which on candidates are offered from memory; the run's end where they cannot be."""
+        plan = self.plan
+        if self.draw is None or HELD_BYTES_A_ROW * len(plan.rows) * plan.batch_assignments > MOST_HELD:
+            return plan.total_batches
+        return plan.came_before(start)
+
+    def _offer_again(self, start: int, held: dict[tuple[int, int], SelectedBatch]) -> Iterator[SelectedBatch]:
+        """Candidates of batches that were offered before: nothing about them is new but how many rows are drawn.
+
+        Args:
+            start: The first of them; all that follow came before, too.
+            held: Each batch by assignment and group.
+
+        Yields:
+            The batches in order.
+        """
+        graphs = self.rule.vectors or self.guidance_looks_at_graphs
+        for seq in range(start, self.plan.total_batches):
+            begun = time.perf_counter()
+            epoch, batch_id = divmod(seq, self.plan.batches_per_epoch)
+            before = held[self.plan.place(seq)]
+            assert before.candidates is not None
+            candidates = replace(before.candidates, keep=self.plan.keep(seq))
+            selection = replace(before, seq=seq, epoch=epoch, batch_id=batch_id, candidates=candidates)
+            self.pending = self.plan.total_batches - seq - 1
+            none = np.zeros(0, np.int64)
+            self.counts.add(selection, none, none)
+            self.counts.reuse(int(bool(graphs)))
+            self.counts.elapsed += time.perf_counter() - begun
             yield selection
 
     def _run_on_device(self, start: int) -> Iterator[SelectedBatch]:
@@ -181,19 +223,21 @@ class BatchSelector:
                 self.pending = self.plan.total_batches - selection.seq - 1
                 yield selection
 
-    def watch(self, start: int = 0) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
+    def watch(self, start: int = 0, *, end: int | None = None) -> Iterator[tuple[SelectedBatch, RuleBatch]]:
         """:meth:`run`, with what the rule saw of every row beside what it kept.
 
         Args:
             start: First ``seq``.
+            end: One past the last; the run's end by default.
 
         Yields:
             The selections in order, and each one's batch as the rule saw it (its ``rng`` is used up).
         """
         guidance = self._chooser.guidance  # made before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
-        with closing(self._new_spectra()) if needs_graphs else nullcontext() as spectra:
-            done = self._chosen(spectra, start)
+        # What ends before the run does is of candidates, each offered here once.
+        with closing(self._new_spectra(keep=end is None)) if needs_graphs else nullcontext() as spectra:
+            done = self._chosen(spectra, start, self.plan.total_batches if end is None else end)
             try:
                 while True:
                     begun = time.perf_counter()
@@ -245,18 +289,19 @@ class BatchSelector:
         self.counts.add(selection, labels, kept)
 
     def _chosen(
-        self, spectra: Spectra | None, start: int
+        self, spectra: Spectra | None, start: int, end: int
     ) -> Generator[list[tuple[SelectedBatch, RuleBatch]], None, None]:
         """Yields the selections of a few batches at a time, in order; once closed, no thread asks for spectra."""
         if spectra is None or self.device_run.why_not:
-            yield from in_threads(partial(self._select, spectra), self._stacks(start), self.threads)
+            most = WITHOUT_GRAPHS if spectra is None else STACK[self.solver.type]
+            yield from in_threads(partial(self._select, spectra), self._stacks(start, end, most), self.threads)
             return
-        with closing(self.device_run.path(spectra).solved(start, None)) as stacks:
+        with closing(self.device_run.path(spectra).solved(start, None, end=end)) as stacks:
             yield from in_threads(partial(map_pairs, self._chooser.choose), pieces_of(stacks), self.cpu_threads)
 
-    def _new_spectra(self) -> Spectra:
+    def _new_spectra(self, *, keep: bool = True) -> Spectra:
         if not self.device_run.why_not:
-            return self.device_run.spectra_on_cpu()
+            return self.device_run.spectra_on_cpu(keep=keep)
         return Spectra(
             self.store,
             self.config,
@@ -266,6 +311,7 @@ class BatchSelector:
             device=self.device,
             solver=self.solver,
             backend=self.knn_backend,
+            keep=keep,
         )
 
     @property
@@ -346,7 +392,7 @@ class BatchSelector:
         spec = guidance.spec if guidance.probe else GuidanceSpec("probe")
         return key_of(self.store, replace(spec, kind="probe", cutoff=0.0, trial=None))
 
-    def _stacks(self, seq: int) -> Iterator[list[BatchPlan]]:
+    def _stacks(self, seq: int, end: int, most: int) -> Iterator[list[BatchPlan]]:
         """Full batches are stacked; the other last batch of an epoch stands alone.
 
         Where assignments are fixed, a stack ends with its epoch: the next one finds what was computed in this.
@@ -355,9 +401,9 @@ class BatchSelector:
             Batches of one size.
         """
         stack: list[BatchPlan] = []
-        for batch in map(self.plan.batch, range(seq, self.plan.total_batches)):
+        for batch in map(self.plan.batch, range(seq, end)):
             if stack and (
-                len(stack) == STACK[self.solver.type]
+                len(stack) == most
                 or len(batch.indices) != len(stack[0].indices)
                 or (self.plan.batch_assignments and batch.epoch != stack[0].epoch)
             ):

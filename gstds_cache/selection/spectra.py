@@ -76,6 +76,7 @@ class Spectra:
         solver: torch.device,
         backend: str,
         gather: Gather | None = None,
+        keep: bool = True,
     ) -> None:
         """Compute nothing yet.
 
@@ -89,6 +90,7 @@ class Spectra:
             solver: Where graphs are solved: there, or on the CPU.
             backend: The kNN backend, never ``auto``.
             gather: Where rows come from; from the store by default.
+            keep: Whether a batch that comes again will be asked for again.
         """
         self._read = gather or store.gather
         self._store, self._config, self._counts = store, config, counts
@@ -96,7 +98,8 @@ class Spectra:
         # One search at a time: each takes hundreds of megabytes of a GPU.
         self._searching = threading.Lock() if device.type == "cuda" else nullcontext()
         self._buffers = threading.local()
-        self._kept = _SpectrumFile(plan, vectors, config.knn) if 0 < plan.batch_assignments < plan.epochs else None
+        again = keep and 0 < plan.batch_assignments < plan.epochs
+        self._kept = _SpectrumFile(plan, vectors, config.knn) if again else None
 
     @property
     def note(self) -> str:

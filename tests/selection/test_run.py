@@ -224,8 +224,52 @@ def test_batches_of_several_epochs_are_not_worked_on_at_once(store: EmbeddingSto
     selector = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, threads=1))
     assert len(list(selector.run())) == 16
     assert selector.counts.reused == 14
-    stacks = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0)
+    stacks = BatchSelector(store, replace(CONFIG, epochs=8, batch_size=99, batch_assignments=0))._stacks(0, 16, 64)
     assert list(map(len, stacks)) == [16]
+
+
+OFFERED = SelectConfig(draw="loss-minus-reference", strata=4, batch_size=30, epochs=6, knn=6, device="cpu",
+                       schedule="linear:0.2:0.8")  # fmt: skip
+
+
+def offered(store: EmbeddingStore, config: SelectConfig, start: int) -> tuple[list[tuple[object, ...]], BatchSelector]:
+    selector = BatchSelector(store, config)
+    numbers = [
+        (
+            *(s.seq, s.epoch, s.batch_id, s.n_in, s.status, s.value, s.residual, s.candidates.keep, s.kept.tobytes()),
+            *(getattr(s.candidates, name).tobytes() for name in ("stratum", "reference", "prior")),
+        )
+        for s in selector.run(start)
+    ]
+    return numbers, selector
+
+
+@pytest.mark.parametrize("assignments", [1, 2])
+@pytest.mark.parametrize("start", [0, 3, 7, 10, 41])
+def test_candidates_that_come_again_are_offered_from_memory(store, monkeypatch, start: int, assignments: int) -> None:
+    computed: list[int] = []
+    nearest = spectra.nearest
+    monkeypatch.setattr(spectra, "nearest", lambda rows, *a, **k: computed.append(len(rows)) or nearest(rows, *a, **k))
+    config = replace(OFFERED, batch_assignments=assignments)
+    found, selector = offered(store, config, start)
+    a_epoch = selector.plan.batches_per_epoch
+    assert a_epoch == 7
+    assert len({keep for *_, keep, _, _, _, _ in found}) > 1 or start == 41
+    until = min(selector.plan.total_batches, (-(-start // a_epoch) + assignments) * a_epoch)
+    assert sum(computed) == until - start
+    assert selector.counts.reused == selector.plan.total_batches - until
+    assert selector.counts.batches == len(found) == selector.plan.total_batches - start
+    monkeypatch.setattr(run_module, "MOST_HELD", -1)
+    again, other = offered(store, config, start)
+    assert found == again
+    assert (selector.counts.kept, selector.counts.status) == (other.counts.kept, other.counts.status)
+    assert sum(computed) > until - start
+
+
+def test_candidates_of_batches_that_never_come_again_are_made_in_each_epoch(store) -> None:
+    found, selector = offered(store, replace(OFFERED, batch_assignments=0), 0)
+    assert selector.counts.reused == 0
+    assert len({rows for *_, rows, _, _, _ in found}) == selector.plan.total_batches
 
 
 def test_a_rule_that_writes_into_what_it_is_given_is_told_so_at_once(
