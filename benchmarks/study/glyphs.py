@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.study.labels import imbalanced, noisy
 from gstds_cache.errors import DatasetError
 from gstds_cache.files.derived import cache_root
 from gstds_cache.seeding import rng_for
@@ -90,7 +91,7 @@ def train(
     if int(items) and int(items) < len(glyphs):
         glyphs = _take(glyphs, np.sort(rng_for(0, "items").permutation(len(glyphs))[: int(items)]))
     if float(imbalance) > 1:
-        glyphs = _take(glyphs, _imbalanced(glyphs.targets, len(glyphs.classes), float(imbalance)))
+        glyphs = _take(glyphs, imbalanced(glyphs.targets, len(glyphs.classes), float(imbalance)))
     if float(doubled):
         again = np.sort(rng_for(0, "doubled").permutation(len(glyphs))[: round(float(doubled) * len(glyphs))])
         second = _take(glyphs, again)
@@ -100,7 +101,7 @@ def train(
             glyphs.ids + tuple(f"{name}+" for name in second.ids),
         )
     if float(noise):
-        glyphs = Glyphs(glyphs.images, _noisy(glyphs.targets, len(glyphs.classes), float(noise)), glyphs.ids)
+        glyphs = Glyphs(glyphs.images, noisy(glyphs.targets, len(glyphs.classes), float(noise)), glyphs.ids)
     return glyphs
 
 
@@ -119,25 +120,6 @@ def unseen(fonts: str = "", items: str = "0", validation: str = "0") -> Glyphs:
 
 def _take(glyphs: Glyphs, rows: Int64[np.ndarray, " M"]) -> Glyphs:
     return Glyphs(glyphs.images[rows], glyphs.targets[rows], tuple(glyphs.ids[row] for row in rows))
-
-
-def _noisy(targets: Int64[np.ndarray, " N"], classes: int, share: float) -> Int64[np.ndarray, " N"]:
-    rng = rng_for(0, "noise")
-    rows = rng.permutation(len(targets))[: round(share * len(targets))]
-    noisy = targets.copy()
-    noisy[rows] = (targets[rows] + rng.integers(1, classes, len(rows))) % classes
-    return noisy
-
-
-def _imbalanced(targets: Int64[np.ndarray, " N"], classes: int, factor: float) -> Int64[np.ndarray, " M"]:
-    most = np.bincount(targets, minlength=classes).max()
-    place = rng_for(0, "rank of a class").permutation(classes)
-    order = rng_for(0, "imbalance").permutation(len(targets))
-    kept = []
-    for label in range(classes):
-        wanted = max(1, round(most * factor ** (-place[label] / (classes - 1))))
-        kept.append(order[targets[order] == label][:wanted])
-    return np.sort(np.concatenate(kept))
 
 
 def _part(glyphs: Glyphs, *, test: bool) -> Glyphs:

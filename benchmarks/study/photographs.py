@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
+from benchmarks.study.labels import imbalanced, noisy
 from benchmarks.study.unpack import CORRECTED
 from gstds_cache.errors import DatasetError
+from gstds_cache.seeding import rng_for
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,33 @@ def clothing14_corrected(root: str, split: str = "train") -> Photographs:
                 raise DatasetError(f"{path}: {line}: no such image or class in {photographs.root / split}")
             photographs.targets[row_of[line["image"]]] = label_of[line["corrected_label"]]
     return photographs
+
+
+def cifar10(root: str, part: str = "all", noise: str = "0", imbalance: str = "1") -> Photographs:
+    """CIFAR-10's training set with wrong labels, or with rare classes. Arguments are strings, as those of a URI are.
+
+    Args:
+        root: The data folder.
+        part: ``all``; or ``train``, and ``held-out`` with a fifth of the images, to choose settings by.
+        noise: Share of the labels that are changed to another class.
+        imbalance: How many times as frequent the most frequent class is as the rarest.
+
+    Returns:
+        The data set; the same arguments give the same one.
+
+    Raises:
+        DatasetError: There is no such part.
+    """
+    whole = _listed(Path(root) / "cifar10", ("train",))
+    order = rng_for(0, "held out").permutation(len(whole))
+    fifth = len(whole) // 5
+    parts = {"all": order, "held-out": order[:fifth], "train": order[fifth:]}
+    if part not in parts:
+        raise DatasetError(f"`part`: got {part!r}, expected one of {', '.join(parts)}")
+    rows = np.sort(parts[part])
+    rows = rows[imbalanced(whole.targets[rows], len(whole.classes), float(imbalance))] if float(imbalance) > 1 else rows
+    targets = noisy(whole.targets[rows], len(whole.classes), float(noise))
+    return Photographs(whole.root, tuple(whole.ids[row] for row in rows), targets, whole.classes)
 
 
 def _listed(folder: Path, splits: Iterable[str]) -> Photographs:
