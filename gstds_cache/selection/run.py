@@ -166,7 +166,7 @@ class BatchSelector:
         if self.device_run.has_rule:
             yield from self._run_on_device(start)
             return
-        end = self._offered_before(start)
+        end = self.offers_again_from(start)
         comes_again = end < self.plan.total_batches
         held: dict[tuple[int, int], SelectedBatch] = {}
         for selection, _seen in self.watch(start, end=end if comes_again else None):
@@ -175,8 +175,8 @@ class BatchSelector:
             yield selection
         yield from self._offer_again(end, held)
 
-    def _offered_before(self, start: int) -> int:
-        """The ``seq`` from which on candidates are offered from memory; the run's end where they cannot be."""
+    def offers_again_from(self, start: int) -> int:
+        """The ``seq`` from which on a run from ``start`` offers candidates from memory; its end where it does not."""
         plan = self.plan
         if self.draw is None or HELD_BYTES_A_ROW * len(plan.rows) * plan.batch_assignments > MOST_HELD:
             return plan.total_batches

@@ -13,7 +13,7 @@ def samples_per_second(selector: BatchSelector) -> float:
     """Select batches for some two seconds.
 
     The first batches are left out: they open the store and compile. Of epochs that find their graphs from earlier ones
-    the rule's time alone is counted.
+    the rule's time alone is counted, and of candidates that are offered again none.
 
     Args:
         selector: The run; nothing of it is written.
@@ -36,17 +36,18 @@ def samples_per_second(selector: BatchSelector) -> float:
     if not samples:
         return first.n_in / max(counts.elapsed, 1e-9)
     computed = min(1.0, plan.batch_assignments / plan.epochs) if plan.batch_assignments else 1.0
-    repeated = min(now, (counts.seconds["rule"] - choosing) / selector.threads)
+    again = selector.offers_again_from(0) < plan.total_batches
+    repeated = 0.0 if again else min(now, (counts.seconds["rule"] - choosing) / selector.threads)
     return samples / (computed * now + (1 - computed) * repeated)
 
 
 def _of_stacks(selector: BatchSelector) -> float:
-    """The same on a device, where batches come in stacks, and graphs are made in every epoch."""
-    counts = selector.counts
+    """The same on a device, where batches come in stacks, and graphs are made in every epoch but for candidates."""
+    counts, again, whole = selector.counts, selector.offers_again_from(0), selector.plan.total_batches
     _ = selector.guidance, selector.device_run.rows  # once in a run
     begun, batches = counts.elapsed, selector.run()
-    for _batch in batches:
-        if counts.elapsed - begun > SECONDS:
+    for batch in batches:
+        if counts.elapsed - begun > SECONDS or batch.seq + 1 == again:
             break
     batches.close()  # type: ignore[attr-defined]
-    return counts.rows / max(counts.elapsed - begun, 1e-9)
+    return counts.rows / max(again / whole * (counts.elapsed - begun), 1e-9)

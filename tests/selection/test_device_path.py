@@ -352,3 +352,7 @@ def test_the_rate_of_a_run_is_that_of_its_stacks(store: EmbeddingStore, on_devic
     rate = throughput.samples_per_second(selector)
     assert rate == pytest.approx(selector.counts.rows / selector.counts.elapsed, rel=0.9)
     assert selector.counts.rows == 3 * 298
+    candidates = on_device(store, draw="loss", strata=4, epochs=30, batch_assignments=1)
+    rate, counts = throughput.samples_per_second(candidates), candidates.counts
+    assert counts.rows == 298, "one epoch is computed, and stands for 30"
+    assert rate == pytest.approx(30 * 298 / counts.elapsed, rel=0.9)

@@ -506,3 +506,10 @@ def test_the_rate_of_a_run_counts_the_threads_where_graphs_are_solved(store: Emb
         # Of 1000 epochs one takes 2 s for these rows, the others 0.8 s / 4 threads.
         expected = rows / (0.001 * 2 + 0.999 * 0.2)
         assert throughput.samples_per_second(selector) == pytest.approx(expected, rel=0.05)
+    candidates = Clocked(store, replace(OFFERED, batch_assignments=1, epochs=1000, threads=4))
+    seconds = iter(range(10))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    rows = sum(candidates.plan.rows_in(group) for group in (1, 2))
+    assert throughput.samples_per_second(candidates) == pytest.approx(
+        rows / (0.001 * 2), rel=0.05
+    )  # the others come free
