@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-KERNELS = "regex:^(graph|fiedler|finish|cells)_block$"
+KERNELS = "regex:^(graph|fiedler|finish|cells|resize)_block$"
 """What the profiler looks at: our kernels by name, none of torch's."""
 
 
@@ -199,7 +199,7 @@ ALL = (
          optional=("cifar10.store", "--store", "{data}/cifar10.store")),
     # Up to here one call is enough; the same command again goes on.
     Part("embedding", script("bench_embed_gpu.py"), 150, 50),
-    Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "8",
+    Part("profile", ("ncu", "--clock-control", "none", "--set", "basic", "-k", KERNELS, "-c", "12",
                      *script("gpu_small.py", "--full")), 60, 20, read=read_profile),
     Part("study", (sys.executable, str(HERE / "gpu_study.py"), "--data", "{data}", "--results", "{results}/study",
                    "--seconds", "{seconds}"), 300, 60, needs=("cifar10",), read=read_study),
