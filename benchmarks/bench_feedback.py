@@ -6,13 +6,18 @@ A made-up store of [rows, 64] and 10 classes; a quarter of each batch is trained
 sampler of a selection of kept rows (its indices are only read), the sampler of candidates drawn by
 ``loss-minus-reference`` whose losses are reported after each step, and bare steps of ``conv3`` at 32 pixels with as
 many rows, one thread each. The cost of feedback is the difference of the first two.
+
+And what selecting candidates costs, 16 epochs of batches of twice as many rows, from their second epoch on held in
+memory, beside making them in each epoch, as where there is no memory for them, and beside random rows.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,15 @@ from harness import limit_threads, parser, report, spread
 from torch.nn.functional import cross_entropy
 
 from gstds_cache import SelectedBatchSampler, select
-from gstds_cache.config import TrainConfig
+from gstds_cache.config import SelectConfig, TrainConfig
+from gstds_cache.selection import run as selection_run
+from gstds_cache.store.reader import EmbeddingStore
+from gstds_cache.stream.writer import write_file
 from gstds_cache.training.network import build_network
 from gstds_cache.training.optimizer import build_optimizer
 
 STEPS = 40  # bare steps a trial
+EPOCHS = 16  # of a selection
 
 
 def epochs_of(path: Path, losses: torch.Tensor | None) -> Callable[[], float]:
@@ -61,6 +70,51 @@ def bare_steps(rows: int) -> Callable[[], float]:
     return some
 
 
+def selecting(store: Path, out: Path, batch: int, **how: Any) -> Callable[[], float]:
+    """CPU seconds of selecting some epochs into a file, at each call."""
+    usual: dict[str, Any] = {"schedule": "constant:0.75", "epochs": EPOCHS, "batch_size": batch, "guidance": "none"}
+    config = SelectConfig(device="cpu", threads=1, **usual, **how)
+
+    def one() -> float:
+        out.unlink(missing_ok=True)
+        begun = time.process_time()
+        with closing(write_file(selection_run.BatchSelector(EmbeddingStore(store), config), out)) as written:
+            deque(written, maxlen=0)
+        return time.process_time() - begun
+
+    return one
+
+
+@contextmanager
+def nothing_held() -> Iterator[None]:
+    """Candidates are made in each epoch meanwhile."""
+    before, selection_run.MOST_HELD = selection_run.MOST_HELD, -1
+    try:
+        yield
+    finally:
+        selection_run.MOST_HELD = before
+
+
+def measure_selecting(store: Path, folder: Path, batch: int, trials: int) -> dict[str, Any]:
+    """Core seconds of the three, in turn."""
+    candidates = selecting(store, folder / "c.arrow", batch, draw="loss")
+    rows = selecting(store, folder / "r.arrow", batch, rule="random")
+    seconds: dict[str, list[float]] = {"held in memory": [], "made in each epoch": [], "random rows": []}
+    for trial in range(trials + 1):
+        held = candidates()
+        with nothing_held():
+            made = candidates()
+        for name, spent in zip(seconds, (held, made, rows()), strict=True):
+            seconds[name] += [spent] if trial else []  # the first compiles
+    both = zip(seconds["held in memory"], seconds["made in each epoch"], strict=True)
+    return {
+        "epochs": EPOCHS,
+        "batch": batch,
+        "core_seconds": {name: spread(values) for name, values in seconds.items()},
+        "held_over_made": spread([held / made for held, made in both]),
+    }
+
+
 def measure(folder: Path, rows: int, batch: int, trials: int) -> dict[str, Any]:
     """All of it, interleaved."""
     store = folder / "rows.store"
@@ -90,6 +144,7 @@ def measure(folder: Path, rows: int, batch: int, trials: int) -> dict[str, Any]:
         "ms_a_step": {name: spread([1e3 * value for value in values]) for name, values in seconds.items()},
         "share_of_a_step": spread([(ours - theirs) / step for ours, theirs, step in both]),
         "bytes_a_row": SelectedBatchSampler(offered).losses.nbytes / rows,
+        "selecting": measure_selecting(store, folder, 2 * batch, trials),
     }
 
 

@@ -168,18 +168,23 @@ class Study:
         counted there.
         """
         if self.on_gpu:
-            return sum(spent for phase, spent in line["seconds"].items() if phase not in ONCE)
+            own = sum(spent for phase, spent in line["seconds"].items() if phase not in ONCE)
+            return float(own + sum(self.score_seconds(need) for need in line["needs"] if need != "probe"))
         seconds = self._own_seconds(line)
-        shared = 0.0
-        if line["embeds"]:
-            trials = (run["cpu_seconds"].get("trial", 0.0) for run in self.runs)
-            shared = self.embed_seconds + sum(trials)
+        shared = self._trial_seconds(line) + (self.embed_seconds if line["embeds"] else 0.0)
         for need in line["needs"]:
             if need == "probe":
                 shared += self.score_seconds(need)
             else:
                 seconds += self.score_seconds(need)
         return float(seconds + shared / experiments)
+
+    def _trial_seconds(self, line: Line) -> float:
+        """Core seconds of the trial of a run's guidance: those of the run that made it; the others found it made."""
+        if "trial" not in line["cpu_seconds"] or line["guidance"] == "none":
+            return 0.0
+        alike = (run["cpu_seconds"] for run in self.runs if run.get("guidance") == line["guidance"])
+        return float(max(spent.get("trial", 0.0) for spent in alike))
 
     def _own_seconds(self, line: Line) -> float:
         """Core seconds of a run alone. Of a longer run they are its steps at the pace of the method's shortest runs.
@@ -274,5 +279,7 @@ class Study:
         if not seeds or not self.embed_seconds:
             return None
         saved = float(np.mean([self.clock(full[s], OFTEN) - self.clock(ours[s], OFTEN) for s in seeds]))
-        shared = self.embed_seconds + sum(self.score_seconds(n) for n in ours[seeds[0]]["needs"] if n == "probe")
+        first = ours[seeds[0]]
+        shared = self.embed_seconds + sum(self.score_seconds(n) for n in first["needs"] if n == "probe")
+        shared += self._trial_seconds(first)
         return shared / saved if saved > 0 else None

@@ -12,7 +12,13 @@
 typedef unsigned char Byte;
 typedef long long Wide;
 
-struct Picture {  // a row of the table, as embedding/device_resize.py fills it
+#ifdef EMULATE
+#define PRODUCT(a, b) ((a) * (b))
+#else
+#define PRODUCT(a, b) __fmul_rn(a, b)  // rounded: no compiler may contract it with what is added to it
+#endif
+
+struct Picture {  // a row of the table, as embedding/device_resizing.py fills it
     Wide at;                      // first byte, from ``images``
     Wide channel, row, column;    // from one to the next, in bytes; an image that EXIF turns has them exchanged
     Wide height, width;           // upright
@@ -21,12 +27,14 @@ struct Picture {  // a row of the table, as embedding/device_resize.py fills it
     Wide place;                   // where it goes in ``pixels``
 };
 
-struct Span { int first, count; };  // rows, or columns, that one pixel is a mean of
+// Rows, or columns, that one pixel is a mean of. Each is computed once, and read from shared memory by all who need it:
+// computed in two places it may be rounded in two ways, and be another one.
+struct Span { int first, count; };
 
 __device__ __forceinline__ float scale_of(Wide length, Wide size) { return (float)length / (float)size; }
 
 __device__ __forceinline__ Span span_of(int i, Wide length, float scale) {
-    float reach = scale >= 1 ? REACH * scale : REACH, center = scale * (i + 0.5f);
+    float reach = scale >= 1 ? PRODUCT(REACH, scale) : REACH, center = PRODUCT(scale, i + 0.5f);
     int first = (int)(center - reach + 0.5f), end = (int)(center + reach + 0.5f);
     first = first > 0 ? first : 0;
     end = end < length ? end : (int)length;
@@ -46,7 +54,7 @@ __device__ __forceinline__ float filter(float x) {
 
 // The weights of pixel i, ``step`` floats apart.
 __device__ __forceinline__ void weigh(int i, Span span, float scale, int step, float *weight) {
-    float center = scale * (i + 0.5f), narrow = scale >= 1 ? 1 / scale : 1, total = 0;
+    float center = PRODUCT(scale, i + 0.5f), narrow = scale >= 1 ? 1 / scale : 1, total = 0;
     for (int j = 0; j < span.count; j++) {
         float w = filter((j + (span.first - center) + 0.5f) * narrow);
         weight[j * step] = w;
@@ -63,45 +71,46 @@ extern "C" __global__ void resize_block(int height, int width, int taps, int lin
     SHARED_MEMORY(memory);
     float *along_y = (float *)memory;                     // [lines][TILE]
     float *along_x = along_y + lines * TILE;              // [taps][width]
+    Span *columns = (Span *)(along_x + taps * width);     // [width], of nothing where the pixels are black
+    Span *spans = columns + width;                        // [TILE], likewise
     int tiles = (height + TILE - 1) / TILE, channel = blockIdx.x / tiles % 3;
     Picture p = ((const Picture *)table)[blockIdx.x / tiles / 3];
     int begin = blockIdx.x % tiles * TILE, rows = height - begin < TILE ? height - begin : TILE;
     const Byte *image = (const Byte *)((Wide)images + p.at + channel * p.channel);
     float scale_x = scale_of(p.width, p.broad), scale_y = scale_of(p.height, p.tall);
-    // Rows of pixels that are not black, and the rows of the image that they are means of.
-    int above = begin + p.top < 0 ? (int)-(begin + p.top) : 0;
-    int below = begin + p.top + rows > p.tall ? (int)(p.tall - begin - p.top) : rows;
-    int from = 0, to = 0;
-    if (above < below) {
-        Span last = span_of((int)(begin + below - 1 + p.top), p.height, scale_y);
-        from = span_of((int)(begin + above + p.top), p.height, scale_y).first;
-        to = last.first + last.count;
+    EACH(y, TILE) {
+        Wide i = begin + y + p.top;
+        spans[y] = y < rows && i >= 0 && i < p.tall ? span_of((int)i, p.height, scale_y) : Span{0, 0};
     }
-    EACH(n, (to - from) * TILE) along_y[n] = 0;
     EACH(x, width) {
         Wide i = x + p.left;
-        if (i >= 0 && i < p.broad) weigh((int)i, span_of((int)i, p.width, scale_x), scale_x, width, along_x + x);
+        columns[x] = i >= 0 && i < p.broad ? span_of((int)i, p.width, scale_x) : Span{0, 0};
+        weigh((int)i, columns[x], scale_x, width, along_x + x);
     }
     SYNC();
-    EACH(y, below - above) {
-        int i = (int)(begin + above + y + p.top);
-        Span span = span_of(i, p.height, scale_y);
-        weigh(i, span, scale_y, TILE, along_y + (span.first - from) * TILE + above + y);
+    int from = (int)p.height, to = 0;  // rows of the image that any of these pixels looks at
+    for (int y = 0; y < TILE; y++) {
+        if (!spans[y].count) continue;
+        from = spans[y].first < from ? spans[y].first : from;
+        to = spans[y].first + spans[y].count;
+    }
+    EACH(n, (to - from) * TILE) along_y[n] = 0;
+    SYNC();
+    EACH(y, TILE) {
+        int i = (int)(begin + y + p.top);
+        weigh(i, spans[y], scale_y, TILE, along_y + (spans[y].count ? spans[y].first - from : 0) * TILE + y);
     }
     SYNC();
     pixels += ((p.place * 3 + channel) * height + begin) * width;
     EACH(x, width) {
         float sum[TILE] = {};
-        Wide i = x + p.left;
-        if (i >= 0 && i < p.broad) {
-            Span columns = span_of((int)i, p.width, scale_x);
-            for (int r = from; r < to; r++) {
-                const Byte *line = image + r * p.row + columns.first * p.column;
-                float mean = 0;
-                for (int j = 0; j < columns.count; j++) mean += line[j * p.column] * along_x[j * width + x];
+        Span span = columns[x];
+        for (int r = from; r < to && span.count; r++) {
+            const Byte *line = image + r * p.row + span.first * p.column;
+            float mean = 0;
+            for (int j = 0; j < span.count; j++) mean += line[j * p.column] * along_x[j * width + x];
 #pragma unroll
-                for (int y = 0; y < TILE; y++) sum[y] += mean * along_y[(r - from) * TILE + y];
-            }
+            for (int y = 0; y < TILE; y++) sum[y] += mean * along_y[(r - from) * TILE + y];
         }
 #pragma unroll
         for (int y = 0; y < TILE; y++) {
@@ -111,4 +120,7 @@ extern "C" __global__ void resize_block(int height, int width, int taps, int lin
     }
 }
 
-extern "C" __host__ __device__ int resize_bytes(int width, int taps, int lines) { return 4 * (taps * width + lines * TILE); }
+extern "C" __host__ __device__ int resize_bytes(int width, int taps, int lines)
+{
+    return 4 * (taps * width + lines * TILE) + 8 * (width + TILE);
+}

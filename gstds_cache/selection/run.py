@@ -42,8 +42,8 @@ from gstds_cache.store.reader import EmbeddingStore
 
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
 
-WITHOUT_GRAPHS = 64  # batches there where no graph is made: what each costs is little beside handing it over
-HELD_BYTES_A_ROW = 18  # of candidates in memory: row, stratum, reference loss, prior
+WITHOUT_GRAPHS = (64, 32768)  # batches, and rows, there at most where no graph is made: handing over costs more
+HELD_BYTES = (18, 900)  # of candidates in memory: of a row (its number, stratum, reference loss, prior), and of a batch
 MOST_HELD = 1 << 30  # bytes of them; with more they are made in each epoch
 
 
@@ -177,8 +177,9 @@ class BatchSelector:
 
     def offers_again_from(self, start: int) -> int:
         """The ``seq`` from which on a run from ``start`` offers candidates from memory; its end where it does not."""
-        plan = self.plan
-        if self.draw is None or HELD_BYTES_A_ROW * len(plan.rows) * plan.batch_assignments > MOST_HELD:
+        plan, (a_row, a_batch) = self.plan, HELD_BYTES
+        held = plan.batch_assignments * (a_row * len(plan.rows) + a_batch * plan.batches_per_epoch)
+        if self.draw is None or held > MOST_HELD:
             return plan.total_batches
         return plan.came_before(start)
 
@@ -235,8 +236,9 @@ class BatchSelector:
         """
         guidance = self._chooser.guidance  # made before the threads start
         needs_graphs = self.rule.vectors or guidance.kind == "disagreement"
-        # What ends before the run does is of candidates, each offered here once.
-        with closing(self._new_spectra(keep=end is None)) if needs_graphs else nullcontext() as spectra:
+        # What ends before the run does is of candidates; from the start of an epoch each is offered here once.
+        again = end is None or start % self.plan.batches_per_epoch > 0
+        with closing(self._new_spectra(keep=again)) if needs_graphs else nullcontext() as spectra:
             done = self._chosen(spectra, start, self.plan.total_batches if end is None else end)
             try:
                 while True:
@@ -293,7 +295,10 @@ class BatchSelector:
     ) -> Generator[list[tuple[SelectedBatch, RuleBatch]], None, None]:
         """Yields the selections of a few batches at a time, in order; once closed, no thread asks for spectra."""
         if spectra is None or self.device_run.why_not:
-            most = WITHOUT_GRAPHS if spectra is None else STACK[self.solver.type]
+            most = STACK[self.solver.type]
+            if spectra is None:
+                batches, rows = WITHOUT_GRAPHS
+                most = max(most, min(batches, rows // self.plan.batch_size))
             yield from in_threads(partial(self._select, spectra), self._stacks(start, end, most), self.threads)
             return
         with closing(self.device_run.path(spectra).solved(start, None, end=end)) as stacks:

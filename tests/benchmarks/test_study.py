@@ -143,11 +143,14 @@ def test_all_costs_are_counted_and_the_caches_is_shared() -> None:
 
 
 def test_a_trial_of_guidance_is_shared_whichever_run_made_it() -> None:
-    runs = [line(name, 0, 0.9, 5, embeds=True) for name in ("default", "draw:damped-loss")]
+    runs = [line(name, 0, 0.9, 5, embeds=True, guidance="auto") for name in ("default", "draw:damped-loss")]
     runs[0]["cpu_seconds"]["trial"], runs[1]["cpu_seconds"]["trial"] = 8.0, 0.1
-    study = Study(tuple(runs))
-    assert [study.clock(run, OFTEN) for run in runs] == [5, 5]
-    assert [study.clock(run, 4) for run in runs] == [pytest.approx(5 + 8.1 / 4)] * 2
+    rival = line("jest", 0, 0.9, 5, embeds=True, guidance="auto")  # which had no trial
+    study = Study((*runs, rival, line("full", 0, 0.9, 25)))
+    assert [study.clock(run, OFTEN) for run in study.runs] == [5, 5, 5, 25]
+    assert [study.clock(run, 4) for run in study.runs] == [7, 7, 5, 25]
+    embedded = Study((*study.lines, {"kind": "embedding", "seconds": 9.0, "cpu_seconds": 12.0, "cores": 2}))
+    assert embedded.break_even(0.75, 8) == (12 + 8) / 20
 
 
 def test_on_a_gpu_the_wall_clock_counts_and_the_selection_may_be_there() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulated import EmulatedKernel, compile_emulated
 from PIL import ExifTags, Image, ImageOps
 
 from gstds_cache.cuda import build, launch
@@ -83,6 +85,31 @@ def test_the_pixels_are_torchs(emulated_kernels, interpolation, resize, crop) ->
     assert float((difference > 0).float().mean()) < 1e-3
 
 
+CONTRACTED = ("-O2", "-mfma", "-ffp-contract=fast")
+"""Compiled so, a product and a sum become one operation in some places, as on a GPU."""
+AT_A_WHOLE_NUMBER = ((725, 847), (778, 921), (291, 957), (405, 300), (316, 310))
+"""Sizes with pixels whose last row or column of the image is one or another, as their ends are rounded."""
+
+
+@pytest.mark.skipif("fma" not in Path("/proc/cpuinfo").read_text(), reason="needs a processor with fused operations")
+@pytest.mark.parametrize("interpolation", REACH)
+def test_the_pixels_are_torchs_however_a_compiler_rounds(
+    emulated_kernels, tmp_path, monkeypatch, interpolation
+) -> None:
+    define = f"REACH={REACH[interpolation]}"
+    library = compile_emulated(tmp_path, "resize.cu", "resize_block", (define,), flags=CONTRACTED)
+    contracted = EmulatedKernel(library, "resize_block")
+    monkeypatch.setattr(build, "kernel", lambda *_, **__: contracted)
+    ours = Preprocessing(resize=256, crop=(224, 224), interpolation=interpolation)
+    sizes = [turned for size in AT_A_WHOLE_NUMBER for turned in (size, size[::-1])]
+    decoded = [(place, image(*size, place), 1) for place, size in enumerate(sizes)]
+    pixels = resized(ours, decoded, len(decoded))
+    for place, stored, orientation in decoded:
+        difference = (pixels[place].int() - by_torch(ours, stored, orientation).int()).abs()
+        assert int(difference.max()) <= 1, sizes[place]
+        assert float((difference > 0).float().mean()) < 1e-3, sizes[place]
+
+
 @pytest.mark.parametrize("interpolation", REACH)
 def test_the_bits_do_not_depend_on_threads_or_on_other_images(emulated_kernels, interpolation) -> None:
     ours = Preprocessing(resize=40, crop=(36, 37), interpolation=interpolation)
@@ -155,7 +182,8 @@ def test_the_bytes_of_a_block_are_those_of_the_kernel(emulated_kernels) -> None:
 def test_on_a_gpu_the_pixels_are_torchs_up_to_rounding(interpolation) -> None:
     """One level, where the sum is at a half: in the last bit of a float32 two compilers may differ."""
     ours = Preprocessing(resize=256, crop=(224, 224), interpolation=interpolation)
-    sizes = ((387, 516), (516, 387), (447, 447), (1080, 1920), (3000, 4000), (100, 120), (256, 256), (30, 900), (9, 1))
+    sizes = ((387, 516), (447, 447), (1080, 1920), (3000, 4000), (100, 120), (256, 256), (30, 900), (9, 1))
+    sizes += AT_A_WHOLE_NUMBER
     decoded = [(n, image(*size, n).cuda(), n % 8 + 1) for n, size in enumerate(sizes * 2)]
     assert build.why_not(torch.device("cuda")) == ""
     pixels = resized(ours, decoded, len(decoded))
