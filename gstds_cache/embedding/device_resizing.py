@@ -24,6 +24,8 @@ REACH = {"bilinear": 1, "bicubic": 2}
 TILE = 16
 """Rows of pixels that a block makes (cuda/resize.cu)."""
 THREADS = 256
+TRIED = 16
+"""Images on which the kernel is tried, of other sizes each."""
 MOST_SIZES = 4096
 """Sizes of which is remembered what the kernel is told: a data set of photographs from the web has many more."""
 
@@ -32,11 +34,11 @@ class Resizer:
     """Resizes decoded images into batches of pixels."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        """Find the kernel, or compile it.
+        """Find the kernel, or compile it, and try it.
 
         Args:
             preprocessing: What images go through.
-            device: Where they are; on one that runs no kernels torch resizes them.
+            device: Where they are; torch resizes them on one that runs no kernels, or not to torch's pixels.
         """
         self._preprocessing, self._device = preprocessing, device
         self._kernel: launch.Kernel | None = None
@@ -47,8 +49,11 @@ class Resizer:
                 defines = (f"REACH={REACH[preprocessing.interpolation]}",)
                 self._kernel = build.kernel("resize.cu", "resize_block", defines, device=device)
                 self._room = launch.shared_memory_limit(device)
+                reason = self._other_pixels()
         except KernelError as error:
             reason = error.message
+        if reason:
+            self._kernel = None
         build.log_fallback(device, reason)
 
     def resize(self, decoded: Sequence[Decoded], pixels: UInt8[torch.Tensor, "B 3 h w"]) -> None:
@@ -76,6 +81,24 @@ class Resizer:
             together.append([image.data_ptr() + row[0], *row[1:], place])
             taps, lines = most
         self._launch(together, taps, lines, pixels)
+
+    def _other_pixels(self) -> str:
+        """Why the kernel is not to be used, in words: on some images it was tried on, its pixels are not torch's."""
+        resize = self._preprocessing.resize
+        side = 4 * (resize if isinstance(resize, int) else max(resize))
+        sizes = torch.randint(1, side, (TRIED, 2), generator=torch.Generator().manual_seed(0)).tolist()
+        generator = torch.Generator(self._device).manual_seed(0)
+        whole = torch.randint(256, (3, side, side), generator=generator, dtype=torch.uint8, device=self._device)
+        decoded = [
+            (place, whole[:, :height, :width].contiguous(), place % 8 + 1)
+            for place, (height, width) in enumerate(sizes)
+        ]
+        mine, theirs = torch.zeros((2, TRIED, 3, *self._preprocessing.crop), dtype=torch.uint8, device=self._device)
+        self.resize(decoded, mine)
+        for one in decoded:
+            self._by_torch(*one, theirs)
+        levels = int((mine.int() - theirs.int()).abs().max())
+        return "" if levels <= 1 else f"resized images are up to {levels} of 255 levels from torch's on {self._device}"
 
     def _launch(self, together: list[list[int]], taps: int, lines: int, pixels: UInt8[torch.Tensor, "B 3 h w"]) -> None:
         if together:

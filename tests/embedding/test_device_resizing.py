@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_the_pixels_are_torchs(emulated_kernels, interpolation, resize, crop) ->
     ]  # fmt: skip
     pixels = resized(ours, decoded, 2 * len(decoded) + 1)
     (kernel,) = emulated_kernels.kernels.values()
-    assert len(kernel.launches) == 1, "images of all sizes by one launch"
+    assert len(kernel.launches) == 2, "images of all sizes by one launch, after one that tries the kernel"
     assert bool((pixels[::2] == 7).all()), "places of others stay as they are"
     theirs = torch.stack([by_torch(ours, stored, orientation) for _, stored, orientation in decoded])
     difference = (pixels[1::2].int() - theirs.int()).abs()
@@ -132,8 +133,9 @@ def test_images_that_do_not_fit_into_shared_memory(emulated_kernels, monkeypatch
     decoded = [(place, image(*size, place), 1) for place, size in enumerate(sizes)]
     whole = resized(ours, decoded, len(decoded))
     (kernel,) = emulated_kernels.kernels.values()
-    assert len(kernel.launches) == 1
+    assert len(kernel.launches) == 2
     kernel.launches.clear()
+    monkeypatch.setattr(Resizer, "_other_pixels", lambda _self: "")
     monkeypatch.setattr(launch, "shared_memory_limit", lambda _device: 22 << 10)
     calls: list[int] = []
     monkeypatch.setattr(Resizer, "_by_torch", lambda _self, place, *_: calls.append(place))
@@ -160,6 +162,28 @@ def test_without_a_kernel_torch_resizes(monkeypatch) -> None:
     monkeypatch.setattr(build, "kernel", refused)
     assert torch.equal(resized(ours, decoded, 4), theirs)
     assert reasons == ["the driver is older than the compiler"]
+
+
+@pytest.mark.parametrize("wrong", ["nothing is written", "a column is that beside it"])
+def test_a_kernel_whose_pixels_are_not_torchs_is_not_used(emulated_kernels, monkeypatch, wrong: str) -> None:
+    """As where a compiler rounds in two ways what has to be the same."""
+    ours = Preprocessing(resize=32, crop=(28, 28))
+    right = emulated_kernels("resize.cu", "resize_block", ("REACH=1",))
+
+    def kernel(*arguments: object) -> None:
+        if wrong == "a column is that beside it":
+            right(*arguments)
+            pixels = arguments[-1]
+            pixels[3, :, :, 5] = pixels[3, :, :, 6]
+
+    monkeypatch.setattr(build, "kernel", lambda *_, **__: kernel)
+    reasons: list[str] = []
+    monkeypatch.setattr(build, "log_fallback", lambda _device, reason: reasons.append(reason))
+    decoded = [(place, image(*size, place), 1) for place, size in enumerate(SIZES[:4])]
+    theirs = torch.stack([by_torch(ours, stored, orientation) for _, stored, orientation in decoded])
+    assert torch.equal(resized(ours, decoded, 4), theirs)
+    (reason,) = reasons
+    assert re.fullmatch(r"resized images are up to \d+ of 255 levels from torch's on cpu", reason)
 
 
 def test_images_that_are_not_contiguous_are_torchs(emulated_kernels) -> None:
