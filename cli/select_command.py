@@ -88,7 +88,11 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     + "; or module:function. auto: what probes on the embeddings learn most from, loss-minus-reference, damped-loss, "
     "loss-squared or the default rule. Instead of --rule.",
 )
-@setting("strata", "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph.")
+@setting(
+    "strata",
+    "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph. [default: 8; 1 "
+    "for loss-squared]",
+)
 @setting(
     "guidance",
     "Difficulty, for rules that look at it: "

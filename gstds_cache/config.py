@@ -214,7 +214,7 @@ class SelectConfig:
             draws in proportion to (selection/draws.py). Takes the place of ``rule``. None selects kept rows; ``auto``
             is what suits the data and the run, by probes on the embeddings (selection/draw_choice.py).
         strata: Spectral strata of a batch of which the trainer draws in proportion to their size; 1 makes no graph.
-            Only with ``draw``.
+            None is what suits the draw: 8, or 1 for ``loss-squared``. Only with ``draw``.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
@@ -239,7 +239,7 @@ class SelectConfig:
     knn: int = 10
     rule: str = DEFAULT_RULE
     draw: str | None = None
-    strata: int = STRATA
+    strata: int | None = None
     guidance: str = "auto"
     min_per_class: int = 0
     seed: int = 0
@@ -279,7 +279,7 @@ class SelectConfig:
         """
         if self.draw is None:
             hint = "leave it out, or say by what a trainer draws: `draw='loss-minus-reference'`"
-            _require(self.strata == STRATA, "`strata`", self.strata, "no such setting without `draw`", hint)
+            _require(self.strata is None, "`strata`", self.strata, "no such setting without `draw`", hint)
             return
         hint = "leave it out: with `draw` the trainer chooses the rows, in each epoch anew"
         _require(self.rule == DEFAULT_RULE, "`rule`", self.rule, "no rule beside `draw`", hint)
@@ -470,7 +470,7 @@ class SelectSettings(TypedDict, total=False):
     knn: int
     rule: str
     draw: str | None
-    strata: int
+    strata: int | None
     guidance: str
     min_per_class: int
     seed: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.study.variants import PREFIX, Variant, parse_variant, settings_of
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import STRATA, SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
@@ -47,7 +47,7 @@ class Method:
     batch_assignments: int | None = None
     needs: frozenset[str] = frozenset()
     draw: str | None = None
-    strata: int = SelectConfig.strata
+    strata: int = STRATA
     importance_weights: bool = False
     variant: Variant | None = None
 
@@ -121,7 +121,7 @@ def _drawing(name: str) -> Method:
     parts = DRAW.fullmatch(name)
     if parts is None:
         raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]")
-    draw, strata = find_draw(parts["draw"]), int(parts["strata"] or SelectConfig.strata)
+    draw, strata = find_draw(parts["draw"]), int(parts["strata"] or STRATA)
     probe = draw.needs_reference or draw.needs_prior
     return Method(
         name,

@@ -151,7 +151,7 @@ def _selection(
         config = SelectConfig(
             rule=method.rule,
             draw=method.draw,
-            strata=method.strata,
+            strata=method.strata if method.draw else None,
             guidance=method.guidance,
             schedule=method.schedule or f"constant:{task.ratio}",
             batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),

@@ -106,6 +106,7 @@ class RowChooser:
         rows, count = batch.indices, len(batch.indices)
         stratum = np.zeros(count, np.int16)
         if spectrum is not None:
+            assert self.config.strata is not None  # with_strata settled it
             order, bounds = cells_of(seen, min(self.config.strata, count))
             stratum[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         prior = np.ones(count) if seen.guidance is None else weights(seen)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gstds_cache.config import STRATA, SelectConfig
+from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
 from gstds_cache.files.digest import canonical_json, digest_of
@@ -79,7 +79,7 @@ def choose_draw(
 
 def without_draw(config: SelectConfig) -> SelectConfig:
     """The same run with rows kept by the rule."""
-    return replace(config, draw=None, strata=STRATA)
+    return replace(config, draw=None, strata=None)
 
 
 def _try_out(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from gstds_cache.config import STRATA
 from gstds_cache.errors import UsageError, unknown_name
 from gstds_cache.plugins import load_factory, own_code, source_digest
 from gstds_cache.runtime.resources import out_of_memory
@@ -94,6 +95,8 @@ class Draw:
         needs_losses: Whether it looks at last losses. Only then those that have none count by their prior.
         needs_reference: Whether it looks at reference losses: a linear probe on labelled embeddings.
         needs_prior: Whether the prior counts, for rows without a loss or for all.
+        strata: Spectral strata that suit it. Each gives rows in proportion to its size, whatever they score: where a
+            class is rare, and alike, that leaves its rows no more than their share.
         source: SHA-256 of the file of a user's own function; empty for ours.
     """
 
@@ -103,6 +106,7 @@ class Draw:
     needs_losses: bool = True
     needs_reference: bool = True
     needs_prior: bool = True
+    strata: int = STRATA
     source: str = ""
 
     def __call__(
@@ -159,7 +163,8 @@ DRAWS = {
         Draw("loss-minus-reference", catalog.DRAWS["loss-minus-reference"], loss_minus_reference),
         Draw("damped-loss", catalog.DRAWS["damped-loss"], damped_loss),
         Draw("loss", catalog.DRAWS["loss"], last_loss, needs_reference=False),
-        Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False),
+        Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False,
+             strata=1),
         Draw("prior", catalog.DRAWS["prior"], prior_alone, needs_losses=False, needs_reference=False),
         Draw("uniform", catalog.DRAWS["uniform"], uniform, needs_losses=False, needs_reference=False,
              needs_prior=False),

@@ -35,7 +35,7 @@ from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.selection.settings import ParsedSettings, identity
+from gstds_cache.selection.settings import ParsedSettings, identity, with_strata
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.store.reader import EmbeddingStore
@@ -78,6 +78,7 @@ class BatchSelector:
         Raises:
             UsageError: The rule or schedule is unknown, or the batch size exceeds the rows that have an embedding.
         """
+        config = with_strata(config)
         self.store, self.config = store, config
         self._settings = settings = ParsedSettings.parse(config)
         self.rule, self.draw = settings.rule, settings.draw
@@ -323,7 +324,7 @@ class BatchSelector:
     def too_many_strata(self) -> str:
         """Why a draw by losses would hardly look at them, and what to do; empty where it does."""
         strata, rows = self.config.strata, self.plan.rows_in(0)
-        if self.draw is None or strata == 1 or 2 * strata <= rows:
+        if strata is None or strata == 1 or 2 * strata <= rows:
             return ""
         return (
             f"`strata`: {strata:,} of a batch of {rows:,} rows: most hold a single row, so scores choose next to "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class ParsedSettings:
             UsageError: A rule, schedule, order or guidance is unknown, or a file that it names cannot be read.
         """
         draw, assignments = None if config.draw is None else find_draw(config.draw), config.batch_assignments
-        rule = find_rule(config.rule) if draw is None else _offering(draw, config.strata)
+        rule = find_rule(config.rule) if draw is None else _offering(draw, config.strata or draw.strata)
         return cls(
             rule=rule,
             draw=draw,
@@ -62,6 +62,17 @@ class ParsedSettings:
             guidance=parse_guidance(config.guidance),
             batch_assignments=int(rule.vectors > 0) if assignments is None else assignments,
         )
+
+
+def with_strata(config: SelectConfig) -> SelectConfig:
+    """``config`` with the strata that suit its draw, where none were asked for.
+
+    Raises:
+        UsageError: The draw is unknown.
+    """
+    if config.draw is None or config.strata is not None:
+        return config
+    return replace(config, strata=find_draw(config.draw).strata)
 
 
 def _offering(draw: Draw, strata: int) -> Rule:

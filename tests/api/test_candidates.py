@@ -82,6 +82,21 @@ def test_strata_are_parts_of_the_spectrum_and_one_stratum_makes_no_graph(store) 
     assert not next(iter(one)).candidates.stratum.any()
 
 
+def test_a_draw_has_the_strata_that_suit_it_unless_they_are_named(store, tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_draw.py").write_text(
+        "from gstds_cache.selection.draws import Draw\n"
+        "mine = Draw('mine', 'last losses', lambda last, *_: last.clip(0), needs_reference=False, strata=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for draw, strata in (("loss", 8), ("damped-loss", 8), ("loss-squared", 1), ("own_draw:mine", 3)):
+        for asked, expected in ((None, strata), (4, 4)):
+            selection = select(store, draw=draw, strata=asked, **SMALL)
+            first = next(iter(selection))
+            assert len(np.bincount(first.candidates.stratum)) == expected, (draw, asked)
+    named, left = (select(store, draw="damped-loss", strata=strata, **SMALL).digest for strata in (8, None))
+    assert named == left
+
+
 def test_a_selection_of_candidates_is_found_again_by_all_that_decides_it(store) -> None:
     first = select(store, draw="loss-minus-reference", **SMALL)
     again = select(store, draw="loss-minus-reference", **SMALL)
