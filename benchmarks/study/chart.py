@@ -22,6 +22,8 @@ RATIO = 0.75
 SETS = {
     "glyphs-size64-imbalance100": "letters, 100:1 imbalance",
     "glyphs-size64-noise30": "letters, 30 % wrong labels",
+    "cifar10-noise30": "CIFAR-10, 30 % wrong labels",
+    "cifar10-imbalance100": "CIFAR-10, 100:1 imbalance",
     "cifar10": "CIFAR-10, small network",
     "glyphs-size64": "letters",
     "glyphs-size64-doubled": "letters, half of them twice",

@@ -386,6 +386,7 @@ def test_all_parts_run_without_a_gpu(tmp_path) -> None:
         "same_rows_from_global_memory": True,
         "all_converge": True,
         "components": [2, 1, 1],
+        "levels_from_torchs_pixels": 0,
     }
     assert f"correct: {len(checks)} of {len(checks)} checks hold" in done.stdout
 
