@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 
@@ -26,6 +27,10 @@ TILE = 16
 THREADS = 256
 TRIED = 16
 """Images on which the kernel is tried, of other sizes each."""
+SEARCHED = 1024
+"""Sizes among which those are looked for."""
+HARD = 2e-7
+"""How near to a whole number, as a share of it: float32 rounds to 6e-8 of it."""
 MOST_SIZES = 4096
 """Sizes of which is remembered what the kernel is told: a data set of photographs from the web has many more."""
 
@@ -84,9 +89,7 @@ class Resizer:
 
     def _other_pixels(self) -> str:
         """Why the kernel is not to be used, in words: on some images it was tried on, its pixels are not torch's."""
-        resize = self._preprocessing.resize
-        side = 4 * (resize if isinstance(resize, int) else max(resize))
-        sizes = torch.randint(1, side, (TRIED, 2), generator=torch.Generator().manual_seed(0)).tolist()
+        side, sizes = 4 * _longest(self._preprocessing), hard_sizes(self._preprocessing)
         generator = torch.Generator(self._device).manual_seed(0)
         whole = torch.randint(256, (3, side, side), generator=generator, dtype=torch.uint8, device=self._device)
         decoded = [
@@ -144,6 +147,40 @@ class Resizer:
     ) -> None:
         (values,) = self._preprocessing.resized(upright(image, orientation)[None])
         pixels[place].copy_(values.round_().clamp_(0, 255))
+
+
+def hard_sizes(preprocessing: Preprocessing) -> list[tuple[int, int]]:
+    """Heights and widths, up to four times those that images are resized to, that are hard to resize.
+
+    Where the rows that a pixel is a mean of end next to a whole number, but not at it, how a sum is rounded decides
+    whether there is one more.
+
+    Returns:
+        ``TRIED``: hard ones, and as many others as are missing.
+    """
+    reach, rng = REACH[preprocessing.interpolation], np.random.default_rng(0)
+    found: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    for height, width in rng.integers(1, 4 * _longest(preprocessing) + 1, (SEARCHED, 2)).tolist():
+        at = preprocessing.placing(height, width)
+        hard = any(_is_hard(kept, size, reach) for kept, size in zip(at.kept, at.size, strict=True))
+        (found if hard else others).append((height, width))
+        if len(found) == TRIED:
+            break
+    return [*found, *others][:TRIED]
+
+
+def _is_hard(length: int, size: int, reach: int) -> bool:
+    scale = length / size
+    center, wide = scale * (np.arange(size) + 0.5) + 0.5, max(scale, 1.0) * reach
+    ends = np.concatenate([center - wide, center + wide])
+    off = np.abs(ends - np.round(ends))
+    return bool(((off > 0) & (off < HARD * np.abs(ends))).any())
+
+
+def _longest(preprocessing: Preprocessing) -> int:
+    resize = preprocessing.resize
+    return resize if isinstance(resize, int) else max(resize)
 
 
 def resize_bytes(width: int, taps: int, lines: int) -> int:

@@ -148,7 +148,9 @@ def view_selection(
         _iterations(view, key, selector)
         _map(view, key, selector, every[0])
     else:
-        missing = f"The rule {header.settings.get('rule')!r} computes no graph, so there is no coordinate to show."
+        how = f"The draw {header.settings['draw']!r} with one stratum" if header.candidates else ""
+        how = how or f"The rule {header.settings.get('rule')!r}"
+        missing = f"{how} computes no graph, so there is no coordinate to show."
         view.panels += [Panel("Kept and dropped along the Fiedler coordinate", "", missing=missing)]
     _by_class(view, key, selector, batches)
     some = dict.fromkeys(every[place] for place in (0, len(every) // 2, -1)) if every else {}

@@ -164,6 +164,28 @@ def test_without_a_kernel_torch_resizes(monkeypatch) -> None:
     assert reasons == ["the driver is older than the compiler"]
 
 
+@pytest.mark.parametrize(
+    ("resize", "interpolation"), [(256, "bicubic"), (256, "bilinear"), (224, "bicubic"), (146, "bicubic")]
+)
+def test_the_kernel_is_tried_on_sizes_where_rounding_decides_what_a_pixel_is_a_mean_of(resize, interpolation) -> None:
+    ours = Preprocessing(resize=resize, crop=(128, 128), interpolation=interpolation)
+    sizes = device_resizing.hard_sizes(ours)
+    assert len(set(sizes)) == device_resizing.TRIED
+    differ = 0
+    for height, width in sizes:
+        at = ours.placing(height, width)
+        for kept, size in zip(at.kept, at.size, strict=True):
+            scale, center = np.float32(kept) / np.float32(size), (np.arange(size) + 0.5).astype(np.float32)
+            reach = np.float32(REACH[interpolation]) * max(scale, np.float32(1))
+            for sign in (np.float32(-1), np.float32(1)):
+                rounded = scale * center + sign * reach
+                at_once = (np.float64(scale) * center + np.float64(sign * reach)).astype(np.float32)
+                differ += int(
+                    ((rounded + np.float32(0.5)).astype(int) != (at_once + np.float32(0.5)).astype(int)).any()
+                )
+    assert differ > 0
+
+
 @pytest.mark.parametrize("wrong", ["nothing is written", "a column is that beside it"])
 def test_a_kernel_whose_pixels_are_not_torchs_is_not_used(emulated_kernels, monkeypatch, wrong: str) -> None:
     """As where a compiler rounds in two ways what has to be the same."""
