@@ -256,16 +256,17 @@ def measure(source: ImageSource, arguments: argparse.Namespace, megapixels: floa
         torch.backends.cudnn.benchmark = False
     yield found
     by_device = open_encoder(model, allow_untrained=True).to(device)
-    decoding.decode_by(by_device, "nvjpeg", device)
-    try:
-        decoding.try_decoder(by_device, device)
-        found["decode"]["nvjpeg"] = decode_on_device(
-            source, by_device, device, size, arguments.seconds, large=megapixels >= 1
-        )
-    except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
-        found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
-        decoders = [name for name in decoders if name != "nvjpeg"]
-    yield found
+    if "nvjpeg" in decoders:
+        decoding.decode_by(by_device, "nvjpeg", device)
+        try:
+            decoding.try_decoder(by_device, device)
+            found["decode"]["nvjpeg"] = decode_on_device(
+                source, by_device, device, size, arguments.seconds, large=megapixels >= 1
+            )
+        except Exception as error:  # A machine whose GPU decodes nothing still embeds with Pillow.
+            found["decode"]["nvjpeg"] = {"error": f"{type(error).__name__}: {error}"}
+            decoders = [name for name in decoders if name != "nvjpeg"]
+        yield found
     if megapixels < 1 and "nvjpeg" in decoders:  # of larger ones the model takes a twentieth of the time
         try:
             found["decode_and_forward"] = decode_and_forward(source, by_device, device, size, arguments.seconds)

@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 
 from gstds_cache import SelectedBatchSampler, select
 from gstds_cache.config import SelectConfig, TrainConfig
-from gstds_cache.selection import run as selection_run
+from gstds_cache.selection import offers
+from gstds_cache.selection.run import BatchSelector
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.writer import write_file
 from gstds_cache.training.network import build_network
@@ -78,7 +79,7 @@ def selecting(store: Path, out: Path, batch: int, **how: Any) -> Callable[[], fl
     def one() -> float:
         out.unlink(missing_ok=True)
         begun = time.process_time()
-        with closing(write_file(selection_run.BatchSelector(EmbeddingStore(store), config), out)) as written:
+        with closing(write_file(BatchSelector(EmbeddingStore(store), config), out)) as written:
             deque(written, maxlen=0)
         return time.process_time() - begun
 
@@ -88,11 +89,11 @@ def selecting(store: Path, out: Path, batch: int, **how: Any) -> Callable[[], fl
 @contextmanager
 def nothing_held() -> Iterator[None]:
     """Candidates are made in each epoch meanwhile."""
-    before, selection_run.MOST_HELD = selection_run.MOST_HELD, -1
+    before, offers.MOST_HELD = offers.MOST_HELD, -1
     try:
         yield
     finally:
-        selection_run.MOST_HELD = before
+        offers.MOST_HELD = before
 
 
 def measure_selecting(store: Path, folder: Path, batch: int, trials: int) -> dict[str, Any]:

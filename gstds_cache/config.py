@@ -279,7 +279,7 @@ class SelectConfig:
         """
         if self.draw is None:
             hint = "leave it out, or say by what a trainer draws: `draw='loss-minus-reference'`"
-            _require(self.strata in {None, STRATA}, "`strata`", self.strata, "no such setting without `draw`", hint)
+            _require(self.strata is None, "`strata`", self.strata, "no such setting without `draw`", hint)
             return
         hint = "leave it out: with `draw` the trainer chooses the rows, in each epoch anew"
         _require(self.rule == DEFAULT_RULE, "`rule`", self.rule, "no rule beside `draw`", hint)

@@ -20,7 +20,6 @@ from gstds_cache.config import (
     ENGINE,
     MEMORY_BUDGET,
     SMALLEST_BATCH,
-    STRATA,
     SelectConfig,
     SelectSettings,
     as_type,
@@ -231,7 +230,7 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
     share = plan.total_kept / plan.total_rows
     chosen, why = choose_draw(store, config, share, threads=config.threads or cores(), device=device)
     inform(f"draw auto: {why}")
-    if chosen.draw is None and config.strata not in {None, STRATA}:
+    if chosen.draw is None and config.strata is not None:
         inform(f"note: `strata` {config.strata} is not used: it is for draws, and the rule keeps rows")
     return chosen
 

@@ -30,6 +30,7 @@ from gstds_cache.selection.elsewhere import select_by
 from gstds_cache.selection.floors import check_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
+from gstds_cache.selection.offers import Offers, offered_again_from
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
@@ -41,10 +42,7 @@ from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.store.reader import EmbeddingStore
 
 STACK = {"cpu": 4, "cuda": 64}  # graphs worked on at once, by one thread, where they are solved
-
 WITHOUT_GRAPHS = (64, 32768)  # batches, and rows, there at most where no graph is made: handing over costs more
-HELD_BYTES = (18, 900)  # of candidates in memory: of a row (its number, stratum, reference loss, prior), and of a batch
-MOST_HELD = 1 << 30  # bytes of them; with more they are made in each epoch
 
 
 class BatchSelector:
@@ -168,42 +166,29 @@ class BatchSelector:
             yield from self._run_on_device(start)
             return
         end = self.offers_again_from(start)
-        comes_again = end < self.plan.total_batches
-        held: dict[tuple[int, int], SelectedBatch] = {}
-        for selection, _seen in self.watch(start, end=end if comes_again else None):
-            if comes_again:
-                held[self.plan.place(selection.seq)] = selection
+        offers = Offers(self.plan) if end < self.plan.total_batches else None
+        for selection, _seen in self.watch(start, end=None if offers is None else end):
+            if offers is not None:
+                offers.hold(selection)
             yield selection
-        yield from self._offer_again(end, held)
+        if offers is not None:
+            yield from self._offer_again(offers, end)
 
     def offers_again_from(self, start: int) -> int:
         """The ``seq`` from which on a run from ``start`` offers candidates from memory; its end where it does not."""
-        plan, (a_row, a_batch) = self.plan, HELD_BYTES
-        held = plan.batch_assignments * (a_row * len(plan.rows) + a_batch * plan.batches_per_epoch)
-        if self.draw is None or held > MOST_HELD:
-            return plan.total_batches
-        return plan.came_before(start)
+        return self.plan.total_batches if self.draw is None else offered_again_from(self.plan, start)
 
-    def _offer_again(self, start: int, held: dict[tuple[int, int], SelectedBatch]) -> Iterator[SelectedBatch]:
-        """Candidates of batches that were offered before: nothing about them is new but how many rows are drawn.
-
-        Args:
-            start: The first of them; all that follow came before, too.
-            held: Each batch by assignment and group.
+    def _offer_again(self, offers: Offers, start: int) -> Iterator[SelectedBatch]:
+        """Candidates that are held, from batch ``start`` to the run's end, counted.
 
         Yields:
             The batches in order.
         """
-        graphs = self.rule.vectors or self.guidance_looks_at_graphs
+        graphs, none = self.rule.vectors or self.guidance_looks_at_graphs, np.zeros(0, np.int64)
         for seq in range(start, self.plan.total_batches):
             begun = time.perf_counter()
-            epoch, batch_id = divmod(seq, self.plan.batches_per_epoch)
-            before = held[self.plan.place(seq)]
-            assert before.candidates is not None
-            candidates = replace(before.candidates, keep=self.plan.keep(seq))
-            selection = replace(before, seq=seq, epoch=epoch, batch_id=batch_id, candidates=candidates)
+            selection = offers.again(seq)
             self.pending = self.plan.total_batches - seq - 1
-            none = np.zeros(0, np.int64)
             self.counts.add(selection, none, none)
             self.counts.reuse(int(bool(graphs)))
             self.counts.elapsed += time.perf_counter() - begun

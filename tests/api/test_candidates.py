@@ -117,6 +117,7 @@ def test_kept_rows_have_the_identity_they_had_before_there_were_candidates(store
 def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> None:
     for settings, words in (
         ({"strata": 4}, "no such setting without `draw`"),
+        ({"strata": 8}, "no such setting without `draw`"),
         ({"draw": "loss", "rule": "coverage"}, "no rule beside `draw`"),
         ({"draw": "loss", "min_per_class": 1}, "0 with `draw`"),
         ({"draw": "los"}, "unknown draw 'los'"),

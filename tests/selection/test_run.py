@@ -17,8 +17,8 @@ from gstds_cache.config import SelectConfig
 from gstds_cache.errors import SolverError, UsageError
 from gstds_cache.files import mapped
 from gstds_cache.runtime.notify import log_once
+from gstds_cache.selection import offers, spectra, throughput
 from gstds_cache.selection import run as run_module
-from gstds_cache.selection import spectra, throughput
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
@@ -259,7 +259,7 @@ def test_candidates_that_come_again_are_offered_from_memory(store, monkeypatch, 
     assert sum(computed) == different
     assert selector.counts.reused == selector.plan.total_batches - start - different
     assert selector.counts.batches == len(found) == selector.plan.total_batches - start
-    monkeypatch.setattr(run_module, "MOST_HELD", -1)
+    monkeypatch.setattr(offers, "MOST_HELD", -1)
     assert selector.offers_again_from(start) == selector.plan.total_batches
     again, other = offered(store, config, start)
     assert found == again
