@@ -428,8 +428,8 @@ def render(results: Path = RESULTS) -> str:
     studies = studies_of(results)
     note = (
         "Differences are in points, paired by seed, with 95 % intervals over seeds (Student's t); a star marks "
-        "comparisons in which random's (or the default's) largest budget took less time than the method, and was taken. "
-        "`draw:NAME^S` has S strata, `draw:NAME` eight: what the library has for `loss-squared` is `draw:loss-squared^1`."
+        "comparisons in which random's (or the default's) largest budget took less time than the method, and was "
+        "taken. `draw:NAME^S` has S strata, `draw:NAME` eight: the library's `loss-squared` is `draw:loss-squared^1`."
     )
     parts = [hours(results, list(studies.values())), note, advice_table(studies)]
     return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])
