@@ -44,6 +44,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding import decoding, device_decoding
 from gstds_cache.embedding.device_resizing import Resizer
+from gstds_cache.embedding.forward import ForwardPasses
 from gstds_cache.embedding.job import BATCH_SIZE
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import Encoder
@@ -146,7 +147,7 @@ def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.devi
     files = [torch.frombuffer(bytearray(source.payload(row)), dtype=torch.uint8) for row in range(part)]
     cuda = device.type == "cuda"
     decoding_stream = own_stream(device) if cuda else None
-    resizer = Resizer(encoder.spec.preprocessing, device)
+    resizer, forward = Resizer(encoder.spec.preprocessing, device), ForwardPasses(encoder, device)
 
     def decode() -> list[torch.Tensor | None]:
         with torch.cuda.stream(decoding_stream):
@@ -166,7 +167,7 @@ def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.devi
                     [(place, image, 1) for place, image in enumerate(images, start) if image is not None], pixels
                 )
                 held.append(images)
-            encoder.queue(pixels)
+            forward(pixels)
             queued.append((torch.cuda.current_stream(device).record_event() if cuda else None, held))
             if len(queued) > 1:
                 event, _ = queued.popleft()
@@ -325,6 +326,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.sizes, arguments.images, arguments.model = [0.02, 1.0], [64, 32], "timm:test_resnet"
         arguments.seconds, arguments.workers = 0.2, 2
+    decoding.keep_streams_apart("nvjpeg")
     arguments.resolved = resolve_device(arguments.device)
     stand_in(arguments.resolved)
     keep_freed_memory()

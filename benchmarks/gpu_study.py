@@ -93,7 +93,35 @@ def alone(seeds: int) -> list[list[str]]:
     ]
 
 
-NETWORKS = {"conv7": of_conv7, "resnet18": of_resnet18, "alone": alone}
+def noise30(seeds: int) -> list[list[str]]:
+    """The small network on labels of which 30 % are wrong; a few runs one at a time are :func:`noise30_alone`."""
+    setting, validation = "cifar10-conv7-noise30", "cifar10-conv7-noise30-validation"
+    head, rest = f"full,random,{DRAWS},rho-loss,jest", "infobatch,orderdp,seta,selective-backprop"
+    commands = []
+    for methods in (head, rest):
+        commands += [
+            ["benchmarks.study", validation, "--methods", methods, "--lrs", RATES, "--seeds", "1"],
+            *(["benchmarks.study.tune", validation, "--into", into, "--methods", methods]
+              for into in (setting, f"{setting}-alone")),
+        ]  # fmt: skip
+        more = f",full*0.5,{times(f'random,{DRAWS}', 2)}" if methods == head else ""
+        commands.append(["benchmarks.study", setting, "--methods", methods + more, "--seeds", str(min(seeds, 3))])
+    return commands
+
+
+def noise30_alone(seeds: int) -> list[list[str]]:
+    """Those of :func:`noise30` whose seconds matter most, one at a time, once rates are known."""
+    methods = f"random,{DRAWS},rho-loss,jest,full,full*0.5,infobatch"
+    return [["benchmarks.study", "cifar10-conv7-noise30-alone", "--methods", methods, "--seeds", str(min(seeds, 2))]]
+
+
+NETWORKS = {
+    "conv7": of_conv7,
+    "resnet18": of_resnet18,
+    "alone": alone,
+    "noise30": noise30,
+    "noise30-alone": noise30_alone,
+}
 
 
 def commands(networks: Iterable[str], seeds: int) -> list[list[str]]:

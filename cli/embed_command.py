@@ -117,6 +117,13 @@ time; without, models that take any size look at no more pixels than the images'
 @setting_option(EmbedConfig, "allow_untrained", help="Accept a model without pretrained weights.")
 @setting_option(
     EmbedConfig,
+    "cuda_graphs",
+    flags=(" /--no-cuda-graphs",),
+    help="Start the kernels of each forward pass one by one, also on a GPU; else those of a timm or torchvision model "
+    "are recorded in a CUDA graph, and started together.",
+)
+@setting_option(
+    EmbedConfig,
     "shard",
     metavar="I/N",
     help="Embed part I of N of the store, I from 0, beside other processes or machines that take the others; the last "

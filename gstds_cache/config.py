@@ -169,6 +169,8 @@ class EmbedConfig:
         max_pixels: Images of more pixels (width x height) are quarantined.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
+        cuda_graphs: Whether forward passes of a timm or torchvision model are recorded in a CUDA graph on a GPU, and
+            replayed, which spares the host the start of each kernel; the rows are the same.
         shard: ``I/N``, I from 0: embed this part of the store's shards alone, beside other processes with the other
             parts. The last of them finishes the store. None embeds all that is missing.
     """
@@ -183,6 +185,7 @@ class EmbedConfig:
     max_pixels: int = 64_000_000
     dtype: Literal["float16", "float32"] = "float16"
     allow_untrained: bool = False
+    cuda_graphs: bool = True
     shard: str | None = None
 
     def __post_init__(self) -> None:
@@ -456,6 +459,7 @@ class EmbedSettings(TypedDict, total=False):
     max_pixels: int
     dtype: Literal["float16", "float32"]
     allow_untrained: bool
+    cuda_graphs: bool
     shard: str | None
 
 

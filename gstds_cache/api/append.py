@@ -11,6 +11,7 @@ from gstds_cache.costs.records import Cost, added, keep_record, recall_store, st
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.append import AppendReport, append_dataset
+from gstds_cache.embedding.decoding import keep_streams_apart
 from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import Location, LocationLike
@@ -78,6 +79,7 @@ def append_to_store(
     )
     hash_cache = HashCache(hashes_folder())
     before = recall_store(where, metadata.spec.fingerprint)
+    keep_streams_apart(config.decoder)
     devices = resolve_devices(config.device)
     meter = EnergyMeter(*devices)
     with showing(progress, "images", check="shards") as show:

@@ -17,6 +17,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.outputs import inside_warning
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.decoding import keep_streams_apart
 from gstds_cache.embedding.part import parse_part
 from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.errors import GstdsError, UsageError
@@ -83,6 +84,7 @@ def embed(
     _require_locations(cache, others)
     root = None if cache is not None else cache_root("`cache`")
     hash_cache = HashCache(hashes_folder())
+    keep_streams_apart(config.decoder)
     devices = resolve_devices(config.device)
     meter = EnergyMeter(*devices)
     with showing(progress, "images", check="shards") as show, _default_place(root):
@@ -148,6 +150,7 @@ def estimate_embedding(
     config, notify, root = EmbedConfig(**settings), notify or log, find_cache_root()
     parse_part(config.shard)
     _require_locations(cache)
+    keep_streams_apart(config.decoder)
     source = open_source(dataset, hash_cache=HashCache(hashes_folder()), read=False)
     _warn_if_inside(source, cache or root, notify)
     return estimate_dataset(source, config, where=cache, root=root, notify=notify)

@@ -11,7 +11,7 @@ from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.check import SampleReport, check_sample
-from gstds_cache.embedding.decoding import decode_by, try_decoder
+from gstds_cache.embedding.decoding import decode_by, keep_streams_apart, try_decoder
 from gstds_cache.embedding.repair import RepairReport, repair, require_same_data
 from gstds_cache.embedding.settle import prepare_as_stored
 from gstds_cache.encoders.encoder import Encoder
@@ -109,8 +109,10 @@ def _source_and_encoder(
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
         raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")
     encoder = open_encoder(model, allow_untrained=True)
+    decoder = store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow")
+    keep_streams_apart(decoder)
     run_on = resolve_device(device)
-    decode_by(encoder, store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"), run_on)
+    decode_by(encoder, decoder, run_on)
     prepare_as_stored(encoder, store.spec.encoder)
     try_decoder(encoder, run_on)
     source = open_source(dataset, hash_cache=hash_cache)

@@ -22,7 +22,7 @@ from gstds_cache.data.hashing import REACHABLE, UNREADABLE
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.clock import SPENT, Clock
-from gstds_cache.embedding.decoding import decode_by, try_decoder
+from gstds_cache.embedding.decoding import decode_by, keep_streams_apart, try_decoder
 from gstds_cache.embedding.job import EmbedJob
 from gstds_cache.embedding.reuse import KnownRows
 from gstds_cache.embedding.settle import prepare_as_stored
@@ -64,6 +64,7 @@ class EmbedRecipe:
         model: The model's URI.
         allow_untrained: Whether it may have random weights.
         decoder: What decodes.
+        cuda_graphs: Whether forward passes are recorded.
         location: The store.
         spec: What it holds.
         gpu: Whether the model runs on a GPU.
@@ -76,6 +77,7 @@ class EmbedRecipe:
     model: str
     allow_untrained: bool
     decoder: Literal["pillow", "nvjpeg"]
+    cuda_graphs: bool
     location: Location
     spec: CacheSpec
     gpu: bool
@@ -96,6 +98,7 @@ class EmbedRecipe:
 
     def open(self) -> ShardsElsewhere:
         """Load the model, open the store, and check both."""
+        keep_streams_apart(self.decoder)
         device = torch.device("cuda" if self.gpu else "cpu")
         encoder = open_same_encoder(self.model, self.allow_untrained, self.decoder, self.spec, device, _here())
         try_decoder(encoder, device)
@@ -186,6 +189,7 @@ class Anywhere:
             model=config.model,
             allow_untrained=config.allow_untrained,
             decoder=config.decoder,
+            cuda_graphs=config.cuda_graphs,
             location=writer.location,
             spec=writer.spec,
             gpu=job.device.type == "cuda",
@@ -205,7 +209,15 @@ class ShardsElsewhere:
         if recipe.reuse:
             manifest = DatasetManifest.from_arrow(writer.metadata.transport.get(layout.ITEMS))
             known = KnownRows(recipe.reuse, manifest.sha256, recipe.spec.encoder, recipe.spec.dtype)
-        self._task = EmbedTask(recipe.source, encoder, writer, device=device, workers=recipe.workers, known=known)
+        self._task = EmbedTask(
+            recipe.source,
+            encoder,
+            writer,
+            device=device,
+            workers=recipe.workers,
+            cuda_graphs=recipe.cuda_graphs,
+            known=known,
+        )
 
     def __call__(self, shards: Sequence[int]) -> Iterator[EmbeddedShard]:
         """Embed and commit ``shards``; those that are committed are read.

@@ -149,7 +149,8 @@ def repair(
     ) as writer:
         run_on = resolve_device(device)
         DeterminismCheck(source, encoder.to(run_on), dtype=writer.spec.dtype).run(writer.spec.batch_size)
-        task = EmbedTask(source, encoder, writer, device=run_on, workers=workers_for(source, encoder, workers, run_on))
+        count = workers_for(source, encoder, workers, run_on)
+        task = EmbedTask(source, encoder, writer, device=run_on, workers=count, cuda_graphs=False)
         new, kept, images = _replace_shards(writer, task, redo, expected, show)
         if len(kept) + len(new) == writer.spec.shards:
             writer.finish(lambda done, total: show("check", done, total, {}))

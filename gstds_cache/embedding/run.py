@@ -372,6 +372,7 @@ def fill(
         writer,
         device=job.device,
         workers=count if workers is None else workers,
+        cuda_graphs=job.config.cuda_graphs,
         known=job.known,
         on_batch=on_batch,
     )
@@ -394,8 +395,16 @@ def fill(
 
 def _several_devices(job: EmbedJob, spec: CacheSpec, workers: int) -> SeveralDevices:
     config = job.config
-    knows = job.known is not None
-    setup = DeviceSetup(job.source, config.model, config.allow_untrained, config.decoder, spec, workers, knows)
+    setup = DeviceSetup(
+        source=job.source,
+        model=config.model,
+        allow_untrained=config.allow_untrained,
+        decoder=config.decoder,
+        cuda_graphs=config.cuda_graphs,
+        spec=spec,
+        workers=workers,
+        knows=job.known is not None,
+    )
     return SeveralDevices(setup, job.devices[1:])
 
 

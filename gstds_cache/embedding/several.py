@@ -50,6 +50,7 @@ class DeviceSetup:
         model: The model's URI.
         allow_untrained: Whether it may have random weights.
         decoder: What decodes.
+        cuda_graphs: Whether forward passes are recorded.
         spec: What the store holds.
         workers: Processes that decode for each device.
         knows: Whether some rows are known already.
@@ -59,6 +60,7 @@ class DeviceSetup:
     model: str
     allow_untrained: bool
     decoder: Literal["pillow", "nvjpeg"]
+    cuda_graphs: bool
     spec: CacheSpec
     workers: int
     knows: bool
@@ -322,7 +324,15 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
             asked = _Asked(asking, setup.spec)
             writer = _CommittedElsewhere(committing, setup.spec, asked)
             known: Known | None = asked.known if setup.knows else None
-            task = EmbedTask(setup.source, encoder, writer, device=run_on, workers=workers, known=known)
+            task = EmbedTask(
+                setup.source,
+                encoder,
+                writer,
+                device=run_on,
+                workers=workers,
+                cuda_graphs=setup.cuda_graphs,
+                known=known,
+            )
             writer.clock = lambda: task.clock
             deque(task(asked), maxlen=0)
             asking.send("end")

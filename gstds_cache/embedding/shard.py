@@ -24,6 +24,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.clock import Clock
 from gstds_cache.embedding.commits import CommitThread, ShardWriter
 from gstds_cache.embedding.decoding import open_batches, start_workers
+from gstds_cache.embedding.forward import ForwardPasses
 from gstds_cache.embedding.plan import Known, Plan, ShardWork
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import GstdsError, IncompleteError
@@ -59,6 +60,7 @@ class EmbedTask:
         *,
         device: torch.device,
         workers: int | Workers,
+        cuda_graphs: bool = True,
         known: Known | None = None,
         on_batch: Callable[[Clock], None] | None = None,
     ) -> None:
@@ -70,6 +72,7 @@ class EmbedTask:
             writer: The store.
             device: Where the model runs.
             workers: Processes that decode: how many, or those that were started already, for the first call.
+            cuda_graphs: Whether forward passes are recorded on a GPU (embedding/forward.py).
             known: For a range of rows, which of them [R] are known already, and those rows' embeddings [K, D] in order;
                 they are neither decoded nor embedded. Asked once for each shard, and twice for one that is known whole.
             on_batch: Called after every batch.
@@ -78,6 +81,7 @@ class EmbedTask:
         self.device, self.known, self.on_batch = device, known, on_batch
         self._started = workers if isinstance(workers, Workers) else None
         self.workers = workers if isinstance(workers, int) else workers.size
+        self._forward = ForwardPasses(self.encoder, device, cuda_graphs=cuda_graphs)
         self._upload = _Upload(device) if device.type == "cuda" else None
         self.clock = Clock()
 
@@ -164,7 +168,7 @@ class EmbedTask:
             self.clock.workers = batches.workers
             self.clock.on_device += batch.on_device
             pixels = batch.pixels if self._upload is None else self._upload(batch.pixels)
-            features = self.encoder.queue(_filled_up(pixels, self.writer.spec.batch_size))
+            features = self._forward(_filled_up(pixels, self.writer.spec.batch_size))
             # For a GPU: into page-locked memory, or the copy would wait for the forward pass.
             here = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.device.type == "cuda")
             here.copy_(features, non_blocking=True)

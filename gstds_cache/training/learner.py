@@ -26,6 +26,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import resolve_device, to_device
 from gstds_cache.runtime.progress import Progress
+from gstds_cache.runtime.recording import recordable
 from gstds_cache.seeding import torch_seed_of_step
 from gstds_cache.stream.ranks import real_rows
 from gstds_cache.stream.reader import SelectionStream
@@ -40,7 +41,7 @@ from gstds_cache.training.identity import resolved_precision
 from gstds_cache.training.images import ImageFeed, decoding_workers
 from gstds_cache.training.network import build_network, check_network, norms_frozen
 from gstds_cache.training.optimizer import build_optimizer, one_cycle
-from gstds_cache.training.step_graphs import StepGraphs, recordable
+from gstds_cache.training.step_graphs import StepGraphs
 from gstds_cache.training.steps import StepReader, remainder_of
 
 

@@ -1,24 +1,17 @@
 """Steps recorded in CUDA graphs: a step is one launch instead of some hundred, which take the host longer than the GPU.
 
 A step of a batch size that comes again is recorded once and replayed from then on, with the rows and the learning rate
-of each step. What a replay computes is what was recorded, kernel for kernel. Where a step cannot be recorded because
-the host waits for the GPU in it, or the memory does not do, it is taken as without, and a line says so. A recording
-that was begun and fails leaves PyTorch's allocator and the GPU's random numbers unusable, and ends the run: that there
-is memory is made sure of before.
-
-PyTorch's rules for what may be recorded: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+of each step. Where a step cannot be recorded because the host waits for the GPU in it, or the memory does not do, it is
+taken as without, and a line says so. A recording that was begun and fails ends the run: that there is memory is made
+sure of before.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int64
@@ -27,21 +20,12 @@ from torch import Tensor
 from gstds_cache.errors import UsageError
 from gstds_cache.runtime.devices import to_device
 from gstds_cache.runtime.notify import log
+from gstds_cache.runtime.recording import MARGIN, Outputs, Step, can_allocate, place, recording, watched, why_it_failed
 
 EAGER = 3
 """Steps of each size that are taken without: the first ones load kernels and make the optimiser's state."""
 MOST = 4
 """Sizes that are recorded."""
-MARGIN = (1.25, 64 << 20)
-"""What a recording may take more than the step's tensors: its memory comes in blocks of its own; cuBLAS's workspace."""
-
-Outputs: TypeAlias = tuple[Tensor, ...]
-Step: TypeAlias = Callable[[Tensor], Outputs]
-
-
-def recordable(device: torch.device) -> bool:
-    """Whether steps can be recorded on that device."""
-    return device.type == "cuda"
 
 
 class StepGraphs:
@@ -159,104 +143,10 @@ class StepGraphs:
         try:
             return recording(self._step, packed.clone(), self._device, **self._where)
         except RuntimeError as error:
-            # For ever: what is left of the recording is in the frames of this error, and torch 2.11 ended the process
-            # where that was freed, after a recording that had found no memory.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
-            cause = error.__context__ or error  # the first one; the recording's end tells only that there was one
             raise UsageError(
-                f"a step cannot be recorded in a CUDA graph here: {str(cause).partition(chr(10))[0]}",
+                f"a step cannot be recorded in a CUDA graph here: {why_it_failed(error)}",
                 hint="pass `cuda_graphs=False`, in a new process; it goes on from the last checkpoint",
             ) from error
         finally:
             for group, rate in zip(groups, before, strict=True):
                 group["lr"] = rate
-
-
-def place(device: torch.device) -> dict[str, Any]:
-    """A stream and a pool of memory for a device's graphs: torch's own stream is that of the first device it used."""
-    if device.type != "cuda":
-        return {}
-    return {"stream": _stream_of(device), "pool": torch.cuda.graph_pool_handle()}
-
-
-@cache
-def _stream_of(device: torch.device) -> Any:
-    """One for all runs of a process: cuBLAS keeps a workspace for each stream that it was used on."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def recording(step: Step, packed: Tensor, device: torch.device, **where: Any) -> Callable[[Tensor], Outputs]:
-    """Record ``step``.
-
-    Args:
-        step: What is recorded.
-        packed: Its input, which every replay overwrites.
-        device: The GPU.
-        where: Of :func:`place`.
-
-    Returns:
-        Replays it with another input.
-    """
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-    # The caller's stream is the current one again also where the recording fails. Other threads may ask the driver for
-    # memory meanwhile: they are not recorded, and not forbidden.
-    with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local", **where):
-        outputs = step(packed)
-
-    def replay(rows: Tensor) -> Outputs:
-        packed.copy_(rows)
-        graph.replay()
-        return tuple(output.clone() for output in outputs)
-
-    return replay
-
-
-class Seen:
-    """What a step did: where the host waited for the GPU, and bytes that it allocated there at most."""
-
-    def __init__(self) -> None:
-        """Nothing was seen yet."""
-        self.waits: list[str] = []
-        self.allocated = 0
-
-
-@contextmanager
-def watched(device: torch.device) -> Iterator[Seen]:
-    """Watch what is done meanwhile; all is known at the end. PyTorch's peak of allocated memory begins anew.
-
-    Yields:
-        What was seen.
-    """
-    seen = Seen()
-    if device.type != "cuda":
-        yield seen
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield seen
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    seen.allocated = torch.cuda.max_memory_allocated(device) - held
-    for warning in caught:
-        if "synchronizing CUDA operation" in str(warning.message):
-            seen.waits.append(f"{warning.filename}:{warning.lineno}")
-        elif "debug mode is a prototype" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def can_allocate(nbytes: int, device: torch.device) -> bool:
-    """Whether a GPU has so many bytes for torch now: asked by taking them for a moment. A CPU is not asked."""
-    if device.type != "cuda":
-        return True
-    torch.cuda.empty_cache()
-    try:
-        torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        return False
-    torch.cuda.empty_cache()
-    return True

@@ -27,6 +27,8 @@ from trained import CONFIG, run, state
 
 from gstds_cache.config import TrainConfig
 from gstds_cache.errors import UsageError
+from gstds_cache.runtime import recording as recordings
+from gstds_cache.runtime.recording import Seen, place, recording, watched
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.spectral.status import Status
 from gstds_cache.stream.record_writer import SelectionWriter
@@ -34,7 +36,7 @@ from gstds_cache.stream.schema import Header
 from gstds_cache.training import learner, step_graphs
 from gstds_cache.training.loop import Trainer
 from gstds_cache.training.report import TrainingResult
-from gstds_cache.training.step_graphs import EAGER, MOST, Seen, StepGraphs, place, recording, watched
+from gstds_cache.training.step_graphs import EAGER, MOST, StepGraphs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")
 SIZES = (8, 8, 5)  # of each epoch's batches
@@ -352,7 +354,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         told["streams"] = told.get("streams", 0) + 1
         return ("stream", device)
 
-    step_graphs._stream_of.cache_clear()
+    recordings._stream_of.cache_clear()
     stand_ins = {
         "CUDAGraph": Graph,
         "graph": capture,
@@ -369,7 +371,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     yield told
-    step_graphs._stream_of.cache_clear()
+    recordings._stream_of.cache_clear()
 
 
 def test_a_watched_step_tells_its_waits_and_its_memory_and_other_warnings_go_on(cuda) -> None:

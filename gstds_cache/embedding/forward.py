@@ -1,0 +1,92 @@
+"""The model's forward passes of a run; on a GPU recorded once in a CUDA graph, and replayed for every further batch.
+
+A forward pass of the default model is some 200 kernels, which took the host 10 of the 16 ms that an H200 works on them:
+time that it does not have beside decoding (docs/models.md). All batches of a run have one shape, so one recording does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float32, UInt8
+
+from gstds_cache.encoders.encoder import Encoder
+from gstds_cache.errors import EncoderError
+from gstds_cache.runtime.notify import log
+from gstds_cache.runtime.recording import (
+    MARGIN,
+    Outputs,
+    can_allocate,
+    place,
+    recordable,
+    recording,
+    watched,
+    why_it_failed,
+)
+
+EAGER = 4
+"""Batches that are embedded without: the first ones load kernels, and of a small run nothing is recorded."""
+RECORDED = ("timm:", "torchvision:")
+"""Models that are. A module of one's own may compile itself, or wait for the GPU in some batches alone."""
+
+
+class ForwardPasses:
+    """Queues the forward passes of a run, whose batches all have one size."""
+
+    def __init__(self, encoder: Encoder, device: torch.device, *, cuda_graphs: bool = True) -> None:
+        """Nothing is recorded yet.
+
+        Args:
+            encoder: The model, on ``device``.
+            device: Where.
+            cuda_graphs: Whether passes are recorded, where they can be.
+        """
+        self._encoder, self._device = encoder, device
+        self._replay: Callable[[torch.Tensor], Outputs] | None = None
+        self._left = EAGER if cuda_graphs and recordable(device) and encoder.spec.model.startswith(RECORDED) else 0
+
+    def __call__(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Float32[torch.Tensor, "B D"]:
+        """What :meth:`Encoder.queue` gives; recorded or not, the same bits.
+
+        Args:
+            pixels: On the device.
+
+        Raises:
+            EncoderError: The model failed, or its forward pass cannot be recorded.
+        """
+        if self._replay is not None:
+            return self._replay(pixels)[0]
+        if self._left != 1:
+            self._left = max(0, self._left - 1)
+            return self._encoder.queue(pixels)
+        self._left = 0
+        with watched(self._device) as seen:
+            rows = self._encoder.queue(pixels)
+        if seen.waits:
+            log(f"note: {self._encoder.spec.model} is not recorded in a CUDA graph: the host waits for the GPU in it")
+        elif can_allocate(int(seen.allocated * MARGIN[0]) + MARGIN[1], self._device):
+            self._record(pixels, rows)
+        return rows
+
+    def _record(self, pixels: UInt8[torch.Tensor, "B 3 H W"], rows: Float32[torch.Tensor, "B D"]) -> None:
+        """Record a pass, and keep the recording if it gives ``rows`` of ``pixels``, as the pass without did.
+
+        Raises:
+            EncoderError: It cannot be recorded. This process can embed no more on that GPU.
+        """
+        model = self._encoder.spec.model
+        try:
+            replay = recording(self._queue, pixels.clone(), self._device, **place(self._device))
+        except (RuntimeError, EncoderError) as error:
+            raise EncoderError(
+                f"{model}: its forward pass cannot be recorded in a CUDA graph here: {why_it_failed(error)}",
+                hint="pass `cuda_graphs=False`, in a new process; it goes on from what is committed",
+            ) from error
+        if torch.equal(replay(pixels)[0], rows):
+            self._replay = replay
+        else:
+            log(f"note: {model} is not recorded in a CUDA graph: its rows are others there")
+
+    def _queue(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Outputs:
+        return (self._encoder.queue(pixels),)
