@@ -97,7 +97,7 @@ def noise30(seeds: int) -> list[list[str]]:
     """The small network on labels of which 30 % are wrong; a few runs one at a time are :func:`noise30_alone`."""
     setting, validation = "cifar10-conv7-noise30", "cifar10-conv7-noise30-validation"
     head, rest = f"full,random,{DRAWS},rho-loss,jest", "infobatch,orderdp,seta,selective-backprop"
-    commands = []
+    commands = [["benchmarks.study.embed", setting]]
     for methods in (head, rest):
         commands += [
             ["benchmarks.study", validation, "--methods", methods, "--lrs", RATES, "--seeds", "1"],
@@ -172,7 +172,11 @@ def main() -> int:
     code = 0
     environment = os.environ | {"DATA": str(arguments.data.resolve())}
     for words in todo:
-        more = shared + ([*study, "--device", arguments.device] if words[0] == "benchmarks.study" else [])
+        more = {
+            "benchmarks.study": [*shared, *study, "--device", arguments.device],
+            "benchmarks.study.tune": shared,
+            "benchmarks.study.embed": [*study[:2], "--device", arguments.device],
+        }[words[0]]
         try:
             done = subprocess.run([sys.executable, "-m", *words, *more], cwd=ROOT, env=environment, check=False,
                                   timeout=max(0.0, until - time.monotonic()))  # fmt: skip

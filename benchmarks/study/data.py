@@ -73,14 +73,14 @@ class StudyData:
         """The store, opened anew: a process that was forked must not use its parent's."""
         return EmbeddingStore(self.location)
 
-    def embed(self, reuse: list[Path]) -> EmbedReport:
+    def embed(self, reuse: list[Path], device: str = "cpu") -> EmbedReport:
         """Embed the training set, or find it done; rows are taken over from ``reuse`` and the setting's sibling."""
         if self.setting.same_images_as:
             sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
             reuse = [*reuse, *([sibling] if sibling.exists() else [])]
         # At its own size, as all tables were made: of small images it would be left to the images.
         model = f"{DEFAULT_MODEL}?size=224" if self.setting.model == DEFAULT_MODEL else self.setting.model
-        config = EmbedConfig(model=model, device="cpu")
+        config = EmbedConfig(model=model, device=device)
         return embed_dataset(self.train, config, where=self.location, reuse=reuse).report
 
     def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:

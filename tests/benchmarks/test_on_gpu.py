@@ -35,6 +35,8 @@ from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.lines import read_lines  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
 from benchmarks.study.settings import load_setting, names  # noqa: E402
+from gstds_cache.data.sources import open_source  # noqa: E402
+from gstds_cache.store.reader import EmbeddingStore  # noqa: E402
 
 WRITES = "import json, sys; json.dump({'n': 1}, open(sys.argv[1], 'w'))"
 FAILS = f"{WRITES}; print('about to fail'); raise SystemExit('no such thing')"
@@ -238,9 +240,11 @@ def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
                 assert find_method(task.method)
                 if "--lrs" in words:
                     rates.setdefault(setting, {}).setdefault((task.method, task.epochs), set()).add(task.lr)
-        else:
-            assert module == "benchmarks.study.tune"
+        elif module == "benchmarks.study.tune":
             assert {setting, words[1]} <= set(names())
+        else:
+            assert (module, words) == ("benchmarks.study.embed", [])
+            assert setting in names()
     for setting, of_methods in rates.items():
         for kind in (False, True):  # a long budget may have fewer, the same for each method
             long = [of for (_, epochs), of in of_methods.items() if (epochs > 30) is kind]
@@ -251,6 +255,8 @@ def test_the_studys_commands_name_methods_and_settings_that_are_there() -> None:
 def test_no_method_meets_the_test_set_before_its_rates_were_tried() -> None:
     tried, tuned = {}, {}
     for module, setting, *words in COMMANDS:
+        if module == "benchmarks.study.embed":
+            continue
         if module == "benchmarks.study.tune":
             options = dict(zip(words[::2], words[1::2], strict=True))
             epochs = int(options.get("--epochs", load_setting(setting).epochs))
@@ -283,6 +289,16 @@ def test_the_study_is_a_part(tmp_path) -> None:
     assert {(line["method"], line["lr"]) for line in lines if line["kind"] == "run"} == {
         (method, lr) for method in ("random", "draw:damped-loss") for lr in (0.1, 0.2)
     }
+
+
+def test_a_settings_images_are_embedded_before_its_runs(tmp_path, monkeypatch) -> None:
+    """Each command has the arguments that it takes; on the CPU, its smallest setting."""
+    monkeypatch.setattr(gpu_study, "NETWORKS", {"smoke": lambda _seeds: [["benchmarks.study.embed", "glyphs-smoke"]]})
+    arguments = ["gpu_study", "--networks", "smoke", "--device", "cpu", "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--data", str(tmp_path), "--folder", str(tmp_path / "stores")])
+    assert gpu_study.main() == 0
+    setting, store = load_setting("glyphs-smoke"), tmp_path / "stores" / "stores" / "glyphs-smoke.store"
+    assert len(EmbeddingStore(store)) == len(open_source(setting.train))
 
 
 def test_what_was_brought_is_unpacked_there(tmp_path, monkeypatch) -> None:
