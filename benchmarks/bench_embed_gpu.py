@@ -326,7 +326,8 @@ def main() -> None:
     if arguments.smoke:
         arguments.sizes, arguments.images, arguments.model = [0.02, 1.0], [64, 32], "timm:test_resnet"
         arguments.seconds, arguments.workers = 0.2, 2
-    decoding.keep_streams_apart("nvjpeg")
+    if "nvjpeg" in arguments.decoders:
+        decoding.keep_streams_apart("nvjpeg")
     arguments.resolved = resolve_device(arguments.device)
     stand_in(arguments.resolved)
     keep_freed_memory()

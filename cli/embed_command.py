@@ -119,8 +119,8 @@ time; without, models that take any size look at no more pixels than the images'
     EmbedConfig,
     "cuda_graphs",
     flags=(" /--no-cuda-graphs",),
-    help="Start the kernels of each forward pass one by one, also on a GPU; else those of a timm or torchvision model "
-    "are recorded in a CUDA graph, and started together.",
+    help="Start the kernels of each forward pass one by one, also with --decoder nvjpeg; else those of a timm or "
+    "torchvision model are recorded in a CUDA graph there, and started together.",
 )
 @setting_option(
     EmbedConfig,

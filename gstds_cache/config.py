@@ -169,8 +169,9 @@ class EmbedConfig:
         max_pixels: Images of more pixels (width x height) are quarantined.
         dtype: How embeddings are stored.
         allow_untrained: Accept a model without pretrained weights.
-        cuda_graphs: Whether forward passes of a timm or torchvision model are recorded in a CUDA graph on a GPU, and
-            replayed, which spares the host the start of each kernel; the rows are the same.
+        cuda_graphs: Whether forward passes of a timm or torchvision model are recorded in a CUDA graph where nvJPEG
+            decodes, and replayed, which spares the host the start of each kernel. The rows are the same: the first
+            replay is compared with a pass without.
         shard: ``I/N``, I from 0: embed this part of the store's shards alone, beside other processes with the other
             parts. The last of them finishes the store. None embeds all that is missing.
     """

@@ -74,7 +74,10 @@ class StudyData:
         return EmbeddingStore(self.location)
 
     def embed(self, reuse: list[Path], device: str = "cpu") -> EmbedReport:
-        """Embed the training set, or find it done; rows are taken over from ``reuse`` and the setting's sibling."""
+        """Embed the training set on a device, or find it done.
+
+        Rows are taken over from the stores of ``reuse``, and from that of the setting's sibling.
+        """
         if self.setting.same_images_as:
             sibling = replace(self, setting=load_setting(self.setting.same_images_as)).location
             reuse = [*reuse, *([sibling] if sibling.exists() else [])]

@@ -76,6 +76,7 @@ def append_to_store(
         workers=workers,
         dtype=metadata.spec.dtype,
         decoder=metadata.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"),
+        cuda_graphs=False,
     )
     hash_cache = HashCache(hashes_folder())
     before = recall_store(where, metadata.spec.fingerprint)

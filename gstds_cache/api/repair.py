@@ -108,9 +108,9 @@ def _source_and_encoder(
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
         raise UsageError(f"{store.location} does not say where its {what} is", hint=f"give `{argument}`")
-    encoder = open_encoder(model, allow_untrained=True)
     decoder = store.spec.encoder.get("preprocessing", {}).get("decoder", "pillow")
     keep_streams_apart(decoder)
+    encoder = open_encoder(model, allow_untrained=True)
     run_on = resolve_device(device)
     decode_by(encoder, decoder, run_on)
     prepare_as_stored(encoder, store.spec.encoder)

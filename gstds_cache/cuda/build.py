@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from gstds_cache.cuda.launch import Kernel, with_index
+from gstds_cache.cuda.launch import Kernel
 from gstds_cache.errors import KernelError, in_words
 from gstds_cache.files import mapped
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import WritablePath, find_cache_root, first_writable, is_private
+from gstds_cache.runtime.devices import with_index
 from gstds_cache.runtime.notify import log_once
 
 FOLDER = Path(__file__).parent

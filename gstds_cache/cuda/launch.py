@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gstds_cache.errors import KernelError
+from gstds_cache.runtime.devices import with_index
 
 ALWAYS_ALLOWED = 48 << 10  # bytes of shared memory that a block may use without asking the driver
 SLOT = 8  # bytes of each packed argument
@@ -162,13 +163,6 @@ class Kernel:
                     f"allowing {self.function} {shared_bytes} bytes of shared memory",
                 )
             self._allowed = shared_bytes
-
-
-def with_index(device: torch.device) -> torch.device:
-    """A CUDA device with its number: ``cuda`` is the current one."""
-    return (
-        device if device.type != "cuda" or str(device) != "cuda" else torch.device("cuda", torch.cuda.current_device())
-    )
 
 
 def shared_memory_limit(device: torch.device) -> int:

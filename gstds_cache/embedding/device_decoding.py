@@ -8,6 +8,7 @@ which nothing else happens, and are given back only when what reads them has end
 from __future__ import annotations
 
 import io
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -38,6 +39,7 @@ DECODES_AHEAD = 3
 """Parts that wait for the device's decoder or are in it, while the part before is resized."""
 HELD = 2
 """Parts that are being resized on the device while the next is: their images' memory is still in use."""
+_one_at_a_time = threading.Lock()
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
@@ -141,7 +143,7 @@ class DeviceBatches(PixelBatches):
         files = [memory[item.offset : item.offset + item.size] for item in items if item.orientation]
         images: list[torch.Tensor | None] = [None] * len(items)
         if files:
-            with _on(self._decoding_stream):
+            with decoding_paused(), _on(self._decoding_stream):
                 for place, image in zip(places, decode_jpegs(files, self._device), strict=True):
                     images[place] = image
         return images
@@ -207,6 +209,11 @@ class DeviceBatches(PixelBatches):
             current.wait_stream(self._resizing_stream)
             batch.pixels.record_stream(current)
         return super()._done(batch)
+
+
+def decoding_paused() -> AbstractContextManager[Any]:
+    """A context in which no other thread has the device decode."""
+    return _one_at_a_time
 
 
 @cache

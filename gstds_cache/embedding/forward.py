@@ -1,7 +1,8 @@
-"""The model's forward passes of a run; on a GPU recorded once in a CUDA graph, and replayed for every further batch.
+"""The model's forward passes of a run; where the GPU decodes as well, recorded in a CUDA graph and replayed.
 
-A forward pass of the default model is some 200 kernels, which took the host 10 of the 16 ms that an H200 works on them:
-time that it does not have beside decoding (docs/models.md). All batches of a run have one shape, so one recording does.
+A forward pass of the default model is some 200 kernels, which takes the host, beside an H100, two thirds of the time
+that an H200 works on them: time that it does not have beside what it does for decoding (docs/models.md). All batches of
+a run have one shape, so one recording does. Where Pillow decodes, the GPU waits for images and not for the host.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float32, UInt8
 
+from gstds_cache.embedding.decoding import streams_are_apart
+from gstds_cache.embedding.device_decoding import decoding_paused
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import EncoderError
 from gstds_cache.runtime.notify import log
@@ -40,11 +43,13 @@ class ForwardPasses:
         Args:
             encoder: The model, on ``device``.
             device: Where.
-            cuda_graphs: Whether passes are recorded, where they can be.
+            cuda_graphs: Whether passes are recorded, where they can be and that is quicker.
         """
         self._encoder, self._device = encoder, device
         self._replay: Callable[[torch.Tensor], Outputs] | None = None
-        self._left = EAGER if cuda_graphs and recordable(device) and encoder.spec.model.startswith(RECORDED) else 0
+        decodes = encoder.spec.preprocessing.decoder != "pillow" and streams_are_apart()
+        record = cuda_graphs and decodes and recordable(device) and encoder.spec.model.startswith(RECORDED)
+        self._left = EAGER if record else 0
 
     def __call__(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Float32[torch.Tensor, "B D"]:
         """What :meth:`Encoder.queue` gives; recorded or not, the same bits.
@@ -56,17 +61,22 @@ class ForwardPasses:
             EncoderError: The model failed, or its forward pass cannot be recorded.
         """
         if self._replay is not None:
-            return self._replay(pixels)[0]
+            with self._encoder.model_errors():
+                return self._replay(pixels)[0]
         if self._left != 1:
             self._left = max(0, self._left - 1)
             return self._encoder.queue(pixels)
         self._left = 0
-        with watched(self._device) as seen:
-            rows = self._encoder.queue(pixels)
-        if seen.waits:
-            log(f"note: {self._encoder.spec.model} is not recorded in a CUDA graph: the host waits for the GPU in it")
-        elif can_allocate(int(seen.allocated * MARGIN[0]) + MARGIN[1], self._device):
-            self._record(pixels, rows)
+        # What is watched is of the whole process, and CUDA forbids other threads some calls during a recording.
+        with decoding_paused():
+            with watched(self._device) as seen:
+                rows = self._encoder.queue(pixels)
+            if seen.waits:
+                self._tell(f"the host waits for the GPU in it: {seen.waits[0]:.200}")
+            elif can_allocate(int(seen.allocated * MARGIN[0]) + MARGIN[1], self._device):
+                self._record(pixels, rows)
+            else:
+                self._tell(f"a pass takes {seen.allocated >> 20:,} MiB, and there is no room to record it as well")
         return rows
 
     def _record(self, pixels: UInt8[torch.Tensor, "B 3 H W"], rows: Float32[torch.Tensor, "B D"]) -> None:
@@ -75,18 +85,25 @@ class ForwardPasses:
         Raises:
             EncoderError: It cannot be recorded. This process can embed no more on that GPU.
         """
-        model = self._encoder.spec.model
         try:
-            replay = recording(self._queue, pixels.clone(), self._device, **place(self._device))
+            # Tensors of a caller's inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                replay = recording(self._queue, pixels.clone(), self._device, **place(self._device))
         except (RuntimeError, EncoderError) as error:
             raise EncoderError(
-                f"{model}: its forward pass cannot be recorded in a CUDA graph here: {why_it_failed(error)}",
+                f"{self._encoder.spec.model}: its forward pass cannot be recorded in a CUDA graph here: "
+                f"{why_it_failed(error)}",
                 hint="pass `cuda_graphs=False`, in a new process; it goes on from what is committed",
             ) from error
-        if torch.equal(replay(pixels)[0], rows):
+        with self._encoder.model_errors():
+            same = torch.equal(replay(pixels)[0].view(torch.int32), rows.view(torch.int32))  # NaN is NaN
+        if same:
             self._replay = replay
         else:
-            log(f"note: {model} is not recorded in a CUDA graph: its rows are others there")
+            self._tell("its rows are others there")
 
     def _queue(self, pixels: UInt8[torch.Tensor, "B 3 H W"]) -> Outputs:
         return (self._encoder.queue(pixels),)
+
+    def _tell(self, why: str) -> None:
+        log(f"note: forward passes of {self._encoder.spec.model} are not recorded in a CUDA graph: {why}")

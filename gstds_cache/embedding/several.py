@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import portable_error
 from gstds_cache.embedding.clock import Clock
-from gstds_cache.embedding.decoding import start_workers, try_decoder
+from gstds_cache.embedding.decoding import keep_streams_apart, start_workers, try_decoder
 from gstds_cache.embedding.elsewhere import open_same_encoder
 from gstds_cache.embedding.plan import Known
 from gstds_cache.embedding.shard import EmbedTask
@@ -313,6 +313,7 @@ def _embed_shards(setup: DeviceSetup, device: str, asking: Connection, committin
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's affair.
     with suppress(EOFError, ConnectionError):  # It has gone: go, without a word.
         try:
+            keep_streams_apart(setup.decoder)
             run_on = torch.device(device)
             encoder = open_same_encoder(
                 setup.model, setup.allow_untrained, setup.decoder, setup.spec, run_on, f"the process for {device}"

@@ -124,6 +124,13 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def with_index(device: torch.device) -> torch.device:
+    """A CUDA device with its number: ``cuda`` is the current one."""
+    return (
+        device if device.type != "cuda" or str(device) != "cuda" else torch.device("cuda", torch.cuda.current_device())
+    )
+
+
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``values`` on ``device``; the host does not wait for a GPU, as it does for a copy from memory that may move."""
     if device.type != "cuda" or values.is_cuda:

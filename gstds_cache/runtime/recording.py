@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gstds_cache.runtime.devices import with_index
+
 MARGIN = (1.25, 64 << 20)
 """What a recording may take more than its tensors: its memory comes in blocks of its own; cuBLAS's workspace."""
 
@@ -35,7 +37,7 @@ def place(device: torch.device) -> dict[str, Any]:
     """A stream and a pool of memory for a device's graphs: torch's own stream is that of the first device it used."""
     if device.type != "cuda":
         return {}
-    return {"stream": _stream_of(device), "pool": torch.cuda.graph_pool_handle()}
+    return {"stream": _stream_of(with_index(device)), "pool": torch.cuda.graph_pool_handle()}
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from gstds_cache.api import append
+from gstds_cache.api import repair as repair_api
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding import decoding, device_decoding, jpeg_reader
+from gstds_cache.embedding import decoding, device_decoding, elsewhere, jpeg_reader, several
 from gstds_cache.embedding.check import check_sample
 from gstds_cache.embedding.device_decoding import decode_jpegs
 from gstds_cache.embedding.jpeg import Jpeg, device_jpeg
@@ -25,6 +28,7 @@ from gstds_cache.embedding.run import embed_dataset, estimate_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.errors import EncoderError, FingerprintMismatchError, UsageError
+from gstds_cache.files.location import Location
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -335,6 +339,41 @@ def test_a_torchvision_that_cannot_decode_is_told(photos, config, device_decodes
     with pytest.raises(UsageError, match=r"torchvision \S+ cannot decode a test image on cpu: .*decode_jpegs_cuda"):
         embed_dataset(open_source(photos), config, where=tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_whoever_embeds_with_a_decoder_of_the_gpu_keeps_its_streams_apart(
+    photos, config, device_decodes, tmp_path, monkeypatch
+) -> None:
+    """Before anything asks for a device, which would begin CUDA."""
+    asked: list[str] = []
+    store = tmp_path / "s"
+    embed_dataset(open_source(photos), config, where=store)
+    for module in (append, repair_api, elsewhere, several):
+        resolve = getattr(module, "resolve_devices", None) or getattr(module, "resolve_device", None)
+        monkeypatch.setattr(module, "keep_streams_apart", asked.append)
+        if resolve is not None:
+            monkeypatch.setattr(module, resolve.__name__, lambda name, of=resolve: asked.append("device") or of(name))
+    append.append_to_store(store, photos, model=config.model, device="cpu", workers=0, progress=False)
+    assert asked[:2] == ["nvjpeg", "device"]
+    asked.clear()
+    repair_api.repair_store(store, shards=[0], dataset=photos, model=config.model, device="cpu", progress=False)
+    assert asked[:2] == ["nvjpeg", "device"]
+    asked.clear()
+    recipe = elsewhere.EmbedRecipe(
+        source=open_source(photos), model=config.model, allow_untrained=False, decoder="nvjpeg", cuda_graphs=True,
+        location=Location.parse(store), spec=EmbeddingStore(store).spec, gpu=False, workers=0, reuse=(), samples={},
+    )  # fmt: skip
+    recipe.open()
+    assert asked == ["nvjpeg"]
+    asked.clear()
+    setup = several.DeviceSetup(
+        source=open_source(photos), model=config.model, allow_untrained=False, decoder="nvjpeg", cuda_graphs=True,
+        spec=EmbeddingStore(store).spec, workers=0, knows=False,
+    )  # fmt: skip
+    (asking, answers), (committing, _) = Pipe(), Pipe()
+    answers.send(None)  # there are no shards
+    several._embed_shards(setup, "cpu", asking, committing)
+    assert asked == ["nvjpeg"]
 
 
 def test_a_filter_that_a_device_has_not_is_told() -> None:

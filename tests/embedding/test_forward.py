@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from gstds_cache.api import embed as embed_api
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
-from gstds_cache.embedding import decoding, forward, run
+from gstds_cache.embedding import decoding, device_decoding, forward, run
+from gstds_cache.embedding.device_decoding import DeviceBatches
 from gstds_cache.embedding.forward import EAGER, ForwardPasses
 from gstds_cache.embedding.job import EmbedJob
+from gstds_cache.embedding.jpeg_reader import Item
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.factory import open_encoder
 from gstds_cache.errors import EncoderError, UsageError
@@ -32,11 +35,12 @@ from gstds_cache.store.reader import EmbeddingStore
 
 CPU, BATCH, ITEMS = torch.device("cpu"), 4, 38
 MODEL = "timm:test_resnet"
+QUEUES = decoding.QUEUES
 
 
 def config(**changes: Any) -> EmbedConfig:
     settings = {"model": MODEL, "allow_untrained": True, "batch_size": BATCH, "shard_rows": 8, "workers": 0}
-    return EmbedConfig(**(settings | {"device": "cpu"} | changes))
+    return EmbedConfig(**(settings | {"device": "cpu", "decoder": "nvjpeg"} | changes))
 
 
 @pytest.fixture
@@ -51,6 +55,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def recording(step: Callable[[Tensor], Any], pixels: Tensor, *_: Any, **_where: Any) -> Callable[[Tensor], Any]:
         assert len(pixels) == BATCH
+        assert not torch.is_inference_mode_enabled()
+        assert device_decoding.decoding_paused().locked()
         done.append("recorded")
 
         def replay(other: Tensor) -> Any:
@@ -62,6 +68,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(forward, "recording", recording)
     monkeypatch.setattr(forward, "recordable", lambda _device: True)
+    monkeypatch.setattr(decoding, "device_decoder_version", lambda _device: "stand-in")
+    monkeypatch.setenv(QUEUES, "32")
     return done
 
 
@@ -74,7 +82,7 @@ def see(monkeypatch: pytest.MonkeyPatch, *, waits: list[str] | None = None, allo
 
 def passes(batches: int = EAGER + 3, model: str = MODEL, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Rows of some batches, and what the model gives by itself."""
-    encoder = open_encoder(model, allow_untrained=True)
+    encoder = open_encoder(model, allow_untrained=True).decoded_by("nvjpeg", "stand-in")
     queue = ForwardPasses(encoder, CPU, **options)
     rng = torch.Generator().manual_seed(0)
     pixels = [
@@ -110,17 +118,19 @@ def test_a_model_that_waits_for_the_gpu_is_not_recorded(recorded, monkeypatch, c
     see(monkeypatch, waits=["model.py:7"])
     mine, theirs = passes()
     assert recorded == []
-    assert caplog.text.count("timm:test_resnet is not recorded in a CUDA graph: the host waits for the GPU in it") == 1
+    assert caplog.text.count("timm:test_resnet are not recorded in a CUDA graph: the host waits for the GPU in it") == 1
+    assert "model.py:7" in caplog.text
     assert all(map(torch.equal, mine, theirs))
 
 
-def test_a_recording_needs_room_for_what_a_pass_takes_and_a_quarter_more(recorded, monkeypatch) -> None:
+def test_a_recording_needs_room_for_what_a_pass_takes_and_a_quarter_more(recorded, monkeypatch, caplog) -> None:
     see(monkeypatch, allocated=1000 << 20)
     asked: list[int] = []
     monkeypatch.setattr(forward, "can_allocate", lambda nbytes, _device: asked.append(nbytes))
     mine, theirs = passes()
     assert recorded == []
     assert asked == [(1250 << 20) + (64 << 20)]
+    assert caplog.text.count("a pass takes 1,000 MiB, and there is no room to record it as well") == 1
     assert all(map(torch.equal, mine, theirs))
 
 
@@ -135,6 +145,60 @@ def test_a_recording_that_gives_other_rows_is_not_used(recorded, monkeypatch, ca
     assert recorded == ["recorded", "replayed"]
     assert "its rows are others there" in caplog.text
     assert all(map(torch.equal, mine, theirs))
+
+
+def test_rows_that_are_no_numbers_are_compared_as_well(recorded) -> None:
+    encoder = open_encoder(MODEL, allow_untrained=True).decoded_by("nvjpeg", "stand-in")
+    whole = encoder.queue
+    encoder.queue = lambda pixels: torch.where(pixels[:, 0, :1, 0] == 0, torch.nan, whole(pixels))
+    queue = ForwardPasses(encoder, CPU)
+    black = torch.zeros((BATCH, *encoder.input_shape), dtype=torch.uint8)
+    rows = [queue(black) for _ in range(EAGER + 1)]
+    assert recorded == ["recorded", "replayed", "replayed"]
+    assert bool(rows[-1].isnan().all())
+
+
+def test_what_fails_in_a_replay_is_the_models_error(recorded) -> None:
+    encoder = open_encoder(MODEL, allow_untrained=True).decoded_by("nvjpeg", "stand-in")
+    queue = ForwardPasses(encoder, CPU)
+    pixels = torch.zeros((BATCH, *encoder.input_shape), dtype=torch.uint8)
+    for _ in range(EAGER):
+        queue(pixels)
+    queue._replay = lambda _pixels: (_ for _ in ()).throw(RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(EncoderError, match="timm:test_resnet: the model failed: .*unspecified launch failure"):
+        queue(pixels)
+
+
+def test_the_device_decodes_nothing_while_a_pass_is_recorded(recorded, monkeypatch) -> None:
+    decoded, paused = list[bool](), device_decoding.decoding_paused()
+
+    def decode(files: list[Tensor], _device: torch.device) -> list[Tensor]:
+        decoded.append(paused.locked())
+        return files
+
+    monkeypatch.setattr(device_decoding, "decode_jpegs", decode)
+    batches = DeviceBatches.__new__(DeviceBatches)
+    batches._decoding_stream, batches._device = None, CPU
+    with ThreadPoolExecutor(1) as thread:
+        with paused:
+            future = thread.submit(batches._decode, torch.zeros(3, dtype=torch.uint8), [Item(0, 3, 1)])
+            with pytest.raises(TimeoutError):
+                future.result(timeout=0.2)
+        assert len(future.result(timeout=20)) == 1
+    assert decoded == [True]
+
+
+@pytest.mark.parametrize("queues", [None, "8", "many"])
+def test_with_few_queues_nothing_is_recorded(recorded, monkeypatch, queues: str | None) -> None:
+    """A GPU that has always something to do hardly decodes then."""
+    monkeypatch.delenv(QUEUES) if queues is None else monkeypatch.setenv(QUEUES, queues)
+    passes()
+    assert recorded == []
+
+
+def test_where_pillow_decodes_nothing_is_recorded(recorded, source, tmp_path) -> None:
+    embed_dataset(source, config(decoder="pillow"), where=tmp_path / "store")
+    assert recorded == []
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, EncoderError, torch.OutOfMemoryError])
@@ -173,20 +237,19 @@ class _Spread:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_other_machines_and_devices_are_told(source, tmp_path, graphs: bool) -> None:
     spread = _Spread()
-    embed_dataset(source, config(cuda_graphs=graphs), where=tmp_path / "store", executor=spread)
+    settings = config(cuda_graphs=graphs, decoder="pillow")
+    embed_dataset(source, settings, where=tmp_path / "store", executor=spread)
     assert spread.graphs == [graphs]
-    job = EmbedJob(source, config(cuda_graphs=graphs), CPU, open_encoder(MODEL, allow_untrained=True), print)
+    job = EmbedJob(source, settings, CPU, open_encoder(MODEL, allow_untrained=True), print)
     several = run._several_devices(job, EmbeddingStore(tmp_path / "store").spec, 1)
     assert several._setup.cuda_graphs == graphs
-
-
-QUEUES = decoding.QUEUES
 
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv(QUEUES, "put back as it was, at the end")
     monkeypatch.delenv(QUEUES)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     return monkeypatch
 
 
@@ -212,8 +275,10 @@ def test_a_cuda_that_has_begun_is_told_of(unset, caplog) -> None:
 
 @pytest.mark.parametrize("call", ["embed", "estimate_embedding"])
 def test_streams_are_kept_apart_before_a_device_is_looked_for(unset, monkeypatch, tmp_path, call: str) -> None:
+    seen: list[str | None] = []
+
     def resolve(name: str) -> None:
-        assert os.environ[QUEUES] == "32"
+        seen.append(os.environ.get(QUEUES))
         raise UsageError(name)
 
     for module in (embed_api, run):
@@ -221,6 +286,7 @@ def test_streams_are_kept_apart_before_a_device_is_looked_for(unset, monkeypatch
     monkeypatch.setenv("GSTDS_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match="cuda"):
         getattr(embed_api, call)("digits", tmp_path / "s", decoder="nvjpeg", device="cuda")
+    assert seen == ["32"]
 
 
 @pytest.fixture
@@ -236,9 +302,8 @@ def photographs(tmp_path: Path) -> ImageSource:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("decoder", ["pillow", "nvjpeg"])
 @pytest.mark.parametrize("model", [MODEL, "timm:tf_efficientnet_lite0", "torchvision:resnet18"])
-def test_on_a_gpu_replays_make_the_store_made_without(photographs, tmp_path, monkeypatch, decoder, model) -> None:
+def test_on_a_gpu_replays_make_the_store_made_without(photographs, tmp_path, monkeypatch, model) -> None:
     kept: list[bool] = []
     whole = ForwardPasses._record
 
@@ -247,7 +312,8 @@ def test_on_a_gpu_replays_make_the_store_made_without(photographs, tmp_path, mon
         kept.append(self._replay is not None)
 
     monkeypatch.setattr(ForwardPasses, "_record", spy)
-    on_gpu = {"model": model, "device": "cuda", "decoder": decoder, "batch_size": 16, "shard_rows": 64, "workers": 3}
+    monkeypatch.setattr(forward, "streams_are_apart", lambda: True)  # this process may have begun with few queues
+    on_gpu = {"model": model, "device": "cuda", "batch_size": 16, "shard_rows": 64, "workers": 3}
     made = {
         graphs: embed_dataset(photographs, config(cuda_graphs=graphs, **on_gpu), where=tmp_path / str(graphs))
         for graphs in (True, False)
