@@ -5,8 +5,10 @@
 On few cores decode and forward share them, so the limit is 1 / (1/forward + 1/decode) images per second. The forward
 pass in it is the faster of two: with OpenMP threads that soon sleep while they wait, as gstds-embed sets them, and with
 threads that spin, OpenMP's default. Also measured: the forward pass in a process that left the C allocator at its
-defaults, which is why the commands call keep_freed_memory(); and which share of the embedding time was decoding, the
-model, waiting for images, and committing. The default number of images fills one shard of 4 MB of the default model.
+defaults, which is why the commands call keep_freed_memory(); CPU seconds of the pass over those of the model as its
+library makes it, with batch normalisation in layers of its own, in turn; and which share of the embedding time was
+decoding, the model, waiting for images, and committing. The default number of images fills one shard of 4 MB of the
+default model.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 from gstds_cache.runtime.openmp import wait_briefly
 
@@ -37,6 +40,7 @@ from gstds_cache.data.sources import open_source
 from gstds_cache.data.split import Subset
 from gstds_cache.embedding.job import BATCH_SIZE
 from gstds_cache.embedding.run import embed_dataset
+from gstds_cache.encoders import factory
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import open_encoder, with_size
 from gstds_cache.runtime.allocator import keep_freed_memory
@@ -54,6 +58,21 @@ def forward_rate(model: str, batch_size: int, batches: int) -> float:
     for _ in range(batches):
         encoder.embed(pixels)
     return batches * batch_size / (time.perf_counter() - begun)
+
+
+def folded_over_not(model: str, batch_size: int, batches: int) -> float:
+    """CPU seconds of the forward pass over those of the same model without anything folded, batch by batch in turn."""
+    seconds = [0.0, 0.0]
+    encoders = [open_encoder(model, allow_untrained=True)]
+    with mock.patch.object(factory, "folded", lambda module, *_: module):
+        encoders.append(open_encoder(model, allow_untrained=True))
+    pixels = torch.randint(0, 256, (batch_size, *encoders[0].input_shape), dtype=torch.uint8)
+    for batch in range(batches + 1):
+        for number, encoder in enumerate(encoders):
+            begun = time.process_time()
+            encoder.embed(pixels)
+            seconds[number] += time.process_time() - begun if batch else 0.0
+    return seconds[0] / seconds[1]
 
 
 def fresh_forward_rate(model: str, batches: int, flag: str) -> float:
@@ -125,6 +144,7 @@ def main() -> None:
     keep_freed_memory()
     model, batches = arguments.model, max(2, arguments.images // batch_size // 2)
     rates: dict[str, list[float]] = {}
+    folding: list[float] = []
     runs: list[EmbedReport] = []
     for _ in range(arguments.trials):
         runs.append(embed(source, model, arguments.workers, arguments.shard_rows))
@@ -136,6 +156,7 @@ def main() -> None:
             "forward_default_allocator": fresh_forward_rate(model, batches, "--default-allocator"),
         }.items():
             rates.setdefault(name, []).append(rate)
+        folding.append(folded_over_not(model, batch_size, batches))
     best = [max(pair) for pair in zip(rates["forward"], rates["forward_default_threads"], strict=True)]
     limits = [1 / (1 / f + 1 / d) for f, d in zip(best, rates["decode"], strict=True)]
     gains = [a / b for a, b in zip(rates["forward"], rates["forward_default_allocator"], strict=True)]
@@ -152,6 +173,7 @@ def main() -> None:
             "limit_images_per_second": spread(limits),
             "embed_over_limit": spread([a / b for a, b in zip(rates["embed"], limits, strict=True)]),
             "forward_over_forward_with_default_allocator": spread(gains),
+            "forward_cpu_seconds_over_without_folding": spread(folding),
             "share_of_embedding_time": {name: spread([run.shares[name] for run in runs]) for name in SHARES},
             "seconds_waited_for_commits": spread([run.seconds["commit_wait"] for run in runs]),
         },

@@ -20,6 +20,7 @@ from torch import nn
 
 from gstds_cache.encoders.aliases import ALIASES, Alias
 from gstds_cache.encoders.encoder import Encoder, EncoderSpec, Sizes
+from gstds_cache.encoders.folding import folded
 from gstds_cache.encoders.initial import initial_weights, seeded
 from gstds_cache.encoders.module import bare, make_ready, own_dtype, run
 from gstds_cache.encoders.preprocessing import Preprocessing
@@ -350,6 +351,8 @@ def _finish(
         )
     if dtype != torch.float32:
         notes = (*notes, f"{name} has weights of {word}: it is run in {word}, which its store's fingerprint tells")
+    if spec.autocast == "none" and name.startswith(("timm:", "torchvision:")):
+        model = folded(model, preprocessing.crop, layout)
     return Encoder(model, spec, notes, layout, sizes)
 
 
