@@ -76,7 +76,7 @@ def append_to_store(
         workers=workers,
         dtype=metadata.spec.dtype,
         decoder=metadata.spec.encoder.get("preprocessing", {}).get("decoder", "pillow"),
-        cuda_graphs=False,
+        cuda_graphs=False,  # there is little to embed, and no argument to do without if it fails
     )
     hash_cache = HashCache(hashes_folder())
     before = recall_store(where, metadata.spec.fingerprint)

@@ -30,6 +30,7 @@ from gstds_cache.encoders.preprocessing import Preprocessing
 from gstds_cache.runtime.notify import log_once
 
 QUEUES, MOST_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+_in_time = {"value": os.environ.get(QUEUES)}  # as CUDA has it, or will have
 
 
 def decoding_of(preprocessing: Preprocessing) -> Decoding:
@@ -100,25 +101,25 @@ def keep_streams_apart(decoder: str) -> None:
     Args:
         decoder: ``pillow``, for which nothing is done, or ``nvjpeg``.
     """
-    if decoder == "pillow" or QUEUES in os.environ:
+    if decoder == "pillow":
         return
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        _in_time["value"] = os.environ.setdefault(QUEUES, MOST_QUEUES)
+    elif _in_time["value"] is None:
         log_once(
             f"note: CUDA began before this call, with few queues, so decoding waits for the model: set {QUEUES}="
-            f"{MOST_QUEUES} in the environment of the process"
+            f"{MOST_QUEUES} in the environment before Python starts"
         )
-        return
-    os.environ[QUEUES] = MOST_QUEUES
 
 
 def streams_are_apart() -> bool:
-    """Whether CUDA has as many queues as :func:`keep_streams_apart` asks for.
+    """Whether CUDA has as many queues as :func:`keep_streams_apart` asks for, as far as can be told.
 
     Without, a GPU that always has something to do hardly decodes: 400 images a second beside forward passes that were
     replayed, 3,100 beside such as left gaps.
     """
     with suppress(ValueError):
-        return int(os.environ.get(QUEUES, "0")) >= int(MOST_QUEUES)
+        return int(_in_time["value"] or 0) >= int(MOST_QUEUES)
     return False
 
 

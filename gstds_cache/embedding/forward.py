@@ -67,7 +67,8 @@ class ForwardPasses:
             self._left = max(0, self._left - 1)
             return self._encoder.queue(pixels)
         self._left = 0
-        # What is watched is of the whole process, and CUDA forbids other threads some calls during a recording.
+        # What is watched is of the whole process, and CUDA forbids other threads some calls during a recording. The
+        # thread that commits makes none.
         with decoding_paused():
             with watched(self._device) as seen:
                 rows = self._encoder.queue(pixels)

@@ -69,7 +69,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(forward, "recording", recording)
     monkeypatch.setattr(forward, "recordable", lambda _device: True)
     monkeypatch.setattr(decoding, "device_decoder_version", lambda _device: "stand-in")
-    monkeypatch.setenv(QUEUES, "32")
+    monkeypatch.setitem(decoding._in_time, "value", "32")
     return done
 
 
@@ -191,7 +191,7 @@ def test_the_device_decodes_nothing_while_a_pass_is_recorded(recorded, monkeypat
 @pytest.mark.parametrize("queues", [None, "8", "many"])
 def test_with_few_queues_nothing_is_recorded(recorded, monkeypatch, queues: str | None) -> None:
     """A GPU that has always something to do hardly decodes then."""
-    monkeypatch.delenv(QUEUES) if queues is None else monkeypatch.setenv(QUEUES, queues)
+    monkeypatch.setitem(decoding._in_time, "value", queues)
     passes()
     assert recorded == []
 
@@ -249,6 +249,7 @@ def test_other_machines_and_devices_are_told(source, tmp_path, graphs: bool) -> 
 def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv(QUEUES, "put back as it was, at the end")
     monkeypatch.delenv(QUEUES)
+    monkeypatch.setitem(decoding._in_time, "value", None)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     return monkeypatch
 
@@ -258,19 +259,24 @@ def test_streams_are_kept_apart_where_a_gpu_decodes(unset) -> None:
     assert QUEUES not in os.environ
     decoding.keep_streams_apart("nvjpeg")
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert decoding.streams_are_apart()
 
 
 def test_what_the_user_says_of_queues_stays(unset) -> None:
     unset.setenv(QUEUES, "8")
     decoding.keep_streams_apart("nvjpeg")
     assert os.environ[QUEUES] == "8"
+    assert not decoding.streams_are_apart()
 
 
 def test_a_cuda_that_has_begun_is_told_of(unset, caplog) -> None:
     unset.setattr(torch.cuda, "is_initialized", lambda: True)
     decoding.keep_streams_apart("nvjpeg")
     assert QUEUES not in os.environ
-    assert "set CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment" in caplog.text
+    assert "set CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before Python starts" in caplog.text
+    unset.setenv(QUEUES, "32")  # too late
+    decoding.keep_streams_apart("nvjpeg")
+    assert not decoding.streams_are_apart()
 
 
 @pytest.mark.parametrize("call", ["embed", "estimate_embedding"])
