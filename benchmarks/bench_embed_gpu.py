@@ -150,7 +150,7 @@ def decode_and_forward(source: ImageSource, encoder: Encoder, device: torch.devi
     resizer, forward = Resizer(encoder.spec.preprocessing, device), ForwardPasses(encoder, device)
 
     def decode() -> list[torch.Tensor | None]:
-        with torch.cuda.stream(decoding_stream):
+        with device_decoding.decoding_paused(), torch.cuda.stream(decoding_stream):  # not while a pass is recorded
             return device_decoding.decode_jpegs(files, device)
 
     with ThreadPoolExecutor(1) as thread:
