@@ -70,7 +70,7 @@ def test_a_model_whose_layers_behind_convolutions_have_other_channels_opens() ->
     assert 0 < layers(model) < layers(whole)
 
 
-def test_a_torchvision_model_does_too() -> None:
+def test_a_torchvision_model_gives_the_same_features() -> None:
     torch.manual_seed(0)
     model = trained(torchvision.models.mobilenet_v2(weights=None))
     model.classifier = nn.Identity()
