@@ -4,9 +4,10 @@
 
 ``conv7`` for 16 epochs: rates (on a fifth of the training set, held out), then seeds on the test set at ratio 0.75, the
 draws and random also in twice as many epochs; half of each batch; 64 epochs of everything beside 128 of a quarter.
-ResNet-18 for 30 epochs, and the rivals with it. A line for each run is in the folder of results as it ends; runs that
-are there, or in ``benchmarks/study/results/``, are not made again. At home the lines go there. Networks can be two
-commands side by side, each with a ``--folder`` of its own.
+ResNet-18 for 30 epochs, and the rivals with it. ``--networks noise30`` is ``conv7`` with 30 % of the labels wrong. A
+line for each run is in the folder of results as it ends; runs that are there, or in ``benchmarks/study/results/``, are
+not made again. At home the lines go there. Networks can be two commands side by side, each with a ``--folder`` of its
+own.
 
 Runs beside each other share the GPU in turns, and better through CUDA's multi-process service: on an H200 six processes
 that replay conv7's step made 1,228 steps a second with it, 824 without. ``nvidia-cuda-mps-control -d`` starts it, in
@@ -152,7 +153,9 @@ def main() -> int:
     made.add_argument("--seconds", type=float, default=300.0)
     made.add_argument("--folder", type=Path, help="stores and scores [default: study/ in --data]")
     made.add_argument(
-        "--networks", default="conv7,resnet18", help="comma between; `alone` is conv7 one at a time [%(default)s]"
+        "--networks",
+        default="conv7,resnet18",
+        help="comma between; `alone` and `noise30-alone`: one run at a time, after the others [%(default)s]",
     )
     made.add_argument("--seeds", type=int, default=6)
     made.add_argument("--jobs", type=int, default=12)
