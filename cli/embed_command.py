@@ -214,6 +214,8 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             f"shards left: {report.shards_left:,} of {report.shards:,}, being embedded by others or not begun; whoever "
             "commits the last one finishes the store, and so does this command without --shard"
         )
+    elif not report.complete:
+        click.echo("shards left: 0, and another process is finishing the store")
     elif report.ok:
         click.echo(next_selection(report.location))
     else:

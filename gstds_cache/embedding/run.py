@@ -178,7 +178,12 @@ def embed_dataset(
     ended = time.perf_counter()
     job.seconds |= {"finish": ended - finishing, "total": ended - begun}
     left = store.spec.shards - (len(store.commits) if mine is None else len(metadata.committed()))
-    store.report = _report(job, store, before=before, clock=clock, estimate=estimate, left=left)
+    # A part may end while another process writes COMPLETE: no shard is left then, and the store is not complete yet.
+    store.report = replace(
+        _report(job, store, before=before, clock=clock, estimate=estimate),
+        shards_left=left,
+        complete=metadata.complete() is not None,
+    )
     return store
 
 
@@ -319,7 +324,7 @@ def _estimate(
 
 
 def _report(
-    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None, left: int = 0
+    job: EmbedJob, store: EmbeddingStore, *, before: int, clock: Clock, estimate: Estimate | None
 ) -> EmbedReport:
     worked = clock.ended > 0
     inside = ("decode", "forward", "commit", "commit_wait", "waiting")
@@ -346,7 +351,6 @@ def _report(
         looks_at=job.looks_at,
         shard=job.config.shard,
         part_shards=len(job.shards(store.spec)),
-        shards_left=left,
     )
 
 

@@ -109,6 +109,8 @@ class EmbedReport:
         shard: Which part of the store's shards this call was to embed, as ``I/N``; None for all.
         part_shards: How many shards these are.
         shards_left: Shards of the store that were not committed when this call ended: other parts'.
+        complete: Whether the store was complete when this call ended. With no shard left and this false, another
+            process was finishing it.
     """
 
     location: str
@@ -131,6 +133,7 @@ class EmbedReport:
     shard: str | None = None
     part_shards: int = 0
     shards_left: int = 0
+    complete: bool = True
 
     @property
     def cache_hit(self) -> bool:

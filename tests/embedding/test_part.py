@@ -137,6 +137,23 @@ def test_processes_that_end_at_the_same_time_write_one_complete(start, command, 
     assert objects(transport.location) == before
 
 
+@pytest.mark.parametrize("where", ["directory"], indirect=True)
+def test_a_command_that_ends_while_another_finishes_the_store_ends_well(command, result_of, words, tmp_path) -> None:
+    command(*words)
+    (tmp_path / "photos.store" / layout.COMPLETE).unlink()
+    other = held(tmp_path / "photos.store", "exclusive")
+    try:
+        ended = command(*words, "--shard", "0/2")
+    finally:
+        end(other)
+    assert "shards left: 0, and another process is finishing the store" in ended.stdout
+    assert "next: gstds-select" not in ended.stdout
+    assert result_of(ended)["complete"] is False
+    ended = command(*words, "--shard", "0/2")
+    assert "next: gstds-select" in ended.stdout
+    assert result_of(ended)["complete"] is True
+
+
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])
 def test_who_is_not_the_last_leaves_the_end_to_the_others(config, tmp_path, kind) -> None:
     embed_dataset(ArraySource(60), config, where=tmp_path / "s")
@@ -146,7 +163,7 @@ def test_who_is_not_the_last_leaves_the_end_to_the_others(config, tmp_path, kind
         store = embed_dataset(ArraySource(60), part_of(config, "0/2"), where=tmp_path / "s", notify=told.append)
     finally:
         end(other)
-    assert store.report.shards_left == 0
+    assert (store.report.shards_left, store.report.complete) == (0, False)
     assert [line for line in told if "another process finishes the store" in line]
     assert not (tmp_path / "s" / layout.COMPLETE).exists()
     finish_if_last(StoreMetadata(tmp_path / "s"), lambda *_: None, told.append)
