@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 	@echo "== tests on a Ray cluster of two nodes, which take both cores: a minute; left out, and counted, without ray"
 	$(BIN)/python -m pytest tests/cluster -m "ray and not faults"
 
-# The tables of docs/method.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
+# The tables of docs/study.md, from the lines of benchmarks/study/results/. The runs: benchmarks/study/README.md.
 study-tables: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.study.tables
 

@@ -157,7 +157,7 @@ def what_to_expect(lines: Lines, results: Path = RESULTS) -> str:
     reached, beside = (100 * statistics.fmean(run["test_accuracy"] for run in runs) for runs in (drawn, random))
     return (
         f"{words}\nOn the 50,000 photographs of CIFAR-10 a quarter drawn by training losses reached {reached:.1f} %, a "
-        f"random quarter {beside:.1f} %, in the same epochs ({len(drawn)} seeds). docs/method.md says where it pays."
+        f"random quarter {beside:.1f} %, in the same epochs ({len(drawn)} seeds). docs/results.md says where it pays."
     )
 
 

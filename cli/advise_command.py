@@ -12,7 +12,7 @@ ADVISE_HELP = """Say whether selection is likely to pay on the data of STORE, be
 
 Linear probes learn from the cached embeddings of up to 16,384 rows: from all of them, and from as many as stay at each
 filter ratio, drawn at random and in other ways; they are judged on rows that they never saw. STORE needs labels. The
-probes tell the sign of a difference, not its size; how they agreed with networks stands in docs/method.md.
+probes tell the sign of a difference, not its size; how they agreed with networks stands in docs/results.md.
 
 \b
 Example:

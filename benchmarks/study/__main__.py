@@ -1,7 +1,7 @@
 """Run the study, or go on with it: every line that is there already is not run again.
 
     python -m benchmarks.study glyphs --methods full,random,default,infobatch --ratios 0.75 --seeds 5 --folder .study
-    python -m benchmarks.study.tables          # then: the tables of docs/method.md from the result lines
+    python -m benchmarks.study.tables          # then: the tables of docs/study.md from the result lines
 
 Each run is a process of its own, forked from this one, which holds the decoded images; ``--jobs`` at a time, one
 thread each. With ``--device cuda`` rows are selected and networks trained there, by those processes alone: one that is

@@ -1,4 +1,4 @@
-"""The study's tables, from its result lines into docs/method.md, between markers.
+"""The study's tables, from its result lines into docs/study.md, between markers.
 
 python -m benchmarks.study.tables            # write them
 python -m benchmarks.study.tables --check    # exit code 1 if the document says something else
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study.analysis import OFTEN, Interval, Line, Study, paired
-from benchmarks.study.document import write_or_check
+from benchmarks.study.document import DOCS, write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
 from benchmarks.study.settings import Setting, load_setting
 from benchmarks.study.tune import best, tried
 
+DOCUMENT = DOCS / "study.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 DRAWN = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
@@ -436,7 +437,7 @@ def render(results: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    return write_or_check(__doc__, render, BEGIN, END)
+    return write_or_check(__doc__, DOCUMENT, render, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of variants of the draw, from its result lines into docs/method.md, between markers.
+"""The table of variants of the draw, from its result lines into docs/results.md, between markers.
 
 python -m benchmarks.study.variant_tables            # write it
 python -m benchmarks.study.variant_tables --check    # exit code 1 if the document says something else
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.document import write_or_check
+from benchmarks.study.document import DOCS, write_or_check
 from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.tables import table
 from benchmarks.study.variants import PREFIX
 
+DOCUMENT = DOCS / "results.md"
 BEGIN, END = "<!-- variants:begin (python -m benchmarks.study.variant_tables) -->", "<!-- variants:end -->"
 FOLDER = RESULTS / "variants"
 SETTING = "cifar10-validation"
@@ -85,7 +86,7 @@ def render(results: Path = FOLDER) -> str:
 
 
 def main() -> int:
-    return write_or_check(__doc__, render, BEGIN, END)
+    return write_or_check(__doc__, DOCUMENT, render, BEGIN, END)
 
 
 if __name__ == "__main__":

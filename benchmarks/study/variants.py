@@ -1,7 +1,8 @@
 """Variants of drawing by training losses, tried on validation data: ``variant:form=ratio+strata=32`` and the like.
 
-None of them is part of the library; what they gave is in docs/method.md, "Variants of the draw". A variant's stream is
-that of a draw of the library; its own are the reference losses, the scores, and in part the strata and the losses.
+None of them is part of the library; what they gave is in docs/results.md, "What was tried on the draw". A variant's
+stream is that of a draw of the library; its own are the reference losses, the scores, and in part the strata and the
+losses.
 """
 
 from __future__ import annotations

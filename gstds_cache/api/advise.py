@@ -125,7 +125,7 @@ def advise(
 
     Linear probes learn from the cached embeddings of up to 16,384 rows: from all of them, and from as many as stay at
     each ratio, drawn at random and in other ways; they are judged on rows that they never saw. They tell the sign of a
-    difference, not its size: docs/method.md has how it agreed with networks.
+    difference, not its size: docs/results.md has how it agreed with networks.
 
     Args:
         store: A store, or its location.

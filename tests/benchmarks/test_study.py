@@ -20,13 +20,14 @@ from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.analysis import OFTEN, Cost, Line, Study, paired  # noqa: E402
-from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
+from benchmarks.study.document import placed  # noqa: E402
 from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
 from benchmarks.study.runs import Task  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
 from benchmarks.study.tables import (  # noqa: E402
     BEGIN,
+    DOCUMENT,
     END,
     WAYS,
     advice_table,
@@ -325,7 +326,7 @@ def test_intervals_in_prose_are_those_of_the_lines() -> None:
 
     quoted = {
         (document, *interval)
-        for document in ("README.md", "docs/method.md")
+        for document in ("README.md", "docs/method.md", "docs/results.md")
         for interval in intervals((ROOT / document).read_text().split(BEGIN)[0])
     }
     assert len(quoted) > 30

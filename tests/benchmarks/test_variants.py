@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.study import references, variant_tables, variants  # noqa: E402
-from benchmarks.study.document import DOCUMENT, placed  # noqa: E402
+from benchmarks.study.document import placed  # noqa: E402
 from benchmarks.study.lines import append  # noqa: E402
 from benchmarks.study.methods import find_method  # noqa: E402
 from benchmarks.study.screen import Screen  # noqa: E402
@@ -212,7 +212,7 @@ def test_lines_of_the_study_and_of_the_screen_are_named_alike(tmp_path) -> None:
 
 
 def test_the_document_has_the_table_of_the_lines() -> None:
-    text = DOCUMENT.read_text()
+    text = variant_tables.DOCUMENT.read_text()
     assert placed(text, variant_tables.render(), variant_tables.BEGIN, variant_tables.END) == text, (
         "run: python -m benchmarks.study.variant_tables"
     )
