@@ -19,6 +19,7 @@ from gstds_cache.spectral.status import Status
 
 _COUNTED = ("batches", "rows", "kept", "status", "iterations", "reused", "seconds", "classes")
 PHASES = ("guidance", "gather", "knn", "graph", "solve", "rule")
+FEW = 1 << 12  # labels below this are counted in an array with a place for each
 
 
 @dataclass
@@ -75,10 +76,9 @@ class SelectionCounts:
     def add(self, batch: SelectedBatch, labels: Int64[np.ndarray, " B"], kept_labels: Int64[np.ndarray, " M"]) -> None:
         """Count one batch; ``labels`` are empty where classes are not counted."""
         if len(labels):
-            kept = dict(zip(*(part.tolist() for part in np.unique(kept_labels, return_counts=True)), strict=True))
-            for label, count in zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True):
-                seen, stayed = self.classes.get(label, (0, 0))
-                self.classes[label] = seen + count, stayed + kept.get(label, 0)
+            for label, seen, kept in zip(*counts_by_label(labels, kept_labels), strict=True):
+                before = self.classes.get(label, (0, 0))
+                self.classes[label] = before[0] + seen, before[1] + kept
         self.batches += 1
         self.rows += batch.n_in
         self.kept += batch.count
@@ -132,3 +132,24 @@ class SelectionCounts:
     def share(self, status: Status) -> float:
         """Batches with this flag over all batches."""
         return self.status[str(status.name).lower()] / max(self.batches, 1)
+
+
+def counts_by_label(
+    labels: Int64[np.ndarray, " B"], kept: Int64[np.ndarray, " M"]
+) -> tuple[list[int], list[int], list[int]]:
+    """The labels of a batch, ascending, and how many of its rows and of its kept rows have each.
+
+    Sorting 512 labels takes 30 us, a fifth of what else a batch without a graph takes; counting them takes 3.
+
+    Args:
+        labels: Label of each row, -1 where there is none; at least one row.
+        kept: Label of each row that stays.
+    """
+    if labels.max() < FEW:
+        counts = np.bincount(labels + 1)
+        places = np.flatnonzero(counts)
+        stayed = np.bincount(kept + 1, minlength=len(counts))
+        return (places - 1).tolist(), counts[places].tolist(), stayed[places].tolist()
+    values, seen = np.unique(labels, return_counts=True)
+    stayed = np.bincount(np.searchsorted(values, kept), minlength=len(values))
+    return values.tolist(), seen.tolist(), stayed.tolist()

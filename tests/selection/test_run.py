@@ -19,6 +19,7 @@ from gstds_cache.files import mapped
 from gstds_cache.runtime.notify import log_once
 from gstds_cache.selection import offers, spectra, throughput
 from gstds_cache.selection import run as run_module
+from gstds_cache.selection.counts import FEW, counts_by_label
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.rules import coverage
 from gstds_cache.selection.run import BatchSelector
@@ -426,6 +427,33 @@ def test_a_rule_sees_as_many_eigenvectors_as_it_asks_for(store: EmbeddingStore, 
     before = selector.digest
     (tmp_path / "third_vector.py").write_text(THIRD + "# changed\n")
     assert BatchSelector(store, selector.config).digest != before
+
+
+@pytest.mark.parametrize("lowest", [-1, 0, 40, FEW - 2, 10**15])  # below the bound, around it, and far above it
+def test_labels_are_counted_as_sorting_counts_them(lowest) -> None:
+    rng = np.random.default_rng(lowest + 1)
+    labels = lowest + rng.integers(0, 5, 64)
+    for kept in (labels[:7], labels[:0], labels):
+        expected = [(int(c), int((labels == c).sum()), int((kept == c).sum())) for c in np.unique(labels)]
+        assert list(zip(*counts_by_label(labels, kept), strict=True)) == expected
+
+
+def test_rules_without_a_graph_take_one_thread_and_your_own_all(store, tmp_path, monkeypatch) -> None:
+    taken, real = list[int](), run_module.in_threads
+
+    def watched(work, items, threads):
+        taken.append(threads)
+        return real(work, items, threads)
+
+    monkeypatch.setattr(run_module, "in_threads", watched)
+    (tmp_path / "first_rows.py").write_text(
+        "import numpy as np\nfrom gstds_cache.selection.rule import Rule\n"
+        "first = Rule('first', 'the first', lambda batch: np.arange(batch.keep), vectors=0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for rule in ("random", "guided", "coverage", "first_rows:first"):
+        run(store, rule=rule, threads=3)
+    assert taken == [1, 1, 3, 3]
 
 
 def test_floors_and_the_report_of_what_was_dropped_by_class(store: EmbeddingStore) -> None:
