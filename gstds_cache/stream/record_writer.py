@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from types import TracebackType
@@ -122,7 +123,7 @@ def grouped(selections: Iterable[SelectedBatch]) -> Iterator[list[SelectedBatch]
         yield group
 
 
-def computed(selector: BatchSelector, start: int) -> Iterator[list[SelectedBatch]]:
+def computed(selector: BatchSelector, start: int, *, hold: float = 0.0) -> Iterator[list[SelectedBatch]]:
     """Select from batch ``start`` on, and hand over together what is ready together.
 
     A record batch of one batch takes 100 us, a batch's share of a full one 7.
@@ -130,17 +131,21 @@ def computed(selector: BatchSelector, start: int) -> Iterator[list[SelectedBatch
     Args:
         selector: The run.
         start: First ``seq``.
+        hold: Seconds for which batches that are ready wait for those that fill their group, where nobody waits for
+            them: a file that is written in full groups is not written once more at the end.
 
     Yields:
         Batches in order, in lists that are no longer than the groups of a finished file.
     """
     group: list[SelectedBatch] = []
-    rows = 0
+    rows, begun = 0, time.monotonic()
     with closing(selector.run(start=start)) as batches:  # type: ignore[type-var]
         while True:
             try:
                 selection = next(batches)
             except StopIteration:
+                if group:
+                    yield group
                 return
             except BaseException:
                 if group:  # what was selected before something failed is not lost
@@ -148,9 +153,10 @@ def computed(selector: BatchSelector, start: int) -> Iterator[list[SelectedBatch
                 raise
             group.append(selection)
             rows += len(selection.kept)
-            if not selector.pending or is_full(len(group), rows):
+            ready = not selector.pending and time.monotonic() - begun >= hold
+            if ready or is_full(len(group), rows):
                 yield group
-                group, rows = [], 0
+                group, rows, begun = [], 0, time.monotonic()
 
 
 def is_full(records: int, rows: int) -> bool:

@@ -2,8 +2,9 @@
 
 While it is made, a selection lies in ``.NAME.partial``, in record batches of what was ready. When it is whole it is
 read once more, checked, and written in full groups under its name: so a finished file has the same bytes however often
-the making was interrupted, and is read at full speed. A GPU makes batches so fast that they come in full groups from
-the first to the last: then the file is whole as it is, and only gets its name.
+the making was interrupted, and is read at full speed. Batches that come so fast that they fill a group within
+:data:`HELD` seconds are held back until they do: of a run of such batches from the first to the last the file is whole
+as it is, and only gets its name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from gstds_cache.stream.schema import CANDIDATES_FORMAT, FORMAT, Header
 
 if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
+
+HELD = 3.0
+"""Seconds for which batches that fill no group wait for the next ones, and which a kill costs at most."""
 
 
 def partial_of(path: Path) -> Path:
@@ -179,6 +183,8 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
 def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, None, None]:
     """Write a selection to ``path``, continuing what an interrupted run left.
 
+    A run that is killed loses no more than what was selected in :data:`HELD` seconds; one that is interrupted, nothing.
+
     Args:
         selector: The run.
         path: Where the selection goes.
@@ -190,7 +196,7 @@ def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, 
         IncompleteError: Another process is writing the same file.
     """
     with storing(header_of(selector), path) as stored:
-        for ready in computed(selector, stored.taken_over):
+        for ready in computed(selector, stored.taken_over, hold=HELD):
             stored.write(*ready)
             yield from ready
 

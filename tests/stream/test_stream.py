@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import google_crc32c
 import numpy as np
@@ -33,7 +35,7 @@ from gstds_cache.stream.reader import SelectionStream, open_selection, require_d
 from gstds_cache.stream.record_writer import SelectionWriter
 from gstds_cache.stream.records import Kind, Record, encode
 from gstds_cache.stream.schema import Header
-from gstds_cache.stream.writer import is_finished, write_file
+from gstds_cache.stream.writer import is_finished, partial_of, write_file
 
 HEADER = Header(
     cache_fingerprint="c" * 64,
@@ -289,7 +291,11 @@ class FakeSelector(BatchSelector):
             if seq == self.fail_at:
                 raise KeyboardInterrupt
             self.computed.append(seq)
+            self.wait()
             yield make_selection(seq)
+
+    def wait(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -309,6 +315,30 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path: Path, fail_at: i
     assert rest.computed == list(range(fail_at, 6))
     assert path.read_bytes() == WHOLE
     assert sorted(p.name for p in tmp_path.iterdir()) == [".s.arrow.lock", "s.arrow"]
+
+
+@pytest.mark.usefixtures("header_of")
+def test_batches_that_come_fast_are_written_once_in_full_groups(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("gstds_cache.stream.writer._finish", lambda *_: pytest.fail("written once more"))
+    list(write_file(FakeSelector(), tmp_path / "s.arrow"))
+    assert (tmp_path / "s.arrow").read_bytes() == WHOLE
+
+
+@pytest.mark.usefixtures("header_of")
+def test_batches_that_come_slowly_are_on_the_disk_before_the_next_ones(tmp_path: Path, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("gstds_cache.stream.record_writer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    path, selector = tmp_path / "s.arrow", FakeSelector()
+    running = write_file(selector, path)
+    for seq, seconds in ((1, 2.0), (3, 2.0)):  # of two batches, 2 s each, the second is behind the limit of 3 s
+        selector.wait = lambda seconds=seconds: now.__setitem__(0, now[0] + seconds)
+        assert next(running).seq == seq - 1
+        assert selector.computed[-1] == seq
+        stream = SelectionStream(io.BytesIO(partial_of(path).read_bytes()))
+        assert [batch.seq for batch in islice(stream, seq + 1)] == list(range(seq + 1))
+        assert next(running).seq == seq
+    list(running)
+    assert path.read_bytes() == WHOLE
 
 
 @pytest.mark.usefixtures("header_of")
