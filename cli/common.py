@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -211,8 +212,10 @@ def next_selection(store: str) -> str:
     from gstds_cache.selection.rows import count_labels
     from gstds_cache.store.reader import EmbeddingStore
 
-    labels = count_labels(EmbeddingStore(store))
-    more = ("--draw", "auto") if labels.different > 1 and not labels.one_each else ()
+    more: tuple[str, ...] = ()
+    with suppress(GstdsError):  # another process may be at the store by now: what this one did is done
+        labels = count_labels(EmbeddingStore(store))
+        more = ("--draw", "auto") if labels.different > 1 and not labels.one_each else ()
     return f"next: {command_line('gstds-select', store, *more)}"
 
 

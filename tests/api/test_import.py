@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from gstds_cache.cli.common import next_selection
 from PIL import Image
 from real_store import objects_of, stamps
 from safetensors.numpy import save_file
@@ -318,6 +319,13 @@ def test_vectors_of_a_data_set_train_on_it_in_whatever_order_they_come(tmp_path)
     with pytest.raises(FingerprintMismatchError, match=r"items 1 have another label; .*\n.*item 0, ") as caught:
         gstds_cache.train(uri, selection, out=tmp_path / "run3", **training)
     assert "bytes" not in caught.value.message  # which are not known of imported vectors
+
+
+def test_what_to_type_next_is_told_of_a_store_that_another_process_has_begun_to_change(npy, tmp_path) -> None:
+    bring(npy, tmp_path / "s", labels=[row % 3 for row in range(N)])
+    assert next_selection(str(tmp_path / "s")) == f"next: gstds-select {tmp_path / 's'} --draw auto"
+    (tmp_path / "s" / layout.COMPLETE).unlink()
+    assert next_selection(str(tmp_path / "s")) == f"next: gstds-select {tmp_path / 's'}"
 
 
 def test_the_command(npy, tmp_path, command, result_of) -> None:
