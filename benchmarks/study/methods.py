@@ -13,7 +13,8 @@ from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
 
 DRAW = re.compile(
-    r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+]+))?(?P<weights>\+weights)?(@(?P<schedule>.+))?"
+    r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+%]+))?(?P<weights>\+weights)?(@(?P<schedule>[^%]+))?"
+    r"(%(?P<assignments>\d+))?"
 )
 INFOBATCH_KEEPS = 0.6  # about what it keeps at r = 0.5: its batches are cut so that steps have the others' size
 
@@ -77,8 +78,8 @@ BASELINES = {
 def find_method(name: str) -> Method:
     """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
-    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]`` draws by training losses, ``variant:KEY=VALUE[+...]`` by a
-    variant that was tried (``variants.py``).
+    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE][%BATCH_ASSIGNMENTS]`` draws by training losses,
+    ``variant:KEY=VALUE[+...]`` by a variant that was tried (``variants.py``).
 
     Raises:
         UsageError: There is no such baseline or rule.
@@ -120,7 +121,7 @@ def _drawing(name: str) -> Method:
     """
     parts = DRAW.fullmatch(name)
     if parts is None:
-        raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE]")
+        raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE][%N]")
     draw, strata = find_draw(parts["draw"]), int(parts["strata"] or STRATA)
     probe = draw.needs_reference or draw.needs_prior
     return Method(
@@ -134,4 +135,5 @@ def _drawing(name: str) -> Method:
         draw=draw.name,
         strata=strata,
         importance_weights=parts["weights"] is not None,
+        batch_assignments=int(parts["assignments"]) if parts["assignments"] else None,
     )

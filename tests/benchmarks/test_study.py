@@ -89,6 +89,8 @@ def test_methods_are_the_baselines_and_every_rule() -> None:
     assert (drawn.draw, drawn.strata, drawn.guidance, drawn.importance_weights) == ("damped-loss", 4, "none", True)
     assert (drawn.schedule, drawn.embeds, drawn.needs) == ("linear:0.5:0.9", True, {"probe"})
     assert not find_method("draw:uniform^1").embeds
+    assert find_method("draw:loss-squared^1/none@constant:0.9%1").batch_assignments == 1
+    assert find_method("draw:loss-squared^1/none@constant:0.9%1").schedule == "constant:0.9"
 
 
 def test_tasks_are_interleaved_seed_by_seed_and_full_runs_once() -> None:
