@@ -22,6 +22,7 @@ RULES = {
 DRAWS = {
     "loss-minus-reference": "last training loss minus reference loss, not below 0",
     "damped-loss": "last training loss, times 1 / (1 + exp(3 (reference loss - 2)))",
+    "adaptive": "loss-minus-reference, and damped-loss once the network has passed the reference model",
     "loss": "last training loss",
     "loss-squared": "last training loss squared",
     "prior": "guidance alone",

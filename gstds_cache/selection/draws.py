@@ -8,6 +8,7 @@ here loads torch, zarr or faiss: a trainer draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from gstds_cache.selection.selected_batch import Candidates
 
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
+CONFIDENT = math.log(2.0)  # reference loss below which a row's label is likelier than all others together
+PASSED_AT = 0.3  # share of such rows that the network does better on, from which on it has passed the reference model
 LARGEST_SCORE = 1e100  # of one's own: sums of larger ones may be infinite
 APART = 4000.0  # more than logarithms of float64 and Gumbel numbers are apart
 LARGEST_WEIGHT = 5.0  # of a row that was drawn although that was unlikely: above, its gradient outweighs the others'
@@ -52,6 +55,20 @@ def damped_loss(
     steepness = np.minimum(DAMPED_BY * (reference - DAMPED_AT), 60.0)  # exp of more overflows, for the same result
     damped: Float64[np.ndarray, " b"] = np.maximum(last, 0.0) / (1.0 + np.exp(steepness))
     return damped
+
+
+def adaptive(
+    last: Float64[np.ndarray, " b"], reference: Float64[np.ndarray, " b"], prior: Float64[np.ndarray, " b"]
+) -> Float64[np.ndarray, " b"]:
+    """:func:`loss_minus_reference` until the network has passed the reference model, :func:`damped_loss` from then on.
+
+    A reference loss is what a row's loss can come down to as long as the reference model is the better one. It is not
+    once the network does better on many of the rows whose labels the reference model is sure of: then what is left of
+    the difference are rows that the reference model happens to be good at, and its loss tells of doubtful labels alone.
+    """
+    sure = reference < CONFIDENT
+    passed = np.count_nonzero(last[sure] < reference[sure]) > PASSED_AT * np.count_nonzero(sure)
+    return (damped_loss if passed else loss_minus_reference)(last, reference, prior)
 
 
 def last_loss(
@@ -162,6 +179,7 @@ DRAWS = {
     for draw in (
         Draw("loss-minus-reference", catalog.DRAWS["loss-minus-reference"], loss_minus_reference),
         Draw("damped-loss", catalog.DRAWS["damped-loss"], damped_loss),
+        Draw("adaptive", catalog.DRAWS["adaptive"], adaptive),
         Draw("loss", catalog.DRAWS["loss"], last_loss, needs_reference=False),
         Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False,
              strata=1),

@@ -74,6 +74,24 @@ def test_in_selections_without_a_chance_rows_never_seen_have_the_mean_score_of_t
             np.testing.assert_array_equal(draw.scores(batch, np.full(5, NAN)), batch.prior)
 
 
+def test_the_adaptive_draw_subtracts_until_the_network_has_passed_the_reference_model() -> None:
+    reference = np.array([0.1] * 10 + [0.69, 0.7, 3.0], np.float32)  # of 11 rows the reference model is sure
+    batch, rng = candidates(2, [0] * 13, reference=reference), np.random.default_rng(0)
+    for better, name in (
+        (0, "loss-minus-reference"),
+        (3, "loss-minus-reference"),
+        (4, "damped-loss"),
+        (11, "damped-loss"),
+    ):
+        last = np.where(rng.permutation(np.arange(11)) < better, 0.05, 1.0)
+        last = np.concatenate([last, [0.2, 0.2]])  # better on both of which it is not sure: that counts for nothing
+        np.testing.assert_array_equal(DRAWS["adaptive"].scores(batch, last), DRAWS[name].scores(batch, last))
+    unsure, last = candidates(2, [0] * 3, reference=1.0), np.array([0.5, 2.0, 3.0])
+    np.testing.assert_array_equal(
+        DRAWS["adaptive"].scores(unsure, last), DRAWS["loss-minus-reference"].scores(unsure, last)
+    )
+
+
 def test_a_huge_reference_loss_damps_to_nothing_without_overflow() -> None:
     scores = DRAWS["damped-loss"].scores(candidates(1, [0, 0], reference=[1e4, 0.0]), np.array([5.0, 5.0]))
     assert 0 <= scores[0] < 1e-20 < scores[1]
