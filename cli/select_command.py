@@ -85,8 +85,8 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     "draw",
     "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, in proportion to: "
     + "; ".join(f"{name}: {text}" for name, text in catalog.DRAWS.items())
-    + "; or module:function. auto: what probes on the embeddings learn most from, loss-minus-reference, damped-loss, "
-    "loss-squared or the default rule. Instead of --rule.",
+    + "; or module:function. auto: what probes on the embeddings learn most from, adaptive, loss-squared or "
+    "the default rule. Instead of --rule.",
 )
 @setting(
     "strata",

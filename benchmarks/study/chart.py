@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.study.analysis import Interval, Study
 from benchmarks.study.lines import RESULTS
 from benchmarks.study.settings import load_setting
-from benchmarks.study.tables import WAYS, studies_of
+from benchmarks.study.tables import TAKEN, studies_of
 
 OUT = Path(__file__).parents[2] / "docs" / "images" / "ahead-of-random.svg"
 RATIO = 0.75
@@ -39,7 +39,7 @@ def advised(study: Study) -> str | None:
     """The method that ``draw="auto"`` is on a data set; None where probes were not asked."""
     for line in study.lines:
         if line["kind"] == "advice" and line["ratio"] == RATIO:
-            return WAYS.get(line["advised"] or "default", "default")
+            return TAKEN.get(line["advised"] or "default", "default")
     return None
 
 

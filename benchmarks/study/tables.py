@@ -20,13 +20,17 @@ from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
 from benchmarks.study.settings import Setting, load_setting
 from benchmarks.study.tune import best, tried
+from gstds_cache.selection.advice import PARTS
 
 DOCUMENT = DOCS / "study.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
-DRAWN = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
-WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in DRAWN}}
+TAUGHT = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
+DRAWN = ("draw:adaptive", *TAUGHT)
+WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in TAUGHT}}
 """Of ``gstds-cache advise``, and the methods that are the same: a draw has the strata that suit it."""
+TAKEN = WAYS | dict.fromkeys(PARTS, "draw:adaptive")
+"""Of each way the method that is advised where probes learn most from it, and that ``draw="auto"`` takes."""
 WORTH = "loss-minus-reference"
 SHARING = ("default", *DRAWN)
 SHARES = ((1, "1"), (5, "5"), (20, "20"), (OFTEN, "the cache is there"))
@@ -307,22 +311,28 @@ def advice_table(studies: dict[str, Study]) -> str:
                         for way, method in WAYS.items()}  # fmt: skip
             if networks[WORTH] is None or networks[WORTH].seeds < 3:
                 continue
-            advised = line["advised"]
-            agreed = agrees(advised, networks)
-            whether.append((advised is not None) == any(one is not None and one.low > 0 for one in networks.values()))
+            taken = TAKEN.get(line["advised"])
+            of_taken = taken and study.difference(taken, "random", line["ratio"], line["epochs"])
+            agreed = agrees(line["advised"], networks | {line["advised"]: of_taken})
+            advised = line["advised"] if taken is None else taken.removeprefix("draw:").partition("^")[0]
+            any_ahead = any(one is not None and one.low > 0 for one in networks.values())
+            whether.append((line["advised"] is not None) == any_ahead)
             pairs = ordered_pairs(study, line)
             orders += pairs
-            cells = [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
+            cells = [shown(study.difference("draw:adaptive", "random", line["ratio"], line["epochs"]))]
+            cells += [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
             answers.append({None: "not told apart", True: "yes", False: "no"}[agreed])
             order = f"{sum(pairs)} of {len(pairs)}"
             rows.append([name, f"{line['ratio']:g}", *cells, order, advised or "do not select", answers[-1]])
     if not rows:
         return ""
-    head = ("data set", "ratio", *(f"{way}: probes / networks" for way in WAYS), "order", "advice", "right?")
+    ways = (f"{way}: probes / networks" for way in WAYS)
+    head = ("data set", "ratio", "adaptive: networks", *ways, "order", "advice", "right?")
     return (
         "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. "
         "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
-        f"with none of them. Of {len(answers)}: right {answers.count('yes')}, "
+        f"with none of them. It names `adaptive` where probes learned most from either of the two draws that this is "
+        f"made of. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
         f"a draw named and networks not told apart from random {answers.count('not told apart')}. "
         f"Whether to select at all, with any of the four, it said rightly on {sum(whether)}. *Order*: of the pairs of "

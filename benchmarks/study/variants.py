@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64, Int16, Int64
 from gstds_cache.config import as_type
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.draws import DRAWS, Draw, draw_rows
+from gstds_cache.selection.draws import CONFIDENT, DRAWS, Draw, draw_rows
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.selection.strata import cells_of
@@ -34,9 +34,10 @@ class Variant:
 
     Attributes:
         form: From last and reference losses to scores: ``subtract`` is max(last - c reference, 0), ``damped`` is
-            last / (1 + exp(steep (reference - 2))), ``ratio`` is last / (c + reference); ``loss`` looks at no
-            reference, ``uniform`` at nothing.
-        c: Factor of the reference loss that is subtracted; what is added to it in a ratio.
+            last / (1 + exp(steep (reference - 2))), ``ratio`` is last / (c + reference); ``passed`` is
+            ``subtract`` with c = 1, and ``damped`` once the network is better than the reference model on more than
+            the share c of the rows that the latter is sure of; ``loss`` looks at no reference, ``uniform`` at nothing.
+        c: Factor of the reference loss that is subtracted; what is added to it in a ratio; a share for ``passed``.
         steep: How steeply losses are damped.
         reference: Whose losses are the reference: the probe's, those of neighbours' labels, or a small network's.
         calibrate: ``mean`` scales reference losses in each epoch so that their mean is that of the last losses (of rows
@@ -61,7 +62,7 @@ class Variant:
             the weight of a drawn one; 0 leaves them out.
     """
 
-    form: Literal["subtract", "damped", "ratio", "loss", "uniform"] = "subtract"
+    form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform"] = "subtract"
     c: float = 1.0
     steep: float = 3.0
     reference: Literal["probe", "neighbours", "proxy"] = "probe"
@@ -112,9 +113,19 @@ def score(
         "subtract": lambda: np.maximum(last - variant.c * reference, 0.0),
         "damped": lambda: last / (1.0 + np.exp(np.minimum(variant.steep * (reference - 2.0), 60.0))),
         "ratio": lambda: last / (variant.c + reference),
+        "passed": lambda: passed(variant, last, reference),
         "loss": lambda: last,
     }
     return known[variant.form]()
+
+
+def passed(
+    variant: Variant, last: Float64[np.ndarray, " b"], reference: Float64[np.ndarray, " b"]
+) -> Float64[np.ndarray, " b"]:
+    """The library's ``adaptive`` with another share."""
+    sure = reference < CONFIDENT
+    better = np.count_nonzero(last[sure] < reference[sure]) > variant.c * np.count_nonzero(sure)
+    return score(replace(variant, form="damped" if better else "subtract", c=1.0), last, reference)
 
 
 def calibrated(

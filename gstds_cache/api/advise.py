@@ -16,7 +16,7 @@ from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import cores, limited_threads
-from gstds_cache.selection.advice import FULL, RANDOM, RULE, Forecast, forecasts, preferred
+from gstds_cache.selection.advice import FULL, RANDOM, Forecast, forecasts, preferred
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
@@ -68,9 +68,10 @@ class Advice:
         elif best is None:
             words = "do not select: from no draw that was tried a probe learned clearly more than from random rows"
         else:
+            part = "" if best.draw in {None, best.way} else f"; {best.way}, a part of it,"
             words = (
-                f"select: {best.way} at a filter ratio of {best.ratio:g} is ahead of random rows by "
-                f"{best.over_random:.1%} (+- {best.margin:.1%}){self._beside_all(best)}"
+                f"select: {best.draw or best.way} at a filter ratio of {best.ratio:g}{part} is ahead of random rows "
+                f"by {best.over_random:.1%} (+- {best.margin:.1%}){self._beside_all(best)}"
             )
         if self.probe_accuracy < PROBE_ENOUGH:
             return words
@@ -103,9 +104,8 @@ class Advice:
         best = self.best
         if best is None:
             return command_line("gstds-select", self.store, "--rule", "random", "--schedule", "constant:0")
-        if best.way == RULE:
-            return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}")
-        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", "--draw", best.way)
+        draw = () if best.draw is None else ("--draw", best.draw)
+        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", *draw)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, and the verdict."""

@@ -29,9 +29,11 @@ ROWS = 1 << 14  # rows that are tried on, at most
 BATCH = 64  # rows of a step
 INTERVAL = 1.96  # standard errors
 FULL, RANDOM, RULE = "full", "random", "default"
-USUAL = "damped-loss"  # what is advised unless something else is clearly ahead of it
+USUAL = "damped-loss"  # what is preferred unless something else is clearly ahead of it
 WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss", "loss-squared")
 """Ways to draw: all rows, at random, by the default rule's weights, and by three draws that look at training losses."""
+
+PARTS = ("loss-minus-reference", "damped-loss")  # of the adaptive draw
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class Forecast:
     margin: float
     over_usual: float = 0.0
     usual_margin: float = 0.0
+
+    @property
+    def draw(self) -> str | None:
+        """The draw to select with; None where the default rule is to keep rows.
+
+        It is the adaptive one where a probe was taught by either of its parts: which of them is better depends on
+        whether the network passes the reference model, and a probe on the same embeddings is as good as that at once.
+        """
+        return None if self.way == RULE else "adaptive" if self.way in PARTS else self.way
 
     @property
     def helps(self) -> bool:

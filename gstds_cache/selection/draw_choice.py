@@ -67,14 +67,17 @@ def choose_draw(
     taken = preferred(found)
     best = taken or max(found, key=lambda forecast: forecast.over_random)
     random = best.accuracy - best.over_random
-    shares = f"a probe that learns from rows drawn so is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
+    how = "so" if best.draw in {None, best.way} else f"by {best.way}, a part of it,"
+    shares = (
+        f"a probe that learns from rows drawn {how} is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
+    )
     if taken is None:
         return without_draw(
             config
-        ), f"no draw is clearly ahead of random rows ({best.way}: {shares}); the rule keeps rows"
+        ), f"no draw is clearly ahead of random rows ({best.draw or RULE}: {shares}); the rule keeps rows"
     if best.way == RULE:
         return without_draw(config), f"the rule keeps rows: {shares}, and no draw does better"
-    return replace(config, draw=best.way), f"{best.way}: {shares}"
+    return replace(config, draw=best.draw), f"{best.draw}: {shares}"
 
 
 def without_draw(config: SelectConfig) -> SelectConfig:

@@ -56,7 +56,27 @@ def test_a_difference_and_its_interval_are_mcnemars() -> None:
 @pytest.mark.parametrize(
     ("over", "margin", "way", "words", "command"),
     [
-        (0.02, 0.01, "damped-loss", "select: damped-loss", "--keep 0.25 --draw damped-loss"),
+        (
+            0.02,
+            0.01,
+            "damped-loss",
+            "select: adaptive at a filter ratio of 0.75; damped-loss, a part of it, is ahead of",
+            "--keep 0.25 --draw adaptive",
+        ),
+        (
+            0.02,
+            0.01,
+            "loss-minus-reference",
+            "select: adaptive at a filter ratio of 0.75; loss-minus-reference, a part",
+            "--keep 0.25 --draw adaptive",
+        ),
+        (
+            0.02,
+            0.01,
+            "loss-squared",
+            "select: loss-squared at a filter ratio of 0.75 is ahead of",
+            "--keep 0.25 --draw loss-squared",
+        ),
         (0.02, 0.01, "default", "select: default", "--keep 0.25"),
         (0.02, 0.03, "damped-loss", "do not select", "--rule random --schedule constant:0"),
         (-0.02, 0.01, "damped-loss", "do not select", "--rule random --schedule constant:0"),

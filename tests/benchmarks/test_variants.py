@@ -30,6 +30,7 @@ from benchmarks.study.variants import (  # noqa: E402
 )
 from gstds_cache.errors import UsageError  # noqa: E402
 from gstds_cache.seeding import rng_for  # noqa: E402
+from gstds_cache.selection.draws import DRAWS, PASSED_AT  # noqa: E402
 from gstds_cache.training.feedback import Feedback  # noqa: E402
 
 LAST, REFERENCE = np.array([0.5, 2.0, -0.1, 3.0]), np.array([1.0, 0.5, 0.2, 4.0])
@@ -71,6 +72,12 @@ def test_scores_are_their_formulas() -> None:
     np.testing.assert_allclose(found["loss"], [0.5, 2.0, 0.0, 3.0])
     damped = score(Variant(form="damped", steep=1), LAST, REFERENCE)
     np.testing.assert_allclose(damped[[0, 3]], [0.5 / (1 + np.exp(-1)), 3 / (1 + np.exp(2))])
+    # The reference model is sure of the second and third row, and the network better on one of them.
+    for share, form in ((0.5, "subtract"), (0.4, "damped")):
+        of_form = score(Variant(form=form), LAST, REFERENCE)
+        np.testing.assert_array_equal(score(Variant(form="passed", c=share), LAST, REFERENCE), of_form)
+    adaptive = DRAWS["adaptive"](LAST, REFERENCE, np.ones(4))
+    np.testing.assert_array_equal(score(Variant(form="passed", c=PASSED_AT), LAST, REFERENCE), adaptive)
 
 
 def test_reference_losses_come_to_the_learners_scale() -> None:
