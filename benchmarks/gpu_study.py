@@ -97,7 +97,8 @@ def alone(seeds: int) -> list[list[str]]:
 def noise30(seeds: int) -> list[list[str]]:
     """The small network on labels of which 30 % are wrong; a few runs one at a time are :func:`noise30_alone`."""
     setting, validation = "cifar10-conv7-noise30", "cifar10-conv7-noise30-validation"
-    head, rest = f"full,random,{DRAWS},rho-loss,jest", "infobatch,orderdp,seta,selective-backprop"
+    draws = f"draw:adaptive,{DRAWS}"
+    head, rest = f"full,random,{draws},rho-loss,jest", "infobatch,orderdp,seta,selective-backprop"
     commands = [["benchmarks.study.embed", setting]]
     for methods in (head, rest):
         commands += [
@@ -105,14 +106,14 @@ def noise30(seeds: int) -> list[list[str]]:
             *(["benchmarks.study.tune", validation, "--into", into, "--methods", methods]
               for into in (setting, f"{setting}-alone")),
         ]  # fmt: skip
-        more = f",full*0.5,{times(f'random,{DRAWS}', 2)}" if methods == head else ""
+        more = f",full*0.5,{times(f'random,{draws}', 2)}" if methods == head else ""
         commands.append(["benchmarks.study", setting, "--methods", methods + more, "--seeds", str(min(seeds, 3))])
     return commands
 
 
 def noise30_alone(seeds: int) -> list[list[str]]:
     """Those of :func:`noise30` whose seconds matter most, one at a time, once rates are known."""
-    methods = f"random,{DRAWS},rho-loss,jest,full,full*0.5,infobatch"
+    methods = f"random,draw:adaptive,{DRAWS},rho-loss,jest,full,full*0.5,infobatch"
     return [["benchmarks.study", "cifar10-conv7-noise30-alone", "--methods", methods, "--seeds", str(min(seeds, 2))]]
 
 
