@@ -16,7 +16,16 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 
 from gstds_cache.config import DEVICE, ENGINE
-from gstds_cache.errors import EXIT_INCOMPLETE, EXIT_INTERRUPT, GstdsError, UsageError, command_line, with_flags
+from gstds_cache.errors import (
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPT,
+    GstdsError,
+    IncompleteError,
+    StoreNotFoundError,
+    UsageError,
+    command_line,
+    with_flags,
+)
 from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
 
@@ -213,7 +222,7 @@ def next_selection(store: str) -> str:
     from gstds_cache.store.reader import EmbeddingStore
 
     more: tuple[str, ...] = ()
-    with suppress(GstdsError):  # another process may be at the store by now: what this one did is done
+    with suppress(IncompleteError, StoreNotFoundError):  # another process may be at the store by now
         labels = count_labels(EmbeddingStore(store))
         more = ("--draw", "auto") if labels.different > 1 and not labels.one_each else ()
     return f"next: {command_line('gstds-select', store, *more)}"

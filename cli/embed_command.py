@@ -215,7 +215,10 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
             "commits the last one finishes the store, and so does this command without --shard"
         )
     elif not report.complete:
-        click.echo("shards left: 0, and another process is finishing the store")
+        click.echo(
+            "shards left: 0, and another process is finishing the store; if that ends first, this command without "
+            "--shard finishes it"
+        )
     elif report.ok:
         click.echo(next_selection(report.location))
     else:

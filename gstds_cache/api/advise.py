@@ -56,7 +56,10 @@ class Advice:
 
     @property
     def best(self) -> Forecast | None:
-        """The way and the ratio that are advised; None where rows are few, or none is clearly ahead of random ones."""
+        """What probes learned most from, and its ratio; its ``draw`` is what is advised.
+
+        None where rows are few, or no way is clearly ahead of random ones.
+        """
         return None if self.rows < FEWEST else preferred(self.forecasts)
 
     @property
@@ -108,8 +111,13 @@ class Advice:
         return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", *draw)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values, and the verdict."""
-        return asdict(self) | {"verdict": self.verdict, "command": self.command}
+        """All fields as JSON-able values, the draw that is advised (None for none), and the verdict."""
+        best = self.best
+        return asdict(self) | {
+            "draw": None if best is None else best.draw,
+            "verdict": self.verdict,
+            "command": self.command,
+        }
 
 
 def advise(

@@ -173,17 +173,13 @@ def embed_dataset(
     if job.part is not None:  # without the lock, which others may share
         finishing = time.perf_counter()
         metadata = finish_if_last(metadata, check, job.notify)
-    mine = None if job.part is None else job.shards(metadata.spec)
-    store = EmbeddingStore(metadata, allow_partial=mine is not None, among=mine)
-    ended = time.perf_counter()
-    job.seconds |= {"finish": ended - finishing, "total": ended - begun}
-    left = store.spec.shards - (len(store.commits) if mine is None else len(metadata.committed()))
     # A part may end while another process writes COMPLETE: no shard is left then, and the store is not complete yet.
-    store.report = replace(
-        _report(job, store, before=before, clock=clock, estimate=estimate),
-        shards_left=left,
-        complete=metadata.complete() is not None,
-    )
+    complete = job.part is None or metadata.complete() is not None
+    store = EmbeddingStore(metadata, allow_partial=not complete, among=None if complete else job.shards(metadata.spec))
+    job.seconds |= {"finish": (ended := time.perf_counter()) - finishing, "total": ended - begun}
+    left = 0 if complete else metadata.spec.shards - len(metadata.committed())
+    report = _report(job, store, before=before, clock=clock, estimate=estimate)
+    store.report = replace(report, shards_left=left, complete=complete)
     return store
 
 

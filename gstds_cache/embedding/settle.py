@@ -23,7 +23,7 @@ SIDES = (96, 128, 160, 192)
 """Sides that ``size=auto`` takes, but for the model's own."""
 ENLARGED = 4
 """How many times as long as the images' shorter side that of a model's square is. By what a linear probe loses, as the
-smallest side is (docs/method.md): images of 32 pixels looked at in 128 cost 0.9 points, in 64 they cost 9."""
+smallest side is (docs/models.md): images of 32 pixels looked at in 128 cost 0.9 points, in 64 they cost 9."""
 Decode = Literal["exact", "scaled"]
 SIZE_BY = "size_by"
 """In a store's provenance: what settled the size."""

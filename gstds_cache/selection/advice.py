@@ -74,7 +74,7 @@ class Forecast:
 
 
 def preferred(found: Iterable[Forecast]) -> Forecast | None:
-    """The way to draw that is advised; None where none is clearly ahead of random rows.
+    """The way to draw that is preferred; None where none is clearly ahead of random rows.
 
     Of the ratios at which one is, the one that leaves out least: at higher ones ways differ more, and all are further
     behind all rows. There it is the one that is furthest ahead by its interval's lower end, unless :data:`USUAL` is

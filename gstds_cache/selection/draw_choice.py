@@ -1,9 +1,11 @@
 """Which draw suits a data set and a run: probes on the embeddings try them out before a network relies on one.
 
 Which draw is better differs between data sets: rows that are hard for the reference model are worth learning on clean
-data, and are mislabelled on others. So ``draw="auto"`` asks the probes of
-:mod:`gstds_cache.selection.advice`, at the run's own ratio and number of epochs, and takes what is furthest ahead of
-random rows. Where nothing is clearly ahead, rows are kept by the default rule, whose guidance has a trial of its own.
+data, and are mislabelled on others. So ``draw="auto"`` asks the probes of :mod:`gstds_cache.selection.advice`, at the
+run's own ratio and number of epochs, and takes what is furthest ahead of random rows, or the usual draw where that is
+not clearly behind it. The adaptive draw is taken for either of the two that it is made of: which is better for a
+network no probe can tell. Where nothing is clearly ahead, rows are kept by the default rule, whose guidance has a trial
+of its own.
 """
 
 from __future__ import annotations

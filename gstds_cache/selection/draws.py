@@ -60,7 +60,11 @@ def damped_loss(
 def adaptive(
     last: Float64[np.ndarray, " b"], reference: Float64[np.ndarray, " b"], prior: Float64[np.ndarray, " b"]
 ) -> Float64[np.ndarray, " b"]:
-    """:func:`loss_minus_reference` until the network has passed the reference model, :func:`damped_loss` from then on.
+    """:func:`loss_minus_reference` until the network has passed the reference model, :func:`damped_loss` once it has.
+
+    It has in a batch in which its losses are lower on more than :data:`PASSED_AT` of the rows whose labels the
+    reference model is sure of. Rows without a loss count by the one that they are taken to have, so that it takes
+    about that share of all rows to be trained on and better.
 
     A reference loss is what a row's loss can come down to as long as the reference model is the better one. It is not
     once the network does better on many of the rows whose labels the reference model is sure of: then what is left of

@@ -26,7 +26,7 @@ from gstds_cache.selection.trial import TrialSettings
 from gstds_cache.store.layout import OK
 from gstds_cache.store.reader import EmbeddingStore
 
-DEFAULT = "uncertainty"  # as good as the probe's loss, and blind to a row's own wrong label (docs/method.md)
+DEFAULT = "uncertainty"  # as good as the probe's loss, and blind to a row's own wrong label (docs/results.md)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The registry of rules, and those that look at one Fiedler coordinate alone.
 
-Which rule is best is a question for measurements (docs/method.md), not for this file. The paper's abstract says that a
+Which rule is best is a question for measurements (docs/results.md), not for this file. The paper's abstract says that a
 share of each batch is removed by its Fiedler vector; the readings of that below are ours.
 """
 

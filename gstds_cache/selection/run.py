@@ -286,7 +286,7 @@ class BatchSelector:
                 batches, rows = WITHOUT_GRAPHS
                 most = max(most, min(batches, rows // self.plan.batch_size))
                 # Our rules without a graph hold Python's lock: 16 threads take up to twice the time of one.
-                threads = threads if self.rule.source else 1
+                threads = threads if ":" in self.config.rule else 1
             yield from in_threads(partial(self._select, spectra), self._stacks(start, end, most), threads)
             return
         with closing(self.device_run.path(spectra).solved(start, None, end=end)) as stacks:

@@ -34,7 +34,7 @@ def cells_squared(batch: RuleBatch) -> Int64[np.ndarray, " M"]:
     """The same cells, drawn in proportion to squared difficulty.
 
     Drawn from the whole batch, squared weights keep too few of the easy rows; one row of each cell stays whatever its
-    weight (docs/method.md has both, measured).
+    weight (docs/results.md has both, measured).
     """
     return _one_of_each(batch, *cells_of(batch, batch.keep), power=2.0)
 

@@ -131,32 +131,31 @@ def computed(selector: BatchSelector, start: int, *, hold: float = 0.0) -> Itera
     Args:
         selector: The run.
         start: First ``seq``.
-        hold: Seconds for which batches that are ready wait for those that fill their group, where nobody waits for
-            them: a file that is written in full groups is not written once more at the end.
+        hold: Seconds for which batches wait for those that fill their group, where nobody waits for them: a file that
+            is written in full groups is not written once more at the end. With 0 those that are ready do not wait.
 
     Yields:
         Batches in order, in lists that are no longer than the groups of a finished file.
     """
     group: list[SelectedBatch] = []
-    rows, begun = 0, time.monotonic()
+    rows, begun = 0, 0.0
     with closing(selector.run(start=start)) as batches:  # type: ignore[type-var]
-        while True:
-            try:
-                selection = next(batches)
-            except StopIteration:
-                if group:
-                    yield group
-                return
-            except BaseException:
-                if group:  # what was selected before something failed is not lost
-                    yield group
-                raise
-            group.append(selection)
-            rows += len(selection.kept)
-            ready = not selector.pending and time.monotonic() - begun >= hold
-            if ready or is_full(len(group), rows):
+        try:
+            for selection in batches:
+                if not group:
+                    begun = time.monotonic()
+                group.append(selection)
+                rows += len(selection.kept)
+                enough = time.monotonic() - begun >= hold if hold else not selector.pending
+                if enough or is_full(len(group), rows):
+                    ready, group, rows = group, [], 0
+                    yield ready
+        except BaseException:
+            if group:  # what was selected before something failed is not lost; nothing is held where this is closed
                 yield group
-                group, rows, begun = [], 0, time.monotonic()
+            raise
+        if group:
+            yield group
 
 
 def is_full(records: int, rows: int) -> bool:

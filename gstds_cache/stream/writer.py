@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gstds_cache.selection.run import BatchSelector
 
 HELD = 3.0
-"""Seconds for which batches that fill no group wait for the next ones, and which a kill costs at most."""
+"""Seconds for which batches that fill no group wait for the next ones; a kill costs them, and what is under way."""
 
 
 def partial_of(path: Path) -> Path:
@@ -183,7 +183,8 @@ def storing(header: Header, path: Path) -> Iterator[Storing]:
 def write_file(selector: BatchSelector, path: Path) -> Generator[SelectedBatch, None, None]:
     """Write a selection to ``path``, continuing what an interrupted run left.
 
-    A run that is killed loses no more than what was selected in :data:`HELD` seconds; one that is interrupted, nothing.
+    A run that is killed loses the batches of its last :data:`HELD` seconds, and those that threads have under way; one
+    that is interrupted, these alone.
 
     Args:
         selector: The run.

@@ -449,11 +449,14 @@ def test_rules_without_a_graph_take_one_thread_and_your_own_all(store, tmp_path,
     (tmp_path / "first_rows.py").write_text(
         "import numpy as np\nfrom gstds_cache.selection.rule import Rule\n"
         "first = Rule('first', 'the first', lambda batch: np.arange(batch.keep), vectors=0)\n"
+        "from functools import partial\n"
+        "def some(step, batch): return np.arange(0, batch.keep * step, step)\n"
+        "part = Rule('part', 'a partial, of which no file is known', partial(some, 1), vectors=0)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for rule in ("random", "guided", "coverage", "first_rows:first"):
+    for rule in ("random", "guided", "coverage", "first_rows:first", "first_rows:part"):
         run(store, rule=rule, threads=3)
-    assert taken == [1, 1, 3, 3]
+    assert taken == [1, 1, 3, 3, 3]
 
 
 def test_floors_and_the_report_of_what_was_dropped_by_class(store: EmbeddingStore) -> None:

@@ -318,9 +318,32 @@ def test_an_interrupted_file_goes_on_where_it_stopped(tmp_path: Path, fail_at: i
 
 
 @pytest.mark.usefixtures("header_of")
+def test_an_interrupt_between_two_batches_loses_neither(tmp_path: Path, monkeypatch) -> None:
+    path, calls = tmp_path / "s.arrow", [0]
+
+    def clock() -> float:
+        calls[0] += 1
+        if calls[0] == 6:  # one at a group's first batch, one at each
+            raise KeyboardInterrupt
+        return 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gstds_cache.stream.record_writer.time", SimpleNamespace(monotonic=clock))
+        with pytest.raises(KeyboardInterrupt):
+            list(write_file(FakeSelector(), path))
+    rest = FakeSelector()
+    list(write_file(rest, path))
+    assert rest.computed == [5]
+    assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.usefixtures("header_of")
 def test_batches_that_come_fast_are_written_once_in_full_groups(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("gstds_cache.stream.writer._finish", lambda *_: pytest.fail("written once more"))
-    list(write_file(FakeSelector(), tmp_path / "s.arrow"))
+    now, selector = [0.0], FakeSelector()  # whose first batch takes a minute, as where kernels are compiled
+    monkeypatch.setattr("gstds_cache.stream.record_writer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    selector.wait = lambda: now.__setitem__(0, max(now[0], 60.0))
+    list(write_file(selector, tmp_path / "s.arrow"))
     assert (tmp_path / "s.arrow").read_bytes() == WHOLE
 
 
@@ -329,14 +352,14 @@ def test_batches_that_come_slowly_are_on_the_disk_before_the_next_ones(tmp_path:
     now = [0.0]
     monkeypatch.setattr("gstds_cache.stream.record_writer.time", SimpleNamespace(monotonic=lambda: now[0]))
     path, selector = tmp_path / "s.arrow", FakeSelector()
+    selector.wait = lambda: now.__setitem__(0, now[0] + 2.0)  # the third batch is 4 s behind the first
     running = write_file(selector, path)
-    for seq, seconds in ((1, 2.0), (3, 2.0)):  # of two batches, 2 s each, the second is behind the limit of 3 s
-        selector.wait = lambda seconds=seconds: now.__setitem__(0, now[0] + seconds)
-        assert next(running).seq == seq - 1
-        assert selector.computed[-1] == seq
+    for last in (2, 5):
+        assert next(running).seq == last - 2
+        assert selector.computed[-1] == last
         stream = SelectionStream(io.BytesIO(partial_of(path).read_bytes()))
-        assert [batch.seq for batch in islice(stream, seq + 1)] == list(range(seq + 1))
-        assert next(running).seq == seq
+        assert [batch.seq for batch in islice(stream, last + 1)] == list(range(last + 1))
+        assert [next(running).seq for _ in range(2)] == [last - 1, last]
     list(running)
     assert path.read_bytes() == WHOLE
 
