@@ -67,15 +67,28 @@ def study_tables(study: Study, name: str) -> str:
         return _tuning(study, name)
     parts = [f"### {name}\n\n{setting.about}. {_settings_line(study, name)}"]
     ratios = sorted({line["ratio"] for line in study.runs if line["method"] != "full"})
+    whole, study = study, of_one_processor(study)
+    apart = {line["method"] for line in whole.runs} - {line["method"] for line in study.runs}
     if why_no_seconds(study):
-        parts += [*(_accuracies(study, ratio, setting.epochs) for ratio in ratios), _compute(study)]
+        parts += [*(_accuracies(whole, ratio, setting.epochs) for ratio in ratios), _compute(whole)]
         return "\n\n".join(filter(None, parts))
     parts += [_main_table(study, ratio, setting.epochs) for ratio in ratios]
     ratio = 0.75
     budgets = "" if study.on_gpu else _budgets(study, ratio, setting.epochs)
     parts += [part for part in (_compute(study), budgets) if part]
     parts += [part for part in (_rivals(study, ours, ratio, setting.epochs) for ours in ("default", *DRAWN)) if part]
+    if apart:
+        others = [line for line in whole.lines if line["kind"] != "run" or line["method"] in {"full", "random", *apart}]
+        both = (_accuracies(Study(tuple(others)), ratio, setting.epochs) for ratio in ratios)
+        parts += ["Run on another processor, whose seconds are not compared:", *both]
     return "\n\n".join(parts)
+
+
+def of_one_processor(study: Study) -> Study:
+    """The study without methods of which every run was on another processor than those of random rows."""
+    usual = {_processor(line) for line in study.runs if line["method"] == "random"}
+    known = {line["method"] for line in study.runs if _processor(line) in usual or not usual}
+    return Study(tuple(line for line in study.lines if line["kind"] != "run" or line["method"] in known))
 
 
 def why_no_seconds(study: Study) -> str:
@@ -86,11 +99,15 @@ def why_no_seconds(study: Study) -> str:
 
 
 def _processors(study: Study) -> list[str]:
-    return sorted({line["gpu"] if "device" in line else line["cpu"] for line in study.runs})
+    return sorted({_processor(line) for line in study.runs})
+
+
+def _processor(line: Line) -> str:
+    return str(line["gpu"] if "device" in line else line["cpu"])
 
 
 def _settings_line(study: Study, name: str) -> str:
-    setting, why = load_setting(name), why_no_seconds(study)
+    setting, why = load_setting(name), why_no_seconds(of_one_processor(study))
     jobs = f"up to {max(line['jobs'] for line in study.runs)} at a time"
     if not why:
         jobs = (
@@ -321,7 +338,8 @@ def advice_table(studies: dict[str, Study]) -> str:
             orders += pairs
             cells = [shown(study.difference("draw:adaptive", "random", line["ratio"], line["epochs"]))]
             cells += [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
-            answers.append({None: "not told apart", True: "yes", False: "no"}[agreed])
+            told = {None: "not told apart", True: "yes", False: "no"}[agreed]
+            answers.append("not run" if taken is not None and of_taken is None else told)
             order = f"{sum(pairs)} of {len(pairs)}"
             rows.append([name, f"{line['ratio']:g}", *cells, order, advised or "do not select", answers[-1]])
     if not rows:
@@ -376,10 +394,11 @@ def all_intervals(study: Study) -> set[Interval]:
         seeds = runs[a].keys() & runs[b].keys()
         if seeds:
             found.add(paired([runs[a][seed] - runs[b][seed] for seed in sorted(seeds)]))
-    for method, ratio, epochs in {} if why_no_seconds(study) else runs:
+    timed = of_one_processor(study)
+    for method, ratio, epochs in {} if why_no_seconds(timed) else runs:
         for reference in {one for one, _, _ in runs} - {method, "full"}:
             for experiments, _ in SHARES if reference == "random" and not study.on_gpu else SHARES[-1:]:
-                equal = study.at_equal_clock(method, reference, ratio, epochs, experiments)
+                equal = timed.at_equal_clock(method, reference, ratio, epochs, experiments)
                 found |= {equal, -equal} if equal is not None else set()
     return found
 

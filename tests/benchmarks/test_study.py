@@ -33,9 +33,11 @@ from benchmarks.study.tables import (  # noqa: E402
     advice_table,
     agrees,
     all_intervals,
+    of_one_processor,
     ordered_pairs,
     render,
     studies_of,
+    why_no_seconds,
 )
 from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
@@ -218,11 +220,21 @@ def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_ne
     better += [line("draw:adaptive", seed, 0.7, 1) for seed in range(3)]
     assert "| adaptive | yes |" in advice_table({"s": Study((*better, advice))})
     squared = advice | {"advised": "loss-squared"}
-    assert "| loss-squared | not told apart |" in advice_table({"s": Study((*runs, squared))})
+    assert "| loss-squared | not run |" in advice_table({"s": Study((*runs, squared))})
     assert "said rightly on 1." in text
     assert "3 of 5 in all" in text
     networks = {way: study.difference(method, "random", 0.75, 8) for way, method in WAYS.items()}
     assert [agrees(way, networks) for way in (*WAYS, None)] == [False, True, None, None, False]
+
+
+def test_a_method_that_ran_on_another_processor_alone_takes_no_seconds_from_the_others() -> None:
+    here = [line(method, seed, 0.6, 1) | {"cpu": "A"} for method in ("random", "full", "default") for seed in range(3)]
+    there = [line("draw:adaptive", seed, 0.7, 1) | {"cpu": "B"} for seed in range(3)]
+    assert {one["method"] for one in of_one_processor(Study((*here, *there))).runs} == {"random", "full", "default"}
+    assert why_no_seconds(Study((*here, *there))) == "they are of two processors"
+    assert why_no_seconds(of_one_processor(Study((*here, *there)))) == ""
+    mixed = [*here, *there, line("random", 3, 0.6, 1) | {"cpu": "B"}]
+    assert why_no_seconds(of_one_processor(Study(tuple(mixed)))) == "they are of two processors"
 
 
 def test_each_method_gets_the_best_of_the_same_learning_rates() -> None:
