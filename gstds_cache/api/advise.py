@@ -107,8 +107,9 @@ class Advice:
         best = self.best
         if best is None:
             return command_line("gstds-select", self.store, "--rule", "random", "--schedule", "constant:0")
-        draw = () if best.draw is None else ("--draw", best.draw)
-        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", *draw)
+        if best.draw is None:
+            return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}")
+        return command_line("gstds-select", self.store, "--keep", f"{1 - best.ratio:g}", "--draw", best.draw)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, the draw that is advised (None for none), and the verdict."""
