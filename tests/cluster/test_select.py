@@ -111,7 +111,10 @@ def test_ray_gives_the_same_file(cluster: LoopbackCluster, vectors: Path, tmp_pa
 
 
 @pytest.mark.ray
-def test_a_selection_goes_on_where_it_stopped(cluster: LoopbackCluster, vectors: Path, tmp_path: Path) -> None:
+def test_a_selection_goes_on_where_it_stopped(
+    cluster: LoopbackCluster, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gstds_cache.stream.writer.HELD", 0.0)  # each batch is written before the next one is seen
     want, out = tmp_path / "want.arrow", tmp_path / "ray.arrow"
     gstds_cache.select(vectors, out=want, progress=False, **SETTINGS | {"seed": 3})
     for kept in vectors.with_name("vectors.store.selections").glob("*.arrow"):
