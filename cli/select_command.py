@@ -147,7 +147,11 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 )
 @click.option("--mirror", metavar="FOLDER", help="Folder of a mirror. [default: STORE.mirror]")
 @engine_option
-@setting("threads", "CPU threads to use; 0 for all there are. [default: 0; with --out -, beside a trainer, 1]")
+@setting(
+    "threads",
+    "CPU threads to use; 0 for all there are. Our rules without a graph take one. [default: 0; with --out -, beside a "
+    "trainer, 1]",
+)
 @click.option(
     "--out",
     metavar="FILE|-",

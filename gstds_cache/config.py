@@ -230,9 +230,9 @@ class SelectConfig:
         knn_backend: ``auto``, ``cuda``, ``torch``, ``faiss-cpu`` or ``faiss-gpu`` (docs/spectral.md).
         solver: Where eigenvectors are computed: ``cpu``, ``cuda`` (on ``device``, which has to be one), or ``auto``:
             on ``device`` where the CUDA kernels run there, else on the CPU (docs/spectral.md).
-        threads: CPU threads that selection may use, over which the batches are spread; 0 for all there are; None for
-            all as well, but one for a stream or a service, which runs beside trainers. Their number changes nothing in
-            the result.
+        threads: CPU threads that selection may use, over which the batches are spread; our rules without a graph take
+            one. 0 for all there are; None for all as well, but one for a stream or a service, which runs beside
+            trainers. Their number changes nothing in the result.
     """
 
     batch_size: int = 512

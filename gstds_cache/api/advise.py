@@ -71,7 +71,7 @@ class Advice:
         elif best is None:
             words = "do not select: from no draw that was tried a probe learned clearly more than from random rows"
         else:
-            part = "" if best.draw in {None, best.way} else f"; {best.way}, a part of it,"
+            part = f"; {best.way}, a part of it," if best.is_part else ""
             words = (
                 f"select: {best.draw or best.way} at a filter ratio of {best.ratio:g}{part} is ahead of random rows "
                 f"by {best.over_random:.1%} (+- {best.margin:.1%}){self._beside_all(best)}"

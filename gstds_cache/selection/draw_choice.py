@@ -69,7 +69,7 @@ def choose_draw(
     taken = preferred(found)
     best = taken or max(found, key=lambda forecast: forecast.over_random)
     random = best.accuracy - best.over_random
-    how = "so" if best.draw in {None, best.way} else f"by {best.way}, a part of it,"
+    how = f"by {best.way}, a part of it," if best.is_part else "so"
     shares = (
         f"a probe that learns from rows drawn {how} is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
     )
