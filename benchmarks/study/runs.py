@@ -249,7 +249,8 @@ def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Head
     own = variant.reference != "probe" or variant.calibrate != "none"
     reference = scores.reference(variant.reference) if own else None
     embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
-    return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings)
+    labels = data.train.labels if variant.graph == "label" else None
+    return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings, labels=labels)
 
 
 def line_of(result: dict[str, Any]) -> str:

@@ -46,6 +46,8 @@ from gstds_cache.training.run_dir import RunDir
 from gstds_cache.training.step_graphs import StepGraphs
 from gstds_cache.training.steps import StepReader, remainder_of
 
+FORWARD_ROWS = 1024  # of a forward pass of all images
+
 
 class StudyTrainer(Trainer):
     """A run in one process and one session; its directory holds no state of the method.
@@ -208,11 +210,29 @@ class StudyTrainer(Trainer):
         self._seen.clear()
         self.seconds["step"] += time.perf_counter() - begun  # until the steps that were queued are done
         super().end_epoch(epoch)
+        feedback = self._steps.feedback
+        if isinstance(feedback, VariantFeedback) and feedback.refreshes and self.step < self._steps.total:
+            begun = time.perf_counter()
+            feedback.losses = self._losses_of_all()
+            self.forward_samples += len(feedback.losses)
+            self.seconds["choose"] = self.seconds.get("choose", 0.0) + time.perf_counter() - begun
         if self._after_epoch is not None:
             begun = time.perf_counter()
             self._after_epoch(self.network)
             self.network.train()
             self.seconds["eval"] += time.perf_counter() - begun
+
+    def _losses_of_all(self) -> Float32[np.ndarray, " N"]:
+        """Losses of the network as it is on every image, not augmented."""
+        with self.autocast:
+            found = [
+                learner_losses(self.network, self._feed.pixels(rows.numpy()).to(self.device), labels.to(self.device))
+                for rows, labels in zip(
+                    torch.arange(len(self._labels)).split(FORWARD_ROWS), self._labels.split(FORWARD_ROWS), strict=True
+                )
+            ]
+        losses: Float32[np.ndarray, " N"] = torch.cat(found).cpu().numpy()
+        return losses
 
 
 def bits_of(weights: Float32[np.ndarray, " m"]) -> Int64[np.ndarray, "1 m"]:

@@ -44,7 +44,8 @@ class Variant:
             that have one), ``quantile`` replaces each by the last losses' quantile of the same rank.
         power: To which scores are raised: the strength.
         strata: Spectral strata of a batch.
-        graph: ``dense`` takes the strata from all cosines of a batch, L = D - S, instead of nearest neighbours.
+        graph: ``dense`` takes the strata from all cosines of a batch, L = D - S, instead of nearest neighbours;
+            ``label`` makes one of each class.
         guidance: The prior.
         prior: Whether scores are multiplied by it for rows that have a loss, too.
         random_end: Share of the epochs, the last ones, in which rows are drawn uniformly.
@@ -60,6 +61,7 @@ class Variant:
         step: Samples of a step; 0 for the setting's.
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
+        refresh: Whether every row has a new loss when an epoch ends, by a forward pass of the network as it is then.
     """
 
     form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform"] = "subtract"
@@ -69,7 +71,7 @@ class Variant:
     calibrate: Literal["none", "mean", "quantile"] = "none"
     power: float = 1.0
     strata: int = 8
-    graph: Literal["knn", "dense"] = "knn"
+    graph: Literal["knn", "dense", "label"] = "knn"
     guidance: str = "auto"
     prior: bool = False
     random_end: float = 0.0
@@ -81,6 +83,7 @@ class Variant:
     impute: Literal["both", "batch", "mean", "chance", "none"] = "both"
     step: int = 0
     rest: int = 0
+    refresh: bool = False
 
     @property
     def draw(self) -> str:
@@ -161,6 +164,7 @@ class VariantFeedback(Feedback):
     Attributes:
         rest: Rows of the last batch that were not drawn.
         rest_side: Side in pixels at which they are trained on; 0 for not at all.
+        refreshes: Whether a forward pass of all rows is due when an epoch ends; the trainer sets :attr:`losses`.
     """
 
     rest: Int64[np.ndarray, " m"]
@@ -172,6 +176,7 @@ class VariantFeedback(Feedback):
         *,
         reference: Float32[np.ndarray, " N"] | None = None,
         embeddings: Float32[np.ndarray, "N D"] | None = None,
+        labels: Int64[np.ndarray, " N"] | None = None,
     ) -> None:
         """Begin without any loss.
 
@@ -180,9 +185,11 @@ class VariantFeedback(Feedback):
             variant: The variant.
             reference: Reference losses instead of the stream's.
             embeddings: Unit rows, for a dense graph.
+            labels: Of all rows, for strata that are classes.
         """
         self._variant, self._epochs, self._embeddings = variant, header.epochs, embeddings
-        self._given, self.rest_side = reference, variant.rest
+        self._given, self.rest_side, self.refreshes = reference, variant.rest, variant.refresh
+        self._labels = labels
         self._chance = float(header.settings.get("chance", np.log(10)))  # cross-entropy of all classes alike
         self._strata: dict[bytes, Int16[np.ndarray, " B"]] = {}
         super().__init__(header)
@@ -207,6 +214,9 @@ class VariantFeedback(Feedback):
             if key not in self._strata:
                 self._strata[key] = dense_strata(self._embeddings[np.sort(rows)], self._variant.strata)
             offered = replace(offered, stratum=self._strata[key][np.argsort(np.argsort(rows))])
+        if self._labels is not None:
+            _, stratum = np.unique(self._labels[rows], return_inverse=True)
+            offered = replace(offered, stratum=stratum.astype(np.int16))
         seen = np.isfinite(self.losses[rows])
         if not self._variant.prior:
             offered = replace(offered, prior=np.where(seen, np.float32(1), offered.prior))
@@ -268,12 +278,12 @@ class VariantFeedback(Feedback):
 
 def settings_of(variant: Variant) -> dict[str, Any]:
     """Fields of the study's ``Method`` that a variant sets."""
-    dense, probe = variant.graph == "dense", variant.draw != "uniform"
+    own, probe = variant.graph != "knn", variant.draw != "uniform"
     return {
         "guidance": variant.guidance,
         "embeds": probe or variant.strata > 1,
         "needs": frozenset({"probe", variant.reference} if probe else ()),
         "draw": variant.draw,
-        "strata": 1 if dense else variant.strata,
-        "batch_assignments": 1 if dense else None,
+        "strata": 1 if own else variant.strata,
+        "batch_assignments": 1 if own else None,
     }

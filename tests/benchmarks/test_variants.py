@@ -149,6 +149,16 @@ def test_dense_strata_take_the_place_of_the_streams(monkeypatch) -> None:
     np.testing.assert_array_equal(given[0].stratum[order], dense_strata(rows[batch.kept[order]], 2))
 
 
+def test_strata_that_are_classes_give_each_its_share(monkeypatch) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, offered.ITEMS)
+    feedback = VariantFeedback(offered.header(), Variant(graph="label"), labels=labels)
+    given = []
+    monkeypatch.setattr(variants, "draw_rows", lambda offered, *_: given.append(offered) or np.arange(offered.keep))
+    batch = offered.batch(0)
+    feedback.rows_of(batch)
+    np.testing.assert_array_equal(np.unique(labels[batch.kept])[given[0].stratum], labels[batch.kept])
+
+
 def test_neighbours_judge_a_row_by_the_labels_around_it() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(60, 6)).astype(np.float32)

@@ -26,6 +26,7 @@ from benchmarks.study.baselines.rs2 import rs2  # noqa: E402
 from benchmarks.study.baselines.selective_backprop import SelectiveBackprop  # noqa: E402
 from benchmarks.study.baselines.seta import SeTa  # noqa: E402
 from benchmarks.study.trainer import OnDevice, StudyTrainer, train_once  # noqa: E402
+from benchmarks.study.variants import Variant, VariantFeedback  # noqa: E402
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig  # noqa: E402
 from gstds_cache.embedding.run import embed_dataset  # noqa: E402
 from gstds_cache.encoders.factory import packaged_weights  # noqa: E402
@@ -181,6 +182,31 @@ def test_weights_count_in_replayed_steps(source, everything, tmp_path, replayed)
     assert losses[1] > 1.5 * losses[0]
     plain, _ = run(source, everything, tmp_path / "plain")
     assert losses[0] == pytest.approx(plain.loss, rel=1e-4)
+
+
+def test_a_variant_that_refreshes_losses_draws_by_the_network_as_it_is(source, everything, tmp_path) -> None:
+    store = EmbeddingStore(tmp_path / "store")
+    config = SelectConfig(
+        batch_size=BATCH, epochs=EPOCHS, schedule="constant:0.5", draw="loss", guidance="none", strata=1, device="cpu"
+    )
+    candidates = tmp_path / "candidates.arrow"
+    list(write_file(BatchSelector(store, config), candidates))
+    seen: list[np.ndarray] = []
+
+    class Watched(VariantFeedback):
+        def rows_of(self, batch):
+            if batch.batch_id == 0:
+                seen.append(self.losses.copy())
+            return super().rows_of(batch)
+
+    variant = Variant(form="loss", strata=1, refresh=True)
+    result, forward_samples = run(
+        source, candidates, tmp_path / "run", feedback=lambda header: Watched(header, variant)
+    )
+    assert (forward_samples, result.gradient_samples) == (ITEMS * (EPOCHS - 1), ITEMS * EPOCHS // 2)
+    assert np.isnan(seen[0]).all()
+    assert np.isfinite(seen[1:]).all()
+    assert (seen[1] != seen[2]).all()
 
 
 def test_a_method_that_keeps_everything_is_plain_training(source, everything, tmp_path) -> None:
