@@ -23,6 +23,8 @@ DRAWS = {
     "loss-minus-reference": "last training loss minus reference loss, not below 0",
     "damped-loss": "last training loss, times 1 / (1 + exp(3 (reference loss - 2)))",
     "adaptive": "loss-minus-reference, and damped-loss once the network has passed the reference model",
+    "largest-damped-loss": "the largest of damped-loss; damped-loss once the network has passed the reference model",
+    "largest-loss-minus-reference": "the largest of loss-minus-reference",
     "loss": "last training loss",
     "loss-squared": "last training loss squared",
     "prior": "guidance alone",

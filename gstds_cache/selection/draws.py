@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -70,9 +70,13 @@ def adaptive(
     once the network does better on many of the rows whose labels the reference model is sure of: then what is left of
     the difference are rows that the reference model happens to be good at, and its loss tells of doubtful labels alone.
     """
+    return (damped_loss if has_passed(last, reference) else loss_minus_reference)(last, reference, prior)
+
+
+def has_passed(last: Float64[np.ndarray, " b"], reference: Float64[np.ndarray, " b"]) -> bool:
+    """Whether the network has lower losses on many of the rows whose labels the reference model is sure of."""
     sure = reference < CONFIDENT
-    passed = np.count_nonzero(last[sure] < reference[sure]) > PASSED_AT * np.count_nonzero(sure)
-    return (damped_loss if passed else loss_minus_reference)(last, reference, prior)
+    return bool(np.count_nonzero(last[sure] < reference[sure]) > PASSED_AT * np.count_nonzero(sure))
 
 
 def last_loss(
@@ -107,7 +111,7 @@ def uniform(
 
 @dataclass(frozen=True)
 class Draw:
-    """A named way to score the rows of a batch; they are drawn in proportion to their scores.
+    """A named way to score the rows of a batch; they are drawn in proportion to their scores, or the largest taken.
 
     Attributes:
         name: What a user calls it.
@@ -118,6 +122,8 @@ class Draw:
         needs_prior: Whether the prior counts, for rows without a loss or for all.
         strata: Spectral strata that suit it. Each gives rows in proportion to its size, whatever they score: where a
             class is rare, and alike, that leaves its rows no more than their share.
+        largest: Whether the rows of the largest scores of each stratum are taken, rather than drawn at random.
+            ``until passed``: until the network has passed the reference model (:func:`adaptive`).
         source: SHA-256 of the file of a user's own function; empty for ours.
     """
 
@@ -128,6 +134,7 @@ class Draw:
     needs_reference: bool = True
     needs_prior: bool = True
     strata: int = STRATA
+    largest: bool | Literal["until passed"] = False
     source: str = ""
 
     def __call__(
@@ -138,6 +145,20 @@ class Draw:
     ) -> Float64[np.ndarray, " b"]:
         """The scores of rows that were trained on."""
         return self.score(last, reference, prior)
+
+    def takes_largest(
+        self,
+        candidates: Candidates,
+        last: Float32[np.ndarray, " B"] | Float64[np.ndarray, " B"],
+        chance: float | None = None,
+    ) -> bool:
+        """Whether of this batch the rows of the largest scores are taken; arguments as for :meth:`scores`."""
+        if isinstance(self.largest, bool):
+            return self.largest
+        last, reference = np.asarray(last, np.float64), np.asarray(candidates.reference, np.float64)
+        seen = np.isfinite(last)
+        guessed = float(last[seen].mean()) if seen.any() else chance or np.inf
+        return not has_passed(np.where(seen, last, guessed), reference)
 
     def scores(
         self,
@@ -183,6 +204,10 @@ DRAWS = {
     for draw in (
         Draw("loss-minus-reference", catalog.DRAWS["loss-minus-reference"], loss_minus_reference),
         Draw("damped-loss", catalog.DRAWS["damped-loss"], damped_loss),
+        Draw("largest-damped-loss", catalog.DRAWS["largest-damped-loss"], damped_loss, needs_prior=False,
+             largest="until passed"),
+        Draw("largest-loss-minus-reference", catalog.DRAWS["largest-loss-minus-reference"], loss_minus_reference,
+             needs_prior=False, strata=1, largest=True),
         Draw("adaptive", catalog.DRAWS["adaptive"], adaptive),
         Draw("loss", catalog.DRAWS["loss"], last_loss, needs_reference=False),
         Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False,
@@ -258,7 +283,7 @@ def _checked(name: str, score: Score) -> Score:
 
 
 def draw_rows(
-    candidates: Candidates, scores: Float64[np.ndarray, " B"], rng: np.random.Generator
+    candidates: Candidates, scores: Float64[np.ndarray, " B"], rng: np.random.Generator, *, largest: bool = False
 ) -> Int64[np.ndarray, " M"]:
     """Draw rows without replacement, in proportion to score within strata, and to size among strata.
 
@@ -266,14 +291,18 @@ def draw_rows(
         candidates: The batch, of which ``candidates.keep`` rows are drawn.
         scores: Score of each row, >= 0.
         rng: Random numbers of this batch and epoch.
+        largest: Take the rows of the largest scores of each stratum instead; of equal ones random ones.
 
     Returns:
         Positions in the batch, ascending.
     """
-    # The Gumbel-max trick: of any set of rows, the largest number is a draw in proportion to weight.
-    keys = np.log(_weights(scores)) + rng.gumbel(size=len(scores))
+    if largest:
+        order = np.lexsort((rng.random(len(scores)), -scores, candidates.stratum))
+    else:
+        # The Gumbel-max trick: of any set of rows, the largest number is a draw in proportion to weight.
+        keys = np.log(_weights(scores)) + rng.gumbel(size=len(scores))
+        order = np.argsort(candidates.stratum * APART - keys)  # one sort: by stratum, the largest numbers first
     shares, sizes = quotas(candidates, rng), np.bincount(candidates.stratum)
-    order = np.argsort(candidates.stratum * APART - keys)  # one sort: by stratum, the largest numbers first
     first = np.cumsum(sizes) - sizes  # of each stratum in that order
     place = np.arange(candidates.keep) + np.repeat(first - (np.cumsum(shares) - shares), shares)
     return np.sort(order[place])

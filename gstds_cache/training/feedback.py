@@ -58,11 +58,18 @@ class Feedback:
             importance: Whether :meth:`weights_of` will be asked.
 
         Raises:
-            UsageError: The selection's draw is unknown here, or a function that has to be named as well.
+            UsageError: The selection's draw is unknown here, or a function that has to be named as well; or weights are
+                asked for, and it takes the largest scores.
             FingerprintMismatchError: ``draw`` is another one than the selection's, or was changed since.
             StreamError: The header is damaged.
         """
         self.draw, self._seed, self._items = _draw_of(header, draw), header.seed, header.items
+        if importance and self.draw.largest:
+            raise UsageError(
+                f"`importance_weights`: {self.draw.name} takes the rows of the largest scores, and no weight makes up "
+                "for rows that cannot be drawn",
+                hint="select with a draw that is in proportion to scores, `draw='damped-loss'` for one",
+            )
         self._weights = np.ones(header.items, np.float32) if importance else None
         self._chance = _chance_of(header)
         self._block = (-1, -1)  # epoch and block of batches that self._keys are of
@@ -93,8 +100,9 @@ class Feedback:
             return first
         if batch.epoch > self.epoch:
             raise UsageError(f"epoch {batch.epoch} cannot be drawn before epoch {self.epoch} has ended")
-        scores = self.draw.scores(offered, self.losses[batch.kept], self._chance)
-        drawn = draw_rows(offered, scores, self._numbers(batch.epoch, batch.batch_id))
+        last, numbers = self.losses[batch.kept], self._numbers(batch.epoch, batch.batch_id)
+        scores = self.draw.scores(offered, last, self._chance)
+        drawn = draw_rows(offered, scores, numbers, largest=self.draw.takes_largest(offered, last, self._chance))
         rows: Int64[np.ndarray, " M"] = batch.kept[drawn]
         if self._weights is not None:
             self._weights[rows] = importance_weights(offered, scores, drawn)
