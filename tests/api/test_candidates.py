@@ -88,13 +88,29 @@ def test_a_draw_has_the_strata_that_suit_it_unless_they_are_named(store, tmp_pat
         "mine = Draw('mine', 'last losses', lambda last, *_: last.clip(0), needs_reference=False, strata=3)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for draw, strata in (("loss", 8), ("damped-loss", 8), ("loss-squared", 1), ("own_draw:mine", 3)):
+    for draw, strata in (
+        ("loss", 8),
+        ("damped-loss", 8),
+        ("loss-squared", 1),
+        ("largest-damped-loss", 8),
+        ("largest-loss-minus-reference", 1),
+        ("own_draw:mine", 3),
+    ):
         for asked, expected in ((None, strata), (4, 4)):
             selection = select(store, draw=draw, strata=asked, **SMALL)
             first = next(iter(selection))
             assert len(np.bincount(first.candidates.stratum)) == expected, (draw, asked)
     named, left = (select(store, draw="damped-loss", strata=strata, **SMALL).digest for strata in (8, None))
     assert named == left
+
+
+def test_draws_of_the_largest_scores_have_no_prior(store) -> None:
+    for draw in ("largest-damped-loss", "largest-loss-minus-reference"):
+        batches = list(select(store, draw=draw, **SMALL))
+        assert all((batch.candidates.prior == 1).all() for batch in batches)
+        assert len(np.unique(np.concatenate([batch.candidates.reference for batch in batches]))) > 10
+        with pytest.raises(UsageError, match=f"draw {draw} does not look at guidance"):
+            select(store, draw=draw, guidance="probe", **SMALL)
 
 
 def test_a_selection_of_candidates_is_found_again_by_all_that_decides_it(store) -> None:

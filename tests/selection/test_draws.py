@@ -132,6 +132,47 @@ def test_rows_are_drawn_in_proportion_to_score_and_a_little_for_all() -> None:
     assert counts[0] > 0
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 1000), st.floats(0, 1))
+def test_the_largest_scores_of_each_stratum_are_taken_and_of_equal_ones_random_rows(count, strata, seed, share) -> None:
+    rng = np.random.default_rng(seed)
+    batch = candidates(max(1, int(share * count)), rng.integers(0, strata, count))
+    scores = rng.choice([0.0, 1.0, 1e-9, 3.0, 1e9], count)
+    drawn = draw_rows(batch, scores, rng_for(seed), largest=True)
+    assert len(drawn) == batch.keep
+    assert (np.diff(drawn) > 0).all()
+    left = np.setdiff1d(np.arange(count), drawn)
+    for stratum in range(strata):
+        mine, others = (part[batch.stratum[part] == stratum] for part in (drawn, left))
+        assert not len(mine) or not len(others) or scores[mine].min() >= scores[others].max()
+    given_, sizes = np.bincount(batch.stratum[drawn], minlength=strata), np.bincount(batch.stratum, minlength=strata)
+    assert (np.abs(given_ - batch.keep * sizes / count) < 1).all()
+
+
+def test_of_equal_scores_every_row_is_taken_as_often() -> None:
+    batch, scores = candidates(2, [0] * 6), np.array([5.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    counts = sum(np.bincount(draw_rows(batch, scores, rng_for(seed), largest=True), minlength=6) for seed in range(400))
+    assert (counts[0], counts[5]) == (400, 0)
+    assert (np.abs(counts[1:5] - 100) < 40).all()
+
+
+def test_largest_losses_are_taken_until_the_network_has_passed_the_reference_model() -> None:
+    draw, chance = DRAWS["largest-damped-loss"], 2.3
+    batch = candidates(2, [0] * 10, reference=0.5)
+    for better, takes in ((0, True), (3, True), (4, False), (10, False)):
+        last = np.where(np.arange(10) < better, 0.1, 1.0)
+        assert draw.takes_largest(batch, last, chance) is takes
+        np.testing.assert_array_equal(
+            draw.scores(batch, last, chance), DRAWS["damped-loss"].scores(batch, last, chance)
+        )
+    nothing = np.full(10, NAN)
+    assert draw.takes_largest(batch, nothing, chance)  # a network that knows nothing has passed nobody
+    assert draw.takes_largest(batch, nothing)
+    unseen = np.where(np.arange(10) < 2, 0.1, NAN)  # the others count as these do
+    assert not draw.takes_largest(batch, unseen, chance)
+    assert DRAWS["largest-loss-minus-reference"].takes_largest(batch, np.full(10, 0.1), chance)
+    assert not any(DRAWS[name].largest for name in ("loss-minus-reference", "damped-loss", "adaptive", "loss-squared"))
+
+
 def test_importance_weights_follow_from_how_often_rows_are_drawn() -> None:
     rng = np.random.default_rng(0)
     batch = candidates(24, np.repeat(np.arange(3), 32))

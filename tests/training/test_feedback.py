@@ -67,7 +67,8 @@ def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHA
                 table[row] = loss
             later = {}
         scores = DRAWS[draw].scores(batch.candidates, table[batch.kept], chance)
-        rows = batch.kept[draw_rows(batch.candidates, scores, rng_for(0, "draw", batch.epoch, batch.batch_id))].tolist()
+        numbers, largest = rng_for(0, "draw", batch.epoch, batch.batch_id), draw.startswith("largest")
+        rows = batch.kept[draw_rows(batch.candidates, scores, numbers, largest=largest)].tolist()
         later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
         batches.append(rows)
     return batches
@@ -81,6 +82,16 @@ def test_rows_are_drawn_by_the_losses_at_the_end_of_the_epoch_before(path) -> No
     assert [len(rows) for rows in batches] == [*offered.KEEP] * 3
     known = ~torch.isnan(sampler.losses)
     assert set(torch.nonzero(known).flatten().tolist()) == {row for rows in batches for row in rows}
+
+
+@pytest.mark.parametrize("draw", ["largest-damped-loss", "largest-loss-minus-reference"])
+def test_draws_of_the_largest_scores_take_them_and_have_no_importance_weights(tmp_path, draw) -> None:
+    path = offered.write(tmp_path / "s.arrow", draw)
+    sampler = SelectedBatchSampler(path, dataset=Rows())
+    assert train(sampler) == naive(draw)
+    with pytest.raises(UsageError, match=f"{draw} takes the rows of the largest scores") as caught:
+        SelectedBatchSampler(path, importance_weights=True)
+    assert "damped-loss" in caught.value.hint
 
 
 @pytest.mark.parametrize("workers", [0, 2])
