@@ -61,6 +61,9 @@ class Variant:
         step: Samples of a step; 0 for the setting's.
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
+        top: Whether the rows of the largest scores of each stratum are taken, rather than drawn.
+        sharp: To which power scores are raised, and no row's is raised to a least one; 0 for draws as the library's.
+        anew: Whether rows are divided into new batches in each epoch, with strata too.
         refresh: Whether every row has a new loss when an epoch ends, by a forward pass of the network as it is then.
     """
 
@@ -84,6 +87,9 @@ class Variant:
     step: int = 0
     rest: int = 0
     refresh: bool = False
+    top: bool = False
+    sharp: float = 0.0
+    anew: bool = False
 
     @property
     def draw(self) -> str:
@@ -230,7 +236,10 @@ class VariantFeedback(Feedback):
         scores = self.draw.scores(offered, last)
         scores = scores * np.where(self._lately[rows], self._variant.rotate, 1.0)
         scores = scores * np.where(seen, 1.0, self._variant.unseen)
-        drawn = draw_rows(offered, scores, rng_for(self._seed, "draw", batch.epoch, batch.batch_id))
+        rng = rng_for(self._seed, "draw", batch.epoch, batch.batch_id)
+        if self._variant.sharp:
+            scores = rng.gumbel(size=len(scores)) + self._variant.sharp * np.log(np.maximum(scores, 1e-9))
+        drawn = draw_rows(offered, scores, rng, largest=self._variant.top or self._variant.sharp > 0)
         self.rest = np.delete(rows, drawn)
         chosen: Int64[np.ndarray, " M"] = rows[drawn]
         return chosen
@@ -285,5 +294,5 @@ def settings_of(variant: Variant) -> dict[str, Any]:
         "needs": frozenset({"probe", variant.reference} if probe else ()),
         "draw": variant.draw,
         "strata": 1 if own else variant.strata,
-        "batch_assignments": 1 if own else None,
+        "batch_assignments": 0 if variant.anew else 1 if own else None,
     }

@@ -142,7 +142,9 @@ def test_dense_strata_take_the_place_of_the_streams(monkeypatch) -> None:
     rows = np.random.default_rng(0).normal(size=(offered.ITEMS, 4)).astype(np.float32)
     feedback = VariantFeedback(offered.header(), Variant(graph="dense", strata=2), embeddings=rows)
     given = []
-    monkeypatch.setattr(variants, "draw_rows", lambda offered, *_: given.append(offered) or np.arange(offered.keep))
+    monkeypatch.setattr(
+        variants, "draw_rows", lambda offered, *_, **__: given.append(offered) or np.arange(offered.keep)
+    )
     batch = offered.batch(0)
     feedback.rows_of(batch)
     order = np.argsort(batch.kept)
@@ -153,10 +155,34 @@ def test_strata_that_are_classes_give_each_its_share(monkeypatch) -> None:
     labels = np.random.default_rng(0).integers(0, 3, offered.ITEMS)
     feedback = VariantFeedback(offered.header(), Variant(graph="label"), labels=labels)
     given = []
-    monkeypatch.setattr(variants, "draw_rows", lambda offered, *_: given.append(offered) or np.arange(offered.keep))
+    monkeypatch.setattr(
+        variants, "draw_rows", lambda offered, *_, **__: given.append(offered) or np.arange(offered.keep)
+    )
     batch = offered.batch(0)
     feedback.rows_of(batch)
     np.testing.assert_array_equal(np.unique(labels[batch.kept])[given[0].stratum], labels[batch.kept])
+
+
+def test_a_variant_takes_the_largest_scores_or_nearly_those() -> None:
+    assert find_method("variant:top=1+anew=1").batch_assignments == 0
+    unseen = {"guidance": "none", "strata": 1}
+    for sharp, most in ((0.0, 0), (60.0, 1), (0.5, 99)):
+        feedback = VariantFeedback(offered.header(), Variant(top=not sharp, sharp=sharp, **unseen))
+        batch = offered.batch(0)
+        batch = replace(
+            batch,
+            candidates=replace(
+                batch.candidates,
+                stratum=np.zeros(len(batch.kept), np.int16),
+                prior=np.ones(len(batch.kept), np.float32),
+            ),
+        )
+        feedback.losses = loss_of(np.arange(offered.ITEMS), 0)
+        scores = DRAWS["loss-minus-reference"].scores(batch.candidates, feedback.losses[batch.kept])
+        expected = batch.kept[np.sort(np.argsort(-scores)[: batch.candidates.keep])]
+        others = len(np.setdiff1d(feedback.rows_of(batch), expected))
+        assert others <= most
+        assert others > 0 or sharp != 0.5
 
 
 def test_neighbours_judge_a_row_by_the_labels_around_it() -> None:
