@@ -91,7 +91,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting(
     "strata",
     "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph. [default: 8; 1 "
-    "for loss-squared]",
+    "for loss-squared and largest-loss-minus-reference]",
 )
 @setting(
     "guidance",

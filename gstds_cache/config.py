@@ -218,7 +218,8 @@ class SelectConfig:
             draws in proportion to (selection/draws.py). Takes the place of ``rule``. None selects kept rows; ``auto``
             is what suits the data and the run, by probes on the embeddings (selection/draw_choice.py).
         strata: Spectral strata of a batch of which the trainer draws in proportion to their size; 1 makes no graph.
-            None is what suits the draw: 8, or 1 for ``loss-squared``. Only with ``draw``.
+            None is what suits the draw: 8, or 1 for ``loss-squared`` and
+            ``largest-loss-minus-reference``. Only with ``draw``.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
