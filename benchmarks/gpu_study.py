@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 
-DRAWS = "draw:loss-minus-reference,draw:damped-loss"
+DRAWS = "draw:damped-loss,draw:loss-minus-reference,draw:largest-damped-loss,draw:largest-loss-minus-reference^1"
 RIVALS = "infobatch,seta,orderdp,jest,rho-loss,selective-backprop"
 RATES = "0.1,0.2,0.4"
 
