@@ -58,6 +58,7 @@ class StepReader:
 
     position: Position
     _passed: deque[Position]
+    _read_before: dict[int, str]  # running hash by step, of steps that were read before it was opened again
     _batches: Iterator[SelectedBatch | PackedBatch]
 
     def __init__(
@@ -89,7 +90,7 @@ class StepReader:
                 f"the stream was read up to record {self._stream.next_seq} already",
                 hint="give a stream that was just opened, or the selection's path",
             )
-        self.batch_size, self.remainder = batch_size, remainder
+        self.batch_size, self.remainder, self._read_before = batch_size, remainder, {}
         self.header = self._open().header
         self.feedback = self._new_feedback(feedback)
         if batch_size is None:
@@ -130,12 +131,21 @@ class StepReader:
         Raises:
             StopIteration: All steps were given.
             StreamError: The selection is damaged or truncated.
+            FingerprintMismatchError: It was replaced by another one since it was opened.
         """
         if self.position.step == self.total:
             raise StopIteration
         if self._stream is None or self._owner != os.getpid():
             # Closed, pickled or forked: a forked copy would share the file's place with its parent.
             self._reopen(self.position.step)
+        try:
+            return self._read()
+        except BaseException:
+            if self.reopens:
+                self.close()  # what was read may be ahead of the position: the next read opens it again
+            raise
+
+    def _read(self) -> SelectedBatch | PackedBatch:
         batch = next(self._batches)
         step = self.position.step + 1
         epoch, position = batch.epoch, batch.batch_id + 1
@@ -144,7 +154,10 @@ class StepReader:
         if step == self.total:
             self._read_out()
         assert self._stream is not None
-        self.position = Position(step, epoch, position, self._stream.next_seq, self._stream.running_sha256)
+        sha256 = self._stream.running_sha256
+        self._require_same(self._read_before.get(step, sha256) == sha256)
+        self._read_before.pop(step, None)  # from now on it is in `_passed`
+        self.position = Position(step, epoch, position, self._stream.next_seq, sha256)
         self._passed.append(self.position)
         if step == self.total:
             self.close()
@@ -274,6 +287,13 @@ class StepReader:
         self._owner = os.getpid()
         return self._stream
 
+    def _require_same(self, same: bool) -> None:
+        if not same:
+            raise FingerprintMismatchError(
+                f"the selection at {self._where} was replaced since it was opened: its batches are others",
+                hint="put the selection back that training began with, or open this one anew and start over",
+            )
+
     def _reopen(self, step: int) -> None:
         if not self.reopens:
             raise UsageError(
@@ -281,11 +301,18 @@ class StepReader:
                 f"no other process can read it, and it cannot go back to step {step}",
                 hint="give the selection's path or address in place of a stream, or use num_workers=0",
             )
+        before, passed, read_before = self.position, self._passed, self._read_before
         self.close()
-        self._open()
-        self._start()
-        while self.position.step < step:
-            next(self)
+        try:
+            self._require_same(self._open().header == self.header)
+            self._read_before = read_before | {place.step: place.sha256 for place in passed}
+            self._start()
+            while self.position.step < step:
+                next(self)
+        except BaseException:
+            self.close()  # so that the next read opens it again, and begins where this one did
+            self.position, self._passed, self._read_before = before, passed, read_before
+            raise
 
     def _start(self) -> None:
         assert self._stream is not None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from itertools import chain
 
 import numpy as np
+import offered
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -160,6 +162,39 @@ def test_a_file_can_be_gone_through_again_and_a_stream_cannot(uneven) -> None:
         with pytest.raises(UsageError, match="path or address"):
             pickle.dumps(piped)
         assert epochs_of(piped) == expected[4:]
+
+
+@pytest.mark.parametrize("other", [{"digest": "e" * 64}, {"seed": 1}, {"rows_seed": 1}, None])
+@pytest.mark.parametrize(
+    "again",
+    [lambda s: s.seek(0) or s, lambda s: s.close() or s, lambda s: pickle.loads(pickle.dumps(s))],
+    ids=["seek", "close", "pickle"],
+)
+def test_a_selection_that_was_replaced_is_not_read_on(uneven, write, tmp_path, other, again) -> None:
+    """Candidates (None) would all be trained on; and the header may be the same where records differ."""
+    path, expected = uneven
+    new, old = tmp_path / "other.arrow", tmp_path / "old.arrow"
+    shutil.copy(path, old)
+    offered.write(new) if other is None else write(new, **other)
+    sampler = SelectedBatchSampler(path)
+    assert [*sampler, *sampler] == expected[:8]
+    new.replace(path)
+    for _ in range(2):  # nor after the first error
+        with pytest.raises(FingerprintMismatchError, match=r"the selection at .* was replaced since it was opened"):
+            list(again(sampler))
+    old.replace(path)
+    sampler.seek(1, 2)
+    assert epochs_of(sampler) == expected[6:]
+
+
+def test_an_iterable_data_set_does_not_read_a_selection_that_replaced_its_own(uneven, write, tmp_path) -> None:
+    path, expected = uneven
+    loader = DataLoader(SelectedDataset(Rows(), path), batch_size=None)
+    assert [rows.tolist() for rows in loader] == expected
+    write(tmp_path / "other.arrow", digest="e" * 64)
+    (tmp_path / "other.arrow").replace(path)
+    with pytest.raises(FingerprintMismatchError, match="was replaced since it was opened"):
+        next(iter(loader))
 
 
 def test_a_sampler_goes_to_another_process_where_it_is(uneven) -> None:
