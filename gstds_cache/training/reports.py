@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,17 @@ class BatchReports:
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
         self._told, self._told_ahead, self._weighted = False, False, 0
+
+    @contextmanager
+    def or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, reports and losses are left as they were."""
+        mine, losses = vars(self) | {"_waiting": self._waiting.copy()}, self.feedback.held()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(mine)
+            self.feedback.go_back(losses)
+            raise
 
     def yielded(self, step: int, rows: Int64[np.ndarray, " m"], own: int) -> None:
         """Count a batch that is yielded now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -271,10 +272,23 @@ class SelectedBatchSampler(Sampler[list[int]]):
         """
         epoch, batch = as_type("epoch", epoch, int), as_type("batch", batch, int)
         step = self._steps.step_of(epoch, batch)
-        if self._reports is not None:
-            self._reports.go_to(epoch, step)
-        self._steps.seek(step)
+        with self._or_back():
+            if self._reports is not None:
+                self._reports.go_to(epoch, step)
+            self._steps.seek(step)
         self.epoch, self._may_start_here = epoch, True
+
+    @contextmanager
+    def _or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, nothing has changed; a stream that was read on says so when iterated."""
+        before = self._steps.position.step
+        try:
+            with self._reports.or_back() if self._reports is not None else nullcontext():
+                yield
+        except BaseException:
+            if self._steps.position.step != before:
+                self._may_start_here = False
+            raise
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Where to go on: the selection's identity, the next step, and the hash over the records before it; JSON-able.
@@ -306,19 +320,22 @@ class SelectedBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next iteration yields the rest of that epoch.
 
+        A state that is refused changes nothing. (A stream that cannot be opened again may have been read on.)
+
         Raises:
             UsageError: This is no state at all.
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        if self._reports is not None:
-            if not isinstance(state, Mapping):
-                raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
-            losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
-            self._steps.check_state(state)
-            self._reports.load(losses, sum(state["step"] >= end for end in accumulate(self._steps.per_epoch)))
-        self._steps.load_state_dict(state)
+        with self._or_back():
+            if self._reports is not None:
+                if not isinstance(state, Mapping):
+                    raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
+                losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
+                self._steps.check_state(state)
+                self._reports.load(losses, sum(state["step"] >= end for end in accumulate(self._steps.per_epoch)))
+            self._steps.load_state_dict(state)  # behind the losses, which batches on the way are drawn by
         self.epoch, self._may_start_here = self._steps.position.epoch, True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -175,7 +176,7 @@ class StepReader:
             self.close()
 
     def seek(self, step: int, sha256: str = "") -> None:
-        """Go to a step, so that it is the next.
+        """Go to a step, so that it is the next. Where that fails nothing has changed, but a stream was read on.
 
         Args:
             step: The step, from 0 to ``total``.
@@ -187,15 +188,16 @@ class StepReader:
         """
         if not 0 <= step <= self.total:
             raise UsageError(f"the selection has {self.total} steps, there is no step {step}")
-        if step < self.position.step:
-            self._reopen(step)
-        while self.position.step < step:
-            next(self)
-        if sha256 and self.position.sha256 != sha256:
-            raise FingerprintMismatchError(
-                f"the selection's first {step} batches are not those that were trained on before",
-                hint="resume with the same selection",
-            )
+        with self._or_back():
+            if step < self.position.step:
+                self._reopen(step)
+            while self.position.step < step:
+                next(self)
+            if sha256 and self.position.sha256 != sha256:
+                raise FingerprintMismatchError(
+                    f"the selection's first {step} batches are not those that were trained on before",
+                    hint="resume with the same selection",
+                )
 
     def step_of(self, epoch: int, batch: int = 0) -> int:
         """The step that is batch ``batch`` of ``epoch``.
@@ -301,17 +303,24 @@ class StepReader:
                 f"no other process can read it, and it cannot go back to step {step}",
                 hint="give the selection's path or address in place of a stream, or use num_workers=0",
             )
-        before, passed, read_before = self.position, self._passed, self._read_before
         self.close()
-        try:
+        with self._or_back():
             self._require_same(self._open().header == self.header)
-            self._read_before = read_before | {place.step: place.sha256 for place in passed}
+            self._read_before |= {place.step: place.sha256 for place in self._passed}
             self._start()
             while self.position.step < step:
                 next(self)
+
+    @contextmanager
+    def _or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, the next read opens the selection again and goes on from where it was."""
+        before = self.position, self._passed.copy(), self._read_before.copy()
+        try:
+            yield
         except BaseException:
-            self.close()  # so that the next read opens it again, and begins where this one did
-            self.position, self._passed, self._read_before = before, passed, read_before
+            if self.reopens:
+                self.close()
+                self.position, self._passed, self._read_before = before
             raise
 
     def _start(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, UsageError
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, TruncatedStreamError, UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.stream.reader import open_selection
@@ -310,6 +310,34 @@ def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path
     other = offered.write(tmp_path / "other.arrow", selection_digest="e" * 64)
     with pytest.raises(FingerprintMismatchError, match="selection_digest"):
         SelectedBatchSampler(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("begun", [0, 2, 4, 6, 9])
+def test_a_state_that_is_refused_leaves_the_losses_as_they_were(path, begun) -> None:
+    other = SelectedBatchSampler(path)
+    train(other, steps=7)
+    state = other.state_dict(step=7) | {"sha256": "0" * 64}
+    sampler = SelectedBatchSampler(path, importance_weights=True)
+    batches = train(sampler, steps=begun) if begun else []
+    with pytest.raises(FingerprintMismatchError, match="first 7 batches are not those"):
+        sampler.load_state_dict(state)
+    assert sampler.step == begun
+    if begun % offered.BATCHES:
+        sampler.seek(*divmod(begun, offered.BATCHES))
+    assert batches + train(sampler, start=begun) == naive()
+
+
+def test_going_to_an_epoch_that_cannot_be_read_does_not_end_the_one_before(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    sampler.close()
+    with pytest.raises(TruncatedStreamError):
+        sampler.seek(2)
+    path.write_bytes(whole)
+    sampler.seek(0, 2)
+    assert batches + train(sampler, start=2) == naive()
 
 
 # Weights, own functions, other readers

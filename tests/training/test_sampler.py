@@ -131,6 +131,26 @@ def test_what_a_state_refuses(uneven, write, tmp_path) -> None:
         sampler.state_dict(step=9)
 
 
+@pytest.mark.parametrize("begun", [0, 2, 4, 6])
+def test_a_state_that_is_refused_changes_nothing(uneven, begun) -> None:
+    path, expected = uneven
+    other = SelectedBatchSampler(path)
+    batches = iter(other)
+    state = [next(batches) for _ in range(3)] and other.state_dict() | {"sha256": "0" * 64}
+    sampler = SelectedBatchSampler(path)
+    sampler.seek(*divmod(begun, 4))
+    with pytest.raises(FingerprintMismatchError, match="first 3 batches are not those"):
+        sampler.load_state_dict(state)
+    assert (sampler.step, sampler.epoch) == (begun, begun // 4)
+    assert epochs_of(sampler) == expected[begun:]
+    with open_selection(path) as stream:  # which cannot go back
+        piped = SelectedBatchSampler(stream)
+        with pytest.raises(FingerprintMismatchError, match="first 3 batches are not those"):
+            piped.load_state_dict(state)
+        with pytest.raises(StreamError, match="epoch 0 was started again at batch 3"):
+            list(piped)
+
+
 def test_a_selection_of_another_data_set_is_refused(uneven, array_source) -> None:
     path, _ = uneven
     SelectedBatchSampler(path, dataset=range(72))
