@@ -17,6 +17,7 @@ from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
 from gstds_cache.stream.schema import Header
+from gstds_cache.stream.source import AGAIN
 from gstds_cache.training.feedback import Feedback
 
 REMEMBERED = 4096  # positions kept for state_dict(step): more than any DataLoader prefetches
@@ -92,6 +93,7 @@ class StepReader:
                 hint="give a stream that was just opened, or the selection's path",
             )
         self.batch_size, self.remainder, self._read_before = batch_size, remainder, {}
+        self._failed = False
         self.header = self._open().header
         self.feedback = self._new_feedback(feedback)
         if batch_size is None:
@@ -136,18 +138,27 @@ class StepReader:
         """
         if self.position.step == self.total:
             raise StopIteration
+        if self._failed:
+            raise StreamError(
+                f"the selection comes through a stream that failed at step {self.position.step}, and cannot be read on",
+                hint="give the selection's path or address in place of a stream, and go on at this step",
+            )
         if self._stream is None or self._owner != os.getpid():
             # Closed, pickled or forked: a forked copy would share the file's place with its parent.
             self._reopen(self.position.step)
         try:
             return self._read()
         except BaseException:
+            # What was read may be ahead of the position, and a generator that failed gives no more.
+            self._failed = not self.reopens
             if self.reopens:
-                self.close()  # what was read may be ahead of the position: the next read opens it again
+                self.close()  # the next read opens it again
             raise
 
     def _read(self) -> SelectedBatch | PackedBatch:
-        batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise StreamError(f"the selection ends after {self.position.step} of {self.total} steps", hint=AGAIN)
         step = self.position.step + 1
         epoch, position = batch.epoch, batch.batch_id + 1
         while epoch < len(self.per_epoch) and position >= self.per_epoch[epoch]:
@@ -189,7 +200,8 @@ class StepReader:
         if not 0 <= step <= self.total:
             raise UsageError(f"the selection has {self.total} steps, there is no step {step}")
         with self._or_back():
-            if step < self.position.step:
+            closed = self._stream is None and self.position.step < self.total
+            if step < self.position.step or closed:
                 self._reopen(step)
             while self.position.step < step:
                 next(self)

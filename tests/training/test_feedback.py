@@ -21,6 +21,7 @@ from gstds_cache.seeding import rng_for
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training import reports
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.sampler import SelectedBatchSampler
 from gstds_cache.training.selected_dataset import SelectedDataset
 
@@ -338,6 +339,25 @@ def test_going_to_an_epoch_that_cannot_be_read_does_not_end_the_one_before(path)
     path.write_bytes(whole)
     sampler.seek(0, 2)
     assert batches + train(sampler, start=2) == naive()
+
+
+@pytest.mark.parametrize("failing", [1, 5])
+def test_after_an_error_while_rows_are_drawn_the_run_goes_on(path, monkeypatch, failing) -> None:
+    rows_of, drawn = Feedback.rows_of, []
+
+    def interrupted(self, batch):
+        drawn.append(batch.seq)
+        if len(drawn) == failing + 1:
+            raise KeyboardInterrupt
+        return rows_of(self, batch)
+
+    monkeypatch.setattr(Feedback, "rows_of", interrupted)
+    sampler = SelectedBatchSampler(path)
+    with pytest.raises(KeyboardInterrupt):
+        train(sampler)
+    assert sampler.step == failing
+    sampler.seek(*divmod(failing, offered.BATCHES))
+    assert train(sampler, start=failing) == naive()[failing:]
 
 
 # Weights, own functions, other readers

@@ -7,7 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import offered
@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.datasets import ImageFolder
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, TruncatedStreamError, UsageError
-from gstds_cache.stream.reader import open_selection
+from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.training.sampler import SelectedBatchSampler
 from gstds_cache.training.selected_dataset import SelectedDataset
 
@@ -149,6 +149,83 @@ def test_a_state_that_is_refused_changes_nothing(uneven, begun) -> None:
             piped.load_state_dict(state)
         with pytest.raises(StreamError, match="epoch 0 was started again at batch 3"):
             list(piped)
+
+
+class FailsOnce:
+    """``SelectionStream.__iter__`` whose batch ``at`` fails, before or after it is read."""
+
+    def __init__(self, monkeypatch, at: int, error: BaseException, *, after: bool) -> None:
+        self.at, self.error, self.after, self.failed, whole = at, error, after, False, SelectionStream.__iter__
+        monkeypatch.setattr(SelectionStream, "__iter__", lambda stream: self.batches(whole(stream)))
+
+    def batches(self, stream):
+        for number, batch in enumerate(self.read(stream)):
+            if number == self.at and self.after:
+                self.fail()
+            yield batch
+
+    def read(self, stream):
+        yield from islice(stream, self.at)
+        if not self.after:
+            self.fail()
+        yield from stream
+
+    def fail(self) -> None:
+        if not self.failed:
+            self.failed = True
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), TruncatedStreamError("broke off")])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("again", ["seek", "load"])
+def test_after_an_error_while_a_batch_is_read_the_next_read_goes_on(
+    uneven, monkeypatch, error, after, batch_size, again
+) -> None:
+    path, _ = uneven
+    expected = epochs_of(SelectedBatchSampler(path, batch_size=batch_size))
+    FailsOnce(monkeypatch, 3, error, after=after)
+    sampler, batches = SelectedBatchSampler(path, batch_size=batch_size), []
+    with pytest.raises(type(error)):
+        batches.extend(sampler)
+    assert sampler.step == len(batches) > 0
+    with pytest.raises(StreamError, match="epoch 0 was started again at batch"):
+        next(iter(sampler))
+    sampler.seek(sampler.epoch, sampler.step) if again == "seek" else sampler.load_state_dict(sampler.state_dict())
+    assert batches + epochs_of(sampler) == expected
+
+
+def test_going_to_where_it_stands_opens_a_selection_that_was_closed(uneven) -> None:
+    path, expected = uneven
+    sampler = SelectedBatchSampler(path)
+    list(sampler)
+    sampler.close()
+    path.rename(path.with_name("away.arrow"))
+    for go in (lambda: sampler.seek(1), lambda: sampler.load_state_dict(sampler.state_dict())):
+        with pytest.raises(UsageError, match="no selection at"):
+            go()
+    path.with_name("away.arrow").rename(path)
+    sampler.seek(1)
+    assert epochs_of(sampler) == expected[4:]
+    sampler.seek(2, 4)  # all was read, and there is nothing to open
+
+
+def test_a_stream_that_failed_or_ends_early_says_so_each_time(uneven, monkeypatch) -> None:
+    path, _ = uneven
+    FailsOnce(monkeypatch, 2, KeyboardInterrupt(), after=False)
+    with open_selection(path) as stream:
+        piped = SelectedBatchSampler(stream)
+        with pytest.raises(KeyboardInterrupt):
+            list(piped)
+        piped.seek(0, 2)
+        for _ in range(2):
+            with pytest.raises(StreamError, match="through a stream that failed at step 2, and cannot be read on"):
+                list(piped)
+            piped.seek(0, 2)
+    monkeypatch.setattr(FailsOnce, "batches", lambda _self, stream: iter([next(stream)]))
+    with pytest.raises(StreamError, match="the selection ends after 1 of 12 steps"):
+        list(SelectedBatchSampler(path))
 
 
 def test_a_selection_of_another_data_set_is_refused(uneven, array_source) -> None:
