@@ -88,7 +88,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
             importance_weights: Whether :meth:`weights` will be asked.
 
         Raises:
-            UsageError: There is no such selection, or the numbers cannot be meant, or are for candidates alone.
+            UsageError: There is no such selection, or what was given is none (a store, say); or the numbers cannot be
+                meant, or are for candidates alone.
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` is another one.
         """

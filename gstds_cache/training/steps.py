@@ -14,7 +14,7 @@ from gstds_cache.config import as_type
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.stream.reader import SelectionStream, open_selection, selection_name
 from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.source import AGAIN
@@ -80,12 +80,12 @@ class StepReader:
             feedback: Makes what draws the rows of candidates; None where nobody can report losses.
 
         Raises:
-            UsageError: There is no such selection, or not one batch of that size would be full; or it offers
-                candidates, and they cannot be drawn so.
+            UsageError: There is no such selection, or what was given is none; or not one batch of that size would be
+                full; or it offers candidates, and they cannot be drawn so.
             StreamError: It is no selection.
         """
         batch_size = as_type("batch_size", batch_size, int | None)
-        self._where = None if isinstance(selection, SelectionStream) else os.fspath(selection)
+        self._where = None if isinstance(selection, SelectionStream) else selection_name(selection)
         self._stream: SelectionStream | None = selection if isinstance(selection, SelectionStream) else None
         if self._stream is not None and self._stream.next_seq:
             raise UsageError(

@@ -15,6 +15,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.datasets import ImageFolder
+from vector_store import vector_store
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, TruncatedStreamError, UsageError
 from gstds_cache.stream.reader import SelectionStream, open_selection
@@ -429,6 +430,24 @@ def test_an_argument_that_cannot_be_meant_is_named(uneven, call, message: str) -
     with pytest.raises(UsageError) as caught:
         call(uneven[0])
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_store_or_nothing_in_place_of_a_selection_is_named(tmp_path) -> None:
+    store = vector_store(tmp_path / "photos.store", np.eye(8, 16, dtype=np.float32))
+    for given, got in ((store, "EmbeddingStore"), (None, "None"), (3, "int")):
+        for opened in (SelectedBatchSampler, open_selection, lambda given: SelectedDataset(Rows(), given)):
+            with pytest.raises(
+                UsageError, match=rf"`selection`: got {got}, expected a selection's file(.|\n)*select\("
+            ):
+                opened(given)
+    where = str(store.location)
+    with pytest.raises(UsageError) as caught:
+        SelectedBatchSampler(where)
+    assert caught.value.message == f"{where} is a store, and no selection"
+    assert f"gstds_cache.select({where!r})" in caught.value.hint
+    with pytest.raises(UsageError, match="no selection at"):
+        SelectedBatchSampler(store.location.path.parent)
 
 
 @pytest.mark.usefixtures("no_type_checks")
