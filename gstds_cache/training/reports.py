@@ -82,9 +82,12 @@ class BatchReports:
             raise UsageError(
                 f"{missing} of {missing + feedback.reported} batches of epoch {feedback.epoch} were not reported: "
                 "losses may have been taken for other rows'",
-                hint="call sampler.report(losses) after every step, or never",
+                hint="call sampler.report(losses) after every step, or never; if the epoch was left early: "
+                f"sampler.seek({feedback.epoch}, K), K being how many of its batches were trained on, and then "
+                f"sampler.seek({epoch})",
             )
-        self._note_unreported(missing, epoch)
+        if not feedback.reported:
+            self._note_unreported(missing, epoch)
         feedback.end_epoch(epoch)
         self._waiting.clear()
         self._weighted = 0

@@ -245,6 +245,31 @@ def test_reporting_a_part_of_an_epoch_is_an_error_when_the_next_begins(path) -> 
         next(iter(sampler))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_was_left_early_is_drawn_by_as_soon_as_its_end_is_named(path, workers, caplog) -> None:
+    sampler = SelectedBatchSampler(path)
+    loader = DataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
+    for step, rows in enumerate(loader, start=1):
+        sampler.report(loss_of(rows.tolist(), step - 1), step=step)
+        if step == 2:
+            break
+    if workers:  # which had read to the epoch's end
+        hint = r"if the epoch was left early: sampler.seek\(0, K\), K being .* and then sampler.seek\(1\)"
+        for go_on in (lambda: sampler.seek(1), lambda: next(iter(loader))):
+            with pytest.raises(UsageError, match=rf"2 of 4 batches of epoch 0 were not reported(.|\n)*{hint}"):
+                go_on()
+        sampler.seek(0, 2)
+    sampler.seek(1)
+    first = naive()[0] + naive()[1]
+    known = sampler.losses
+    assert set(torch.nonzero(~torch.isnan(known)).flatten().tolist()) == set(first)
+    whole = SelectedBatchSampler(path)
+    train(whole, steps=2)
+    whole.seek(1)
+    assert [rows.tolist() for rows in loader] == list(whole)
+    assert not caplog.records  # there were losses
+
+
 def test_a_report_too_many_or_of_another_size_or_step_is_refused_and_changes_nothing(path, no_type_checks) -> None:
     sampler = SelectedBatchSampler(path)
     with pytest.raises(UsageError, match="every batch that was yielded is reported already"):
