@@ -49,6 +49,7 @@ class BatchReports:
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
         self._told, self._told_ahead, self._weighted = False, False, 0
+        self._silent = False  # whether nothing was reported since an epoch was trained without reports
 
     @contextmanager
     def or_back(self) -> Iterator[None]:
@@ -88,6 +89,7 @@ class BatchReports:
             )
         if not feedback.reported:
             self._note_unreported(missing, epoch)
+            self._silent = self._silent or missing > 0
         feedback.end_epoch(epoch)
         self._waiting.clear()
         self._weighted = 0
@@ -139,6 +141,7 @@ class BatchReports:
             )
         self.feedback.report(batch.step, batch.rows[: batch.own], values[: batch.own])
         self._waiting.popleft()
+        self._silent = False
         if last and not self._waiting:
             self._share(wanted=self._world_size > 1)
             self.feedback.end_epoch()
@@ -191,13 +194,18 @@ class BatchReports:
         if step is None and feedback.reported and len(self._waiting) > 1:
             self._note_ahead()
         unreported = [batch.step for batch in self._waiting if step is not None and batch.step <= step]
-        if unreported and feedback.reported:
+        if unreported and self._expected:
             raise UsageError(
                 f"state after step {step}: the losses of step {unreported[0]} are not reported yet",
                 hint="call sampler.report(losses) before sampler.state_dict(step=...)",
             )
         alone = self._world_size > 1 and feedback.unshared
         return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+
+    @property
+    def _expected(self) -> bool:
+        """Whether reports are being made, so that a batch without one is still to be reported."""
+        return bool(self.feedback.reported) or not (self._silent or np.isnan(self.feedback.losses).all())
 
     def _note_ahead(self) -> None:
         """Say once that a state is after batches that were read ahead; torchdata's loader means it so."""

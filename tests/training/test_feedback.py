@@ -317,6 +317,34 @@ def test_a_state_asks_for_the_report_of_its_last_step(path) -> None:
         sampler.state_dict(step=2)
 
 
+def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    rows = next(iter(sampler))
+    sampler.state_dict(step=1)  # in the first epoch nobody knows whether losses will ever be reported
+    sampler.seek(0)
+    train(sampler, steps=4)
+    batches = iter(sampler)
+    rows = next(batches)
+    for of in (sampler, None):
+        if of is None:  # nor after a state was loaded
+            state = sampler.state_dict(step=4)
+            sampler = SelectedBatchSampler(path)
+            sampler.load_state_dict(state)
+            assert next(iter(sampler)) == rows
+        with pytest.raises(UsageError, match="the losses of step 5 are not reported yet"):
+            sampler.state_dict(step=5)
+    sampler.report(loss_of(rows, 4))
+    assert sampler.state_dict(step=5)["step"] == 5
+
+
+def test_a_run_that_reports_no_more_can_save_its_states(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=4)
+    list(sampler)
+    next(iter(sampler))
+    assert sampler.state_dict(step=9)["step"] == 9
+
+
 def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path) -> None:
     sampler = SelectedBatchSampler(path)
     train(sampler, steps=5)
