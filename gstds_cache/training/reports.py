@@ -19,7 +19,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.training.feedback import Feedback, Reported
 
-Losses = torch.Tensor | np.ndarray | Sequence[float]
+Losses = torch.Tensor | np.ndarray | Sequence[float | torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,14 +267,18 @@ class BatchReports:
 
 
 def _as_tensor(losses: Losses) -> torch.Tensor:
-    if isinstance(losses, np.ndarray) and not losses.flags.writeable:  # which torch warns of
-        losses = losses.copy()
+    if isinstance(losses, np.ndarray):
+        if not losses.flags.writeable or min(losses.strides, default=0) < 0:  # torch warns of one, refuses the other
+            losses = losses.copy()
+    elif isinstance(losses, list | tuple):  # torch warns of losses that still have their graph
+        losses = [loss.detach() if isinstance(loss, torch.Tensor) else loss for loss in losses]
     try:
         values = torch.as_tensor(losses)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"`losses`: got {losses!r:.80}, expected a tensor, one number for each row") from error
-    if values.is_complex() or values.is_meta or values.layout != torch.strided:
-        got = f"{values.dtype}, {values.layout}, on {values.device}"
+    strange = "nested, " * values.is_nested + "quantized, " * values.is_quantized
+    if strange or values.is_complex() or values.is_meta or values.layout != torch.strided:
+        got = f"{strange}{values.dtype}, {values.layout}, on {values.device}"
         raise UsageError(f"`losses`: got {got}, expected a dense tensor, one real number for each row")
     return values
 

@@ -447,11 +447,14 @@ def test_weights_without_a_report_are_not_given_to_the_next_steps_rows(path) -> 
     assert torch.equal(sampler.weights(), first)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
 def test_losses_are_real_numbers_in_a_dense_tensor(path, no_type_checks) -> None:
     sampler = SelectedBatchSampler(path)
     rows = next(iter(sampler))
     losses = torch.ones(len(rows))
-    for wrong in (losses.to(torch.complex64), losses.to_sparse(), losses.to("meta")):
+    quantized = torch.quantize_per_tensor(losses, 0.1, 0, torch.quint8)
+    nested = [torch.nested.nested_tensor([losses], layout=layout) for layout in (torch.strided, torch.jagged)]
+    for wrong in (losses.to(torch.complex64), losses.to_sparse(), losses.to("meta"), quantized, *nested):
         with pytest.raises(UsageError, match="expected a dense tensor, one real number for each row"):
             sampler.report(wrong)
     with pytest.raises(UsageError, match="`step`: got '1', expected a whole number"):
@@ -459,6 +462,22 @@ def test_losses_are_real_numbers_in_a_dense_tensor(path, no_type_checks) -> None
     fixed = losses.numpy()
     fixed.setflags(write=False)
     sampler.report(fixed)  # without torch's warning
+
+
+def test_losses_come_as_arrays_that_run_backwards_and_as_lists_of_scalars_with_their_graph(path) -> None:
+    known = []
+    for kind in (
+        lambda losses: losses,
+        lambda losses: losses.numpy()[::-1].copy()[::-1],
+        lambda losses: list(losses.clone().requires_grad_() * 1),  # without torch's warning
+        lambda losses: tuple(losses.tolist()),
+    ):
+        sampler = SelectedBatchSampler(path)
+        for rows in sampler:
+            sampler.report(kind(loss_of(rows, 0)))
+        known.append(sampler.losses)
+    for losses in known[1:]:
+        torch.testing.assert_close(losses, known[0], equal_nan=True)
 
 
 def test_what_cannot_be_meant_is_refused_when_the_sampler_is_made(path, no_type_checks) -> None:
