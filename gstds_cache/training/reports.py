@@ -49,6 +49,7 @@ class BatchReports:
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
         self._told, self._told_ahead, self._weighted = False, False, 0
+        self._lacking = 0  # batches of this epoch that the state that was loaded has no losses of
         self._silent = False  # whether nothing was reported since an epoch was trained without reports
 
     @contextmanager
@@ -91,6 +92,7 @@ class BatchReports:
             self._note_unreported(missing, epoch)
             self._silent = self._silent or missing > 0
         feedback.end_epoch(epoch)
+        self._lacking = 0
         self._waiting.clear()
         self._weighted = 0
 
@@ -114,13 +116,15 @@ class BatchReports:
             last: Whether the epoch's last batch was yielded.
 
         Raises:
-            UsageError: No batch waits, or it has another number of rows, or is another one.
+            UsageError: No batch waits, or it has another number of rows, or is another one; or the state that was
+                loaded lacks losses of this epoch.
         """
         if not self._waiting:
             raise UsageError(
                 "`losses`: got a report, but every batch that was yielded is reported already",
                 hint="call sampler.report(losses) once after each step",
             )
+        _require_none_lacking(self._lacking)
         batch, values, step = self._waiting[0], _as_tensor(losses), as_type("step", step, int | None)
         if step is not None and step != batch.step:
             raise UsageError(
@@ -181,7 +185,8 @@ class BatchReports:
             first: Steps before the epoch that is drawn.
 
         Returns:
-            JSON-able values. Where other ranks hold losses besides, it says which rank may load it.
+            JSON-able values. Where other ranks hold losses besides, it says which rank may load it; and of how many
+            batches before it the losses were not reported yet.
 
         Raises:
             UsageError: The losses at that step are not known any more, or not yet.
@@ -193,14 +198,17 @@ class BatchReports:
             )
         if step is None and feedback.reported and len(self._waiting) > 1:
             self._note_ahead()
-        unreported = [batch.step for batch in self._waiting if step is not None and batch.step <= step]
-        if unreported and self._expected:
+        unreported = [batch.step for batch in self._waiting if step is None or batch.step <= step]
+        if unreported and step is not None and self._expected:
             raise UsageError(
                 f"state after step {step}: the losses of step {unreported[0]} are not reported yet",
                 hint="call sampler.report(losses) before sampler.state_dict(step=...)",
             )
         alone = self._world_size > 1 and feedback.unshared
-        return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+        return feedback.state(step) | {
+            "rank": [self._rank, self._world_size] if alone else None,
+            "unreported": 0 if self._silent else len(unreported),
+        }
 
     @property
     def _expected(self) -> bool:
@@ -219,18 +227,23 @@ class BatchReports:
             f"state_dict(step={first - 1})"
         )
 
-    def load(self, state: object, epoch: int) -> None:
+    def load(self, state: object, epoch: int, *, here: bool) -> None:
         """Go on where :meth:`state` was taken.
+
+        A loader whose workers read ahead takes its state before the batches in it are reported. Where losses are known
+        that state would lose some; so it is refused, or passed over where these reports are of the same step and more.
 
         Args:
             state: The state.
             epoch: Epochs that are over there: its losses draw the next, or an earlier one that is still to be ended.
+            here: Whether it is of the step where the sampler stands.
 
         Raises:
-            UsageError: This is no such state, or that of one rank among others.
+            UsageError: This is no such state, or that of one rank among others, or it lacks losses.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        if not isinstance(state, dict) or "rank" not in state:
+        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0  # states before it was written: 0
+        if not isinstance(state, dict) or "rank" not in state or type(unreported) is not int:
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
         if state["rank"] not in (None, [self._rank, self._world_size]):
             raise UsageError(
@@ -238,7 +251,16 @@ class BatchReports:
                 f"{self._world_size}",
                 hint="save at an epoch's end, or call sampler.share_losses() on every rank before state_dict()",
             )
-        self.feedback.load({name: value for name, value in state.items() if name != "rank"}, epoch)
+        feedback, held = self.feedback, self.feedback.held()
+        mine = feedback.epoch, feedback.reported
+        feedback.load({name: value for name, value in state.items() if name not in {"rank", "unreported"}}, epoch)
+        self._lacking = 0
+        if unreported and here and mine > (feedback.epoch, feedback.reported):
+            feedback.go_back(held)
+        elif feedback.reported or not np.isnan(feedback.losses).all():
+            _require_none_lacking(unreported)
+        else:  # that losses are reported at all shows later
+            self._lacking = unreported
         self._waiting.clear()
         self._weighted = 0
 
@@ -259,11 +281,22 @@ class BatchReports:
         elif epoch < feedback.epoch:
             feedback.reset()
         feedback.drop_from(step)
+        self._lacking = 0
         self._waiting.clear()
         self._weighted = 0
 
     def _share(self, *, wanted: bool) -> None:
         self.feedback.share(_gather if wanted else None)
+
+
+def _require_none_lacking(unreported: int) -> None:
+    if unreported:
+        raise UsageError(
+            f"`state`: {unreported} batches before it were not reported yet when it was taken: the next epoch would be "
+            "drawn without their losses",
+            hint="load what sampler.state_dict(step=...) gave after the report, and not the state of a loader, whose "
+            "workers read ahead",
+        )
 
 
 def _as_tensor(losses: Losses) -> torch.Tensor:

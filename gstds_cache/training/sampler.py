@@ -206,7 +206,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
                 for its report is another.
 
         Raises:
-            UsageError: All batches are reported, or the batch has another number of rows, or is another one.
+            UsageError: All batches are reported, or the batch has another number of rows, or is another one; or the
+                state that was loaded lacks losses of this epoch.
         """
         if (reports := self._reports) is None:
             return
@@ -323,8 +324,12 @@ class SelectedBatchSampler(Sampler[list[int]]):
 
         A state that is refused changes nothing. (A stream that cannot be opened again may have been read on.)
 
+        With candidates load the sampler's own state, and not that of torchdata's loader, whose workers read ahead: it
+        is taken before the batches in it are reported. Such a state is refused, or, where the sampler already stands at
+        that step with more losses, changes nothing. If no loss at all is known in it, the next report is refused.
+
         Raises:
-            UsageError: This is no state at all.
+            UsageError: This is no state at all, or batches before it were not reported when it was taken.
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
             IntegrityError: The losses in it are damaged, or of a later epoch.
@@ -335,7 +340,10 @@ class SelectedBatchSampler(Sampler[list[int]]):
                     raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
                 losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
                 self._steps.check_state(state)
-                self._reports.load(losses, sum(state["step"] >= end for end in accumulate(self._steps.per_epoch)))
+                ended = sum(state["step"] >= end for end in accumulate(self._steps.per_epoch))
+                place = self._steps.position
+                here = (place.step, place.sha256) == (state["step"], state["sha256"])
+                self._reports.load(losses, ended, here=here)
             self._steps.load_state_dict(state)  # behind the losses, which batches on the way are drawn by
         self.epoch, self._may_start_here = self._steps.position.epoch, True
 

@@ -138,6 +138,44 @@ def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(pa
     assert batches + train(again, start=2) == naive()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [2, 3, 4, 6, 8])
+def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop) -> None:
+    def made() -> tuple[SelectedBatchSampler, StatefulDataLoader]:
+        sampler = SelectedBatchSampler(path)
+        return sampler, StatefulDataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
+
+    sampler, loader = made()
+    batches: list[list[int]] = []
+
+    def rest(sampler, loader, until: int = 12) -> None:
+        while len(batches) < until:
+            for rows in loader:
+                sampler.report(loss_of(rows.tolist(), len(batches)), step=len(batches) + 1)
+                batches.append(rows.tolist())
+                if len(batches) == until:
+                    break
+
+    rest(sampler, loader, stop)
+    states = pickle.loads(pickle.dumps((sampler.state_dict(step=stop), loader.state_dict())))
+    for order in ("sampler", "sampler, loader", "loader, sampler"):
+        sampler, loader = made()
+        for which in order.split(", "):
+            (sampler if which == "sampler" else loader).load_state_dict(states[which == "loader"])
+        del batches[stop:]
+        rest(sampler, loader)
+        assert batches == naive()
+    sampler, loader = made()
+    loader.load_state_dict(states[1])
+    del batches[stop:]
+    if workers and stop != 4:  # at an epoch's end a note says that nothing was reported
+        with pytest.raises(UsageError, match="batches before it were not reported yet when it was taken"):
+            rest(sampler, loader)
+    elif not workers:
+        rest(sampler, loader)
+        assert batches == naive()
+
+
 def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypatch, caplog) -> None:
     monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")  # which takes its states so, and means it
     sampler = SelectedBatchSampler(path)
