@@ -194,6 +194,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
         They are copied where they are, and looked at when the epoch ends, so a step does not wait for a GPU. The last
         report of an epoch ends it; under several ranks these share their losses then, so each has to report.
 
+        - The DataLoader has to give batches in order (``in_order=True``, its default): a report belongs to the earliest
+          batch that waits, and would else be taken for other rows.
         - Never reported: rows are drawn as if all had the same loss, and a note says so. Batches of an epoch that were
           reported in part: an error when the next one begins.
         - A loss that is NaN or infinite leaves its row the one that it had, and a note tells how many.
@@ -297,7 +299,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
 
         It counts batches that were *yielded*. A DataLoader with workers takes up to ``num_workers * prefetch_factor``
         batches ahead of the training loop, so there say how many steps were trained: ``state_dict(step=steps_done)``.
-        torchdata's StatefulDataLoader knows by itself and needs no ``step``.
+        The DataLoader has to give batches in order for this (``in_order=True``, its default).
+        torchdata's StatefulDataLoader knows by itself and needs no ``step``; of candidates save this in its place.
 
         The state holds no rank: it can be loaded with another world size, as long as the global batch is the same.
 
