@@ -104,7 +104,8 @@ class FlightSource:
                 raise ProducerFailedError(text.removeprefix("producer: "), hint="see the service's log") from error
             raise TruncatedStreamError(
                 f"the selection broke off: {self._where} {text.removeprefix('stopping: ')}",
-                hint=f"what was consumed is not lost; when the service is back, go on with `resume=True`. {START}",
+                hint="what was consumed is not lost. When the service is back, a run goes on with `resume=True`, and a "
+                f"sampler with sampler.seek(EPOCH, BATCH). {START}",
             ) from error
         return batch, ""
 

@@ -261,11 +261,11 @@ def open_selection(where: str | os.PathLike[str], *, resume: ResumeToken | None 
         The stream.
 
     Raises:
-        UsageError: There is no such file.
+        UsageError: There is no such file, or it is a store; or ``where`` is no name at all.
         StreamError: It is no selection.
         FingerprintMismatchError: ``resume`` is of another selection.
     """
-    text = os.fspath(where)
+    text = selection_name(where)
     if is_service(text):
         from gstds_cache.stream.flight_client import FlightSource  # Flight takes 0.1 s to import
 
@@ -273,10 +273,37 @@ def open_selection(where: str | os.PathLike[str], *, resume: ResumeToken | None 
         return _opened(source, resume)
     if text == "-":
         return SelectionStream(sys.stdin.buffer, resume=resume)
-    path = local_file(where, "`selection`")
+    path = local_file(text, "`selection`")
+    if path.is_dir() and _is_store(path):
+        raise UsageError(
+            f"{path} is a store, and no selection",
+            hint=f"select from it: {command_line('gstds-select', path)}, or gstds_cache.select({text!r})",
+        )
     if not path.is_file():
         raise UsageError(f"no selection at {path}", hint="make one: gstds-select STORE")
     return _opened(path.open("rb"), resume)
+
+
+def selection_name(where: object) -> str:
+    """The path or address in what a caller gave for a selection.
+
+    Raises:
+        UsageError: It is none, as a store or None.
+    """
+    text = os.fspath(where) if isinstance(where, str | os.PathLike) else where
+    if not isinstance(text, str):
+        got = "None" if text is None else type(text).__name__
+        raise UsageError(
+            f"`selection`: got {got}, expected a selection's file or address, or an open stream",
+            hint="give what gstds_cache.select(store) returns, or the path of its file",
+        )
+    return text
+
+
+def _is_store(folder: Path) -> bool:
+    from gstds_cache.store.layout import GROUP  # Zarr takes long to import
+
+    return (folder / GROUP).is_file()
 
 
 def _opened(source: ByteStream | BatchSource, resume: ResumeToken | None) -> SelectionStream:

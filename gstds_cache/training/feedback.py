@@ -82,6 +82,15 @@ class Feedback:
         self._own: list[_Report] = []  # of this epoch, of this rank since the ranks last shared
         self._text = ""
 
+    def held(self) -> dict[str, Any]:
+        """All that drawing and reporting change, for :meth:`go_back`."""
+        weights = None if self._weights is None else self._weights.copy()
+        return vars(self) | {"_weights": weights, "_known": [*self._known], "_own": [*self._own]}
+
+    def go_back(self, held: dict[str, Any]) -> None:
+        """Be as :meth:`held` found it."""
+        vars(self).update(held)
+
     def rows_of(self, batch: SelectedBatch) -> Int64[np.ndarray, " M"]:
         """The rows of a batch to train on, in the batch's order.
 

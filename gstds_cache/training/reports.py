@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.training.feedback import Feedback, Reported
 
-Losses = torch.Tensor | np.ndarray | Sequence[float]
+Losses = torch.Tensor | np.ndarray | Sequence[float | torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,19 @@ class BatchReports:
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
         self._told, self._told_ahead, self._weighted = False, False, 0
+        self._lacking = 0  # batches of this epoch that the state that was loaded has no losses of
+        self._silent = False  # whether nothing was reported since an epoch was trained without reports
+
+    @contextmanager
+    def or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, reports and losses are left as they were."""
+        mine, losses = vars(self) | {"_waiting": self._waiting.copy()}, self.feedback.held()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(mine)
+            self.feedback.go_back(losses)
+            raise
 
     def yielded(self, step: int, rows: Int64[np.ndarray, " m"], own: int) -> None:
         """Count a batch that is yielded now."""
@@ -70,10 +84,15 @@ class BatchReports:
             raise UsageError(
                 f"{missing} of {missing + feedback.reported} batches of epoch {feedback.epoch} were not reported: "
                 "losses may have been taken for other rows'",
-                hint="call sampler.report(losses) after every step, or never",
+                hint="call sampler.report(losses) after every step, or never; if the epoch was left early: "
+                f"sampler.seek({feedback.epoch}, K), K being how many of its batches were trained on, and then "
+                f"sampler.seek({epoch})",
             )
-        self._note_unreported(missing, epoch)
+        if not feedback.reported:
+            self._note_unreported(missing, epoch)
+            self._silent = self._silent or missing > 0
         feedback.end_epoch(epoch)
+        self._lacking = 0
         self._waiting.clear()
         self._weighted = 0
 
@@ -97,13 +116,15 @@ class BatchReports:
             last: Whether the epoch's last batch was yielded.
 
         Raises:
-            UsageError: No batch waits, or it has another number of rows, or is another one.
+            UsageError: No batch waits, or it has another number of rows, or is another one; or the state that was
+                loaded lacks losses of this epoch.
         """
         if not self._waiting:
             raise UsageError(
                 "`losses`: got a report, but every batch that was yielded is reported already",
                 hint="call sampler.report(losses) once after each step",
             )
+        _require_none_lacking(self._lacking)
         batch, values, step = self._waiting[0], _as_tensor(losses), as_type("step", step, int | None)
         if step is not None and step != batch.step:
             raise UsageError(
@@ -124,6 +145,7 @@ class BatchReports:
             )
         self.feedback.report(batch.step, batch.rows[: batch.own], values[: batch.own])
         self._waiting.popleft()
+        self._silent = False
         if last and not self._waiting:
             self._share(wanted=self._world_size > 1)
             self.feedback.end_epoch()
@@ -163,7 +185,8 @@ class BatchReports:
             first: Steps before the epoch that is drawn.
 
         Returns:
-            JSON-able values. Where other ranks hold losses besides, it says which rank may load it.
+            JSON-able values. Where other ranks hold losses besides, it says which rank may load it; and of how many
+            batches before it the losses were not reported yet.
 
         Raises:
             UsageError: The losses at that step are not known any more, or not yet.
@@ -175,14 +198,22 @@ class BatchReports:
             )
         if step is None and feedback.reported and len(self._waiting) > 1:
             self._note_ahead()
-        unreported = [batch.step for batch in self._waiting if step is not None and batch.step <= step]
-        if unreported and feedback.reported:
+        unreported = [batch.step for batch in self._waiting if step is None or batch.step <= step]
+        if unreported and step is not None and self._expected:
             raise UsageError(
                 f"state after step {step}: the losses of step {unreported[0]} are not reported yet",
                 hint="call sampler.report(losses) before sampler.state_dict(step=...)",
             )
         alone = self._world_size > 1 and feedback.unshared
-        return feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+        return feedback.state(step) | {
+            "rank": [self._rank, self._world_size] if alone else None,
+            "unreported": 0 if self._silent else len(unreported),
+        }
+
+    @property
+    def _expected(self) -> bool:
+        """Whether reports are being made, so that a batch without one is still to be reported."""
+        return bool(self.feedback.reported) or not (self._silent or np.isnan(self.feedback.losses).all())
 
     def _note_ahead(self) -> None:
         """Say once that a state is after batches that were read ahead; torchdata's loader means it so."""
@@ -196,18 +227,23 @@ class BatchReports:
             f"state_dict(step={first - 1})"
         )
 
-    def load(self, state: object, epoch: int) -> None:
+    def load(self, state: object, epoch: int, *, here: bool) -> None:
         """Go on where :meth:`state` was taken.
+
+        A loader whose workers read ahead takes its state before the batches in it are reported. Where losses are known
+        that state would lose some; so it is refused, or passed over where these reports are of the same step and more.
 
         Args:
             state: The state.
             epoch: Epochs that are over there: its losses draw the next, or an earlier one that is still to be ended.
+            here: Whether it is of the step where the sampler stands.
 
         Raises:
-            UsageError: This is no such state, or that of one rank among others.
+            UsageError: This is no such state, or that of one rank among others, or it lacks losses.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        if not isinstance(state, dict) or "rank" not in state:
+        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0  # states before it was written: 0
+        if not isinstance(state, dict) or "rank" not in state or type(unreported) is not int:
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
         if state["rank"] not in (None, [self._rank, self._world_size]):
             raise UsageError(
@@ -215,7 +251,16 @@ class BatchReports:
                 f"{self._world_size}",
                 hint="save at an epoch's end, or call sampler.share_losses() on every rank before state_dict()",
             )
-        self.feedback.load({name: value for name, value in state.items() if name != "rank"}, epoch)
+        feedback, held = self.feedback, self.feedback.held()
+        mine = feedback.epoch, feedback.reported
+        feedback.load({name: value for name, value in state.items() if name not in {"rank", "unreported"}}, epoch)
+        self._lacking = 0
+        if unreported and here and mine > (feedback.epoch, feedback.reported):
+            feedback.go_back(held)
+        elif feedback.reported or not np.isnan(feedback.losses).all():
+            _require_none_lacking(unreported)
+        else:  # that losses are reported at all shows later
+            self._lacking = unreported
         self._waiting.clear()
         self._weighted = 0
 
@@ -236,6 +281,7 @@ class BatchReports:
         elif epoch < feedback.epoch:
             feedback.reset()
         feedback.drop_from(step)
+        self._lacking = 0
         self._waiting.clear()
         self._weighted = 0
 
@@ -243,15 +289,29 @@ class BatchReports:
         self.feedback.share(_gather if wanted else None)
 
 
+def _require_none_lacking(unreported: int) -> None:
+    if unreported:
+        raise UsageError(
+            f"`state`: {unreported} batches before it were not reported yet when it was taken: the next epoch would be "
+            "drawn without their losses",
+            hint="load what sampler.state_dict(step=...) gave after the report, and not the state of a loader, whose "
+            "workers read ahead",
+        )
+
+
 def _as_tensor(losses: Losses) -> torch.Tensor:
-    if isinstance(losses, np.ndarray) and not losses.flags.writeable:  # which torch warns of
-        losses = losses.copy()
+    if isinstance(losses, np.ndarray):
+        if not losses.flags.writeable or min(losses.strides, default=0) < 0:  # torch warns of one, refuses the other
+            losses = losses.copy()
+    elif isinstance(losses, list | tuple):  # torch warns of losses that still have their graph
+        losses = [loss.detach() if isinstance(loss, torch.Tensor) else loss for loss in losses]
     try:
         values = torch.as_tensor(losses)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"`losses`: got {losses!r:.80}, expected a tensor, one number for each row") from error
-    if values.is_complex() or values.is_meta or values.layout != torch.strided:
-        got = f"{values.dtype}, {values.layout}, on {values.device}"
+    strange = "nested, " * values.is_nested + "quantized, " * values.is_quantized
+    if strange or values.is_complex() or values.is_meta or values.layout != torch.strided:
+        got = f"{strange}{values.dtype}, {values.layout}, on {values.device}"
         raise UsageError(f"`losses`: got {got}, expected a dense tensor, one real number for each row")
     return values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -87,7 +88,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
             importance_weights: Whether :meth:`weights` will be asked.
 
         Raises:
-            UsageError: There is no such selection, or the numbers cannot be meant, or are for candidates alone.
+            UsageError: There is no such selection, or what was given is none (a store, say); or the numbers cannot be
+                meant, or are for candidates alone.
             StreamError: It is no selection.
             FingerprintMismatchError: ``dataset`` is another one.
         """
@@ -192,6 +194,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
         They are copied where they are, and looked at when the epoch ends, so a step does not wait for a GPU. The last
         report of an epoch ends it; under several ranks these share their losses then, so each has to report.
 
+        - The DataLoader has to give batches in order (``in_order=True``, its default): a report belongs to the earliest
+          batch that waits, and would else be taken for other rows.
         - Never reported: rows are drawn as if all had the same loss, and a note says so. Batches of an epoch that were
           reported in part: an error when the next one begins.
         - A loss that is NaN or infinite leaves its row the one that it had, and a note tells how many.
@@ -204,7 +208,8 @@ class SelectedBatchSampler(Sampler[list[int]]):
                 for its report is another.
 
         Raises:
-            UsageError: All batches are reported, or the batch has another number of rows, or is another one.
+            UsageError: All batches are reported, or the batch has another number of rows, or is another one; or the
+                state that was loaded lacks losses of this epoch.
         """
         if (reports := self._reports) is None:
             return
@@ -271,17 +276,31 @@ class SelectedBatchSampler(Sampler[list[int]]):
         """
         epoch, batch = as_type("epoch", epoch, int), as_type("batch", batch, int)
         step = self._steps.step_of(epoch, batch)
-        if self._reports is not None:
-            self._reports.go_to(epoch, step)
-        self._steps.seek(step)
+        with self._or_back():
+            if self._reports is not None:
+                self._reports.go_to(epoch, step)
+            self._steps.seek(step)
         self.epoch, self._may_start_here = epoch, True
+
+    @contextmanager
+    def _or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, nothing has changed; a stream that was read on says so when iterated."""
+        before = self._steps.position.step
+        try:
+            with self._reports.or_back() if self._reports is not None else nullcontext():
+                yield
+        except BaseException:
+            if self._steps.position.step != before:
+                self._may_start_here = False
+            raise
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Where to go on: the selection's identity, the next step, and the hash over the records before it; JSON-able.
 
         It counts batches that were *yielded*. A DataLoader with workers takes up to ``num_workers * prefetch_factor``
         batches ahead of the training loop, so there say how many steps were trained: ``state_dict(step=steps_done)``.
-        torchdata's StatefulDataLoader knows by itself and needs no ``step``.
+        The DataLoader has to give batches in order for this (``in_order=True``, its default).
+        torchdata's StatefulDataLoader knows by itself and needs no ``step``; of candidates save this in its place.
 
         The state holds no rank: it can be loaded with another world size, as long as the global batch is the same.
 
@@ -306,19 +325,29 @@ class SelectedBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next iteration yields the rest of that epoch.
 
+        A state that is refused changes nothing. (A stream that cannot be opened again may have been read on.)
+
+        With candidates load the sampler's own state, and not that of torchdata's loader, whose workers read ahead: it
+        is taken before the batches in it are reported. Such a state is refused, or, where the sampler already stands at
+        that step with more losses, changes nothing. If no loss at all is known in it, the next report is refused.
+
         Raises:
-            UsageError: This is no state at all.
+            UsageError: This is no state at all, or batches before it were not reported when it was taken.
             StreamError: It is of something else.
             FingerprintMismatchError: It is of another selection or batch size, or the records before it differ.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        if self._reports is not None:
-            if not isinstance(state, Mapping):
-                raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
-            losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
-            self._steps.check_state(state)
-            self._reports.load(losses, sum(state["step"] >= end for end in accumulate(self._steps.per_epoch)))
-        self._steps.load_state_dict(state)
+        with self._or_back():
+            if self._reports is not None:
+                if not isinstance(state, Mapping):
+                    raise UsageError(f"`state`: got {state!r:.80}, expected what state_dict() returned")
+                losses, state = state.get("feedback"), {name: state[name] for name in state if name != "feedback"}
+                self._steps.check_state(state)
+                ended = sum(state["step"] >= end for end in accumulate(self._steps.per_epoch))
+                place = self._steps.position
+                here = (place.step, place.sha256) == (state["step"], state["sha256"])
+                self._reports.load(losses, ended, here=here)
+            self._steps.load_state_dict(state)  # behind the losses, which batches on the way are drawn by
         self.epoch, self._may_start_here = self._steps.position.epoch, True
 
 

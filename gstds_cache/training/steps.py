@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,10 @@ from gstds_cache.config import as_type
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.stream.reader import SelectionStream, open_selection
+from gstds_cache.stream.reader import SelectionStream, open_selection, selection_name
 from gstds_cache.stream.repack import REMAINDER, PackedBatch, Remainder, packed_per_epoch, repack
 from gstds_cache.stream.schema import Header
+from gstds_cache.stream.source import AGAIN
 from gstds_cache.training.feedback import Feedback
 
 REMEMBERED = 4096  # positions kept for state_dict(step): more than any DataLoader prefetches
@@ -58,6 +60,7 @@ class StepReader:
 
     position: Position
     _passed: deque[Position]
+    _read_before: dict[int, str]  # running hash by step, of steps that were read before it was opened again
     _batches: Iterator[SelectedBatch | PackedBatch]
 
     def __init__(
@@ -77,19 +80,20 @@ class StepReader:
             feedback: Makes what draws the rows of candidates; None where nobody can report losses.
 
         Raises:
-            UsageError: There is no such selection, or not one batch of that size would be full; or it offers
-                candidates, and they cannot be drawn so.
+            UsageError: There is no such selection, or what was given is none; or not one batch of that size would be
+                full; or it offers candidates, and they cannot be drawn so.
             StreamError: It is no selection.
         """
         batch_size = as_type("batch_size", batch_size, int | None)
-        self._where = None if isinstance(selection, SelectionStream) else os.fspath(selection)
+        self._where = None if isinstance(selection, SelectionStream) else selection_name(selection)
         self._stream: SelectionStream | None = selection if isinstance(selection, SelectionStream) else None
         if self._stream is not None and self._stream.next_seq:
             raise UsageError(
                 f"the stream was read up to record {self._stream.next_seq} already",
                 hint="give a stream that was just opened, or the selection's path",
             )
-        self.batch_size, self.remainder = batch_size, remainder
+        self.batch_size, self.remainder, self._read_before = batch_size, remainder, {}
+        self._failed = False
         self.header = self._open().header
         self.feedback = self._new_feedback(feedback)
         if batch_size is None:
@@ -130,13 +134,31 @@ class StepReader:
         Raises:
             StopIteration: All steps were given.
             StreamError: The selection is damaged or truncated.
+            FingerprintMismatchError: It was replaced by another one since it was opened.
         """
         if self.position.step == self.total:
             raise StopIteration
+        if self._failed:
+            raise StreamError(
+                f"the selection comes through a stream that failed at step {self.position.step}, and cannot be read on",
+                hint="give the selection's path or address in place of a stream, and go on at this step",
+            )
         if self._stream is None or self._owner != os.getpid():
             # Closed, pickled or forked: a forked copy would share the file's place with its parent.
             self._reopen(self.position.step)
-        batch = next(self._batches)
+        try:
+            return self._read()
+        except BaseException:
+            # What was read may be ahead of the position, and a generator that failed gives no more.
+            self._failed = not self.reopens
+            if self.reopens:
+                self.close()  # the next read opens it again
+            raise
+
+    def _read(self) -> SelectedBatch | PackedBatch:
+        batch = next(self._batches, None)
+        if batch is None:
+            raise StreamError(f"the selection ends after {self.position.step} of {self.total} steps", hint=AGAIN)
         step = self.position.step + 1
         epoch, position = batch.epoch, batch.batch_id + 1
         while epoch < len(self.per_epoch) and position >= self.per_epoch[epoch]:
@@ -144,7 +166,10 @@ class StepReader:
         if step == self.total:
             self._read_out()
         assert self._stream is not None
-        self.position = Position(step, epoch, position, self._stream.next_seq, self._stream.running_sha256)
+        sha256 = self._stream.running_sha256
+        self._require_same(self._read_before.get(step, sha256) == sha256)
+        self._read_before.pop(step, None)  # from now on it is in `_passed`
+        self.position = Position(step, epoch, position, self._stream.next_seq, sha256)
         self._passed.append(self.position)
         if step == self.total:
             self.close()
@@ -162,7 +187,7 @@ class StepReader:
             self.close()
 
     def seek(self, step: int, sha256: str = "") -> None:
-        """Go to a step, so that it is the next.
+        """Go to a step, so that it is the next. Where that fails nothing has changed, but a stream was read on.
 
         Args:
             step: The step, from 0 to ``total``.
@@ -174,15 +199,17 @@ class StepReader:
         """
         if not 0 <= step <= self.total:
             raise UsageError(f"the selection has {self.total} steps, there is no step {step}")
-        if step < self.position.step:
-            self._reopen(step)
-        while self.position.step < step:
-            next(self)
-        if sha256 and self.position.sha256 != sha256:
-            raise FingerprintMismatchError(
-                f"the selection's first {step} batches are not those that were trained on before",
-                hint="resume with the same selection",
-            )
+        with self._or_back():
+            closed = self._stream is None and self.position.step < self.total
+            if step < self.position.step or closed:
+                self._reopen(step)
+            while self.position.step < step:
+                next(self)
+            if sha256 and self.position.sha256 != sha256:
+                raise FingerprintMismatchError(
+                    f"the selection's first {step} batches are not those that were trained on before",
+                    hint="resume with the same selection",
+                )
 
     def step_of(self, epoch: int, batch: int = 0) -> int:
         """The step that is batch ``batch`` of ``epoch``.
@@ -274,6 +301,13 @@ class StepReader:
         self._owner = os.getpid()
         return self._stream
 
+    def _require_same(self, same: bool) -> None:
+        if not same:
+            raise FingerprintMismatchError(
+                f"the selection at {self._where} was replaced since it was opened: its batches are others",
+                hint="put the selection back that training began with, or open this one anew and start over",
+            )
+
     def _reopen(self, step: int) -> None:
         if not self.reopens:
             raise UsageError(
@@ -282,10 +316,24 @@ class StepReader:
                 hint="give the selection's path or address in place of a stream, or use num_workers=0",
             )
         self.close()
-        self._open()
-        self._start()
-        while self.position.step < step:
-            next(self)
+        with self._or_back():
+            self._require_same(self._open().header == self.header)
+            self._read_before |= {place.step: place.sha256 for place in self._passed}
+            self._start()
+            while self.position.step < step:
+                next(self)
+
+    @contextmanager
+    def _or_back(self) -> Iterator[None]:
+        """Where what is done inside fails, the next read opens the selection again and goes on from where it was."""
+        before = self.position, self._passed.copy(), self._read_before.copy()
+        try:
+            yield
+        except BaseException:
+            if self.reopens:
+                self.close()
+                self.position, self._passed, self._read_before = before
+            raise
 
     def _start(self) -> None:
         assert self._stream is not None

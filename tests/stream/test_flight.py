@@ -252,7 +252,9 @@ def test_a_service_that_stops_says_so_and_keeps_what_it_has(store, tmp_path, ref
         token = stream.token()
         first.service.stopping = True
         first.hub.stop()
-        with pytest.raises(TruncatedStreamError, match="`resume=True`"):
+        with pytest.raises(
+            TruncatedStreamError, match=r"run goes on with `resume=True`, and a sampler with sampler.seek\("
+        ):
             kept(stream)
         stream.close()
     before = list(Slow.computed)

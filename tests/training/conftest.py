@@ -17,13 +17,15 @@ ITEMS = 72
 KEPT = [[7, 5, 9, 4], [6, 8, 3, 5], [4, 7, 6, 10]]  # uneven on purpose; three epochs of four batches
 
 
-def write_selection(path: Path, *, digest: str = "d" * 64, seed: int = 0) -> list[list[int]]:
-    """Write a whole selection of ``KEPT`` rows to ``path`` and return its batches."""
+def write_selection(
+    path: Path, *, digest: str = "d" * 64, seed: int = 0, rows_seed: int | None = None
+) -> list[list[int]]:
+    """Write a whole selection of ``KEPT`` rows to ``path`` and return its batches; ``rows_seed`` is in no header."""
     kept_per_epoch = [sum(epoch) for epoch in KEPT]
     header = Header(
         "c" * 64, digest, ITEMS, "r" * 64, seed, len(KEPT), len(KEPT[0]), 12, sum(kept_per_epoch), kept_per_epoch, {}
     )
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed if rows_seed is None else rows_seed), []
     with path.open("wb") as file, SelectionWriter(file, header) as writer:
         for epoch, sizes in enumerate(KEPT):
             for batch_id, size in enumerate(sizes):

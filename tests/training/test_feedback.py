@@ -16,11 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, UsageError
+from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, TruncatedStreamError, UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.draws import DRAWS, draw_rows
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training import reports
+from gstds_cache.training.feedback import Feedback
 from gstds_cache.training.sampler import SelectedBatchSampler
 from gstds_cache.training.selected_dataset import SelectedDataset
 
@@ -148,6 +149,44 @@ def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(pa
     assert batches + train(again, start=2) == naive()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [2, 3, 4, 6, 8])
+def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop) -> None:
+    def made() -> tuple[SelectedBatchSampler, StatefulDataLoader]:
+        sampler = SelectedBatchSampler(path)
+        return sampler, StatefulDataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
+
+    sampler, loader = made()
+    batches: list[list[int]] = []
+
+    def rest(sampler, loader, until: int = 12) -> None:
+        while len(batches) < until:
+            for rows in loader:
+                sampler.report(loss_of(rows.tolist(), len(batches)), step=len(batches) + 1)
+                batches.append(rows.tolist())
+                if len(batches) == until:
+                    break
+
+    rest(sampler, loader, stop)
+    states = pickle.loads(pickle.dumps((sampler.state_dict(step=stop), loader.state_dict())))
+    for order in ("sampler", "sampler, loader", "loader, sampler"):
+        sampler, loader = made()
+        for which in order.split(", "):
+            (sampler if which == "sampler" else loader).load_state_dict(states[which == "loader"])
+        del batches[stop:]
+        rest(sampler, loader)
+        assert batches == naive()
+    sampler, loader = made()
+    loader.load_state_dict(states[1])
+    del batches[stop:]
+    if workers and stop != 4:  # at an epoch's end a note says that nothing was reported
+        with pytest.raises(UsageError, match="batches before it were not reported yet when it was taken"):
+            rest(sampler, loader)
+    elif not workers:
+        rest(sampler, loader)
+        assert batches == naive()
+
+
 def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypatch, caplog) -> None:
     monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")  # which takes its states so, and means it
     sampler = SelectedBatchSampler(path)
@@ -255,6 +294,31 @@ def test_reporting_a_part_of_an_epoch_is_an_error_when_the_next_begins(path) -> 
         next(iter(sampler))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_was_left_early_is_drawn_by_as_soon_as_its_end_is_named(path, workers, caplog) -> None:
+    sampler = SelectedBatchSampler(path)
+    loader = DataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
+    for step, rows in enumerate(loader, start=1):
+        sampler.report(loss_of(rows.tolist(), step - 1), step=step)
+        if step == 2:
+            break
+    if workers:  # which had read to the epoch's end
+        hint = r"if the epoch was left early: sampler.seek\(0, K\), K being .* and then sampler.seek\(1\)"
+        for go_on in (lambda: sampler.seek(1), lambda: next(iter(loader))):
+            with pytest.raises(UsageError, match=rf"2 of 4 batches of epoch 0 were not reported(.|\n)*{hint}"):
+                go_on()
+        sampler.seek(0, 2)
+    sampler.seek(1)
+    first = naive()[0] + naive()[1]
+    known = sampler.losses
+    assert set(torch.nonzero(~torch.isnan(known)).flatten().tolist()) == set(first)
+    whole = SelectedBatchSampler(path)
+    train(whole, steps=2)
+    whole.seek(1)
+    assert [rows.tolist() for rows in loader] == list(whole)
+    assert not caplog.records  # there were losses
+
+
 def test_a_report_too_many_or_of_another_size_or_step_is_refused_and_changes_nothing(path, no_type_checks) -> None:
     sampler = SelectedBatchSampler(path)
     with pytest.raises(UsageError, match="every batch that was yielded is reported already"):
@@ -302,6 +366,34 @@ def test_a_state_asks_for_the_report_of_its_last_step(path) -> None:
         sampler.state_dict(step=2)
 
 
+def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    rows = next(iter(sampler))
+    sampler.state_dict(step=1)  # in the first epoch nobody knows whether losses will ever be reported
+    sampler.seek(0)
+    train(sampler, steps=4)
+    batches = iter(sampler)
+    rows = next(batches)
+    for of in (sampler, None):
+        if of is None:  # nor after a state was loaded
+            state = sampler.state_dict(step=4)
+            sampler = SelectedBatchSampler(path)
+            sampler.load_state_dict(state)
+            assert next(iter(sampler)) == rows
+        with pytest.raises(UsageError, match="the losses of step 5 are not reported yet"):
+            sampler.state_dict(step=5)
+    sampler.report(loss_of(rows, 4))
+    assert sampler.state_dict(step=5)["step"] == 5
+
+
+def test_a_run_that_reports_no_more_can_save_its_states(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=4)
+    list(sampler)
+    next(iter(sampler))
+    assert sampler.state_dict(step=9)["step"] == 9
+
+
 def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path) -> None:
     sampler = SelectedBatchSampler(path)
     train(sampler, steps=5)
@@ -321,6 +413,53 @@ def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path
     other = offered.write(tmp_path / "other.arrow", selection_digest="e" * 64)
     with pytest.raises(FingerprintMismatchError, match="selection_digest"):
         SelectedBatchSampler(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("begun", [0, 2, 4, 6, 9])
+def test_a_state_that_is_refused_leaves_the_losses_as_they_were(path, begun) -> None:
+    other = SelectedBatchSampler(path)
+    train(other, steps=7)
+    state = other.state_dict(step=7) | {"sha256": "0" * 64}
+    sampler = SelectedBatchSampler(path, importance_weights=True)
+    batches = train(sampler, steps=begun) if begun else []
+    with pytest.raises(FingerprintMismatchError, match="first 7 batches are not those"):
+        sampler.load_state_dict(state)
+    assert sampler.step == begun
+    if begun % offered.BATCHES:
+        sampler.seek(*divmod(begun, offered.BATCHES))
+    assert batches + train(sampler, start=begun) == naive()
+
+
+def test_going_to_an_epoch_that_cannot_be_read_does_not_end_the_one_before(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    sampler.close()
+    with pytest.raises(TruncatedStreamError):
+        sampler.seek(2)
+    path.write_bytes(whole)
+    sampler.seek(0, 2)
+    assert batches + train(sampler, start=2) == naive()
+
+
+@pytest.mark.parametrize("failing", [1, 5])
+def test_after_an_error_while_rows_are_drawn_the_run_goes_on(path, monkeypatch, failing) -> None:
+    rows_of, drawn = Feedback.rows_of, []
+
+    def interrupted(self, batch):
+        drawn.append(batch.seq)
+        if len(drawn) == failing + 1:
+            raise KeyboardInterrupt
+        return rows_of(self, batch)
+
+    monkeypatch.setattr(Feedback, "rows_of", interrupted)
+    sampler = SelectedBatchSampler(path)
+    with pytest.raises(KeyboardInterrupt):
+        train(sampler)
+    assert sampler.step == failing
+    sampler.seek(*divmod(failing, offered.BATCHES))
+    assert train(sampler, start=failing) == naive()[failing:]
 
 
 # Weights, own functions, other readers
@@ -357,11 +496,14 @@ def test_weights_without_a_report_are_not_given_to_the_next_steps_rows(path) -> 
     assert torch.equal(sampler.weights(), first)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
 def test_losses_are_real_numbers_in_a_dense_tensor(path, no_type_checks) -> None:
     sampler = SelectedBatchSampler(path)
     rows = next(iter(sampler))
     losses = torch.ones(len(rows))
-    for wrong in (losses.to(torch.complex64), losses.to_sparse(), losses.to("meta")):
+    quantized = torch.quantize_per_tensor(losses, 0.1, 0, torch.quint8)
+    nested = [torch.nested.nested_tensor([losses], layout=layout) for layout in (torch.strided, torch.jagged)]
+    for wrong in (losses.to(torch.complex64), losses.to_sparse(), losses.to("meta"), quantized, *nested):
         with pytest.raises(UsageError, match="expected a dense tensor, one real number for each row"):
             sampler.report(wrong)
     with pytest.raises(UsageError, match="`step`: got '1', expected a whole number"):
@@ -369,6 +511,22 @@ def test_losses_are_real_numbers_in_a_dense_tensor(path, no_type_checks) -> None
     fixed = losses.numpy()
     fixed.setflags(write=False)
     sampler.report(fixed)  # without torch's warning
+
+
+def test_losses_come_as_arrays_that_run_backwards_and_as_lists_of_scalars_with_their_graph(path) -> None:
+    known = []
+    for kind in (
+        lambda losses: losses,
+        lambda losses: losses.numpy()[::-1].copy()[::-1],
+        lambda losses: list(losses.clone().requires_grad_() * 1),  # without torch's warning
+        lambda losses: tuple(losses.tolist()),
+    ):
+        sampler = SelectedBatchSampler(path)
+        for rows in sampler:
+            sampler.report(kind(loss_of(rows, 0)))
+        known.append(sampler.losses)
+    for losses in known[1:]:
+        torch.testing.assert_close(losses, known[0], equal_nan=True)
 
 
 def test_what_cannot_be_meant_is_refused_when_the_sampler_is_made(path, no_type_checks) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
+import offered
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.datasets import ImageFolder
+from vector_store import vector_store
 
 from gstds_cache.errors import FingerprintMismatchError, StreamError, TruncatedStreamError, UsageError
-from gstds_cache.stream.reader import open_selection
+from gstds_cache.stream.reader import SelectionStream, open_selection
 from gstds_cache.training.sampler import SelectedBatchSampler
 from gstds_cache.training.selected_dataset import SelectedDataset
 
@@ -129,6 +132,103 @@ def test_what_a_state_refuses(uneven, write, tmp_path) -> None:
         sampler.state_dict(step=9)
 
 
+@pytest.mark.parametrize("begun", [0, 2, 4, 6])
+def test_a_state_that_is_refused_changes_nothing(uneven, begun) -> None:
+    path, expected = uneven
+    other = SelectedBatchSampler(path)
+    batches = iter(other)
+    state = [next(batches) for _ in range(3)] and other.state_dict() | {"sha256": "0" * 64}
+    sampler = SelectedBatchSampler(path)
+    sampler.seek(*divmod(begun, 4))
+    with pytest.raises(FingerprintMismatchError, match="first 3 batches are not those"):
+        sampler.load_state_dict(state)
+    assert (sampler.step, sampler.epoch) == (begun, begun // 4)
+    assert epochs_of(sampler) == expected[begun:]
+    with open_selection(path) as stream:  # which cannot go back
+        piped = SelectedBatchSampler(stream)
+        with pytest.raises(FingerprintMismatchError, match="first 3 batches are not those"):
+            piped.load_state_dict(state)
+        with pytest.raises(StreamError, match="epoch 0 was started again at batch 3"):
+            list(piped)
+
+
+class FailsOnce:
+    """``SelectionStream.__iter__`` whose batch ``at`` fails, before or after it is read."""
+
+    def __init__(self, monkeypatch, at: int, error: BaseException, *, after: bool) -> None:
+        self.at, self.error, self.after, self.failed, whole = at, error, after, False, SelectionStream.__iter__
+        monkeypatch.setattr(SelectionStream, "__iter__", lambda stream: self.batches(whole(stream)))
+
+    def batches(self, stream):
+        for number, batch in enumerate(self.read(stream)):
+            if number == self.at and self.after:
+                self.fail()
+            yield batch
+
+    def read(self, stream):
+        yield from islice(stream, self.at)
+        if not self.after:
+            self.fail()
+        yield from stream
+
+    def fail(self) -> None:
+        if not self.failed:
+            self.failed = True
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), TruncatedStreamError("broke off")])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("again", ["seek", "load"])
+def test_after_an_error_while_a_batch_is_read_the_next_read_goes_on(
+    uneven, monkeypatch, error, after, batch_size, again
+) -> None:
+    path, _ = uneven
+    expected = epochs_of(SelectedBatchSampler(path, batch_size=batch_size))
+    FailsOnce(monkeypatch, 3, error, after=after)
+    sampler, batches = SelectedBatchSampler(path, batch_size=batch_size), []
+    with pytest.raises(type(error)):
+        batches.extend(sampler)
+    assert sampler.step == len(batches) > 0
+    with pytest.raises(StreamError, match="epoch 0 was started again at batch"):
+        next(iter(sampler))
+    sampler.seek(sampler.epoch, sampler.step) if again == "seek" else sampler.load_state_dict(sampler.state_dict())
+    assert batches + epochs_of(sampler) == expected
+
+
+def test_going_to_where_it_stands_opens_a_selection_that_was_closed(uneven) -> None:
+    path, expected = uneven
+    sampler = SelectedBatchSampler(path)
+    list(sampler)
+    sampler.close()
+    path.rename(path.with_name("away.arrow"))
+    for go in (lambda: sampler.seek(1), lambda: sampler.load_state_dict(sampler.state_dict())):
+        with pytest.raises(UsageError, match="no selection at"):
+            go()
+    path.with_name("away.arrow").rename(path)
+    sampler.seek(1)
+    assert epochs_of(sampler) == expected[4:]
+    sampler.seek(2, 4)  # all was read, and there is nothing to open
+
+
+def test_a_stream_that_failed_or_ends_early_says_so_each_time(uneven, monkeypatch) -> None:
+    path, _ = uneven
+    FailsOnce(monkeypatch, 2, KeyboardInterrupt(), after=False)
+    with open_selection(path) as stream:
+        piped = SelectedBatchSampler(stream)
+        with pytest.raises(KeyboardInterrupt):
+            list(piped)
+        piped.seek(0, 2)
+        for _ in range(2):
+            with pytest.raises(StreamError, match="through a stream that failed at step 2, and cannot be read on"):
+                list(piped)
+            piped.seek(0, 2)
+    monkeypatch.setattr(FailsOnce, "batches", lambda _self, stream: iter([next(stream)]))
+    with pytest.raises(StreamError, match="the selection ends after 1 of 12 steps"):
+        list(SelectedBatchSampler(path))
+
+
 def test_a_selection_of_another_data_set_is_refused(uneven, array_source) -> None:
     path, _ = uneven
     SelectedBatchSampler(path, dataset=range(72))
@@ -160,6 +260,39 @@ def test_a_file_can_be_gone_through_again_and_a_stream_cannot(uneven) -> None:
         with pytest.raises(UsageError, match="path or address"):
             pickle.dumps(piped)
         assert epochs_of(piped) == expected[4:]
+
+
+@pytest.mark.parametrize("other", [{"digest": "e" * 64}, {"seed": 1}, {"rows_seed": 1}, None])
+@pytest.mark.parametrize(
+    "again",
+    [lambda s: s.seek(0) or s, lambda s: s.close() or s, lambda s: pickle.loads(pickle.dumps(s))],
+    ids=["seek", "close", "pickle"],
+)
+def test_a_selection_that_was_replaced_is_not_read_on(uneven, write, tmp_path, other, again) -> None:
+    """Candidates (None) would all be trained on; and the header may be the same where records differ."""
+    path, expected = uneven
+    new, old = tmp_path / "other.arrow", tmp_path / "old.arrow"
+    shutil.copy(path, old)
+    offered.write(new) if other is None else write(new, **other)
+    sampler = SelectedBatchSampler(path)
+    assert [*sampler, *sampler] == expected[:8]
+    new.replace(path)
+    for _ in range(2):  # nor after the first error
+        with pytest.raises(FingerprintMismatchError, match=r"the selection at .* was replaced since it was opened"):
+            list(again(sampler))
+    old.replace(path)
+    sampler.seek(1, 2)
+    assert epochs_of(sampler) == expected[6:]
+
+
+def test_an_iterable_data_set_does_not_read_a_selection_that_replaced_its_own(uneven, write, tmp_path) -> None:
+    path, expected = uneven
+    loader = DataLoader(SelectedDataset(Rows(), path), batch_size=None)
+    assert [rows.tolist() for rows in loader] == expected
+    write(tmp_path / "other.arrow", digest="e" * 64)
+    (tmp_path / "other.arrow").replace(path)
+    with pytest.raises(FingerprintMismatchError, match="was replaced since it was opened"):
+        next(iter(loader))
 
 
 def test_a_sampler_goes_to_another_process_where_it_is(uneven) -> None:
@@ -297,6 +430,24 @@ def test_an_argument_that_cannot_be_meant_is_named(uneven, call, message: str) -
     with pytest.raises(UsageError) as caught:
         call(uneven[0])
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_store_or_nothing_in_place_of_a_selection_is_named(tmp_path) -> None:
+    store = vector_store(tmp_path / "photos.store", np.eye(8, 16, dtype=np.float32))
+    for given, got in ((store, "EmbeddingStore"), (None, "None"), (3, "int")):
+        for opened in (SelectedBatchSampler, open_selection, lambda given: SelectedDataset(Rows(), given)):
+            with pytest.raises(
+                UsageError, match=rf"`selection`: got {got}, expected a selection's file(.|\n)*select\("
+            ):
+                opened(given)
+    where = str(store.location)
+    with pytest.raises(UsageError) as caught:
+        SelectedBatchSampler(where)
+    assert caught.value.message == f"{where} is a store, and no selection"
+    assert f"gstds_cache.select({where!r})" in caught.value.hint
+    with pytest.raises(UsageError, match="no selection at"):
+        SelectedBatchSampler(store.location.path.parent)
 
 
 @pytest.mark.usefixtures("no_type_checks")
