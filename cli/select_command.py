@@ -85,7 +85,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     "draw",
     "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, in proportion to: "
     + "; ".join(f"{name}: {text}" for name, text in catalog.DRAWS.items())
-    + "; or module:function. auto: what probes on the embeddings learn most from, largest-damped-loss, loss-squared or "
+    + "; or module:function. auto: what probes on the embeddings learn most from, adaptive, loss-squared or "
     "the default rule. Instead of --rule.",
 )
 @setting(

@@ -20,16 +20,16 @@ from benchmarks.study.lines import RESULTS, read_lines
 from benchmarks.study.methods import BASELINES
 from benchmarks.study.settings import Setting, load_setting
 from benchmarks.study.tune import best, tried
-from gstds_cache.selection.advice import LIKE, NAMED
+from gstds_cache.selection.advice import PARTS
 
 DOCUMENT = DOCS / "study.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 TAUGHT = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
-DRAWN = (f"draw:{NAMED}", "draw:largest-loss-minus-reference^1", "draw:adaptive", *TAUGHT)
+DRAWN = ("draw:adaptive", *TAUGHT)
 WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in TAUGHT}}
 """Of ``gstds-cache advise``, and the methods that are the same: a draw has the strata that suit it."""
-TAKEN = WAYS | dict.fromkeys(LIKE, f"draw:{NAMED}")
+TAKEN = WAYS | dict.fromkeys(PARTS, "draw:adaptive")
 """Of each way the method that is advised where probes learn most from it, and that ``draw="auto"`` takes."""
 WORTH = "loss-minus-reference"
 SHARING = ("default", *DRAWN)
@@ -336,7 +336,7 @@ def advice_table(studies: dict[str, Study]) -> str:
             whether.append((line["advised"] is not None) == any_ahead)
             pairs = ordered_pairs(study, line)
             orders += pairs
-            cells = [shown(study.difference(f"draw:{NAMED}", "random", line["ratio"], line["epochs"]))]
+            cells = [shown(study.difference("draw:adaptive", "random", line["ratio"], line["epochs"]))]
             cells += [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
             told = {None: "not told apart", True: "yes", False: "no"}[agreed]
             answers.append("not run" if taken is not None and of_taken is None else told)
@@ -345,12 +345,12 @@ def advice_table(studies: dict[str, Study]) -> str:
     if not rows:
         return ""
     ways = (f"{way}: probes / networks" for way in WAYS)
-    head = ("data set", "ratio", f"{NAMED}: networks", *ways, "order", "advice", "right?")
+    head = ("data set", "ratio", "adaptive: networks", *ways, "order", "advice", "right?")
     return (
         "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. "
         "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
-        f"with none of them. It names `{NAMED}` where probes learned most from `{LIKE[0]}` or `{LIKE[1]}`, which "
-        f"stand for it. Of {len(answers)}: right {answers.count('yes')}, "
+        f"with none of them. It names `adaptive` where probes learned most from either of the two draws that this is "
+        f"made of. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
         f"a draw named and networks not told apart from random {answers.count('not told apart')}. "
         f"Whether to select at all, with any of the four, it said rightly on {sum(whether)}. *Order*: of the pairs of "

@@ -71,9 +71,9 @@ class Advice:
         elif best is None:
             words = "do not select: from no draw that was tried a probe learned clearly more than from random rows"
         else:
-            like = f"; {best.way}, which stands for it with a probe," if best.stands_for_another else ""
+            part = f"; {best.way}, a part of it," if best.is_part else ""
             words = (
-                f"select: {best.draw or best.way} at a filter ratio of {best.ratio:g}{like} is ahead of random rows "
+                f"select: {best.draw or best.way} at a filter ratio of {best.ratio:g}{part} is ahead of random rows "
                 f"by {best.over_random:.1%} (+- {best.margin:.1%}){self._beside_all(best)}"
             )
         if self.probe_accuracy < PROBE_ENOUGH:

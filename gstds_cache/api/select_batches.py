@@ -36,7 +36,6 @@ from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.runtime.threads import cores, limited_threads
 from gstds_cache.selection.catalog import AUTO_DRAW
 from gstds_cache.selection.draw_choice import choose_draw, without_draw
-from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.floors import class_name
 from gstds_cache.selection.plan import batch_of_few
 from gstds_cache.selection.rows import rows_left_out
@@ -233,9 +232,6 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
     inform(f"draw auto: {why}")
     if chosen.draw is None and config.strata is not None:
         inform(f"note: `strata` {config.strata} is not used: it is for draws, and the rule keeps rows")
-    if chosen.draw and config.guidance not in {"auto", "none"} and not find_draw(chosen.draw).needs_prior:
-        inform(f"note: `guidance` {config.guidance} is not used: {chosen.draw} does not look at it")
-        chosen = replace(chosen, guidance="auto")
     return chosen
 
 

@@ -32,8 +32,7 @@ FULL, RANDOM, RULE = "full", "random", "default"
 USUAL = "damped-loss"  # what is preferred unless something else is clearly ahead of it
 WAYS = (FULL, RANDOM, RULE, "loss-minus-reference", "damped-loss", "loss-squared")
 """Ways to draw: all rows, at random, by the default rule's weights, and by three draws that look at training losses."""
-LIKE = ("loss-minus-reference", "damped-loss")  # draws that stand for NAMED with a probe
-NAMED = "largest-damped-loss"
+PARTS = ("loss-minus-reference", "damped-loss")  # of the adaptive draw
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,18 @@ class Forecast:
     usual_margin: float = 0.0
 
     @property
-    def stands_for_another(self) -> bool:
-        """Whether another draw is named for it, that is like it."""
-        return self.way in LIKE
+    def is_part(self) -> bool:
+        """Whether it is one of the two that the adaptive draw is made of."""
+        return self.way in PARTS
 
     @property
     def draw(self) -> str | None:
         """The draw to select with; None where the default rule is to keep rows.
 
-        It is :data:`NAMED` where a probe was taught by either of two that are like it: what networks learn most from
-        of the three depends on whether they pass the reference model, and a probe on the same embeddings is as good as
-        that at once.
+        It is the adaptive one where a probe was taught by either of its parts: which of them is better depends on
+        whether the network passes the reference model, and a probe on the same embeddings is as good as that at once.
         """
-        return None if self.way == RULE else NAMED if self.stands_for_another else self.way
+        return None if self.way == RULE else "adaptive" if self.is_part else self.way
 
     @property
     def helps(self) -> bool:

@@ -3,8 +3,8 @@
 Which draw is better differs between data sets: rows that are hard for the reference model are worth learning on clean
 data, and are mislabelled on others. So ``draw="auto"`` asks the probes of :mod:`gstds_cache.selection.advice`, at the
 run's own ratio and number of epochs, and takes what is furthest ahead of random rows, or the usual draw where that is
-not clearly behind it. One draw is taken for either of two that are like it: which is better for a network no probe can
-tell. Where nothing is clearly ahead, rows are kept by the default rule, whose guidance has a trial
+not clearly behind it. The adaptive draw is taken for either of the two that it is made of: which is better for a
+network no probe can tell. Where nothing is clearly ahead, rows are kept by the default rule, whose guidance has a trial
 of its own.
 """
 
@@ -69,7 +69,7 @@ def choose_draw(
     taken = preferred(found)
     best = taken or max(found, key=lambda forecast: forecast.over_random)
     random = best.accuracy - best.over_random
-    how = f"by {best.way}, which stands for it," if best.stands_for_another else "so"
+    how = f"by {best.way}, a part of it," if best.is_part else "so"
     shares = (
         f"a probe that learns from rows drawn {how} is right on {best.accuracy:.1%}, from random rows on {random:.1%}"
     )

@@ -42,7 +42,6 @@ from benchmarks.study.tables import (  # noqa: E402
 from benchmarks.study.tune import best, tried  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
-from gstds_cache.selection.advice import NAMED  # noqa: E402
 
 
 def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int = 8, **more):
@@ -200,8 +199,8 @@ def test_the_cost_of_an_accuracy_is_read_between_budgets_of_seeds_that_ran_the_l
 def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_networks_tell_apart() -> None:
     accuracies = {"random": 0.60, "default": 0.50, "draw:loss-minus-reference": 0.70, "draw:damped-loss": 0.601}
     runs = [
-        line(method, seed, accuracy + 0.001 * (seed - 1) * (method in {"draw:damped-loss", f"draw:{NAMED}"}), 1)
-        for method, accuracy in (accuracies | {f"draw:{NAMED}": 0.601}).items()
+        line(method, seed, accuracy + 0.001 * (seed - 1) * (method in {"draw:damped-loss", "draw:adaptive"}), 1)
+        for method, accuracy in (accuracies | {"draw:adaptive": 0.601}).items()
         for seed in range(3)
     ]
     foretold = {"full": 0.0, "random": 0.0, "default": 0.1, "loss-minus-reference": 0.2, "damped-loss": 0.3}
@@ -216,10 +215,10 @@ def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_ne
     assert ordered_pairs(study, advice) == [False, True, True, True, False]
     text = advice_table({"s": study})
     assert "right 0, wrong 0, a draw named and networks not told apart from random 1" in text
-    assert f"| {NAMED} | not told apart |" in text
-    better = [one for one in runs if one["method"] != f"draw:{NAMED}"]
-    better += [line(f"draw:{NAMED}", seed, 0.7, 1) for seed in range(3)]
-    assert f"| {NAMED} | yes |" in advice_table({"s": Study((*better, advice))})
+    assert "| adaptive | not told apart |" in text
+    better = [one for one in runs if one["method"] != "draw:adaptive"]
+    better += [line("draw:adaptive", seed, 0.7, 1) for seed in range(3)]
+    assert "| adaptive | yes |" in advice_table({"s": Study((*better, advice))})
     squared = advice | {"advised": "loss-squared"}
     assert "| loss-squared | not run |" in advice_table({"s": Study((*runs, squared))})
     assert "said rightly on 1." in text
