@@ -26,7 +26,8 @@ DOCUMENT = DOCS / "study.md"
 BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- study:end -->"
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 TAUGHT = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
-DRAWN = ("draw:adaptive", *TAUGHT)
+LARGEST = ("draw:largest-damped-loss", "draw:largest-loss-minus-reference^1")
+DRAWN = (*LARGEST, "draw:adaptive", *TAUGHT)
 WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in TAUGHT}}
 """Of ``gstds-cache advise``, and the methods that are the same: a draw has the strata that suit it."""
 TAKEN = WAYS | dict.fromkeys(PARTS, "draw:adaptive")
