@@ -8,6 +8,7 @@ from typing import Any
 from gstds_cache.config import DEVICE, as_tuple, as_type
 from gstds_cache.data.align import in_order
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.check import SampleReport, check_sample
@@ -85,8 +86,8 @@ def compare_sample(
     opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
     source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
-    require_same_data(metadata, source, encoder, hash_cache)
-    return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
+    manifest = require_same_data(metadata, source, encoder, hash_cache)
+    return check_sample(opened, as_hashed(source, manifest.sha256), encoder, rows=rows, seed=seed, device=device)
 
 
 def _source_and_encoder(

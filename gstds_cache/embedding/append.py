@@ -20,6 +20,7 @@ from gstds_cache.data.align import rows_by_id
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
@@ -332,7 +333,7 @@ def _part_of(
     kept = DatasetManifest(manifest.kind, ids, both(old.sha256, manifest.sha256), labels, tuple(manifest.classes))
     reasons = {item.row - first: item.reason for item in store.quarantined if item.row >= first}
     part = PartSource(
-        base=source,
+        base=as_hashed(source, manifest.sha256),
         uri=source.uri,
         rows=np.concatenate([np.zeros(before, np.int64), new.rows]),
         ids=ids,

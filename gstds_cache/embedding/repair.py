@@ -12,6 +12,7 @@ import numpy as np
 from gstds_cache.config import DEVICE
 from gstds_cache.data.align import part_of
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
@@ -143,6 +144,7 @@ def repair(
     if not redo and not before.problems and (before.complete or before.committed < before.shards):
         return RepairReport(before, (), 0, (), before)
     manifest = require_same_data(metadata, source, encoder, hash_cache)
+    source = as_hashed(source, manifest.sha256)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
     with reopen_writer(
         metadata.location, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes

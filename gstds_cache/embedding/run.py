@@ -18,6 +18,7 @@ import torch
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decoders import Workers
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
@@ -102,7 +103,8 @@ def embed_dataset(
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small; or memory or the disk ran out on the way, or a process that decodes was
             killed, and the same call goes on from what is committed.
-        DatasetError: An item of a user's own data set is another than when it was hashed.
+        IntegrityError: A file is another than when it was hashed.
+        DatasetError: So is an item of a user's own data set.
     """
     if where is None and root is None:
         raise ValueError("where or root is needed")
@@ -130,7 +132,9 @@ def embed_dataset(
     stored = None if where is None else find_store(Location.parse(where, "`cache`").absolute())
     settled = _settle(settling, stored, reuse)
     config = settled.config
-    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
+    job = EmbedJob(
+        as_hashed(source, manifest.sha256), config, device, encoder, notify or (lambda _line: None), settled.looks_at
+    )
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
         assert root is not None
