@@ -255,7 +255,10 @@ def repair_command(
     for problem in report.before.problems[:20]:
         click.echo(f"was wrong: {problem}")
     for shard in report.changed:
-        click.echo(f"note: shard {shard} has other bits now than before: another machine, or other library versions")
+        click.echo(
+            f"note: shard {shard} has other bits now than before: another machine, other library versions, or what the "
+            "file of a model of your own imports"
+        )
     print_table(
         [
             ("store", store),

@@ -21,6 +21,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.notify import log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.grown import GrownMetadata, read_metadata
 from gstds_cache.store.metadata import StoreMetadata
@@ -114,7 +115,7 @@ def _source_and_encoder(
     encoder = open_encoder(model, allow_untrained=True)
     run_on = resolve_device(device)
     decode_by(encoder, decoder, run_on)
-    prepare_as_stored(encoder, store.spec.encoder)
+    prepare_as_stored(encoder, store.spec.encoder, log)
     try_decoder(encoder, run_on)
     source = open_source(dataset, hash_cache=hash_cache)
     if isinstance(store, GrownMetadata):  # whose order may be its own

@@ -19,11 +19,13 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import workers_for
 from gstds_cache.embedding.mismatch import explained
+from gstds_cache.embedding.settle import take_code_as_stored
 from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.notify import log
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.grown import GrownMetadata
@@ -76,6 +78,7 @@ def require_same_data(
         FingerprintMismatchError: They do not; the fields that differ are named.
     """
     manifest = build_manifest(source, hash_cache=hash_cache)
+    take_code_as_stored(encoder, metadata.spec.encoder, log)
     wanted = replace(
         metadata.spec,
         items=len(manifest),

@@ -130,7 +130,7 @@ def embed_dataset(
     if where is None and root is not None:
         where = _store_by_name(root, settling, name)
     stored = None if where is None else find_store(Location.parse(where, "`cache`").absolute())
-    settled = _settle(settling, stored, reuse)
+    settled = _settle(settling, stored, reuse, notify)
     config = settled.config
     job = EmbedJob(
         as_hashed(source, manifest.sha256), config, device, encoder, notify or (lambda _line: None), settled.looks_at
@@ -141,7 +141,7 @@ def embed_dataset(
         where = root / name(encoder.spec.preprocessing)
     location = Location.parse(where, "`cache`").absolute()
     if reuse and (stored is None or stored.complete() is None):
-        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
+        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype, job.notify)
         if not job.known.count:
             job.notify(NOTHING_TO_REUSE)
     with nullcontext() if executor is not None else _workers_ahead(job, stored) as workers:
@@ -218,7 +218,7 @@ def estimate_dataset(
     try_decoder(encoder, device)
     location = None if where is None else Location.parse(where)
     stored = None if location is None else find_store(location)
-    settled = _settle(Settling(encoder, config, source), stored)
+    settled = _settle(Settling(encoder, config, source), stored, notify=notify)
     config = settled.config
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
     # The part of a data set whose files are not hashed has about as many items.
@@ -232,8 +232,12 @@ def estimate_dataset(
     return _estimate(job, spec, folder, stored)
 
 
-def _settle(settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = ()) -> Settled:
+def _settle(
+    settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = (), notify: Notify | None = None
+) -> Settled:
     """Settle what the user left open: as the store does, else as the first of ``reuse`` does, else by the images."""
+    if stored is not None:
+        settling.take_code(stored.spec.encoder, notify)
     others = [] if stored is not None else [find_store(Location.parse(where, "`reuse`")) for where in reuse]
     for known in (stored, *others):
         settled = None if known is None else settling.as_stored(known.spec.encoder)
