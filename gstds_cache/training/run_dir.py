@@ -6,10 +6,12 @@ import io
 import json
 import pickle
 import threading
+import zlib
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -26,6 +28,9 @@ FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
 LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1,
                          "max_pixels": TrainConfig.max_pixels}  # fmt: skip
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
+_DAMAGE = (BadZipFile, NotImplementedError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+           TypeError, zlib.error)  # fmt: skip
+"""What reading a checkpoint raises that was cut short, or in which some bits are others."""
 UNRECORDED = ("precision",)
 """Settings that followed from the device alone: a configuration written without one agrees with any."""
 
@@ -182,16 +187,18 @@ class RunDir:
         """The checkpoint of the run that is resumed, or None. No code in it is run.
 
         Raises:
-            IntegrityError: It cannot be read, or is no checkpoint.
+            IntegrityError: It is damaged, or is no checkpoint.
         """
         path = self.path / CHECKPOINT
         if stored_config(self.path) is None:
             return None
         try:
+            _check_crcs(path)
             return Checkpoint.from_state(torch.load(path, map_location="cpu", weights_only=True))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise IntegrityError(
-                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another `out`"
+                f"{path} is damaged: {str(error).partition(chr(10))[0]}",
+                hint="no step can be gone on from: put a copy of the file back, or train again into another `out`",
             ) from error
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -252,6 +259,18 @@ def stored_config(run_dir: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no configuration of a run", hint="pass another `out`") from error
     return config
+
+
+def _check_crcs(path: Path) -> None:
+    """Compare what ``torch.save`` wrote with its CRCs, which ``torch.load`` does not.
+
+    Raises:
+        BadZipFile: One is another.
+    """
+    with ZipFile(path) as file:
+        broken = file.testzip()
+    if broken is not None:
+        raise BadZipFile(f"the CRC of {broken} is another than the one that was written")
 
 
 def _own(name: str) -> bool:
