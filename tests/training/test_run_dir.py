@@ -88,6 +88,20 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused_wherever_it_counts(tmp_path:
         assert state() == expected
 
 
+@pytest.mark.parametrize("place", [3, 22])
+def test_a_damaged_line_of_metrics_is_dropped_with_a_note(tmp_path: Path, place: int, caplog: Any) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with opened(tmp_path / "run") as run_dir:
+        run_dir.begin()
+        for step in range(4):
+            run_dir.log({"loss": 0.5, "step": step})
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(lines[0] + lines[1][:place] + b"\xff" + lines[1][place + 1 :] + lines[2] + lines[3] + b'{"lo')
+        run_dir.drop_metrics_from(3)
+        assert path.read_bytes() == lines[0] + lines[2]
+    assert f"{path}: 1 of 4 lines were damaged" in caplog.text
+
+
 def test_threads_with_a_run_dir_each_and_with_one_between_them(tmp_path: Path) -> None:
     met: list[str] = []
 
