@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +34,29 @@ from gstds_cache.runtime.resources import explain
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Command(click.Command):
+class Program(click.Command):
+    """What is called as a program, or by a caller that goes on after it.
+
+    Attributes:
+        ends_process: Whether the process ends with it.
+    """
+
+    ends_process = False
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's."""
+        self.ends_process = standalone_mode
+        return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+
+
+class Command(Program):
     """A command that ends with one clear message and the exit code of the error tree.
 
     Anything unexpected keeps its traceback.
@@ -76,6 +100,8 @@ class Command(click.Command):
             click.echo(f"error: {with_flags(str(error), flags_of(ctx.command))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
+            if getattr(ctx.find_root().command, "ends_process", False):
+                _interrupt_no_more()
             go_on = error.args[0] if error.args else "run the same command again to go on"
             go_on = with_flags(go_on, flags_of(ctx.command))
             click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
@@ -91,6 +117,12 @@ class Command(click.Command):
                 raise
             click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
             ctx.exit(told.exit_code)
+
+
+def _interrupt_no_more() -> None:
+    """Ignore a second Ctrl-C: what is left is to say so and to end, and it would print a trace below what is said."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def notify(line: str) -> None:
@@ -134,7 +166,7 @@ def setting_option(config: type, name: str, **attributes: Any) -> Callable[[F], 
     return click.option(*flags, name, default=field.default, **attributes)
 
 
-class Group(click.Group):
+class Group(Program, click.Group):
     """A group of :class:`Command`."""
 
     command_class = Command
