@@ -105,7 +105,8 @@ def _source_and_encoder(
             hint="remove it (gstds-cache rm) and import the same vectors again: selections and guidance made from it "
             f"stay valid; it was made with: {store.finish_command}",
         )
-    dataset = store.dataset_uri if dataset is None else dataset
+    given = dataset is not None
+    dataset = dataset if given else store.dataset_uri
     model = model or store.model_uri
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
@@ -117,7 +118,15 @@ def _source_and_encoder(
     decode_by(encoder, decoder, run_on)
     prepare_as_stored(encoder, store.spec.encoder, log)
     try_decoder(encoder, run_on)
-    source = open_source(dataset, hash_cache=hash_cache)
+    try:
+        source = open_source(dataset, hash_cache=hash_cache)
+    except UsageError as error:
+        if given:
+            raise
+        raise type(error)(
+            f"{error.message} (where {store.location} says that its data set is)",
+            hint="if it was moved, give `dataset`, with its kind: where it is now",
+        ) from error
     if isinstance(store, GrownMetadata):  # whose order may be its own
         source = in_order(source, store.manifest().ids)
     return source, encoder

@@ -87,7 +87,11 @@ def require_same_data(
         dim=encoder.spec.dim,
     )
     with explained(metadata, manifest, source):
-        require_same(metadata.spec, wanted, where=metadata.location)
+        made_of = f" ({metadata.dataset_uri}, {metadata.model_uri})" if metadata.dataset_uri else ""
+        meant = f"give the `dataset` and the `model` that it was made of{made_of}, as they were then"
+        require_same(
+            metadata.spec, wanted, where=metadata.location, otherwise=f"{meant}; for what there is now, embed anew"
+        )
     return manifest
 
 

@@ -107,8 +107,14 @@ def differences(stored: CacheSpec, wanted: CacheSpec) -> list[str]:
     ]
 
 
-def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location) -> None:
+def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location, otherwise: str = "") -> None:
     """Refuse a store made from something else, naming the fields that differ.
+
+    Args:
+        stored: What the store holds.
+        wanted: What the caller has.
+        where: The store.
+        otherwise: What to do where it is neither code nor sizes that differ; by default for a caller that embeds.
 
     Raises:
         FingerprintMismatchError: If any field differs.
@@ -122,7 +128,7 @@ def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location) -> No
             f"{where} holds other embeddings (fingerprint {stored.fingerprint[:12]}, this run {wanted.fingerprint[:12]}"
             "):\n    " + "\n    ".join(lines),
             hint=code_changed(stored.encoder["model"], lines)
-            or f"nothing was changed; {hint or 'give another `cache`, or none'}",
+            or f"nothing was changed; {hint or otherwise or 'give another `cache`, or none'}",
         )
 
 
