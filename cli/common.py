@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Program(click.Command):
@@ -97,7 +99,7 @@ class Command(Program):
         try:
             return super().invoke(ctx)
         except GstdsError as error:
-            click.echo(f"error: {with_flags(str(error), flags_of(ctx.command))}", err=True)
+            click.echo(f"error: {shown(with_flags(str(error), flags_of(ctx.command)))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
             if getattr(ctx.find_root().command, "ends_process", False):
@@ -115,7 +117,7 @@ class Command(Program):
             told = explain(error)
             if told is None:
                 raise
-            click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
+            click.echo(f"error: {shown(with_flags(str(told), flags_of(ctx.command)))}", err=True)
             ctx.exit(told.exit_code)
 
 
@@ -128,7 +130,12 @@ def _interrupt_no_more() -> None:
 def notify(line: str) -> None:
     """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
     context = click.get_current_context(silent=True)  # a service's own threads have none; its lines name no arguments
-    click.echo(with_flags(line, {} if context is None else flags_of(context.command)), err=True)
+    click.echo(shown(with_flags(line, {} if context is None else flags_of(context.command))), err=True)
+
+
+def shown(text: str) -> str:
+    r"""Spell control characters as ``\xNN``, all but tabs and line ends, which a terminal would obey."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:
@@ -245,7 +252,7 @@ def print_table(rows: list[tuple[str, str]], *, err: bool = False) -> None:
     """Print names and values in two columns."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}", err=err)
+        click.echo(f"{name:<{width}}  {shown(value)}", err=err)
 
 
 def next_selection(store: str) -> str:
