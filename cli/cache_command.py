@@ -23,6 +23,7 @@ from .common import (
     json_option,
     print_json,
     print_table,
+    shown,
     workers_option,
 )
 from .hide_command import hidden_command, hide_command, unhide_command
@@ -115,7 +116,7 @@ def list_command(folder: Path | None, as_json: bool) -> None:
 
     found = list_stores(folder)
     for name, problem in found.damaged.items():
-        click.echo(f"{name}: {problem}", err=True)
+        click.echo(shown(f"{name}: {problem}"), err=True)
     if as_json:
         print_json(found.to_dict())
         return
@@ -172,7 +173,7 @@ def describe_command(store: str, as_json: bool) -> None:
         ]
     )
     for item in summary.quarantined[:20]:
-        click.echo(f"quarantined row {item.row}: {item.id}: {item.reason}")
+        click.echo(shown(f"quarantined row {item.row}: {item.id}: {item.reason}"))
     if len(summary.quarantined) > 20:
         click.echo(f"... and {len(summary.quarantined) - 20} more; see --json")
 
@@ -215,7 +216,7 @@ def verify_command(
     if as_json:
         print_json(report.to_dict())
     if report.problems:
-        click.echo(f"error: {report.error}", err=True)
+        click.echo(shown(f"error: {report.error}"), err=True)
         if report.cosine_min is not None:
             # These bytes are the committed ones, so that a hash does not tell them from good ones.
             words = [word for shard in report.bad_shards for word in ("--shard", shard)]
@@ -253,9 +254,12 @@ def repair_command(
     keep_freed_memory()
     report = repair_store(store, shards=shards, dataset=dataset, model=model, device=device, workers=workers)
     for problem in report.before.problems[:20]:
-        click.echo(f"was wrong: {problem}")
+        click.echo(shown(f"was wrong: {problem}"))
     for shard in report.changed:
-        click.echo(f"note: shard {shard} has other bits now than before: another machine, or other library versions")
+        click.echo(
+            f"note: shard {shard} has other bits now than before: another machine, other library versions, or what the "
+            "file of a model of your own imports"
+        )
     print_table(
         [
             ("store", store),
@@ -267,7 +271,7 @@ def repair_command(
     if as_json:
         print_json(report.to_dict())
     if report.after.problems:
-        click.echo("error: " + "; ".join(map(str, report.after.problems[:5])), err=True)
+        click.echo(shown("error: " + "; ".join(map(str, report.after.problems[:5]))), err=True)
         ctx.exit(EXIT_INTEGRITY)
     if not report.after.complete:
         ctx.exit(EXIT_INCOMPLETE)

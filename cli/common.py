@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -30,9 +33,32 @@ from gstds_cache.files.location import local_file
 from gstds_cache.runtime.resources import explain
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Command(click.Command):
+class Program(click.Command):
+    """What is called as a program, or by a caller that goes on after it.
+
+    Attributes:
+        ends_process: Whether the process ends with it.
+    """
+
+    ends_process = False
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's."""
+        self.ends_process = standalone_mode
+        return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+
+
+class Command(Program):
     """A command that ends with one clear message and the exit code of the error tree.
 
     Anything unexpected keeps its traceback.
@@ -73,9 +99,11 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except GstdsError as error:
-            click.echo(f"error: {with_flags(str(error), flags_of(ctx.command))}", err=True)
+            click.echo(f"error: {shown(with_flags(str(error), flags_of(ctx.command)))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
+            if getattr(ctx.find_root().command, "ends_process", False):
+                _interrupt_no_more()
             go_on = error.args[0] if error.args else "run the same command again to go on"
             go_on = with_flags(go_on, flags_of(ctx.command))
             click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
@@ -89,14 +117,25 @@ class Command(click.Command):
             told = explain(error)
             if told is None:
                 raise
-            click.echo(f"error: {with_flags(str(told), flags_of(ctx.command))}", err=True)
+            click.echo(f"error: {shown(with_flags(str(told), flags_of(ctx.command)))}", err=True)
             ctx.exit(told.exit_code)
+
+
+def _interrupt_no_more() -> None:
+    """Ignore a second Ctrl-C: what is left is to say so and to end, and it would print a trace below what is said."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def notify(line: str) -> None:
     """Print a line for the user on stderr, in the flags of the running command: what a public call notifies."""
     context = click.get_current_context(silent=True)  # a service's own threads have none; its lines name no arguments
-    click.echo(with_flags(line, {} if context is None else flags_of(context.command)), err=True)
+    click.echo(shown(with_flags(line, {} if context is None else flags_of(context.command))), err=True)
+
+
+def shown(text: str) -> str:
+    r"""Spell control characters as ``\xNN``, all but tabs and line ends, which a terminal would obey."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def flags_of(command: click.Command) -> dict[str, str]:
@@ -134,7 +173,7 @@ def setting_option(config: type, name: str, **attributes: Any) -> Callable[[F], 
     return click.option(*flags, name, default=field.default, **attributes)
 
 
-class Group(click.Group):
+class Group(Program, click.Group):
     """A group of :class:`Command`."""
 
     command_class = Command
@@ -213,7 +252,7 @@ def print_table(rows: list[tuple[str, str]], *, err: bool = False) -> None:
     """Print names and values in two columns."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}", err=err)
+        click.echo(f"{name:<{width}}  {shown(value)}", err=err)
 
 
 def next_selection(store: str) -> str:

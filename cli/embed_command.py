@@ -22,6 +22,7 @@ from .common import (
     print_table,
     seconds_line,
     setting_option,
+    shown,
     workers_option,
 )
 
@@ -204,7 +205,7 @@ def _print(report: EmbedReport, reuse: tuple[str, ...]) -> None:
     # What stands before the colon is the kind of failure; after it come the particulars of one image.
     for kind, count in Counter(item.reason.partition(":")[0] for item in bad).most_common(10):
         example = next(item for item in bad if item.reason.startswith(kind))
-        click.echo(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}")
+        click.echo(shown(f"quarantined {count:,}: {kind}, e.g. {example.id}: {example.reason}"))
     if any(item.reason.startswith("too many pixels") for item in bad):
         click.echo("larger images are taken with --max-pixels N, into a store of its own")
     if bad:

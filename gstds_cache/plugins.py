@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gstds_cache.errors import GstdsError, UsageError, in_words, unknown_name
@@ -105,8 +106,8 @@ def call_factory(
         return factory(**params)
 
 
-def source_digest(function: Callable[..., Any]) -> str:
-    """SHA-256 of the file a function is written in, so that a changed function is another identity; '' without one."""
+def source_digest(function: Callable[..., Any] | ModuleType) -> str:
+    """SHA-256 of the file of a function or module, so that a changed function is another identity; '' without one."""
     try:
         file = inspect.getsourcefile(function)
     except TypeError:

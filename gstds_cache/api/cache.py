@@ -186,6 +186,7 @@ def remove_store(store: LocationLike) -> RemoveReport:
 
     Raises:
         StoreNotFoundError: There is no store; nothing was removed.
+        UsageError: It is a link to one; nothing was removed.
         IncompleteError: Another process is writing it.
     """
     location = Location.parse(store, "`store`")

@@ -8,6 +8,7 @@ from typing import Any
 from gstds_cache.config import DEVICE, as_tuple, as_type
 from gstds_cache.data.align import in_order
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
 from gstds_cache.embedding.check import SampleReport, check_sample
@@ -20,6 +21,7 @@ from gstds_cache.errors import UsageError
 from gstds_cache.files.derived import hashes_folder
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.notify import log
 from gstds_cache.runtime.progress import Progress, showing
 from gstds_cache.store.grown import GrownMetadata, read_metadata
 from gstds_cache.store.metadata import StoreMetadata
@@ -85,8 +87,8 @@ def compare_sample(
     opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())
     source, encoder = _source_and_encoder(metadata, dataset, model, hash_cache, device)
-    require_same_data(metadata, source, encoder, hash_cache)
-    return check_sample(opened, source, encoder, rows=rows, seed=seed, device=device)
+    manifest = require_same_data(metadata, source, encoder, hash_cache)
+    return check_sample(opened, as_hashed(source, manifest.sha256), encoder, rows=rows, seed=seed, device=device)
 
 
 def _source_and_encoder(
@@ -103,7 +105,8 @@ def _source_and_encoder(
             hint="remove it (gstds-cache rm) and import the same vectors again: selections and guidance made from it "
             f"stay valid; it was made with: {store.finish_command}",
         )
-    dataset = store.dataset_uri if dataset is None else dataset
+    given = dataset is not None
+    dataset = dataset if given else store.dataset_uri
     model = model or store.model_uri
     if dataset is None or not model:
         argument, what = ("dataset", "data set") if dataset is None else ("model", "model")
@@ -113,9 +116,17 @@ def _source_and_encoder(
     encoder = open_encoder(model, allow_untrained=True)
     run_on = resolve_device(device)
     decode_by(encoder, decoder, run_on)
-    prepare_as_stored(encoder, store.spec.encoder)
+    prepare_as_stored(encoder, store.spec.encoder, log)
     try_decoder(encoder, run_on)
-    source = open_source(dataset, hash_cache=hash_cache)
+    try:
+        source = open_source(dataset, hash_cache=hash_cache)
+    except UsageError as error:
+        if given:
+            raise
+        raise type(error)(
+            f"{error.message} (where {store.location} says that its data set is)",
+            hint="if it was moved, give `dataset`, with its kind: where it is now",
+        ) from error
     if isinstance(store, GrownMetadata):  # whose order may be its own
         source = in_order(source, store.manifest().ids)
     return source, encoder

@@ -8,14 +8,15 @@ import io
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.decode import FORMATS, HAS_HEIC, UndecodableError, decode_image
+from gstds_cache.data.hashed import require_same, require_unread_before
 from gstds_cache.data.names import Names
 from gstds_cache.runtime.resources import about_us
 
@@ -93,6 +94,7 @@ class FileSource:
     classes: Sequence[str] = ()
     mirror_safe: bool = True
     notes: Sequence[str] = ()
+    hashed: UInt8[np.ndarray, "N 32"] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return f"FileSource({self.uri!r}, {len(self)} items)"
@@ -105,15 +107,20 @@ class FileSource:
 
         Raises:
             OSError: The file is gone, or cannot be read.
+            IntegrityError: It is another than the one that was hashed.
         """
         with io.FileIO(self.files.path(row), opener=regular_file) as file:
-            return file.readall()
+            data = file.readall()
+        require_same(self, row, data)
+        return data
 
     def image(self, row: int) -> Image.Image:
         """File ``row`` in RGB.
 
         Raises:
             UndecodableError: The file cannot be read, has more than ``MAX_BYTES``, or is not an image.
+            IncompleteError: It cannot be read, and could when it was hashed.
+            IntegrityError: It is another than the one that was hashed.
             OSError: This process may open no more files.
         """
         try:
@@ -125,8 +132,14 @@ class FileSource:
         except OSError as error:
             if about_us(error):
                 raise
+            require_unread_before(self, row, error)
             raise UndecodableError(f"unreadable: {error.strerror or type(error).__name__}") from None
+        require_same(self, row, data)
         return decode_image(data)
+
+    def as_hashed(self, sha256: UInt8[np.ndarray, "N 32"] | None) -> FileSource:
+        """The same files, compared with their hashes (:func:`gstds_cache.data.hashed.as_hashed`)."""
+        return replace(self, hashed=sha256)
 
 
 def regular_file(path: str, flags: int) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.ahead import ReadAhead
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import MAX_BYTES, Files
+from gstds_cache.data.hashed import require_same, require_unread_before
 from gstds_cache.data.names import Names
 from gstds_cache.data.subset import taken
 from gstds_cache.errors import IntegrityError
@@ -51,6 +52,7 @@ class ObjectSource:
     classes: Sequence[str] = ()
     mirror_safe: bool = True
     notes: Sequence[str] = ()
+    hashed: UInt8[np.ndarray, "N 32"] | None = field(default=None, repr=False)
     reading: ReadAhead = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class ObjectSource:
 
         Raises:
             OSError: The object is gone.
-            IntegrityError: It is another than when it was listed.
+            IntegrityError: It is another than when it was listed, or hashed.
         """
         try:
             data = self.reading.take(row)
@@ -84,6 +86,7 @@ class ObjectSource:
             raise self._changed(row) from error
         if len(data) != self.objects.signatures[row, 0]:
             raise self._changed(row)
+        require_same(self, row, data)
         return data
 
     def _changed(self, row: int) -> IntegrityError:
@@ -98,7 +101,8 @@ class ObjectSource:
 
         Raises:
             UndecodableError: The object is gone, has more than ``MAX_BYTES``, or is not an image.
-            IntegrityError: It is another than when it was listed.
+            IncompleteError: It is gone, and was there when it was hashed.
+            IntegrityError: It is another than when it was listed, or hashed.
             StoreUnavailableError: The bucket does not answer.
         """
         size = int(self.objects.signatures[row, 0])
@@ -107,8 +111,13 @@ class ObjectSource:
         try:
             data = self.payload(row)
         except FileNotFoundError as error:
+            require_unread_before(self, row, error)
             raise UndecodableError(f"unreadable: {error.strerror}") from None
         return decode_image(data)
+
+    def as_hashed(self, sha256: UInt8[np.ndarray, "N 32"] | None) -> ObjectSource:
+        """The same objects, compared with their hashes (:func:`gstds_cache.data.hashed.as_hashed`)."""
+        return replace(self, hashed=sha256)
 
     def _part(self, row: int) -> Part:
         return Part(self.objects.names[row], 0, int(self.objects.signatures[row, 0]), self.objects.etags[row])

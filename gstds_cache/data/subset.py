@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.files import Files
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.names import AT_ONCE
 from gstds_cache.data.source import ImageSource
 from gstds_cache.files import mapped
@@ -83,6 +84,13 @@ class Subset:
     def image(self, row: int) -> Image.Image:
         """The part's item ``row`` in RGB."""
         return self.base.image(int(self.rows[row]))
+
+    def as_hashed(self, sha256: UInt8[np.ndarray, "M 32"] | None) -> Subset:
+        """The same part of a whole whose items are compared with their hashes, as far as they are in the part."""
+        digests = None if sha256 is None else mapped.zeros((len(self.base), 32), np.uint8)
+        if digests is not None:
+            digests[self.rows] = sha256
+        return replace(self, base=as_hashed(self.base, digests))
 
     def for_workers(self) -> Callable[[], Subset]:
         """Called in a process that is forked from this one, what this returns gives the same part of its own whole."""

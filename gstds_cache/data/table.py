@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.containers import Container
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import MAX_BYTES, Files, regular_file
+from gstds_cache.data.hashed import require_same, require_unread_before
 from gstds_cache.data.labels import NO_LABEL, LabelColumn
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError
@@ -59,6 +60,7 @@ class TableSource:
     classes: Sequence[str] = ()
     mirror_safe: bool = True
     notes: Sequence[str] = ()
+    hashed: UInt8[np.ndarray, "N 32"] | None = field(default=None, repr=False)
 
     @property
     def files(self) -> Files | None:
@@ -76,6 +78,7 @@ class TableSource:
 
         Raises:
             OSError: It cannot be read, or the cell is the path of a file of more than ``MAX_BYTES``.
+            IntegrityError: It is another than the one that was hashed.
         """
         return self._data(row) or b""
 
@@ -84,6 +87,8 @@ class TableSource:
 
         Raises:
             UndecodableError: It cannot be read, there is none, it has more than ``MAX_BYTES``, or is not an image.
+            IncompleteError: It cannot be read, and could when it was hashed.
+            IntegrityError: It is another than the one that was hashed.
             OSError: This process may open no more files.
         """
         try:
@@ -93,6 +98,7 @@ class TableSource:
                 raise
             if error.errno == errno.EFBIG:
                 raise UndecodableError(str(error.strerror)) from None
+            require_unread_before(self, row, error)
             raise UndecodableError(f"unreadable: {error.strerror or str(error) or type(error).__name__}") from None
         if data is None:
             raise UndecodableError("no image: the cell is empty")
@@ -102,13 +108,20 @@ class TableSource:
 
     def _data(self, row: int) -> bytes | None:
         cell = self.cells.cell(row)
-        if not isinstance(cell, str):
-            return cell
-        with io.FileIO(cell, opener=regular_file) as file:
+        data = self._file(cell) if isinstance(cell, str) else cell
+        require_same(self, row, data or b"")
+        return data
+
+    def _file(self, path: str) -> bytes:
+        with io.FileIO(path, opener=regular_file) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
-                raise OSError(errno.EFBIG, _too_large(size), cell)
+                raise OSError(errno.EFBIG, _too_large(size), path)
             return file.readall()
+
+    def as_hashed(self, sha256: UInt8[np.ndarray, "N 32"] | None) -> TableSource:
+        """The same items, compared with their hashes (:func:`gstds_cache.data.hashed.as_hashed`)."""
+        return replace(self, hashed=sha256)
 
     def for_workers(self) -> Callable[[], TableSource]:
         """Called in a process that is forked from this one, what this returns gives a source with its own files."""

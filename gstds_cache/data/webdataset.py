@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.ahead import ReadAhead
@@ -17,6 +17,7 @@ from gstds_cache.data.containers import Container, if_same
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import IMAGE_EXTENSIONS, MAX_BYTES, Files, printable
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import require_same, require_unread_before
 from gstds_cache.data.indexing import index_shards
 from gstds_cache.data.labels import LabelColumn
 from gstds_cache.data.members import LabelMember, image_members
@@ -56,6 +57,7 @@ class ShardSource:
     mirror_safe: bool = True
     notes: Sequence[str] = ()
     kind: str = "webdataset"
+    hashed: UInt8[np.ndarray, "N 32"] | None = field(default=None, repr=False)
     reading: LocalShards | ReadAhead = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,11 +85,14 @@ class ShardSource:
         """The image member of sample ``row``; no bytes where it has none.
 
         Raises:
-            IntegrityError: The shard is gone, or another than when it was indexed.
+            IntegrityError: The shard is gone, or another than when it was indexed or hashed.
             StoreUnavailableError: The bucket does not answer.
-        """  # noqa: DOC501
-        if self.size[row] <= 0:
-            return b""
+        """
+        data = self._data(row) if self.size[row] > 0 else b""
+        require_same(self, row, data)
+        return data
+
+    def _data(self, row: int) -> bytes:
         if isinstance(self.reading, LocalShards):
             return self.reading.read(self._shard(row), int(self.offset[row]), int(self.size[row]))
         shard = self.shards.shards[self._shard(row)]
@@ -106,7 +111,8 @@ class ShardSource:
 
         Raises:
             UndecodableError: The sample has no image, one of more than ``MAX_BYTES``, or one that cannot be decoded.
-            IntegrityError: The shard is gone, or another than when it was indexed.
+            IncompleteError: It cannot be read, and could when it was hashed.
+            IntegrityError: The shard is gone, or another than when it was indexed or hashed.
             OSError: This process may open no more files.
         """
         size = int(self.size[row])
@@ -119,8 +125,13 @@ class ShardSource:
         except OSError as error:
             if about_us(error) or isinstance(error, ConnectionError):
                 raise
+            require_unread_before(self, row, error)
             raise UndecodableError(f"unreadable: {error.strerror or type(error).__name__}") from None
         return decode_image(data)
+
+    def as_hashed(self, sha256: UInt8[np.ndarray, "N 32"] | None) -> ShardSource:
+        """The same samples, compared with their hashes (:func:`gstds_cache.data.hashed.as_hashed`)."""
+        return replace(self, hashed=sha256)
 
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self.first, row, side="right")) - 1

@@ -20,6 +20,7 @@ from gstds_cache.data.align import rows_by_id
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.names import AT_ONCE, Names
 from gstds_cache.data.source import ImageSource
@@ -42,7 +43,7 @@ from gstds_cache.store.grown import GrownMetadata, Growth, joined, read_metadata
 from gstds_cache.store.metadata import StoreMetadata
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.store.remove import remove_store
-from gstds_cache.store.spec import CacheSpec
+from gstds_cache.store.spec import CacheSpec, code_changed
 from gstds_cache.store.writer import open_writer
 
 LOST = "the store has no embedding for this image"
@@ -183,7 +184,7 @@ def append_dataset(
         encoder = open_encoder(config.model, allow_untrained=True)
         device = resolve_devices(config.device)[0]
         decode_by(encoder, config.decoder, device)
-        prepare_as_stored(encoder, store.spec.encoder)
+        prepare_as_stored(encoder, store.spec.encoder, notify)
         _require_same_encoder(store, encoder)
         part, spec, kept = _part_of(store, old, manifest, source, new)
         job = EmbedJob(part, config, device, encoder, notify)
@@ -306,7 +307,8 @@ def _require_same_encoder(store: EmbeddingStore, encoder: Encoder) -> None:
     if lines:
         raise FingerprintMismatchError(
             f"rows for {store.location} would be made in another way than those it has:\n    " + "\n    ".join(lines),
-            hint="nothing was changed; all rows of a store are of one model: leave `model` out to take the store's own",
+            hint=code_changed(stored["model"], lines)
+            or "nothing was changed; all rows of a store are of one model: leave `model` out to take the store's own",
         )
 
 
@@ -332,7 +334,7 @@ def _part_of(
     kept = DatasetManifest(manifest.kind, ids, both(old.sha256, manifest.sha256), labels, tuple(manifest.classes))
     reasons = {item.row - first: item.reason for item in store.quarantined if item.row >= first}
     part = PartSource(
-        base=source,
+        base=as_hashed(source, manifest.sha256),
         uri=source.uri,
         rows=np.concatenate([np.zeros(before, np.int64), new.rows]),
         ids=ids,

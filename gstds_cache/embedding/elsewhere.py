@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.hashing import REACHABLE, UNREADABLE
 from gstds_cache.data.manifest import DatasetManifest
 from gstds_cache.data.source import ImageSource
@@ -257,7 +258,7 @@ class ShardsElsewhere:
         row, expected = self._recipe.samples[shard]
         name = f"{self._recipe.source.uri}: item {self._recipe.source.ids[row]}"
         try:
-            got = hashlib.sha256(self._recipe.source.payload(row)).digest()
+            got = hashlib.sha256(as_hashed(self._recipe.source, None).payload(row)).digest()
         except OSError as error:
             raise DatasetError(f"{name} cannot be read on {_here()}: {error}", hint=REACHABLE) from error
         if got != expected:

@@ -99,6 +99,7 @@ class JpegReader:
         """The bytes of a row's file, if it has one that can be read and may be a JPEG.
 
         Raises:
+            IntegrityError: It is another than the one that was hashed.
             OSError: This process may open no more files.
         """
         if self.source.files is None:
@@ -108,8 +109,7 @@ class JpegReader:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     return None
                 is_jpeg = file.read(2) == b"\xff\xd8"
-                file.seek(0)
-                return file.readall() if is_jpeg else None
+            return self.source.payload(row) if is_jpeg else None
         except OSError as error:
             if about_us(error):
                 raise

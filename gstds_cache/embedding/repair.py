@@ -12,17 +12,20 @@ import numpy as np
 from gstds_cache.config import DEVICE
 from gstds_cache.data.align import part_of
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.names import Names
 from gstds_cache.data.source import ImageSource
 from gstds_cache.embedding.determinism import DeterminismCheck
 from gstds_cache.embedding.estimate import workers_for
 from gstds_cache.embedding.mismatch import explained
+from gstds_cache.embedding.settle import take_code_as_stored
 from gstds_cache.embedding.shard import EmbedTask
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.errors import ChunkCorruptError, UsageError
 from gstds_cache.files.location import LocationLike
 from gstds_cache.runtime.devices import resolve_device
+from gstds_cache.runtime.notify import log
 from gstds_cache.runtime.progress import Progress
 from gstds_cache.store.commit_record import CommitRecord, commits_root
 from gstds_cache.store.grown import GrownMetadata
@@ -75,6 +78,7 @@ def require_same_data(
         FingerprintMismatchError: They do not; the fields that differ are named.
     """
     manifest = build_manifest(source, hash_cache=hash_cache)
+    take_code_as_stored(encoder, metadata.spec.encoder, log)
     wanted = replace(
         metadata.spec,
         items=len(manifest),
@@ -83,7 +87,11 @@ def require_same_data(
         dim=encoder.spec.dim,
     )
     with explained(metadata, manifest, source):
-        require_same(metadata.spec, wanted, where=metadata.location)
+        made_of = f" ({metadata.dataset_uri}, {metadata.model_uri})" if metadata.dataset_uri else ""
+        meant = f"give the `dataset` and the `model` that it was made of{made_of}, as they were then"
+        require_same(
+            metadata.spec, wanted, where=metadata.location, otherwise=f"{meant}; for what there is now, embed anew"
+        )
     return manifest
 
 
@@ -143,6 +151,7 @@ def repair(
     if not redo and not before.problems and (before.complete or before.committed < before.shards):
         return RepairReport(before, (), 0, (), before)
     manifest = require_same_data(metadata, source, encoder, hash_cache)
+    source = as_hashed(source, manifest.sha256)
     attributes = {"kind": manifest.kind, "classes": list(manifest.classes)}
     with reopen_writer(
         metadata.location, labels=manifest.labels, items=manifest.to_arrow(), attributes=attributes

@@ -16,6 +16,7 @@ from gstds_cache.data.hashing import UNREADABLE
 from gstds_cache.errors import FingerprintMismatchError
 from gstds_cache.files import mapped
 from gstds_cache.files.location import LocationLike
+from gstds_cache.runtime.notify import Notify
 from gstds_cache.store.reader import EmbeddingStore
 
 WINDOW_BYTES = 256 << 20
@@ -33,7 +34,12 @@ class KnownRows:
     """
 
     def __init__(
-        self, stores: Sequence[LocationLike], sha256: UInt8[np.ndarray, "N 32"], encoder: dict[str, Any], dtype: str
+        self,
+        stores: Sequence[LocationLike],
+        sha256: UInt8[np.ndarray, "N 32"],
+        encoder: dict[str, Any],
+        dtype: str,
+        notify: Notify | None = None,
     ) -> None:
         """Look up every item; no embedding is read yet.
 
@@ -42,6 +48,7 @@ class KnownRows:
             sha256: Hashes of the data set's items.
             encoder: The encoder's specification.
             dtype: How embeddings are stored.
+            notify: Told of a store that does not say which code of a user's own made its rows.
 
         Raises:
             FingerprintMismatchError: A store's encoder or dtype is another.
@@ -58,7 +65,7 @@ class KnownRows:
         self.batch_size: int | None = None
         self.count = 0
         for number, store in enumerate(self._stores):
-            _require_encoder(store, encoder, dtype)
+            _require_encoder(store, encoder, dtype, notify)
             found = self._find_in(number, store.manifest().sha256, store.without_embedding)
             self.count += found
             if found and self.batch_size is None:
@@ -128,8 +135,13 @@ def count_readable_among(some: UInt8[np.ndarray, "N 32"], others: UInt8[np.ndarr
     return readable, found
 
 
-def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str) -> None:
+def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str, notify: Notify | None) -> None:
     ours, theirs = {**store.spec.encoder, "dtype": store.spec.dtype}, {**encoder, "dtype": dtype}
+    if "source" not in ours and theirs.pop("source", None) and ours == theirs and notify is not None:
+        notify(
+            f"note: `reuse`: {store.location} was made before the code of {ours['model']} was recorded, so whether its "
+            "rows are of the code of today is not known: compare a sample of them, or embed without"
+        )
     lines = [
         f"{name}: that store has {ours.get(name)!r}, this run has {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())

@@ -18,6 +18,7 @@ import torch
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.decoders import Workers
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.label_counts import label_notes
 from gstds_cache.data.manifest import DatasetManifest, build_manifest
 from gstds_cache.data.source import ImageSource
@@ -102,7 +103,8 @@ def embed_dataset(
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small; or memory or the disk ran out on the way, or a process that decodes was
             killed, and the same call goes on from what is committed.
-        DatasetError: An item of a user's own data set is another than when it was hashed.
+        IntegrityError: A file is another than when it was hashed.
+        DatasetError: So is an item of a user's own data set.
     """
     if where is None and root is None:
         raise ValueError("where or root is needed")
@@ -128,16 +130,18 @@ def embed_dataset(
     if where is None and root is not None:
         where = _store_by_name(root, settling, name)
     stored = None if where is None else find_store(Location.parse(where, "`cache`").absolute())
-    settled = _settle(settling, stored, reuse)
+    settled = _settle(settling, stored, reuse, notify)
     config = settled.config
-    job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
+    job = EmbedJob(
+        as_hashed(source, manifest.sha256), config, device, encoder, notify or (lambda _line: None), settled.looks_at
+    )
     job.seconds = {"hash": hashed - begun, "model": time.perf_counter() - hashed}
     if where is None:
         assert root is not None
         where = root / name(encoder.spec.preprocessing)
     location = Location.parse(where, "`cache`").absolute()
     if reuse and (stored is None or stored.complete() is None):
-        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype)
+        job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype, job.notify)
         if not job.known.count:
             job.notify(NOTHING_TO_REUSE)
     with nullcontext() if executor is not None else _workers_ahead(job, stored) as workers:
@@ -214,7 +218,7 @@ def estimate_dataset(
     try_decoder(encoder, device)
     location = None if where is None else Location.parse(where)
     stored = None if location is None else find_store(location)
-    settled = _settle(Settling(encoder, config, source), stored)
+    settled = _settle(Settling(encoder, config, source), stored, notify=notify)
     config = settled.config
     job = EmbedJob(source, config, device, encoder, notify or (lambda _line: None), settled.looks_at)
     # The part of a data set whose files are not hashed has about as many items.
@@ -228,8 +232,12 @@ def estimate_dataset(
     return _estimate(job, spec, folder, stored)
 
 
-def _settle(settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = ()) -> Settled:
+def _settle(
+    settling: Settling, stored: StoreMetadata | None, reuse: Sequence[LocationLike] = (), notify: Notify | None = None
+) -> Settled:
     """Settle what the user left open: as the store does, else as the first of ``reuse`` does, else by the images."""
+    if stored is not None:
+        settling.take_code(stored.spec.encoder, notify)
     others = [] if stored is not None else [find_store(Location.parse(where, "`reuse`")) for where in reuse]
     for known in (stored, *others):
         settled = None if known is None else settling.as_stored(known.spec.encoder)

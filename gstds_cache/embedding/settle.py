@@ -18,6 +18,7 @@ from gstds_cache.data.source import ImageSource
 from gstds_cache.encoders.encoder import Encoder
 from gstds_cache.encoders.factory import with_size
 from gstds_cache.encoders.preprocessing import Preprocessing
+from gstds_cache.runtime.notify import Notify
 
 SIDES = (96, 128, 160, 192)
 """Sides that ``size=auto`` takes, but for the model's own."""
@@ -58,13 +59,33 @@ def side_for(shorter: int, own: int) -> int:
     return min((side for side in SIDES if ENLARGED * shorter <= side < own), default=own) if shorter else own
 
 
-def prepare_as_stored(encoder: Encoder, stored: Mapping[str, Any]) -> None:
+def take_code_as_stored(encoder: Encoder, stored: Mapping[str, Any], notify: Notify | None = None) -> None:
+    """Take a model of a user's own for the one of a store that was made before such code was recorded.
+
+    Args:
+        encoder: The model, which is changed.
+        stored: The store's specification of its encoder.
+        notify: Told that it may be another.
+    """
+    spec = encoder.spec
+    if spec.source and spec.model == stored.get("model") and "source" not in stored:
+        encoder.of_unknown_code()
+        if notify is not None:
+            notify(
+                f"note: the store was made before the code of {spec.model} was recorded, so whether that is the same "
+                "today is not known: compare a sample of its rows, or embed into a new store, which records it"
+            )
+
+
+def prepare_as_stored(encoder: Encoder, stored: Mapping[str, Any], notify: Notify | None = None) -> None:
     """Have images made ready as a store says, in what a model's name leaves open: the size, and how they are decoded.
 
     Args:
         encoder: The model, which is changed.
         stored: The store's specification of its encoder.
+        notify: Told what is not known of a model of a user's own.
     """
+    take_code_as_stored(encoder, stored, notify)
     theirs = stored.get("preprocessing", {})
     way = encoder.looking_at(theirs.get("crop", encoder.spec.preprocessing.crop)[0])
     decode, most = theirs.get("decode", "exact"), theirs.get("max_pixels", EmbedConfig.max_pixels)
@@ -85,6 +106,10 @@ class Settling:
         self._encoder, self._config, self._source = encoder, config, source
         self._own = replace(encoder.spec.preprocessing, max_pixels=config.max_pixels)
         encoder.prepared_by(self._own)
+
+    def take_code(self, stored: Mapping[str, Any], notify: Notify | None) -> None:
+        """:func:`take_code_as_stored` of the model."""
+        take_code_as_stored(self._encoder, stored, notify)
 
     def ways(self) -> Iterator[Preprocessing]:
         """All that may come of what is left open, the one of stores made before anything could be left open first.

@@ -36,6 +36,8 @@ class EncoderSpec:
         normalisation: ``l2``: rows have unit length.
         autocast: Precision of the forward pass: ``none`` for float32; the name of the weights' dtype for a model that
             takes no float32 pixels.
+        source: SHA-256 of the file in which a factory of a user's own is written; '' of the models of a library, whose
+            specification has no such field.
     """
 
     model: str
@@ -47,10 +49,13 @@ class EncoderSpec:
     preprocessing: Preprocessing
     normalisation: str = "l2"
     autocast: str = "none"
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "preprocessing"}
+        if not self.source:
+            del fields["source"]
         return fields | {"preprocessing": self.preprocessing.to_dict()}
 
 
@@ -132,6 +137,11 @@ class Encoder:
     def prepared_by(self, preprocessing: Preprocessing) -> Encoder:
         """Have images made ready in another way; returns self."""
         self.spec = replace(self.spec, preprocessing=preprocessing)
+        return self
+
+    def of_unknown_code(self) -> Encoder:
+        """Leave out of the specification which code made the model, as earlier versions did; returns self."""
+        self.spec = replace(self.spec, source="")
         return self
 
     def to(self, device: torch.device) -> Encoder:

@@ -7,6 +7,7 @@ model's); random ones where ``allow_untrained`` is set; what the model's library
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,7 +29,7 @@ from gstds_cache.encoders.weights import StateDict, load_into, read_state_dict, 
 from gstds_cache.errors import EncoderError, UsageError, unknown_name
 from gstds_cache.files.digest import sha256_file
 from gstds_cache.files.location import expanded
-from gstds_cache.plugins import call_factory, load_factory, own_code
+from gstds_cache.plugins import call_factory, load_factory, own_code, source_digest
 from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.uris import split_query
 
@@ -271,7 +272,8 @@ def _from_factory(name: str, params: dict[str, str], weights: Path | None, allow
             hint=f"pass `model='{name}?weights=FILE'`, or `allow_untrained=True`",
         )
     matched = _load(bare(model), weights, head="", origin=name)
-    return _finish(name, model, preprocessing, weights, matched, pretrained, "model")
+    code = source_digest(inspect.unwrap(factory)) or source_digest(sys.modules[name.partition(":")[0]])
+    return _finish(name, model, preprocessing, weights, matched, pretrained, "model", code=code)
 
 
 def _attributes(model: nn.Module, name: str) -> tuple[bool, Preprocessing]:
@@ -321,6 +323,7 @@ def _finish(
     pooling: str,
     side: int | None = None,
     sizes: Sizes | None = None,
+    code: str = "",
 ) -> Encoder:
     make_ready(model, name)
     try:
@@ -342,6 +345,7 @@ def _finish(
         dim=dim,
         preprocessing=preprocessing,
         autocast="none" if dtype == torch.float32 else word,
+        source=code,
     )
     notes = () if spec.pretrained else (UNTRAINED,)
     if matched == "order":

@@ -35,6 +35,23 @@ def digest_of(value: Any) -> str:
     return sha256_hex(canonical_json(value))
 
 
+def sealed(facts: dict[str, Any]) -> bytes:
+    """Canonical JSON of ``facts`` and of ``sha256``, the hash of that of the facts: what :func:`unsealed` reads."""
+    return canonical_json(facts | {"sha256": digest_of(facts)})
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """The facts of a record that :func:`sealed` wrote.
+
+    Raises:
+        ValueError: It is none, has no hash, or is another than the one that was written.
+    """
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != digest_of(facts):
+        raise ValueError("no record with a hash, or damaged")
+    return facts
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:

@@ -10,18 +10,16 @@ of its own.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gstds_cache.config import SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
-from gstds_cache.files.digest import canonical_json, digest_of
+from gstds_cache.files.digest import digest_of, sealed, unsealed
 from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts, preferred
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
@@ -65,7 +63,7 @@ def choose_draw(
     if found is None:
         found = _try_out(store, probe, share, epochs, threads, device)
         facts = {"digest": digest, "draws": {f.way: list(astuple(f))[2:] for f in found}}
-        keep(lambda path: _write(path, canonical_json(facts)), records)  # where that fails each run tries
+        keep(lambda path: _write(path, sealed(facts)), records)  # where that fails each run tries
     taken = preferred(found)
     best = taken or max(found, key=lambda forecast: forecast.over_random)
     random = best.accuracy - best.over_random
@@ -107,8 +105,8 @@ def _try_out(
 
 def _recorded(records: list[Path], digest: str) -> list[Forecast] | None:
     for record in records:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-            facts: dict[str, Any] = json.loads(record.read_bytes())
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without a hash
+            facts = unsealed(record.read_bytes())
             if facts["digest"] == digest:
                 return [Forecast(way, 0.0, *map(float, facts["draws"][way])) for way in TRIED]
     return None

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,14 +18,12 @@ from gstds_cache.errors import GstdsError
 from gstds_cache.files import mapped
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, first_writable, keep
-from gstds_cache.files.digest import canonical_json, sha256_file
+from gstds_cache.files.digest import canonical_json, sealed, sha256_file, unsealed
 from gstds_cache.selection.difficulty import Difficulty, pieces
 from gstds_cache.selection.guidance_spec import GuidanceKey, recorded_settings
 from gstds_cache.selection.linear_probe import COLUMNS, ProbeSettings, probe_columns
 from gstds_cache.selection.trial import Trial, try_out
 from gstds_cache.store.reader import EmbeddingStore
-
-FIELDS_BEFORE = {"uniform": "alike", "discordant": "differ"}  # as records of earlier versions call them
 
 
 def load_or_try(
@@ -34,14 +32,13 @@ def load_or_try(
     """The trial of a guidance: the outcome that is recorded, or a new one, recorded where that can be done."""
     records = [folder / f"{key.digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     for record in records:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-            facts = json.loads(record.read_bytes())
-            names = {f.name: f.name if f.name in facts else FIELDS_BEFORE[f.name] for f in fields(Trial)}
-            if facts["digest"] == key.digest:
-                return Trial(**{name: int(facts[recorded]) for name, recorded in names.items()})
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no record, a damaged one, or one without a hash
+            facts = unsealed(record.read_bytes())
+            if facts.pop("digest") == key.digest:
+                return Trial(**facts)
     assert key.spec.trial is not None
     trial = try_out(store, difficulty, run=key.spec.trial, settings=key.spec.settings, threads=threads, device=device)
-    text = canonical_json({"digest": key.digest, **asdict(trial)})
+    text = sealed({"digest": key.digest, **asdict(trial)})
     keep(lambda path: _put(path, lambda file: file.write(text)), records)  # where that fails each run tries
     return trial
 

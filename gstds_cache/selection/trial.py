@@ -62,6 +62,10 @@ class Trial:
     uniform: int
     discordant: int
 
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not all(0 <= some <= self.rows for some in (self.guided, self.uniform, self.discordant)):
+            raise ValueError(f"a trial of {self.rows} rows: got {self.guided}, {self.uniform} and {self.discordant}")
+
     @property
     def helps(self) -> bool:
         """Whether guidance is to be relied on: it is not clearly worse."""

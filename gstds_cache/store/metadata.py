@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -121,18 +122,14 @@ class StoreMetadata:
         Raises:
             StoreNotFoundError: There is no store.
             IntegrityError: The specification is damaged.
-        """
+        """  # noqa: DOC501
         self.location = Location.parse(where).absolute()
         self.transport = transport or open_transport(self.location)
         self._commits: dict[int, CommitRecord] = {}
         try:
             data = self.transport.get(layout.GROUP)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreNotFoundError(
-                f"no store at {self.location}",
-                hint=f"make one with: {command_line('gstds-embed', 'DATASET', '--cache', self.location)}; list with: "
-                "gstds-cache ls",
-            ) from error
+            raise _not_found(self.location) from error
         try:
             attributes: dict[str, Any] = json.loads(data)["attributes"]["gstds"]
             fields: dict[str, Any] = dict(attributes["spec"])
@@ -364,4 +361,24 @@ def corrupt(location: Location, problems: Iterable[Problem]) -> ChunkCorruptErro
     return ChunkCorruptError(
         f"{location} is damaged:\n    " + "\n    ".join([*lines[:20], *more]),
         hint=f"mend it with: {command_line('gstds-cache', 'repair', location)}",
+    )
+
+
+def _not_found(location: Location) -> StoreNotFoundError:
+    """The error of a place without a store; what else is there is named, as a store is not made in its place."""
+    listed = f"list stores with: {command_line('gstds-cache', 'ls')}"
+    path = location.path
+    if path is not None and path.is_file():
+        return StoreNotFoundError(f"no store at {location}: it is a file", hint=f"name the store's folder; {listed}")
+    with suppress(OSError):
+        found = () if path is None else (one.name for one in path.iterdir() if one.name[0] != ".")
+        name = min(found, default="")
+        if name and name not in layout.OWN_NAMES:
+            return StoreNotFoundError(
+                f"no store at {location}: it is a folder that holds something else ({name!r})",
+                hint=f"if these are images: {command_line('gstds-embed', f'imagefolder:{path}')}; {listed}",
+            )
+    return StoreNotFoundError(
+        f"no store at {location}",
+        hint=f"make one with: {command_line('gstds-embed', 'DATASET', '--cache', location)}; {listed}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from gstds_cache.errors import UsageError, command_line
 from gstds_cache.files.location import LocationLike
 from gstds_cache.store import layout
 from gstds_cache.store.local import LOCK
@@ -21,10 +22,17 @@ def remove_store(where: LocationLike) -> int:
 
     Raises:
         StoreNotFoundError: There is no store; nothing is touched.
+        UsageError: It is a link to one; nothing is touched.
         IncompleteError: Another process is writing it.
     """
     metadata = StoreMetadata(where)
     transport, root = metadata.transport, metadata.location.path
+    if root is not None and root.is_symlink():
+        raise UsageError(
+            f"{root} is a link to {root.resolve()}, and would be left without its store: nothing was removed",
+            hint=f"to remove the store: {command_line('gstds-cache', 'rm', root.resolve())}; the link alone: "
+            f"{command_line('rm', root)}",
+        )
     with transport.lock():
         transport.collect_temporaries()
         own = [key for key in transport.sizes() if key.partition("/")[0] in layout.OWN_NAMES]

@@ -107,8 +107,14 @@ def differences(stored: CacheSpec, wanted: CacheSpec) -> list[str]:
     ]
 
 
-def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location) -> None:
+def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location, otherwise: str = "") -> None:
     """Refuse a store made from something else, naming the fields that differ.
+
+    Args:
+        stored: What the store holds.
+        wanted: What the caller has.
+        where: The store.
+        otherwise: What to do where it is neither code nor sizes that differ; by default for a caller that embeds.
 
     Raises:
         FingerprintMismatchError: If any field differs.
@@ -121,8 +127,19 @@ def require_same(stored: CacheSpec, wanted: CacheSpec, *, where: Location) -> No
         raise FingerprintMismatchError(
             f"{where} holds other embeddings (fingerprint {stored.fingerprint[:12]}, this run {wanted.fingerprint[:12]}"
             "):\n    " + "\n    ".join(lines),
-            hint=f"nothing was changed; {hint or 'give another `cache`, or none'}",
+            hint=code_changed(stored.encoder["model"], lines)
+            or f"nothing was changed; {hint or otherwise or 'give another `cache`, or none'}",
         )
+
+
+def code_changed(model: str, lines: list[str]) -> str:
+    """What to do where ``lines`` say that nothing differs but the code of a model of a user's own; '' otherwise."""
+    if len(lines) != 1 or not lines[0].startswith("encoder.source:"):
+        return ""
+    return (
+        f"nothing was changed; the file of {model} is another than when the store was made: put it back as it was, or "
+        "embed into a new store"
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -201,7 +201,7 @@ class SelectionStream:
             raise TruncatedStreamError(
                 f"the selection is truncated: it ends at batch {self.next_seq} of {self.header.total_batches}, "
                 f"without its stream-end record ({error})",
-                hint=f"the producer was killed or the file was cut; {AGAIN}",
+                hint=f"the producer was killed, or the file was cut or damaged; {AGAIN}",
             ) from error
         try:
             return self._rows(batch), reason

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -10,6 +13,8 @@ from gstds_cache.errors import TruncatedStreamError
 from gstds_cache.stream.schema import ByteStream
 
 AGAIN = "select again: gstds-select STORE"
+_PLAUSIBLE, _MOST = 1 << 20, 1 << 30
+"""Bytes of a record that are asked for without looking whether they are there; and those that a pipe is asked for."""
 
 
 @runtime_checkable
@@ -37,6 +42,30 @@ class BatchSource(Protocol):
         ...
 
 
+class _Measured:
+    """What Arrow reads from. A length that is damaged is told as such, and not as memory that ran out for it."""
+
+    def __init__(self, file: ByteStream) -> None:
+        self._file = file
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed; Arrow asks."""
+        return self._file.closed
+
+    def read(self, size: int) -> bytes:
+        """As many bytes as there are, up to ``size``: a file allocates that before it looks."""
+        return self._file.read(min(size, self._left() + 1) if size > _PLAUSIBLE else size)
+
+    def _left(self) -> int:
+        """How many bytes are there at most."""
+        with suppress(OSError, AttributeError):  # neither a file nor a pipe
+            status = os.fstat(self._file.fileno())
+            if stat.S_ISREG(status.st_mode):
+                return max(0, status.st_size - self._file.tell())
+        return _MOST
+
+
 class ByteSource:
     """Record batches of an Arrow IPC stream in a file or pipe."""
 
@@ -50,7 +79,7 @@ class ByteSource:
         """
         self._file = file
         try:
-            self._reader = pa.ipc.open_stream(file)
+            self._reader = pa.ipc.open_stream(_Measured(file))
         except (pa.ArrowException, OSError) as error:
             raise TruncatedStreamError(
                 f"this is no selection, or one that ends inside its header ({first_line(error)})", hint=AGAIN

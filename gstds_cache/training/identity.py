@@ -41,7 +41,7 @@ def resolve_auto(config: TrainConfig, source: ImageSource) -> TrainConfig:
     there are, so that it makes another run only where it changes the outcome.
     """
     side = config.image_size or default_side(source)
-    drawn = min(config.norm_samples, len(source))
+    drawn = min(config.norm_samples, len(source)) if len(source) > 1 else 0  # one row has no variance
     return replace(
         config,
         image_size=side,

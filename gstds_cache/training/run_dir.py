@@ -6,10 +6,12 @@ import io
 import json
 import pickle
 import threading
+import zlib
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -17,6 +19,7 @@ from gstds_cache.config import TrainConfig
 from gstds_cache.errors import FingerprintMismatchError, IncompleteError, IntegrityError, UsageError
 from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
+from gstds_cache.runtime.notify import log
 from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.tracking import FOLDER as TRACKERS
 
@@ -26,6 +29,9 @@ FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
 LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1,
                          "max_pixels": TrainConfig.max_pixels}  # fmt: skip
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
+_DAMAGE = (BadZipFile, NotImplementedError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+           TypeError, zlib.error)  # fmt: skip
+"""What reading a checkpoint raises that was cut short, or in which some bits are others."""
 UNRECORDED = ("precision",)
 """Settings that followed from the device alone: a configuration written without one agrees with any."""
 
@@ -182,16 +188,18 @@ class RunDir:
         """The checkpoint of the run that is resumed, or None. No code in it is run.
 
         Raises:
-            IntegrityError: It cannot be read, or is no checkpoint.
+            IntegrityError: It is damaged, or is no checkpoint.
         """
         path = self.path / CHECKPOINT
         if stored_config(self.path) is None:
             return None
         try:
+            _check_crcs(path)
             return Checkpoint.from_state(torch.load(path, map_location="cpu", weights_only=True))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise IntegrityError(
-                f"{path} is damaged: {str(error).partition(chr(10))[0]}", hint="train again into another `out`"
+                f"{path} is damaged: {str(error).partition(chr(10))[0]}",
+                hint="no step can be gone on from: put a copy of the file back, or train again into another `out`",
             ) from error
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -223,14 +231,20 @@ class RunDir:
             self._replace(LEDGER, (json.dumps(ledger, indent=2, sort_keys=True) + "\n").encode())
 
     def drop_metrics_from(self, step: int) -> None:
-        """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again."""
+        """Drop the lines of steps from ``step`` on, and final ones: a resumed run writes them again.
+
+        Lines that are damaged go as well, with a note: no step needs them.
+        """
         path = self.path / METRICS
         if self._writes and path.exists():
-            # A line without its end was being written when the run was killed.
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            parsed = [(line, json.loads(line)) for line in whole]
-            lines = [line for line, fields in parsed if fields["step"] < step and not fields.get("final")]
-            self._replace(METRICS, "".join(lines).encode())
+            # What follows the last line end was being written when the run was killed.
+            whole = path.read_bytes().split(b"\n")[:-1]
+            read = [(line, *_step_of(line)) for line in whole]
+            damaged = sum(at is None for _, at, _ in read)
+            if damaged:
+                log(f"note: {path}: {damaged} of {len(whole)} lines were damaged and are dropped")
+            kept = [line + b"\n" for line, at, final in read if at is not None and at < step and not final]
+            self._replace(METRICS, b"".join(kept))
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:
         path = self.path / name
@@ -252,6 +266,27 @@ def stored_config(run_dir: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no configuration of a run", hint="pass another `out`") from error
     return config
+
+
+def _step_of(line: bytes) -> tuple[int | None, bool]:
+    """The step of a line of metrics, None of one that is damaged; and whether it is the final one."""
+    try:
+        fields = json.loads(line)
+        return int(fields["step"]), bool(fields.get("final"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, False
+
+
+def _check_crcs(path: Path) -> None:
+    """Compare what ``torch.save`` wrote with its CRCs, which ``torch.load`` does not.
+
+    Raises:
+        BadZipFile: One is another.
+    """
+    with ZipFile(path) as file:
+        broken = file.testzip()
+    if broken is not None:
+        raise BadZipFile(f"the CRC of {broken} is another than the one that was written")
 
 
 def _own(name: str) -> bool:

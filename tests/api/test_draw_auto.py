@@ -47,6 +47,23 @@ def test_the_probes_are_asked_once_and_the_selection_is_that_of_the_draw_by_its_
     assert select(store, draw=settled, **SMALL).digest == auto.digest
 
 
+def test_an_outcome_whose_record_was_altered_is_not_believed(store, monkeypatch) -> None:
+    notes: list[str] = []
+    select(store, draw="auto", notify=notes.append, **SMALL)
+    said = [note for note in notes if note.startswith("draw auto: ")]
+    probes = draw_choice.forecasts
+    asked: list[int] = []
+    monkeypatch.setattr(draw_choice, "forecasts", lambda *a, **k: asked.append(1) or probes(*a, **k))
+    (record,) = (path for path in Path("store.guidance").glob("*.trial.json") if b'"draws"' in path.read_bytes())
+    written = record.read_bytes()
+    for times, at in enumerate((written.index(b"0.") + 3, len(written) // 2), 1):
+        record.write_bytes(written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :])
+        notes.clear()
+        select(store, draw="auto", notify=notes.append, **SMALL)
+        assert [note for note in notes if note.startswith("draw auto: ")] == said
+        assert (len(asked), record.read_bytes()) == (times, written)
+
+
 @pytest.mark.parametrize(
     ("ahead", "draw", "words"),
     [

@@ -16,7 +16,14 @@ from s3_api import S3Server
 
 import gstds_cache
 from gstds_cache.cluster import versions as versions_module
-from gstds_cache.errors import DatasetError, EncoderError, FingerprintMismatchError, UsageError
+from gstds_cache.errors import (
+    DatasetError,
+    EncoderError,
+    FingerprintMismatchError,
+    IncompleteError,
+    IntegrityError,
+    UsageError,
+)
 from gstds_cache.store import layout
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -110,6 +117,26 @@ def test_a_data_set_that_does_not_pickle_is_refused(cluster: LoopbackCluster, tm
 
     with pytest.raises(UsageError, match="cannot be handed to another machine"):
         gstds_cache.embed(Locked(), tmp_path / "ray.store", engine="ray", **SETTINGS)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_changed_or_went_away_since_it_was_hashed_is_told(
+    cluster: LoopbackCluster, photos: Path, tmp_path: Path, gone: bool
+) -> None:
+    mine = tmp_path / "photos"
+    shutil.copytree(photos, mine)
+    one = mine / "dogs" / "10.png"
+
+    def after_hashing(phase: str, done: int, total: int, _shares: Any) -> None:
+        if phase == "hash" and done == total:
+            one.unlink() if gone else shutil.copy(mine / "cats" / "01.png", one)
+
+    expected = (IncompleteError, "and cannot now: No such file") if gone else (IntegrityError, "since it was hashed")
+    with pytest.raises(expected[0], match=rf"dogs/10\.png \(row 30\)(.|\n)*{expected[1]}"):
+        gstds_cache.embed(
+            f"imagefolder:{mine}", tmp_path / "ray.store", engine="ray", **SETTINGS | {"progress": after_hashing}
+        )
+    assert not (tmp_path / "ray.store" / layout.COMPLETE).exists()
 
 
 def test_a_data_set_that_a_worker_does_not_see_is_refused(

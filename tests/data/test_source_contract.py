@@ -22,10 +22,13 @@ from gstds_cache.data import hash_cache as hash_cache_module
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import Files
 from gstds_cache.data.hash_cache import HashCache
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.loading import pixel_batches
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
+from gstds_cache.data.subset import Subset
+from gstds_cache.errors import IntegrityError
 from gstds_cache.files import mapped
 
 COUNT, BROKEN = 24, 9
@@ -148,6 +151,24 @@ def test_what_changed_is_read_again(kind, made, named, tmp_path) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
     again = build_manifest(open_source(kind.write(tmp_path / "data", other)), hash_cache=HashCache(cache))
     assert np.flatnonzero((again.sha256 != first.sha256).any(axis=1)).tolist() == [5]
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.encoded], indirect=True)
+def test_an_item_that_is_another_than_the_one_that_was_hashed_is_refused(source, made) -> None:
+    digests = build_manifest(source).sha256.copy()
+    digests[5] = digests[6]
+    digests[7] = 0  # could not be read then: nothing is known
+    rows = np.array([8, 7, 6, 5])
+    names = [source.ids[row] for row in rows.tolist()]
+    part = Subset(base=source, uri="part", rows=rows, ids=names, labels=source.labels[rows])
+    for read, other in ((as_hashed(source, digests), 5), (as_hashed(part, digests[rows]), 3)):
+        for again in (read, pickle.loads(pickle.dumps(read))):
+            for reading in (again.payload, again.image):
+                with pytest.raises(IntegrityError, match=r"item .* changed since it was hashed: got SHA-256"):
+                    reading(other)
+            assert again.image(1).mode == again.image(2).mode == "RGB"
+    assert as_hashed(source, digests).payload(7) == made[7].data
+    assert source.payload(5) == made[5].data
 
 
 def test_it_pickles_and_processes_that_decode_see_the_same(source, made) -> None:

@@ -417,18 +417,28 @@ def test_where_the_trial_cannot_be_kept_it_is_made_each_time(tmp_path, monkeypat
     assert not list(derived_paths(store.location, ".guidance")[0].glob("*.trial.json"))
 
 
-def test_a_trial_that_an_earlier_version_recorded_is_read(tmp_path, monkeypatch) -> None:
+def test_a_trial_whose_record_was_altered_or_has_no_hash_is_made_again(tmp_path, monkeypatch) -> None:
     write_store(tmp_path / "s.store", *easy_telling_and_noise()[:2])
     store = EmbeddingStore(tmp_path / "s.store")
     config = replace(CONFIG, guidance="auto", rule="cells")
-    made = BatchSelector(store, config)
-    note = made.guidance.note.partition(";")[0]
+    note = BatchSelector(store, config).guidance.note.partition(";")[0]
     (record,) = derived_paths(store.location, ".guidance")[0].glob("*.trial.json")
-    facts = json.loads(record.read_bytes())
-    facts["alike"], facts["differ"] = facts.pop("uniform"), facts.pop("discordant")
-    record.write_text(json.dumps(facts))
+    written = record.read_bytes()
+    facts = json.loads(written)
+    before = {name: value for name, value in facts.items() if name != "sha256"}
+    flipped = [written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :] for at in range(1, len(written), 7)]
+    for damaged in (*flipped, json.dumps(before).encode(), b"[]", b"1"):
+        record.write_bytes(damaged)
+        assert BatchSelector(store, config).guidance.note.partition(";")[0] == note
+        assert record.read_bytes() == written
     monkeypatch.setattr("gstds_cache.selection.guidance_files.try_out", None)
-    assert BatchSelector(store, config).guidance.note.partition(";")[0] == note
+    assert BatchSelector(store, config).guidance.note.partition(";")[0] == note  # no trial is needed
+
+
+def test_a_trial_has_no_more_rows_right_than_rows() -> None:
+    for numbers in ((10, 15, 3, 2), (10, 3, 15, 2), (10, 3, 3, 11), (0, 0, 0, 0), (10, -1, 3, 2)):
+        with pytest.raises(ValueError, match=f"a trial of {numbers[0]} rows"):
+            Trial(*numbers)
 
 
 def test_a_parameter_of_the_probe_that_was_renamed_works_and_says_so() -> None:

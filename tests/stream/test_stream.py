@@ -165,6 +165,27 @@ def test_every_boundary_between_records_is_recognised_as_truncated() -> None:
                 read(SINGLY[:end] + tail)
 
 
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_length_that_is_larger_than_the_file_is_damage_and_not_memory_that_ran_out(tmp_path, piped) -> None:
+    path, large = tmp_path / "s.arrow", 0
+    for at in range(0, len(WHOLE) - 16, 4):
+        (length,) = struct.unpack_from("<q", WHOLE, at)
+        if not 0 < length < len(WHOLE):
+            continue
+        path.write_bytes(WHOLE[:at] + struct.pack("<q", length + (1 << 44)) + WHOLE[at + 8 :])
+        try:
+            if piped:
+                with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as cat:
+                    assert cat.stdout is not None
+                    list(SelectionStream(cat.stdout))
+            else:
+                with open_selection(path) as stream:
+                    list(stream)
+        except StreamError as error:
+            large += f"{1 << 44:d}"[:4] in str(error)
+    assert large >= 1
+
+
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), whole=st.sampled_from([SINGLY, WHOLE]))
 def test_a_flipped_bit_is_an_error_or_changes_nothing_that_is_read(place: float, bit: int, whole: bytes) -> None:
     damaged = bytearray(whole)

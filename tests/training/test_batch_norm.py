@@ -268,6 +268,8 @@ def test_the_setting_is_part_of_the_identity_only_where_it_changes_something(arr
     assert resolved(arch="conv3", norm_samples=50) == 50
     assert resolved(arch="conv3", norm_samples=0) == 0
     assert resolved(arch="vit_b_16") == resolved(arch="timm:test_convnext?weights=x.pth") == 0
+    source = array_source(1)
+    assert resolved(arch="conv3") == 0  # and not 1, of which there is no variance, and which is refused
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ import os
 import re
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import FORKS
 
 from gstds_cache.config import TrainConfig
-from gstds_cache.errors import IncompleteError, UsageError
+from gstds_cache.errors import IncompleteError, IntegrityError, UsageError
 from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.flops import SMALL_STEP, flops_per_sample, step_threads
 from gstds_cache.training.identity import NOT_IDENTITY, default_name
@@ -59,6 +61,45 @@ def test_a_second_process_is_refused_until_the_first_is_killed_and_then_resumes(
         run_dir.begin()
         assert run_dir.load_checkpoint() == CHECKPOINT
     assert {entry.name for entry in path.iterdir()} == {".lock", "config.json", "checkpoint.pt"}
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_wherever_it_counts(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = replace(CHECKPOINT, network={"weight": torch.arange(64.0)}, optimizer={"momentum": torch.ones(64)})
+    with opened(tmp_path / "run") as run_dir:
+        run_dir.begin()
+        run_dir.save_checkpoint(saved)
+        written = path.read_bytes()
+
+        def state() -> dict[str, Any]:
+            return {name: str(value) for name, value in vars(run_dir.load_checkpoint()).items()}
+
+        expected = state()
+        values = written.index(torch.arange(64.0).numpy().tobytes())
+        for at in (values + 7, values + 255, *range(0, len(written), 37)):
+            path.write_bytes(written[:at] + bytes([written[at] ^ 4]) + written[at + 1 :])
+            if at in range(values, values + 256):
+                with pytest.raises(IntegrityError, match=r"checkpoint\.pt is damaged: (.|\n)*`out`"):
+                    state()
+                continue
+            with suppress(IntegrityError):
+                assert state() == expected  # a date, or what lies between the entries
+        path.write_bytes(written)
+        assert state() == expected
+
+
+@pytest.mark.parametrize("place", [3, 22])
+def test_a_damaged_line_of_metrics_is_dropped_with_a_note(tmp_path: Path, place: int, caplog: Any) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with opened(tmp_path / "run") as run_dir:
+        run_dir.begin()
+        for step in range(4):
+            run_dir.log({"loss": 0.5, "step": step})
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(lines[0] + lines[1][:place] + b"\xff" + lines[1][place + 1 :] + lines[2] + lines[3] + b'{"lo')
+        run_dir.drop_metrics_from(3)
+        assert path.read_bytes() == lines[0] + lines[2]
+    assert f"{path}: 1 of 4 lines were damaged" in caplog.text
 
 
 def test_threads_with_a_run_dir_each_and_with_one_between_them(tmp_path: Path) -> None:
