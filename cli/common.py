@@ -102,11 +102,14 @@ class Command(Program):
             click.echo(f"error: {shown(with_flags(str(error), flags_of(ctx.command)))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
-            if getattr(ctx.find_root().command, "ends_process", False):
-                _interrupt_no_more()
+            ends = getattr(ctx.find_root().command, "ends_process", False)
+            if ends:
+                _on_interrupt(signal.SIG_IGN)
             go_on = error.args[0] if error.args else "run the same command again to go on"
             go_on = with_flags(go_on, flags_of(ctx.command))
             click.echo(f"\ninterrupted: nothing that was committed is lost; {go_on}", err=True)
+            if ends:
+                _on_interrupt(signal.SIG_DFL)
             ctx.exit(EXIT_INTERRUPT)
         except BrokenPipeError:
             # Whoever read our stdout is gone. Python would complain again when it flushes stdout at exit.
@@ -121,10 +124,10 @@ class Command(Program):
             ctx.exit(told.exit_code)
 
 
-def _interrupt_no_more() -> None:
-    """Ignore a second Ctrl-C: what is left is to say so and to end, and it would print a trace below what is said."""
+def _on_interrupt(handler: signal.Handlers) -> None:
+    """A second Ctrl-C waits for the message of the first; then it ends the process at once, and prints no trace."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, handler)
 
 
 def notify(line: str) -> None:

@@ -83,7 +83,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting("rule", "How rows are chosen: " + "; ".join(f"{name}: {text}" for name, text in catalog.RULES.items()) + ".")
 @setting(
     "draw",
-    "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, in proportion to: "
+    "Write all rows of each batch as candidates, of which the trainer draws in each epoch anew, by: "
     + "; ".join(f"{name}: {text}" for name, text in catalog.DRAWS.items())
     + "; or module:function. auto: what probes on the embeddings learn most from, adaptive, loss-squared or "
     "the default rule. Instead of --rule.",

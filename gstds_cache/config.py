@@ -215,7 +215,7 @@ class SelectConfig:
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
         draw: Select candidates, of which the trainer draws in each epoch, by the losses that it had before: what it
-            draws in proportion to (selection/draws.py). Takes the place of ``rule``. None selects kept rows; ``auto``
+            draws by (selection/draws.py). Takes the place of ``rule``. None selects kept rows; ``auto``
             is what suits the data and the run, by probes on the embeddings (selection/draw_choice.py).
         strata: Spectral strata of a batch of which the trainer draws in proportion to their size; 1 makes no graph.
             None is what suits the draw: 8, or 1 for ``loss-squared`` and

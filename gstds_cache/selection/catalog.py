@@ -30,7 +30,7 @@ DRAWS = {
     "prior": "guidance alone",
     "uniform": "all rows alike",
 }
-"""What rows of a batch are drawn in proportion to, while training."""
+"""What rows of a batch are drawn by while training: in proportion to it, or the largest."""
 
 AUTO_DRAW = "auto"
 """The draw, or the rule, that probes on the embeddings learn most from."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -26,6 +26,7 @@ from gstds_cache.selection.selected_batch import Candidates
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
 CONFIDENT = math.log(2.0)  # reference loss below which a row's label is likelier than all others together
+UNTIL_PASSED: Final = "until passed"
 PASSED_AT = 0.3  # share of such rows that the network does better on, from which on it has passed the reference model
 LARGEST_SCORE = 1e100  # of one's own: sums of larger ones may be infinite
 APART = 4000.0  # more than logarithms of float64 and Gumbel numbers are apart
@@ -155,10 +156,9 @@ class Draw:
         """Whether of this batch the rows of the largest scores are taken; arguments as for :meth:`scores`."""
         if isinstance(self.largest, bool):
             return self.largest
-        last, reference = np.asarray(last, np.float64), np.asarray(candidates.reference, np.float64)
-        seen = np.isfinite(last)
+        last, seen = np.asarray(last, np.float64), np.isfinite(last)
         guessed = float(last[seen].mean()) if seen.any() else chance or np.inf
-        return not has_passed(np.where(seen, last, guessed), reference)
+        return not has_passed(np.where(seen, last, guessed), np.asarray(candidates.reference, np.float64))
 
     def scores(
         self,
@@ -205,7 +205,7 @@ DRAWS = {
         Draw("loss-minus-reference", catalog.DRAWS["loss-minus-reference"], loss_minus_reference),
         Draw("damped-loss", catalog.DRAWS["damped-loss"], damped_loss),
         Draw("largest-damped-loss", catalog.DRAWS["largest-damped-loss"], damped_loss, needs_prior=False,
-             largest="until passed"),
+             largest=UNTIL_PASSED),
         Draw("largest-loss-minus-reference", catalog.DRAWS["largest-loss-minus-reference"], loss_minus_reference,
              needs_prior=False, strata=1, largest=True),
         Draw("adaptive", catalog.DRAWS["adaptive"], adaptive),
@@ -250,6 +250,11 @@ def find_draw(name: str) -> Draw:
         return DRAWS[name]
     loaded: Any = load_factory(name, "draw", DRAWS)
     own = loaded if isinstance(loaded, Draw) else Draw(name, "your own", loaded)
+    if own.largest not in (False, True, UNTIL_PASSED) or (own.largest == UNTIL_PASSED and not own.needs_reference):
+        raise UsageError(
+            f"`draw={name!r}`: got largest={own.largest!r}, expected False, True, or with reference losses "
+            f"{UNTIL_PASSED!r}"
+        )
     draw = replace(own, name=name, score=_checked(name, own.score), source=source_digest(own.score))
     _try_out(draw)
     return draw
@@ -285,7 +290,7 @@ def _checked(name: str, score: Score) -> Score:
 def draw_rows(
     candidates: Candidates, scores: Float64[np.ndarray, " B"], rng: np.random.Generator, *, largest: bool = False
 ) -> Int64[np.ndarray, " M"]:
-    """Draw rows without replacement, in proportion to score within strata, and to size among strata.
+    """Draw rows without replacement: in proportion to size among strata, within them to score, or the largest scores.
 
     Args:
         candidates: The batch, of which ``candidates.keep`` rows are drawn.

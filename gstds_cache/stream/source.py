@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -13,8 +10,7 @@ from gstds_cache.errors import TruncatedStreamError
 from gstds_cache.stream.schema import ByteStream
 
 AGAIN = "select again: gstds-select STORE"
-_PLAUSIBLE, _MOST = 1 << 20, 1 << 30
-"""Bytes of a record that are asked for without looking whether they are there; and those that a pipe is asked for."""
+PIECE = 1 << 24  # bytes
 
 
 @runtime_checkable
@@ -42,7 +38,7 @@ class BatchSource(Protocol):
         ...
 
 
-class _Measured:
+class _InPieces:
     """What Arrow reads from. A length that is damaged is told as such, and not as memory that ran out for it."""
 
     def __init__(self, file: ByteStream) -> None:
@@ -54,16 +50,14 @@ class _Measured:
         return self._file.closed
 
     def read(self, size: int) -> bytes:
-        """As many bytes as there are, up to ``size``: a file allocates that before it looks."""
-        return self._file.read(min(size, self._left() + 1) if size > _PLAUSIBLE else size)
-
-    def _left(self) -> int:
-        """How many bytes are there at most."""
-        with suppress(OSError, AttributeError):  # neither a file nor a pipe
-            status = os.fstat(self._file.fileno())
-            if stat.S_ISREG(status.st_mode):
-                return max(0, status.st_size - self._file.tell())
-        return _MOST
+        """Up to ``size`` bytes; of many a piece at a time, as a file allocates what is asked for before it looks."""
+        if size <= PIECE:
+            return self._file.read(size)
+        pieces = []
+        while size > 0 and (piece := self._file.read(min(size, PIECE))):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
 
 
 class ByteSource:
@@ -79,7 +73,7 @@ class ByteSource:
         """
         self._file = file
         try:
-            self._reader = pa.ipc.open_stream(_Measured(file))
+            self._reader = pa.ipc.open_stream(_InPieces(file))
         except (pa.ArrowException, OSError) as error:
             raise TruncatedStreamError(
                 f"this is no selection, or one that ends inside its header ({first_line(error)})", hint=AGAIN

@@ -44,7 +44,7 @@ class Feedback:
     """Draws the rows of each batch of candidates, and keeps the losses that it draws by.
 
     Attributes:
-        draw: What rows are drawn in proportion to.
+        draw: How rows are scored, and drawn by their scores.
         epoch: The epoch whose rows are drawn.
         losses: Loss of each row when it was last trained on before that epoch, float32 [N]; NaN where it never was.
     """

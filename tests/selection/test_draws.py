@@ -173,6 +173,25 @@ def test_largest_losses_are_taken_until_the_network_has_passed_the_reference_mod
     assert not any(DRAWS[name].largest for name in ("loss-minus-reference", "damped-loss", "adaptive", "loss-squared"))
 
 
+def test_a_draw_of_ones_own_may_take_the_largest_and_nothing_else_by_that_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "largest_draws.py").write_text(
+        "from gstds_cache.selection.draws import Draw\n"
+        "def score(last, reference, prior): return last\n"
+        "good = Draw('good', '', score, largest=True)\n"
+        "passed = Draw('passed', '', score, largest='until passed')\n"
+        "odd = Draw('odd', '', score)\n"
+        "object.__setattr__(odd, 'largest', 'always')\n"  # in tests its type is checked where it is made
+        "blind = Draw('blind', '', score, needs_reference=False, largest='until passed')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = candidates(2, [0] * 4, reference=0.5)
+    assert find_draw("largest_draws:good").takes_largest(batch, np.ones(4))
+    assert not find_draw("largest_draws:passed").takes_largest(batch, np.full(4, 0.1))
+    for name in ("odd", "blind"):
+        with pytest.raises(UsageError, match="largest="):
+            find_draw(f"largest_draws:{name}")
+
+
 def test_importance_weights_follow_from_how_often_rows_are_drawn() -> None:
     rng = np.random.default_rng(0)
     batch = candidates(24, np.repeat(np.arange(3), 32))
