@@ -372,7 +372,7 @@ def _not_found(location: Location) -> StoreNotFoundError:
         return StoreNotFoundError(f"no store at {location}: it is a file", hint=f"name the store's folder; {listed}")
     with suppress(OSError):
         found = () if path is None else (one.name for one in path.iterdir() if one.name[0] != ".")
-        name = min(found, default="")
+        name = min(islice(found, 100), default="")  # of a folder of a million images, too
         if name and name not in layout.OWN_NAMES:
             return StoreNotFoundError(
                 f"no store at {location}: it is a folder that holds something else ({name!r})",

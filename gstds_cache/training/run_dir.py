@@ -20,6 +20,7 @@ from gstds_cache.errors import FingerprintMismatchError, IncompleteError, Integr
 from gstds_cache.files.atomic import atomic_write, writing, written_name
 from gstds_cache.files.lock import exclusive
 from gstds_cache.runtime.notify import log
+from gstds_cache.runtime.resources import out_of_memory
 from gstds_cache.training.checkpoint import Checkpoint
 from gstds_cache.training.tracking import FOLDER as TRACKERS
 
@@ -29,7 +30,7 @@ FILES = (CONFIG, METRICS, CHECKPOINT, LEDGER)
 LATER: dict[str, Any] = {"norm_samples": 0, "label_smoothing": 0.0, "importance_weights": False, "accumulate": 1,
                          "max_pixels": TrainConfig.max_pixels}  # fmt: skip
 """Settings that came after the first version: a configuration written without one is of a run that has this value."""
-_DAMAGE = (BadZipFile, NotImplementedError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+_DAMAGE = (BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
            TypeError, zlib.error)  # fmt: skip
 """What reading a checkpoint raises that was cut short, or in which some bits are others."""
 UNRECORDED = ("precision",)
@@ -197,6 +198,8 @@ class RunDir:
             _check_crcs(path)
             return Checkpoint.from_state(torch.load(path, map_location="cpu", weights_only=True))
         except _DAMAGE as error:
+            if out_of_memory(error):
+                raise
             raise IntegrityError(
                 f"{path} is damaged: {str(error).partition(chr(10))[0]}",
                 hint="no step can be gone on from: put a copy of the file back, or train again into another `out`",
