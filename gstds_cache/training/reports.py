@@ -205,10 +205,10 @@ class BatchReports:
                 hint="call sampler.report(losses) before sampler.state_dict(step=...)",
             )
         alone = self._world_size > 1 and feedback.unshared
-        return feedback.state(step) | {
-            "rank": [self._rank, self._world_size] if alone else None,
-            "unreported": 0 if self._silent else len(unreported),
-        }
+        state = feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+        if unreported and not self._silent:  # else left out, as in states that were saved before it was counted
+            state["unreported"] = len(unreported)
+        return state
 
     @property
     def _expected(self) -> bool:
@@ -242,7 +242,7 @@ class BatchReports:
             UsageError: This is no such state, or that of one rank among others, or it lacks losses.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0  # states before it was written: 0
+        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0
         if not isinstance(state, dict) or "rank" not in state or type(unreported) is not int:
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
         if state["rank"] not in (None, [self._rank, self._world_size]):

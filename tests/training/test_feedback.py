@@ -386,6 +386,18 @@ def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
     assert sampler.state_dict(step=5)["step"] == 5
 
 
+def test_a_state_that_lacks_no_losses_has_the_keys_it_always_had(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    keys = {"epoch", "losses", "sha256", "steps", "rows", "reported", "rank"}
+    assert sampler.state_dict()["feedback"].keys() == keys
+    batches = iter(sampler)
+    sampler.report(loss_of(next(batches), 0))
+    assert sampler.state_dict()["feedback"].keys() == keys
+    next(batches)
+    assert sampler.state_dict(step=1)["feedback"].keys() == keys
+    assert sampler.state_dict()["feedback"].keys() == keys | {"unreported"}
+
+
 def test_a_run_that_reports_no_more_can_save_its_states(path) -> None:
     sampler = SelectedBatchSampler(path)
     train(sampler, steps=4)
