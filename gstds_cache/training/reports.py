@@ -186,7 +186,7 @@ class BatchReports:
 
         Returns:
             JSON-able values. Where other ranks hold losses besides, it says which rank may load it; and of how many
-            batches before it the losses were not reported yet.
+            batches before it the losses were not reported yet, or that the run reports none any more.
 
         Raises:
             UsageError: The losses at that step are not known any more, or not yet.
@@ -206,7 +206,9 @@ class BatchReports:
             )
         alone = self._world_size > 1 and feedback.unshared
         state = feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
-        if unreported and not self._silent:  # else left out, as in states that were saved before it was counted
+        if self._silent:  # neither is in states that lack nothing, nor in those of before they were saved
+            state["silent"] = True
+        elif unreported:
             state["unreported"] = len(unreported)
         return state
 
@@ -242,8 +244,14 @@ class BatchReports:
             UsageError: This is no such state, or that of one rank among others, or it lacks losses.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0
-        if not isinstance(state, dict) or "rank" not in state or type(unreported) is not int:
+        told = state if isinstance(state, dict) else {}
+        unreported, silent = told.get("unreported", 0), told.get("silent", False)
+        if (
+            not isinstance(state, dict)
+            or "rank" not in state
+            or type(unreported) is not int
+            or type(silent) is not bool
+        ):
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
         if state["rank"] not in (None, [self._rank, self._world_size]):
             raise UsageError(
@@ -253,10 +261,12 @@ class BatchReports:
             )
         feedback, held = self.feedback, self.feedback.held()
         mine = feedback.epoch, feedback.reported
-        feedback.load({name: value for name, value in state.items() if name not in {"rank", "unreported"}}, epoch)
-        self._lacking = 0
+        besides = {"rank", "unreported", "silent"}
+        feedback.load({name: value for name, value in state.items() if name not in besides}, epoch)
+        self._lacking, before, self._silent = 0, self._silent, silent
         if unreported and here and mine > (feedback.epoch, feedback.reported):
             feedback.go_back(held)
+            self._silent = before
         elif feedback.reported or not np.isnan(feedback.losses).all():
             _require_none_lacking(unreported)
         else:  # that losses are reported at all shows later

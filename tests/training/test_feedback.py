@@ -402,8 +402,40 @@ def test_a_run_that_reports_no_more_can_save_its_states(path) -> None:
     sampler = SelectedBatchSampler(path)
     train(sampler, steps=4)
     list(sampler)
-    next(iter(sampler))
-    assert sampler.state_dict(step=9)["step"] == 9
+    batches = iter(sampler)
+    next(batches)
+    state = sampler.state_dict(step=9)
+    assert state["step"] == 9
+    rest = list(batches)
+    for number, given in enumerate(({"step": 10}, {})):  # nor does it report after it was resumed, once and again
+        sampler = SelectedBatchSampler(path)
+        sampler.load_state_dict(json.loads(json.dumps(state)))
+        batches = iter(sampler)
+        assert next(batches) == rest[number]
+        state = sampler.state_dict(**given)
+        assert state["step"] == 10 + number
+    sampler = SelectedBatchSampler(path)
+    sampler.load_state_dict(state)
+    assert list(sampler) == rest[2:]
+
+
+def test_a_run_that_reports_again_after_it_was_resumed_is_asked_for_its_reports(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=4)
+    list(sampler)
+    sampler.seek(2)
+    state = sampler.state_dict()
+    assert state["feedback"]["silent"]
+    sampler = SelectedBatchSampler(path)
+    sampler.load_state_dict(state)
+    batches = iter(sampler)
+    sampler.report(loss_of(next(batches), 8))
+    assert "silent" not in sampler.state_dict()["feedback"]
+    next(batches)
+    with pytest.raises(UsageError, match="the losses of step 10 are not reported yet"):
+        sampler.state_dict(step=10)
+    with pytest.raises(UsageError, match="for its losses"):
+        sampler.load_state_dict(state | {"feedback": state["feedback"] | {"silent": "yes"}})
 
 
 def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path) -> None:
