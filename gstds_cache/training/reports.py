@@ -225,8 +225,8 @@ class BatchReports:
         first, last = self._waiting[0].step, self._waiting[-1].step
         log(
             f"warning: state_dict() is after step {last}, and the losses of steps {first} to {last} are not reported: "
-            f"batches that a DataLoader's workers read ahead would be passed over. Say how many steps were trained: "
-            f"state_dict(step={first - 1})"
+            f"it will be refused when it is loaded. Where a DataLoader's workers read ahead, say how many steps were "
+            f"trained: state_dict(step={first - 1})"
         )
 
     def load(self, state: object, epoch: int, *, here: bool) -> None:

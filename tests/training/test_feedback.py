@@ -198,10 +198,13 @@ def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypat
     states = [sampler.state_dict(), sampler.state_dict()]
     assert [state["step"] for state in states] == [3, 3]
     assert [record.message for record in caplog.records] == [
-        "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: batches that a "
-        "DataLoader's workers read ahead would be passed over. Say how many steps were trained: state_dict(step=1)"
+        "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: it will be refused "
+        "when it is loaded. Where a DataLoader's workers read ahead, say how many steps were trained: "
+        "state_dict(step=1)"
     ]
     again = SelectedBatchSampler(path)
+    with pytest.raises(UsageError, match="2 batches before it were not reported yet when it was taken"):
+        again.load_state_dict(states[0])
     again.load_state_dict(sampler.state_dict(step=1))
     assert [rows[0], *train(again, start=1)] == naive()
 
