@@ -48,7 +48,7 @@ class BatchReports:
         """Nothing was yielded yet."""
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
-        self._told, self._told_ahead, self._weighted = False, False, 0
+        self._told, self._told_lacking, self._weighted = False, False, 0
         self._lacking = 0  # batches of this epoch that the state that was loaded has no losses of
         self._silent = False  # whether nothing was reported since an epoch was trained without reports
 
@@ -196,8 +196,8 @@ class BatchReports:
             raise UsageError(
                 f"state after step {step}: epoch {feedback.epoch} began after step {first}, and earlier losses are gone"
             )
-        if step is None and feedback.reported and len(self._waiting) > 1:
-            self._note_ahead()
+        if step is None and self._waiting and self._expected:
+            self._note_lacking()
         unreported = [batch.step for batch in self._waiting if step is None or batch.step <= step]
         if unreported and step is not None and self._expected:
             raise UsageError(
@@ -217,16 +217,17 @@ class BatchReports:
         """Whether reports are being made, so that a batch without one is still to be reported."""
         return bool(self.feedback.reported) or not (self._silent or np.isnan(self.feedback.losses).all())
 
-    def _note_ahead(self) -> None:
-        """Say once that a state is after batches that were read ahead; torchdata's loader means it so."""
-        if self._told_ahead or "torchdata.stateful_dataloader" in sys.modules:
+    def _note_lacking(self) -> None:
+        """Say once that a state is after batches that are not reported; torchdata's loader means it so."""
+        if self._told_lacking or "torchdata.stateful_dataloader" in sys.modules:
             return
-        self._told_ahead = True
+        self._told_lacking = True
         first, last = self._waiting[0].step, self._waiting[-1].step
         log(
-            f"warning: state_dict() is after step {last}, and the losses of steps {first} to {last} are not reported: "
-            f"it will be refused when it is loaded. Where a DataLoader's workers read ahead, say how many steps were "
-            f"trained: state_dict(step={first - 1})"
+            f"warning: state_dict() is after step {last}, and the losses of step{f's {first} to' * (last > first)} "
+            f"{last} are not reported: it will be refused when it is loaded. Call sampler.report(losses) before "
+            f"state_dict(); where a DataLoader's workers read ahead, say how many steps were trained: "
+            f"state_dict(step={first - 1})"
         )
 
     def load(self, state: object, epoch: int, *, here: bool) -> None:
@@ -304,8 +305,9 @@ def _require_none_lacking(unreported: int) -> None:
         raise UsageError(
             f"`state`: {unreported} batches before it were not reported yet when it was taken: the next epoch would be "
             "drawn without their losses",
-            hint="load what sampler.state_dict(step=...) gave after the report, and not the state of a loader, whose "
-            "workers read ahead",
+            hint="load one that was taken after the report of its last step: sampler.report(losses), then "
+            "sampler.state_dict(step=...), step= being how many steps were trained where workers read ahead; and not "
+            "the state of a loader, which is taken before the report",
         )
 
 

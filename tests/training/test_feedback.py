@@ -199,14 +199,56 @@ def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypat
     assert [state["step"] for state in states] == [3, 3]
     assert [record.message for record in caplog.records] == [
         "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: it will be refused "
-        "when it is loaded. Where a DataLoader's workers read ahead, say how many steps were trained: "
-        "state_dict(step=1)"
+        "when it is loaded. Call sampler.report(losses) before state_dict(); where a DataLoader's workers read ahead, "
+        "say how many steps were trained: state_dict(step=1)"
     ]
     again = SelectedBatchSampler(path)
     with pytest.raises(UsageError, match="2 batches before it were not reported yet when it was taken"):
         again.load_state_dict(states[0])
     again.load_state_dict(sampler.state_dict(step=1))
     assert [rows[0], *train(again, start=1)] == naive()
+
+
+@pytest.mark.parametrize("trained", [1, 4])  # in the middle of an epoch, and at the first batch of one
+def test_a_state_before_the_report_of_its_step_says_so_once(path, monkeypatch, caplog, trained) -> None:
+    monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=trained)
+    assert sampler.state_dict()["step"] == trained
+    if trained % offered.BATCHES:
+        sampler.seek(0, trained)  # the iterator before was left
+    rows = next(iter(sampler))
+    assert not caplog.records
+    states = [sampler.state_dict(), sampler.state_dict()]
+    assert [record.message for record in caplog.records] == [
+        f"warning: state_dict() is after step {trained + 1}, and the losses of step {trained + 1} are not reported: it "
+        "will be refused when it is loaded. Call sampler.report(losses) before state_dict(); where a DataLoader's "
+        f"workers read ahead, say how many steps were trained: state_dict(step={trained})"
+    ]
+    again = SelectedBatchSampler(path)
+    with pytest.raises(UsageError, match="1 batches before it were not reported yet") as caught:
+        again.load_state_dict(states[0])
+    for words in ("sampler.report(losses), then", "where workers read ahead", "the state of a loader"):
+        assert words in caught.value.hint
+    again.load_state_dict(sampler.state_dict(step=trained))
+    assert batches + train(again, start=trained) == naive()
+    sampler.report(loss_of(rows, trained))
+    again.load_state_dict(sampler.state_dict())
+    assert [*batches, rows, *train(again, start=trained + 1)] == naive()
+
+
+def test_states_of_runs_that_do_not_report_say_nothing_of_it(path, monkeypatch, caplog) -> None:
+    monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")
+    sampler = SelectedBatchSampler(path)
+    next(iter(sampler))
+    sampler.state_dict()  # it may never report
+    sampler.seek(0)
+    assert not caplog.records
+    train(sampler, steps=4)
+    list(sampler)
+    next(iter(sampler))
+    sampler.state_dict()
+    assert [record.message[:43] for record in caplog.records] == ["note: no losses were reported in epoch 1: e"]
 
 
 def test_seeking_back_in_an_epoch_draws_it_again_and_to_the_beginning_starts_over(path) -> None:
