@@ -302,9 +302,9 @@ class BatchReports:
 
 def _require_none_lacking(unreported: int) -> None:
     if unreported:
+        batches = "1 batch before it was" if unreported == 1 else f"{unreported} batches before it were"
         raise UsageError(
-            f"`state`: {unreported} batches before it were not reported yet when it was taken: the next epoch would be "
-            "drawn without their losses",
+            f"`state`: {batches} not reported yet when it was taken: the next epoch would be drawn without the losses",
             hint="load one that was taken after the report of its last step: sampler.report(losses), then "
             "sampler.state_dict(step=...), step= being how many steps were trained where workers read ahead; and not "
             "the state of a loader, which is taken before the report",

@@ -58,8 +58,10 @@ def train(sampler: SelectedBatchSampler, *, steps: int = 10**9, start: int = 0) 
     return batches
 
 
-def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHANCE) -> list[list[int]]:
-    """The same by the definition: a table, changed when an epoch ends."""
+def naive(
+    draw: str = "loss-minus-reference", chance: float | None = offered.CHANCE, *, since: int = 0
+) -> list[list[int]]:
+    """The same by the definition: a table, changed when an epoch ends, of the losses after ``since`` steps."""
     table, later, batches = np.full(offered.ITEMS, np.nan), {}, []
     for seq in range(offered.EPOCHS * offered.BATCHES):
         batch = offered.batch(seq)
@@ -70,7 +72,8 @@ def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHA
         scores = DRAWS[draw].scores(batch.candidates, table[batch.kept], chance)
         numbers, largest = rng_for(0, "draw", batch.epoch, batch.batch_id), draw.startswith("largest")
         rows = batch.kept[draw_rows(batch.candidates, scores, numbers, largest=largest)].tolist()
-        later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
+        if seq >= since:
+            later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
         batches.append(rows)
     return batches
 
@@ -151,7 +154,7 @@ def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [2, 3, 4, 6, 8])
-def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop) -> None:
+def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop, caplog) -> None:
     def made() -> tuple[SelectedBatchSampler, StatefulDataLoader]:
         sampler = SelectedBatchSampler(path)
         return sampler, StatefulDataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
@@ -179,12 +182,20 @@ def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, 
     sampler, loader = made()
     loader.load_state_dict(states[1])
     del batches[stop:]
-    if workers and stop != 4:  # at an epoch's end a note says that nothing was reported
-        with pytest.raises(UsageError, match="batches before it were not reported yet when it was taken"):
+    assert not caplog.records
+    if workers and stop != 4:
+        with pytest.raises(UsageError, match=r"before it (was|were) not reported yet when it was taken"):
             rest(sampler, loader)
-    elif not workers:
-        rest(sampler, loader)
+        return
+    rest(sampler, loader)
+    if workers:  # at an epoch's end a note says that nothing was reported
+        assert [record.message for record in caplog.records] == [
+            "note: no losses were reported before epoch 1: its rows are drawn as if all had the same loss"
+        ]
+        assert batches == naive(since=stop) != naive()
+    else:
         assert batches == naive()
+        assert not caplog.records
 
 
 def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypatch, caplog) -> None:
@@ -226,7 +237,7 @@ def test_a_state_before_the_report_of_its_step_says_so_once(path, monkeypatch, c
         f"workers read ahead, say how many steps were trained: state_dict(step={trained})"
     ]
     again = SelectedBatchSampler(path)
-    with pytest.raises(UsageError, match="1 batches before it were not reported yet") as caught:
+    with pytest.raises(UsageError, match="1 batch before it was not reported yet") as caught:
         again.load_state_dict(states[0])
     for words in ("sampler.report(losses), then", "where workers read ahead", "the state of a loader"):
         assert words in caught.value.hint
@@ -413,7 +424,7 @@ def test_a_state_asks_for_the_report_of_its_last_step(path) -> None:
 
 def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
     sampler = SelectedBatchSampler(path)
-    rows = next(iter(sampler))
+    next(iter(sampler))
     sampler.state_dict(step=1)  # in the first epoch nobody knows whether losses will ever be reported
     sampler.seek(0)
     train(sampler, steps=4)
