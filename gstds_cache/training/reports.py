@@ -48,7 +48,7 @@ class BatchReports:
         """Nothing was yielded yet."""
         self.feedback, self._rank, self._world_size = feedback, rank, world_size
         self._waiting: deque[_Yielded] = deque()
-        self._told, self._told_ahead, self._weighted = False, False, 0
+        self._told, self._told_lacking, self._weighted = False, False, 0
         self._lacking = 0  # batches of this epoch that the state that was loaded has no losses of
         self._silent = False  # whether nothing was reported since an epoch was trained without reports
 
@@ -186,7 +186,7 @@ class BatchReports:
 
         Returns:
             JSON-able values. Where other ranks hold losses besides, it says which rank may load it; and of how many
-            batches before it the losses were not reported yet.
+            batches before it the losses were not reported yet, or that the run reports none any more.
 
         Raises:
             UsageError: The losses at that step are not known any more, or not yet.
@@ -196,8 +196,8 @@ class BatchReports:
             raise UsageError(
                 f"state after step {step}: epoch {feedback.epoch} began after step {first}, and earlier losses are gone"
             )
-        if step is None and feedback.reported and len(self._waiting) > 1:
-            self._note_ahead()
+        if step is None and self._waiting and self._expected:
+            self._note_lacking()
         unreported = [batch.step for batch in self._waiting if step is None or batch.step <= step]
         if unreported and step is not None and self._expected:
             raise UsageError(
@@ -205,25 +205,28 @@ class BatchReports:
                 hint="call sampler.report(losses) before sampler.state_dict(step=...)",
             )
         alone = self._world_size > 1 and feedback.unshared
-        return feedback.state(step) | {
-            "rank": [self._rank, self._world_size] if alone else None,
-            "unreported": 0 if self._silent else len(unreported),
-        }
+        state = feedback.state(step) | {"rank": [self._rank, self._world_size] if alone else None}
+        if self._silent:  # neither is in states that lack nothing, nor in those of before they were saved
+            state["silent"] = True
+        elif unreported:
+            state["unreported"] = len(unreported)
+        return state
 
     @property
     def _expected(self) -> bool:
         """Whether reports are being made, so that a batch without one is still to be reported."""
         return bool(self.feedback.reported) or not (self._silent or np.isnan(self.feedback.losses).all())
 
-    def _note_ahead(self) -> None:
-        """Say once that a state is after batches that were read ahead; torchdata's loader means it so."""
-        if self._told_ahead or "torchdata.stateful_dataloader" in sys.modules:
+    def _note_lacking(self) -> None:
+        """Say once that a state is after batches that are not reported; torchdata's loader means it so."""
+        if self._told_lacking or "torchdata.stateful_dataloader" in sys.modules:
             return
-        self._told_ahead = True
+        self._told_lacking = True
         first, last = self._waiting[0].step, self._waiting[-1].step
         log(
-            f"warning: state_dict() is after step {last}, and the losses of steps {first} to {last} are not reported: "
-            f"batches that a DataLoader's workers read ahead would be passed over. Say how many steps were trained: "
+            f"warning: state_dict() is after step {last}, and the losses of step{f's {first} to' * (last > first)} "
+            f"{last} are not reported: it will be refused when it is loaded. Call sampler.report(losses) before "
+            f"state_dict(); where a DataLoader's workers read ahead, say how many steps were trained: "
             f"state_dict(step={first - 1})"
         )
 
@@ -242,8 +245,14 @@ class BatchReports:
             UsageError: This is no such state, or that of one rank among others, or it lacks losses.
             IntegrityError: The losses in it are damaged, or of a later epoch.
         """
-        unreported = state.get("unreported", 0) if isinstance(state, dict) else 0  # states before it was written: 0
-        if not isinstance(state, dict) or "rank" not in state or type(unreported) is not int:
+        told = state if isinstance(state, dict) else {}
+        unreported, silent = told.get("unreported", 0), told.get("silent", False)
+        if (
+            not isinstance(state, dict)
+            or "rank" not in state
+            or type(unreported) is not int
+            or type(silent) is not bool
+        ):
             raise UsageError(f"`state`: got {state!r:.80} for its losses, expected what state_dict() returned")
         if state["rank"] not in (None, [self._rank, self._world_size]):
             raise UsageError(
@@ -253,10 +262,12 @@ class BatchReports:
             )
         feedback, held = self.feedback, self.feedback.held()
         mine = feedback.epoch, feedback.reported
-        feedback.load({name: value for name, value in state.items() if name not in {"rank", "unreported"}}, epoch)
-        self._lacking = 0
+        besides = {"rank", "unreported", "silent"}
+        feedback.load({name: value for name, value in state.items() if name not in besides}, epoch)
+        self._lacking, before, self._silent = 0, self._silent, silent
         if unreported and here and mine > (feedback.epoch, feedback.reported):
             feedback.go_back(held)
+            self._silent = before
         elif feedback.reported or not np.isnan(feedback.losses).all():
             _require_none_lacking(unreported)
         else:  # that losses are reported at all shows later
@@ -291,11 +302,12 @@ class BatchReports:
 
 def _require_none_lacking(unreported: int) -> None:
     if unreported:
+        batches = "1 batch before it was" if unreported == 1 else f"{unreported} batches before it were"
         raise UsageError(
-            f"`state`: {unreported} batches before it were not reported yet when it was taken: the next epoch would be "
-            "drawn without their losses",
-            hint="load what sampler.state_dict(step=...) gave after the report, and not the state of a loader, whose "
-            "workers read ahead",
+            f"`state`: {batches} not reported yet when it was taken: the next epoch would be drawn without the losses",
+            hint="load one that was taken after the report of its last step: sampler.report(losses), then "
+            "sampler.state_dict(step=...), step= being how many steps were trained where workers read ahead; and not "
+            "the state of a loader, which is taken before the report",
         )
 
 

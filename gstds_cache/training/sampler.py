@@ -305,9 +305,10 @@ class SelectedBatchSampler(Sampler[list[int]]):
         The state holds no rank: it can be loaded with another world size, as long as the global batch is the same.
 
         Of candidates it holds the losses as well: 6 bytes a row, and 16 for each row that was trained on in this epoch.
-        Report the step before the state is taken, and say ``step=``. Under several ranks in the middle of an epoch,
-        call :meth:`share_losses` on all of them before; else the state holds one rank's losses, and can be loaded by
-        this rank alone.
+        Report the step before the state is taken, and say ``step=``: where losses are reported, a state that lacks some
+        is refused when it is loaded, and a note says so when it is taken. Under several ranks in the middle of an
+        epoch, call :meth:`share_losses` on all of them before; else the state holds one rank's losses, and can be
+        loaded by this rank alone.
 
         Args:
             step: Steps trained so far over all epochs, where more were yielded; None for all that were yielded.

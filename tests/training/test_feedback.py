@@ -58,8 +58,10 @@ def train(sampler: SelectedBatchSampler, *, steps: int = 10**9, start: int = 0) 
     return batches
 
 
-def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHANCE) -> list[list[int]]:
-    """The same by the definition: a table, changed when an epoch ends."""
+def naive(
+    draw: str = "loss-minus-reference", chance: float | None = offered.CHANCE, *, since: int = 0
+) -> list[list[int]]:
+    """The same by the definition: a table, changed when an epoch ends, of the losses after ``since`` steps."""
     table, later, batches = np.full(offered.ITEMS, np.nan), {}, []
     for seq in range(offered.EPOCHS * offered.BATCHES):
         batch = offered.batch(seq)
@@ -70,7 +72,8 @@ def naive(draw: str = "loss-minus-reference", chance: float | None = offered.CHA
         scores = DRAWS[draw].scores(batch.candidates, table[batch.kept], chance)
         numbers, largest = rng_for(0, "draw", batch.epoch, batch.batch_id), draw.startswith("largest")
         rows = batch.kept[draw_rows(batch.candidates, scores, numbers, largest=largest)].tolist()
-        later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
+        if seq >= since:
+            later.update(zip(rows, loss_of(rows, seq).tolist(), strict=True))
         batches.append(rows)
     return batches
 
@@ -151,7 +154,7 @@ def test_a_torchdata_loader_resumes_where_the_samplers_state_is_saved_with_it(pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [2, 3, 4, 6, 8])
-def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop) -> None:
+def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, stop, caplog) -> None:
     def made() -> tuple[SelectedBatchSampler, StatefulDataLoader]:
         sampler = SelectedBatchSampler(path)
         return sampler, StatefulDataLoader(Rows(), batch_sampler=sampler, num_workers=workers)
@@ -179,12 +182,20 @@ def test_the_state_of_a_torchdata_loader_never_takes_losses_away(path, workers, 
     sampler, loader = made()
     loader.load_state_dict(states[1])
     del batches[stop:]
-    if workers and stop != 4:  # at an epoch's end a note says that nothing was reported
-        with pytest.raises(UsageError, match="batches before it were not reported yet when it was taken"):
+    assert not caplog.records
+    if workers and stop != 4:
+        with pytest.raises(UsageError, match=r"before it (was|were) not reported yet when it was taken"):
             rest(sampler, loader)
-    elif not workers:
-        rest(sampler, loader)
+        return
+    rest(sampler, loader)
+    if workers:  # at an epoch's end a note says that nothing was reported
+        assert [record.message for record in caplog.records] == [
+            "note: no losses were reported before epoch 1: its rows are drawn as if all had the same loss"
+        ]
+        assert batches == naive(since=stop) != naive()
+    else:
         assert batches == naive()
+        assert not caplog.records
 
 
 def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypatch, caplog) -> None:
@@ -198,12 +209,57 @@ def test_a_state_after_batches_that_were_read_ahead_says_so_once(path, monkeypat
     states = [sampler.state_dict(), sampler.state_dict()]
     assert [state["step"] for state in states] == [3, 3]
     assert [record.message for record in caplog.records] == [
-        "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: batches that a "
-        "DataLoader's workers read ahead would be passed over. Say how many steps were trained: state_dict(step=1)"
+        "warning: state_dict() is after step 3, and the losses of steps 2 to 3 are not reported: it will be refused "
+        "when it is loaded. Call sampler.report(losses) before state_dict(); where a DataLoader's workers read ahead, "
+        "say how many steps were trained: state_dict(step=1)"
     ]
     again = SelectedBatchSampler(path)
+    with pytest.raises(UsageError, match="2 batches before it were not reported yet when it was taken"):
+        again.load_state_dict(states[0])
     again.load_state_dict(sampler.state_dict(step=1))
     assert [rows[0], *train(again, start=1)] == naive()
+
+
+@pytest.mark.parametrize("trained", [1, 4])  # in the middle of an epoch, and at the first batch of one
+def test_a_state_before_the_report_of_its_step_says_so_once(path, monkeypatch, caplog, trained) -> None:
+    monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")
+    sampler = SelectedBatchSampler(path)
+    batches = train(sampler, steps=trained)
+    assert sampler.state_dict()["step"] == trained
+    if trained % offered.BATCHES:
+        sampler.seek(0, trained)  # the iterator before was left
+    rows = next(iter(sampler))
+    assert not caplog.records
+    states = [sampler.state_dict(), sampler.state_dict()]
+    assert [record.message for record in caplog.records] == [
+        f"warning: state_dict() is after step {trained + 1}, and the losses of step {trained + 1} are not reported: it "
+        "will be refused when it is loaded. Call sampler.report(losses) before state_dict(); where a DataLoader's "
+        f"workers read ahead, say how many steps were trained: state_dict(step={trained})"
+    ]
+    again = SelectedBatchSampler(path)
+    with pytest.raises(UsageError, match="1 batch before it was not reported yet") as caught:
+        again.load_state_dict(states[0])
+    for words in ("sampler.report(losses), then", "where workers read ahead", "the state of a loader"):
+        assert words in caught.value.hint
+    again.load_state_dict(sampler.state_dict(step=trained))
+    assert batches + train(again, start=trained) == naive()
+    sampler.report(loss_of(rows, trained))
+    again.load_state_dict(sampler.state_dict())
+    assert [*batches, rows, *train(again, start=trained + 1)] == naive()
+
+
+def test_states_of_runs_that_do_not_report_say_nothing_of_it(path, monkeypatch, caplog) -> None:
+    monkeypatch.delitem(sys.modules, "torchdata.stateful_dataloader")
+    sampler = SelectedBatchSampler(path)
+    next(iter(sampler))
+    sampler.state_dict()  # it may never report
+    sampler.seek(0)
+    assert not caplog.records
+    train(sampler, steps=4)
+    list(sampler)
+    next(iter(sampler))
+    sampler.state_dict()
+    assert [record.message[:43] for record in caplog.records] == ["note: no losses were reported in epoch 1: e"]
 
 
 def test_seeking_back_in_an_epoch_draws_it_again_and_to_the_beginning_starts_over(path) -> None:
@@ -368,7 +424,7 @@ def test_a_state_asks_for_the_report_of_its_last_step(path) -> None:
 
 def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
     sampler = SelectedBatchSampler(path)
-    rows = next(iter(sampler))
+    next(iter(sampler))
     sampler.state_dict(step=1)  # in the first epoch nobody knows whether losses will ever be reported
     sampler.seek(0)
     train(sampler, steps=4)
@@ -386,12 +442,56 @@ def test_a_state_asks_for_the_report_of_an_epochs_first_step_too(path) -> None:
     assert sampler.state_dict(step=5)["step"] == 5
 
 
+def test_a_state_that_lacks_no_losses_has_the_keys_it_always_had(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    keys = {"epoch", "losses", "sha256", "steps", "rows", "reported", "rank"}
+    assert sampler.state_dict()["feedback"].keys() == keys
+    batches = iter(sampler)
+    sampler.report(loss_of(next(batches), 0))
+    assert sampler.state_dict()["feedback"].keys() == keys
+    next(batches)
+    assert sampler.state_dict(step=1)["feedback"].keys() == keys
+    assert sampler.state_dict()["feedback"].keys() == keys | {"unreported"}
+
+
 def test_a_run_that_reports_no_more_can_save_its_states(path) -> None:
     sampler = SelectedBatchSampler(path)
     train(sampler, steps=4)
     list(sampler)
-    next(iter(sampler))
-    assert sampler.state_dict(step=9)["step"] == 9
+    batches = iter(sampler)
+    next(batches)
+    state = sampler.state_dict(step=9)
+    assert state["step"] == 9
+    rest = list(batches)
+    for number, given in enumerate(({"step": 10}, {})):  # nor does it report after it was resumed, once and again
+        sampler = SelectedBatchSampler(path)
+        sampler.load_state_dict(json.loads(json.dumps(state)))
+        batches = iter(sampler)
+        assert next(batches) == rest[number]
+        state = sampler.state_dict(**given)
+        assert state["step"] == 10 + number
+    sampler = SelectedBatchSampler(path)
+    sampler.load_state_dict(state)
+    assert list(sampler) == rest[2:]
+
+
+def test_a_run_that_reports_again_after_it_was_resumed_is_asked_for_its_reports(path) -> None:
+    sampler = SelectedBatchSampler(path)
+    train(sampler, steps=4)
+    list(sampler)
+    sampler.seek(2)
+    state = sampler.state_dict()
+    assert state["feedback"]["silent"]
+    sampler = SelectedBatchSampler(path)
+    sampler.load_state_dict(state)
+    batches = iter(sampler)
+    sampler.report(loss_of(next(batches), 8))
+    assert "silent" not in sampler.state_dict()["feedback"]
+    next(batches)
+    with pytest.raises(UsageError, match="the losses of step 10 are not reported yet"):
+        sampler.state_dict(step=10)
+    with pytest.raises(UsageError, match="for its losses"):
+        sampler.load_state_dict(state | {"feedback": state["feedback"] | {"silent": "yes"}})
 
 
 def test_states_that_are_damaged_or_of_something_else_are_refused(path, tmp_path) -> None:
