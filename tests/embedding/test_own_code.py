@@ -111,17 +111,18 @@ def test_a_store_from_before_is_taken_with_a_note(image_folder, edit, tmp_path, 
     assert report.problems == ()
 
 
-def test_a_new_store_records_the_code_and_takes_rows_of_unknown_code_with_a_note(image_folder, edit, tmp_path) -> None:
+def test_a_new_store_records_the_code_and_takes_no_rows_of_unknown_code(image_folder, edit, tmp_path) -> None:
     told: list[str] = []
     with unrecorded():
         before = embed(image_folder, tmp_path / "old", edit("avg"))
     new = embed(image_folder, tmp_path / "new", edit("avg"), reuse=[tmp_path / "old"], notify=told.append)
-    assert new.report.reused == 58
-    assert [line for line in told if "was recorded" in line]
+    assert (new.report.reused, new.report.ok) == (0, 58)
+    assert len([line for line in told if line.startswith("note: `reuse`")]) == 1
+    assert [line for line in told if "none is taken over" in line]
     assert new.spec.encoder == before.spec.encoder | {"source": new.spec.encoder["source"]}
     assert len(new.spec.encoder["source"]) == 64
     told.clear()
-    embed(image_folder, tmp_path / "other", edit("avg"), reuse=[tmp_path / "new"], notify=told.append)
-    assert not told
+    other = embed(image_folder, tmp_path / "other", edit("avg"), reuse=[tmp_path / "new"], notify=told.append)
+    assert (other.report.reused, told) == (58, [])
     with pytest.raises(FingerprintMismatchError, match="source"):
-        embed(image_folder, tmp_path / "other", edit("max"), reuse=[tmp_path / "new"])
+        embed(image_folder, tmp_path / "third", edit("max"), reuse=[tmp_path / "new"])
