@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gstds_cache
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.elsewhere import open_same_encoder
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import EncoderSpec
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import FingerprintMismatchError
+from gstds_cache.errors import EncoderError, FingerprintMismatchError
+from gstds_cache.files.digest import sha256_file
 from gstds_cache.store.reader import EmbeddingStore
 
 CODE = """
@@ -126,3 +129,19 @@ def test_a_new_store_records_the_code_and_takes_no_rows_of_unknown_code(image_fo
     assert (other.report.reused, told) == (58, [])
     with pytest.raises(FingerprintMismatchError, match="source"):
         embed(image_folder, tmp_path / "third", edit("max"), reuse=[tmp_path / "new"])
+
+
+def test_what_is_recorded_is_the_code_that_runs_not_the_file_of_today(edit, tmp_path) -> None:
+    model = edit("avg")
+    before, name = open_encoder(model).spec.source, model.partition(":")[0]
+    (tmp_path / f"{name}.py").write_text(CODE.format(kind="max") + "# edited")
+    assert open_encoder(model).spec.source == before
+    importlib.reload(sys.modules[name])
+    assert open_encoder(model).spec.source == sha256_file(tmp_path / f"{name}.py") != before
+
+
+def test_another_file_on_another_machine_is_told_as_such(image_folder, edit, tmp_path) -> None:
+    spec = embed(image_folder, tmp_path / "store", edit("avg")).spec
+    with pytest.raises(EncoderError, match="another model than the store") as caught:
+        open_same_encoder(edit("max"), False, "pillow", spec, torch.device("cpu"), "there")
+    assert "the file of own_code_" in caught.value.hint
