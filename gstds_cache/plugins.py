@@ -9,15 +9,19 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from gstds_cache.errors import GstdsError, UsageError, in_words, unknown_name
 from gstds_cache.files.digest import sha256_file
 
 # Frames in these folders say nothing about where a user's own code went wrong.
 _NOT_THEIRS = (f"{sysconfig.get_path('stdlib')}/", f"{Path(__file__).parent}/", "<")
+_SEEN = WeakKeyDictionary[ModuleType, tuple[ModuleSpec, str]]()
+"""Of modules of users' own: what they were imported by, and the SHA-256 of their file then."""
 
 
 @contextmanager
@@ -56,6 +60,9 @@ def load_factory(name: str, what: str, kinds: Iterable[str] = ()) -> Callable[..
         with importable(str(Path.cwd())), own_code(f"importing {module_name}", hint=trace):
             module = importlib.import_module(module_name)
             found = getattr(module, attribute, None)
+        source_digest(module)  # of what was imported, whatever becomes of the file; and so of the next
+        if callable(found):
+            source_digest(found)
     except UsageError as error:
         cause = error.__cause__
         if not isinstance(cause, ModuleNotFoundError) or cause.name is None:
@@ -107,12 +114,37 @@ def call_factory(
 
 
 def source_digest(function: Callable[..., Any] | ModuleType) -> str:
-    """SHA-256 of the file of a function or module, so that a changed function is another identity; '' without one."""
+    """SHA-256 of the file of a function or module, so that a changed function is another identity; '' without one.
+
+    It is taken when :func:`load_factory` or this first sees the module, and again when that is imported or reloaded: a
+    file that is edited later is not the code that runs. Of a module that was imported before, and whose file was edited
+    before it was first seen here, nobody knows: the digest is of the edited file.
+
+    Args:
+        function: The function or module.
+
+    Returns:
+        64 hexadecimal digits, or ''.
+    """
+    name = function.__name__ if isinstance(function, ModuleType) else getattr(function, "__module__", None)
+    module = sys.modules.get(name) if isinstance(name, str) else None
     try:
         file = inspect.getsourcefile(function)
     except TypeError:
         return ""
-    return sha256_file(Path(file)) if file and Path(file).is_file() else ""
+    if not file:
+        return ""
+    spec = getattr(module, "__spec__", None)
+    if module is None or spec is None or getattr(module, "__file__", None) != file:
+        return _digest_now(file)
+    seen = _SEEN.get(module)
+    if seen is None or seen[0] is not spec:  # reloading a module gives it another specification
+        seen = _SEEN[module] = spec, _digest_now(file)
+    return seen[1]
+
+
+def _digest_now(file: str) -> str:
+    return sha256_file(Path(file)) if Path(file).is_file() else ""
 
 
 def _nothing(_error: BaseException) -> bool:

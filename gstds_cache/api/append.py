@@ -62,6 +62,7 @@ def append_to_store(
             nothing was changed.
         ChunkCorruptError: The store is damaged.
         IncompleteError: It is not complete, another process writes it, or what it takes ran out; the same call goes on.
+        IntegrityError: A file changed, or came back, since it was hashed.
     """
     model, device = as_type("model", model, str | None), as_type("device", device, str)
     workers = as_type("workers", workers, int | None)

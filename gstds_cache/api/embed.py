@@ -73,6 +73,7 @@ def embed(
         FingerprintMismatchError: The store at ``cache`` holds something else, or one of ``reuse`` was made otherwise.
         ChunkCorruptError: A store is damaged.
         IncompleteError: The disk is too small, or memory or the disk ran out on the way; the same call goes on.
+        IntegrityError: A file changed, or came back, since it was hashed.
     """
     require_settings(embed, EmbedConfig, settings)
     single = isinstance(reuse, str | os.PathLike | Location | EmbeddingStore)

@@ -58,7 +58,7 @@ def repair_store(
         EncoderError: The model's rows mean nothing.
         FingerprintMismatchError: The data set or the model is not the store's; nothing was changed.
         IncompleteError: Another process is writing the store, or what it takes ran out; the same call goes on.
-        IntegrityError: The specification itself is damaged.
+        IntegrityError: The specification itself is damaged; or a file changed, or came back, since it was hashed.
     """
     shards = [as_type("shards", shard, int) for shard in as_tuple("shards", shards, "whole numbers")]
     workers = as_type("workers", workers, int | None)
@@ -82,7 +82,24 @@ def repair_store(
 def compare_sample(
     store: LocationLike, *, rows: int, seed: int, dataset: Any, model: str | None, device: str
 ) -> SampleReport:
-    """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`."""
+    """Embed some rows of a store again and compare: ``level="sample"`` of :func:`gstds_cache.verify_store`.
+
+    Args:
+        store: The store.
+        rows: How many rows.
+        seed: Which.
+        dataset: Where the data set is now; None is where it was when the store was made.
+        model: Where the model is now; None is where it was when the store was made.
+        device: Where the model runs.
+
+    Returns:
+        How they compare.
+
+    Raises:
+        FingerprintMismatchError: The data set or the model is not the store's.
+        IncompleteError: A file could be read when it was hashed, and cannot now.
+        IntegrityError: A file changed, or came back, since it was hashed.
+    """
     metadata = read_metadata(store)
     opened = EmbeddingStore(metadata, allow_partial=True, access="window")
     hash_cache = HashCache(hashes_folder())

@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from gstds_cache.data.decode import FORMATS, HAS_HEIC, UndecodableError, decode_image
-from gstds_cache.data.hashed import require_same, require_unread_before
+from gstds_cache.data.hashed import require_same, require_same_digest, require_unread_before
 from gstds_cache.data.names import Names
 from gstds_cache.runtime.resources import about_us
 
@@ -127,6 +127,8 @@ class FileSource:
             with io.FileIO(self.files.path(row), opener=regular_file) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > MAX_BYTES:
+                    if self.hashed is not None:  # It may have grown; what was as large then has the hash of all of it.
+                        require_same_digest(self, row, hashlib.file_digest(file, "sha256").digest())
                     raise UndecodableError(f"too large a file: {size} bytes, at most {MAX_BYTES} are decoded")
                 data = file.readall()
         except OSError as error:

@@ -16,6 +16,10 @@ from jaxtyping import UInt8
 from gstds_cache.errors import IncompleteError, IntegrityError
 
 S = TypeVar("S")
+_CHANGED = (
+    "nothing committed is lost: leave a data set as it is while it is read, and run the same command again. With "
+    "another image it is another data set, and needs another store"
+)
 
 
 @runtime_checkable
@@ -46,8 +50,9 @@ def as_hashed(source: S, sha256: UInt8[np.ndarray, "N 32"] | None) -> S:
         sha256: Of every item's bytes; zeros for those that could not be read. None compares none.
 
     Returns:
-        The data set. Its items raise :class:`IntegrityError` where they are others than those that were hashed, and
-        :class:`IncompleteError` where they could be read then and cannot now.
+        The data set. Its items raise :class:`IntegrityError` where they are others than those that were hashed, or
+        could not be read then and can be now; and :class:`IncompleteError` where they could be read then and cannot
+        now.
     """
     make = getattr(source, "as_hashed", None)
     same: S = source if make is None else make(sha256)
@@ -58,15 +63,59 @@ def require_same(source: Hashed, row: int, data: bytes) -> None:
     """Refuse an item's bytes that are not those that were hashed.
 
     Raises:
-        IntegrityError: They are others.
+        IntegrityError: They are others, or the item could not be read when it was hashed.
     """
-    expected = _digest(source, row)
-    if expected and (got := hashlib.sha256(data).digest()) != expected:
+    if source.hashed is not None:
+        require_same_digest(source, row, hashlib.sha256(data).digest())
+
+
+def require_same_digest(source: Hashed, row: int, got: bytes) -> None:
+    """Refuse an item by the SHA-256 of its bytes, as :func:`require_same` does by its bytes.
+
+    Raises:
+        IntegrityError: It is another, or the item could not be read when it was hashed.
+    """
+    if source.hashed is None:
+        return
+    expected = source.hashed[row].tobytes()
+    if not any(expected):
+        raise IntegrityError(
+            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) could not be read when it was hashed, and "
+            f"can be now: got SHA-256 {got.hex()[:12]}, expected an item that cannot be read",
+            hint="nothing committed is lost: run the same command again; it is hashed again then. With an image more "
+            "it is another data set, and a store that was begun without it needs another place",
+        )
+    if got != expected:
         raise IntegrityError(
             f"data set {source.uri!r}: item {source.ids[row]} (row {row}) changed since it was hashed: got SHA-256 "
             f"{got.hex()[:12]}, expected {expected.hex()[:12]}",
-            hint="nothing committed is lost: leave a data set as it is while it is read, and run the same command "
-            "again. With another image it is another data set, and needs another store",
+            hint=_CHANGED,
+        )
+
+
+def require_same_in(source: object, row: int, data: bytes) -> None:
+    """The same of an item of any data set, which may be a part of another; one that compares nothing takes any bytes.
+
+    Raises:
+        IntegrityError: They are others than those that were hashed.
+    """
+    while (base := getattr(source, "base", None)) is not None:
+        row, source = int(source.rows[row]), base  # type: ignore[attr-defined]
+    if isinstance(source, Hashed):
+        require_same(source, row, data)
+
+
+def require_large_before(source: Hashed, row: int, size: int) -> None:
+    """Refuse to take an item for one that is too large to be read, where it was read when it was hashed.
+
+    Raises:
+        IntegrityError: It was.
+    """
+    if expected := _digest(source, row):
+        raise IntegrityError(
+            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) changed since it was hashed: got {size} "
+            f"bytes, more than are read, expected SHA-256 {expected.hex()[:12]}",
+            hint=_CHANGED,
         )
 
 

@@ -90,7 +90,7 @@ class Subset:
         digests = None if sha256 is None else mapped.zeros((len(self.base), 32), np.uint8)
         if digests is not None:
             digests[self.rows] = sha256
-        return replace(self, base=as_hashed(self.base, digests))
+        return _on(self, as_hashed(self.base, digests))
 
     def for_workers(self) -> Callable[[], Subset]:
         """Called in a process that is forked from this one, what this returns gives the same part of its own whole."""
@@ -99,7 +99,15 @@ class Subset:
 
 
 def _part_of(part: Subset, make: Callable[[], ImageSource]) -> Subset:
-    return replace(part, base=make())
+    return _on(part, make())
+
+
+def _on(part: Subset, base: ImageSource) -> Subset:
+    """The same part of the same whole, opened in another way; names of files that were put together are kept."""
+    same = replace(part, base=base)
+    if "files" in vars(part):
+        vars(same)["files"] = part.files
+    return same
 
 
 def taken(array: np.ndarray, rows: Int64[np.ndarray, " M"]) -> np.ndarray:

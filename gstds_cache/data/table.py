@@ -17,7 +17,7 @@ from PIL import Image
 from gstds_cache.data.containers import Container
 from gstds_cache.data.decode import UndecodableError, decode_image
 from gstds_cache.data.files import MAX_BYTES, Files, regular_file
-from gstds_cache.data.hashed import require_same, require_unread_before
+from gstds_cache.data.hashed import require_large_before, require_same, require_unread_before
 from gstds_cache.data.labels import NO_LABEL, LabelColumn
 from gstds_cache.data.names import Names, duplicate
 from gstds_cache.errors import DatasetError
@@ -108,14 +108,15 @@ class TableSource:
 
     def _data(self, row: int) -> bytes | None:
         cell = self.cells.cell(row)
-        data = self._file(cell) if isinstance(cell, str) else cell
+        data = self._file(row, cell) if isinstance(cell, str) else cell
         require_same(self, row, data or b"")
         return data
 
-    def _file(self, path: str) -> bytes:
+    def _file(self, row: int, path: str) -> bytes:
         with io.FileIO(path, opener=regular_file) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
+                require_large_before(self, row, size)
                 raise OSError(errno.EFBIG, _too_large(size), path)
             return file.readall()
 

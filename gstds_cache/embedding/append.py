@@ -160,6 +160,7 @@ def append_dataset(
         ChunkCorruptError: The store is damaged.
         IncompleteError: It is not complete, or another process writes it; or something ran out, and the same call goes
             on.
+        IntegrityError: A file changed, or came back, since it was hashed.
     """
     begun = time.perf_counter()
     transport = read_metadata(where).transport

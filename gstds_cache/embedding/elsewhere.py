@@ -206,6 +206,7 @@ class ShardsElsewhere:
 
     def __init__(self, recipe: EmbedRecipe, encoder: Encoder, writer: StoreWriter, device: torch.device) -> None:
         self._recipe, self._writer = recipe, writer
+        self._as_it_is = as_hashed(recipe.source, None)  # What is not the same is told in other words here.
         known = None
         if recipe.reuse:
             manifest = DatasetManifest.from_arrow(writer.metadata.transport.get(layout.ITEMS))
@@ -258,7 +259,7 @@ class ShardsElsewhere:
         row, expected = self._recipe.samples[shard]
         name = f"{self._recipe.source.uri}: item {self._recipe.source.ids[row]}"
         try:
-            got = hashlib.sha256(as_hashed(self._recipe.source, None).payload(row)).digest()
+            got = hashlib.sha256(self._as_it_is.payload(row)).digest()
         except OSError as error:
             raise DatasetError(f"{name} cannot be read on {_here()}: {error}", hint=REACHABLE) from error
         if got != expected:
@@ -302,7 +303,9 @@ def open_same_encoder(
         lines = [f"{name}: got {got.get(name)!r:.80}, expected {spec.encoder.get(name)!r:.80}" for name in names]
         raise EncoderError(
             f"{model}: {where} has another model than the store is made with:\n    " + "\n    ".join(lines),
-            hint="every process needs the same weights, and a factory has to give the same ones each time",
+            hint=f"the file of {model.partition('?')[0]} has to be the same on every machine: copy it there"
+            if names == ["source"]
+            else "every process needs the same weights, and a factory has to give the same ones each time",
         )
     return encoder
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from gstds_cache.data.ahead import expect_rows
 from gstds_cache.data.decode import EXACT, Decoding, UndecodableError, decoding_as
 from gstds_cache.data.files import MAX_BYTES, regular_file
+from gstds_cache.data.hashed import require_same_in
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.workers import Room
 from gstds_cache.embedding.jpeg import device_jpeg
@@ -108,12 +109,16 @@ class JpegReader:
             with io.FileIO(self.source.files.path(row), opener=regular_file) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     return None
-                is_jpeg = file.read(2) == b"\xff\xd8"
-            return self.source.payload(row) if is_jpeg else None
+                begin = file.read(2)
+                if begin != b"\xff\xd8":
+                    return None
+                data = begin + file.readall()
         except OSError as error:
             if about_us(error):
                 raise
             return None
+        require_same_in(self.source, row, data)
+        return data
 
     def _packed(self, row: int) -> bytes | None:
         """The same of an image file that lies in a table or an archive, as the items of ``containers`` do.

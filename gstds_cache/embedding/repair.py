@@ -130,7 +130,7 @@ def repair(
         FingerprintMismatchError: The data set or the model is not the store's.
         IncompleteError: Another process is writing the store; or memory or the disk ran out on the way, or a process
             that decodes was killed, and the same call goes on.
-        IntegrityError: The specification itself is damaged.
+        IntegrityError: The specification itself is damaged; or a file changed, or came back, since it was hashed.
     """
     metadata = where if isinstance(where, StoreMetadata) else StoreMetadata(where)
     beyond = [shard for shard in shards if not 0 <= shard < metadata.spec.shards]

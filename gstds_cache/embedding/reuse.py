@@ -2,6 +2,7 @@
 
 A row is taken over when another store has one for the same bytes, made by the same encoder (weights, layer, pooling,
 every preprocessing parameter) and kept in the same dtype. Items that could not be decoded there are tried again here.
+Of a store that does not say which code of a user's own made its rows none is taken over into one that says it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class KnownRows:
         count: How many of the data set's items have one.
         batch_size: The batch size of the first store that has any, or None: with the same one the rows taken over are
             the ones this run would have computed.
+        of_unknown_code: How many of the stores are left out, as they do not say which code of a user's own made them.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class KnownRows:
         self._from[:] = -1
         self._row = mapped.zeros((len(sha256),), np.int64)
         self.batch_size: int | None = None
-        self.count = 0
+        self.count = self.of_unknown_code = 0
         for number, store in enumerate(self._stores):
-            _require_encoder(store, encoder, dtype, notify)
+            if not _same_code_is_known(store, encoder, dtype, notify):
+                self.of_unknown_code += 1
+                continue
             found = self._find_in(number, store.manifest().sha256, store.without_embedding)
             self.count += found
             if found and self.batch_size is None:
@@ -135,13 +139,14 @@ def count_readable_among(some: UInt8[np.ndarray, "N 32"], others: UInt8[np.ndarr
     return readable, found
 
 
-def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str, notify: Notify | None) -> None:
+def _same_code_is_known(store: EmbeddingStore, encoder: dict[str, Any], dtype: str, notify: Notify | None) -> bool:
+    """Whether a store's rows were made as this run makes them; False where it does not say by which code.
+
+    Raises:
+        FingerprintMismatchError: They were made in another way.
+    """
     ours, theirs = {**store.spec.encoder, "dtype": store.spec.dtype}, {**encoder, "dtype": dtype}
-    if "source" not in ours and theirs.pop("source", None) and ours == theirs and notify is not None:
-        notify(
-            f"note: `reuse`: {store.location} was made before the code of {ours['model']} was recorded, so whether its "
-            "rows are of the code of today is not known: compare a sample of them, or embed without"
-        )
+    unknown = "source" not in ours and theirs.pop("source", None) is not None
     lines = [
         f"{name}: that store has {ours.get(name)!r}, this run has {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
@@ -152,6 +157,13 @@ def _require_encoder(store: EmbeddingStore, encoder: dict[str, Any], dtype: str,
             f"`reuse`: the rows of {store.location} were made in another way:\n    " + "\n    ".join(lines),
             hint="leave it out, or embed with the same model, weights, preprocessing and `dtype`",
         )
+    if unknown and notify is not None:
+        notify(
+            f"note: `reuse`: {store.location} was made before the code of {ours['model']} was recorded, so whether its "
+            "rows are of the code of today is not known: none is taken over, all are embedded. `append_to_store` keeps "
+            'its rows; compare some first: `verify_store(..., level="sample")`'
+        )
+    return not unknown
 
 
 def _rows_of(sha256: UInt8[np.ndarray, "N 32"], part: int, parts: int) -> Int64[np.ndarray, " R"]:

@@ -142,7 +142,7 @@ def embed_dataset(
     location = Location.parse(where, "`cache`").absolute()
     if reuse and (stored is None or stored.complete() is None):
         job.known = KnownRows(reuse, manifest.sha256, encoder.spec.to_dict(), config.dtype, job.notify)
-        if not job.known.count:
+        if not job.known.count and not job.known.of_unknown_code:
             job.notify(NOTHING_TO_REUSE)
     with nullcontext() if executor is not None else _workers_ahead(job, stored) as workers:
         try_decoder(encoder, device)

@@ -73,7 +73,8 @@ def take_code_as_stored(encoder: Encoder, stored: Mapping[str, Any], notify: Not
         if notify is not None:
             notify(
                 f"note: the store was made before the code of {spec.model} was recorded, so whether that is the same "
-                "today is not known: compare a sample of its rows, or embed into a new store, which records it"
+                'today is not known: compare a sample of its rows with `verify_store(..., level="sample")`, or embed '
+                "into a new store, which records it"
             )
 
 

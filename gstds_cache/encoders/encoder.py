@@ -36,8 +36,8 @@ class EncoderSpec:
         normalisation: ``l2``: rows have unit length.
         autocast: Precision of the forward pass: ``none`` for float32; the name of the weights' dtype for a model that
             takes no float32 pixels.
-        source: SHA-256 of the file in which a factory of a user's own is written; '' of the models of a library, whose
-            specification has no such field.
+        source: SHA-256 of the file in which the factory of a ``module:factory`` is written, be it a library's; '' of
+            ``timm:NAME`` and ``torchvision:NAME``, whose specification has no such field.
     """
 
     model: str

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from gstds_cache.data import files as files_module
 from gstds_cache.data.decode import UndecodableError
 from gstds_cache.data.files import Files
+from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.sizes import sample_sizes
 from gstds_cache.data.sources import open_source
 from gstds_cache.data.table import TableSource
+from gstds_cache.errors import IntegrityError
 
 
 @given(st.lists(st.text(st.sampled_from("a/b."), max_size=6), max_size=5))
@@ -85,3 +87,15 @@ def test_a_path_in_a_table_leads_to_no_pipe_and_to_no_huge_file(tmp_path: Path) 
         assert caught.value.reason == reason
         with pytest.raises(OSError, match=r"no regular file|too large a file"):
             source.payload(0)
+
+
+def test_a_path_in_a_table_leads_to_no_file_that_grew_since_it_was_hashed(tmp_path: Path) -> None:
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", files_module.MAX_BYTES + 1)
+    source = TableSource(uri="x", kind="parquet", ids=["0"], labels=np.array([-1]), cells=OnePath(tmp_path / "huge"))
+    compared = as_hashed(source, np.ones((1, 32), np.uint8))
+    for reading in (compared.image, compared.payload):
+        with pytest.raises(IntegrityError, match=r"item 0 \(row 0\) changed since it was hashed: got 1073741825 bytes"):
+            reading(0)
+    with pytest.raises(UndecodableError, match="too large"):  # as it was then
+        as_hashed(source, np.zeros((1, 32), np.uint8)).image(0)

@@ -157,17 +157,19 @@ def test_what_changed_is_read_again(kind, made, named, tmp_path) -> None:
 def test_an_item_that_is_another_than_the_one_that_was_hashed_is_refused(source, made) -> None:
     digests = build_manifest(source).sha256.copy()
     digests[5] = digests[6]
-    digests[7] = 0  # could not be read then: nothing is known
+    digests[7] = 0  # could not be read then
     rows = np.array([8, 7, 6, 5])
     names = [source.ids[row] for row in rows.tolist()]
     part = Subset(base=source, uri="part", rows=rows, ids=names, labels=source.labels[rows])
-    for read, other in ((as_hashed(source, digests), 5), (as_hashed(part, digests[rows]), 3)):
+    for read, other, unread, good in ((as_hashed(source, digests), 5, 7, 6), (as_hashed(part, digests[rows]), 3, 1, 2)):
         for again in (read, pickle.loads(pickle.dumps(read))):
             for reading in (again.payload, again.image):
                 with pytest.raises(IntegrityError, match=r"item .* changed since it was hashed: got SHA-256"):
                     reading(other)
-            assert again.image(1).mode == again.image(2).mode == "RGB"
-    assert as_hashed(source, digests).payload(7) == made[7].data
+                with pytest.raises(IntegrityError, match=r"could not be read when it was hashed, and can be now"):
+                    reading(unread)
+            assert again.image(good).mode == "RGB"
+    assert as_hashed(source, None).payload(7) == made[7].data
     assert source.payload(5) == made[5].data
 
 

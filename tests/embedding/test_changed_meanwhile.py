@@ -6,13 +6,19 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gstds_cache.config import EmbedConfig
+from gstds_cache.data import files as files_module
+from gstds_cache.data.align import part_of
+from gstds_cache.data.files import FileSource
 from gstds_cache.data.hashed import as_hashed
 from gstds_cache.data.manifest import build_manifest
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding import jpeg_reader
 from gstds_cache.embedding.jpeg_reader import JpegReader
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.preprocessing import Preprocessing
@@ -104,3 +110,71 @@ def test_the_processes_that_read_for_a_device_compare_as_well(image_folder, gone
         Image.new("RGB", (32, 32), (10, 200, 10)).save(path)
     with pytest.raises(IncompleteError if gone else IntegrityError, match=r"dogs/10\.jpg"):
         reader([row], lambda size: pytest.fail(f"room for {size} bytes"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_can_be_read_only_after_it_was_hashed_is_not_committed(
+    image_folder, tiny_model, tmp_path, workers
+) -> None:
+    path, away, store = image_folder / "dogs" / "10.png", tmp_path / "away.png", tmp_path / "store"
+    path.rename(away)
+    path.symlink_to(tmp_path / "nowhere")
+
+    def back() -> None:
+        (tmp_path / "nowhere").write_bytes(away.read_bytes())
+
+    with pytest.raises(IntegrityError, match=r"dogs/10\.png \(row 30\) could not be read when it was hashed") as caught:
+        embed(image_folder, store, tiny_model, workers, hashed=back)
+    assert "the same command" in caught.value.hint
+    assert not (store / layout.COMPLETE).exists()
+    assert embed(image_folder, tmp_path / "again", tiny_model, workers).ok == 58
+
+
+def test_a_file_that_grew_too_large_is_not_committed_and_one_that_was_is_quarantined(
+    image_folder, tiny_model, tmp_path, monkeypatch
+) -> None:
+    path = image_folder / "dogs" / "10.png"
+    most = max(file.stat().st_size for file in image_folder.rglob("*.png"))
+    monkeypatch.setattr(files_module, "MAX_BYTES", most)
+
+    def grow() -> None:
+        path.write_bytes(path.read_bytes().ljust(most + 1, b"\0"))
+
+    with pytest.raises(IntegrityError, match=r"dogs/10\.png \(row 30\) changed since it was hashed"):
+        embed(image_folder, tmp_path / "store", tiny_model, hashed=grow)
+    report = embed(image_folder, tmp_path / "again", tiny_model)
+    assert [item.reason for item in report.quarantined if item.row == 30] == [
+        f"too large a file: {most + 1} bytes, at most {most} are decoded"
+    ]
+
+
+def test_a_part_keeps_the_names_of_its_files_when_it_is_compared(image_folder) -> None:
+    source = open_source(f"imagefolder:{image_folder}")
+    part = part_of(source, np.array([3, 30]), [source.ids[3], source.ids[30]])
+    manifest = build_manifest(part)
+    compared = as_hashed(part, manifest.sha256)
+    assert compared.files is part.files
+
+
+@pytest.mark.parametrize("in_part", [False, True])
+def test_a_jpeg_is_opened_once_to_be_read_for_a_device(image_folder, monkeypatch, in_part) -> None:
+    Image.new("RGB", (32, 32), (200, 10, 10)).save(image_folder / "dogs" / "10.jpg")
+    source = open_source(f"imagefolder:{image_folder}")
+    row = list(source.ids).index("dogs/10.jpg")
+    if in_part:
+        source, row = part_of(source, np.array([0, row]), [source.ids[0], source.ids[row]]), 1
+    manifest, opened = build_manifest(source), list[str]()
+
+    def counted(path: str, flags: int) -> int:
+        opened.append(path)
+        return files_module.regular_file(path, flags)
+
+    monkeypatch.setattr(jpeg_reader, "regular_file", counted)
+    monkeypatch.setattr(FileSource, "payload", lambda *_: pytest.fail("opened again"))
+    reader = JpegReader(as_hashed(source, manifest.sha256), Preprocessing(resize=16, crop=(16, 16)), (3, 16, 16))
+    items, _ = reader([row], lambda size: torch.zeros(size, dtype=torch.uint8))
+    assert (len(opened), items[0].reason) == (1, "")
+    other = manifest.sha256.copy()
+    other[row] = 1
+    with pytest.raises(IntegrityError, match="changed since"):
+        JpegReader(as_hashed(source, other), reader.preprocessing, reader.shape)([row], lambda _: pytest.fail("room"))

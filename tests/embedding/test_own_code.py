@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gstds_cache
 from gstds_cache.config import EmbedConfig
 from gstds_cache.data.sources import open_source
+from gstds_cache.embedding.elsewhere import open_same_encoder
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.encoders.encoder import EncoderSpec
 from gstds_cache.encoders.factory import open_encoder
-from gstds_cache.errors import FingerprintMismatchError
+from gstds_cache.errors import EncoderError, FingerprintMismatchError
+from gstds_cache.files.digest import sha256_file
 from gstds_cache.store.reader import EmbeddingStore
 
 CODE = """
@@ -111,17 +114,34 @@ def test_a_store_from_before_is_taken_with_a_note(image_folder, edit, tmp_path, 
     assert report.problems == ()
 
 
-def test_a_new_store_records_the_code_and_takes_rows_of_unknown_code_with_a_note(image_folder, edit, tmp_path) -> None:
+def test_a_new_store_records_the_code_and_takes_no_rows_of_unknown_code(image_folder, edit, tmp_path) -> None:
     told: list[str] = []
     with unrecorded():
         before = embed(image_folder, tmp_path / "old", edit("avg"))
     new = embed(image_folder, tmp_path / "new", edit("avg"), reuse=[tmp_path / "old"], notify=told.append)
-    assert new.report.reused == 58
-    assert [line for line in told if "was recorded" in line]
+    assert (new.report.reused, new.report.ok) == (0, 58)
+    assert len([line for line in told if line.startswith("note: `reuse`")]) == 1
+    assert [line for line in told if "none is taken over" in line]
     assert new.spec.encoder == before.spec.encoder | {"source": new.spec.encoder["source"]}
     assert len(new.spec.encoder["source"]) == 64
     told.clear()
-    embed(image_folder, tmp_path / "other", edit("avg"), reuse=[tmp_path / "new"], notify=told.append)
-    assert not told
+    other = embed(image_folder, tmp_path / "other", edit("avg"), reuse=[tmp_path / "new"], notify=told.append)
+    assert (other.report.reused, told) == (58, [])
     with pytest.raises(FingerprintMismatchError, match="source"):
-        embed(image_folder, tmp_path / "other", edit("max"), reuse=[tmp_path / "new"])
+        embed(image_folder, tmp_path / "third", edit("max"), reuse=[tmp_path / "new"])
+
+
+def test_what_is_recorded_is_the_code_that_runs_not_the_file_of_today(edit, tmp_path) -> None:
+    model = edit("avg")
+    before, name = open_encoder(model).spec.source, model.partition(":")[0]
+    (tmp_path / f"{name}.py").write_text(CODE.format(kind="max") + "# edited")
+    assert open_encoder(model).spec.source == before
+    importlib.reload(sys.modules[name])
+    assert open_encoder(model).spec.source == sha256_file(tmp_path / f"{name}.py") != before
+
+
+def test_another_file_on_another_machine_is_told_as_such(image_folder, edit, tmp_path) -> None:
+    spec = embed(image_folder, tmp_path / "store", edit("avg")).spec
+    with pytest.raises(EncoderError, match="another model than the store") as caught:
+        open_same_encoder(edit("max"), False, "pillow", spec, torch.device("cpu"), "there")
+    assert "the file of own_code_" in caught.value.hint
