@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 from pathlib import Path
 
@@ -198,6 +200,7 @@ def test_a_draw_of_ones_own_is_named_when_selecting_and_when_training(store, tmp
     done = runner.invoke(train_command, [*training, "--draw", "own_far:far"])
     assert done.exit_code == 0, done.output
     (tmp_path / "own_far.py").write_text(OWN + "# changed\n")
+    importlib.reload(sys.modules["own_far"])  # as another process would import it; until then the code is the same
     with pytest.raises(FingerprintMismatchError, match="its file was changed"):
         SelectedBatchSampler("s.arrow", draw="own_far:far")
 

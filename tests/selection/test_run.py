@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -426,6 +428,8 @@ def test_a_rule_sees_as_many_eigenvectors_as_it_asks_for(store: EmbeddingStore, 
         assert selection.kept.tolist() == batch.indices[expected].tolist()
     before = selector.digest
     (tmp_path / "third_vector.py").write_text(THIRD + "# changed\n")
+    assert BatchSelector(store, selector.config).digest == before  # the code that runs is the same
+    importlib.reload(sys.modules["third_vector"])  # as another process would import it
     assert BatchSelector(store, selector.config).digest != before
 
 

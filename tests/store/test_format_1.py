@@ -17,6 +17,7 @@ from real_store import BAD, ITEMS, Images, objects_of, shards_written
 
 from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.data.outputs import Listing
+from gstds_cache.embedding import reuse
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import ChunkCorruptError, FingerprintMismatchError
 from gstds_cache.selection.run import BatchSelector
@@ -127,7 +128,10 @@ def test_what_is_selected_from_it_is_what_is_selected_from_a_new_store(old: Path
     assert kept[0] == kept[1]
 
 
-def test_its_rows_are_taken_over(old: Path, tmp_path: Path) -> None:
+def test_its_rows_are_taken_over_where_the_code_of_its_model_is_known(old: Path, tmp_path: Path, monkeypatch) -> None:
+    report = embed(tmp_path / "unknown.store", Images(ITEMS + 5), reuse=[old])
+    assert (report.reused, report.embedded) == (0, ITEMS + 5)  # its model is a user's own
+    monkeypatch.setattr(reuse, "_same_code_is_known", lambda *_: True)
     report = embed(tmp_path / "grown.store", Images(ITEMS + 5), reuse=[old])
     assert (report.reused, report.embedded) == (ITEMS - 1, 6)  # the broken one is tried again
 
