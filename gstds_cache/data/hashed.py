@@ -80,15 +80,15 @@ def require_same_digest(source: Hashed, row: int, got: bytes) -> None:
     expected = source.hashed[row].tobytes()
     if not any(expected):
         raise IntegrityError(
-            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) could not be read when it was hashed, and "
-            f"can be now: got SHA-256 {got.hex()[:12]}, expected an item that cannot be read",
+            f"{_item(source, row)} could not be read when it was hashed, and can be now: got SHA-256 "
+            f"{got.hex()[:12]}, expected an item that cannot be read",
             hint="nothing committed is lost: run the same command again; it is hashed again then. With an image more "
             "it is another data set, and a store that was begun without it needs another place",
         )
     if got != expected:
         raise IntegrityError(
-            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) changed since it was hashed: got SHA-256 "
-            f"{got.hex()[:12]}, expected {expected.hex()[:12]}",
+            f"{_item(source, row)} changed since it was hashed: got SHA-256 {got.hex()[:12]}, expected "
+            f"{expected.hex()[:12]}",
             hint=_CHANGED,
         )
 
@@ -113,8 +113,8 @@ def require_large_before(source: Hashed, row: int, size: int) -> None:
     """
     if expected := _digest(source, row):
         raise IntegrityError(
-            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) changed since it was hashed: got {size} "
-            f"bytes, more than are read, expected SHA-256 {expected.hex()[:12]}",
+            f"{_item(source, row)} changed since it was hashed: got {size} bytes, more than are read, expected SHA-256 "
+            f"{expected.hex()[:12]}",
             hint=_CHANGED,
         )
 
@@ -127,11 +127,15 @@ def require_unread_before(source: Hashed, row: int, error: OSError) -> None:
     """
     if _digest(source, row):
         raise IncompleteError(
-            f"data set {source.uri!r}: item {source.ids[row]} (row {row}) could be read when it was hashed, and cannot "
-            f"now: {error.strerror or str(error) or type(error).__name__}",
+            f"{_item(source, row)} could be read when it was hashed, and cannot now: "
+            f"{error.strerror or str(error) or type(error).__name__}",
             hint="nothing committed is lost: see that the data set is where it was (a disk or a network folder that "
             "went away?), then run the same command again",
         ) from error
+
+
+def _item(source: Hashed, row: int) -> str:
+    return f"data set {source.uri!r}: item {source.ids[row]} (row {row})"
 
 
 def _digest(source: Hashed, row: int) -> bytes:

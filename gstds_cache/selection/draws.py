@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from gstds_cache.config import STRATA
 from gstds_cache.errors import UsageError, unknown_name
@@ -156,9 +156,8 @@ class Draw:
         """Whether of this batch the rows of the largest scores are taken; arguments as for :meth:`scores`."""
         if isinstance(self.largest, bool):
             return self.largest
-        last, seen = np.asarray(last, np.float64), np.isfinite(last)
-        guessed = float(last[seen].mean()) if seen.any() else chance or np.inf
-        return not has_passed(np.where(seen, last, guessed), np.asarray(candidates.reference, np.float64))
+        filled = _filled(np.asarray(last, np.float64), np.isfinite(last), chance or np.inf)
+        return not has_passed(filled, np.asarray(candidates.reference, np.float64))
 
     def scores(
         self,
@@ -186,17 +185,20 @@ class Draw:
         seen = np.isfinite(last)
         if seen.all():
             return self.score(last, reference, prior)
-        known = bool(seen.any())
         if chance is not None:
-            guessed = float(last[seen].mean()) if known else chance
-            filled = self.score(np.where(seen, last, guessed), reference, prior)
+            filled = self.score(_filled(last, seen, chance), reference, prior)
             return np.where(seen, filled, filled * prior)
-        if not known:
+        if not seen.any():
             return prior
         found = self.score(last[seen], reference[seen], prior[seen])
         scores: Float64[np.ndarray, " B"] = found.mean() * prior
         scores[seen] = found
         return scores
+
+
+def _filled(last: Float64[np.ndarray, " B"], seen: Bool[np.ndarray, " B"], chance: float) -> Float64[np.ndarray, " B"]:
+    """Losses, with the mean of those that are known for those that are not; ``chance`` where none is."""
+    return np.where(seen, last, float(last[seen].mean()) if seen.any() else chance)
 
 
 DRAWS = {
