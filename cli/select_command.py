@@ -72,12 +72,14 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @click.option("--keep", type=float, metavar="SHARE", help="Share of each batch that stays, instead of --schedule.")
 @setting(
     "order",
-    "Order of an epoch: permutation, or window:ROWS, which reads each shard of a store larger than memory once.",
+    "Order of an epoch: permutation; class-balanced, in which rare classes come as often as others, their rows again "
+    "and again; or window:ROWS, which reads each shard of a store larger than memory once.",
 )
 @setting(
     "batch_assignments",
     "Number of fixed assignments of rows to batches; epochs cycle through them, so that only the first so many make "
-    "graphs. 0: a new one in every epoch. [default: 1; 0 for rules that make no graph]",
+    "graphs. 0: a new one in every epoch. [default: 1; 0 for rules that make no graph, and with --order "
+    "class-balanced]",
 )
 @setting("knn", "Neighbours of each row in the batch's graph.")
 @setting("rule", "How rows are chosen: " + "; ".join(f"{name}: {text}" for name, text in catalog.RULES.items()) + ".")
@@ -90,8 +92,9 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 )
 @setting(
     "strata",
-    "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph. [default: 8; 1 "
-    "for loss-squared and largest-loss-minus-reference]",
+    "With --draw: spectral strata of a batch, drawn from in proportion to their size; 1 makes no graph, nor does 0, "
+    "which takes the classes. [default: 8; 1 for loss-squared and largest-loss-minus-reference; 0 with --order "
+    "class-balanced]",
 )
 @setting(
     "guidance",

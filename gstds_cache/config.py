@@ -21,6 +21,7 @@ DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
 STRATA = 8
+CLASSES = 0  # as a number of strata: the classes are the strata
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""
 DEVICE = "auto"
@@ -208,18 +209,19 @@ class SelectConfig:
             quarter of them.
         epochs: Passes over the data set.
         schedule: Filter ratio over time, e.g. ``constant:0.75`` or ``linear:0.25:0.75`` (selection/schedule.py).
-        order: ``permutation``, or ``window:ROWS`` for stores larger than memory (selection/order.py).
+        order: ``permutation``; ``class-balanced``, in which rows of rare classes come again, so that every class comes
+            as often; or ``window:ROWS`` for stores larger than memory (selection/order.py).
         batch_assignments: Number of fixed assignments of rows to batches; epochs cycle through them, so that only the
             first so many epochs make graphs (selection/plan.py). 0 draws a new one in every epoch; None is 1 for rules
-            that look at a graph, else 0.
+            that look at a graph, else 0, as with ``order="class-balanced"``.
         knn: Neighbours per row (K), below ``batch_size``.
         rule: Name of the rule that turns a graph's spectrum into a kept set.
         draw: Select candidates, of which the trainer draws in each epoch, by the losses that it had before: what it
             draws by (selection/draws.py). Takes the place of ``rule``. None selects kept rows; ``auto``
             is what suits the data and the run, by probes on the embeddings (selection/draw_choice.py).
-        strata: Spectral strata of a batch of which the trainer draws in proportion to their size; 1 makes no graph.
-            None is what suits the draw: 8, or 1 for ``loss-squared`` and
-            ``largest-loss-minus-reference``. Only with ``draw``.
+        strata: Spectral strata of a batch of which the trainer draws in proportion to their size. 1 makes no graph, nor
+            does 0, which takes the classes instead. None is what suits the draw: 8, or 1 for ``loss-squared`` and
+            ``largest-loss-minus-reference``; 0 with ``order="class-balanced"``. Only with ``draw``.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
@@ -269,7 +271,7 @@ class SelectConfig:
         )
         _require_range("`batch_assignments`", self.batch_assignments, 0, MOST_EPOCHS)
         _require(self.min_per_class >= 0, "`min_per_class`", self.min_per_class, "0 or more")
-        _require_range("`strata`", self.strata, 1, MOST_STRATA)
+        _require_range("`strata`", self.strata, 0, MOST_STRATA)
         self._check_draw()
         _require(self.seed >= 0, "`seed`", self.seed, "0 or more")
         _require(0 < self.tolerance < 1, "`tolerance`", self.tolerance, "between 0 and 1, both excluded")

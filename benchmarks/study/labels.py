@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -23,6 +25,24 @@ def noisy(targets: Int64[np.ndarray, " N"], classes: int, share: float) -> Int64
     rows = rng.permutation(len(targets))[: round(share * len(targets))]
     changed = targets.copy()
     changed[rows] = (targets[rows] + rng.integers(1, classes, len(rows))) % classes
+    return changed
+
+
+def confused(targets: Int64[np.ndarray, " N"], pairs: Mapping[int, int], share: float) -> Int64[np.ndarray, " N"]:
+    """Labels of which a share of some classes is changed, each to that of one other class.
+
+    Args:
+        targets: Labels, int64 [N].
+        pairs: From a class to the one that it is taken for.
+        share: From 0 to 1.
+
+    Returns:
+        int64 [N].
+    """
+    changed = targets.copy()
+    for label, other in pairs.items():
+        rows = np.flatnonzero(targets == label)
+        changed[rng_for(0, "confused", label).permutation(rows)[: round(share * len(rows))]] = other
     return changed
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.study.variants import PREFIX, Variant, parse_variant, settings_of
-from gstds_cache.config import STRATA, SelectConfig
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
@@ -34,7 +34,7 @@ class Method:
         batch_assignments: For ``rule``: ways the rows are dealt out to batches; None for the rule's own.
         needs: Scores to prepare: ``probe``, ``early`` networks, ``forgetting`` counts.
         draw: For ``rule``: rows are not kept by a rule but drawn so, by the losses that training reports.
-        strata: For ``draw``: spectral strata.
+        strata: For ``draw``: spectral strata; None for the study's usual ones.
         importance_weights: For ``draw``: whether losses are weighted.
         variant: For ``draw``: what is drawn in proportion to, where it is none of the library's.
     """
@@ -48,7 +48,7 @@ class Method:
     batch_assignments: int | None = None
     needs: frozenset[str] = frozenset()
     draw: str | None = None
-    strata: int = STRATA
+    strata: int | None = None
     importance_weights: bool = False
     variant: Variant | None = None
 
@@ -122,7 +122,7 @@ def _drawing(name: str) -> Method:
     parts = DRAW.fullmatch(name)
     if parts is None:
         raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE][%N]")
-    draw, strata = find_draw(parts["draw"]), int(parts["strata"] or STRATA)
+    draw, strata = find_draw(parts["draw"]), int(parts["strata"]) if parts["strata"] else None
     probe = draw.needs_reference or draw.needs_prior
     return Method(
         name,
@@ -130,7 +130,7 @@ def _drawing(name: str) -> Method:
         rule=SelectConfig.rule,
         schedule=parts["schedule"] or "",
         guidance=parts["guidance"] or SelectConfig.guidance,
-        embeds=strata > 1 or probe,
+        embeds=strata != 1 or probe,
         needs=frozenset({"probe"}) if probe else frozenset[str](),
         draw=draw.name,
         strata=strata,

@@ -16,10 +16,13 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from benchmarks.study.labels import imbalanced, noisy
+from benchmarks.study.labels import confused, imbalanced, noisy
 from benchmarks.study.unpack import CORRECTED
 from gstds_cache.errors import DatasetError
 from gstds_cache.seeding import rng_for
+
+# The usual "asymmetric noise" of CIFAR-10 (Patrini et al. 2017, "Making Deep Neural Networks Robust to Label Noise").
+CONFUSED = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,14 @@ def clothing14_corrected(root: str, split: str = "train") -> Photographs:
     return photographs
 
 
-def cifar10(root: str, part: str = "all", noise: str = "0", imbalance: str = "1") -> Photographs:
+def cifar10(root: str, part: str = "all", noise: str = "0", confusion: str = "0", imbalance: str = "1") -> Photographs:
     """CIFAR-10's training set with wrong labels, or with rare classes. Arguments are strings, as those of a URI are.
 
     Args:
         root: The data folder.
         part: ``all``; or ``train``, and ``held-out`` with a fifth of the images, to choose settings by.
         noise: Share of the labels that are changed to another class.
+        confusion: Share of the labels of :data:`CONFUSED` that are changed to that of the class beside it.
         imbalance: How many times as frequent the most frequent class is as the rarest.
 
     Returns:
@@ -108,6 +112,8 @@ def cifar10(root: str, part: str = "all", noise: str = "0", imbalance: str = "1"
     rows = np.sort(parts[part])
     rows = rows[imbalanced(whole.targets[rows], len(whole.classes), float(imbalance))] if float(imbalance) > 1 else rows
     targets = noisy(whole.targets[rows], len(whole.classes), float(noise))
+    pairs = {whole.classes.index(one): whole.classes.index(other) for one, other in CONFUSED.items()}
+    targets = confused(targets, pairs, float(confusion))
     return Photographs(whole.root, tuple(whole.ids[row] for row in rows), targets, whole.classes)
 
 

@@ -34,10 +34,12 @@ from benchmarks.study.baselines.seta import SeTa, random_share
 from benchmarks.study.data import StudyData
 from benchmarks.study.methods import INFOBATCH_KEEPS, Method, find_method
 from benchmarks.study.scores import Scores
+from benchmarks.study.settings import Setting
 from benchmarks.study.trainer import train_once
-from benchmarks.study.variants import VariantFeedback
-from gstds_cache.config import SelectConfig
+from benchmarks.study.variants import BY_CLASS, VariantFeedback
+from gstds_cache.config import CLASSES, STRATA, SelectConfig
 from gstds_cache.seeding import rng_for
+from gstds_cache.selection.order import parse_order
 from gstds_cache.selection.run import BatchSelector
 from gstds_cache.stream.schema import Header
 from gstds_cache.stream.writer import header_of, write_file
@@ -151,13 +153,14 @@ def _selection(
         config = SelectConfig(
             rule=method.rule,
             draw=method.draw,
-            strata=method.strata if method.draw else None,
+            strata=_strata(method, setting),
             guidance=method.guidance,
             schedule=method.schedule or f"constant:{task.ratio}",
             batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),
             epochs=task.epochs,
             knn=setting.knn,
             seed=task.seed,
+            order=setting.order,
             threads=1,
             device=data.device,
             batch_assignments=method.batch_assignments,
@@ -184,6 +187,7 @@ def _selection(
             batch_size=min(rows, len(data.train)),
             epochs=task.epochs,
             seed=task.seed,
+            order=setting.order,
             device="cpu",
         )
         list(write_file(BatchSelector(data.store, config), path))
@@ -200,6 +204,13 @@ def _selection(
     seconds["scores"], cpu["scores"] = time.perf_counter() - begun, time.process_time() - cpu_begun
     write_fixed(path, like, per_epoch, step=setting.step, method=task.method, seed=task.seed)
     return path
+
+
+def _strata(method: Method, setting: Setting) -> int | None:
+    """Spectral strata of a draw; where classes come by turns the classes, unless the method says how many."""
+    if method.draw is None:
+        return None
+    return CLASSES if parse_order(setting.order).balanced and method.strata is None else method.strata or STRATA
 
 
 def _subset(task: Task, keep: int, data: StudyData, scores: Scores) -> np.ndarray:
@@ -249,7 +260,8 @@ def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Head
     own = variant.reference != "probe" or variant.calibrate != "none"
     reference = scores.reference(variant.reference) if own else None
     embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
-    labels = data.train.labels if variant.graph == "label" else None
+    looks = variant.graph == "label" or variant.calibrate in BY_CLASS or variant.alike or variant.even
+    labels = data.train.labels if looks else None
     return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings, labels=labels)
 
 

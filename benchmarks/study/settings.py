@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gstds_cache.config import DEFAULT_MODEL, TrainConfig
+from gstds_cache.config import DEFAULT_MODEL, SelectConfig, TrainConfig
 from gstds_cache.errors import UsageError
 
 FOLDER = Path(__file__).parent / "settings"
@@ -27,6 +27,7 @@ class Setting:
         batch: Rows of a batch before selection at filter ratio 0.75; a step has a quarter of them at every ratio, so
             that all runs of a setting take steps of one size.
         arch: The network.
+        order: Of an epoch's rows, for everything and for methods that keep rows of a batch.
         lr: Peak learning rate.
         lrs: Another one for some methods, by name: each has the best of the same rates, tried on validation data.
         image_size: Side of the images in pixels.
@@ -54,6 +55,7 @@ class Setting:
     model: str = DEFAULT_MODEL
     same_images_as: str = ""
     knn: int = 10
+    order: str = SelectConfig.order
     norm_samples: int = TrainConfig.norm_samples
     lrs: dict[str, float] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ from gstds_cache.stream.schema import Header
 from gstds_cache.training.feedback import Feedback
 
 PREFIX = "variant:"
+BY_CLASS = ("class", "median", "prior", "prior-max", "prior-even", "share")
 EIGENVECTORS = 8  # of a dense graph
 
 
@@ -41,7 +42,8 @@ class Variant:
         steep: How steeply losses are damped.
         reference: Whose losses are the reference: the probe's, those of neighbours' labels, or a small network's.
         calibrate: ``mean`` scales reference losses in each epoch so that their mean is that of the last losses (of rows
-            that have one), ``quantile`` replaces each by the last losses' quantile of the same rank.
+            that have one), ``quantile`` replaces each by the last losses' quantile of the same rank; ``class``,
+            ``median`` and ``prior`` shift those of each class: to the mean or median of all, or by its -log share.
         power: To which scores are raised: the strength.
         strata: Spectral strata of a batch.
         graph: ``dense`` takes the strata from all cosines of a batch, L = D - S, instead of nearest neighbours;
@@ -62,16 +64,21 @@ class Variant:
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
         top: Whether the rows of the largest scores of each stratum are taken, rather than drawn.
+        alike: To which power 1 / the share of a row's class is raised that its score is multiplied by.
+        even: Whether every class gives as many rows, or all it has in a batch.
+        until: Times that rows have been trained on in the mean from which on they are drawn, whatever ``top`` says.
         sharp: To which power scores are raised, and no row's is raised to a least one; 0 for draws as the library's.
         anew: Whether rows are divided into new batches in each epoch, with strata too.
         refresh: Whether every row has a new loss when an epoch ends, by a forward pass of the network as it is then.
     """
 
-    form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform"] = "subtract"
+    form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform", "balanced"] = "subtract"
     c: float = 1.0
     steep: float = 3.0
     reference: Literal["probe", "neighbours", "proxy"] = "probe"
-    calibrate: Literal["none", "mean", "quantile"] = "none"
+    calibrate: Literal["none", "mean", "quantile", "class", "median", "prior", "prior-max", "prior-even", "share"] = (
+        "none"
+    )
     power: float = 1.0
     strata: int = 8
     graph: Literal["knn", "dense", "label"] = "knn"
@@ -88,6 +95,9 @@ class Variant:
     rest: int = 0
     refresh: bool = False
     top: bool = False
+    until: float = 1e9
+    alike: float = 0.0
+    even: bool = False
     sharp: float = 0.0
     anew: bool = False
 
@@ -124,6 +134,7 @@ def score(
         "ratio": lambda: last / (variant.c + reference),
         "passed": lambda: passed(variant, last, reference),
         "loss": lambda: last,
+        "balanced": lambda: np.exp(reference),
     }
     return known[variant.form]()
 
@@ -149,6 +160,46 @@ def calibrated(
         return scaled
     matched: Float64[np.ndarray, " N"] = np.interp(reference, np.sort(reference[seen]), np.sort(last[seen]))
     return matched
+
+
+def by_class(
+    how: str, reference: Float64[np.ndarray, " N"], labels: Int64[np.ndarray, " N"]
+) -> Float64[np.ndarray, " N"]:
+    """Reference losses without what classes differ by."""
+    known = np.isfinite(reference)
+    level = np.median if how == "median" else np.mean
+    shifts = np.zeros(int(labels.max()) + 1)
+    for label in np.unique(labels[known]):
+        of = reference[known & (labels == label)]
+        shifts[label] = (
+            -np.log(len(of) / known.sum()) if how in {"prior", "prior-max", "prior-even", "share"} else level(of)
+        )
+    shifted: Float64[np.ndarray, " N"] = reference - shifts[labels]
+    if how == "share":
+        return shifts[labels]
+    if how == "prior-max":
+        return shifted + shifts[shifts > 0].min()
+    if how == "prior-even":
+        return shifted + np.log(len(np.unique(labels[known])))
+    return shifted - shifted[known].mean() + reference[known].mean()
+
+
+def even_rows(labels, keys, keep, rng):
+    """Rows of the largest keys of each class, as many of each, or all."""
+    names, of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    give = np.zeros(len(names), int)
+    while give.sum() < keep:
+        open_ = np.flatnonzero(give < counts)
+        left = keep - give.sum()
+        each = left // len(open_)
+        if each == 0:
+            give[rng.permutation(open_)[:left]] += 1
+        else:
+            give[open_] = np.minimum(counts[open_], give[open_] + each)
+    order = np.lexsort((-keys, of))
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(labels)) - starts[of[order]]
+    return np.sort(order[rank < give[of[order]]])
 
 
 def dense_strata(rows: Float32[np.ndarray, "B D"], count: int) -> Int16[np.ndarray, " B"]:
@@ -205,7 +256,12 @@ class VariantFeedback(Feedback):
         self._raw = self.losses.copy()  # as reported
         self._measured = np.full(self._items, np.nan)  # mean loss of the epoch that a row's loss is from
         self._lately = np.zeros(self._items, bool)
+        self._reported = 0
         self._reference = None if self._given is None else self._given.astype(np.float64)
+        if self._variant.calibrate in BY_CLASS:
+            assert self._reference is not None
+            assert self._labels is not None
+            self._reference = by_class(self._variant.calibrate, self._reference, self._labels)
         self._imputed = self._chance
         self._set_draw()
 
@@ -220,7 +276,8 @@ class VariantFeedback(Feedback):
             if key not in self._strata:
                 self._strata[key] = dense_strata(self._embeddings[np.sort(rows)], self._variant.strata)
             offered = replace(offered, stratum=self._strata[key][np.argsort(np.argsort(rows))])
-        if self._labels is not None:
+        if self._variant.graph == "label":
+            assert self._labels is not None
             _, stratum = np.unique(self._labels[rows], return_inverse=True)
             offered = replace(offered, stratum=stratum.astype(np.int16))
         seen = np.isfinite(self.losses[rows])
@@ -236,13 +293,27 @@ class VariantFeedback(Feedback):
         scores = self.draw.scores(offered, last)
         scores = scores * np.where(self._lately[rows], self._variant.rotate, 1.0)
         scores = scores * np.where(seen, 1.0, self._variant.unseen)
+        if self._variant.alike:
+            assert self._labels is not None
+            share = np.bincount(self._labels[self._labels >= 0]) / len(self._labels)
+            scores = scores * (share.max() / share[self._labels[rows]]) ** self._variant.alike
         rng = rng_for(self._seed, "draw", batch.epoch, batch.batch_id)
         if self._variant.sharp:
             scores = rng.gumbel(size=len(scores)) + self._variant.sharp * np.log(np.maximum(scores, 1e-9))
-        drawn = draw_rows(offered, scores, rng, largest=self._variant.top or self._variant.sharp > 0)
+        if self._variant.even:
+            assert self._labels is not None
+            keys = scores if self._largest() else np.log(scores + 0.05 * scores.mean()) + rng.gumbel(size=len(scores))
+            drawn = even_rows(self._labels[rows], keys, offered.keep, rng)
+            chosen = rows[drawn]
+            self.rest = np.delete(rows, drawn)
+            return chosen
+        drawn = draw_rows(offered, scores, rng, largest=self._largest() or self._variant.sharp > 0)
         self.rest = np.delete(rows, drawn)
         chosen: Int64[np.ndarray, " M"] = rows[drawn]
         return chosen
+
+    def _largest(self) -> bool:
+        return self._variant.top and self._reported < self._variant.until * self._items
 
     def end_epoch(self, epoch: int | None = None) -> None:
         reports = [*self._known, *self._collected()]
@@ -257,6 +328,7 @@ class VariantFeedback(Feedback):
         variant, before = self._variant, self._raw[rows]
         self._raw[rows], self._measured[rows] = losses, losses.mean()
         self._lately[:] = False
+        self._reported += len(rows)
         self._lately[rows] = True
         if variant.visits == 2:
             self.losses[rows] = np.where(np.isfinite(before), (losses + before) / 2, losses)
@@ -264,7 +336,7 @@ class VariantFeedback(Feedback):
             self.losses = (self._raw * (losses.mean() / self._measured)).astype(np.float32)
         if variant.impute == "mean":
             self._imputed = float(np.nanmean(self.losses))
-        if self._given is not None:
+        if self._given is not None and variant.calibrate not in BY_CLASS:
             self._reference = calibrated(
                 variant.calibrate, self._given.astype(np.float64), self.losses.astype(np.float64)
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int64
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import CLASSES, SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.draws import Draw
@@ -105,7 +105,10 @@ class RowChooser:
         """All rows of a batch, with what a trainer draws by."""
         rows, count = batch.indices, len(batch.indices)
         stratum = np.zeros(count, np.int16)
-        if spectrum is not None:
+        if self.config.strata == CLASSES:
+            _, of = np.unique(self.labels_of(rows), return_inverse=True)
+            stratum = of.astype(np.int16)
+        elif spectrum is not None:
             assert self.config.strata is not None  # with_strata settled it
             order, bounds = cells_of(seen, min(self.config.strata, count))
             stratum[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))

@@ -1,11 +1,16 @@
-"""The order in which an epoch goes through the rows: keyed by (seed, epoch), each row exactly once.
+"""The order in which an epoch goes through the rows: keyed by (seed, epoch), with but one each row exactly once.
 
 - ``permutation``: any order of up to 65,536 rows is as likely as any other; of more rows it is computed, not stored
   (:mod:`gstds_cache.selection.permutation`).
 - ``window:ROWS``: shards of the store in random order, so many of them at a time as hold ROWS rows, and these rows in
   random order. A store that is read in windows (:mod:`gstds_cache.store.access`) then reads every shard once an epoch.
+- ``class-balanced``: the classes by turns, each as often, and of each its rows in random order: "class-aware sampling"
+  (L. Shen et al., "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks", ECCV 2016,
+  section 4.2). An epoch has as many places as there are rows: rows of a rare class come several times in it, those of
+  a frequent one in one of several epochs.
 
-Memory is that of a window, or of 65,536 rows, for each of the last two epochs: it does not grow with the rows.
+Memory is that of a window, or of 65,536 rows, for each of the last two epochs, and does not grow with the rows; for
+``class-balanced`` it is 8 bytes a row for each, and as many for the classes.
 
 The order is named by the user and part of a selection's identity; it never follows from how much memory there is.
 """
@@ -17,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
@@ -25,6 +30,7 @@ from gstds_cache.selection.permutation import Permutation
 from gstds_cache.selection.rows import EligibleRows
 
 DEFAULT_WINDOW = 65536
+BALANCED = "class-balanced"
 # From an epoch, a first position and one past the last to the rows at these positions.
 RowsAt = Callable[[int, int, int], Int64[np.ndarray, " B"]]
 
@@ -34,14 +40,18 @@ class Order:
     """The order of an epoch, parsed.
 
     Attributes:
-        window: Rows of a window, at least 1; None for a permutation of all rows.
+        window: Rows of a window, at least 1; None for an order of all rows.
+        balanced: Whether every class comes as often.
     """
 
     window: int | None = None
+    balanced: bool = False
 
     @property
     def identity(self) -> str:
-        """The same text for all spellings: ``permutation`` or ``window:ROWS``."""
+        """The same text for all spellings: ``permutation``, ``class-balanced`` or ``window:ROWS``."""
+        if self.balanced:
+            return BALANCED
         return "permutation" if self.window is None else f"window:{self.window}"
 
 
@@ -49,7 +59,7 @@ PERMUTATION = Order()
 
 
 def parse_order(text: str) -> Order:
-    """Parse ``permutation``, ``window`` or ``window:ROWS``.
+    """Parse ``permutation``, ``class-balanced``, ``window`` or ``window:ROWS``.
 
     Args:
         text: The order.
@@ -60,12 +70,68 @@ def parse_order(text: str) -> Order:
     Raises:
         UsageError: It is none of these.
     """
-    if text == "permutation":
-        return Order()
+    if text in {"permutation", BALANCED}:
+        return Order(balanced=text == BALANCED)
     name, _, rows = text.partition(":")
     if name != "window" or (rows and not rows.isdecimal()) or rows == "0" or (":" in text and not rows):
-        raise UsageError(f"`order`: got {text!r}, expected permutation, window or window:ROWS")
+        raise UsageError(f"`order`: got {text!r}, expected permutation, {BALANCED}, window or window:ROWS")
     return Order(int(rows) if rows else DEFAULT_WINDOW)
+
+
+class ClassBalanced:
+    """Epochs in which every class comes as often: the class at place p is p mod C, as many are C.
+
+    A class's rows are shuffled, and each of the next epochs takes as many of them as it has places for the class, until
+    all have come; then they are shuffled again. Where an epoch has more places than the class has rows, they come in
+    the same order again: of a class's neighbouring places in an epoch no two have the same row, up to as many as it has
+    rows.
+
+    Attributes:
+        classes: The labels of the classes, int64 [C].
+        sizes: Rows of each, int64 [C].
+        passes: Epochs until every row of each class has come, int64 [C].
+    """
+
+    def __init__(self, rows: EligibleRows, labels: Int[np.ndarray, " N"], seed: int) -> None:
+        """Sort the rows by class.
+
+        Args:
+            rows: Rows that take part.
+            labels: Label of every row of the store, -1 where it has none.
+            seed: Key of the order.
+
+        Raises:
+            UsageError: A row has no label, or all have the same one.
+        """
+        every = rows.all()
+        given = labels[every]
+        without = int((given < 0).sum())
+        self.classes, self.sizes = np.unique(given, return_counts=True)
+        if without or len(self.classes) < 2:
+            got = f"{without:,} of {len(given):,} rows have no label" if without else "all rows have the same label"
+            raise UsageError(
+                f"`order={BALANCED!r}`: {got}, expected classes to take turns",
+                hint="leave `order` out, or embed images that have a class each",
+            )
+        self._members = np.split(every[np.argsort(given, kind="stable")], np.cumsum(self.sizes)[:-1])
+        self._seed, self._rows = seed, len(every)
+        places = -(-(len(every) - np.arange(len(self.classes))) // len(self.classes))
+        self.passes = -(-self.sizes // places)
+        self.of_epoch = lru_cache(maxsize=2)(self._order)
+
+    def most_in(self, places: int) -> int:
+        """How often a class comes among so many neighbouring places, at most."""
+        return -(-places // len(self.classes))
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
+        order = np.empty(self._rows, np.int64)
+        for number, (members, passes) in enumerate(zip(self._members, self.passes.tolist(), strict=True)):
+            turn, part = divmod(epoch, passes)
+            places = order[number :: len(self.classes)]
+            rng = rng_for(self._seed, "plan-class", int(self.classes[number]), turn)
+            first = part * len(places)
+            places[:] = rng.permutation(members)[np.arange(first, first + len(places)) % len(members)]
+        return order
 
 
 def shards_at_once(window: int, shard_rows: int) -> int:
@@ -73,33 +139,43 @@ def shards_at_once(window: int, shard_rows: int) -> int:
     return max(1, window // shard_rows)
 
 
-def rows_in_order(rows: EligibleRows, order: Order, *, seed: int, shard_rows: int) -> RowsAt:
+def rows_in_order(
+    rows: EligibleRows, order: Order, *, seed: int, shard_rows: int, balanced: ClassBalanced | None = None
+) -> RowsAt:
     """The order of an epoch's rows.
 
     Args:
         rows: Rows that take part.
-        order: Permutation or windows.
+        order: Permutation, windows, or classes by turns.
         seed: Key of the order.
         shard_rows: Rows of a shard of the store.
+        balanced: The classes, where they come by turns.
 
     Returns:
         A function from an epoch and two positions in its order to the rows from the one to the other.
     """
+    if balanced is not None:
+        return lambda epoch, start, stop: balanced.of_epoch(epoch)[start:stop]
     if order.window is None:
         return _permuted(rows, seed)
     return _in_windows(rows, seed, shards_at_once(min(order.window, rows.items), shard_rows), shard_rows)
 
 
-def rows_at_places(rows: EligibleRows, seed: int) -> Callable[[int, Int64[np.ndarray, " B"]], Int64[np.ndarray, " B"]]:
-    """The rows at any places of an epoch's permutation, for many batches that do not lie one after the other.
+def rows_at_places(
+    rows: EligibleRows, seed: int, balanced: ClassBalanced | None = None
+) -> Callable[[int, Int64[np.ndarray, " B"]], Int64[np.ndarray, " B"]]:
+    """The rows at any places of an epoch's order, for many batches that do not lie one after the other.
 
     Args:
         rows: Rows that take part.
         seed: Key of the order.
+        balanced: The classes, where they come by turns; else the order is a permutation.
 
     Returns:
         A function from an epoch and places, which it may overwrite, to the rows.
     """
+    if balanced is not None:
+        return lambda epoch, places: balanced.of_epoch(epoch)[places]
     of_epoch = _permutations(rows, seed)
     return lambda epoch, places: rows.at(of_epoch(epoch).of(places))
 

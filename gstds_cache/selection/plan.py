@@ -17,12 +17,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.order import PERMUTATION, Order, rows_at_places, rows_in_order
+from gstds_cache.selection.order import BALANCED, PERMUTATION, ClassBalanced, Order, rows_at_places, rows_in_order
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
@@ -118,6 +118,7 @@ class SelectionPlan:
         order: Order = PERMUTATION,
         shard_rows: int = 1,
         batch_assignments: int = 0,
+        labels: Int[np.ndarray, " N"] | None = None,
     ) -> None:
         """Plan the run.
 
@@ -131,9 +132,11 @@ class SelectionPlan:
             shard_rows: Rows of a shard of the store; matters with windows.
             batch_assignments: Fixed assignments of rows to batches, through which epochs cycle; 0 draws a new one in
                 every epoch.
+            labels: Of every row of the store, where classes come by turns.
 
         Raises:
-            UsageError: There are fewer rows than one batch holds, or the schedule does not fit the run.
+            UsageError: There are fewer rows than one batch holds, the schedule does not fit the run, or classes that
+                are to come by turns have too few rows, or too many.
         """
         if len(rows) < SMALLEST_BATCH:
             raise UsageError(
@@ -157,8 +160,34 @@ class SelectionPlan:
         self.total_rows, self.total_kept = len(rows) * epochs, sum(self.kept_per_epoch)
         self._piece = lru_cache(maxsize=2)(lambda n: run_schedule.piece(n * PIECE, (n + 1) * PIECE))
         self._groups = lru_cache(maxsize=2)(self._shuffle_groups)
-        self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows)
-        self._rows_at_places = rows_at_places(rows, seed)
+        balanced = None
+        if order.balanced:
+            assert labels is not None
+            balanced = ClassBalanced(rows, labels, seed)
+            self._check_classes(balanced, int(sizes.max()))
+        self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows, balanced=balanced)
+        self._rows_at_places = rows_at_places(rows, seed, balanced)
+
+    def _check_classes(self, balanced: ClassBalanced, largest: int) -> None:
+        """Refuse batches in which a row would come twice, and assignments in which some never come.
+
+        Raises:
+            UsageError: There are such.
+        """
+        fewest, wanted = int(balanced.sizes.min()), balanced.most_in(largest)
+        if fewest < wanted:
+            raise UsageError(
+                f"`order={BALANCED!r}`: a class has {fewest} rows, a batch of {largest} takes {wanted} of each",
+                hint=f"use `batch_size={fewest * len(balanced.classes) * 2 // 3}` or less: the last batch of an epoch "
+                "may be half as large again",
+            )
+        passes = int(balanced.passes.max())
+        if 0 < self.batch_assignments < min(passes, self.epochs):
+            raise UsageError(
+                f"`batch_assignments`: got {self.batch_assignments}, and it takes {passes} epochs until all rows of "
+                "the largest class have come: some never would",
+                hint=f"use `batch_assignments={passes}`, or leave it out",
+            )
 
     def batch(self, seq: int) -> BatchPlan:
         """Batch ``seq`` of the run, by itself."""

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import CLASSES, SelectConfig
 from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
@@ -29,7 +29,7 @@ from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.elsewhere import select_by
 from gstds_cache.selection.floors import check_floor
 from gstds_cache.selection.guidance import Guidance, guidance_for, load_or_make_guidance
-from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
+from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of, labels_digest
 from gstds_cache.selection.offers import Offers, offered_again_from
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
@@ -74,7 +74,8 @@ class BatchSelector:
             config: How to select.
 
         Raises:
-            UsageError: The rule or schedule is unknown, or the batch size exceeds the rows that have an embedding.
+            UsageError: The rule or schedule is unknown, the batch size exceeds the rows that have an embedding, or
+                there are no classes, and they are to be the strata or to come by turns.
         """
         config = with_strata(config)
         self.store, self.config = store, config
@@ -89,6 +90,7 @@ class BatchSelector:
             order=settings.order,
             shard_rows=store.spec.shard_rows,
             batch_assignments=settings.batch_assignments,
+            labels=store.labels if settings.order.balanced else None,
         )
         if config.min_per_class:
             check_floor(config.min_per_class, store.labels[self.plan.rows.all()], store.classes)
@@ -98,6 +100,11 @@ class BatchSelector:
         self.solver = _solver(config, self.device, largest, max(1, self.rule.vectors))
         labels, share = count_labels(store), self.plan.total_kept / self.plan.total_rows
         self._label_counts = labels
+        if config.strata == CLASSES and (labels.different < 2 or labels.one_each):
+            raise UsageError(
+                f"`strata={CLASSES}` takes the classes, and {store.location} has none",
+                hint="leave it out, or embed images that have a class each",
+            )
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))
         self.counts, self.graphs_note = SelectionCounts(), ""
@@ -123,6 +130,7 @@ class BatchSelector:
             reference,
             self.store.hidden_digest,
             round(math.log(self._label_counts.different), 6) if reference else 0.0,
+            labels_digest(self.store) if self._settings.order.balanced or self.config.strata == CLASSES else "",
         )
         self.digest = digest_of(self.identity)
         for made in ("guidance", "reference", "_chooser"):  # for the one before
@@ -311,6 +319,14 @@ class BatchSelector:
     def too_many_strata(self) -> str:
         """Why a draw by losses would hardly look at them, and what to do; empty where it does."""
         strata, rows = self.config.strata, self.plan.rows_in(0)
+        if strata == CLASSES:
+            strata = self._label_counts.different
+            if 2 * strata <= rows:
+                return ""
+            return (
+                f"`batch_size`: {rows:,} rows of {strata:,} classes: most have a single row in a batch, so scores "
+                f"choose next to nothing, and rows are drawn at random; raise it to {16 * strata:,} or so"
+            )
         if strata is None or strata == 1 or 2 * strata <= rows:
             return ""
         return (

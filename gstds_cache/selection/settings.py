@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import CLASSES, SelectConfig
 from gstds_cache.selection.catalog import SPREAD
 from gstds_cache.selection.draws import Draw, find_draw
 from gstds_cache.selection.guidance_spec import GuidanceSpec, parse_guidance
@@ -21,7 +21,7 @@ ALGORITHM = 3  # raised by whoever changes what the same settings select, so tha
 NOT_IDENTITY = frozenset({"device", "knn_backend", "solver", "threads"})
 RECORDED_AS = {"batch_assignments": "partitions"}
 """Fields that digests and headers name otherwise: they keep the name they had when the first selections were stored."""
-BESIDE = {"draw_source", "hidden", "chance"}
+BESIDE = {"draw_source", "hidden", "chance", "labels"}
 """What stands among a selection's settings and is none of :class:`SelectConfig`."""
 
 
@@ -53,26 +53,35 @@ class ParsedSettings:
             UsageError: A rule, schedule, order or guidance is unknown, or a file that it names cannot be read.
         """
         draw, assignments = None if config.draw is None else find_draw(config.draw), config.batch_assignments
-        rule = find_rule(config.rule) if draw is None else _offering(draw, config.strata or draw.strata)
+        order = parse_order(config.order)
+        rule = (
+            find_rule(config.rule)
+            if draw is None
+            else _offering(draw, draw.strata if config.strata is None else config.strata)
+        )
         return cls(
             rule=rule,
             draw=draw,
             schedule=parse_schedule(config.schedule),
-            order=parse_order(config.order),
+            order=order,
             guidance=parse_guidance(config.guidance),
-            batch_assignments=int(rule.vectors > 0) if assignments is None else assignments,
+            batch_assignments=int(rule.vectors > 0 and not order.balanced) if assignments is None else assignments,
         )
 
 
 def with_strata(config: SelectConfig) -> SelectConfig:
     """``config`` with the strata that suit its draw, where none were asked for.
 
+    Where classes come by turns it is the classes: rows of a rare one, which come again and again, soon have small
+    losses, and drawn by losses alone would be as rare as before.
+
     Raises:
         UsageError: The draw is unknown.
     """
     if config.draw is None or config.strata is not None:
         return config
-    return replace(config, strata=find_draw(config.draw).strata)
+    draw = find_draw(config.draw)
+    return replace(config, strata=CLASSES if parse_order(config.order).balanced else draw.strata)
 
 
 def _offering(draw: Draw, strata: int) -> Rule:
@@ -93,6 +102,7 @@ def identity(
     reference: str = "",
     hidden: str = "",
     chance: float = 0.0,
+    labels: str = "",
 ) -> dict[str, Any]:
     """Everything that decides a selection's outcome, as JSON-able values.
 
@@ -105,6 +115,7 @@ def identity(
         hidden: Digest of the rows that are left out; empty where there are none.
         chance: Loss of a network that knows nothing: the logarithm of the number of classes; 0 where no draw looks at
             reference losses.
+        labels: Digest of the labels, where classes come by turns; else empty.
     """
     select = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY} | {
         "schedule": settings.schedule.identity,
@@ -116,7 +127,7 @@ def identity(
     # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
     for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
         del select[name]
-    select |= {"hidden": hidden} if hidden else {}
+    select |= ({"hidden": hidden} if hidden else {}) | ({"labels": labels} if labels else {})
     if settings.draw is not None:
         select |= {"draw_source": settings.draw.source} if settings.draw.source else {}
         # Selections that were made when rows without a loss were not told apart have none, and are drawn from so.

@@ -22,6 +22,7 @@ from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamE
 from gstds_cache.runtime.notify import log
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.draws import Draw, draw_rows, find_draw, importance_weights, is_own
+from gstds_cache.selection.order import BALANCED
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.schema import Header
 
@@ -69,6 +70,12 @@ class Feedback:
                 f"`importance_weights`: {self.draw.name} takes the rows of the largest scores, and no weight makes up "
                 "for rows that cannot be drawn",
                 hint="select with a draw that is in proportion to scores, `draw='damped-loss'` for one",
+            )
+        if importance and header.settings.get("order") == BALANCED:
+            raise UsageError(
+                f"`importance_weights`: with `order={BALANCED!r}` a row may come several times in an epoch, each time "
+                "with another weight",
+                hint="leave them out, or select with `order='permutation'`",
             )
         self._weights = np.ones(header.items, np.float32) if importance else None
         self._chance = _chance_of(header)
@@ -180,7 +187,8 @@ class Feedback:
 
     def end_epoch(self, epoch: int | None = None) -> None:
         """Draw the next epoch, or ``epoch``, by what was reported up to now; ranks have shared it."""
-        rows, losses = _joined([*self._known, *self._collected()])
+        # By step, whichever rank it was of: of a row that came several times the last loss counts.
+        rows, losses = _joined(sorted([*self._known, *self._collected()], key=lambda report: report[0]))
         finite = np.isfinite(losses)
         if not finite.all():
             log(

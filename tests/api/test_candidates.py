@@ -140,7 +140,7 @@ def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> No
         ({"draw": "loss", "min_per_class": 1}, "0 with `draw`"),
         ({"draw": "los"}, "unknown draw 'los'"),
         ({"draw": "uniform", "guidance": "probe"}, "draw uniform does not look at guidance\n  leave `guidance` out$"),
-        ({"draw": "loss", "strata": 0}, "`strata`"),
+        ({"draw": "loss", "strata": -1}, "`strata`"),
     ):
         with pytest.raises(UsageError, match=words):
             select(store, **(SMALL | settings))
@@ -153,6 +153,51 @@ def test_strata_of_a_row_or_two_are_said_to_leave_scores_no_choice(store) -> Non
     lines.clear()
     select(store, draw="loss", notify=lines.append, **SMALL)
     assert not any("strata" in line for line in lines)
+
+
+def test_classes_come_by_turns_and_are_the_strata_that_rows_are_drawn_from(store, caplog) -> None:
+    selection = select(store, draw="loss", order="class-balanced", **SMALL)
+    probes = select(store, draw="loss", order="class-balanced", strata=4, **SMALL)
+    for seen, kept in ((selection, probes), (probes, selection)):
+        assert seen.digest != kept.digest
+    for batch in selection:
+        labels = store.labels[batch.kept]
+        assert len(set(batch.kept.tolist())) == len(batch.kept)
+        assert np.bincount(labels).max() - np.bincount(labels).min() <= 1
+        np.testing.assert_array_equal(batch.candidates.stratum, labels)
+    assert selection.summary.status == {"not_computed": 4 * 3}
+    assert max(batch.candidates.stratum.max() for batch in probes) == 3
+    train(DATASET, selection, out="run", **TRAIN)
+    with pytest.raises(UsageError, match="`importance_weights`: with `order='class-balanced'`"):
+        SelectedBatchSampler(selection.path, importance_weights=True)
+    kept = list(select(store, rule="random", order="class-balanced", **SMALL))
+    assert len({row for batch in kept if batch.epoch == 0 for row in batch.kept.tolist()}) > 60
+
+
+def test_classes_are_strata_by_name_and_labels_part_of_what_decides(store, monkeypatch) -> None:
+    selection = select(store, draw="loss", strata=0, **SMALL)
+    for batch in selection:
+        np.testing.assert_array_equal(np.unique(batch.candidates.stratum), np.arange(10))
+        np.testing.assert_array_equal(batch.candidates.stratum, store.labels[batch.kept])
+    lines: list[str] = []
+    select(store, draw="loss", strata=0, notify=lines.append, **(SMALL | {"batch_size": 16}))
+    assert any("16 rows of 10 classes" in line and "raise it to 160 or so" in line for line in lines)
+    config = SelectConfig(batch_size=96, draw="loss", strata=0, device="cpu")
+    before = BatchSelector(store, config).digest
+    monkeypatch.setattr("gstds_cache.selection.run.labels_digest", lambda _store: "other labels")
+    assert BatchSelector(store, config).digest != before
+
+
+def test_what_needs_classes_says_so_where_there_are_none(array_source, tiny_model, tmp_path) -> None:
+    source = array_source(64)
+    source.labels[:] = -1
+    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
+    embed_dataset(source, config, where=tmp_path / "plain")
+    few = SMALL | {"batch_size": 16}
+    with pytest.raises(UsageError, match="`strata=0` takes the classes, and .* has none"):
+        select(tmp_path / "plain", draw="loss", strata=0, **few)
+    with pytest.raises(UsageError, match="`order='class-balanced'`: 64 of 64 rows have no label"):
+        select(tmp_path / "plain", rule="random", order="class-balanced", **few)
 
 
 def test_reference_losses_need_labels_and_training_losses_do_not(array_source, tiny_model, tmp_path) -> None:

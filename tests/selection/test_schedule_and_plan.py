@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.order import DEFAULT_WINDOW, Order, parse_order
+from gstds_cache.selection.order import BALANCED, DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule
@@ -227,10 +228,77 @@ def test_any_order_has_every_row_once_an_epoch_and_any_batch_by_itself(
 def test_orders_by_name() -> None:
     assert parse_order("permutation") == Order()
     assert parse_order("window") == Order(DEFAULT_WINDOW)
+    assert parse_order(BALANCED) == Order(balanced=True)
+    assert [parse_order(text).identity for text in ("permutation", BALANCED, "window:9")] == [
+        "permutation", "class-balanced", "window:9"
+    ]  # fmt: skip
     assert parse_order("window:100") == Order(100)
     for text in ("windows", "window:", "window:0", "window:-1", "window:many", "permutation:1", ""):
         with pytest.raises(UsageError, match="`order`"):
             parse_order(text)
+
+
+def balanced(sizes: list[int], **settings) -> tuple[SelectionPlan, np.ndarray]:
+    """A plan in which classes of these sizes come by turns, and the labels of all rows, every second left out."""
+    rows = sum(sizes)
+    labels = np.full(2 * rows, -1, np.int64)
+    labels[::2] = np.random.default_rng(0).permutation(np.repeat(10 * np.arange(len(sizes)) + 3, sizes))
+    return make_plan(rows, order=Order(balanced=True), labels=labels, **settings), labels
+
+
+@given(
+    sizes=st.lists(st.integers(8, 60), min_size=2, max_size=6),
+    batch_size=st.integers(4, 10),
+    epochs=st.integers(1, 9),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_classes_come_by_turns_and_every_row_as_often_as_others_of_its_class(sizes, batch_size, epochs, seed, data):
+    settings = {"batch_size": batch_size, "epochs": epochs, "seed": seed}
+    plan, labels = balanced(sizes, **settings)
+    batches = [plan.batch(seq) for seq in range(plan.total_batches)]
+    for batch in batches:
+        assert len(set(batch.indices.tolist())) == len(batch.indices)  # no row twice
+        counts = np.bincount(labels[batch.indices] // 10, minlength=len(sizes))
+        assert counts.max() - counts.min() <= 1
+    for number, size in enumerate(sizes):
+        places = -(-(sum(sizes) - number) // len(sizes))
+        passes = -(-size // places)
+        of_class = np.flatnonzero(labels == 10 * number + 3)
+        for first in range(0, epochs - passes + 1, passes):
+            rows = np.concatenate([b.indices for b in batches if first <= b.epoch < first + passes])
+            times = np.bincount(rows, minlength=len(labels))[of_class]
+            assert times.min() >= 1
+            assert times.max() - times.min() <= 1
+    seq = data.draw(st.integers(0, plan.total_batches - 1))
+    assert balanced(sizes, **settings)[0].batch(seq).indices.tolist() == batches[seq].indices.tolist()
+    stacked = [batch.indices.tolist() for stack in plan.stacks(seq, 3) for batch in stack]
+    assert stacked == [batch.indices.tolist() for batch in batches[seq:]]
+
+
+def test_class_balanced_epochs_and_seeds_differ_and_fixed_assignments_come_again() -> None:
+    orders = [balanced([40, 20], seed=seed)[0].batch(2 * epoch).indices.tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    plan, _ = balanced([40, 20], epochs=6, batch_assignments=2, batch_size=12)
+    sets = [{tuple(sorted(plan.batch(5 * epoch + n).indices)) for n in range(5)} for epoch in range(6)]
+    assert sets[0] == sets[2] == sets[4] != sets[1] == sets[3] == sets[5]
+    assert {row for part in sets[0] | sets[1] for row in part} == set(range(0, 120, 2))
+
+
+def test_classes_that_cannot_come_by_turns() -> None:
+    with pytest.raises(UsageError, match="a class has 3 rows, a batch of 10 takes 5 of each") as caught:
+        balanced([39, 3], batch_size=8)
+    fits = int(re.search(r"batch_size=(\d+)", caught.value.hint)[1])
+    balanced([39, 3], batch_size=fits)
+    with pytest.raises(UsageError, match="all rows have the same label"):
+        balanced([40], batch_size=8)
+    labels = np.repeat(np.arange(4), 20)
+    labels[:14] = -1
+    with pytest.raises(UsageError, match="7 of 40 rows have no label"):
+        make_plan(40, 8, order=Order(balanced=True), labels=labels)
+    with pytest.raises(UsageError, match="`batch_assignments`: got 1, and it takes 2 epochs"):
+        balanced([40, 20], batch_assignments=1, batch_size=12)
+    balanced([40, 20], batch_assignments=1, batch_size=12, epochs=1)
 
 
 def test_epochs_and_seeds_are_different_permutations() -> None:
