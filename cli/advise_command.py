@@ -55,6 +55,7 @@ def advise(store: str, ratios: tuple[float, ...], epochs: int, device: str, thre
         [
             ("linear probe", f"right on {advice.probe_accuracy:.1%} of held-out rows, {advice.classes:,} classes"),
             ("advice", advice.verdict),
+            *(("note", note) for note in advice.notes),
             ("cost", advice.cost),
         ]
     )

@@ -13,7 +13,9 @@ from jaxtyping import Float32
 from torch import nn
 
 from benchmarks.study.settings import Setting, load_setting, resolved
-from gstds_cache.config import DEFAULT_MODEL, EmbedConfig
+from gstds_cache.api.hide import hide_rows
+from gstds_cache.auditing.labels import find_doubts, predict
+from gstds_cache.config import DEFAULT_MODEL, AuditConfig, EmbedConfig
 from gstds_cache.data.hash_cache import HashCache
 from gstds_cache.data.source import ImageSource
 from gstds_cache.data.sources import open_source
@@ -21,6 +23,7 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.files.derived import cache_root
 from gstds_cache.graph.neighbors import normalized_rows
 from gstds_cache.runtime.threads import cores
+from gstds_cache.selection.linear_probe import ProbeSettings
 from gstds_cache.store.embed_report import EmbedReport
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.training.augment import to_input
@@ -84,7 +87,19 @@ class StudyData:
         # At its own size, as all tables were made: of small images it would be left to the images.
         model = f"{DEFAULT_MODEL}?size=224" if self.setting.model == DEFAULT_MODEL else self.setting.model
         config = EmbedConfig(model=model, device=device)
-        return embed_dataset(self.train, config, where=self.location, reuse=reuse).report
+        report = embed_dataset(self.train, config, where=self.location, reuse=reuse).report
+        if self.setting.audited and not len(self.store.hidden):
+            self._hide_doubted()
+        return report
+
+    def _hide_doubted(self) -> None:
+        """Hide what ``gstds-cache audit`` doubts the labels of, as its users would."""
+        store = self.store
+        predictions = predict(store, ProbeSettings(), threads=1, device=torch.device("cpu"))
+        doubts = find_doubts(predictions, store.labels, AuditConfig().rank)
+        rows = np.sort(doubts.row[doubts.doubted])
+        hide_rows(self.location, rows.tolist())
+        print(f"{self.setting.name}: {len(rows):,} of {len(store):,} rows have doubtful labels, and are hidden")
 
     def normalized_embeddings(self) -> Float32[np.ndarray, "N D"]:
         """All embeddings as unit rows."""

@@ -36,6 +36,8 @@ class Setting:
         augment: How images are augmented.
         model: The reference model whose embeddings are selected from.
         same_images_as: Another setting whose store holds the same images with other labels: nothing is embedded again.
+        against: Another setting of the same images and labels, whose runs those of this one are compared with.
+        audited: Whether rows whose labels an audit doubts are hidden before anything is trained.
         knn: Neighbours per row of a batch's graph.
         norm_samples: Random rows that re-estimate the statistics of batch normalisation before testing.
     """
@@ -54,6 +56,8 @@ class Setting:
     augment: Literal["none", "crop", "crop+flip"] = "crop"
     model: str = DEFAULT_MODEL
     same_images_as: str = ""
+    against: str = ""
+    audited: bool = False
     knn: int = 10
     order: str = SelectConfig.order
     norm_samples: int = TrainConfig.norm_samples

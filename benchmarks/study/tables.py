@@ -246,6 +246,22 @@ def _accuracies(study: Study, ratio: float, usual: int) -> str:
     return f"Filter ratio {ratio}:\n\n" + table(head, rows)
 
 
+def _against(study: Study, other: Study, name: str) -> str:
+    """Methods of a setting beside those of another one of the same images, paired by seed."""
+    setting, ratio = load_setting(name), 0.75
+    head = [method for method in (*ORDER, *DRAWN) if other.of(method, ratio, setting.epochs)]
+    rows = []
+    for method, epochs in sorted({(line["method"], line["epochs"]) for line in study.runs}):
+        ours, row = study.of(method, ratio, epochs), []
+        for against in head:
+            theirs = other.of(against, ratio, setting.epochs)
+            seeds = sorted(ours.keys() & theirs.keys())
+            pairs = [ours[seed]["test_accuracy"] - theirs[seed]["test_accuracy"] for seed in seeds]
+            row.append(shown(paired(pairs) if pairs else None))
+        rows.append([method, str(epochs), *row])
+    return f"Minus methods of *{setting.against}* in {setting.epochs} epochs:\n\n{table(('', 'epochs', *head), rows)}"
+
+
 def _verdict(interval: Interval) -> str:
     return {
         "ahead": "**ahead**",
@@ -463,7 +479,10 @@ def render(results: Path = RESULTS) -> str:
         "taken. `draw:NAME^S` has S strata, `draw:NAME` eight: the library's `loss-squared` is `draw:loss-squared^1`."
     )
     parts = [hours(results, list(studies.values())), note, advice_table(studies)]
-    return "\n\n".join([*filter(None, parts), *(study_tables(s, name) for name, s in studies.items())])
+    for name, study in studies.items():
+        other = studies.get(load_setting(name).against)
+        parts += [study_tables(study, name), "" if other is None else _against(study, other, name)]
+    return "\n\n".join(filter(None, parts))
 
 
 def main() -> int:

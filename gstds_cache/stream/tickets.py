@@ -18,6 +18,7 @@ from gstds_cache.stream.resume import ResumeToken
 LIMIT = 4096  # bytes
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 SCHEDULE = re.compile(r"[a-z]{1,16}(:[0-9eE.+-]{1,24}){1,8}")  # numbers alone: file:PATH would name a path
+ORDER = re.compile(rf"permutation|class-balanced|window|{SCHEDULE.pattern}")
 GUIDANCE = re.compile("|".join(catalog.GUIDANCE_KINDS))
 RULE = re.compile(r"[a-z0-9_-]{1,64}")  # a name alone: module:function would run what the service's user did not choose
 # "partitions" is what batch_assignments were called by earlier versions.
@@ -81,8 +82,7 @@ def _settings(fields: object) -> dict[str, Any]:
         elif name == "tolerance":
             good = type(value) is float and 0 < value < 1
         else:
-            numbers = name == "schedule" or value != "permutation"
-            patterns = {"schedule": SCHEDULE, "order": SCHEDULE if numbers else RULE, "guidance": GUIDANCE}
+            patterns = {"schedule": SCHEDULE, "order": ORDER, "guidance": GUIDANCE}
             pattern = patterns.get(name, RULE)
             good = isinstance(value, str) and pattern.fullmatch(value) is not None
         if not good:

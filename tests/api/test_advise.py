@@ -84,8 +84,8 @@ def test_a_difference_and_its_interval_are_mcnemars() -> None:
 )
 def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margin, way, words, command) -> None:
     forecasts = (Forecast("full", 0.0, 0.9, 0.0, 0.0), Forecast(way, 0.75, 0.8, over, margin))
-    advice = Advice(store="s", rows=1000, classes=2, probe_accuracy=0.89, forecasts=forecasts, epochs=20,
-                    embedding_seconds=None, seconds=0.25)  # fmt: skip
+    advice = Advice(store="s", rows=1000, classes=2, class_rows=(400, 600), probe_accuracy=0.89, forecasts=forecasts,
+                    epochs=20, embedding_seconds=None, seconds=0.25)  # fmt: skip
     assert advice.verdict.startswith(words)
     assert ("all rows are 10.0% ahead of it" in advice.verdict) == words.startswith("select")
     assert "linear classifier" not in advice.verdict
@@ -102,6 +102,21 @@ def test_what_is_clearly_ahead_of_random_is_advised_and_nothing_else(over, margi
     assert replace(advice, embedding_seconds=1234.5).cost == (
         "embedding 1,234.5 s, once for all runs; this advice 0.2 s"
     )
+
+
+def test_notes_say_what_probes_cannot_tell() -> None:
+    ahead, behind = Forecast("damped-loss", 0.75, 0.8, 0.02, 0.01), Forecast("damped-loss", 0.75, 0.8, 0.0, 0.01)
+    advice = Advice(store="s", rows=6250, classes=2, class_rows=(600, 5650), probe_accuracy=0.89, forecasts=(ahead,),
+                    epochs=8, embedding_seconds=None, seconds=0.25)  # fmt: skip
+    assert advice.notes == ()
+    few, rare = replace(advice, rows=6249), replace(advice, class_rows=(600, 6000))
+    assert [note.partition(":")[0] for note in few.notes] == ["6,249 rows in 8 epochs are few"]
+    assert replace(few, forecasts=(behind,)).notes == ()  # it is not advised to select
+    assert [note.partition(";")[0] for note in rare.notes] == [
+        "the largest class has 10 times the rows of the smallest"
+    ]
+    assert "--order class-balanced" in rare.notes[0]
+    assert rare.to_dict()["notes"] == list(rare.notes)
 
 
 @pytest.mark.parametrize(

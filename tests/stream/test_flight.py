@@ -291,6 +291,11 @@ def test_listing_and_health(running: Running, reference) -> None:
     stream.close()
 
 
+@pytest.mark.parametrize("order", ["permutation", "class-balanced", "window", "window:4096"])
+def test_every_order_may_be_asked_for(order: str) -> None:
+    assert Ticket.parse(Ticket(select={"order": order}).to_bytes()).select == {"order": order}
+
+
 BAD_TICKETS = [
     (b"x" * (LIMIT + 1), "bytes, expected at most"),
     (b"{", "no JSON"),
@@ -305,6 +310,8 @@ BAD_TICKETS = [
     (b'{"select": {"rule": "os:system"}}', "may not be asked for"),
     (b'{"select": {"rule": "nosuch"}}', "unknown rule"),
     (b'{"select": {"schedule": "file:/etc/passwd"}}', "may not be asked for"),
+    (b'{"select": {"order": "file:/etc/passwd"}}', "may not be asked for"),
+    (b'{"select": {"order": "alphabetical"}}', "may not be asked for"),
     (b'{"select": {"epochs": 1e9}}', "may not be asked for"),
     (b'{"select": {"epochs": 99999999}}', "may not be asked for"),
     (b'{"select": {"batch_size": 9999}}', "only 21 rows"),
