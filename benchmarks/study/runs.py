@@ -260,8 +260,7 @@ def _feedback(method: Method, data: StudyData, scores: Scores) -> Callable[[Head
     own = variant.reference != "probe" or variant.calibrate != "none"
     reference = scores.reference(variant.reference) if own else None
     embeddings = data.normalized_embeddings() if variant.graph == "dense" else None
-    looks = variant.graph == "label" or variant.calibrate in BY_CLASS or variant.alike or variant.even
-    labels = data.train.labels if looks else None
+    labels = data.train.labels if variant.graph == "label" or variant.calibrate in BY_CLASS else None
     return partial(VariantFeedback, variant=variant, reference=reference, embeddings=embeddings, labels=labels)
 
 

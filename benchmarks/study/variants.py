@@ -25,7 +25,7 @@ from gstds_cache.stream.schema import Header
 from gstds_cache.training.feedback import Feedback
 
 PREFIX = "variant:"
-BY_CLASS = ("class", "median", "prior", "prior-max", "prior-even", "share")
+BY_CLASS = ("class", "prior")
 EIGENVECTORS = 8  # of a dense graph
 
 
@@ -42,8 +42,8 @@ class Variant:
         steep: How steeply losses are damped.
         reference: Whose losses are the reference: the probe's, those of neighbours' labels, or a small network's.
         calibrate: ``mean`` scales reference losses in each epoch so that their mean is that of the last losses (of rows
-            that have one), ``quantile`` replaces each by the last losses' quantile of the same rank; ``class``,
-            ``median`` and ``prior`` shift those of each class: to the mean or median of all, or by its -log share.
+            that have one), ``quantile`` replaces each by the last losses' quantile of the same rank; ``class`` and
+            ``prior`` shift those of each class: to the mean of all, or by the logarithm of its share.
         power: To which scores are raised: the strength.
         strata: Spectral strata of a batch.
         graph: ``dense`` takes the strata from all cosines of a batch, L = D - S, instead of nearest neighbours;
@@ -64,21 +64,17 @@ class Variant:
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
         top: Whether the rows of the largest scores of each stratum are taken, rather than drawn.
-        alike: To which power 1 / the share of a row's class is raised that its score is multiplied by.
-        even: Whether every class gives as many rows, or all it has in a batch.
         until: Times that rows have been trained on in the mean from which on they are drawn, whatever ``top`` says.
         sharp: To which power scores are raised, and no row's is raised to a least one; 0 for draws as the library's.
         anew: Whether rows are divided into new batches in each epoch, with strata too.
         refresh: Whether every row has a new loss when an epoch ends, by a forward pass of the network as it is then.
     """
 
-    form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform", "balanced"] = "subtract"
+    form: Literal["subtract", "damped", "ratio", "passed", "loss", "uniform"] = "subtract"
     c: float = 1.0
     steep: float = 3.0
     reference: Literal["probe", "neighbours", "proxy"] = "probe"
-    calibrate: Literal["none", "mean", "quantile", "class", "median", "prior", "prior-max", "prior-even", "share"] = (
-        "none"
-    )
+    calibrate: Literal["none", "mean", "quantile", "class", "prior"] = "none"
     power: float = 1.0
     strata: int = 8
     graph: Literal["knn", "dense", "label"] = "knn"
@@ -96,8 +92,6 @@ class Variant:
     refresh: bool = False
     top: bool = False
     until: float = 1e9
-    alike: float = 0.0
-    even: bool = False
     sharp: float = 0.0
     anew: bool = False
 
@@ -134,7 +128,6 @@ def score(
         "ratio": lambda: last / (variant.c + reference),
         "passed": lambda: passed(variant, last, reference),
         "loss": lambda: last,
-        "balanced": lambda: np.exp(reference),
     }
     return known[variant.form]()
 
@@ -167,39 +160,12 @@ def by_class(
 ) -> Float64[np.ndarray, " N"]:
     """Reference losses without what classes differ by."""
     known = np.isfinite(reference)
-    level = np.median if how == "median" else np.mean
     shifts = np.zeros(int(labels.max()) + 1)
     for label in np.unique(labels[known]):
         of = reference[known & (labels == label)]
-        shifts[label] = (
-            -np.log(len(of) / known.sum()) if how in {"prior", "prior-max", "prior-even", "share"} else level(of)
-        )
+        shifts[label] = -np.log(len(of) / known.sum()) if how == "prior" else of.mean()
     shifted: Float64[np.ndarray, " N"] = reference - shifts[labels]
-    if how == "share":
-        return shifts[labels]
-    if how == "prior-max":
-        return shifted + shifts[shifts > 0].min()
-    if how == "prior-even":
-        return shifted + np.log(len(np.unique(labels[known])))
     return shifted - shifted[known].mean() + reference[known].mean()
-
-
-def even_rows(labels, keys, keep, rng):
-    """Rows of the largest keys of each class, as many of each, or all."""
-    names, of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    give = np.zeros(len(names), int)
-    while give.sum() < keep:
-        open_ = np.flatnonzero(give < counts)
-        left = keep - give.sum()
-        each = left // len(open_)
-        if each == 0:
-            give[rng.permutation(open_)[:left]] += 1
-        else:
-            give[open_] = np.minimum(counts[open_], give[open_] + each)
-    order = np.lexsort((-keys, of))
-    starts = np.cumsum(counts) - counts
-    rank = np.arange(len(labels)) - starts[of[order]]
-    return np.sort(order[rank < give[of[order]]])
 
 
 def dense_strata(rows: Float32[np.ndarray, "B D"], count: int) -> Int16[np.ndarray, " B"]:
@@ -293,20 +259,9 @@ class VariantFeedback(Feedback):
         scores = self.draw.scores(offered, last)
         scores = scores * np.where(self._lately[rows], self._variant.rotate, 1.0)
         scores = scores * np.where(seen, 1.0, self._variant.unseen)
-        if self._variant.alike:
-            assert self._labels is not None
-            share = np.bincount(self._labels[self._labels >= 0]) / len(self._labels)
-            scores = scores * (share.max() / share[self._labels[rows]]) ** self._variant.alike
         rng = rng_for(self._seed, "draw", batch.epoch, batch.batch_id)
         if self._variant.sharp:
             scores = rng.gumbel(size=len(scores)) + self._variant.sharp * np.log(np.maximum(scores, 1e-9))
-        if self._variant.even:
-            assert self._labels is not None
-            keys = scores if self._largest() else np.log(scores + 0.05 * scores.mean()) + rng.gumbel(size=len(scores))
-            drawn = even_rows(self._labels[rows], keys, offered.keep, rng)
-            chosen = rows[drawn]
-            self.rest = np.delete(rows, drawn)
-            return chosen
         drawn = draw_rows(offered, scores, rng, largest=self._largest() or self._variant.sharp > 0)
         self.rest = np.delete(rows, drawn)
         chosen: Int64[np.ndarray, " M"] = rows[drawn]
