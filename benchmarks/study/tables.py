@@ -478,7 +478,8 @@ def render(results: Path = RESULTS) -> str:
         "comparisons in which random's (or the default's) largest budget took less time than the method, and was "
         "taken. `draw:NAME^S` has S strata, `draw:NAME` eight: the library's `loss-squared` is `draw:loss-squared^1`."
     )
-    parts = [hours(results, list(studies.values())), note, advice_table(studies)]
+    once = {name: study for name, study in studies.items() if not load_setting(name).against}
+    parts = [hours(results, list(studies.values())), note, advice_table(once)]
     for name, study in studies.items():
         other = studies.get(load_setting(name).against)
         parts += [study_tables(study, name), "" if other is None else _against(study, other, name)]
