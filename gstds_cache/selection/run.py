@@ -341,7 +341,8 @@ class BatchSelector:
         if store.access_kind != "window" or self.device_run.has_rows:
             return ""
         if window is None:
-            return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
+            windows = "" if self.plan.order.balanced else "`order='window'`, or "  # which would be another order
+            return f"rows are read shard by shard, in random order: use {windows}a larger `memory_budget`"
         shard_bytes = store.spec.shard_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
         # Two windows: a batch may begin in one and end in the next.
         needed = min(2 * shards_at_once(window, store.spec.shard_rows), store.spec.shards) * shard_bytes
