@@ -101,9 +101,10 @@ class BatchSelector:
         labels, share = count_labels(store), self.plan.total_kept / self.plan.total_rows
         self._label_counts = labels
         if config.strata == CLASSES and (labels.different < 2 or labels.one_each):
+            asked = "`order`" if settings.order.balanced else "it"
             raise UsageError(
                 f"`strata={CLASSES}` takes the classes, and {store.location} has none",
-                hint="leave it out, or embed images that have a class each",
+                hint=f"leave {asked} out, or embed images that have a class each",
             )
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.order import BALANCED, DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
@@ -288,8 +289,11 @@ def test_class_balanced_epochs_and_seeds_differ_and_fixed_assignments_come_again
 def test_classes_that_cannot_come_by_turns() -> None:
     with pytest.raises(UsageError, match="a class has 3 rows, a batch of 10 takes 5 of each") as caught:
         balanced([39, 3], batch_size=8)
-    fits = int(re.search(r"batch_size=(\d+)", caught.value.hint)[1])
-    balanced([39, 3], batch_size=fits)
+    fits, knn = map(int, re.findall(r"(?:batch_size|knn)=(\d+)", caught.value.hint))
+    balanced([39, 3], batch_size=SelectConfig(batch_size=fits, knn=knn).batch_size)
+    with pytest.raises(UsageError, match="a class has 1 rows") as caught:
+        balanced([39, 39, 1], batch_size=4)
+    assert caught.value.hint.startswith("no batch is small enough: leave `order` out, or hide")
     with pytest.raises(UsageError, match="all rows have the same label"):
         balanced([40], batch_size=8)
     labels = np.repeat(np.arange(4), 20)
