@@ -22,7 +22,15 @@ from jaxtyping import Int, Int64
 from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.order import BALANCED, PERMUTATION, ClassBalanced, Order, rows_at_places, rows_in_order
+from gstds_cache.selection.order import (
+    BALANCED,
+    PERMUTATION,
+    ClassBalanced,
+    Order,
+    batches_in,
+    rows_at_places,
+    rows_in_order,
+)
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
@@ -159,7 +167,7 @@ class SelectionPlan:
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
         self.order, self.batch_assignments = order, batch_assignments
-        self.batches_per_epoch = max(1, (len(rows) + batch_size // 2) // batch_size)
+        self.batches_per_epoch = batches_in(len(rows), batch_size)
         self.total_batches = self.batches_per_epoch * epochs
         sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
         sizes[-1] = len(rows) - batch_size * (self.batches_per_epoch - 1)
@@ -171,7 +179,7 @@ class SelectionPlan:
         balanced = None
         if order.balanced:
             assert labels is not None
-            balanced = ClassBalanced(rows, labels, seed)
+            balanced = ClassBalanced(rows, labels, seed, batch_size)
             self._check_classes(balanced, int(sizes.max()))
         self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows, balanced=balanced)
         self._rows_at_places = rows_at_places(rows, seed, balanced)
