@@ -304,9 +304,12 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
     epochs = batches[-1].epoch + 1
     kept_rows = np.concatenate([batch.kept for batch in batches])
     kept = np.bincount(np.searchsorted(present, labels[kept_rows][labels[kept_rows] >= 0]), minlength=len(present))
-    rate: Float64[np.ndarray, " C"] = kept / (epochs * items)
+    # By turns each comes as often, whatever items it has.
+    seen = epochs * (np.full(len(items), len(rows) / len(items)) if selector.plan.order.balanced else items)
+    rate: Float64[np.ndarray, " C"] = kept / seen
     order = np.argsort(rate, kind="stable")
-    text = "How often a sample of each class stays, and how many items it has. A class that is starved shows here."
+    text = "How often a sample of each class stays where it is seen, and how many items the class has. A class that is "
+    text += "starved shows here."
     if len(order) > MOST_CLASSES:
         half = MOST_CLASSES // 2
         text += f" The {half} lowest and the {half} highest of {len(order):,} classes."
@@ -317,7 +320,7 @@ def _by_class(view: SelectionView, key: str, selector: BatchSelector, batches: l
         names,
         rate[order].tolist(),
         items[order].tolist(),
-        float(kept.sum() / (epochs * items.sum())),
+        float(kept.sum() / seen.sum()),
     )
     view.panels.append(Panel(title, text, (chart,)))
 

@@ -79,12 +79,12 @@ def parse_order(text: str) -> Order:
 
 
 class ClassBalanced:
-    """Epochs in which every class comes as often: the class at place p is p mod C, as many are C.
+    """Epochs in which every class comes as often: the C classes by turns, in a random order of each epoch.
 
     A class's rows are shuffled, and each of the next epochs takes as many of them as it has places for the class, until
     all have come; then they are shuffled again. Where an epoch has more places than the class has rows, they come in
     the same order again: of a class's neighbouring places in an epoch no two have the same row, up to as many as it has
-    rows.
+    rows. At last the rows of each batch are shuffled: ranks take slices of it, and may leave its last rows out.
 
     Attributes:
         classes: The labels of the classes, int64 [C].
@@ -92,13 +92,14 @@ class ClassBalanced:
         passes: Epochs until every row of each class has come, int64 [C].
     """
 
-    def __init__(self, rows: EligibleRows, labels: Int[np.ndarray, " N"], seed: int) -> None:
+    def __init__(self, rows: EligibleRows, labels: Int[np.ndarray, " N"], seed: int, batch_size: int) -> None:
         """Sort the rows by class.
 
         Args:
             rows: Rows that take part.
             labels: Label of every row of the store, -1 where it has none.
             seed: Key of the order.
+            batch_size: Rows of a batch; an epoch's last holds what is left, from half as many to one and a half.
 
         Raises:
             UsageError: A row has no label, or all have the same one.
@@ -114,9 +115,9 @@ class ClassBalanced:
                 hint="leave `order` out, or embed images that have a class each",
             )
         self._members = np.split(every[np.argsort(given, kind="stable")], np.cumsum(self.sizes)[:-1])
-        self._seed, self._rows = seed, len(every)
-        places = -(-(len(every) - np.arange(len(self.classes))) // len(self.classes))
-        self.passes = -(-self.sizes // places)
+        self._seed, self._rows, self._batch_size = seed, len(every), batch_size
+        self._places = len(every) // len(self.classes)  # of a class in an epoch, or one more
+        self.passes = -(-self.sizes // self._places)
         self.of_epoch = lru_cache(maxsize=2)(self._order)
 
     def most_in(self, places: int) -> int:
@@ -124,14 +125,23 @@ class ClassBalanced:
         return -(-places // len(self.classes))
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
-        order = np.empty(self._rows, np.int64)
-        for number, (members, passes) in enumerate(zip(self._members, self.passes.tolist(), strict=True)):
-            turn, part = divmod(epoch, passes)
-            places = order[number :: len(self.classes)]
-            rng = rng_for(self._seed, "plan-class", int(self.classes[number]), turn)
-            first = part * len(places)
-            places[:] = rng.permutation(members)[np.arange(first, first + len(places)) % len(members)]
+        order, rng = np.empty(self._rows, np.int64), rng_for(self._seed, "plan-classes", epoch)
+        for place, number in enumerate(rng.permutation(len(self.classes)).tolist()):
+            members = self._members[number]
+            turn, part = divmod(epoch, int(self.passes[number]))
+            places, first = order[place :: len(self.classes)], part * self._places
+            shuffled = rng_for(self._seed, "plan-class", int(self.classes[number]), turn).permutation(members)
+            places[:] = shuffled[np.arange(first, first + len(places)) % len(members)]
+        last = self._batch_size * (batches_in(self._rows, self._batch_size) - 1)
+        batches = order[:last].reshape(-1, self._batch_size)
+        rng.permuted(batches, axis=1, out=batches)
+        rng.shuffle(order[last:])
         return order
+
+
+def batches_in(rows: int, batch_size: int) -> int:
+    """Batches of an epoch; the last holds what is left, from 0.5 to 1.5 times ``batch_size``."""
+    return max(1, (rows + batch_size // 2) // batch_size)
 
 
 def shards_at_once(window: int, shard_rows: int) -> int:

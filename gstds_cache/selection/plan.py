@@ -3,7 +3,7 @@
 The order of an epoch is keyed by (seed, epoch), so any batch of any epoch can be computed without the ones before it.
 With P *batch assignments* there are P orders, and epoch e takes order e mod P, cut into the same batches (*groups*) as
 before, in another sequence: what was computed for a group once holds in later epochs. Memory does not grow with the
-rows or the epochs, but for 8 bytes a batch of an epoch and 8 bytes an epoch.
+rows or the epochs, but for 8 bytes a batch of an epoch and 8 bytes an epoch, and where classes come by turns 24 a row.
 
 The last batch of an epoch is between half and one and a half times as large as the others: a remainder of a few rows
 has no graph worth the name, and a training step on its one kept row undid the others (measured on digits: the loss
@@ -22,7 +22,15 @@ from jaxtyping import Int, Int64
 from gstds_cache.config import SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
-from gstds_cache.selection.order import BALANCED, PERMUTATION, ClassBalanced, Order, rows_at_places, rows_in_order
+from gstds_cache.selection.order import (
+    BALANCED,
+    PERMUTATION,
+    ClassBalanced,
+    Order,
+    batches_in,
+    rows_at_places,
+    rows_in_order,
+)
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import PIECE, Schedule
 
@@ -30,6 +38,14 @@ from gstds_cache.selection.schedule import PIECE, Schedule
 def batch_of_few(rows: int, knn: int) -> int:
     """Rows of a batch where there are too few for the usual one: a quarter, or as many as neighbours need."""
     return max(SMALLEST_BATCH, rows // 4, min(rows, 2 * (knn + 1)))
+
+
+def _batch_of_classes(fits: int) -> str:
+    """What to do where batches of no more than ``fits`` rows have every class as often, and no row twice."""
+    if fits < SMALLEST_BATCH:
+        return "no batch is small enough: leave `order` out, or hide the rows of classes that have so few"
+    knn = f", and `knn={fits - 1}` or less" if fits <= 10 else ""
+    return f"use `batch_size={fits}` or less{knn}: the last batch of an epoch may be half as large again"
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ class SelectionPlan:
             )
         self.rows, self.batch_size, self.epochs, self.schedule, self.seed = rows, batch_size, epochs, schedule, seed
         self.order, self.batch_assignments = order, batch_assignments
-        self.batches_per_epoch = max(1, (len(rows) + batch_size // 2) // batch_size)
+        self.batches_per_epoch = batches_in(len(rows), batch_size)
         self.total_batches = self.batches_per_epoch * epochs
         sizes = np.full(self.batches_per_epoch, batch_size, np.int64)
         sizes[-1] = len(rows) - batch_size * (self.batches_per_epoch - 1)
@@ -163,7 +179,7 @@ class SelectionPlan:
         balanced = None
         if order.balanced:
             assert labels is not None
-            balanced = ClassBalanced(rows, labels, seed)
+            balanced = ClassBalanced(rows, labels, seed, batch_size)
             self._check_classes(balanced, int(sizes.max()))
         self._rows_at = rows_in_order(rows, order, seed=seed, shard_rows=shard_rows, balanced=balanced)
         self._rows_at_places = rows_at_places(rows, seed, balanced)
@@ -178,8 +194,7 @@ class SelectionPlan:
         if fewest < wanted:
             raise UsageError(
                 f"`order={BALANCED!r}`: a class has {fewest} rows, a batch of {largest} takes {wanted} of each",
-                hint=f"use `batch_size={fewest * len(balanced.classes) * 2 // 3}` or less: the last batch of an epoch "
-                "may be half as large again",
+                hint=_batch_of_classes(fewest * len(balanced.classes) * 2 // 3),
             )
         passes = int(balanced.passes.max())
         if 0 < self.batch_assignments < min(passes, self.epochs):

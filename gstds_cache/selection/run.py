@@ -101,9 +101,10 @@ class BatchSelector:
         labels, share = count_labels(store), self.plan.total_kept / self.plan.total_rows
         self._label_counts = labels
         if config.strata == CLASSES and (labels.different < 2 or labels.one_each):
+            asked = "`order`" if settings.order.balanced else "it"
             raise UsageError(
                 f"`strata={CLASSES}` takes the classes, and {store.location} has none",
-                hint="leave it out, or embed images that have a class each",
+                hint=f"leave {asked} out, or embed images that have a class each",
             )
         spec = guidance_for(settings.guidance, self.rule, labels, share=share, epochs=config.epochs)
         self.change_guidance(config.guidance, key_of(store, spec))
@@ -341,7 +342,8 @@ class BatchSelector:
         if store.access_kind != "window" or self.device_run.has_rows:
             return ""
         if window is None:
-            return "rows are read shard by shard, in random order: use `order='window'`, or a larger `memory_budget`"
+            windows = "" if self.plan.order.balanced else "`order='window'`, or "  # which would be another order
+            return f"rows are read shard by shard, in random order: use {windows}a larger `memory_budget`"
         shard_bytes = store.spec.shard_rows * store.spec.dim * np.dtype(store.spec.dtype).itemsize
         # Two windows: a batch may begin in one and end in the next.
         needed = min(2 * shards_at_once(window, store.spec.shard_rows), store.spec.shards) * shard_bytes

@@ -9,7 +9,8 @@ The rows left at the end of an epoch, fewer than a batch, are subject to ``remai
 
 - ``carry`` puts them at the head of the next epoch's first batch. Only the last ``total_kept % size`` rows of the run
   are left out. A batch across an epoch's border can hold a row twice, once of each epoch.
-- ``drop`` leaves them out: each epoch stands alone, and no batch holds a row twice.
+- ``drop`` leaves them out: each epoch stands alone, and no batch holds a row twice, unless classes come by turns: there
+  a row of a rare class may come again in the selection's next batch.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from gstds_cache.api.select_batches import select
 from gstds_cache.api.serve import serve
 from gstds_cache.api.train import estimate_training, train
 from gstds_cache.config import EmbedConfig, SelectConfig
+from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
 from gstds_cache.selection.guidance import load_or_make_guidance
@@ -198,6 +199,16 @@ def test_what_needs_classes_says_so_where_there_are_none(array_source, tiny_mode
         select(tmp_path / "plain", draw="loss", strata=0, **few)
     with pytest.raises(UsageError, match="`order='class-balanced'`: 64 of 64 rows have no label"):
         select(tmp_path / "plain", rule="random", order="class-balanced", **few)
+
+
+def test_what_needs_classes_names_the_setting_that_asked_for_them(store, monkeypatch) -> None:
+    ids = LabelCounts(labelled=385, different=385, largest=384)
+    monkeypatch.setattr("gstds_cache.data.label_counts.MANY", 0)
+    monkeypatch.setattr("gstds_cache.selection.run.count_labels", lambda _store: ids)
+    with pytest.raises(UsageError, match="`strata=0` takes the classes, and .* has none\n  leave it out"):
+        BatchSelector(store, SelectConfig(batch_size=96, draw="loss", strata=0, device="cpu"))
+    with pytest.raises(UsageError, match="has none\n  leave `order` out"):
+        BatchSelector(store, SelectConfig(batch_size=96, draw="loss", order="class-balanced", device="cpu"))
 
 
 def test_reference_losses_need_labels_and_training_losses_do_not(array_source, tiny_model, tmp_path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from real_store import MODEL
 
 from gstds_cache.api.export import export_scores
+from gstds_cache.api.hide import hide_rows
 from gstds_cache.api.report import write_report
 from gstds_cache.config import EmbedConfig, SelectConfig, TrainConfig
 from gstds_cache.costs.records import Cost, record, selection_costs
@@ -167,6 +168,19 @@ def test_a_rule_without_a_graph_has_a_page_too(work, tmp_path) -> None:
     assert "computes no graph" in shown.panels[1].missing
     assert len(shown.sheets) == 3
     render([shown], [])
+
+
+def test_classes_that_come_by_turns_are_kept_as_often_as_they_are_seen(work, tmp_path, monkeypatch) -> None:
+    shutil.copytree(work.folder / "store", tmp_path / "store")
+    hide_rows(tmp_path / "store", rows=range(34, 42))  # six of the last class are left
+    config = SelectConfig(batch_size=8, epochs=3, knn=3, schedule="constant:0", order="class-balanced", device="cpu")
+    store, rates = EmbeddingStore(tmp_path / "store"), []
+    list(write_file(BatchSelector(store, config), tmp_path / "s.arrow"))
+    monkeypatch.setattr("gstds_cache.report.charts.class_rates", lambda *given: rates.append(given[2:]) or "<svg/>")
+    view(work, tmp_path / "s.arrow", cache=store)
+    of_classes, items, mean = rates[0]
+    assert of_classes == pytest.approx([1, 1, 1], abs=0.1)
+    assert (sorted(items), mean) == ([6, 14, 14], 1)
 
 
 def test_another_store_is_refused(work, tmp_path) -> None:

@@ -495,6 +495,8 @@ def test_a_store_read_in_windows_is_selected_shard_by_shard(store: EmbeddingStor
     assert len(reads) <= 2 * 4
     assert kept == [s.kept.tolist() for s in BatchSelector(store, config).run()]
     assert "use `order='window'`" in BatchSelector(windows, CONFIG).slow_order
+    balanced = BatchSelector(windows, replace(CONFIG, order="class-balanced"))
+    assert balanced.slow_order.endswith("in random order: use a larger `memory_budget`")
     assert "two windows of rows take" in BatchSelector(windows, replace(CONFIG, order="window:128")).slow_order
     assert BatchSelector(store, CONFIG).slow_order == ""
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gstds_cache.config import SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.order import BALANCED, DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
@@ -262,8 +263,7 @@ def test_classes_come_by_turns_and_every_row_as_often_as_others_of_its_class(siz
         counts = np.bincount(labels[batch.indices] // 10, minlength=len(sizes))
         assert counts.max() - counts.min() <= 1
     for number, size in enumerate(sizes):
-        places = -(-(sum(sizes) - number) // len(sizes))
-        passes = -(-size // places)
+        passes = -(-size // (sum(sizes) // len(sizes)))
         of_class = np.flatnonzero(labels == 10 * number + 3)
         for first in range(0, epochs - passes + 1, passes):
             rows = np.concatenate([b.indices for b in batches if first <= b.epoch < first + passes])
@@ -285,11 +285,24 @@ def test_class_balanced_epochs_and_seeds_differ_and_fixed_assignments_come_again
     assert {row for part in sets[0] | sets[1] for row in part} == set(range(0, 120, 2))
 
 
+def test_neither_batches_nor_places_in_them_have_the_same_classes_in_every_epoch() -> None:
+    plan, labels = balanced([40] * 30, batch_size=15, epochs=3)
+    classes = [set(labels[plan.batch(80 * epoch + n).indices].tolist()) for epoch in range(3) for n in range(2)]
+    assert len(set(map(frozenset, classes))) == 6
+    assert max(max(some) - min(some) for some in classes) > 150  # of 0 to 290
+    plan, labels = balanced([40] * 10, batch_size=50, epochs=1)
+    ends = [labels[plan.batch(n).indices[-2:]].tolist() for n in range(plan.total_batches)]
+    assert len({label for end in ends for label in end}) > 4  # what two ranks of four would leave out
+
+
 def test_classes_that_cannot_come_by_turns() -> None:
     with pytest.raises(UsageError, match="a class has 3 rows, a batch of 10 takes 5 of each") as caught:
         balanced([39, 3], batch_size=8)
-    fits = int(re.search(r"batch_size=(\d+)", caught.value.hint)[1])
-    balanced([39, 3], batch_size=fits)
+    fits, knn = map(int, re.findall(r"(?:batch_size|knn)=(\d+)", caught.value.hint))
+    balanced([39, 3], batch_size=SelectConfig(batch_size=fits, knn=knn).batch_size)
+    with pytest.raises(UsageError, match="a class has 1 rows") as caught:
+        balanced([39, 39, 1], batch_size=4)
+    assert caught.value.hint.startswith("no batch is small enough: leave `order` out, or hide")
     with pytest.raises(UsageError, match="all rows have the same label"):
         balanced([40], batch_size=8)
     labels = np.repeat(np.arange(4), 20)
