@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -400,12 +400,31 @@ def ordered_pairs(study: Study, line: Line) -> list[bool]:
     return found
 
 
-def all_intervals(study: Study) -> set[Interval]:
-    """Every difference that can be quoted: of any two methods, ratios and budgets, and of two at equal seconds."""
-    runs: dict[tuple[str, float, int], dict[int, float]] = {}
+Accuracies = dict[tuple[str, float, int], dict[int, float]]
+"""By method, ratio and epochs, and by seed."""
+
+
+def _accuracies_of(study: Study) -> Accuracies:
+    runs: Accuracies = {}
     for line in study.runs:
         ratio = math.nan if line["method"] == "full" else line["ratio"]
         runs.setdefault((line["method"], ratio, line["epochs"]), {})[line["seed"]] = line["test_accuracy"]
+    return runs
+
+
+def intervals_across(study: Study, other: Study) -> set[Interval]:
+    """Every difference of a method of one setting from one of another setting of the same images."""
+    found, ours, theirs = set(), _accuracies_of(study), _accuracies_of(other)
+    for a, b in product(ours.values(), theirs.values()):
+        seeds = sorted(a.keys() & b.keys())
+        if seeds:
+            found |= {paired([a[seed] - b[seed] for seed in seeds]), paired([b[seed] - a[seed] for seed in seeds])}
+    return found
+
+
+def all_intervals(study: Study) -> set[Interval]:
+    """Every difference that can be quoted: of any two methods, ratios and budgets, and of two at equal seconds."""
+    runs = _accuracies_of(study)
     found = set()
     for a, b in permutations(runs, 2):
         seeds = runs[a].keys() & runs[b].keys()

@@ -165,6 +165,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
         "draw": "draw",
         "strata": "strata",
         "schedule": "schedule",
+        "order": "order",
         "batch_size": "batch size",
         "knn": "neighbours",
         "seed": "seed",

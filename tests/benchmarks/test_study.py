@@ -33,6 +33,7 @@ from benchmarks.study.tables import (  # noqa: E402
     advice_table,
     agrees,
     all_intervals,
+    intervals_across,
     of_one_processor,
     ordered_pairs,
     render,
@@ -350,10 +351,14 @@ def test_intervals_in_prose_are_those_of_the_lines() -> None:
         for interval in intervals((ROOT / document).read_text().split(BEGIN)[0])
     }
     assert len(quoted) > 30
+    studies = studies_of(RESULTS)
+    every = {interval for study in studies.values() for interval in all_intervals(study)}
+    for name, study in studies.items():
+        against = load_setting(name).against
+        every |= intervals_across(study, studies[against]) if against else set()
     known = {
         tuple(f"{end:.{digits}f}" for end in (interval.mean, interval.low, interval.high))
-        for study in studies_of(RESULTS).values()
-        for interval in all_intervals(study)
+        for interval in every
         for digits in (1, 2)
     }
     known |= intervals(render())  # shares of what everything took are in the tables alone
