@@ -112,8 +112,9 @@ def cifar10(root: str, part: str = "all", noise: str = "0", confusion: str = "0"
     rows = np.sort(parts[part])
     rows = rows[imbalanced(whole.targets[rows], len(whole.classes), float(imbalance))] if float(imbalance) > 1 else rows
     targets = noisy(whole.targets[rows], len(whole.classes), float(noise))
-    pairs = {whole.classes.index(one): whole.classes.index(other) for one, other in CONFUSED.items()}
-    targets = confused(targets, pairs, float(confusion))
+    if float(confusion):
+        pairs = {whole.classes.index(one): whole.classes.index(other) for one, other in CONFUSED.items()}
+        targets = confused(targets, pairs, float(confusion))
     return Photographs(whole.root, tuple(whole.ids[row] for row in rows), targets, whole.classes)
 
 

@@ -83,7 +83,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         load = os.getloadavg()[0]
         torch.zeros(1, device=data.device)  # a GPU's start is no method's
         begun, cpu_begun = time.perf_counter(), time.process_time()
-        selection = _selection(task, method, data, scores, folder, seconds, cpu)
+        selection = selection_of(task, method, data, scores, folder, seconds, cpu)
         seconds["select"] = time.perf_counter() - begun - sum(seconds.values())
         cpu["select"] = time.process_time() - cpu_begun - sum(cpu.values())
         chooser = _chooser(task, method, data, scores)
@@ -134,7 +134,7 @@ def one_run(task: Task, data: StudyData, scores: Scores) -> dict[str, Any]:
         }
 
 
-def _selection(
+def selection_of(
     task: Task,
     method: Method,
     data: StudyData,

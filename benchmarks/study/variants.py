@@ -64,7 +64,6 @@ class Variant:
         rest: Side in pixels at which the rows that are not drawn are trained on as well, in the same step, each with
             the weight of a drawn one; 0 leaves them out.
         top: Whether the rows of the largest scores of each stratum are taken, rather than drawn.
-        until: Times that rows have been trained on in the mean from which on they are drawn, whatever ``top`` says.
         sharp: To which power scores are raised, and no row's is raised to a least one; 0 for draws as the library's.
         anew: Whether rows are divided into new batches in each epoch, with strata too.
         refresh: Whether every row has a new loss when an epoch ends, by a forward pass of the network as it is then.
@@ -91,7 +90,6 @@ class Variant:
     rest: int = 0
     refresh: bool = False
     top: bool = False
-    until: float = 1e9
     sharp: float = 0.0
     anew: bool = False
 
@@ -158,7 +156,7 @@ def calibrated(
 def by_class(
     how: str, reference: Float64[np.ndarray, " N"], labels: Int64[np.ndarray, " N"]
 ) -> Float64[np.ndarray, " N"]:
-    """Reference losses without what classes differ by."""
+    """Reference losses less what classes differ by, or the logarithm of each class's share; their mean stays."""
     known = np.isfinite(reference)
     shifts = np.zeros(int(labels.max()) + 1)
     for label in np.unique(labels[known]):
@@ -222,7 +220,6 @@ class VariantFeedback(Feedback):
         self._raw = self.losses.copy()  # as reported
         self._measured = np.full(self._items, np.nan)  # mean loss of the epoch that a row's loss is from
         self._lately = np.zeros(self._items, bool)
-        self._reported = 0
         self._reference = None if self._given is None else self._given.astype(np.float64)
         if self._variant.calibrate in BY_CLASS:
             assert self._reference is not None
@@ -262,13 +259,10 @@ class VariantFeedback(Feedback):
         rng = rng_for(self._seed, "draw", batch.epoch, batch.batch_id)
         if self._variant.sharp:
             scores = rng.gumbel(size=len(scores)) + self._variant.sharp * np.log(np.maximum(scores, 1e-9))
-        drawn = draw_rows(offered, scores, rng, largest=self._largest() or self._variant.sharp > 0)
+        drawn = draw_rows(offered, scores, rng, largest=self._variant.top or self._variant.sharp > 0)
         self.rest = np.delete(rows, drawn)
         chosen: Int64[np.ndarray, " M"] = rows[drawn]
         return chosen
-
-    def _largest(self) -> bool:
-        return self._variant.top and self._reported < self._variant.until * self._items
 
     def end_epoch(self, epoch: int | None = None) -> None:
         reports = [*self._known, *self._collected()]
@@ -283,7 +277,6 @@ class VariantFeedback(Feedback):
         variant, before = self._variant, self._raw[rows]
         self._raw[rows], self._measured[rows] = losses, losses.mean()
         self._lately[:] = False
-        self._reported += len(rows)
         self._lately[rows] = True
         if variant.visits == 2:
             self.losses[rows] = np.where(np.isfinite(before), (losses + before) / 2, losses)

@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.study.labels import confused  # noqa: E402
 from benchmarks.study.settings import load_setting, resolved  # noqa: E402
 from benchmarks.study.unpack import ARCHIVES, Archive, main, unpack  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
@@ -151,6 +152,17 @@ def test_flowers_are_tested_on_two_parts_and_clothes_have_corrected_labels(folde
     )
     with pytest.raises(DatasetError, match="no such image or class"):
         open_source(resolved(load_setting("clothing14-corrected").train))
+
+
+def test_labels_of_some_classes_become_those_of_another() -> None:
+    targets = np.repeat(np.arange(4), 50)
+    changed = confused(targets, {1: 2, 3: 1}, 0.4)
+    for label, other in {0: 0, 1: 2, 2: 2, 3: 1}.items():
+        of_class = changed[targets == label]
+        assert (of_class == label).sum() == (50 if other == label else 30)
+        assert set(of_class.tolist()) <= {label, other}
+    assert np.array_equal(changed, confused(targets, {1: 2, 3: 1}, 0.4))
+    assert np.array_equal(targets, confused(targets, {1: 2, 3: 1}, 0.0))
 
 
 def test_the_archives_counts_are_those_of_the_settings() -> None:

@@ -6,11 +6,13 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from forked import Forks
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +22,12 @@ from benchmarks import demo  # noqa: E402
 from benchmarks.study import glyphs  # noqa: E402
 from benchmarks.study.__main__ import parse, tasks_of  # noqa: E402
 from benchmarks.study.analysis import OFTEN, Cost, Line, Study, paired  # noqa: E402
+from benchmarks.study.data import StudyData  # noqa: E402
 from benchmarks.study.document import placed  # noqa: E402
 from benchmarks.study.lines import RESULTS, append, read_lines  # noqa: E402
 from benchmarks.study.methods import BASELINES, find_method  # noqa: E402
-from benchmarks.study.runs import Task  # noqa: E402
+from benchmarks.study.runs import Task, selection_of  # noqa: E402
+from benchmarks.study.scores import Scores  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
 from benchmarks.study.tables import (  # noqa: E402
     BEGIN,
@@ -41,8 +45,12 @@ from benchmarks.study.tables import (  # noqa: E402
     why_no_seconds,
 )
 from benchmarks.study.tune import best, tried  # noqa: E402
+from gstds_cache.auditing.labels import find_doubts, predict  # noqa: E402
+from gstds_cache.config import AuditConfig  # noqa: E402
 from gstds_cache.data.sources import open_source  # noqa: E402
 from gstds_cache.errors import DatasetError, UsageError  # noqa: E402
+from gstds_cache.selection.linear_probe import ProbeSettings  # noqa: E402
+from gstds_cache.stream.reader import open_selection  # noqa: E402
 
 
 def line(method: str, seed: int, accuracy: float, seconds: float, *, epochs: int = 8, **more):
@@ -321,6 +329,37 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path, forks: Forks) -> 
     assert read_lines(path) == lines
     text = render(tmp_path / "results")
     assert "| el2n | 1 |" in text
+
+
+@pytest.fixture
+def smoke(tmp_path, monkeypatch) -> StudyData:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("GSTDS_CACHE", str(tmp_path / "cache"))
+    train = "benchmarks.study.glyphs:train?fonts=built-in&noise=0.3"
+    setting = replace(load_setting("glyphs-smoke"), train=train, order="class-balanced", audited=True)
+    made = StudyData(setting, tmp_path)
+    made.embed([])
+    return made
+
+
+def test_rows_with_doubtful_labels_are_hidden_and_classes_come_by_turns(smoke, tmp_path) -> None:
+    store = smoke.store
+    doubts = find_doubts(predict(store, ProbeSettings(), threads=1, device=torch.device("cpu")), store.labels,
+                         AuditConfig().rank)  # fmt: skip
+    assert 0 < len(store.hidden) < len(store)
+    smoke.embed([])  # once for all
+    np.testing.assert_array_equal(smoke.store.hidden, store.hidden)
+    assert not set(doubts.row.tolist()) & set(store.hidden.tolist())  # what is hidden is looked at no more
+    scores = Scores(smoke)
+    scores.prepare("probe")
+    for method, strata in (("draw:loss", 0), ("draw:loss^4", 4), ("random", None), ("full", None), ("jest", None)):
+        task = Task("glyphs-smoke", method, 0.0 if method == "full" else 0.75, 2, 0, 0.05)
+        path = selection_of(task, find_method(method), smoke, scores, tmp_path, {}, {})
+        with open_selection(path) as stream:
+            assert stream.header.settings["order"] == "class-balanced"
+            assert stream.header.settings.get("strata") == strata
+            rows = np.concatenate([batch.kept for batch in stream])
+        assert not set(rows.tolist()) & set(store.hidden.tolist())
 
 
 def test_the_demo_says_what_to_expect_of_so_few_images(tmp_path) -> None:

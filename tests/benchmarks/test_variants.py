@@ -23,6 +23,7 @@ from benchmarks.study.settings import load_setting  # noqa: E402
 from benchmarks.study.variants import (  # noqa: E402
     Variant,
     VariantFeedback,
+    by_class,
     calibrated,
     dense_strata,
     parse_variant,
@@ -86,6 +87,17 @@ def test_reference_losses_come_to_the_learners_scale() -> None:
     assert calibrated("mean", reference, last)[1:].mean() == pytest.approx(4.0)
     np.testing.assert_allclose(calibrated("quantile", reference, last), [6.0, 2.0, 4.0, 6.0])
     assert calibrated("mean", reference, np.full(4, np.nan)) is reference
+
+
+def test_reference_losses_by_class() -> None:
+    reference, labels = np.array([1.0, 3.0, 0.0, 1.0, 2.0, np.nan]), np.array([0, 0, 1, 1, 1, 1])
+    of_class = by_class("class", reference, labels)
+    np.testing.assert_allclose(of_class[:5] - 1.4, [-1, 1, -1, 0, 1], atol=1e-12)
+    by_share = by_class("prior", reference, labels)
+    np.testing.assert_allclose((by_share - reference)[:2], (by_share - reference)[2] - np.log(3 / 2))
+    for shifted in (of_class, by_share):
+        assert np.nanmean(shifted) == pytest.approx(np.nanmean(reference))
+        assert np.isnan(shifted[5])
 
 
 def test_the_plain_variant_draws_what_the_library_draws() -> None:
