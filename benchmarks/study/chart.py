@@ -81,7 +81,7 @@ def main() -> None:
         axes.set_yticks([-place for place in range(len(shown))], [SETS[name] for name in shown])
         axes.tick_params(axis="y", length=0)
         axes.set_xscale("symlog", linthresh=2)
-        axes.set_xticks([-2, -1, 0, 1, 2, 5, 10], ["-2", "-1", "0", "+1", "+2", "+5", "+10"])
+        axes.set_xticks([-5, -2, -1, 0, 1, 2, 5, 10], ["-5", "-2", "-1", "0", "+1", "+2", "+5", "+10"])
         axes.minorticks_off()
         axes.set_xlabel("points of test accuracy ahead of a random quarter")
         axes.legend(frameon=False, loc="lower right")

@@ -25,7 +25,9 @@ from gstds_cache.store.reader import EmbeddingStore
 
 PROBE_ENOUGH = 0.9  # held-out accuracy of a linear probe from which it is advised to train that before a network
 UNEVEN = 10  # times as many rows as the smallest class, from which on the largest is worth a note
-FEW_SAMPLES = 50_000  # rows times epochs; below, networks of the study were far better trained on everything
+FEW_SAMPLES = (
+    50_000  # rows times epochs; below, networks that were fine-tuned in the study did far better on everything
+)
 FEWEST = 1000  # rows with a label; the smallest set of the study has 1,437 and selection does not pay there
 
 
@@ -95,12 +97,13 @@ class Advice:
         if self.best is not None and self.rows * self.epochs < FEW_SAMPLES:
             notes.append(
                 f"{self.rows:,} rows in {self.epochs} epochs are few: networks fine-tuned on all of so few were 7 to "
-                "27 points ahead of a quarter, however it was chosen; train on all of them, or in more epochs"
+                "28 points ahead of a quarter, however it was chosen; train on all of them, or in more epochs"
             )
         if largest >= UNEVEN * smallest:
             notes.append(
-                f"the largest class has {largest // smallest} times the rows of the smallest; where every class counts "
-                f"alike, select with {command_line('--order', 'class-balanced')}, which matters more than any draw"
+                f"the largest class has {largest // smallest} times the rows of the smallest; if every class counts "
+                f"alike in your test, select with {command_line('--order', 'class-balanced')} (at 100 times it "
+                "mattered more than any draw, fewer were not measured); if the test's classes are as rare, do not"
             )
         return tuple(notes)
 

@@ -91,7 +91,7 @@ def last_loss(
 def loss_squared(
     last: Float64[np.ndarray, " b"], _reference: Float64[np.ndarray, " b"], _prior: Float64[np.ndarray, " b"]
 ) -> Float64[np.ndarray, " b"]:
-    """The last loss squared: ahead where labels were right and some were rare, behind where some were wrong."""
+    """The last loss squared: in the usual order ahead where labels were right and some rare; behind with wrong ones."""
     squared: Float64[np.ndarray, " b"] = np.maximum(last, 0.0) ** 2
     return squared
 

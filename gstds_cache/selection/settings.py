@@ -73,7 +73,7 @@ def with_strata(config: SelectConfig) -> SelectConfig:
     """``config`` with the strata that suit its draw, where none were asked for.
 
     Where classes come by turns it is the classes: rows of a rare one, which come again and again, soon have small
-    losses, and drawn by losses alone would be as rare as before.
+    losses, and drawn by losses alone would be rarer than the order makes them.
 
     Raises:
         UsageError: The draw is unknown.
