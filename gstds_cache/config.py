@@ -21,6 +21,7 @@ DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 DEFAULT_RULE = "cells-squared"
 SMALLEST_BATCH = 4
 STRATA = 8
+BALANCED = "class-balanced"  # the order in which every class comes as often
 CLASSES = 0  # as a number of strata: the classes are the strata
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""

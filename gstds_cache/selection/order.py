@@ -24,13 +24,13 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int, Int64
 
+from gstds_cache.config import BALANCED
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.permutation import Permutation
 from gstds_cache.selection.rows import EligibleRows
 
 DEFAULT_WINDOW = 65536
-BALANCED = "class-balanced"
 # From an epoch, a first position and one past the last to the rows at these positions.
 RowsAt = Callable[[int, int, int], Int64[np.ndarray, " B"]]
 

@@ -19,11 +19,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from jaxtyping import Int, Int64
 
-from gstds_cache.config import SMALLEST_BATCH
+from gstds_cache.config import BALANCED, SMALLEST_BATCH
 from gstds_cache.errors import UsageError
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.order import (
-    BALANCED,
     PERMUTATION,
     ClassBalanced,
     Order,

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from gstds_cache.config import BALANCED
 from gstds_cache.errors import FingerprintMismatchError, IntegrityError, StreamError, UsageError
 from gstds_cache.runtime.notify import log
 from gstds_cache.seeding import keys_for
 from gstds_cache.selection.draws import Draw, draw_rows, find_draw, importance_weights, is_own
-from gstds_cache.selection.order import BALANCED
 from gstds_cache.selection.selected_batch import SelectedBatch
 from gstds_cache.stream.schema import Header
 

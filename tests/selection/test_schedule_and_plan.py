@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import BALANCED, SelectConfig
 from gstds_cache.errors import UsageError
-from gstds_cache.selection.order import BALANCED, DEFAULT_WINDOW, Order, parse_order
+from gstds_cache.selection.order import DEFAULT_WINDOW, Order, parse_order
 from gstds_cache.selection.plan import SelectionPlan
 from gstds_cache.selection.rows import EligibleRows
 from gstds_cache.selection.schedule import parse_schedule
