@@ -115,7 +115,7 @@ def identity(
         hidden: Digest of the rows that are left out; empty where there are none.
         chance: Loss of a network that knows nothing: the logarithm of the number of classes; 0 where no draw looks at
             reference losses.
-        labels: Digest of the labels, where classes come by turns; else empty.
+        labels: Digest of the labels, where classes come by turns or are the strata; else empty.
     """
     select = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IDENTITY} | {
         "schedule": settings.schedule.identity,
