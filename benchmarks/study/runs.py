@@ -37,7 +37,7 @@ from benchmarks.study.scores import Scores
 from benchmarks.study.settings import Setting
 from benchmarks.study.trainer import train_once
 from benchmarks.study.variants import BY_CLASS, VariantFeedback
-from gstds_cache.config import CLASSES, STRATA, SelectConfig
+from gstds_cache.config import STRATA, SelectConfig
 from gstds_cache.seeding import rng_for
 from gstds_cache.selection.order import parse_order
 from gstds_cache.selection.run import BatchSelector
@@ -207,10 +207,10 @@ def selection_of(
 
 
 def _strata(method: Method, setting: Setting) -> int | None:
-    """Spectral strata of a draw; where classes come by turns the classes, unless the method says how many."""
-    if method.draw is None:
-        return None
-    return CLASSES if parse_order(setting.order).balanced and method.strata is None else method.strata or STRATA
+    """Strata of a draw: eight unless the method says how many, or the library's own where classes come by turns."""
+    if method.draw is None or parse_order(setting.order).balanced:
+        return method.strata
+    return method.strata or STRATA
 
 
 def _subset(task: Task, keep: int, data: StudyData, scores: Scores) -> np.ndarray:
