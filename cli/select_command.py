@@ -97,6 +97,11 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
     "class-balanced]",
 )
 @setting(
+    "reference",
+    "With a --draw that looks at reference losses: as the probe has them (raw), or less the mean of their class, so "
+    "that a class whose labels are often wrong, or that is rare, is not left out. [default: class-centred]",
+)
+@setting(
     "guidance",
     "Difficulty, for rules that look at it: "
     + "; ".join(f"{kind}: {text}" for kind, text in catalog.GUIDANCE.items())

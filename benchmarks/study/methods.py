@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.study.variants import PREFIX, Variant, parse_variant, settings_of
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import CENTRED, SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
 
 DRAW = re.compile(
-    r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+%]+))?(?P<weights>\+weights)?(@(?P<schedule>[^%]+))?"
-    r"(%(?P<assignments>\d+))?"
+    r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+%]+))?(?P<weights>\+weights)?"
+    r"(?P<centred>\+class-centred)?(@(?P<schedule>[^%]+))?(%(?P<assignments>\d+))?"
 )
 INFOBATCH_KEEPS = 0.6  # about what it keeps at r = 0.5: its batches are cut so that steps have the others' size
 
@@ -36,6 +36,7 @@ class Method:
         draw: For ``rule``: rows are not kept by a rule but drawn so, by the losses that training reports.
         strata: For ``draw``: spectral strata; None for the study's usual ones.
         importance_weights: For ``draw``: whether losses are weighted.
+        reference: For ``draw``: what it takes for reference losses, where it looks at them.
         variant: For ``draw``: what is drawn in proportion to, where it is none of the library's.
     """
 
@@ -50,6 +51,7 @@ class Method:
     draw: str | None = None
     strata: int | None = None
     importance_weights: bool = False
+    reference: Literal["class-centred", "raw"] | None = None
     variant: Variant | None = None
 
 
@@ -78,8 +80,9 @@ BASELINES = {
 def find_method(name: str) -> Method:
     """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
-    ``draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE][%BATCH_ASSIGNMENTS]`` draws by training losses,
-    ``variant:KEY=VALUE[+...]`` by a variant that was tried (``variants.py``).
+    ``draw:NAME[^STRATA][/GUIDANCE][+weights][+class-centred][@SCHEDULE][%BATCH_ASSIGNMENTS]`` draws by training losses,
+    with reference losses as they are unless it says so; ``variant:KEY=VALUE[+...]`` by a variant that was tried
+    (``variants.py``).
 
     Raises:
         UsageError: There is no such baseline or rule.
@@ -121,7 +124,8 @@ def _drawing(name: str) -> Method:
     """
     parts = DRAW.fullmatch(name)
     if parts is None:
-        raise UsageError(f"no method {name!r}: expected draw:NAME[^STRATA][/GUIDANCE][+weights][@SCHEDULE][%N]")
+        spelled = "draw:NAME[^STRATA][/GUIDANCE][+weights][+class-centred][@SCHEDULE][%N]"
+        raise UsageError(f"no method {name!r}: expected {spelled}")
     draw, strata = find_draw(parts["draw"]), int(parts["strata"]) if parts["strata"] else None
     probe = draw.needs_reference or draw.needs_prior
     return Method(
@@ -135,5 +139,6 @@ def _drawing(name: str) -> Method:
         draw=draw.name,
         strata=strata,
         importance_weights=parts["weights"] is not None,
+        reference=None if not draw.needs_reference else CENTRED if parts["centred"] else "raw",
         batch_assignments=int(parts["assignments"]) if parts["assignments"] else None,
     )

@@ -154,6 +154,7 @@ def selection_of(
             rule=method.rule,
             draw=method.draw,
             strata=_strata(method, setting),
+            reference=method.reference,
             guidance=method.guidance,
             schedule=method.schedule or f"constant:{task.ratio}",
             batch_size=min(setting.step if full else setting.rows_before(task.ratio), len(data.train)),

@@ -164,6 +164,7 @@ def _facts(header: Header, file: Path) -> list[tuple[str, str]]:
         "rule": "rule",
         "draw": "draw",
         "strata": "strata",
+        "reference": "reference losses",
         "schedule": "schedule",
         "order": "order",
         "batch_size": "batch size",

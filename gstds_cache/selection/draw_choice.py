@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 
-from gstds_cache.config import SelectConfig
+from gstds_cache.config import CENTRED, SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
 from gstds_cache.files.digest import digest_of, sealed, unsealed
 from gstds_cache.selection.advice import RANDOM, ROWS, RULE, Forecast, forecasts, preferred
 from gstds_cache.selection.difficulty import Difficulty
+from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
+from gstds_cache.selection.reference import class_centred
 from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -57,11 +59,13 @@ def choose_draw(
         return without_draw(config), "nothing is left out, so there is nothing to draw"
     epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
     tried = {"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS}
+    raw = config.reference == "raw"
+    tried |= {} if raw else {"reference": CENTRED}
     digest = digest_of({"algorithm": ALGORITHM, **tried})
     records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     found = _recorded(records, digest)
     if found is None:
-        found = _try_out(store, probe, share, epochs, threads, device)
+        found = _try_out(store, probe, raw, share, epochs, threads, device)
         facts = {"digest": digest, "draws": {f.way: list(astuple(f))[2:] for f in found}}
         keep(lambda path: _write(path, sealed(facts)), records)  # where that fails each run tries
     taken = preferred(found)
@@ -77,23 +81,26 @@ def choose_draw(
         ), f"no draw is clearly ahead of random rows ({best.draw or RULE}: {shares}); the rule keeps rows"
     if best.way == RULE:
         return without_draw(config), f"the rule keeps rows: {shares}, and no draw does better"
-    return replace(config, draw=best.draw), f"{best.draw}: {shares}"
+    assert best.draw is not None
+    reference = config.reference if find_draw(best.draw).needs_reference else None
+    return replace(config, draw=best.draw, reference=reference), f"{best.draw}: {shares}"
 
 
 def without_draw(config: SelectConfig) -> SelectConfig:
     """The same run with rows kept by the rule."""
-    return replace(config, draw=None, strata=None)
+    return replace(config, draw=None, strata=None, reference=None)
 
 
 def _try_out(
-    store: EmbeddingStore, probe: GuidanceKey, share: float, epochs: int, threads: int, device: torch.device
+    store: EmbeddingStore, probe: GuidanceKey, raw: bool, share: float, epochs: int, threads: int, device: torch.device
 ) -> list[Forecast]:
     columns = load_or_make_guidance(store, probe, threads=threads, device=device).columns
     assert columns is not None
+    loss = Difficulty(columns["loss"])
     found = forecasts(
         store,
         Difficulty(columns["entropy"]),
-        Difficulty(columns["loss"]),
+        loss if raw else class_centred(loss, store.labels),
         ratios=(1 - share,),
         epochs=epochs,
         ways=(RANDOM, *TRIED),

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from gstds_cache.config import CLASSES, SelectConfig
+from gstds_cache.config import CENTRED, CLASSES, SelectConfig
 from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
@@ -33,10 +33,11 @@ from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_o
 from gstds_cache.selection.offers import Offers, offered_again_from
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
+from gstds_cache.selection.reference import class_centred
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.selection.settings import ParsedSettings, identity, with_strata
+from gstds_cache.selection.settings import ParsedSettings, identity, with_what_suits
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.store.reader import EmbeddingStore
@@ -75,9 +76,10 @@ class BatchSelector:
 
         Raises:
             UsageError: The rule or schedule is unknown, the batch size exceeds the rows that have an embedding, or
-                there are no classes, and they are to be the strata or to come by turns.
+                there are no classes, and they are to be the strata or to come by turns, or reference losses are asked
+                for that the draw does not look at.
         """
-        config = with_strata(config)
+        config = with_what_suits(config)
         self.store, self.config = store, config
         self._settings = settings = ParsedSettings.parse(config)
         self.rule, self.draw = settings.rule, settings.draw
@@ -379,7 +381,9 @@ class BatchSelector:
         probe = load_or_make_guidance(self.store, self._reference_key, threads=self.cpu_threads, device=self.device)
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
-        return probe.of_rows
+        if probe.of_rows is None or self.config.reference != CENTRED:
+            return probe.of_rows
+        return class_centred(probe.of_rows, self.store.labels)
 
     @cached_property
     def _chooser(self) -> RowChooser:

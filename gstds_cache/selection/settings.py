@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gstds_cache.config import CLASSES, SelectConfig
+from gstds_cache.config import CENTRED, CLASSES, SelectConfig
+from gstds_cache.errors import UsageError
 from gstds_cache.selection.catalog import SPREAD
 from gstds_cache.selection.draws import Draw, find_draw
 from gstds_cache.selection.guidance_spec import GuidanceSpec, parse_guidance
@@ -69,19 +70,29 @@ class ParsedSettings:
         )
 
 
-def with_strata(config: SelectConfig) -> SelectConfig:
-    """``config`` with the strata that suit its draw, where none were asked for.
+def with_what_suits(config: SelectConfig) -> SelectConfig:
+    """``config`` with the strata and the reference losses that suit its draw, where none were asked for.
 
-    Where classes come by turns it is the classes: rows of a rare one, which come again and again, soon have small
-    losses, and drawn by losses alone would be rarer than the order makes them.
+    Where classes come by turns the strata are the classes: rows of a rare one, which come again and again, soon have
+    small losses, and drawn by losses alone would be rarer than the order makes them.
 
     Raises:
-        UsageError: The draw is unknown.
+        UsageError: The draw is unknown, or looks at no reference losses, and some were asked for.
     """
-    if config.draw is None or config.strata is not None:
+    if config.draw is None:
         return config
     draw = find_draw(config.draw)
-    return replace(config, strata=CLASSES if parse_order(config.order).balanced else draw.strata)
+    if config.reference is not None and not draw.needs_reference:
+        raise UsageError(
+            f"`reference`: got {config.reference!r}, but `draw={config.draw!r}` looks at no reference losses",
+            hint="leave it out",
+        )
+    strata = CLASSES if parse_order(config.order).balanced else draw.strata
+    return replace(
+        config,
+        strata=strata if config.strata is None else config.strata,
+        reference=(config.reference or CENTRED) if draw.needs_reference else None,
+    )
 
 
 def _offering(draw: Draw, strata: int) -> Rule:
@@ -127,6 +138,8 @@ def identity(
     # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
     for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
         del select[name]
+    if select["reference"] != CENTRED:  # as before there was a choice
+        del select["reference"]
     select |= ({"hidden": hidden} if hidden else {}) | ({"labels": labels} if labels else {})
     if settings.draw is not None:
         select |= {"draw_source": settings.draw.source} if settings.draw.source else {}
@@ -140,4 +153,5 @@ def identity(
 def config_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a selection's header, or of a ticket, by the names that :class:`SelectConfig` has for them."""
     names = {old: new for new, old in RECORDED_AS.items()}
-    return {names.get(name, name): value for name, value in recorded.items() if name not in BESIDE}
+    before = {"reference": "raw"} if "chance" in recorded else {}  # a draw that looks at them, unless it says what
+    return before | {names.get(name, name): value for name, value in recorded.items() if name not in BESIDE}

@@ -74,7 +74,9 @@ def _settings(fields: object) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UsageError(f"ticket, select: got a JSON {type(fields).__name__}, expected an object")
     _known(
-        "ticket, select", fields, (*NUMBERS, "schedule", "rule", "draw", "laplacian", "tolerance", "order", "guidance")
+        "ticket, select",
+        fields,
+        (*NUMBERS, "schedule", "rule", "draw", "reference", "laplacian", "tolerance", "order", "guidance"),
     )
     for name, value in fields.items():
         if name in NUMBERS:

@@ -24,6 +24,7 @@ from gstds_cache.config import EmbedConfig, SelectConfig
 from gstds_cache.data.label_counts import LabelCounts
 from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import FingerprintMismatchError, StreamError, UsageError
+from gstds_cache.report.recompute import selector_of
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import key_of, parse_guidance
 from gstds_cache.selection.run import BatchSelector
@@ -50,7 +51,7 @@ def store(tiny_model, tmp_path) -> EmbeddingStore:
 
 
 def test_candidates_are_all_rows_of_each_batch_with_what_is_known_of_them(store) -> None:
-    selection = select(store, draw="loss-minus-reference", guidance="uncertainty", **SMALL)
+    selection = select(store, draw="loss-minus-reference", guidance="uncertainty", reference="raw", **SMALL)
     probe = load_or_make_guidance(store, key_of(store, parse_guidance("probe")))
     with open_selection(selection) as stream:
         assert (stream.header.format, stream.header.settings["draw"]) == (3, "loss-minus-reference")
@@ -71,6 +72,33 @@ def test_candidates_are_all_rows_of_each_batch_with_what_is_known_of_them(store)
     assert selection.summary.rule == "draw loss-minus-reference"
     assert selection.summary.classes == {}
     assert selection.summary.kept == sum(batch.count for batch in batches)
+
+
+def test_reference_losses_are_less_their_class_s_mean_unless_raw_ones_are_asked_for(store, tmp_path) -> None:
+    raw, centred = (
+        select(store, draw="adaptive", reference=how, out=tmp_path / f"{how}.arrow", **SMALL)
+        for how in ("raw", "class-centred")
+    )
+    assert select(store, draw="adaptive", **SMALL).digest == centred.digest != raw.digest
+    found = np.full((2, 385), np.nan)
+    for of, selection in zip(found, (raw, centred), strict=True):
+        for batch in selection:
+            of[batch.kept] = batch.candidates.reference
+    for label in range(10):
+        mine = store.labels == label
+        assert found[1, mine].mean() == pytest.approx(found[0].mean(), abs=1e-5)
+        shift = (found[0] - found[1])[mine]
+        assert np.ptp(shift) < 1e-5
+        assert abs(shift[0]) > 1e-3
+    with open_selection(raw) as stream, open_selection(centred) as other:
+        # As selections were made before there was a choice, so that they are found, and computed again.
+        assert "reference" not in stream.header.settings
+        assert other.header.settings["reference"] == "class-centred"
+    for selection in (raw, centred):
+        with open_selection(selection) as stream:
+            assert selector_of(store, stream.header).digest == selection.digest
+        write_report(selection.path, out=tmp_path / "page.html", cache=store, replace=True, progress=False)
+        assert ("class-centred" in (tmp_path / "page.html").read_text()) == (selection is centred)
 
 
 def test_strata_are_parts_of_the_spectrum_and_one_stratum_makes_no_graph(store) -> None:
@@ -122,15 +150,18 @@ def test_a_selection_of_candidates_is_found_again_by_all_that_decides_it(store) 
     assert (first.digest, first.path) == (again.digest, again.path)
     assert again.summary.cache_hit
     digests = {first.digest}
-    for changes in ({"draw": "damped-loss"}, {"strata": 4}, {"guidance": "none"}, {"seed": 1}, {"draw": None}):
+    for changes in (
+        *({"draw": "damped-loss"}, {"strata": 4}, {"reference": "raw"}, {"guidance": "none"}, {"seed": 1}),
+        {"draw": None},
+    ):
         digests.add(select(store, **(SMALL | {"draw": "loss-minus-reference"} | changes)).digest)
-    assert len(digests) == 6
+    assert len(digests) == 7
 
 
 def test_kept_rows_have_the_identity_they_had_before_there_were_candidates(store) -> None:
     selector = BatchSelector(store, SelectConfig(batch_size=96, rule="coverage", device="cpu"))
     assert set(selector.identity) == {"algorithm", "cache", "select"}
-    assert not {"draw", "strata"} & set(selector.identity["select"])
+    assert not {"draw", "strata", "reference"} & set(selector.identity["select"])
 
 
 def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> None:
@@ -142,6 +173,8 @@ def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> No
         ({"draw": "los"}, "unknown draw 'los'"),
         ({"draw": "uniform", "guidance": "probe"}, "draw uniform does not look at guidance\n  leave `guidance` out$"),
         ({"draw": "loss", "strata": -1}, "`strata`"),
+        ({"reference": "raw"}, "no such setting without `draw`"),
+        ({"draw": "loss", "reference": "raw"}, "`draw='loss'` looks at no reference losses\n  leave it out$"),
     ):
         with pytest.raises(UsageError, match=words):
             select(store, **(SMALL | settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,9 +89,10 @@ def test_what_is_furthest_ahead_for_certain_is_taken(store, monkeypatch, ahead, 
         "forecasts",
         lambda *_a, **_k: [Forecast(way, 0.75, 0.9, *numbers) for way, numbers in ahead.items()],
     )
-    asked = SelectConfig(draw="auto", strata=4, batch_size=96)
+    asked = SelectConfig(draw="auto", strata=4, reference="raw", batch_size=96)
     config, why = draw_choice.choose_draw(store, asked, 0.25, threads=1, device=torch.device("cpu"))
     assert (config.draw, config.strata) == (draw, 4 if draw else None)
+    assert config.reference == ("raw" if draw == "adaptive" else None)
     assert why.startswith(words)
 
 
@@ -109,6 +111,25 @@ def test_without_labels_or_without_anything_left_out_the_rule_keeps_rows(store, 
     assert not any("strata" in note for note in notes)
     select(store, draw="auto", strata=4, notify=notes.append, **(SMALL | {"keep": 1.0}))
     assert "note: `strata` 4 is not used: it is for draws, and the rule keeps rows" in notes
+    assert not any("`reference`" in note for note in notes)
+    select(store, draw="auto", reference="raw", notify=notes.append, **(SMALL | {"keep": 1.0}))
+    assert "note: `reference` raw is not used: reference losses are not looked at" in notes
+
+
+def test_draws_are_tried_with_the_reference_losses_that_they_are_to_have(store, monkeypatch) -> None:
+    seen: list[np.ndarray] = []
+    whole = draw_choice.forecasts
+
+    def watched(store, difficulty, reference, **rest):
+        seen.append(reference.of(np.arange(len(store))))
+        return whole(store, difficulty, reference, **rest)
+
+    monkeypatch.setattr(draw_choice, "forecasts", watched)
+    for reference in (None, "class-centred", "raw"):
+        select(store, draw="auto", reference=reference, **SMALL)
+    centred, raw = seen  # the outcome of the first is found by the second
+    means = [[losses[store.labels == label].mean() for label in range(10)] for losses in (centred, raw)]
+    assert np.ptp(means[0]) < 1e-5 < np.ptp(means[1])
 
 
 def test_a_loop_may_report_losses_whatever_auto_settled_on(store) -> None:
