@@ -23,7 +23,7 @@ SMALLEST_BATCH = 4
 STRATA = 8
 BALANCED = "class-balanced"  # the order in which every class comes as often
 CLASSES = 0  # as a number of strata: the classes are the strata
-CENTRED: Final = "class-centred"  # reference losses less the mean of their class
+BY_CLASS: Final = "by-class"  # reference losses relative to those of their class
 MEMORY_BUDGET = 4 << 30
 """Bytes of embeddings that a store opened for reading may hold in memory."""
 DEVICE = "auto"
@@ -226,8 +226,8 @@ class SelectConfig:
         strata: Spectral strata of a batch of which the trainer draws in proportion to their size. 1 makes no graph, nor
             does 0, which takes the classes instead. None is what suits the draw: 8, or 1 for ``loss-squared`` and
             ``largest-loss-minus-reference``; 0 with ``order="class-balanced"``. Only with ``draw``.
-        reference: What a draw takes for the reference losses: the probe's, ``raw``; or ``class-centred``, less the mean
-            of their class (selection/reference.py). None is the latter, for draws that look at them. Only with those.
+        reference: What a draw takes for the reference losses: the probe's, ``raw``; or ``by-class``, relative to
+            those of their class (selection/reference.py). None is the latter. Only for draws that look at them.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
@@ -253,7 +253,7 @@ class SelectConfig:
     rule: str = DEFAULT_RULE
     draw: str | None = None
     strata: int | None = None
-    reference: Literal["class-centred", "raw"] | None = None
+    reference: Literal["by-class", "raw"] | None = None
     guidance: str = "auto"
     min_per_class: int = 0
     seed: int = 0
@@ -488,7 +488,7 @@ class SelectSettings(TypedDict, total=False):
     rule: str
     draw: str | None
     strata: int | None
-    reference: Literal["class-centred", "raw"] | None
+    reference: Literal["by-class", "raw"] | None
     guidance: str
     min_per_class: int
     seed: int

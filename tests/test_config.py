@@ -109,9 +109,9 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     assert EmbedConfig(batch_size=np.int32(4)).batch_size.__class__ is int
     assert as_type("lr", Fraction(1, 4), float) == 0.25
     assert as_type("batch_size", None, int | None) is None
-    either = Literal["class-centred", "raw"] | None
+    either = Literal["by-class", "raw"] | None
     assert [as_type("reference", value, either) for value in ("raw", None)] == ["raw", None]
-    with pytest.raises(UsageError, match="`reference`: got 'centred', expected one of class-centred, raw"):
+    with pytest.raises(UsageError, match="`reference`: got 'centred', expected one of by-class, raw"):
         as_type("reference", "centred", either)
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.study.variants import PREFIX, Variant, parse_variant, settings_of
-from gstds_cache.config import CENTRED, SelectConfig
+from gstds_cache.config import BY_CLASS, SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.rules import find_rule
 
 DRAW = re.compile(
     r"draw:(?P<draw>[a-z-]+)(\^(?P<strata>\d+))?(/(?P<guidance>[^@+%]+))?(?P<weights>\+weights)?"
-    r"(?P<centred>\+class-centred)?(@(?P<schedule>[^%]+))?(%(?P<assignments>\d+))?"
+    r"(?P<relative>\+by-class)?(@(?P<schedule>[^%]+))?(%(?P<assignments>\d+))?"
 )
 INFOBATCH_KEEPS = 0.6  # about what it keeps at r = 0.5: its batches are cut so that steps have the others' size
 
@@ -51,7 +51,7 @@ class Method:
     draw: str | None = None
     strata: int | None = None
     importance_weights: bool = False
-    reference: Literal["class-centred", "raw"] | None = None
+    reference: Literal["by-class", "raw"] | None = None
     variant: Variant | None = None
 
 
@@ -80,7 +80,7 @@ BASELINES = {
 def find_method(name: str) -> Method:
     """A baseline, ``default``, or ``RULE[/GUIDANCE][@SCHEDULE][%BATCH_ASSIGNMENTS]`` for any rule of ``gstds-select``.
 
-    ``draw:NAME[^STRATA][/GUIDANCE][+weights][+class-centred][@SCHEDULE][%BATCH_ASSIGNMENTS]`` draws by training losses,
+    ``draw:NAME[^STRATA][/GUIDANCE][+weights][+by-class][@SCHEDULE][%BATCH_ASSIGNMENTS]`` draws by training losses,
     with reference losses as they are unless it says so; ``variant:KEY=VALUE[+...]`` by a variant that was tried
     (``variants.py``).
 
@@ -124,7 +124,7 @@ def _drawing(name: str) -> Method:
     """
     parts = DRAW.fullmatch(name)
     if parts is None:
-        spelled = "draw:NAME[^STRATA][/GUIDANCE][+weights][+class-centred][@SCHEDULE][%N]"
+        spelled = "draw:NAME[^STRATA][/GUIDANCE][+weights][+by-class][@SCHEDULE][%N]"
         raise UsageError(f"no method {name!r}: expected {spelled}")
     draw, strata = find_draw(parts["draw"]), int(parts["strata"]) if parts["strata"] else None
     probe = draw.needs_reference or draw.needs_prior
@@ -139,6 +139,6 @@ def _drawing(name: str) -> Method:
         draw=draw.name,
         strata=strata,
         importance_weights=parts["weights"] is not None,
-        reference=None if not draw.needs_reference else CENTRED if parts["centred"] else "raw",
+        reference=None if not draw.needs_reference else BY_CLASS if parts["relative"] else "raw",
         batch_assignments=int(parts["assignments"]) if parts["assignments"] else None,
     )

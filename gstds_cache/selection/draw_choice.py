@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from gstds_cache.config import CENTRED, SelectConfig
+from gstds_cache.config import BY_CLASS, SelectConfig
 from gstds_cache.files.atomic import atomic_write
 from gstds_cache.files.derived import GUIDANCE, derived_paths, keep
 from gstds_cache.files.digest import digest_of, sealed, unsealed
@@ -25,7 +25,7 @@ from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.draws import find_draw
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_of
-from gstds_cache.selection.reference import class_centred
+from gstds_cache.selection.reference import by_class
 from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -60,7 +60,7 @@ def choose_draw(
     epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
     tried = {"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS}
     raw = config.reference == "raw"
-    tried |= {} if raw else {"reference": CENTRED}
+    tried |= {} if raw else {"reference": BY_CLASS}
     digest = digest_of({"algorithm": ALGORITHM, **tried})
     records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     found = _recorded(records, digest)
@@ -100,7 +100,7 @@ def _try_out(
     found = forecasts(
         store,
         Difficulty(columns["entropy"]),
-        loss if raw else class_centred(loss, store.labels),
+        loss if raw else by_class(loss, store.labels),
         ratios=(1 - share,),
         epochs=epochs,
         ways=(RANDOM, *TRIED),

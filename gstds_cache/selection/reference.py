@@ -1,9 +1,10 @@
-"""Reference losses as draws look at them: less what classes differ by.
+"""Reference losses as draws look at them: relative to those of their class.
 
 A class that many rows are labelled with wrongly, or that is rare, has high reference losses all over, its right labels
-too: the probe learned it from the same labels. As they are they say which class a row has, and a draw by them leaves
-out the class. So the mean of its class is taken off each, as confident learning judges labels by thresholds of their
-classes (C. Northcutt, L. Jiang, I. Chuang, J. Artif. Intell. Res. 70, 2021). Measured in docs/results.md.
+too: the probe learned from the same labels. As they are they say which class a row has, and a draw by them leaves the
+class out. Confident learning meets the same with a threshold for each class, the mean probability that its rows have of
+their own label (C. Northcutt, L. Jiang, I. Chuang, J. Artif. Intell. Res. 70, 2021). So here a row's loss is that of
+its probability relative to its class's threshold. Measured in docs/results.md, "Labels of one class for another".
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from gstds_cache.selection.difficulty import Difficulty, pieces
 
 
 @dataclass(frozen=True, eq=False)
-class ClassCentred(Difficulty):
-    """Reference losses less the mean of their class, plus the mean of all: below 0 for some rows.
+class ByClass(Difficulty):
+    """Reference losses, each less a number of its class: below 0 for some rows.
 
     Attributes:
         labels: Of every row, [N]; -1 for none.
@@ -31,7 +32,7 @@ class ClassCentred(Difficulty):
     shift: Float64[np.ndarray, " C"]
 
     def of(self, rows: Int64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
-        """The reference losses of some rows, float64 [B]; those of rows without one are the median."""
+        """The reference losses of some rows, float64 [B]; rows that have none count as the median of all."""
         losses: Float64[np.ndarray, " B"] = super().of(rows) - self._shift_of(self.labels[rows])
         return losses
 
@@ -46,23 +47,24 @@ class ClassCentred(Difficulty):
         return shifts
 
 
-def class_centred(losses: Difficulty, labels: Int[np.ndarray, " N"]) -> ClassCentred:
-    """Take off what classes differ by.
+def by_class(losses: Difficulty, labels: Int[np.ndarray, " N"]) -> ByClass:
+    """Reference losses relative to their class.
 
     Args:
-        losses: Reference losses; NaN for rows that have none.
+        losses: Reference losses, cross-entropies in nats; NaN for rows that have none.
         labels: Labels of all rows; one at least of a row that has a loss.
 
     Returns:
-        The losses by class. Their mean over all rows stays what it was.
+        The losses, each less -log of its class's threshold, which is the mean of exp(-loss) over the class; and as much
+        more, for all rows alike, as leaves the mean over the labelled rows what it was.
     """
-    names, sums = np.empty(0, np.int64), np.empty((2, 0))  # of losses, and of rows, of each class
+    names, sums = np.empty(0, np.int64), np.empty((2, 0))  # of probabilities, and of rows, of each class
     for values, of in zip(pieces(losses.known), pieces(labels), strict=True):
         known = np.isfinite(values) & (of >= 0)
         here, place = np.unique(of[known], return_inverse=True)
-        new = [np.bincount(place, values[known]), np.bincount(place)]
+        new = [np.bincount(place, np.exp(-values[known].astype(np.float64))), np.bincount(place)]
         names, place = np.unique(np.concatenate([names, here]), return_inverse=True)
         sums = np.stack([np.bincount(place, parts) for parts in np.concatenate([sums, new], axis=1)])
-    losses_of, rows_of = sums
-    shift = losses_of / rows_of - losses_of.sum() / rows_of.sum()
-    return ClassCentred(losses.known, labels, names.astype(np.int64), shift)
+    probabilities, rows = sums
+    shift = -np.log(np.maximum(probabilities / rows, np.finfo(np.float64).tiny))
+    return ByClass(losses.known, labels, names.astype(np.int64), shift - np.average(shift, weights=rows))

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from gstds_cache.config import CENTRED, CLASSES, SelectConfig
+from gstds_cache.config import BY_CLASS, CLASSES, SelectConfig
 from gstds_cache.cuda.build import log_fallback
 from gstds_cache.errors import UsageError
 from gstds_cache.files.digest import digest_of
@@ -33,7 +33,7 @@ from gstds_cache.selection.guidance_spec import GuidanceKey, GuidanceSpec, key_o
 from gstds_cache.selection.offers import Offers, offered_again_from
 from gstds_cache.selection.order import shards_at_once
 from gstds_cache.selection.plan import BatchPlan, SelectionPlan
-from gstds_cache.selection.reference import class_centred
+from gstds_cache.selection.reference import by_class
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
@@ -381,9 +381,9 @@ class BatchSelector:
         probe = load_or_make_guidance(self.store, self._reference_key, threads=self.cpu_threads, device=self.device)
         self.counts.seconds["guidance"] += time.perf_counter() - begun
         self.counts.elapsed += time.perf_counter() - begun
-        if probe.of_rows is None or self.config.reference != CENTRED:
+        if probe.of_rows is None or self.config.reference != BY_CLASS:
             return probe.of_rows
-        return class_centred(probe.of_rows, self.store.labels)
+        return by_class(probe.of_rows, self.store.labels)
 
     @cached_property
     def _chooser(self) -> RowChooser:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gstds_cache.config import CENTRED, CLASSES, SelectConfig
+from gstds_cache.config import BY_CLASS, CLASSES, SelectConfig
 from gstds_cache.errors import UsageError
 from gstds_cache.selection.catalog import SPREAD
 from gstds_cache.selection.draws import Draw, find_draw
@@ -91,7 +91,7 @@ def with_what_suits(config: SelectConfig) -> SelectConfig:
     return replace(
         config,
         strata=strata if config.strata is None else config.strata,
-        reference=(config.reference or CENTRED) if draw.needs_reference else None,
+        reference=(config.reference or BY_CLASS) if draw.needs_reference else None,
     )
 
 
@@ -138,7 +138,7 @@ def identity(
     # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
     for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
         del select[name]
-    if select["reference"] != CENTRED:  # as before there was a choice
+    if select["reference"] != BY_CLASS:  # as before there was a choice
         del select["reference"]
     select |= ({"hidden": hidden} if hidden else {}) | ({"labels": labels} if labels else {})
     if settings.draw is not None:

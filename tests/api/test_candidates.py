@@ -74,31 +74,29 @@ def test_candidates_are_all_rows_of_each_batch_with_what_is_known_of_them(store)
     assert selection.summary.kept == sum(batch.count for batch in batches)
 
 
-def test_reference_losses_are_less_their_class_s_mean_unless_raw_ones_are_asked_for(store, tmp_path) -> None:
-    raw, centred = (
+def test_reference_losses_are_relative_to_their_class_unless_raw_ones_are_asked_for(store, tmp_path) -> None:
+    raw, relative = (
         select(store, draw="adaptive", reference=how, out=tmp_path / f"{how}.arrow", **SMALL)
-        for how in ("raw", "class-centred")
+        for how in ("raw", "by-class")
     )
-    assert select(store, draw="adaptive", **SMALL).digest == centred.digest != raw.digest
+    assert select(store, draw="adaptive", **SMALL).digest == relative.digest != raw.digest
     found = np.full((2, 385), np.nan)
-    for of, selection in zip(found, (raw, centred), strict=True):
+    for of, selection in zip(found, (raw, relative), strict=True):
         for batch in selection:
             of[batch.kept] = batch.candidates.reference
-    for label in range(10):
-        mine = store.labels == label
-        assert found[1, mine].mean() == pytest.approx(found[0].mean(), abs=1e-5)
-        shift = (found[0] - found[1])[mine]
-        assert np.ptp(shift) < 1e-5
-        assert abs(shift[0]) > 1e-3
-    with open_selection(raw) as stream, open_selection(centred) as other:
+    assert found[1].mean() == pytest.approx(found[0].mean(), abs=1e-5)
+    thresholds = np.array([np.exp(-found[:, store.labels == label]).mean(axis=1) for label in range(10)])
+    assert np.ptp(thresholds[:, 1]) < 1e-5 < 0.01 < np.ptp(thresholds[:, 0])
+    assert all(np.ptp((found[0] - found[1])[store.labels == label]) < 1e-5 for label in range(10))
+    with open_selection(raw) as stream, open_selection(relative) as other:
         # As selections were made before there was a choice, so that they are found, and computed again.
         assert "reference" not in stream.header.settings
-        assert other.header.settings["reference"] == "class-centred"
-    for selection in (raw, centred):
+        assert other.header.settings["reference"] == "by-class"
+    for selection in (raw, relative):
         with open_selection(selection) as stream:
             assert selector_of(store, stream.header).digest == selection.digest
         write_report(selection.path, out=tmp_path / "page.html", cache=store, replace=True, progress=False)
-        assert ("class-centred" in (tmp_path / "page.html").read_text()) == (selection is centred)
+        assert ("by-class" in (tmp_path / "page.html").read_text()) == (selection is relative)
 
 
 def test_strata_are_parts_of_the_spectrum_and_one_stratum_makes_no_graph(store) -> None:

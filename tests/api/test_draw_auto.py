@@ -125,10 +125,10 @@ def test_draws_are_tried_with_the_reference_losses_that_they_are_to_have(store, 
         return whole(store, difficulty, reference, **rest)
 
     monkeypatch.setattr(draw_choice, "forecasts", watched)
-    for reference in (None, "class-centred", "raw"):
+    for reference in (None, "by-class", "raw"):
         select(store, draw="auto", reference=reference, **SMALL)
-    centred, raw = seen  # the outcome of the first is found by the second
-    means = [[losses[store.labels == label].mean() for label in range(10)] for losses in (centred, raw)]
+    relative, raw = seen  # the outcome of the first is found by the second
+    means = [[np.exp(-losses[store.labels == label]).mean() for label in range(10)] for losses in (relative, raw)]
     assert np.ptp(means[0]) < 1e-5 < np.ptp(means[1])
 
 

@@ -1,4 +1,4 @@
-"""Reference losses less what classes differ by, beside the same in as few lines as it takes."""
+"""Reference losses relative to their class, beside the same in as few lines as it takes."""
 
 from __future__ import annotations
 
@@ -12,38 +12,43 @@ from hypothesis.extra.numpy import arrays
 
 from gstds_cache.selection import difficulty
 from gstds_cache.selection.difficulty import Difficulty
-from gstds_cache.selection.reference import class_centred
+from gstds_cache.selection.reference import by_class
 
 LOSSES = st.floats(0, 50, width=32) | st.just(np.nan)
 
 
 @given(data=st.data(), count=st.integers(1, 40))
-def test_classes_have_equal_means_and_rows_keep_their_order_within_them(data: st.DataObject, count: int) -> None:
+def test_a_row_s_loss_is_that_of_its_probability_over_its_class_s_mean_one(data: st.DataObject, count: int) -> None:
     losses = data.draw(arrays(np.float32, count, elements=LOSSES))
     labels = data.draw(arrays(np.int64, count, elements=st.sampled_from([-1, 0, 3, 7, 1000])))
     known = np.isfinite(losses) & (labels >= 0)
     if not known.any():
         return
-    expected = np.where(np.isfinite(losses), losses, np.nanmedian(losses)).astype(np.float64)
-    mean = losses[known].astype(np.float64).mean()
+    relative = np.where(np.isfinite(losses), losses, np.nanmedian(losses)).astype(np.float64)
     for label in np.unique(labels[known]):
-        expected[labels == label] += mean - losses[known & (labels == label)].astype(np.float64).mean()
-    found = class_centred(Difficulty(losses), labels)
+        relative[labels == label] += np.log(np.exp(-losses[known & (labels == label)].astype(np.float64)).mean())
+    offset = losses[known].astype(np.float64).mean() - relative[known].mean()
+    classed = np.isin(labels, labels[known])
+    expected = np.where(classed, relative + offset, relative)
+    found = by_class(Difficulty(losses), labels)
     rows = np.arange(count)[::-1]
     np.testing.assert_allclose(found.of(rows), expected[::-1], atol=1e-5)
     np.testing.assert_allclose(found.all(), expected, atol=1e-4)
-    for label in np.unique(labels[known]):
-        assert found.of(np.flatnonzero(known & (labels == label))).mean() == pytest.approx(mean, abs=1e-4)
-    assert found.of(np.flatnonzero(known)).mean() == pytest.approx(mean, abs=1e-4)
+    assert found.of(np.flatnonzero(known)).mean() == pytest.approx(losses[known].astype(np.float64).mean(), abs=1e-4)
 
 
-def test_means_are_of_all_pieces_and_travel_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_no_probability_is_left_of_do_not_make_a_class_infinite() -> None:
+    found = by_class(Difficulty(np.array([2000.0, 1500.0, 0.5], np.float32)), np.array([4, 4, 5]))
+    assert np.isfinite(found.all()).all()
+
+
+def test_thresholds_are_of_all_pieces_and_travel_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     losses, labels = rng.lognormal(size=999).astype(np.float32), rng.integers(0, 50, 999)
     losses[rng.random(999) < 0.1] = np.nan
-    whole = class_centred(Difficulty(losses), labels)
+    whole = by_class(Difficulty(losses), labels)
     monkeypatch.setattr(difficulty, "PIECE", 100)
-    parts = class_centred(Difficulty(losses), labels)
+    parts = by_class(Difficulty(losses), labels)
     np.testing.assert_array_equal(parts.names, whole.names)
     np.testing.assert_allclose(parts.shift, whole.shift, atol=1e-12)
     there = pickle.loads(pickle.dumps(parts))
