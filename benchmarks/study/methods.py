@@ -127,6 +127,8 @@ def _drawing(name: str) -> Method:
         spelled = "draw:NAME[^STRATA][/GUIDANCE][+weights][+by-class][@SCHEDULE][%N]"
         raise UsageError(f"no method {name!r}: expected {spelled}")
     draw, strata = find_draw(parts["draw"]), int(parts["strata"]) if parts["strata"] else None
+    if parts["relative"] and not draw.needs_reference:
+        raise UsageError(f"no method {name!r}: {draw.name} looks at no reference losses")
     probe = draw.needs_reference or draw.needs_prior
     return Method(
         name,

@@ -25,7 +25,7 @@ from gstds_cache.selection.selected_batch import Candidates
 
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
-CONFIDENT = math.log(2.0)  # reference loss below which a row's label is likelier than all others together
+CONFIDENT = math.log(2.0)  # reference loss below which a row's label is likelier than all others together, as it is
 UNTIL_PASSED: Final = "until passed"
 PASSED_AT = 0.3  # share of such rows that the network does better on, from which on it has passed the reference model
 LARGEST_SCORE = 1e100  # of one's own: sums of larger ones may be infinite

@@ -19,7 +19,9 @@ from gstds_cache.selection.difficulty import Difficulty, pieces
 
 @dataclass(frozen=True, eq=False)
 class ByClass(Difficulty):
-    """Reference losses, each less a number of its class: below 0 for some rows.
+    """Reference losses, each less a number of its class, and not below 0.
+
+    Below 0 a draw that subtracts them would find something to learn in rows that the network has learned.
 
     Attributes:
         labels: Of every row, [N]; -1 for none.
@@ -32,19 +34,16 @@ class ByClass(Difficulty):
     shift: Float64[np.ndarray, " C"]
 
     def of(self, rows: Int64[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
-        """The reference losses of some rows, float64 [B]; rows that have none count as the median of all."""
-        losses: Float64[np.ndarray, " B"] = super().of(rows) - self._shift_of(self.labels[rows])
+        """The reference losses of some rows, float64 [B]; of rows without a label the median of all, as they are."""
+        labels = self.labels[rows]
+        place = np.minimum(np.searchsorted(self.names, labels), len(self.names) - 1)
+        shift = np.where(self.names[place] == labels, self.shift[place], 0.0)
+        losses: Float64[np.ndarray, " B"] = np.maximum(super().of(rows) - shift, 0.0)
         return losses
 
     def all(self) -> Float32[np.ndarray, " N"]:
         """The reference losses of all rows, in memory."""
-        losses: Float32[np.ndarray, " N"] = (super().all() - self._shift_of(self.labels)).astype(np.float32)
-        return losses
-
-    def _shift_of(self, labels: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        place = np.minimum(np.searchsorted(self.names, labels), len(self.names) - 1)
-        shifts: Float64[np.ndarray, " n"] = np.where(self.names[place] == labels, self.shift[place], 0.0)
-        return shifts
+        return self.of(np.arange(len(self.known))).astype(np.float32)
 
 
 def by_class(losses: Difficulty, labels: Int[np.ndarray, " N"]) -> ByClass:
@@ -55,8 +54,8 @@ def by_class(losses: Difficulty, labels: Int[np.ndarray, " N"]) -> ByClass:
         labels: Labels of all rows; one at least of a row that has a loss.
 
     Returns:
-        The losses, each less -log of its class's threshold, which is the mean of exp(-loss) over the class; and as much
-        more, for all rows alike, as leaves the mean over the labelled rows what it was.
+        The losses, each less -log of its class's threshold, which is the mean of exp(-loss) over the class; plus what
+        leaves the mean over the labelled rows as it was, for all rows alike; and 0 where that is below 0.
     """
     names, sums = np.empty(0, np.int64), np.empty((2, 0))  # of probabilities, and of rows, of each class
     for values, of in zip(pieces(losses.known), pieces(labels), strict=True):

@@ -17,7 +17,8 @@ class Candidates:
     Attributes:
         keep: How many rows are to be drawn (M).
         stratum: Stratum of each row, from 0, int16 [B].
-        reference: Held-out loss of each row under the reference model, float32 [B]; NaN where it is not known.
+        reference: Reference loss of each row, the reference model's held-out one, as it is or relative to its class
+            (selection/reference.py), float32 [B]; NaN where it is not known.
         prior: How much a row counts before its loss is known, relative to the others, >= 0, float32 [B].
     """
 

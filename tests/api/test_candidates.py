@@ -16,6 +16,7 @@ from gstds_cache.cli.train_command import main as train_command
 
 from gstds_cache.api.embed import embed
 from gstds_cache.api.export import export_scores
+from gstds_cache.api.hide import hide_rows
 from gstds_cache.api.report import write_report
 from gstds_cache.api.select_batches import select
 from gstds_cache.api.serve import serve
@@ -84,10 +85,10 @@ def test_reference_losses_are_relative_to_their_class_unless_raw_ones_are_asked_
     for of, selection in zip(found, (raw, relative), strict=True):
         for batch in selection:
             of[batch.kept] = batch.candidates.reference
-    assert found[1].mean() == pytest.approx(found[0].mean(), abs=1e-5)
-    thresholds = np.array([np.exp(-found[:, store.labels == label]).mean(axis=1) for label in range(10)])
-    assert np.ptp(thresholds[:, 1]) < 1e-5 < 0.01 < np.ptp(thresholds[:, 0])
-    assert all(np.ptp((found[0] - found[1])[store.labels == label]) < 1e-5 for label in range(10))
+    thresholds = -np.log([np.exp(-found[0, store.labels == label]).mean() for label in range(10)])
+    expected = found[0] - thresholds[store.labels] + thresholds[store.labels].mean()
+    np.testing.assert_allclose(found[1], np.maximum(expected, 0), atol=1e-5)
+    assert np.ptp(thresholds) > 0.01
     with open_selection(raw) as stream, open_selection(relative) as other:
         # As selections were made before there was a choice, so that they are found, and computed again.
         assert "reference" not in stream.header.settings
@@ -97,6 +98,29 @@ def test_reference_losses_are_relative_to_their_class_unless_raw_ones_are_asked_
             assert selector_of(store, stream.header).digest == selection.digest
         write_report(selection.path, out=tmp_path / "page.html", cache=store, replace=True, progress=False)
         assert ("by-class" in (tmp_path / "page.html").read_text()) == (selection is relative)
+
+
+def test_rows_without_a_label_keep_the_median_and_hidden_ones_are_not_of_a_class(
+    array_source, tiny_model, tmp_path
+) -> None:
+    source = array_source(200)
+    source.labels[:] = np.arange(200) % 4
+    source.labels[::10] = -1
+    config = EmbedConfig(model=tiny_model, batch_size=16, shard_rows=64, workers=0, device="cpu")
+    embed_dataset(source, config, where=tmp_path / "some")
+    hide_rows(tmp_path / "some", range(1, 41, 4))
+    store = EmbeddingStore(tmp_path / "some")
+    losses = load_or_make_guidance(store, key_of(store, parse_guidance("probe"))).columns["loss"]
+    found = np.full(200, np.nan)
+    for batch in select(store, draw="adaptive", **(SMALL | {"batch_size": 40})):
+        found[batch.kept] = batch.candidates.reference
+    assert np.flatnonzero(np.isnan(found)).tolist() == store.hidden.tolist()
+    bare = source.labels < 0
+    assert found[bare & np.isfinite(found)] == pytest.approx(np.nanmedian(losses), abs=1e-6)
+    for label in range(4):
+        mine = (source.labels == label) & np.isfinite(losses) & np.isfinite(found)
+        shift = (losses - found)[mine & (found > 0)]
+        assert np.ptp(shift) < 1e-5
 
 
 def test_strata_are_parts_of_the_spectrum_and_one_stratum_makes_no_graph(store) -> None:

@@ -15,7 +15,9 @@ from gstds_cache.embedding.run import embed_dataset
 from gstds_cache.errors import UsageError
 from gstds_cache.selection import draw_choice
 from gstds_cache.selection.advice import Forecast
+from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.draws import find_draw
+from gstds_cache.selection.reference import by_class
 from gstds_cache.store.reader import EmbeddingStore
 from gstds_cache.stream.reader import open_selection
 from gstds_cache.training.sampler import SelectedBatchSampler
@@ -128,8 +130,9 @@ def test_draws_are_tried_with_the_reference_losses_that_they_are_to_have(store, 
     for reference in (None, "by-class", "raw"):
         select(store, draw="auto", reference=reference, **SMALL)
     relative, raw = seen  # the outcome of the first is found by the second
-    means = [[np.exp(-losses[store.labels == label]).mean() for label in range(10)] for losses in (relative, raw)]
-    assert np.ptp(means[0]) < 1e-5 < np.ptp(means[1])
+    expected = by_class(Difficulty(raw.astype(np.float32)), store.labels).all()
+    np.testing.assert_allclose(relative, expected, atol=1e-6)
+    assert np.abs(relative - raw).max() > 0.1
 
 
 def test_a_loop_may_report_losses_whatever_auto_settled_on(store) -> None:

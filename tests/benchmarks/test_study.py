@@ -92,7 +92,7 @@ def test_methods_are_the_baselines_and_every_rule() -> None:
     assert find_method("coverage@linear:0.5:0.9").schedule == "linear:0.5:0.9"
     assert find_method("coverage").embeds
     assert not find_method("random").embeds
-    for wrong in ("nonsense", "draw:loss^", "draw:loss+more"):
+    for wrong in ("nonsense", "draw:loss^", "draw:loss+more", "draw:loss+by-class"):
         with pytest.raises(UsageError, match="no method"):
             find_method(wrong)
     with pytest.raises(UsageError, match="unknown draw"):
@@ -101,6 +101,8 @@ def test_methods_are_the_baselines_and_every_rule() -> None:
     assert (drawn.draw, drawn.strata, drawn.guidance, drawn.importance_weights) == ("damped-loss", 4, "none", True)
     assert (drawn.schedule, drawn.embeds, drawn.needs) == ("linear:0.5:0.9", True, {"probe"})
     assert not find_method("draw:uniform^1").embeds
+    names = ("draw:adaptive", "draw:adaptive+by-class", "draw:loss", "variant:form=damped", "variant:form=loss")
+    assert [find_method(name).reference for name in names] == ["raw", "by-class", None, "raw", None]
     assert find_method("draw:loss-squared^1/none@constant:0.9%1").batch_assignments == 1
     assert find_method("draw:loss-squared^1/none@constant:0.9%1").schedule == "constant:0.9"
 

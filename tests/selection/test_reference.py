@@ -29,12 +29,12 @@ def test_a_row_s_loss_is_that_of_its_probability_over_its_class_s_mean_one(data:
         relative[labels == label] += np.log(np.exp(-losses[known & (labels == label)].astype(np.float64)).mean())
     offset = losses[known].astype(np.float64).mean() - relative[known].mean()
     classed = np.isin(labels, labels[known])
-    expected = np.where(classed, relative + offset, relative)
+    expected = np.maximum(np.where(classed, relative + offset, relative), 0)
     found = by_class(Difficulty(losses), labels)
     rows = np.arange(count)[::-1]
     np.testing.assert_allclose(found.of(rows), expected[::-1], atol=1e-5)
     np.testing.assert_allclose(found.all(), expected, atol=1e-4)
-    assert found.of(np.flatnonzero(known)).mean() == pytest.approx(losses[known].astype(np.float64).mean(), abs=1e-4)
+    assert found.all().min() >= 0
 
 
 def test_losses_that_no_probability_is_left_of_do_not_make_a_class_infinite() -> None:

@@ -284,6 +284,12 @@ def test_listing_and_health(running: Running, reference) -> None:
         assert info.total_records == 6
     with open_selection(f"{running.where}/{digest[:8]}") as stream:
         assert kept(stream) == reference
+    settings = {"epochs": 2, "batch_size": 8, "knn": 3, "draw": "adaptive", "schedule": "constant:0.5"}
+    for reference in ("raw", "by-class"):
+        ticket = Ticket(select=settings | {"reference": reference})
+        stream = SelectionStream(FlightSource(running.where, ticket=ticket))
+        assert stream.header.settings.get("reference", "raw") == reference
+        stream.close()
     settings = {"epochs": 2, "batch_size": 8, "knn": 3, "rule": "random", "schedule": "constant:0.5"}
     stream = SelectionStream(FlightSource(running.where, ticket=Ticket(select=settings)))
     assert stream.header.settings["rule"] == "random"
