@@ -227,7 +227,8 @@ class SelectConfig:
             does 0, which takes the classes instead. None is what suits the draw: 8, or 1 for ``loss-squared`` and
             ``largest-loss-minus-reference``; 0 with ``order="class-balanced"``. Only with ``draw``.
         reference: What a draw takes for the reference losses: the probe's, ``raw``; or ``by-class``, relative to
-            those of their class (selection/reference.py). None is the latter. Only for draws that look at them.
+            those of their class (selection/reference.py). None is the latter, but for ``largest-loss-minus-reference``
+            the former. Only for draws that look at them.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.

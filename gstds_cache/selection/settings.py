@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,11 +88,10 @@ def with_what_suits(config: SelectConfig) -> SelectConfig:
             hint="leave it out",
         )
     strata = CLASSES if parse_order(config.order).balanced else draw.strata
-    return replace(
-        config,
-        strata=strata if config.strata is None else config.strata,
-        reference=(config.reference or BY_CLASS) if draw.needs_reference else None,
-    )
+    reference: Literal["by-class", "raw"] | None = None
+    if draw.needs_reference:
+        reference = config.reference or (BY_CLASS if draw.by_class else "raw")
+    return replace(config, strata=strata if config.strata is None else config.strata, reference=reference)
 
 
 def _offering(draw: Draw, strata: int) -> Rule:

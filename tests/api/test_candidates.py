@@ -81,6 +81,8 @@ def test_reference_losses_are_relative_to_their_class_unless_raw_ones_are_asked_
         for how in ("raw", "by-class")
     )
     assert select(store, draw="adaptive", **SMALL).digest == relative.digest != raw.digest
+    largest = (select(store, draw="largest-loss-minus-reference", reference=how, **SMALL) for how in (None, "raw"))
+    assert next(largest).digest == next(largest).digest
     found = np.full((2, 385), np.nan)
     for of, selection in zip(found, (raw, relative), strict=True):
         for batch in selection:
