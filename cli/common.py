@@ -165,9 +165,8 @@ def setting_option(config: type, name: str, **attributes: Any) -> Callable[[F], 
     """
     field = next(field for field in fields(config) if field.name == name)
     kind = get_type_hints(config)[name]
-    parts = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
-    kinds: list[Any] = [part for part in parts if part is not NoneType]
-    choices = get_args(kinds[0])
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kinds: list[Any] = [part for part in (get_args(kind) or (kind,)) if part is not NoneType]
     flags = attributes.pop("flags", ("--" + name.replace("_", "-"),))
     attributes.setdefault("type", click.Choice(choices) if choices else kinds[0])
     if kind is bool:

@@ -99,8 +99,7 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting(
     "reference",
     "With a --draw that looks at reference losses: as the probe has them (raw), or relative to those of their class, "
-    "so that no class is left out because its labels are often wrong, or it is rare. [default: by-class; raw for "
-    "largest-loss-minus-reference]",
+    "so that no class is left out because its labels are often wrong, or it is rare (by-class).",
 )
 @setting(
     "guidance",

@@ -73,7 +73,7 @@ def as_type(name: str, value: object, kind: Any) -> Any:
     Args:
         name: The argument.
         value: What was given.
-        kind: ``int``, ``float``, ``str``, ``bool`` or a Literal of texts, or one of these or None.
+        kind: ``int``, ``float``, ``str``, ``bool``, one of these or None, or a Literal of texts.
 
     Returns:
         The value.
@@ -84,13 +84,11 @@ def as_type(name: str, value: object, kind: Any) -> Any:
     choices = get_args(kind)
     if value is None and NoneType in choices:
         return None
-    if get_origin(kind) is not Literal:
-        kind = next((part for part in choices if part is not NoneType), kind)
     if get_origin(kind) is Literal:
-        choices = get_args(kind)
         if isinstance(value, str) and value in choices:
             return value
         raise UsageError(f"`{name}`: got {value!r:.80}, expected one of {', '.join(choices)}")
+    kind = next((part for part in choices if part is not NoneType), kind)
     try:
         if isinstance(value, bool) is (kind is bool):  # bool is a kind of int
             if kind is int:
@@ -227,8 +225,7 @@ class SelectConfig:
             does 0, which takes the classes instead. None is what suits the draw: 8, or 1 for ``loss-squared`` and
             ``largest-loss-minus-reference``; 0 with ``order="class-balanced"``. Only with ``draw``.
         reference: What a draw takes for the reference losses: the probe's, ``raw``; or ``by-class``, relative to
-            those of their class (selection/reference.py). None is the latter, but for ``largest-loss-minus-reference``
-            the former. Only for draws that look at them.
+            those of their class (selection/reference.py). Only for draws that look at them.
         guidance: Difficulty for rules that look at it: ``auto``, ``probe``, ``uncertainty``, ``disagreement``,
             ``file:SCORES.npy`` or ``none``.
         min_per_class: Rows of every class that stay in a batch, or all it has; 0 for no floor.
@@ -254,7 +251,7 @@ class SelectConfig:
     rule: str = DEFAULT_RULE
     draw: str | None = None
     strata: int | None = None
-    reference: Literal["by-class", "raw"] | None = None
+    reference: Literal["raw", "by-class"] = "raw"
     guidance: str = "auto"
     min_per_class: int = 0
     seed: int = 0
@@ -294,9 +291,8 @@ class SelectConfig:
         """
         if self.draw is None:
             hint = "leave it out, or say by what a trainer draws: `draw='loss-minus-reference'`"
-            for name in ("strata", "reference"):
-                value = getattr(self, name)
-                _require(value is None, f"`{name}`", value, "no such setting without `draw`", hint)
+            _require(self.strata is None, "`strata`", self.strata, "no such setting without `draw`", hint)
+            _require(self.reference == "raw", "`reference`", self.reference, "no such setting without `draw`", hint)
             return
         hint = "leave it out: with `draw` the trainer chooses the rows, in each epoch anew"
         _require(self.rule == DEFAULT_RULE, "`rule`", self.rule, "no rule beside `draw`", hint)
@@ -489,7 +485,7 @@ class SelectSettings(TypedDict, total=False):
     rule: str
     draw: str | None
     strata: int | None
-    reference: Literal["by-class", "raw"] | None
+    reference: Literal["raw", "by-class"]
     guidance: str
     min_per_class: int
     seed: int

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from fractions import Fraction
-from typing import Literal, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -109,10 +109,6 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     assert EmbedConfig(batch_size=np.int32(4)).batch_size.__class__ is int
     assert as_type("lr", Fraction(1, 4), float) == 0.25
     assert as_type("batch_size", None, int | None) is None
-    either = Literal["by-class", "raw"] | None
-    assert [as_type("reference", value, either) for value in ("raw", None)] == ["raw", None]
-    with pytest.raises(UsageError, match="`reference`: got 'centred', expected one of by-class, raw"):
-        as_type("reference", "centred", either)
 
 
 def _call(store, *, keep=None, **settings) -> None: ...

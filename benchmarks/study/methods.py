@@ -36,7 +36,7 @@ class Method:
         draw: For ``rule``: rows are not kept by a rule but drawn so, by the losses that training reports.
         strata: For ``draw``: spectral strata; None for the study's usual ones.
         importance_weights: For ``draw``: whether losses are weighted.
-        reference: For ``draw``: what it takes for reference losses, where it looks at them.
+        reference: For ``draw``: what it takes for reference losses.
         variant: For ``draw``: what is drawn in proportion to, where it is none of the library's.
     """
 
@@ -51,7 +51,7 @@ class Method:
     draw: str | None = None
     strata: int | None = None
     importance_weights: bool = False
-    reference: Literal["by-class", "raw"] | None = None
+    reference: Literal["raw", "by-class"] = "raw"
     variant: Variant | None = None
 
 
@@ -141,6 +141,6 @@ def _drawing(name: str) -> Method:
         draw=draw.name,
         strata=strata,
         importance_weights=parts["weights"] is not None,
-        reference=None if not draw.needs_reference else BY_CLASS if parts["relative"] else "raw",
+        reference=BY_CLASS if parts["relative"] else "raw",
         batch_assignments=int(parts["assignments"]) if parts["assignments"] else None,
     )

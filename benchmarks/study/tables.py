@@ -7,7 +7,6 @@ python -m benchmarks.study.tables --check    # exit code 1 if the document says 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from itertools import combinations, permutations, product
@@ -28,11 +27,11 @@ BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- s
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 TAUGHT = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
 LARGEST = ("draw:largest-damped-loss", "draw:largest-loss-minus-reference^1")
-AUTO = "draw:adaptive+by-class"  # what draw="auto" takes for either of the two that it is made of
-DRAWN = (AUTO, "draw:largest-damped-loss+by-class", *LARGEST, "draw:adaptive", *TAUGHT)
+BY_CLASS = ("draw:adaptive+by-class", "draw:largest-damped-loss+by-class")
+DRAWN = (*LARGEST, "draw:adaptive", *BY_CLASS, *TAUGHT)
 WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in TAUGHT}}
 """Of ``gstds-cache advise``, and the methods that are the same: a draw has the strata that suit it."""
-TAKEN = WAYS | dict.fromkeys(PARTS, AUTO)
+TAKEN = WAYS | dict.fromkeys(PARTS, "draw:adaptive")
 """Of each way the method that is advised where probes learn most from it, and that ``draw="auto"`` takes."""
 WORTH = "loss-minus-reference"
 SHARING = ("default", *DRAWN)
@@ -350,12 +349,12 @@ def advice_table(studies: dict[str, Study]) -> str:
             taken = TAKEN.get(line["advised"])
             of_taken = taken and study.difference(taken, "random", line["ratio"], line["epochs"])
             agreed = agrees(line["advised"], networks | {line["advised"]: of_taken})
-            advised = line["advised"] if taken is None else re.split(r"[\^+]", taken.removeprefix("draw:"))[0]
+            advised = line["advised"] if taken is None else taken.removeprefix("draw:").partition("^")[0]
             any_ahead = any(one is not None and one.low > 0 for one in networks.values())
             whether.append((line["advised"] is not None) == any_ahead)
             pairs = ordered_pairs(study, line)
             orders += pairs
-            cells = [shown(study.difference(AUTO, "random", line["ratio"], line["epochs"]))]
+            cells = [shown(study.difference("draw:adaptive", "random", line["ratio"], line["epochs"]))]
             cells += [f"{100 * found[way]['over_random']:+.2f} / {shown(networks[way])}" for way in WAYS]
             told = {None: "not told apart", True: "yes", False: "no"}[agreed]
             answers.append("not run" if taken is not None and of_taken is None else told)
@@ -364,12 +363,12 @@ def advice_table(studies: dict[str, Study]) -> str:
     if not rows:
         return ""
     ways = (f"{way}: probes / networks" for way in WAYS)
-    head = ("data set", "ratio", "adaptive+by-class: networks", *ways, "order", "advice", "right?")
+    head = ("data set", "ratio", "adaptive: networks", *ways, "order", "advice", "right?")
     return (
         "`gstds-cache advise` before any network was trained, beside the networks: points ahead of random rows. "
         "The advice is right if it names a draw with which networks are ahead, or none where networks are ahead "
-        f"with none of them. It names `adaptive`, with reference losses by class, where probes learned most from "
-        f"either of the two draws that it is made of. Of {len(answers)}: right {answers.count('yes')}, "
+        f"with none of them. It names `adaptive` where probes learned most from either of the two draws that this is "
+        f"made of. Of {len(answers)}: right {answers.count('yes')}, "
         f"wrong {answers.count('no')}, "
         f"a draw named and networks not told apart from random {answers.count('not told apart')}. "
         f"Whether to select at all, with any of the four, it said rightly on {sum(whether)}. *Order*: of the pairs of "
@@ -498,8 +497,7 @@ def render(results: Path = RESULTS) -> str:
         "Differences are in points, paired by seed, with 95 % intervals over seeds (Student's t); a star marks "
         "comparisons in which random's (or the default's) largest budget took less time than the method, and was "
         "taken. `draw:NAME^S` has S strata, `draw:NAME` eight: the library's `loss-squared` is `draw:loss-squared^1`. "
-        "`draw:NAME+by-class` has reference losses relative to their class, as the library has them; `draw:NAME` has "
-        "those of `--reference raw`, as it had them before."
+        "`+by-class` is `--reference by-class`."
     )
     once = {name: study for name, study in studies.items() if not load_setting(name).against}
     parts = [hours(results, list(studies.values())), note, advice_table(once)]

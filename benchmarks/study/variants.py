@@ -313,7 +313,6 @@ def settings_of(variant: Variant) -> dict[str, Any]:
         "embeds": probe or variant.strata > 1,
         "needs": frozenset({"probe", variant.reference} if probe else ()),
         "draw": variant.draw,
-        "reference": "raw" if variant.draw == "loss-minus-reference" else None,
         "strata": 1 if own else variant.strata,
         "batch_assignments": 0 if variant.anew else 1 if own else None,
     }

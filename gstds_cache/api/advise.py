@@ -20,7 +20,6 @@ from gstds_cache.selection.advice import FULL, RANDOM, Forecast, forecasts, pref
 from gstds_cache.selection.difficulty import Difficulty
 from gstds_cache.selection.guidance import load_or_make_guidance
 from gstds_cache.selection.guidance_spec import GuidanceSpec, key_of
-from gstds_cache.selection.reference import by_class
 from gstds_cache.selection.rows import count_labels
 from gstds_cache.store.reader import EmbeddingStore
 
@@ -201,7 +200,7 @@ def advise(
         found = forecasts(
             opened,
             Difficulty(probe.columns["entropy"]),
-            by_class(Difficulty(probe.columns["loss"]), opened.labels),
+            Difficulty(probe.columns["loss"]),
             ratios=shares,
             epochs=epochs,
             threads=threads or cores(),

@@ -232,7 +232,7 @@ def with_draw_chosen(store: EmbeddingStore, config: SelectConfig, inform: Notify
     inform(f"draw auto: {why}")
     if chosen.draw is None and config.strata is not None:
         inform(f"note: `strata` {config.strata} is not used: it is for draws, and the rule keeps rows")
-    if chosen.reference is None and config.reference is not None:
+    if chosen.reference != config.reference:
         inform(f"note: `reference` {config.reference} is not used: reference losses are not looked at")
     return chosen
 

@@ -109,7 +109,7 @@ class RowChooser:
             _, of = np.unique(self.labels_of(rows), return_inverse=True)
             stratum = of.astype(np.int16)
         elif spectrum is not None:
-            assert self.config.strata is not None  # with_what_suits settled it
+            assert self.config.strata is not None  # with_strata settled it
             order, bounds = cells_of(seen, min(self.config.strata, count))
             stratum[order] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         prior = np.ones(count) if seen.guidance is None else weights(seen)

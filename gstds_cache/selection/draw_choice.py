@@ -59,13 +59,13 @@ def choose_draw(
         return without_draw(config), "nothing is left out, so there is nothing to draw"
     epochs = max(1, min(config.epochs, round(DRAWN / max(1, ROWS // 2 * share))))
     tried = {"draws": TRIED, "probe": probe.probe, "share": share, "epochs": epochs, "rows": ROWS}
-    raw = config.reference == "raw"
-    tried |= {} if raw else {"reference": BY_CLASS}
+    relative = config.reference == BY_CLASS
+    tried |= {"reference": BY_CLASS} if relative else {}
     digest = digest_of({"algorithm": ALGORITHM, **tried})
     records = [folder / f"{digest[:16]}.trial.json" for folder in derived_paths(store.location, GUIDANCE)]
     found = _recorded(records, digest)
     if found is None:
-        found = _try_out(store, probe, raw, share, epochs, threads, device)
+        found = _try_out(store, probe, relative, share, epochs, threads, device)
         facts = {"digest": digest, "draws": {f.way: list(astuple(f))[2:] for f in found}}
         keep(lambda path: _write(path, sealed(facts)), records)  # where that fails each run tries
     taken = preferred(found)
@@ -82,17 +82,23 @@ def choose_draw(
     if best.way == RULE:
         return without_draw(config), f"the rule keeps rows: {shares}, and no draw does better"
     assert best.draw is not None
-    reference = config.reference if find_draw(best.draw).needs_reference else None
+    reference = config.reference if find_draw(best.draw).needs_reference else SelectConfig.reference
     return replace(config, draw=best.draw, reference=reference), f"{best.draw}: {shares}"
 
 
 def without_draw(config: SelectConfig) -> SelectConfig:
     """The same run with rows kept by the rule."""
-    return replace(config, draw=None, strata=None, reference=None)
+    return replace(config, draw=None, strata=None, reference=SelectConfig.reference)
 
 
 def _try_out(
-    store: EmbeddingStore, probe: GuidanceKey, raw: bool, share: float, epochs: int, threads: int, device: torch.device
+    store: EmbeddingStore,
+    probe: GuidanceKey,
+    relative: bool,
+    share: float,
+    epochs: int,
+    threads: int,
+    device: torch.device,
 ) -> list[Forecast]:
     columns = load_or_make_guidance(store, probe, threads=threads, device=device).columns
     assert columns is not None
@@ -100,7 +106,7 @@ def _try_out(
     found = forecasts(
         store,
         Difficulty(columns["entropy"]),
-        loss if raw else by_class(loss, store.labels),
+        by_class(loss, store.labels) if relative else loss,
         ratios=(1 - share,),
         epochs=epochs,
         ways=(RANDOM, *TRIED),

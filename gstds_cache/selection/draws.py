@@ -25,9 +25,7 @@ from gstds_cache.selection.selected_batch import Candidates
 
 FLOOR = 0.05  # of the batch's mean score: what the lowest row counts, so that none is impossible
 DAMPED_AT, DAMPED_BY = 2.0, 3.0  # reference loss at which a loss counts half, and how steeply
-CONFIDENT = math.log(
-    2.0
-)  # reference loss below which a row's label is likelier than all others together, where it is raw
+CONFIDENT = math.log(2.0)  # reference loss below which a row's label is likelier than all others together
 UNTIL_PASSED: Final = "until passed"
 PASSED_AT = 0.3  # share of such rows that the network does better on, from which on it has passed the reference model
 LARGEST_SCORE = 1e100  # of one's own: sums of larger ones may be infinite
@@ -125,7 +123,6 @@ class Draw:
         needs_prior: Whether the prior counts, for rows without a loss or for all.
         strata: Spectral strata that suit it. Each gives rows in proportion to its size, whatever they score: where a
             class is rare, and alike, that leaves its rows no more than their share.
-        by_class: Whether reference losses relative to their class suit it, or those that the probe has.
         largest: Whether the rows of the largest scores of each stratum are taken, rather than drawn at random.
             ``until passed``: until the network has passed the reference model (:func:`adaptive`).
         source: SHA-256 of the file of a user's own function; empty for ours.
@@ -138,7 +135,6 @@ class Draw:
     needs_reference: bool = True
     needs_prior: bool = True
     strata: int = STRATA
-    by_class: bool = True
     largest: bool | Literal["until passed"] = False
     source: str = ""
 
@@ -213,7 +209,7 @@ DRAWS = {
         Draw("largest-damped-loss", catalog.DRAWS["largest-damped-loss"], damped_loss, needs_prior=False,
              largest=UNTIL_PASSED),
         Draw("largest-loss-minus-reference", catalog.DRAWS["largest-loss-minus-reference"], loss_minus_reference,
-             needs_prior=False, strata=1, by_class=False, largest=True),
+             needs_prior=False, strata=1, largest=True),
         Draw("adaptive", catalog.DRAWS["adaptive"], adaptive),
         Draw("loss", catalog.DRAWS["loss"], last_loss, needs_reference=False),
         Draw("loss-squared", catalog.DRAWS["loss-squared"], loss_squared, needs_reference=False,

@@ -37,7 +37,7 @@ from gstds_cache.selection.reference import by_class
 from gstds_cache.selection.rows import EligibleRows, count_labels, rows_left_out
 from gstds_cache.selection.rule import RuleBatch
 from gstds_cache.selection.selected_batch import SelectedBatch
-from gstds_cache.selection.settings import ParsedSettings, identity, with_what_suits
+from gstds_cache.selection.settings import ParsedSettings, identity, with_strata
 from gstds_cache.selection.spectra import Spectra, Spectrum
 from gstds_cache.spectral.block import why_not_solved
 from gstds_cache.store.reader import EmbeddingStore
@@ -79,7 +79,7 @@ class BatchSelector:
                 there are no classes, and they are to be the strata or to come by turns, or reference losses are asked
                 for that the draw does not look at.
         """
-        config = with_what_suits(config)
+        config = with_strata(config)
         self.store, self.config = store, config
         self._settings = settings = ParsedSettings.parse(config)
         self.rule, self.draw = settings.rule, settings.draw
@@ -396,6 +396,11 @@ class BatchSelector:
             UsageError: The store has no labels to learn from.
         """
         if self.draw is None or not self.draw.needs_reference:
+            if self.config.reference == BY_CLASS:
+                raise UsageError(
+                    f"`reference`: got {BY_CLASS!r}, but `draw={self.config.draw!r}` looks at no reference losses",
+                    hint="leave it out",
+                )
             return None
         labels = self._label_counts
         if labels.different < 2 or labels.one_each:

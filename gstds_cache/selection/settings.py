@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gstds_cache.config import BY_CLASS, CLASSES, SelectConfig
-from gstds_cache.errors import UsageError
 from gstds_cache.selection.catalog import SPREAD
 from gstds_cache.selection.draws import Draw, find_draw
 from gstds_cache.selection.guidance_spec import GuidanceSpec, parse_guidance
@@ -70,28 +69,19 @@ class ParsedSettings:
         )
 
 
-def with_what_suits(config: SelectConfig) -> SelectConfig:
-    """``config`` with the strata and the reference losses that suit its draw, where none were asked for.
+def with_strata(config: SelectConfig) -> SelectConfig:
+    """``config`` with the strata that suit its draw, where none were asked for.
 
-    Where classes come by turns the strata are the classes: rows of a rare one, which come again and again, soon have
-    small losses, and drawn by losses alone would be rarer than the order makes them.
+    Where classes come by turns it is the classes: rows of a rare one, which come again and again, soon have small
+    losses, and drawn by losses alone would be rarer than the order makes them.
 
     Raises:
-        UsageError: The draw is unknown, or looks at no reference losses, and some were asked for.
+        UsageError: The draw is unknown.
     """
-    if config.draw is None:
+    if config.draw is None or config.strata is not None:
         return config
     draw = find_draw(config.draw)
-    if config.reference is not None and not draw.needs_reference:
-        raise UsageError(
-            f"`reference`: got {config.reference!r}, but `draw={config.draw!r}` looks at no reference losses",
-            hint="leave it out",
-        )
-    strata = CLASSES if parse_order(config.order).balanced else draw.strata
-    reference: Literal["by-class", "raw"] | None = None
-    if draw.needs_reference:
-        reference = config.reference or (BY_CLASS if draw.by_class else "raw")
-    return replace(config, strata=strata if config.strata is None else config.strata, reference=reference)
+    return replace(config, strata=CLASSES if parse_order(config.order).balanced else draw.strata)
 
 
 def _offering(draw: Draw, strata: int) -> Rule:
@@ -137,7 +127,7 @@ def identity(
     # What says nothing is left out, so that selections of kept rows have the digests they had before candidates.
     for name in ("draw", "strata") if settings.draw is None else ("rule", "min_per_class"):
         del select[name]
-    if select["reference"] != BY_CLASS:  # as before there was a choice
+    if config.reference != BY_CLASS:  # as before there was a choice
         del select["reference"]
     select |= ({"hidden": hidden} if hidden else {}) | ({"labels": labels} if labels else {})
     if settings.draw is not None:
@@ -152,5 +142,4 @@ def identity(
 def config_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a selection's header, or of a ticket, by the names that :class:`SelectConfig` has for them."""
     names = {old: new for new, old in RECORDED_AS.items()}
-    before = {"reference": "raw"} if "chance" in recorded else {}  # a draw that looks at them, unless it says what
-    return before | {names.get(name, name): value for name, value in recorded.items() if name not in BESIDE}
+    return {names.get(name, name): value for name, value in recorded.items() if name not in BESIDE}

@@ -13,7 +13,6 @@ from gstds_cache.cli.cache_command import main
 
 from gstds_cache.api.advise import Advice, advise, table
 from gstds_cache.api.embed import embed
-from gstds_cache.api.select_batches import select
 from gstds_cache.config import EmbedConfig
 from gstds_cache.costs.records import recall_store
 from gstds_cache.embedding.run import embed_dataset
@@ -42,21 +41,6 @@ def test_every_way_is_tried_at_every_ratio_and_the_same_on_any_number_of_threads
     assert by_way["random", 0.9].accuracy < full.accuracy  # a tenth of a few rows is too little for a probe
     assert all(f.over_random == f.margin == 0 for f in one.forecasts if f.way == "random")
     assert len(table(one)) == 1 + len(one.forecasts)
-
-
-def test_draws_are_tried_with_reference_losses_by_class_as_selections_have_them(store, monkeypatch) -> None:
-    seen: list[np.ndarray] = []
-
-    def watched(store, _difficulty, reference, **_rest) -> list[Forecast]:
-        seen.append(reference.of(np.arange(len(store))))
-        return [Forecast("random", 0.5, 0.8, 0.0, 0.0)]
-
-    monkeypatch.setattr("gstds_cache.api.advise.forecasts", watched)
-    advise(store, **QUICK)
-    drawn = np.full(len(store), np.nan)
-    for batch in select(store, draw="adaptive", batch_size=96, epochs=1, knn=6, device="cpu", progress=False):
-        drawn[batch.kept] = batch.candidates.reference
-    np.testing.assert_allclose(drawn, seen[0], atol=1e-6)
 
 
 def test_a_difference_and_its_interval_are_mcnemars() -> None:

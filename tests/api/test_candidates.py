@@ -52,7 +52,7 @@ def store(tiny_model, tmp_path) -> EmbeddingStore:
 
 
 def test_candidates_are_all_rows_of_each_batch_with_what_is_known_of_them(store) -> None:
-    selection = select(store, draw="loss-minus-reference", guidance="uncertainty", reference="raw", **SMALL)
+    selection = select(store, draw="loss-minus-reference", guidance="uncertainty", **SMALL)
     probe = load_or_make_guidance(store, key_of(store, parse_guidance("probe")))
     with open_selection(selection) as stream:
         assert (stream.header.format, stream.header.settings["draw"]) == (3, "loss-minus-reference")
@@ -75,14 +75,12 @@ def test_candidates_are_all_rows_of_each_batch_with_what_is_known_of_them(store)
     assert selection.summary.kept == sum(batch.count for batch in batches)
 
 
-def test_reference_losses_are_relative_to_their_class_unless_raw_ones_are_asked_for(store, tmp_path) -> None:
+def test_reference_losses_are_relative_to_their_class_where_that_is_asked_for(store, tmp_path) -> None:
     raw, relative = (
         select(store, draw="adaptive", reference=how, out=tmp_path / f"{how}.arrow", **SMALL)
         for how in ("raw", "by-class")
     )
-    assert select(store, draw="adaptive", **SMALL).digest == relative.digest != raw.digest
-    largest = (select(store, draw="largest-loss-minus-reference", reference=how, **SMALL) for how in (None, "raw"))
-    assert next(largest).digest == next(largest).digest
+    assert select(store, draw="adaptive", **SMALL).digest == raw.digest != relative.digest
     found = np.full((2, 385), np.nan)
     for of, selection in zip(found, (raw, relative), strict=True):
         for batch in selection:
@@ -114,7 +112,7 @@ def test_rows_without_a_label_keep_the_median_and_hidden_ones_are_not_of_a_class
     store = EmbeddingStore(tmp_path / "some")
     losses = load_or_make_guidance(store, key_of(store, parse_guidance("probe"))).columns["loss"]
     found = np.full(200, np.nan)
-    for batch in select(store, draw="adaptive", **(SMALL | {"batch_size": 40})):
+    for batch in select(store, draw="adaptive", reference="by-class", **(SMALL | {"batch_size": 40})):
         found[batch.kept] = batch.candidates.reference
     assert np.flatnonzero(np.isnan(found)).tolist() == store.hidden.tolist()
     bare = source.labels < 0
@@ -175,7 +173,7 @@ def test_a_selection_of_candidates_is_found_again_by_all_that_decides_it(store) 
     assert again.summary.cache_hit
     digests = {first.digest}
     for changes in (
-        *({"draw": "damped-loss"}, {"strata": 4}, {"reference": "raw"}, {"guidance": "none"}, {"seed": 1}),
+        *({"draw": "damped-loss"}, {"strata": 4}, {"reference": "by-class"}, {"guidance": "none"}, {"seed": 1}),
         {"draw": None},
     ):
         digests.add(select(store, **(SMALL | {"draw": "loss-minus-reference"} | changes)).digest)
@@ -197,8 +195,8 @@ def test_settings_that_say_nothing_with_or_without_draw_are_refused(store) -> No
         ({"draw": "los"}, "unknown draw 'los'"),
         ({"draw": "uniform", "guidance": "probe"}, "draw uniform does not look at guidance\n  leave `guidance` out$"),
         ({"draw": "loss", "strata": -1}, "`strata`"),
-        ({"reference": "raw"}, "no such setting without `draw`"),
-        ({"draw": "loss", "reference": "raw"}, "`draw='loss'` looks at no reference losses\n  leave it out$"),
+        ({"reference": "by-class"}, "no such setting without `draw`"),
+        ({"draw": "loss", "reference": "by-class"}, "`draw='loss'` looks at no reference losses\n  leave it out$"),
     ):
         with pytest.raises(UsageError, match=words):
             select(store, **(SMALL | settings))

@@ -91,10 +91,10 @@ def test_what_is_furthest_ahead_for_certain_is_taken(store, monkeypatch, ahead, 
         "forecasts",
         lambda *_a, **_k: [Forecast(way, 0.75, 0.9, *numbers) for way, numbers in ahead.items()],
     )
-    asked = SelectConfig(draw="auto", strata=4, reference="raw", batch_size=96)
+    asked = SelectConfig(draw="auto", strata=4, reference="by-class", batch_size=96)
     config, why = draw_choice.choose_draw(store, asked, 0.25, threads=1, device=torch.device("cpu"))
     assert (config.draw, config.strata) == (draw, 4 if draw else None)
-    assert config.reference == ("raw" if draw == "adaptive" else None)
+    assert config.reference == ("by-class" if draw == "adaptive" else "raw")
     assert why.startswith(words)
 
 
@@ -114,8 +114,8 @@ def test_without_labels_or_without_anything_left_out_the_rule_keeps_rows(store, 
     select(store, draw="auto", strata=4, notify=notes.append, **(SMALL | {"keep": 1.0}))
     assert "note: `strata` 4 is not used: it is for draws, and the rule keeps rows" in notes
     assert not any("`reference`" in note for note in notes)
-    select(store, draw="auto", reference="raw", notify=notes.append, **(SMALL | {"keep": 1.0}))
-    assert "note: `reference` raw is not used: reference losses are not looked at" in notes
+    select(store, draw="auto", reference="by-class", notify=notes.append, **(SMALL | {"keep": 1.0}))
+    assert "note: `reference` by-class is not used: reference losses are not looked at" in notes
 
 
 def test_draws_are_tried_with_the_reference_losses_that_they_are_to_have(store, monkeypatch) -> None:
@@ -127,9 +127,9 @@ def test_draws_are_tried_with_the_reference_losses_that_they_are_to_have(store, 
         return whole(store, difficulty, reference, **rest)
 
     monkeypatch.setattr(draw_choice, "forecasts", watched)
-    for reference in (None, "by-class", "raw"):
+    for reference in ("raw", "by-class", "raw"):
         select(store, draw="auto", reference=reference, **SMALL)
-    relative, raw = seen  # the outcome of the first is found by the second
+    raw, relative = seen  # the outcome of the first is found by the third
     expected = by_class(Difficulty(raw.astype(np.float32)), store.labels).all()
     np.testing.assert_allclose(relative, expected, atol=1e-6)
     assert np.abs(relative - raw).max() > 0.1

@@ -30,7 +30,6 @@ from benchmarks.study.runs import Task, selection_of  # noqa: E402
 from benchmarks.study.scores import Scores  # noqa: E402
 from benchmarks.study.settings import load_setting, names, resolved  # noqa: E402
 from benchmarks.study.tables import (  # noqa: E402
-    AUTO,
     BEGIN,
     DOCUMENT,
     END,
@@ -102,7 +101,7 @@ def test_methods_are_the_baselines_and_every_rule() -> None:
     assert (drawn.schedule, drawn.embeds, drawn.needs) == ("linear:0.5:0.9", True, {"probe"})
     assert not find_method("draw:uniform^1").embeds
     names = ("draw:adaptive", "draw:adaptive+by-class", "draw:loss", "variant:form=damped", "variant:form=loss")
-    assert [find_method(name).reference for name in names] == ["raw", "by-class", None, "raw", None]
+    assert [find_method(name).reference for name in names] == ["raw", "by-class", "raw", "raw", "raw"]
     assert find_method("draw:loss-squared^1/none@constant:0.9%1").batch_assignments == 1
     assert find_method("draw:loss-squared^1/none@constant:0.9%1").schedule == "constant:0.9"
 
@@ -211,8 +210,8 @@ def test_the_cost_of_an_accuracy_is_read_between_budgets_of_seeds_that_ran_the_l
 def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_networks_tell_apart() -> None:
     accuracies = {"random": 0.60, "default": 0.50, "draw:loss-minus-reference": 0.70, "draw:damped-loss": 0.601}
     runs = [
-        line(method, seed, accuracy + 0.001 * (seed - 1) * (method in {"draw:damped-loss", AUTO}), 1)
-        for method, accuracy in (accuracies | {AUTO: 0.601}).items()
+        line(method, seed, accuracy + 0.001 * (seed - 1) * (method in {"draw:damped-loss", "draw:adaptive"}), 1)
+        for method, accuracy in (accuracies | {"draw:adaptive": 0.601}).items()
         for seed in range(3)
     ]
     foretold = {"full": 0.0, "random": 0.0, "default": 0.1, "loss-minus-reference": 0.2, "damped-loss": 0.3}
@@ -228,8 +227,8 @@ def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_ne
     text = advice_table({"s": study})
     assert "right 0, wrong 0, a draw named and networks not told apart from random 1" in text
     assert "| adaptive | not told apart |" in text
-    better = [one for one in runs if one["method"] != AUTO]
-    better += [line(AUTO, seed, 0.7, 1) for seed in range(3)]
+    better = [one for one in runs if one["method"] != "draw:adaptive"]
+    better += [line("draw:adaptive", seed, 0.7, 1) for seed in range(3)]
     assert "| adaptive | yes |" in advice_table({"s": Study((*better, advice))})
     squared = advice | {"advised": "loss-squared"}
     assert "| loss-squared | not run |" in advice_table({"s": Study((*runs, squared))})
@@ -241,7 +240,7 @@ def test_advice_is_graded_by_what_it_names_and_by_the_order_of_the_pairs_that_ne
 
 def test_a_method_that_ran_on_another_processor_alone_takes_no_seconds_from_the_others() -> None:
     here = [line(method, seed, 0.6, 1) | {"cpu": "A"} for method in ("random", "full", "default") for seed in range(3)]
-    there = [line(AUTO, seed, 0.7, 1) | {"cpu": "B"} for seed in range(3)]
+    there = [line("draw:adaptive", seed, 0.7, 1) | {"cpu": "B"} for seed in range(3)]
     assert {one["method"] for one in of_one_processor(Study((*here, *there))).runs} == {"random", "full", "default"}
     assert why_no_seconds(Study((*here, *there))) == "they are of two processors"
     assert why_no_seconds(of_one_processor(Study((*here, *there)))) == ""
