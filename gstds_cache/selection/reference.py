@@ -1,4 +1,4 @@
-"""Reference losses as draws look at them: relative to those of their class.
+"""Reference losses relative to those of their class, for draws that are to look at them so.
 
 A class that many rows are labelled with wrongly, or that is rare, has high reference losses all over, its right labels
 too: the probe learned from the same labels. As they are they say which class a row has, and a draw by them leaves the
