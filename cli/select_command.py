@@ -99,7 +99,8 @@ def setting(name: str, text: str | None = None, **attributes: Any) -> Callable[[
 @setting(
     "reference",
     "With a --draw that looks at reference losses: as the probe has them (raw), or relative to those of their class, "
-    "so that no class is left out because its labels are often wrong, or it is rare (by-class).",
+    "so that none is left out because its rows are often labelled as another (by-class; where labels are right it can "
+    "cost a point).",
 )
 @setting(
     "guidance",

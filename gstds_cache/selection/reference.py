@@ -1,10 +1,10 @@
 """Reference losses relative to those of their class, for draws that are to look at them so.
 
-A class that many rows are labelled with wrongly, or that is rare, has high reference losses all over, its right labels
-too: the probe learned from the same labels. As they are they say which class a row has, and a draw by them leaves the
-class out. Confident learning meets the same with a threshold for each class, the mean probability that its rows have of
-their own label (C. Northcutt, L. Jiang, I. Chuang, J. Artif. Intell. Res. 70, 2021). So here a row's loss is that of
-its probability relative to its class's threshold. Measured in docs/results.md, "Labels of one class for another".
+A class whose rows are often labelled as another, or that is rare, has high reference losses on its right labels, too:
+the probe learned from the same labels. A draw by them as they are leaves such a class out. Confident learning meets the
+same with a threshold for each class, the mean probability that its rows have of their own label (C. Northcutt, L.
+Jiang, I. Chuang, J. Artif. Intell. Res. 70, 2021). So here a row's loss is that of its probability relative to its
+class's threshold. Measured in docs/results.md, "Labels of one class for another".
 """
 
 from __future__ import annotations
