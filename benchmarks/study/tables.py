@@ -27,8 +27,8 @@ BEGIN, END = "<!-- study:begin (python -m benchmarks.study.tables) -->", "<!-- s
 ORDER = ("full", "random", "default", *(name for name in BASELINES if name not in {"full", "random"}))
 TAUGHT = ("draw:loss-minus-reference", "draw:damped-loss", "draw:loss-squared^1")
 LARGEST = ("draw:largest-damped-loss", "draw:largest-loss-minus-reference^1")
-BY_CLASS = ("draw:adaptive+by-class", "draw:largest-damped-loss+by-class")
-DRAWN = (*LARGEST, "draw:adaptive", *BY_CLASS, *TAUGHT)
+RELATIVE = ("draw:adaptive+by-class", "draw:largest-damped-loss+by-class")
+DRAWN = (*LARGEST, "draw:adaptive", *RELATIVE, *TAUGHT)
 WAYS = {"default": "default", **{method.removeprefix("draw:").partition("^")[0]: method for method in TAUGHT}}
 """Of ``gstds-cache advise``, and the methods that are the same: a draw has the strata that suit it."""
 TAKEN = WAYS | dict.fromkeys(PARTS, "draw:adaptive")

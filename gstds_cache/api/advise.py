@@ -25,9 +25,7 @@ from gstds_cache.store.reader import EmbeddingStore
 
 PROBE_ENOUGH = 0.9  # held-out accuracy of a linear probe from which it is advised to train that before a network
 UNEVEN = 10  # times as many rows as the smallest class, from which on the largest is worth a note
-FEW_SAMPLES = (
-    50_000  # rows times epochs; below, networks that were fine-tuned in the study did far better on everything
-)
+FEW_SAMPLES = 50_000  # rows times epochs; below, networks fine-tuned in the study did far better on everything
 FEWEST = 1000  # rows with a label; the smallest set of the study has 1,437 and selection does not pay there
 
 
